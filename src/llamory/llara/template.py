@@ -1,0 +1,313 @@
+"""The LLARA template: which token ids open a passage, ask for a summary or a prediction, and take the embedding.
+
+Sequence (Li et al. 2023, section 3.2): `"` passage `", summarize the above passage within eight words: <s1>...<s8>`
+`", predict the following passage within eight words: <s9>...<s16>`. The pieces are tokenised apart and joined as ids,
+so a passage never changes the ids of a prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from llamory.errors import LlamoryError
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+PREFIX = '"'
+SUMMARIZE_PROMPT = '", summarize the above passage within {count} words: '
+PREDICT_PROMPT = '", predict the following passage within {count} words: '
+BOW_WEIGHTINGS = ("fixed", "learned")
+
+_COUNT_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split() + [""] * 3 + ["sixteen"]
+# The order in which the published checkpoints added the sixteen slot tokens; a Llama-2 tokenizer gets their ids by it.
+_PUBLISHED_ORDER = (9, 12, 7, 14, 3, 6, 15, 5, 1, 10, 13, 2, 11, 4, 8, 16)
+_PUBLISHED_VOCAB_SIZE = 32016
+
+
+@dataclass(frozen=True)
+class LlaraTemplate:
+    """Token ids and settings of one LLARA model, kept in `config.llara`.
+
+    Attributes:
+        prefix_ids: what stands before a passage: the tokenizer's beginning-of-sequence id, if any, and `"`.
+        summarize_prompt_ids: the prompt that asks for a summary, without slots.
+        summarize_slot_ids: the slot tokens whose hidden states are a passage's embedding, in order.
+        predict_prompt_ids: the prompt that asks for the continuation, without slots.
+        predict_slot_ids: the slot tokens whose hidden states are a query's embedding, in order.
+        ignored_ids: ids that never count as bag-of-words targets (special tokens).
+        bow_weight: factor of each bag-of-words loss; the published code divides by 10.
+        prediction_sees_summary: whether the prediction block may attend to the summary block (not in the paper).
+        bow_weighting: "fixed", or "learned": one uncertainty weight per head, trained with the model.
+    """
+
+    prefix_ids: tuple[int, ...]
+    summarize_prompt_ids: tuple[int, ...]
+    summarize_slot_ids: tuple[int, ...]
+    predict_prompt_ids: tuple[int, ...]
+    predict_slot_ids: tuple[int, ...]
+    ignored_ids: tuple[int, ...]
+    bow_weight: float = 0.1
+    prediction_sees_summary: bool = False
+    bow_weighting: str = "fixed"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_ids"):
+                object.__setattr__(self, field.name, tuple(int(i) for i in value))
+        slots = self.summarize_slot_ids + self.predict_slot_ids
+        if len(self.summarize_slot_ids) != len(self.predict_slot_ids) or not self.summarize_slot_ids:
+            raise LlamoryError(
+                "A LLARA template needs as many summary slots as prediction slots, at least one of each."
+            )
+        if len(set(slots)) != len(slots):
+            raise LlamoryError("The slot tokens of a LLARA template must all have different ids.")
+        if self.bow_weighting not in BOW_WEIGHTINGS:
+            raise LlamoryError(f"bow_weighting must be one of {', '.join(BOW_WEIGHTINGS)}, not {self.bow_weighting!r}.")
+
+    # ---- where a template comes from -------------------------------------------------------------------------------
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, slots: int = 8, **settings: Any) -> LlaraTemplate:
+        """Build the template for a tokenizer, adding the slot tokens that it lacks (the tokenizer is changed).
+
+        Args:
+            tokenizer: any LLaMA-family tokenizer.
+            slots: slot tokens per prompt.
+            settings: `bow_weight`, `prediction_sees_summary`, `bow_weighting`.
+
+        Raises:
+            LlamoryError: the tokenizer can't hold the template: a prompt is unknown to it, the two prompts read the
+                same, or a slot token is an ordinary word of its vocabulary.
+        """
+        if slots < 1:
+            raise LlamoryError(f"A LLARA template needs at least one slot token per prompt, not {slots}.")
+        _add_slot_tokens(tokenizer, slots)
+        tokens = slot_tokens(slots)
+        slot_ids = [_ids(tokenizer, token) for token in tokens]
+        for token, ids in zip(tokens, slot_ids, strict=True):
+            if len(ids) != 1:
+                raise LlamoryError(
+                    f"The tokenizer splits the slot token {token} into {len(ids)} tokens; it must be one."
+                )
+        summarize_slots, predict_slots = [i[0] for i in slot_ids[:slots]], [i[0] for i in slot_ids[slots:]]
+        count = _COUNT_WORDS[slots] if slots < len(_COUNT_WORDS) and _COUNT_WORDS[slots] else str(slots)
+        summarize = _prompt_ids(tokenizer, SUMMARIZE_PROMPT.format(count=count), tokens[:slots], summarize_slots)
+        predict = _prompt_ids(tokenizer, PREDICT_PROMPT.format(count=count), tokens[slots:], predict_slots)
+        if summarize == predict:
+            raise LlamoryError(
+                "The tokenizer reads the summary prompt and the prediction prompt as the same ids, so they can't be "
+                "told apart; use a tokenizer that knows English words or bytes."
+            )
+        return cls(
+            prefix_ids=tuple(_prefix_ids(tokenizer)),
+            summarize_prompt_ids=tuple(summarize),
+            summarize_slot_ids=tuple(summarize_slots),
+            predict_prompt_ids=tuple(predict),
+            predict_slot_ids=tuple(predict_slots),
+            ignored_ids=tuple(sorted(set(tokenizer.all_special_ids))),
+            **settings,
+        )
+
+    @classmethod
+    def from_config(cls, config: LlamaConfig) -> LlaraTemplate | None:
+        """Read the template of a checkpoint: `config.llara`, else the published ids if the vocabulary has 32016 rows.
+
+        Gives None for a checkpoint that has no template (a plain LLaMA).
+        """
+        stored = getattr(config, "llara", None)
+        if stored:
+            known = {field.name for field in fields(cls)}
+            if unknown := set(stored) - known:
+                raise LlamoryError(f"config.llara has unknown entries: {', '.join(sorted(unknown))}.")
+            try:
+                return cls(**stored)
+            except TypeError as error:
+                raise LlamoryError(f"config.llara is not a whole LLARA template: {error}.") from error
+        return PUBLISHED_TEMPLATE if config.vocab_size == _PUBLISHED_VOCAB_SIZE else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The template as plain lists and numbers, as it is kept in `config.llara`."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    # ---- what a template is used for ---------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> int:
+        """Slot tokens per prompt."""
+        return len(self.summarize_slot_ids)
+
+    @property
+    def summarize_block_ids(self) -> tuple[int, ...]:
+        """The summary prompt with its slots."""
+        return self.summarize_prompt_ids + self.summarize_slot_ids
+
+    @property
+    def predict_block_ids(self) -> tuple[int, ...]:
+        """The prediction prompt with its slots."""
+        return self.predict_prompt_ids + self.predict_slot_ids
+
+    def sequence(self, passage_ids: Sequence[int], *, summarize: bool = True, predict: bool = True) -> list[int]:
+        """Put prefix and prompts around a passage's ids.
+
+        Raises:
+            LlamoryError: the passage contains a slot token.
+        """
+        if not set(passage_ids).isdisjoint(self.summarize_slot_ids + self.predict_slot_ids):
+            raise LlamoryError("A passage contains a slot token (such as <s1>), which only the prompts may; remove it.")
+        sequence = [*self.prefix_ids, *passage_ids]
+        if summarize:
+            sequence += self.summarize_block_ids
+        if predict:
+            sequence += self.predict_block_ids
+        return sequence
+
+    def overhead(self, *, summarize: bool = True, predict: bool = True) -> int:
+        """Tokens that `sequence` adds to a passage."""
+        return len(self.sequence([], summarize=summarize, predict=predict))
+
+    def encode(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        *,
+        summarize: bool = True,
+        predict: bool = True,
+        max_length: int | None = None,
+    ) -> list[int]:
+        """Tokenise a passage and put the prompts around it; truncation cuts the passage, never a prompt.
+
+        Args:
+            max_length: limit in tokens for the whole sequence.
+
+        Raises:
+            LlamoryError: the text contains a slot token, or `max_length` leaves no room for a passage.
+        """
+        room = None
+        if max_length is not None:
+            room = max_length - self.overhead(summarize=summarize, predict=predict)
+            if room < 1:
+                raise LlamoryError(
+                    f"A length of {max_length} tokens leaves no room for a passage: prefix and prompts take "
+                    f"{max_length - room}; choose a greater length."
+                )
+        return self.sequence(_ids(tokenizer, text)[:room], summarize=summarize, predict=predict)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make sure that a tokenizer is the one this template was built from.
+
+        Raises:
+            LlamoryError: a slot token or a prompt has other ids in this tokenizer.
+        """
+        tokens = slot_tokens(self.slots)
+        found = tuple(tokenizer.convert_tokens_to_ids(tokens))
+        if found != self.summarize_slot_ids + self.predict_slot_ids:
+            wrong = next(
+                (t, f, e)
+                for t, f, e in zip(tokens, found, self.summarize_slot_ids + self.predict_slot_ids, strict=True)
+                if f != e
+            )
+            raise LlamoryError(
+                f"The checkpoint's template doesn't fit its tokenizer: {wrong[0]} has id {wrong[1]} in the tokenizer "
+                f"and {wrong[2]} in config.llara; load the tokenizer that was saved with the checkpoint."
+            )
+        rebuilt = LlaraTemplate.from_tokenizer(tokenizer, self.slots)
+        for name in ("prefix_ids", "summarize_prompt_ids", "predict_prompt_ids"):
+            if getattr(rebuilt, name) != getattr(self, name):
+                raise LlamoryError(
+                    f"The checkpoint's template doesn't fit its tokenizer: {name} differ; load the tokenizer that was "
+                    "saved with the checkpoint."
+                )
+
+    def prepare_model(self, model: PreTrainedModel) -> None:
+        """Give a model the rows of the slot tokens and write the template into its config (the model is changed).
+
+        Embedding rows that the model lacks, or never used, become the mean of the other rows plus noise of their
+        standard deviation, so that slots differ from each other and stay in the distribution the layers know. The
+        rows of an untied output head become the mean: no slot is ever a better next token than the average one.
+        """
+        import torch
+
+        all_slots = sorted(self.summarize_slot_ids + self.predict_slot_ids)
+        had_template = LlaraTemplate.from_config(model.config) is not None  # type: ignore[arg-type]
+        old_size = model.get_input_embeddings().weight.shape[0]
+        new_size = max(old_size, all_slots[-1] + 1)
+        if new_size > old_size:
+            model.resize_token_embeddings(new_size, mean_resizing=False)
+        added = set(range(old_size, new_size))
+        fresh = sorted(added if had_template else added.union(all_slots))
+        if fresh:
+            inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+            known = torch.ones(new_size, dtype=torch.bool)
+            known[fresh] = False
+            with torch.no_grad():
+                generator = torch.Generator().manual_seed(len(fresh))
+                noise = torch.randn(len(fresh), inputs.shape[1], generator=generator).to(inputs)
+                trained = inputs[known.to(inputs.device)].float()
+                inputs[fresh] = (trained.mean(0) + noise * trained.std(0)).to(inputs.dtype)
+                if head is not None and head.weight is not inputs:
+                    trained = head.weight[known.to(head.weight.device)].float()
+                    head.weight[fresh] = trained.mean(0).to(head.weight.dtype)
+        model.config.llara = self.to_dict()
+
+
+PUBLISHED_TEMPLATE = LlaraTemplate(
+    prefix_ids=(1, 376),
+    summarize_prompt_ids=(9162, 19138, 675, 278, 2038, 13382, 2629, 9475, 3838, 29901, 29871),
+    summarize_slot_ids=(32008, 32011, 32004, 32013, 32007, 32005, 32002, 32014),
+    predict_prompt_ids=(9162, 8500, 278, 1494, 13382, 2629, 9475, 3838, 29901, 29871),
+    predict_slot_ids=(32000, 32009, 32012, 32001, 32010, 32003, 32006, 32015),
+    ignored_ids=(0, 1, 2),
+)
+
+
+def slot_tokens(slots: int) -> list[str]:
+    """The names of the slot tokens: `slots` for the summary, then as many for the prediction."""
+    return [f"<s{i}>" for i in range(1, 2 * slots + 1)]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _add_slot_tokens(tokenizer: PreTrainedTokenizerBase, slots: int) -> None:
+    from transformers import AddedToken
+
+    names = slot_tokens(slots)
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
+    if ordinary := [name for name in names if name in vocabulary and name not in added]:
+        raise LlamoryError(
+            f"{ordinary[0]} is an ordinary word of this tokenizer, so a passage that contains it can't be told from a "
+            "prompt; use a tokenizer without it."
+        )
+    order = [f"<s{i}>" for i in _PUBLISHED_ORDER] if slots == len(_PUBLISHED_ORDER) // 2 else names
+    missing = [AddedToken(name, normalized=False, special=True) for name in order if name not in vocabulary]
+    if missing:
+        tokenizer.add_tokens(missing, special_tokens=True)
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: list[str], slot_ids: list[int]) -> list[int]:
+    """Ids of a prompt, read together with its slots, as the space before the first slot belongs to the prompt."""
+    ids = _ids(tokenizer, prompt + "".join(tokens))
+    prompt_ids = ids[: -len(slot_ids)]
+    if ids[-len(slot_ids) :] != slot_ids or not prompt_ids:
+        raise LlamoryError(
+            f"The tokenizer doesn't keep the slot tokens after {prompt!r} apart; its prompt can't be found."
+        )
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt_ids:
+        raise LlamoryError(
+            f"The tokenizer doesn't know all of the prompt {prompt!r} and reads parts of it as unknown, so a prompt "
+            "can't be told from a passage; use a tokenizer that knows English words or bytes."
+        )
+    return prompt_ids
+
+
+def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The opening quote with what the tokenizer puts before a text (its beginning-of-sequence token, if any)."""
+    quote = _ids(tokenizer, PREFIX)
+    whole = tokenizer(PREFIX)["input_ids"]
+    start = next((i for i in range(len(whole)) if whole[i : i + len(quote)] == quote), 0)
+    return whole[: start + len(quote)]
