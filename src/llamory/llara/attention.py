@@ -1,0 +1,234 @@
+"""Attention over a flat batch: one fused causal call for everything but the tails, one small call for the tails.
+
+The tail of a segment (its prediction block) sees the passage and itself, not the summary block. Both calls are plain
+causal when the tail's keys are put together as passage + tail, so flash kernels serve them without a dense mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
+
+from llamory.errors import LlamoryError
+from llamory.llara.layout import SequenceLayout
+
+
+class LlaraAttention(LlamaAttention):
+    """Llama's attention that also takes a flat batch with its `layout`; without one it is Llama's own."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        layout: SequenceLayout | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend within each segment of `layout`. `hidden_states` is (1, N, hidden) then, and so is the result."""
+        if layout is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        assert position_embeddings is not None
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        output = flat_attention(self, query, key, value, layout)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
+
+
+def flat_attention(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
+    """Attend within the segments of a flat batch, by the kernel that the model's `attn_implementation` names.
+
+    Args:
+        module: the attention layer (its config, scale and dropout are used).
+        query: (1, heads, N, head_dim), rotated.
+        key: (1, kv_heads, N, head_dim), rotated.
+        value: (1, kv_heads, N, head_dim).
+        layout: the batch's segments.
+
+    Returns:
+        (1, N, heads, head_dim)
+
+    Raises:
+        LlamoryError: the implementation has no kernel for flat batches (`eager` takes padded ones).
+    """
+    implementation = module.config._attn_implementation or "sdpa"
+    name = implementation.split("|")[-1]
+    if "flash" in name:
+        return _flash(module, query, key, value, layout)
+    if name == "flex_attention":
+        return _flex(module, query, key, value, layout)
+    if name != "sdpa":
+        raise LlamoryError(
+            f"LLARA has no fused attention for attn_implementation={implementation!r}; use sdpa, flash_attention_2, "
+            "flash_attention_3 or flex_attention (or eager, the plain reference)."
+        )
+    if query.device.type == "cpu":
+        return _sdpa_runs(module, query, key, value, layout)
+    return _sdpa_padded(module, query, key, value, layout)
+
+
+def _sdpa(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """SDPA, causal where there is no mask, with fewer key/value heads than query heads."""
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=float(module.attention_dropout) if module.training else 0.0,
+        is_causal=mask is None,
+        scale=module.scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+
+
+def _sdpa_runs(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
+    """One causal call per run of equal segments: nothing is padded, views serve (the CPU kernel takes strides)."""
+    sizes = [span.total * count for span, count in layout.runs]
+    parts = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]
+    outputs = []
+    for (span, count), q, k, v in zip(layout.runs, *parts, strict=True):
+        q, k, v = (x.unflatten(0, (count, span.total)).transpose(1, 2) for x in (q, k, v))
+        if span.tail:
+            q, q_tail = q.split([span.main, span.tail], dim=2)
+            k, k_tail = _main_and_tail(k, span.shared, span.main)
+            v, v_tail = _main_and_tail(v, span.shared, span.main)
+            mask = torch.ones(span.tail, span.shared + span.tail, dtype=torch.bool).tril(span.shared)
+            output = torch.cat([_sdpa(module, q, k, v, None), _sdpa(module, q_tail, k_tail, v_tail, mask)], dim=2)
+        else:
+            output = _sdpa(module, q, k, v, None)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)[None]
+
+
+def _main_and_tail(x: Tensor, shared: int, main: int) -> tuple[Tensor, Tensor]:
+    """Keys or values (…, tokens, head_dim) of the causal part, and those that the tail sees."""
+    return x[:, :, :main], torch.cat([x[:, :, :shared], x[:, :, main:]], dim=2)
+
+
+def _sdpa_padded(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
+    """Two calls for all segments, padded on the right, where a causal call needs no mask to ignore the padding."""
+    total = query.shape[2]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+
+    def gather(x: Tensor, places: Tensor) -> Tensor:
+        return x[places.clamp(max=total - 1)].transpose(1, 2)
+
+    main = _places(layout.offsets, layout.lengths("main"), total)
+    output = query.new_zeros(total, *q.shape[1:])
+    attended = _sdpa(module, gather(q, main), gather(k, main), gather(v, main), None)
+    output = output.index_copy(0, main[main < total], attended.transpose(1, 2)[main < total])
+    if layout.has_tail:
+        lengths = layout.lengths("tail")
+        tail = _places(layout.offsets + layout.lengths("main"), lengths, total)
+        seen = torch.cat([_places(layout.offsets, layout.lengths("shared") * (lengths > 0), total), tail], dim=1)
+        width, order = tail.shape[1], torch.arange(tail.shape[1], device=tail.device)
+        mask = (seen < total)[:, None, :].repeat(1, width, 1)
+        mask[:, :, -width:] &= order[:, None] >= order[None, :]
+        mask |= (tail >= total)[:, :, None]  # a padding query that sees nothing would give NaN
+        attended = _sdpa(module, gather(q, tail), gather(k, seen), gather(v, seen), mask[:, None])
+        output = output.index_copy(0, tail[tail < total], attended.transpose(1, 2)[tail < total])
+    return output[None]
+
+
+def _places(offsets: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """(S, longest) flat index of each token of a part, padded on the right with `total`."""
+    order = torch.arange(int(lengths.max()), device=offsets.device)
+    return torch.where(order < lengths[:, None], offsets[:, None] + order, total)
+
+
+def _flash(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
+    """Two variable-length flash calls; flash aligns a causal mask to the last query and key, as the tail needs it."""
+    total = query.shape[2]
+    if not layout.has_tail:
+        lengths = layout.lengths("main")
+        return _flash_call(module, query, key, value, lengths, lengths)
+    main_lengths, tail_lengths = layout.lengths("main"), layout.lengths("tail")
+    has_tail = tail_lengths > 0
+    shared_lengths = layout.lengths("shared") * has_tail
+
+    def places(*parts: Tensor) -> Tensor:
+        joined = torch.cat(parts, dim=1).flatten()
+        return joined[joined < total]
+
+    main = places(_places(layout.offsets, main_lengths, total))
+    tail_padded = _places(layout.offsets + main_lengths, tail_lengths, total)
+    tail, seen = places(tail_padded), places(_places(layout.offsets, shared_lengths, total), tail_padded)
+    causal = _flash_call(module, query[:, :, main], key[:, :, main], value[:, :, main], main_lengths, main_lengths)
+    small = _flash_call(
+        module,
+        query[:, :, tail],
+        key[:, :, seen],
+        value[:, :, seen],
+        tail_lengths[has_tail],
+        (shared_lengths + tail_lengths)[has_tail],
+    )
+    output = causal.new_empty(1, total, *causal.shape[2:])
+    return output.index_copy(1, main, causal).index_copy(1, tail, small)
+
+
+def _flash_call(
+    module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, query_lengths: Tensor, key_lengths: Tensor
+) -> Tensor:
+    attend = ALL_ATTENTION_FUNCTIONS[module.config._attn_implementation]
+    output, _ = attend(
+        module,
+        query,
+        key,
+        value,
+        None,
+        dropout=module.attention_dropout if module.training else 0.0,
+        scaling=module.scaling,
+        is_causal=True,
+        cu_seq_lens_q=_cumulative(query_lengths),
+        cu_seq_lens_k=_cumulative(key_lengths),
+        max_length_q=int(query_lengths.max()),
+        max_length_k=int(key_lengths.max()),
+    )
+    return output.view(1, -1, query.shape[1], query.shape[3])
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    return F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _flex(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
+    """FlexAttention with the whole rule as its mask function; blocks that nothing sees are never computed."""
+    attend = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+    output, _ = attend(module, query, key, value, block_mask(layout), scaling=module.scaling)
+    return output
+
+
+def block_mask(layout: SequenceLayout) -> Any:
+    """The layout's rule as FlexAttention's `BlockMask`; made once per batch, as all layers share it."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    cached = layout.__dict__.get("_block_mask")
+    if cached is not None:
+        return cached
+    segment = layout.segment_ids
+    tail_start = (layout.offsets + layout.lengths("main"))[segment]
+    summary_start = (layout.offsets + layout.lengths("shared"))[segment]
+
+    def rule(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        barred = (q >= tail_start[q]) & (k >= summary_start[q]) & (k < tail_start[q])
+        return (segment[q] == segment[k]) & (q >= k) & ~barred
+
+    total = len(segment)
+    mask = create_block_mask(rule, None, None, total, total, device=str(segment.device))
+    layout.__dict__["_block_mask"] = mask
+    return mask
+
+
+def replace_attention(layers: nn.ModuleList, config: LlamaConfig) -> None:
+    """Give every decoder layer an attention that takes flat batches."""
+    for index, layer in enumerate(layers):
+        layer.self_attn = LlaraAttention(config, index)

@@ -1,0 +1,231 @@
+"""Where the passages, prompts and slots of a batch lie: found from the token ids once, used by every layer and loss.
+
+A batch may be padded on either side and hold several passages per row. Its real tokens are laid out one after another
+(flat); a run of tokens that belong together (a passage with its prompts) is a segment. In a segment that has both
+prompts, the tokens from the prediction prompt on are its tail: they must not see the summary block (Li et al. 2023,
+section 3.2). All but the tails is plain causal, which is what lets fused attention kernels do the work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from llamory.llara.template import LlaraTemplate
+
+
+@dataclass(frozen=True)
+class Span:
+    """Lengths in tokens of one segment: what the tail may see, the summary block, and the tail."""
+
+    shared: int
+    summary: int
+    tail: int
+
+    @property
+    def main(self) -> int:
+        """Tokens that are plain causal."""
+        return self.shared + self.summary
+
+    @property
+    def total(self) -> int:
+        """All tokens of the segment."""
+        return self.shared + self.summary + self.tail
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """The structure of a batch. N real tokens, S segments; all tensors lie on the input's device.
+
+    Attributes:
+        shape: (batch, length) of the input.
+        index: (N,) place of each real token in the flattened input.
+        position_ids: (N,) rotary position of each token.
+        segment_ids: (N,) the segment of each token.
+        spans: the S segments, in order.
+        summarize_slots: (blocks, slots) flat index of each summary slot.
+        summarize_segments: (blocks,) the segment of each summary block.
+        predict_slots: (blocks, slots) flat index of each prediction slot.
+        predict_segments: (blocks,) the segment of each prediction block.
+    """
+
+    shape: tuple[int, int]
+    index: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    spans: tuple[Span, ...]
+    summarize_slots: Tensor
+    summarize_segments: Tensor
+    predict_slots: Tensor
+    predict_segments: Tensor
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether any segment has both prompts, so that plain causal attention would be wrong."""
+        return any(span.tail for span in self.spans)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds more than one segment."""
+        return len(self.spans) > self.shape[0]
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether there is any prompt with slots."""
+        return bool(self.summarize_slots.shape[0] or self.predict_slots.shape[0])
+
+    @cached_property
+    def runs(self) -> tuple[tuple[Span, int], ...]:
+        """Neighbouring segments of equal shape, each with their number; one attention call serves a run."""
+        runs: list[tuple[Span, int]] = []
+        for span in self.spans:
+            if runs and runs[-1][0] == span:
+                runs[-1] = (span, runs[-1][1] + 1)
+            else:
+                runs.append((span, 1))
+        return tuple(runs)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """(S,) flat index of each segment's first token."""
+        totals = torch.tensor([span.total for span in self.spans], dtype=torch.long)
+        return (totals.cumsum(0) - totals).to(self.index.device)
+
+    def lengths(self, part: str) -> Tensor:
+        """(S,) length in tokens of a part ("shared", "summary", "main", "tail") of each segment."""
+        return torch.tensor([getattr(s, part) for s in self.spans], dtype=torch.long, device=self.index.device)
+
+    def pad(self, flat: Tensor) -> Tensor:
+        """Bring flat values (N, ...) back to the input's shape (batch, length, ...), zeros at padding."""
+        padded = flat.new_zeros(self.shape[0] * self.shape[1], *flat.shape[1:])
+        return padded.index_copy(0, self.index, flat).view(*self.shape, *flat.shape[1:])
+
+    def flatten(self, padded: Tensor) -> Tensor:
+        """Take the real tokens (N, ...) out of a tensor of the input's shape (batch, length, ...)."""
+        return padded.flatten(0, 1).index_select(0, self.index)
+
+    def visible(self) -> Tensor:
+        """(batch, 1, length, length) boolean: what each query may see. The plain reference; quadratic in length."""
+        tail_start = (self.offsets + self.lengths("main"))[self.segment_ids]
+        summary_start = (self.offsets + self.lengths("shared"))[self.segment_ids]
+        order = torch.arange(self.index.shape[0], device=self.index.device)
+        in_tail = order >= tail_start
+        in_summary = (order >= summary_start) & ~in_tail
+        columns = torch.stack([self.segment_ids + 1, order, in_tail.long(), in_summary.long()], dim=-1)
+        segment, order, in_tail, in_summary = self.pad(columns).unbind(-1)
+        same = segment[:, :, None] == segment[:, None, :]
+        causal = order[:, :, None] >= order[:, None, :]
+        barred = in_tail.bool()[:, :, None] & in_summary.bool()[:, None, :]
+        return (same & causal & ~barred)[:, None]
+
+
+def find_layout(
+    input_ids: Tensor,
+    template: LlaraTemplate | None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> SequenceLayout:
+    """Find segments, prompts and slots of a batch.
+
+    Passages packed into one row are told apart by `position_ids` that start again at 0 or, without `position_ids`, by
+    the template's prefix right after the slots of the passage before. Rotary positions are counted from a segment's
+    first token (from `position_ids` where given), and the tail starts again where the summary block started.
+
+    Args:
+        input_ids: (batch, length) token ids.
+        template: the model's template; None means that there are no prompts.
+        attention_mask: (batch, length), 0 at padding; None means that every token is real.
+        position_ids: (batch or 1, length) rotary positions.
+    """
+    device, shape = input_ids.device, (int(input_ids.shape[0]), int(input_ids.shape[1]))
+    # One copy to the host; all structure is worked out there, so that a GPU isn't asked once per row.
+    ids = input_ids.cpu()
+    real = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
+    index = real.flatten().nonzero().squeeze(1)
+    flat = ids.flatten()[index]
+    rows = index // shape[1]
+    given = None if position_ids is None else position_ids.cpu().expand(shape).flatten()[index]
+
+    starts = torch.ones_like(flat, dtype=torch.bool)
+    starts[1:] = rows[1:] != rows[:-1]
+    if template is None:
+        summary_starts = predict_starts = flat.new_zeros(0)
+        summary_length = predict_length = 0
+    else:
+        summary_length, predict_length = len(template.summarize_block_ids), len(template.predict_block_ids)
+        summary_starts = _find_blocks(flat, rows, template.summarize_block_ids, len(template.summarize_prompt_ids))
+        predict_starts = _find_blocks(flat, rows, template.predict_block_ids, len(template.predict_prompt_ids))
+    if given is not None:
+        restarts = torch.zeros_like(starts)
+        restarts[1:] = given[1:] <= given[:-1]
+        restarts[predict_starts] = False
+        starts |= restarts | (given == 0).index_fill(0, predict_starts, False)
+    elif template is not None:
+        # A prompt may begin with the same token as the prefix; a block that follows a block opens no passage.
+        after = torch.cat([summary_starts + summary_length, predict_starts + predict_length])
+        after = after[~torch.isin(after, torch.cat([summary_starts, predict_starts]))]
+        starts[after[_matches(flat, rows, after, template.prefix_ids)]] = True
+
+    segment_ids = starts.long().cumsum(0) - 1
+    count = int(segment_ids[-1]) + 1 if len(flat) else 0
+    totals = torch.bincount(segment_ids, minlength=count)
+    offsets = totals.cumsum(0) - totals
+    summary_segments, predict_segments = segment_ids[summary_starts], segment_ids[predict_starts]
+
+    # Per segment: where its summary block and, if that comes first, its tail begin (its end, where there are none).
+    ends = offsets + totals
+    shared_end, tail_start = ends.clone(), ends.clone()
+    shared_end[summary_segments] = summary_starts
+    tail_start[predict_segments] = predict_starts
+    joint = (shared_end < tail_start) & (tail_start < ends)
+    barred = joint if template is None or not template.prediction_sees_summary else torch.zeros_like(joint)
+    spans = tuple(
+        Span(shared, tail - shared, end - tail)
+        for shared, tail, end in zip(
+            torch.where(barred, shared_end - offsets, totals).tolist(),
+            torch.where(barred, tail_start - offsets, totals).tolist(),
+            totals.tolist(),
+            strict=True,
+        )
+    )
+
+    order = torch.arange(len(flat))
+    positions = order - offsets[segment_ids] if given is None else given.long().clone()
+    in_tail = joint[segment_ids] & (order >= tail_start[segment_ids])
+    restart = positions[shared_end.clamp(max=max(len(flat) - 1, 0))][segment_ids] if len(flat) else positions
+    positions = torch.where(in_tail, restart + order - tail_start[segment_ids], positions)
+
+    slots = torch.arange(template.slots if template else 0)
+    summarize_slots = summary_starts[:, None] + summary_length - len(slots) + slots
+    predict_slots = predict_starts[:, None] + predict_length - len(slots) + slots
+    return SequenceLayout(
+        shape=shape,
+        index=index.to(device),
+        position_ids=positions.to(device),
+        segment_ids=segment_ids.to(device),
+        spans=spans,
+        summarize_slots=summarize_slots.to(device),
+        summarize_segments=summary_segments.to(device),
+        predict_slots=predict_slots.to(device),
+        predict_segments=predict_segments.to(device),
+    )
+
+
+def _find_blocks(flat: Tensor, rows: Tensor, block: tuple[int, ...], prompt_length: int) -> Tensor:
+    """Flat index of every place where a whole prompt with its slots begins."""
+    candidates = (flat == block[prompt_length]).nonzero().squeeze(1) - prompt_length
+    return candidates[_matches(flat, rows, candidates, block)]
+
+
+def _matches(flat: Tensor, rows: Tensor, places: Tensor, wanted: tuple[int, ...]) -> Tensor:
+    """(places,) whether the ids at a place are the wanted ones, all within one row."""
+    window = places[:, None] + torch.arange(len(wanted))
+    inside = (window >= 0) & (window < len(flat))
+    window = window.clamp(0, max(len(flat) - 1, 0))
+    if not len(places):
+        return torch.zeros(0, dtype=torch.bool)
+    same_row = rows[window] == rows[window[:, -1:]]
+    return (inside & same_row & (flat[window] == torch.tensor(wanted))).all(1)

@@ -1,0 +1,199 @@
+"""The three losses of LLARA, computed chunk by chunk so that no (length × vocabulary) logits are ever held.
+
+AR, next-token: minus the mean log-probability of the passage tokens. BoW, bag of words, per head (Li et al. 2023,
+sections 3.2 and 3.3, there called EBAE and EBAR): logits at the slots, maximum over the slots, log-softmax over the
+vocabulary, minus the mean over the distinct target ids; mean over the passages that have a target.
+
+Each chunk's gradient is computed while its logits are there, so the head is multiplied once, not again in backward,
+and all three losses share one gradient of the head's weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+# Bytes that one chunk's float32 logits may take; larger chunks make the matrix products more efficient.
+_CHUNK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class BagOfWords:
+    """One head's slots and targets. B passages, K slots each, T target ids each (the rest is masked).
+
+    Attributes:
+        slots: (B, K) row of each slot in the hidden states.
+        targets: (B, T) target ids; entries where `valid` is false are padding, repeats or ignored ids.
+        valid: (B, T) which targets count.
+    """
+
+    slots: Tensor
+    targets: Tensor
+    valid: Tensor
+
+    @property
+    def has_target(self) -> Tensor:
+        """(B,) passages that have at least one target."""
+        return self.valid.any(1)
+
+
+def bag_of_words(slots: Tensor, targets: Tensor, ignored_ids: Tensor) -> BagOfWords:
+    """Keep each target id of a passage once and drop padding (negative ids) and ignored ids.
+
+    Args:
+        slots: (B, K) row of each slot in the hidden states.
+        targets: (B, T) target ids in any order, with repeats and padding.
+        ignored_ids: (I,) ids that are never targets.
+    """
+    targets = targets.sort(dim=1).values
+    valid = (targets >= 0) & ~torch.isin(targets, ignored_ids)
+    valid[:, 1:] &= targets[:, 1:] != targets[:, :-1]
+    return BagOfWords(slots, targets.clamp(min=0), valid)
+
+
+def head_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    weights: Tensor,
+    rows: Tensor,
+    labels: Tensor,
+    counts: Tensor,
+    summarize: BagOfWords | None = None,
+    predict: BagOfWords | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of the three losses, and each of them.
+
+    Args:
+        hidden: (N, hidden) last hidden states.
+        weight: (vocabulary, hidden) of the output head.
+        weights: (3,) factors of the AR, summary and prediction loss in the sum; differentiable.
+        rows: (M,) rows of `hidden` that predict a passage token.
+        labels: (M,) the tokens they should predict.
+        counts: (3,) what each loss's sum is divided by: passage tokens, passages with a summary target, passages with
+            a prediction target. Zero leaves that loss out.
+        summarize: slots and targets of the summary head.
+        predict: slots and targets of the prediction head.
+
+    Returns:
+        The sum, differentiable in `hidden`, `weight` and `weights`, and the three losses (3,) as plain values.
+    """
+    total, losses = _HeadLosses.apply(hidden, weight, weights, rows, labels, counts, summarize, predict)  # type: ignore[no-untyped-call]
+    return total, losses
+
+
+class _HeadLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        weights: Tensor,
+        rows: Tensor,
+        labels: Tensor,
+        counts: Tensor,
+        summarize: BagOfWords | None,
+        predict: BagOfWords | None,
+    ) -> tuple[Tensor, Tensor]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            head = _Head(hidden, weight, dtype, *ctx.needs_input_grad[:2])
+            # Dividing by the count first keeps the factors on the device: no value is asked for on the host.
+            scale = torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0).float()
+            losses = [head.next_token(rows, labels, weights[0] * scale[0])]
+            for i, bag in enumerate((summarize, predict), start=1):
+                losses.append(head.bag_of_words(bag, weights[i] * scale[i]) if bag is not None else scale[i] * 0)
+            means = torch.stack(losses) * scale
+            ctx.save_for_backward(head.grad_hidden, head.grad_weight, means)
+            ctx.mark_non_differentiable(means)
+            return (weights.float() * means).sum(), means
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor, _grad_means: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_hidden, grad_weight, means = ctx.saved_tensors
+        # The buffers are this function's own: scaled in place, as a second backward pass isn't offered.
+        grads = [None if g is None else g.mul_(grad_total.to(g.dtype)) for g in (grad_hidden, grad_weight)]
+        return *grads, grad_total * means, None, None, None, None, None
+
+
+class _Head:
+    """The output head with the gradients that gather in it, chunk by chunk."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype, wants_hidden: bool, wants_weight: bool):
+        self.hidden, self.dtype = hidden, dtype
+        self.weight = weight.to(dtype)
+        self.grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        # Chunks add up in float32, whatever the products are computed in.
+        self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        self.weight_dtype = weight.dtype
+        self.chunk = max(16, _CHUNK_BYTES // (4 * weight.shape[0]))
+
+    def next_token(self, rows: Tensor, labels: Tensor, factor: Tensor) -> Tensor:
+        """Sum of the next-token losses; gradients are scaled by `factor`."""
+        total = self.hidden.new_zeros((), dtype=torch.float32)
+        buffer: Tensor | None = None
+        for part, label in zip(rows.split(self.chunk), labels.split(self.chunk), strict=True):
+            chunk = self.hidden.index_select(0, part).to(self.dtype)
+            logits = chunk @ self.weight.T
+            if buffer is None or buffer.shape != logits.shape:
+                buffer = torch.empty_like(logits, dtype=torch.float32)
+            log_norm = _softmax(logits, buffer)
+            wanted = logits.gather(1, label[:, None]).squeeze(1).float()
+            total += (log_norm - wanted).sum()
+            if self.grad_hidden is not None or self.grad_weight is not None:
+                buffer.scatter_(1, label[:, None], (wanted - log_norm).exp()[:, None] - 1)
+                self._add_gradient(buffer, chunk, part, factor)
+        return total
+
+    def bag_of_words(self, bag: BagOfWords, factor: Tensor) -> Tensor:
+        """Sum of one head's bag-of-words losses over the passages; gradients are scaled by `factor`."""
+        total = self.hidden.new_zeros((), dtype=torch.float32)
+        size = max(1, self.chunk // bag.slots.shape[1])
+        share = bag.valid / bag.valid.sum(1, keepdim=True).clamp(min=1)
+        for slots, targets, weights in zip(
+            bag.slots.split(size), bag.targets.split(size), share.split(size), strict=True
+        ):
+            rows = slots.flatten()
+            chunk = self.hidden.index_select(0, rows).to(self.dtype)
+            logits = (chunk @ self.weight.T).view(*slots.shape, -1)
+            best, winner = logits.max(dim=1)
+            probability = torch.empty_like(best, dtype=torch.float32)
+            log_norm = _softmax(best, probability)
+            has_target = (weights > 0).any(1)
+            wanted = (best.gather(1, targets).float() * weights).sum(1)
+            total += ((log_norm - wanted) * has_target).sum()
+            if self.grad_hidden is not None or self.grad_weight is not None:
+                gradient = probability.mul_(has_target[:, None]).scatter_add_(1, targets, -weights)
+                # Only the slot that gave the maximum learns from a word.
+                spread = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, winner[:, None], gradient[:, None])
+                self._add_gradient(spread.flatten(0, 1), chunk, rows, factor)
+        return total
+
+    def _add_gradient(self, gradient: Tensor, chunk: Tensor, rows: Tensor, factor: Tensor) -> None:
+        """Carry a chunk's gradient in the logits over to hidden states and weight.
+
+        `factor` goes to the small operand: the probabilities are never scaled, and stay well inside bf16's range.
+        """
+        gradient = gradient.to(self.dtype)
+        if self.grad_hidden is not None:
+            update = (gradient @ self.weight).float() * factor
+            self.grad_hidden.index_add_(0, rows, update.to(self.grad_hidden.dtype))
+        if self.grad_weight is not None:
+            scaled = (chunk.float() * factor).to(self.dtype)
+            if self.dtype == torch.float32:
+                self.grad_weight.addmm_(gradient.T, scaled)
+            else:
+                self.grad_weight += gradient.T @ scaled
+
+
+def _softmax(logits: Tensor, out: Tensor) -> Tensor:
+    """Softmax over the last dimension into `out` (float32); gives the log of its normaliser.
+
+    The normaliser follows from the greatest probability, which never underflows, and costs no further exponentials.
+    """
+    torch.softmax(logits, dim=-1, dtype=torch.float32, out=out)
+    return logits.amax(-1).float() - out.amax(-1).log()

@@ -1,0 +1,407 @@
+"""LLARA's models: a LLaMA that reads passages with their prompts in one pass, and its training losses.
+
+Li et al. 2023 (arXiv:2312.15503), section 3. Without prompts in the input all of them are plain LLaMA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from llamory.errors import LlamoryError
+from llamory.llara.attention import replace_attention
+from llamory.llara.layout import SequenceLayout, find_layout
+from llamory.llara.losses import IGNORED, BagOfWords, bag_of_words, head_losses
+from llamory.llara.template import LlaraTemplate
+
+
+@dataclass
+class LlaraOutput(CausalLMOutputWithPast):
+    """Llama's output with each loss of LLARA.
+
+    Attributes:
+        ar_loss: mean next-token loss over the passage tokens.
+        bow_summarize_loss: the summary head's bag-of-words loss, with its weight (as published, a tenth).
+        bow_predict_loss: the prediction head's, likewise. In `loss` the two are averaged where both are there.
+    """
+
+    ar_loss: Tensor | None = None
+    bow_summarize_loss: Tensor | None = None
+    bow_predict_loss: Tensor | None = None
+
+
+class NewLlamaModel(LlamaModel):
+    """A LlamaModel in which a prediction block doesn't see the summary block before it, and starts at its position.
+
+    The template comes from `config.llara`. A batch may be padded on either side and hold several passages per row.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        replace_attention(self.layers, config)
+        self.template = LlaraTemplate.from_config(config)
+        self.post_init()
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,  # noqa: ARG002
+        layout: SequenceLayout | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Llama's forward. With `layout` the hidden states come flat, (1, N, hidden): the batch's N real tokens.
+
+        Without a key/value cache the batch is laid out flat, so padding costs nothing, and no (length × length) mask
+        is made. `eager` attention, attention maps and a cache take the padded batch and an explicit mask.
+        """
+        kwargs |= {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        plain = (
+            inputs_embeds is not None or input_ids is None or (attention_mask is not None and attention_mask.ndim == 4)
+        )
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        # A decoding step has no room for prompts; what its token may see is in its attention mask.
+        if not plain and layout is None and not (past and input_ids.shape[1] == 1):  # type: ignore[union-attr]
+            mask = attention_mask if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]  # type: ignore[union-attr]
+            found = find_layout(input_ids, self.template, mask, position_ids)  # type: ignore[arg-type]
+            flat = not (past or use_cache or output_attentions or self.config._attn_implementation == "eager")
+            if flat and (found.has_blocks or found.is_packed or self.training):
+                return self._forward_padded(input_ids, found, return_dict, kwargs)  # type: ignore[arg-type]
+            if found.has_blocks or (found.is_packed and position_ids is None):
+                position_ids, attention_mask = self._explicit(
+                    found, attention_mask, position_ids, past_key_values, past
+                )
+        if layout is not None:
+            assert input_ids is not None
+            # Embedding the flat ids, not the padded batch, keeps padding out of the embedding's gradient too.
+            flat_ids = input_ids.flatten().index_select(0, layout.index)[None]
+            return super().forward(
+                input_ids=flat_ids,
+                position_ids=layout.position_ids[None],
+                attention_mask=_no_mask(flat_ids),
+                use_cache=False,
+                layout=layout,
+                **kwargs,
+            )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs | ({} if return_dict is None else {"return_dict": return_dict}),
+        )
+
+    def _forward_padded(
+        self, input_ids: Tensor, layout: SequenceLayout, return_dict: bool | None, kwargs: dict[str, Any]
+    ) -> BaseModelOutputWithPast | tuple:
+        """Run flat and bring the result back to the input's shape, zeros at padding."""
+        output = self.forward(input_ids, layout=layout, return_dict=True, **kwargs)
+        assert isinstance(output, BaseModelOutputWithPast) and output.last_hidden_state is not None
+        padded = BaseModelOutputWithPast(last_hidden_state=layout.pad(output.last_hidden_state[0]))
+        if output.hidden_states is not None:
+            padded.hidden_states = tuple(layout.pad(state[0]) for state in output.hidden_states)
+        return padded if return_dict in (None, True) else padded.to_tuple()
+
+    def _explicit(
+        self,
+        layout: SequenceLayout,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: Cache | None,
+        past: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Positions and, where plain causal would be wrong, an additive mask for the padded batch."""
+        positions = layout.pad(layout.position_ids)
+        if position_ids is None and past:
+            positions = positions + past
+        if not (layout.has_tail or layout.is_packed):
+            return positions if position_ids is None else position_ids, attention_mask
+        if "flash" in str(self.config._attn_implementation) or self.config._attn_implementation == "flex_attention":
+            raise LlamoryError(
+                "A key/value cache for a sequence with both prompts needs attn_implementation sdpa or eager; pass "
+                "use_cache=False for embeddings and training."
+            )
+        batch, length = layout.shape
+        visible = layout.visible()
+        if cache is not None:
+            total, _ = cache.get_mask_sizes(length, 0)
+            before = visible.new_ones(batch, 1, length, past)
+            if attention_mask is not None and attention_mask.shape[1] == past + length:
+                before = before & attention_mask[:, None, None, :past].bool()
+            visible = torch.cat([before, visible, visible.new_zeros(batch, 1, length, total - past - length)], dim=-1)
+        # A padding query sees nothing: the finite minimum makes it uniform instead of NaN.
+        lowest = torch.finfo(self.dtype).min
+        additive = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device).masked_fill(~visible, lowest)
+        return positions, additive
+
+
+def _no_mask(flat_ids: Tensor) -> Tensor:
+    """A 4-D stand-in, which transformers passes through: the layout says what may be seen, so no mask is made."""
+    return flat_ids.new_empty(0, 0, 0, 0)
+
+
+class PreLlamaModel(LlamaForCausalLM):
+    """A LlamaForCausalLM with LLARA's attention and losses; its state-dict keys are LlamaForCausalLM's.
+
+    With `bow_weighting="learned"` there is one key more, `bow_log_variance` (2,): the bag-of-words loss of head i is
+    weighted by exp(-s_i) and s_i is added (Kendall et al. 2018, arXiv:1705.07115), starting from the fixed weight.
+    """
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__(config)
+        self.model = NewLlamaModel(config)
+        if self.template is not None and self.template.bow_weighting == "learned":
+            self.bow_log_variance = nn.Parameter(torch.full((2,), 1 / self.template.bow_weight).log())
+        self.post_init()
+
+    @property
+    def template(self) -> LlaraTemplate | None:
+        """The template of `config.llara`; None for a checkpoint that has none."""
+        return self.model.template
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_summarize_ids: Tensor | None = None,
+        output_predict_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,  # noqa: ARG002
+        skip_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> LlaraOutput | tuple:
+        """Read passages with their prompts; with targets, give the losses.
+
+        Args:
+            input_ids: (batch, length); a row holds a passage with both prompts, one or none, or several of these.
+            attention_mask: (batch, length), 0 at padding on either side; None: all tokens are real.
+            position_ids: (batch, length); where they start again at 0, another packed passage begins.
+            past_key_values: a transformers cache.
+            inputs_embeds: (batch, length, hidden) in place of ids; then no prompts can be found.
+            labels: (batch, length) passage tokens, -100 elsewhere.
+            output_summarize_ids: (passages, longest target) the words to summarise to; order, repeats, special ids
+                and padding (special or negative ids) don't matter. One row per passage of the batch.
+            output_predict_ids: likewise, the words of the continuation.
+            use_cache: defaults to the config's setting, but to False when there is something to learn.
+            output_attentions: needs `attn_implementation="eager"`.
+            output_hidden_states: also give (batch, length, hidden) of every layer.
+            return_dict: False gives a tuple.
+            cache_position: accepted and ignored, as in transformers 5.
+            skip_logits: give no logits; by default they are skipped while training with targets.
+            logits_to_keep: how many of the last positions, or which positions, get logits (0: all).
+            num_items_in_batch: what the loss sums are divided by, when one optimisation step spans several batches:
+                (3,) passage tokens, passages with a summary target, passages with a prediction target; a single
+                number is the passage tokens' alone.
+
+        Raises:
+            LlamoryError: nothing to learn from (all targets are empty), targets without slots to carry them, or a
+                target for a checkpoint that has no template.
+        """
+        learning = labels is not None or output_summarize_ids is not None or output_predict_ids is not None
+        if skip_logits is None:
+            skip_logits = self.training and learning
+        if use_cache is None:
+            use_cache = False if learning else None
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        layout = None
+        if learning:
+            if input_ids is None:
+                raise LlamoryError("LLARA's losses need input_ids: the slots are found by their ids.")
+            layout = find_layout(input_ids, self.template, attention_mask, position_ids)
+        flat = layout is not None and not (
+            use_cache or output_attentions or output_hidden_states or past_key_values is not None
+        )
+        flat = flat and self.config._attn_implementation != "eager"
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            layout=layout if flat else None,
+            **kwargs,
+        )
+        hidden = output.last_hidden_state
+        result = LlaraOutput(
+            past_key_values=output.past_key_values, hidden_states=output.hidden_states, attentions=output.attentions
+        )
+        if layout is not None:
+            flat_hidden = hidden[0] if flat else layout.flatten(hidden)
+            self._add_losses(
+                result, flat_hidden, layout, labels, output_summarize_ids, output_predict_ids, num_items_in_batch
+            )
+            hidden = None if skip_logits else (layout.pad(hidden[0]) if flat else hidden)
+        if not skip_logits:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+            result.logits = self.lm_head(hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep])
+        return result if return_dict else result.to_tuple()
+
+    def _add_losses(
+        self,
+        result: LlaraOutput,
+        hidden: Tensor,
+        layout: SequenceLayout,
+        labels: Tensor | None,
+        summarize_ids: Tensor | None,
+        predict_ids: Tensor | None,
+        num_items: Tensor | int | None,
+    ) -> None:
+        """Compute the losses from the flat hidden states (N, hidden) and put them into `result`."""
+        rows, wanted = _next_tokens(layout, labels)
+        bags = [
+            self._bag("summary", layout, layout.summarize_slots, layout.summarize_segments, summarize_ids),
+            self._bag("prediction", layout, layout.predict_slots, layout.predict_segments, predict_ids),
+        ]
+        local = torch.stack(
+            [torch.as_tensor(len(rows), device=hidden.device)]
+            + [
+                torch.zeros((), dtype=torch.long, device=hidden.device) if bag is None else bag.has_target.sum()
+                for bag in bags
+            ]
+        )
+        counts = local
+        if num_items is not None:
+            counts = torch.as_tensor(num_items, device=hidden.device)
+            counts = counts if counts.ndim else torch.cat([counts[None], local[1:]])
+        elif not bool(local.any()):
+            raise LlamoryError(
+                "There is nothing to learn from: no label is a token and no bag-of-words target is left after special "
+                "ids; give passages with labels or target words."
+            )
+        weights, penalty = self._loss_weights(counts)
+        total, losses = head_losses(hidden, self.lm_head.weight, weights, rows, wanted, counts.float(), *bags)
+        result.loss = total + penalty
+        given = (labels, summarize_ids, predict_ids)
+        scaled = losses * torch.cat([weights.new_ones(1), self._bow_weights()]).detach()
+        result.ar_loss, result.bow_summarize_loss, result.bow_predict_loss = (
+            None if targets is None else loss for targets, loss in zip(given, scaled.unbind(), strict=True)
+        )
+
+    def _bow_weights(self) -> Tensor:
+        """(2,) weight of the summary and the prediction head's bag-of-words loss."""
+        if hasattr(self, "bow_log_variance"):
+            return torch.exp(-self.bow_log_variance.float())
+        weight = self.template.bow_weight if self.template is not None else 0.0
+        return torch.full((2,), weight, device=self.lm_head.weight.device)
+
+    def _loss_weights(self, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """(3,) factors of the losses in their sum, and what learned weights add to it.
+
+        Two bag-of-words heads are averaged; one alone is not halved.
+        """
+        there = (counts[1:] > 0).float()
+        share = there / there.sum().clamp(min=1)
+        weights = torch.cat([share.new_ones(1), self._bow_weights() * share])
+        penalty = share.new_zeros(())
+        if hasattr(self, "bow_log_variance"):
+            penalty = (self.bow_log_variance.float() * share).sum()
+        return weights, penalty
+
+    def _bag(
+        self, name: str, layout: SequenceLayout, slots: Tensor, segments: Tensor, targets: Tensor | None
+    ) -> BagOfWords | None:
+        """Join a head's slots with its targets: one row of targets per block, or one per passage."""
+        if targets is None:
+            return None
+        if self.template is None:
+            raise LlamoryError(
+                "This checkpoint has no LLARA template, so it has no slots to learn targets with; prepare it with "
+                "LlaraTemplate.from_tokenizer(tokenizer).prepare_model(model)."
+            )
+        if len(targets) != len(slots):
+            if len(targets) != len(layout.spans):
+                raise LlamoryError(
+                    f"{len(targets)} rows of {name} targets don't fit {len(slots)} {name} prompts in "
+                    f"{len(layout.spans)} passages; give one row per passage."
+                )
+            targets = targets[segments]
+        if not len(slots):
+            raise LlamoryError(f"There are {name} targets, but no passage has a whole {name} prompt with its slots.")
+        ignored = torch.tensor(self.template.ignored_ids, device=targets.device, dtype=targets.dtype)
+        return bag_of_words(slots, targets, ignored)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Llama's, but what is generated after both prompts goes on from the prediction block: it sees no summary."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        mask = inputs.get("attention_mask")
+        step = inputs["input_ids"].shape[1] if inputs.get("input_ids") is not None else 0
+        if self.template is None or step != 1 or input_ids.shape[1] <= step or mask is None or mask.ndim != 2:
+            return inputs
+        mask = mask[:, : input_ids.shape[1]]
+        order = mask.long().cumsum(-1) - 1
+        layout = find_layout(input_ids, self.template, mask, order.clamp(min=0))
+        if not layout.has_tail:
+            return inputs
+        seen = layout.visible()[:, 0, -1]
+        inputs["attention_mask"] = seen.to(mask.dtype)
+        inputs["position_ids"] = layout.pad(layout.position_ids)[:, -1:]
+        return inputs
+
+
+def _next_tokens(layout: SequenceLayout, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of the flat hidden states that predict a token, and these tokens; never across two passages."""
+    if labels is None:
+        nothing = layout.index.new_zeros(0)
+        return nothing, nothing
+    wanted = layout.flatten(labels)
+    learns = wanted != IGNORED
+    learns[layout.offsets] = False
+    places = learns.nonzero().squeeze(1)
+    return places - 1, wanted[places]
+
+
+class PreModel(nn.Module):
+    """The published wrapper around a pretraining model."""
+
+    def __init__(self, model: PreLlamaModel | None = None):
+        super().__init__()
+        self.model = model
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute activations in the backward pass to save memory."""
+        self.model.gradient_checkpointing_enable(**kwargs)  # type: ignore[union-attr]
+
+    def enable_input_require_grads(self, **kwargs: Any) -> None:
+        """Let gradients flow to the input embeddings (needed by adapters with checkpointing)."""
+        self.model.enable_input_require_grads(**kwargs)  # type: ignore[union-attr]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The wrapped model's forward."""
+        return self.model(*args, **kwargs)  # type: ignore[misc]
+
+    def save(self, output_dir: str | Path) -> None:
+        """Save weights (safetensors) and config of the wrapped model to a folder."""
+        state = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}  # type: ignore[union-attr]
+        self.model.save_pretrained(output_dir, state_dict=state)  # type: ignore[union-attr]
