@@ -169,9 +169,15 @@ class PreLlamaModel(LlamaForCausalLM):
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
         self.model = NewLlamaModel(config)
-        if self.template is not None and self.template.bow_weighting == "learned":
-            self.bow_log_variance = nn.Parameter(torch.full((2,), 1 / self.template.bow_weight).log())
+        if self.template is not None:
+            self.use_template(self.template)
         self.post_init()
+
+    def use_template(self, template: LlaraTemplate) -> None:
+        """Take a template as the model's own; `LlaraTemplate.prepare_model` also gives its slots embeddings."""
+        self.model.template = template
+        if template.bow_weighting == "learned" and not hasattr(self, "bow_log_variance"):
+            self.bow_log_variance = nn.Parameter(torch.full((2,), 1 / template.bow_weight).log())
 
     @property
     def template(self) -> LlaraTemplate | None:

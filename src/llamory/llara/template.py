@@ -252,6 +252,8 @@ class LlaraTemplate:
                     trained = head.weight[known.to(head.weight.device)].float()
                     head.weight[fresh] = trained.mean(0).to(head.weight.dtype)
         model.config.llara = self.to_dict()
+        if hasattr(model, "use_template"):
+            model.use_template(self)
 
 
 PUBLISHED_TEMPLATE = LlaraTemplate(

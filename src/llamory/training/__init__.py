@@ -1,0 +1,1 @@
+"""Training: each method as a thin recipe on the Hugging Face Trainer."""

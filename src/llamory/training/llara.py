@@ -1,0 +1,314 @@
+"""LLARA pretraining on the Hugging Face Trainer: any LLaMA, full or LoRA, resumable, on one device or many."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+
+from llamory import backbone
+from llamory.errors import LlamoryError
+from llamory.llara.data import LlaraCollator, load_examples
+from llamory.llara.losses import IGNORED
+from llamory.llara.modeling import PreLlamaModel
+from llamory.llara.template import LlaraTemplate
+from llamory.training.checkpoints import MarkWhole, prepare_output
+from llamory.training.progress import RichProgress
+from llamory.training.settings import LlaraSettings
+
+SETTINGS_FILE = "llamory.json"
+EMBEDDER_FOLDER = "sentence-transformers"
+_LOSSES = ("ar_loss", "bow_summarize_loss", "bow_predict_loss")
+
+
+def train_llara(settings: LlaraSettings) -> dict[str, Any]:
+    """Pretrain a LLaMA with LLARA and save it (and an embedder for Sentence Transformers) in `settings.output`.
+
+    Returns:
+        The output folder, the embedder's folder, steps done and the last losses.
+
+    Raises:
+        LlamoryError: settings, data, model or output folder that can't be used, or a loss that isn't finite.
+    """
+    _check(settings)
+    output = Path(settings.output)
+    arguments = _arguments(settings)
+    with arguments.main_process_first(desc="output folder"):
+        checkpoint = prepare_output(output, settings.resume or arguments.process_index > 0)
+    set_seed(settings.seed)
+    model, tokenizer = _load(settings)
+    template = model.template
+    assert template is not None
+    with arguments.main_process_first(desc="data"):
+        train, evaluation = _data(settings, tokenizer, template)
+    if settings.lora:
+        model = _with_lora(model, settings)
+    progress = RichProgress("LLARA pretraining")
+    trainer = LlaraTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        data_collator=LlaraCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        callbacks=[MarkWhole()] + ([] if settings.quiet else [progress]),
+        template=template,
+    )
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.close()
+    return _finish(trainer, settings, tokenizer)
+
+
+class LlaraTrainer(Trainer):
+    """The Trainer with LLARA's three losses, each averaged over the whole step: all passes of all processes."""
+
+    def __init__(self, *args: Any, template: LlaraTemplate, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.template = template
+        self.model_accepts_loss_kwargs = True
+        self.can_return_loss = True
+        self._sums: dict[str, Tensor] = {}
+        self._passes = 0
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The step's batches, and (3,) how many passage tokens and passages with targets they hold in all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        ignored = torch.tensor(self.template.ignored_ids, device=batches[0]["labels"].device)
+
+        def passages(targets: Tensor) -> Tensor:
+            return ((targets >= 0) & ~torch.isin(targets, ignored)).any(1).sum()
+
+        counts = torch.zeros(3, dtype=torch.long, device=device)
+        for batch in batches:
+            counts[0] += (batch["labels"] != IGNORED).sum().to(device)
+            counts[1] += passages(batch["output_summarize_ids"]).to(device)
+            counts[2] += passages(batch["output_predict_ids"]).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        return batches, counts
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """Llama's loss with LLARA's; stops at a loss that isn't finite.
+
+        Raises:
+            LlamoryError: names the step, the losses and the examples.
+        """
+        inputs = dict(inputs)
+        examples = inputs.pop("example")
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if not torch.isfinite(loss):
+            parts = ", ".join(f"{key} {float(outputs[key]):.4g}" for key in _LOSSES if outputs.get(key) is not None)
+            raise LlamoryError(
+                f"The loss of step {self.state.global_step + 1} isn't finite ({parts}) in {self._name(examples)}; "
+                "look at these examples or lower the learning rate."
+            )
+        if model.training:
+            self._passes += 1
+            for key in _LOSSES:
+                if outputs.get(key) is not None:
+                    self._sums[key] = self._sums.get(key, 0) + outputs[key].detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def _name(self, examples: Tensor) -> str:
+        dataset = self.train_dataset if self.model.training else self.eval_dataset
+        numbers = examples.tolist()
+        names = ""
+        if hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
+            wanted, known = set(numbers), dataset["example"]
+            names = ": " + ", ".join(s for e, s in zip(known, dataset["source"], strict=True) if e in wanted)
+        return f"examples {', '.join(map(str, numbers))}{names}"
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the three losses to what is logged."""
+        if "loss" in logs and self._passes:
+            steps = max(1, self._passes // self.args.gradient_accumulation_steps)
+            for key, value in self._sums.items():
+                # Each pass's value is its share of the step's mean; processes' shares add up.
+                total = self.accelerator.reduce(value.clone(), reduction="sum")
+                logs[key] = round(float(total) / steps, 6)
+            self._sums, self._passes = {}, 0
+        super().log(logs, *args, **kwargs)
+
+
+def _check(settings: LlaraSettings) -> None:
+    for name in ("max_length", "batch_size", "accumulation", "slots", "log_every", "save_every"):
+        if getattr(settings, name) < 1:
+            raise LlamoryError(f"{name} must be at least 1, not {getattr(settings, name)}.")
+    if settings.steps is not None and settings.steps < 1:
+        raise LlamoryError(f"steps must be at least 1, not {settings.steps}.")
+    if settings.learning_rate <= 0:
+        raise LlamoryError(f"learning_rate must be greater than 0, not {settings.learning_rate}.")
+    if not 0 <= settings.eval_fraction < 1:
+        raise LlamoryError(f"eval_fraction must be at least 0 and less than 1, not {settings.eval_fraction}.")
+    if settings.streaming and settings.steps is None:
+        raise LlamoryError("Streamed data has no known length; set steps too.")
+
+
+def _arguments(settings: LlaraSettings) -> TrainingArguments:
+    evaluates = bool(settings.eval_data or settings.eval_fraction)
+    fsdp = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
+    return TrainingArguments(
+        output_dir=settings.output,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.steps or -1,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.scheduler,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        bf16=settings.bf16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        logging_steps=settings.log_every,
+        logging_nan_inf_filter=False,
+        save_steps=settings.save_every,
+        save_total_limit=max(2, settings.keep_checkpoints),
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=settings.eval_every or settings.save_every,
+        prediction_loss_only=True,
+        report_to=settings.report_to or "none",
+        dataloader_num_workers=settings.workers,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        use_cpu=settings.cpu or not torch.cuda.is_available(),
+        fsdp="full_shard auto_wrap" if settings.fsdp else None,
+        fsdp_config=fsdp if settings.fsdp else None,
+        ddp_find_unused_parameters=False,
+    )
+
+
+def _load(settings: LlaraSettings) -> tuple[PreLlamaModel, PreTrainedTokenizerBase]:
+    """The model with its template, taken from the checkpoint or built from the tokenizer."""
+    tokenizer = backbone.load_tokenizer(settings.model)
+    model = backbone.load_model(
+        settings.model, PreLlamaModel, dtype=torch.float32, attn_implementation=settings.attn_implementation
+    )
+    template = model.template
+    if template is None:
+        template = LlaraTemplate.from_tokenizer(tokenizer, settings.slots)
+    else:
+        template.check_tokenizer(tokenizer)
+        if template.slots != settings.slots:
+            raise LlamoryError(
+                f"The checkpoint {settings.model} has {template.slots} slots per prompt, not {settings.slots}; set "
+                f"slots to {template.slots} or start from a plain LLaMA."
+            )
+    template = dataclasses.replace(
+        template,
+        prediction_sees_summary=settings.prediction_sees_summary,
+        bow_weighting=settings.bow_weighting,
+        bow_weight=settings.bow_weight,
+    )
+    template.prepare_model(model)
+    return model, tokenizer
+
+
+def _data(settings: LlaraSettings, tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate) -> tuple[Any, Any]:
+    def load(paths: list[str]) -> Any:
+        return load_examples(
+            paths,
+            tokenizer,
+            template,
+            max_length=settings.max_length,
+            passage_length=settings.passage_length,
+            languages=tuple(settings.languages),
+            text_field=settings.text_field,
+            skip_broken=settings.skip_broken,
+            streaming=settings.streaming,
+            num_proc=settings.num_proc,
+        )
+
+    train = load(settings.data)
+    if settings.eval_data:
+        return train, load(settings.eval_data)
+    if settings.eval_fraction:
+        if settings.streaming:
+            raise LlamoryError("eval_fraction needs data that isn't streamed; give eval_data instead.")
+        parts = train.train_test_split(test_size=settings.eval_fraction, seed=settings.seed)
+        return parts["train"], parts["test"]
+    return train, None
+
+
+def _with_lora(model: PreLlamaModel, settings: LlaraSettings) -> Any:
+    """Adapters on the named layers; of the embeddings only the slot tokens' rows are trained."""
+    from peft import LoraConfig, get_peft_model
+
+    template = model.template
+    assert template is not None
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_targets,
+        trainable_token_indices={"embed_tokens": sorted(template.summarize_slot_ids + template.predict_slot_ids)},
+        modules_to_save=None,
+    )
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise LlamoryError(f"These LoRA settings don't fit the model: {error}") from error
+    for name, parameter in adapted.named_parameters():
+        if name.endswith("bow_log_variance"):
+            parameter.requires_grad = True
+    if settings.gradient_checkpointing:
+        adapted.enable_input_require_grads()
+    return adapted
+
+
+def _finish(trainer: LlaraTrainer, settings: LlaraSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Save the model in the output folder itself, weights before config, and export the embedder."""
+    output = Path(settings.output)
+    partial = output / "partial"
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    result = {
+        "output": str(output),
+        "steps": trainer.state.global_step,
+        "losses": {key: history[-1][key] for key in ("loss", *_LOSSES) if history and key in history[-1]},
+    }
+    if settings.lora:
+        if trainer.args.should_save:
+            trainer.model.save_pretrained(partial / "adapter")
+        merged = trainer.model.merge_and_unload()
+        merged.tie_weights()
+        if trainer.args.should_save:
+            merged.save_pretrained(partial)
+    else:
+        trainer.save_model(str(partial))
+    if trainer.args.should_save:
+        tokenizer.save_pretrained(partial)
+        (partial / SETTINGS_FILE).write_text(json.dumps({"settings": dataclasses.asdict(settings)} | result, indent=1))
+        (partial / "training_args.bin").unlink(missing_ok=True)
+        _move_up(partial, output)
+        if settings.export:
+            from llamory.llara.retriever import export_sentence_transformer
+
+            embedder = output / EMBEDDER_FOLDER
+            export_sentence_transformer(output, embedder, max_length=settings.embed_length)
+            result["embedder"] = str(embedder)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _move_up(partial: Path, output: Path) -> None:
+    """Move a finished save one folder up, its config last: a folder without config is no model."""
+    for source in sorted(partial.iterdir(), key=lambda p: (p.name == "config.json", p.name)):
+        target = output / source.name
+        if target.is_dir():
+            import shutil
+
+            shutil.rmtree(target)
+        source.replace(target)
+    partial.rmdir()

@@ -1,0 +1,80 @@
+"""What a training run can be told; the command line's flags and the keys of a recipe file (no heavy imports here)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _setting(default: Any, help: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def _required(help: str) -> Any:
+    return field(metadata={"help": help})
+
+
+@dataclass
+class LlaraSettings:
+    """Settings of LLARA pretraining. The defaults are the paper's (Li et al. 2023, section 4) where it gives them."""
+
+    data: list[str] = _required(
+        "Files and folders of documents (txt, md, rst, html, py, jsonl), or the published JSONL."
+    )
+    output: str = _required("Folder for checkpoints, the trained model and its Sentence Transformers export.")
+    model: str = _setting("default", "A LLaMA: folder, .gguf file, hub id, or 'default' for the packaged SmolLM2-135M.")
+    slots: int = _setting(8, "Slot tokens per prompt.")
+    prediction_sees_summary: bool = _setting(False, "Let the prediction slots attend to the summary slots.")
+    bow_weighting: Literal["fixed", "learned"] = _setting(
+        "fixed", "Weight of the bag-of-words losses: fixed or learned."
+    )
+    bow_weight: float = _setting(0.1, "Factor of the bag-of-words losses (the published code divides by 10).")
+
+    max_length: int = _setting(1024, "Longest sequence in tokens, prompts included.")
+    passage_length: int | None = _setting(None, "Longest passage cut from documents, in tokens; default: what fits.")
+    languages: list[str] = _setting(["en"], "Languages whose stop words are no bag-of-words targets.")
+    text_field: str = _setting("text", "Field that holds the text in JSONL documents.")
+    skip_broken: bool = _setting(False, "Pass over broken lines and files with a warning instead of stopping.")
+    streaming: bool = _setting(False, "Read the data while training instead of preparing it first (needs steps).")
+    num_proc: int | None = _setting(None, "Processes that prepare the data.")
+    workers: int = _setting(0, "Processes that load batches.")
+    eval_data: list[str] = _setting([], "Files and folders for evaluation; default: eval_fraction of the data.")
+    eval_fraction: float = _setting(0.0, "Share of the examples that is kept for evaluation.")
+
+    epochs: float = _setting(1.0, "Passes over the data; steps takes precedence.")
+    steps: int | None = _setting(None, "Optimisation steps.")
+    batch_size: int = _setting(8, "Passages per device and forward pass.")
+    accumulation: int = _setting(1, "Forward passes per optimisation step.")
+    learning_rate: float = _setting(1e-5, "Peak learning rate.")
+    scheduler: str = _setting("linear", "Learning-rate schedule (a name that transformers knows).")
+    warmup: float = _setting(0.1, "Share of the steps over which the learning rate rises.")
+    weight_decay: float = _setting(0.0, "Weight decay.")
+    max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.")
+    seed: int = _setting(42, "Seed of all that is random.")
+
+    lora: bool = _setting(False, "Train low-rank adapters and the slot tokens' embeddings instead of all weights.")
+    lora_rank: int = _setting(64, "Rank of the adapters.")
+    lora_alpha: float = _setting(16.0, "Scale of the adapters (divided by the rank).")
+    lora_dropout: float = _setting(0.1, "Dropout before the adapters.")
+    lora_targets: list[str] = _setting(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "Layers that get adapters."
+    )
+    bf16: bool = _setting(False, "Compute in bfloat16 (weights stay in float32).")
+    gradient_checkpointing: bool = _setting(False, "Recompute activations in the backward pass to save memory.")
+    attn_implementation: str | None = _setting(
+        None, "Attention kernel: sdpa, flash_attention_2, flex_attention, eager."
+    )
+    fsdp: bool = _setting(False, "Shard weights over the processes (FSDP) instead of copying them (DDP).")
+    cpu: bool = _setting(False, "Train on the CPU even if there is a GPU.")
+
+    log_every: int = _setting(10, "Steps between logged losses.")
+    save_every: int = _setting(500, "Steps between checkpoints.")
+    eval_every: int | None = _setting(None, "Steps between evaluations; default: at every checkpoint.")
+    keep_checkpoints: int = _setting(2, "Checkpoints that are kept (at least 2, so that one is always whole).")
+    report_to: list[str] = _setting([], "Trackers, such as tensorboard or wandb.")
+    resume: bool = _setting(False, "Go on from the newest whole checkpoint in output.")
+    export: bool = _setting(True, "Write a Sentence Transformers folder when training ends.")
+    embed_length: int = _setting(512, "Longest sequence that the exported embedder reads, prompts included.")
+    quiet: bool = _setting(False, "No progress bar.")
