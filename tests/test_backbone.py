@@ -281,9 +281,7 @@ def test_a_folder_without_tokenizer_is_said(folder: Path) -> None:
     assert "no tokenizer" in said_about(folder, backbone.load_tokenizer)
 
 
-def test_a_gguf_file_of_another_architecture_is_named(
-    model: LlamaForCausalLM, tmp_path: Path, cache: Path
-) -> None:
+def test_a_gguf_file_of_another_architecture_is_named(model: LlamaForCausalLM, tmp_path: Path, cache: Path) -> None:
     write_gguf(model, tmp_path / "other.gguf", architecture="phi2")
     assert "is a phi2 model, not a LLaMA-like one" in said_about(tmp_path / "other.gguf")
     assert not cache.exists()

@@ -28,7 +28,7 @@ def debugging(arguments: list[str]) -> tuple[bool, list[str]]:
 def say(error: BaseException, *, debug: bool) -> int:
     """Write an error to standard error, as one sentence unless tracebacks are wanted, and give the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        print("Interrupted.", file=sys.stderr)  # noqa: T201
+        typer.echo("Interrupted.", err=True)
         return INTERRUPTED
     if debug:
         traceback.print_exception(error)
@@ -36,9 +36,9 @@ def say(error: BaseException, *, debug: bool) -> int:
     if sentence is None:
         sentence = f"llamory failed unexpectedly ({type(error).__name__}: {error})"
         sentence += "." if debug else "; run the command with --debug to see where."
-        print(f"Error: {sentence}", file=sys.stderr)  # noqa: T201
+        typer.echo(f"Error: {sentence}", err=True)
         return FAULT
-    print(f"Error: {sentence}", file=sys.stderr)  # noqa: T201
+    typer.echo(f"Error: {sentence}", err=True)
     return MENDABLE
 
 

@@ -11,7 +11,7 @@ from llamory.cli.output import Json, Quiet, print_result, working
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="Folder of a model trained with `llamory train llara`.")],
+    model: Annotated[str, typer.Argument(help="A model trained with `llamory train llara`: its folder or hub id.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     max_length: Annotated[int, typer.Option(help="Tokens that a text may have, with its prompt.")] = 512,
     as_json: Json = False,
@@ -22,4 +22,4 @@ def export(
         from llamory.llara.retriever import export_sentence_transformer
 
         export_sentence_transformer(model, output, max_length=max_length)
-    print_result({"model": str(model), "output": str(output), "max_length": max_length}, as_json=as_json)
+    print_result({"model": model, "output": str(output), "max_length": max_length}, as_json=as_json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import types
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -37,27 +38,31 @@ def add_dataclass_command(
         app: where the command goes.
         name: the command's name.
         settings_class: a dataclass with fields of str, int, float, bool, Path, a Literal of texts, a list of one of
-            these, or one of these or None.
+            these, or one of these or None. Its own field `quiet`, if any, takes the place of the flag `--quiet`.
         run: does the work.
         help: what the command does, for its help page.
     """
+    fields = _fields(settings_class)
 
-    def command(*, config: Path | None, as_json: bool, quiet: bool, **flags: Any) -> None:
+    def command(*, config: Path | None, as_json: bool, **flags: Any) -> None:
+        quiet = False if "quiet" in fields else flags.pop("quiet")
         given = {key: value for key, value in flags.items() if value is not None and value != []}
         settings = read_settings(settings_class, config, given)
-        with working(quiet=quiet):
+        with working(quiet=bool(getattr(settings, "quiet", quiet))):
             result = run(settings)
-        print_result(result, as_json=as_json)
+        if os.environ.get("RANK", "0") == "0":  # of several processes that train together, one speaks
+            print_result(result, as_json=as_json)
 
-    parameters = [_flag(field, hint) for field, hint in _fields(settings_class).values()]
+    parameters = [_flag(field, hint) for field, hint in fields.values()]
     config_option = typer.Option(
         "--config", metavar="FILE.yaml", show_default=False, help="Settings under the flags' names; flags win."
     )
     parameters += [
         _parameter("config", Path | None, config_option),
         inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json),
-        inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet),
     ]
+    if "quiet" not in fields:
+        parameters.append(inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet))
     # typer reads a command's options from its signature, which here is only known now.
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -100,6 +105,8 @@ def _flag(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     kind, _ = _without_none(hint)
     flag = _flag_name(field.name)
     help = field.metadata.get("help", "")
+    if get_origin(kind) is list:
+        help += "  [repeatable]"
     if _required(field):
         help += "  [required]"
     else:
@@ -107,7 +114,7 @@ def _flag(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
         if default not in (None, [], ""):
             help += f"  [default: {_shown(default)}]"
     option = typer.Option(f"{flag}/--no-{flag[2:]}" if kind is bool else flag, help=help.strip(), show_default=False)
-    return _parameter(field.name, kind | None if kind is not list else list[str] | None, option)
+    return _parameter(field.name, kind | None, option)
 
 
 def _parameter(name: str, annotation: Any, option: Any) -> inspect.Parameter:

@@ -45,7 +45,8 @@ def print_pairs(pairs: Mapping[str, Any]) -> None:
     """Write names and values to standard output, one pair a line."""
     width = max(map(len, pairs), default=0)
     for name, value in pairs.items():
-        sys.stdout.write(f"{name:<{width}}  {value}\n")
+        shown = ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, Mapping) else value
+        sys.stdout.write(f"{name:<{width}}  {shown}\n")
 
 
 def print_result(pairs: Mapping[str, Any], *, as_json: bool) -> None:

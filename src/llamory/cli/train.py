@@ -24,7 +24,7 @@ RECIPES = {
     "llara": Recipe(
         "llamory.training.settings:LlaraSettings",
         "llamory.training.llara:train_llara",
-        "Train a LLaMA to embed passages and queries (LLARA), without labels.",
+        "Train a LLaMA to embed passages and queries without labels (LLARA).",
     ),
 }
 
