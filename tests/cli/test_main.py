@@ -20,7 +20,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     """Makes `llamory search` fail with the error it is given."""
 
     def fail_with(error: BaseException) -> None:
-        def library(*_: object) -> None:
+        def library(*_: object, **__: object) -> None:
             raise error
 
         monkeypatch.setitem(sys.modules, "llamory.library", SimpleNamespace(Library=library))
@@ -131,7 +131,7 @@ def test_the_environment_can_ask_for_tracebacks(llamory, failing, monkeypatch: p
 def test_a_query_may_look_like_a_flag_after_two_dashes(llamory, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     library = SimpleNamespace(search=lambda query, *_, **__: asked.append(query) or [])
-    monkeypatch.setitem(sys.modules, "llamory.library", SimpleNamespace(Library=lambda _: library))
+    monkeypatch.setitem(sys.modules, "llamory.library", SimpleNamespace(Library=lambda *_, **__: library))
     assert llamory("search", "--library", "here", "--", "--debug").code == 0
     assert asked == ["--debug"]
 
@@ -142,7 +142,7 @@ def test_ctrl_c_is_short_and_code_130(llamory, failing) -> None:
 
 
 def test_quiet_silences_progress_but_not_errors(llamory, monkeypatch: pytest.MonkeyPatch) -> None:
-    def library(*_: object) -> None:
+    def library(*_: object, **__: object) -> None:
         print("reading ...", file=sys.stderr)
         raise LlamoryError("The lamp is out.")
 

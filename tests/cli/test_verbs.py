@@ -19,7 +19,7 @@ class Hit:
     text: str
     source: str
     title: str
-    line: int | None
+    line: int
     score: float
 
 
@@ -34,7 +34,7 @@ class AddReport:
 
 HITS = [
     Hit("A lamp gives light.\n\nIt needs oil.\nAnd a wick.\nAnd a match.", "docs/lamp.md", "Lamps", 12, 0.8125),
-    Hit("Wicks are cotton\x1b[31m.", "docs/wick.md", "", None, 0.5),
+    Hit("Wicks are cotton\x1b[31m.", "docs/wick.md", "", 1, 0.5),
 ]
 
 
@@ -44,7 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     made: list[tuple] = []
 
     class Library:
-        def __init__(self, path: Path, **settings: Any) -> None:
+        def __init__(self, path: str, **settings: Any) -> None:
             made.append(("library", path, settings))
 
         def search(self, query: str, top: int, **settings: Any) -> list[Hit]:
@@ -56,6 +56,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
             print("reading ...")
             made.append(("add", paths, settings))
             return AddReport(added=3, unchanged=2, updated=1, removed=0, passages=41)
+
+        def info(self) -> dict[str, Any]:
+            return {"documents": 3, "passages": 41}
 
     monkeypatch.setitem(sys.modules, "llamory.library", SimpleNamespace(Library=Library))
     return made
@@ -72,7 +75,7 @@ def test_search_lists_rank_score_place_title_and_first_lines(llamory, calls: lis
         "    A lamp gives light.",
         "    It needs oil.",
         "    And a wick.",
-        " 2. 0.500  docs/wick.md",
+        " 2. 0.500  docs/wick.md:1",
         "    Wicks are cotton [31m.",
     ]
     assert calls[1] == ("search", "light", 10, {"source": None})
@@ -95,7 +98,7 @@ def test_search_prints_one_json_document_and_nothing_else(llamory, calls: list[t
         ],
     }
     assert "searching" in ran.err
-    assert calls == [("library", Path("lib"), {}), ("search", "light", 1, {"source": "docs/*.md"})]
+    assert calls == [("library", "lib", {"model": None}), ("search", "light", 1, {"source": "docs/*.md"})]
 
 
 def test_search_that_finds_nothing_is_no_error(llamory, calls: list[tuple]) -> None:
@@ -116,13 +119,15 @@ def test_search_needs_at_least_one_place(llamory, calls: list[tuple]) -> None:
 def test_index_reports_what_it_did(llamory, calls: list[tuple]) -> None:
     ran = llamory("index", "a.md", "b", "--library", "lib")
     assert ran == (0, "lib: 3 added, 1 updated, 2 unchanged, 0 removed; 41 passages.\n", "reading ...\n")
-    assert calls == [("library", Path("lib"), {"model": None}), ("add", [Path("a.md"), Path("b")], {})]
+    unset = {"passage_length": None, "text_field": "text", "skip_broken": False}
+    assert calls == [("library", "lib", {"model": None}), ("add", [Path("a.md"), Path("b")], unset)]
 
 
-def test_index_hands_on_model_and_passage_length(llamory, calls: list[tuple]) -> None:
-    ran = llamory("index", "a.md", "--library", "lib", "--model", "m", "--passage-length", "99", "--json", "--quiet")
+def test_index_hands_on_what_it_is_told(llamory, calls: list[tuple]) -> None:
+    told = "--model m --passage-length 99 --text-field body --skip-broken --json --quiet"
+    ran = llamory("index", "a.md", "--library", "s3://shelf/lib", *told.split())
     assert json.loads(ran.out) == {
-        "library": "lib",
+        "library": "s3://shelf/lib",
         "added": 3,
         "unchanged": 2,
         "updated": 1,
@@ -130,7 +135,8 @@ def test_index_hands_on_model_and_passage_length(llamory, calls: list[tuple]) ->
         "passages": 41,
     }
     assert ran.err == ""
-    assert calls == [("library", Path("lib"), {"model": "m"}), ("add", [Path("a.md")], {"passage_length": 99})]
+    settings = {"passage_length": 99, "text_field": "body", "skip_broken": True}
+    assert calls == [("library", "s3://shelf/lib", {"model": "m"}), ("add", [Path("a.md")], settings)]
 
 
 def test_index_needs_something_to_read(llamory, calls: list[tuple]) -> None:
@@ -226,6 +232,16 @@ def test_info_describes_a_model(llamory, tmp_path: Path) -> None:
     assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert facts["hidden_size"] == 16
     assert facts["llara"] == "no template"
+
+
+def test_info_describes_a_library(llamory, calls: list[tuple], tmp_path: Path) -> None:
+    facts = json.loads(llamory("info", tmp_path, "--json").out)
+    assert facts == {"library": str(tmp_path), "documents": 3, "passages": 41}
+
+
+def test_search_can_be_told_where_the_model_went(llamory, calls: list[tuple]) -> None:
+    assert llamory("search", "light", "--library", "lib", "--model", "moved").code == 0
+    assert calls[0] == ("library", "lib", {"model": "moved"})
 
 
 def test_info_about_nothing_is_one_sentence(llamory, tmp_path: Path) -> None:

@@ -24,7 +24,10 @@ def info(
 ) -> None:
     """Show what is installed here, or what a model or a library is."""
     with working():
-        facts = _machine() if path is None else _model(path)
+        if path is None:
+            facts = _machine()
+        else:
+            facts = _library(path) if _may_be_library(path) else _model(path)
     print_result(facts, as_json=as_json)
 
 
@@ -46,6 +49,17 @@ def _machine() -> dict[str, Any]:
     return facts
 
 
+def _may_be_library(path: str) -> bool:
+    """Whether this is an object-store address or a folder that isn't a model's."""
+    return "://" in path or (Path(path).is_dir() and not (Path(path) / "config.json").exists())
+
+
+def _library(path: str) -> dict[str, Any]:
+    from llamory.library import Library
+
+    return {"library": path, **Library(path).info()}
+
+
 def _model(name: str) -> dict[str, Any]:
     from llamory.backbone import load_config, resolve
     from llamory.llara import LlaraTemplate
@@ -55,6 +69,7 @@ def _model(name: str) -> dict[str, Any]:
     template = LlaraTemplate.from_config(config)
     facts: dict[str, Any] = {"model": name, "at": str(source), "type": config.model_type}
     if isinstance(source, Path):
+        facts["format"] = "sentence-transformers" if (source / "modules.json").exists() else "transformers"
         facts["parameters"] = _parameters(source)
     for key in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"):
         facts[key] = getattr(config, key)

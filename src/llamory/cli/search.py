@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,10 +18,13 @@ _SHOWN_LINES = 3
 
 def search(
     query: Annotated[str, typer.Argument(help="What to look for, in plain words.")],
-    library: Annotated[Path, typer.Option(help="Folder of the library.")],
+    library: Annotated[str, typer.Option(help="Folder (or object-store address) of the library.")],
     top: Annotated[int, typer.Option(min=1, help="How many passages to show.")] = 10,
     source: Annotated[
         str | None, typer.Option(help="Only passages of files that this pattern fits, such as 'docs/*.md'.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Where the library's model is, if it was moved.", show_default=False)
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -31,10 +33,10 @@ def search(
     with working(quiet=quiet):
         from llamory.library import Library
 
-        hits = Library(library).search(query, top, source=source)
+        hits = Library(library, model=model).search(query, top, source=source)
     if as_json:
         ranked = [{"rank": rank, **asdict(hit)} for rank, hit in enumerate(hits, start=1)]
-        print_json({"query": query, "library": str(library), "hits": ranked})
+        print_json({"query": query, "library": library, "hits": ranked})
     elif hits:
         _print_hits(hits)
     else:
@@ -47,7 +49,7 @@ def _print_hits(hits: Iterable[Hit]) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     for rank, hit in enumerate(hits, start=1):
-        place = hit.source if hit.line is None else f"{hit.source}:{hit.line}"
+        place = f"{hit.source}:{hit.line}"
         heading = Text.assemble(f"{rank:>2}. ", (f"{hit.score:.3f}", "green"), "  ", (_printable(place), "bold cyan"))
         if hit.title:
             heading.append(f"  {_printable(hit.title)}", style="bold")
