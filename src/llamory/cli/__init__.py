@@ -1,0 +1,66 @@
+"""The command line: `llamory VERB ...`, one module per verb, with heavy imports inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from typer.main import get_command
+
+from llamory import __version__
+from llamory.cli import export, index, info, search, train
+from llamory.cli.errors import INTERRUPTED, debugging, discard_output, say
+from llamory.cli.output import quieten_libraries
+
+app = typer.Typer(
+    name="llamory",
+    help="Retrieval and long-term memory for LLaMA-family models.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(train.app, name="train")
+app.command(name="export")(export.export)
+app.command(name="index")(index.index)
+app.command(name="search")(search.search)
+app.command(name="info")(info.info)
+
+
+@app.callback(invoke_without_command=True)
+def _llamory(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own messages.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"llamory {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+    if not debug:
+        quieten_libraries()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line (with `sys.argv`'s arguments if none are given) and leave with its exit code.
+
+    Exit codes: 0 done, 1 a fault of llamory's own, 2 an error that the user can mend, 130 stopped with Ctrl-C.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug, given = debugging(given)
+    try:
+        code = get_command(app).main(given, prog_name="llamory", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        discard_output()
+        code = 0
+    except (Exception, KeyboardInterrupt) as error:
+        code = say(error, debug=debug)
+    else:
+        # typer turns Ctrl-C inside a command into this exit code.
+        if code == INTERRUPTED:
+            say(KeyboardInterrupt(), debug=False)
+    sys.exit(code if isinstance(code, int) else 0)

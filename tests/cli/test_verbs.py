@@ -1,0 +1,250 @@
+"""The verbs hand on what they are told and print what they get, for people and as JSON."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llamory.errors import LlamoryError
+
+
+@dataclass
+class Hit:
+    text: str
+    source: str
+    title: str
+    line: int
+    score: float
+
+
+@dataclass
+class AddReport:
+    added: int
+    unchanged: int
+    updated: int
+    removed: int
+    passages: int
+
+
+HITS = [
+    Hit("A lamp gives light.\n\nIt needs oil.\nAnd a wick.\nAnd a match.", "docs/lamp.md", "Lamps", 12, 0.8125),
+    Hit("Wicks are cotton\x1b[31m.", "docs/wick.md", "", 1, 0.5),
+]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Stands in for the library and records what it is asked."""
+    made: list[tuple] = []
+
+    class Library:
+        def __init__(self, path: str, **settings: Any) -> None:
+            made.append(("library", path, settings))
+
+        def search(self, query: str, top: int, **settings: Any) -> list[Hit]:
+            print("searching ...")
+            made.append(("search", query, top, settings))
+            return [] if query == "nothing" else HITS[:top]
+
+        def add(self, paths: list[Path], **settings: Any) -> AddReport:
+            print("reading ...")
+            made.append(("add", paths, settings))
+            return AddReport(added=3, unchanged=2, updated=1, removed=0, passages=41)
+
+        def info(self) -> dict[str, Any]:
+            return {"documents": 3, "passages": 41}
+
+    monkeypatch.setitem(sys.modules, "llamory.library", SimpleNamespace(Library=Library))
+    return made
+
+
+# ---- search ----------------------------------------------------------------------------------------------------------
+
+
+def test_search_lists_rank_score_place_title_and_first_lines(llamory, calls: list[tuple]) -> None:
+    ran = llamory("search", "light", "--library", "lib")
+    assert ran.code == 0
+    assert ran.out.splitlines() == [
+        " 1. 0.812  docs/lamp.md:12  Lamps",
+        "    A lamp gives light.",
+        "    It needs oil.",
+        "    And a wick.",
+        " 2. 0.500  docs/wick.md:1",
+        "    Wicks are cotton [31m.",
+    ]
+    assert calls[1] == ("search", "light", 10, {"source": None})
+
+
+def test_search_prints_one_json_document_and_nothing_else(llamory, calls: list[tuple]) -> None:
+    ran = llamory("search", "light", "--library", "lib", "--top", "1", "--source", "docs/*.md", "--json")
+    assert json.loads(ran.out) == {
+        "query": "light",
+        "library": "lib",
+        "hits": [
+            {
+                "rank": 1,
+                "text": HITS[0].text,
+                "source": "docs/lamp.md",
+                "title": "Lamps",
+                "line": 12,
+                "score": 0.8125,
+            }
+        ],
+    }
+    assert "searching" in ran.err
+    assert calls == [("library", "lib", {"model": None}), ("search", "light", 1, {"source": "docs/*.md"})]
+
+
+def test_search_that_finds_nothing_is_no_error(llamory, calls: list[tuple]) -> None:
+    ran = llamory("search", "nothing", "--library", "lib")
+    assert (ran.code, ran.out) == (0, "")
+    assert "No passage was found." in ran.err
+    assert json.loads(llamory("search", "nothing", "--library", "lib", "--json").out)["hits"] == []
+
+
+def test_search_needs_at_least_one_place(llamory, calls: list[tuple]) -> None:
+    assert llamory("search", "light", "--library", "lib", "--top", "0").code == 2
+    assert calls == []
+
+
+# ---- index -----------------------------------------------------------------------------------------------------------
+
+
+def test_index_reports_what_it_did(llamory, calls: list[tuple]) -> None:
+    ran = llamory("index", "a.md", "b", "--library", "lib")
+    assert ran == (0, "lib: 3 added, 1 updated, 2 unchanged, 0 removed; 41 passages.\n", "reading ...\n")
+    unset = {"passage_length": None, "text_field": "text", "skip_broken": False}
+    assert calls == [("library", "lib", {"model": None}), ("add", [Path("a.md"), Path("b")], unset)]
+
+
+def test_index_hands_on_what_it_is_told(llamory, calls: list[tuple]) -> None:
+    told = "--model m --passage-length 99 --text-field body --skip-broken --json --quiet"
+    ran = llamory("index", "a.md", "--library", "s3://shelf/lib", *told.split())
+    assert json.loads(ran.out) == {
+        "library": "s3://shelf/lib",
+        "added": 3,
+        "unchanged": 2,
+        "updated": 1,
+        "removed": 0,
+        "passages": 41,
+    }
+    assert ran.err == ""
+    settings = {"passage_length": 99, "text_field": "body", "skip_broken": True}
+    assert calls == [("library", "s3://shelf/lib", {"model": "m"}), ("add", [Path("a.md")], settings)]
+
+
+def test_index_needs_something_to_read(llamory, calls: list[tuple]) -> None:
+    assert llamory("index", "--library", "lib").code == 2
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_export_hands_on_the_model_and_names_the_folder(llamory, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple] = []
+
+    def export(model: str, output: Path, *, max_length: int) -> None:
+        asked.append((model, output, max_length))
+
+    monkeypatch.setitem(sys.modules, "llamory.llara.retriever", SimpleNamespace(export_sentence_transformer=export))
+    ran = llamory("export", "trained", "--output", "out", "--max-length", "256", "--json")
+    assert json.loads(ran.out) == {"model": "trained", "output": "out", "max_length": 256}
+    assert llamory("export", "trained", "--output", "out").code == 0
+    assert asked == [("trained", Path("out"), 256), ("trained", Path("out"), 512)]
+
+
+# ---- train -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FakeSettings:
+    data: list[str] = field(metadata={"help": "What to read."})
+    steps: int = 5
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for the LLARA recipe."""
+
+    def train(settings: FakeSettings) -> dict[str, Any]:
+        if settings.steps < 1:
+            raise LlamoryError(f"steps must be at least 1, not {settings.steps}.")
+        return {"output": "runs/1", "steps_done": settings.steps, "losses": {"loss": 2.5, "ar_loss": 1.5}}
+
+    for name in ("llamory.training", "llamory.training.settings", "llamory.training.llara"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(LlaraSettings=FakeSettings, train_llara=train))
+
+
+def test_train_llara_runs_the_recipe_with_its_settings(llamory, recipe: None, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("data: [a.md]\nsteps: 9\n")
+    ran = llamory("train", "llara", "--config", tmp_path / "run.yaml", "--json")
+    assert json.loads(ran.out) == {"output": "runs/1", "steps_done": 9, "losses": {"loss": 2.5, "ar_loss": 1.5}}
+
+
+def test_train_llara_prints_its_result_for_people(llamory, recipe: None) -> None:
+    ran = llamory("train", "llara", "--data", "a.md")
+    assert ran.out.splitlines() == [
+        "output      runs/1",
+        "steps done  5",
+        "losses      loss 2.5, ar_loss 1.5",
+    ]
+
+
+def test_train_llara_names_wrong_settings(llamory, recipe: None, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("data: [a.md]\nstep: 9\n")
+    ran = llamory("train", "llara", "--config", tmp_path / "run.yaml")
+    assert ran == (2, "", f"Error: {tmp_path / 'run.yaml'} has an unknown key, step; did you mean steps?\n")
+    assert llamory("train", "llara", "--data", "a", "--steps", "0").err == "Error: steps must be at least 1, not 0.\n"
+
+
+def test_train_help_lists_recipes_and_their_flags(llamory, recipe: None) -> None:
+    assert (
+        "llara  Train a LLaMA to embed passages and queries without labels (LLARA)." in llamory("train", "--help").out
+    )
+    assert "What to read.  [repeatable]  [required]" in llamory("train", "llara", "--help").out
+
+
+# ---- info ------------------------------------------------------------------------------------------------------------
+
+
+def test_info_names_versions_threads_and_the_cache(llamory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMORY_CACHE", "/somewhere/else")
+    facts = json.loads(llamory("info", "--json").out)
+    assert facts["torch"] == torch.__version__
+    assert facts["threads"] == torch.get_num_threads()
+    assert facts["cache"] == "/somewhere/else"
+
+
+def test_info_describes_a_model(llamory, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    facts = json.loads(llamory("info", tmp_path / "model", "--json").out)
+    assert facts["type"] == "llama"
+    assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    assert facts["hidden_size"] == 16
+    assert facts["llara"] == "no template"
+
+
+def test_info_describes_a_library(llamory, calls: list[tuple], tmp_path: Path) -> None:
+    facts = json.loads(llamory("info", tmp_path, "--json").out)
+    assert facts == {"library": str(tmp_path), "documents": 3, "passages": 41}
+
+
+def test_search_can_be_told_where_the_model_went(llamory, calls: list[tuple]) -> None:
+    assert llamory("search", "light", "--library", "lib", "--model", "moved").code == 0
+    assert calls[0] == ("library", "lib", {"model": "moved"})
+
+
+def test_info_about_nothing_is_one_sentence(llamory, tmp_path: Path) -> None:
+    ran = llamory("info", tmp_path / "nothing")
+    assert ran.code == 2
+    assert ran.err.count("\n") == 1
