@@ -270,7 +270,7 @@ def main() -> None:
         if case.memory:
             result |= peak_memory(case)
             print(
-                f"{case.name:40} peak memory {result['plain_peak_mb']:6.0f} MB and {result['llamory_peak_mb']:6.0f} MB: "
+                f"{case.name:40} peak {result['plain_peak_mb']:6.0f} MB and {result['llamory_peak_mb']:6.0f} MB: "
                 f"x{result['peak_ratio']:.2f}"
             )
         results.append(result | {"settings": asdict(case)})

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from llamory import backbone
 from llamory.errors import LlamoryError
@@ -59,6 +59,7 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
         callbacks=[MarkWhole()] + ([] if settings.quiet else [progress]),
         template=template,
     )
+    trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:

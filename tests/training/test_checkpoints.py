@@ -1,0 +1,54 @@
+"""A checkpoint is whole or it is not there."""
+
+import pytest
+
+from llamory.errors import LlamoryError
+from llamory.training.checkpoints import is_whole, newest_whole, prepare_output, write_manifest
+
+
+def make(folder, whole=True):
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"0" * 100)
+    (folder / "state.json").write_text("{}")
+    if whole:
+        write_manifest(folder)
+    return folder
+
+
+def test_only_a_checkpoint_with_all_its_files_is_whole(tmp_path):
+    assert is_whole(make(tmp_path / "a"))
+    assert not is_whole(make(tmp_path / "b", whole=False))
+    short = make(tmp_path / "c")
+    (short / "model.safetensors").write_bytes(b"0" * 99)
+    assert not is_whole(short)
+    missing = make(tmp_path / "d")
+    (missing / "state.json").unlink()
+    assert not is_whole(missing)
+    torn = make(tmp_path / "e")
+    (torn / "manifest.json").write_text('{"model.safe')
+    assert not is_whole(torn)
+
+
+def test_the_newest_whole_checkpoint_is_resumed_and_cut_off_ones_go(tmp_path):
+    make(tmp_path / "checkpoint-9"), make(tmp_path / "checkpoint-10")
+    make(tmp_path / "checkpoint-11", whole=False)
+    assert prepare_output(tmp_path, resume=True) == tmp_path / "checkpoint-10"
+    assert not (tmp_path / "checkpoint-11").exists()
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path):
+    make(tmp_path / "checkpoint-5", whole=False)
+    assert prepare_output(tmp_path, resume=True) is None
+
+
+def test_an_output_folder_in_use_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(LlamoryError, match=r"isn't empty; give a new folder\.$"):
+        prepare_output(tmp_path, resume=False)
+    make(tmp_path / "checkpoint-5")
+    with pytest.raises(LlamoryError, match="--resume"):
+        prepare_output(tmp_path, resume=False)
+    with pytest.raises(LlamoryError, match="is a file"):
+        prepare_output(tmp_path / "notes.txt", resume=False)
+    assert (tmp_path / "notes.txt").read_text() == "mine"

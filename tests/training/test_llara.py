@@ -1,0 +1,155 @@
+"""LLARA pretraining: what it learns, saves, resumes, and shares among processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM
+
+from llamory.errors import LlamoryError
+from llamory.llara import LlaraTemplate, PreLlamaModel
+from llamory.training.llara import train_llara
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def losses(folder, key="loss"):
+    last = max(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if key in entry]
+
+
+def start(settings, tmp_path, *prefix):
+    """Run the command line in a process of its own with the settings as a file."""
+    file = tmp_path / f"{Path(settings.output).name}.yaml"
+    file.write_text(yaml.safe_dump(vars(settings)))
+    command = [*(prefix or (sys.executable, "-m")), "llamory", "train", "llara", "--config", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+
+
+def test_training_learns_and_what_it_saves_loads_everywhere(settings, tmp_path):
+    result = train_llara(settings(steps=30, save_every=30, eval_fraction=0.1))
+    output = Path(result["output"])
+    for key in ("loss", "ar_loss", "bow_summarize_loss", "bow_predict_loss"):
+        history = losses(output, key)
+        assert sum(history[-5:]) < sum(history[:5])
+    assert losses(output, "eval_loss")
+    tokenizer, model = AutoTokenizer.from_pretrained(output), PreLlamaModel.from_pretrained(output)
+    assert model.template == LlaraTemplate.from_tokenizer(tokenizer)
+    ids = torch.tensor([model.template.encode(tokenizer, "River stone.", predict=False)])
+    wanted = model.model(ids).last_hidden_state
+    torch.testing.assert_close(AutoModel.from_pretrained(output)(ids).last_hidden_state, wanted)
+    torch.testing.assert_close(LlamaForCausalLM.from_pretrained(output).model(ids).last_hidden_state, wanted)
+    assert not list(output.glob("*.bin"))
+
+
+def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path):
+    changes = {"steps": 12, "save_every": 2, "lora_dropout": 0.1, "lora": True}
+    train_llara(settings(**changes, output=str(tmp_path / "whole")))
+    broken = settings(**changes, output=str(tmp_path / "broken"))
+    process = start(broken, tmp_path)
+    while not (tmp_path / "broken" / "checkpoint-4" / "manifest.json").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    broken.resume = True
+    train_llara(broken)
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
+
+
+def test_accumulated_passes_are_one_step(settings, tmp_path):
+    train_llara(settings(output=str(tmp_path / "one")))
+    train_llara(settings(output=str(tmp_path / "two"), batch_size=2, accumulation=4))
+    for key in ("loss", "ar_loss", "bow_summarize_loss", "bow_predict_loss"):
+        assert losses(tmp_path / "one", key) == pytest.approx(losses(tmp_path / "two", key), abs=1e-4)
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP"])
+def test_two_processes_lose_as_one_does(settings, tmp_path, fsdp):
+    train_llara(settings(output=str(tmp_path / "one")))
+    shared = settings(output=str(tmp_path / "two"), batch_size=4, fsdp=fsdp)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    finish(start(shared, tmp_path, sys.executable, *torchrun))
+    for key in ("loss", "ar_loss", "bow_summarize_loss", "bow_predict_loss"):
+        assert losses(tmp_path / "one", key) == pytest.approx(losses(tmp_path / "two", key), abs=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[key], two[key], atol=1e-3) for key in one)
+
+
+def test_lora_trains_adapters_and_slots_and_nothing_else(settings, tmp_path, model_folder):
+    result = train_llara(settings(lora=True, lora_rank=2, lora_targets=["q_proj"], gradient_checkpointing=True))
+    before, after = weights(model_folder), weights(result["output"])
+    known = before["model.embed_tokens.weight"].shape[0]
+    for key, value in after.items():
+        if key.endswith("q_proj.weight"):
+            assert not torch.equal(value, before[key])
+        elif key == "model.embed_tokens.weight":
+            assert torch.equal(value[:known], before[key])
+        else:
+            assert torch.equal(value, before[key])
+    model = PreLlamaModel.from_pretrained(result["output"])
+    tokenizer = AutoTokenizer.from_pretrained(result["output"])
+    fresh = PreLlamaModel.from_pretrained(model_folder)
+    model.template.prepare_model(fresh)
+    slots = list(model.template.summarize_slot_ids + model.template.predict_slot_ids)
+    moved = (model.get_input_embeddings().weight - fresh.get_input_embeddings().weight)[slots].abs().amax(1)
+    assert (moved > 0).all()
+    assert len(tokenizer) == known + 16
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+
+
+def test_learned_weights_are_trained_and_the_rest_still_loads_in_stock_llama(settings):
+    result = train_llara(settings(bow_weighting="learned"))
+    trained = weights(result["output"])
+    assert not torch.allclose(trained["bow_log_variance"], torch.tensor(10.0).log(), atol=1e-6)
+    assert PreLlamaModel.from_pretrained(result["output"]).template.bow_weighting == "learned"
+    LlamaForCausalLM.from_pretrained(result["output"])
+
+
+def test_streamed_data_trains_alike_in_order(settings, tmp_path):
+    result = train_llara(settings(streaming=True, steps=4))
+    assert result["steps"] == 4
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_examples(settings, tmp_path, model_folder):
+    model = LlamaForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "broken")
+    with pytest.raises(LlamoryError, match=r"step 1 isn't finite .* in examples \d+, .*\.txt:1"):
+        train_llara(settings(model=str(tmp_path / "broken")))
+
+
+def test_settings_that_cannot_be_are_refused(settings, tmp_path):
+    for changes, sentence in [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"learning_rate": 0}, "learning_rate must be greater than 0"),
+        ({"eval_fraction": 1.0}, "eval_fraction"),
+        ({"streaming": True, "steps": None}, "set steps"),
+        ({"max_length": 20}, "leaves no room"),
+        ({"data": [str(tmp_path / "nowhere")]}, "nowhere"),
+    ]:
+        with pytest.raises(LlamoryError, match=sentence):
+            train_llara(settings(**changes))
