@@ -58,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
             return AddReport(added=3, unchanged=2, updated=1, removed=0, passages=41)
 
         def info(self) -> dict[str, Any]:
-            return {"documents": 3, "passages": 41}
+            return {"path": made[-1][1], "documents": 3, "passages": 41}
 
     monkeypatch.setitem(sys.modules, "llamory.library", SimpleNamespace(Library=Library))
     return made
@@ -236,7 +236,7 @@ def test_info_describes_a_model(llamory, tmp_path: Path) -> None:
 
 def test_info_describes_a_library(llamory, calls: list[tuple], tmp_path: Path) -> None:
     facts = json.loads(llamory("info", tmp_path, "--json").out)
-    assert facts == {"library": str(tmp_path), "documents": 3, "passages": 41}
+    assert facts == {"path": str(tmp_path), "documents": 3, "passages": 41}
 
 
 def test_search_can_be_told_where_the_model_went(llamory, calls: list[tuple]) -> None:

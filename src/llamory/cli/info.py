@@ -57,7 +57,7 @@ def _may_be_library(path: str) -> bool:
 def _library(path: str) -> dict[str, Any]:
     from llamory.library import Library
 
-    return {"library": path, **Library(path).info()}
+    return Library(path).info()
 
 
 def _model(name: str) -> dict[str, Any]:
