@@ -15,7 +15,10 @@ from llamory.llara.template import PUBLISHED_TEMPLATE, slot_tokens
 
 TEXT = ["Summarize the above passage within eight words, or predict the following passage.", "A river runs south."]
 LLAMA2 = Path(__file__).parents[3] / "shared" / "tokenizers" / "llama2_tokenizer.json"
-LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def llama3_like():
