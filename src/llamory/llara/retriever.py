@@ -215,9 +215,6 @@ def _piecewise_tokenizer(
     state["truncation"] = state["padding"] = None
     state["normalizer"] = _split_normalizer(state["normalizer"], state["pre_tokenizer"])
     state["pre_tokenizer"] = _split_pre_tokenizer(state["pre_tokenizer"])
-    for token in state["added_tokens"]:
-        if token["special"]:
-            token["normalized"] = False  # else an old Llama tokenizer finds <s> only where it may put a ▁ before it
     special = {
         name: getattr(tokenizer, name)
         for name in ("bos_token", "eos_token", "unk_token")
