@@ -1,0 +1,64 @@
+"""What a document, a part of it and a passage are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Block:
+    """A natural part of a document: a section, a paragraph, a function.
+
+    Attributes:
+        text: the part's text with its heading, without blank lines around it.
+        title: its heading, `module.Class.method` for Python, the document's title where there is no heading.
+        line: number of the line where it starts, counted from 1.
+        verbatim: whether lines of `text` are lines of the file, so that later lines can be counted from `line`.
+    """
+
+    text: str
+    title: str
+    line: int
+    verbatim: bool = True
+
+
+@dataclass(frozen=True)
+class Document:
+    """A whole document.
+
+    Attributes:
+        text: the whole text; of HTML only what a reader sees.
+        source: the path as it was given, for JSON lines `path:line`.
+        title: its title, or the file's name without suffix.
+        blocks: its parts in order; together they hold every word of `text`, once.
+        code: whether it is program text, which has lines, not sentences.
+    """
+
+    text: str
+    source: str
+    title: str
+    blocks: tuple[Block, ...]
+    code: bool = False
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of a document, short enough for a model.
+
+    Attributes:
+        text: the passage.
+        source: the document's source.
+        title: title of the block it is from.
+        line: number of the line where it starts, counted from 1.
+    """
+
+    text: str
+    source: str
+    title: str
+    line: int
+
+    @property
+    def place(self) -> str:
+        """Where the passage starts, as `path:line`."""
+        line = f":{self.line}"
+        return self.source if self.source.endswith(line) else self.source + line

@@ -1,0 +1,190 @@
+"""Cut documents into passages that fit a model: whole sections, sentences or lines, words where it must be."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from textwrap import dedent
+from typing import TYPE_CHECKING
+
+import sentencex
+
+from llamory.documents.document import Block, Document, Passage
+from llamory.errors import LlamoryError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+# A section with fewer words than this beside its title (a bare heading, a lone import) is no passage of its own.
+TINY_SECTION_WORDS = 3
+# Tokens by which a passage counted alone may differ from the same words counted inside the document: spaces at its
+# ends, and the first word's missing space. Longer candidates aren't tried.
+_EDGE_TOKENS = 2
+# Sections that are tokenised in one call.
+_SECTIONS_PER_CALL = 1024
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class _Section:
+    text: str
+    title: str
+    lines: Sequence[int]  # line of the file for each line of the text
+
+
+def split_passages(
+    document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, language: str = "en"
+) -> Iterator[Passage]:
+    """Cut a document into passages; every word of it is in exactly one, in order.
+
+    A section (consecutive blocks of one title) that fits is one passage. A longer one is cut between sentences, code
+    between lines, with as many of them in each passage as fit; a sentence that is too long alone is cut between
+    words, and a word that is too long alone within it. A section of hardly more than a heading joins the next one.
+
+    Args:
+        document: the document.
+        tokenizer: a fast tokenizer; its special tokens are not counted.
+        max_tokens: the most tokens of a passage. Only a single character may take more.
+        language: code of the language whose rules for sentences hold.
+
+    Raises:
+        LlamoryError: `max_tokens` is less than 1, or the tokenizer isn't a fast one.
+    """
+    if max_tokens < 1:
+        raise LlamoryError(f"A passage must have room for at least 1 token, not {max_tokens}.")
+    if not tokenizer.is_fast:
+        raise LlamoryError("Passages need a fast tokenizer; use one that has a tokenizer.json.")
+    sections = _sections(document.blocks)
+    for start in range(0, len(sections), _SECTIONS_PER_CALL):
+        batch = sections[start : start + _SECTIONS_PER_CALL]
+        for section, encoding in zip(batch, _encode(tokenizer, [s.text for s in batch]), strict=True):
+            if len(encoding) <= max_tokens:
+                spans: list[Span] = [(0, len(section.text))]
+            else:
+                units = _lines(section.text) if document.code else _sentences(section.text, language)
+                spans = _Cutter(section.text, encoding, tokenizer, max_tokens).fill(units)
+            newlines = at = 0
+            for first, last in spans:
+                newlines, at = newlines + section.text.count("\n", at, first), first
+                if text := _clean(section.text[first:last]):
+                    yield Passage(text, document.source, section.title, section.lines[newlines])
+
+
+# ---- sections ------------------------------------------------------------------------------------------------------
+
+
+def _sections(blocks: Sequence[Block]) -> list[_Section]:
+    """Join consecutive blocks of one title, and tiny sections with the next (the last with the one before)."""
+    groups = [list(group) for _, group in groupby(blocks, key=lambda block: block.title)]
+    merged: list[tuple[list[Block], str]] = []
+    waiting: list[Block] = []
+    for group in groups:
+        if _is_tiny(group):
+            waiting += group
+        else:
+            merged.append((waiting + group, group[0].title))
+            waiting = []
+    if waiting and merged:
+        merged[-1][0].extend(waiting)
+    elif waiting:
+        merged.append((waiting, waiting[0].title))
+    return [_section(group, title) for group, title in merged]
+
+
+def _is_tiny(group: Sequence[Block]) -> bool:
+    words = sum(len(block.text.split()) for block in group)
+    return words - len(group[0].title.split()) < TINY_SECTION_WORDS
+
+
+def _section(blocks: Sequence[Block], title: str) -> _Section:
+    lines: list[int] = []
+    for block in blocks:
+        count = block.text.count("\n") + 1
+        lines += range(block.line, block.line + count) if block.verbatim else [block.line] * count
+        lines.append(lines[-1])  # the blank line between blocks
+    return _Section(_clean("\n\n".join(block.text for block in blocks)), title, lines)
+
+
+def _clean(text: str) -> str:
+    """Without the indentation that all lines share; the number of lines stays."""
+    return dedent(text).strip()
+
+
+# ---- cutting -------------------------------------------------------------------------------------------------------
+
+
+class _Cutter:
+    """Fills passages of one section: token positions give a first guess, the tokenizer has the last word."""
+
+    def __init__(self, text: str, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
+        self.text = text
+        self.token_starts = [start for start, _ in encoding.offsets]
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+
+    def fill(self, units: list[Span]) -> list[Span]:
+        """Join consecutive units to the longest spans that fit; a unit that doesn't fit is cut into smaller ones."""
+        spans: list[Span] = []
+        pending = units[::-1]
+        while pending:
+            first, last = pending[-1]
+            taken = self._guess(first, pending)
+            while taken > 1 and not self._fits((first, pending[-taken][1])):
+                taken -= 1
+            smaller = [] if taken > 1 or self._fits((first, last)) else self._smaller(first, last)
+            if len(smaller) > 1:
+                pending[-1:] = self.fill(smaller)[::-1]
+            else:
+                spans.append((first, pending[-taken][1]))
+                del pending[-taken:]
+        return spans
+
+    def _guess(self, first: int, pending: list[Span]) -> int:
+        """How many units from `first` on may fit together; `pending` is in reverse order."""
+        token = bisect_left(self.token_starts, first) + self.max_tokens + _EDGE_TOKENS
+        if token >= len(self.token_starts):
+            return len(pending)
+        room_end = self.token_starts[token]
+        # The units' ends fall with the index, so their negatives rise.
+        return max(1, len(pending) - bisect_left(pending, -room_end, key=lambda span: -span[1]))
+
+    def _fits(self, span: Span) -> bool:
+        return len(_encode(self.tokenizer, [_clean(self.text[slice(*span)])])[0]) <= self.max_tokens
+
+    def _smaller(self, first: int, last: int) -> list[Span]:
+        words = [(first + m.start(), first + m.end()) for m in re.finditer(r"\s*\S+\s*", self.text[first:last])]
+        return words if len(words) > 1 else [(i, i + 1) for i in range(first, last)]
+
+
+def _sentences(text: str, language: str) -> list[Span]:
+    # Only the starts are used: between the ends and the next starts the library leaves some blank lines out.
+    return _spans(text, [sentence["start_index"] for sentence in sentencex.get_sentence_boundaries(language, text)])
+
+
+def _lines(text: str) -> list[Span]:
+    return _spans(text, [match.end() for match in re.finditer("\n", text)])
+
+
+def _spans(text: str, starts: Sequence[int]) -> list[Span]:
+    """Cut a text at the given places; blank pieces belong to the piece before."""
+    spans: list[Span] = []
+    for start, end in pairwise(sorted({0, *starts, len(text)})):
+        if spans and not text[start:end].strip():
+            spans[-1] = (spans[-1][0], end)
+        else:
+            spans.append((start, end))
+    return spans
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Encoding]:
+    if not texts:
+        return []
+    batch = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )
+    return batch.encodings

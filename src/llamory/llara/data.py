@@ -1,0 +1,372 @@
+"""LLARA pretraining data: examples from the published JSON lines or from any documents, and batches of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+import llamory
+from llamory.documents import Document, Passage, find_files, read_file, read_json_lines, split_passages
+from llamory.documents.files import string_entry
+from llamory.errors import LlamoryError
+from llamory.llara.template import LlaraTemplate
+from llamory.llara.words import content_words, stop_words, whole_words, word_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+IGNORED_LABEL = -100  # what PyTorch's cross entropy leaves out
+FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "summarize_ids": List(Value("int32")),
+        "predict_ids": List(Value("int32")),
+        "source": Value("string"),
+        "example": Value("int64"),
+    }
+)
+_ROWS = Features(
+    {
+        "text": Value("string"),
+        "summarize": List(Value("string")),
+        "predict": List(Value("string")),
+        "place": Value("string"),
+    }
+)
+# Rows tokenised together while streaming: few enough that the first batch is there at once.
+_STREAMED_TOGETHER = 64
+
+Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+
+def load_examples(
+    paths: Paths,
+    tokenizer: PreTrainedTokenizerBase,
+    template: LlaraTemplate,
+    *,
+    max_length: int = 1024,
+    passage_length: int | None = None,
+    languages: Sequence[str] = ("en",),
+    text_field: str = "text",
+    skip_broken: bool = False,
+    streaming: bool = False,
+    num_proc: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    quiet: bool = False,
+) -> Dataset | IterableDataset:
+    """Make LLARA examples of files and folders (section 3.2 of the paper).
+
+    JSON lines with `input`, `output_summarize` and `output_predict`, as published, are one example each; a target is
+    a text, a list of words, or absent. Of any other document every passage is an example: it summarises its own words
+    and predicts those of the next passage; words that truncation cuts away are no targets.
+
+    Args:
+        paths: files and folders, as for `llamory.documents.find_files`.
+        tokenizer: a fast tokenizer with the template's slot tokens.
+        template: prompts and slots.
+        max_length: the most tokens of a whole sequence; a longer passage is truncated, never a prompt.
+        passage_length: the most tokens of a document's passage; all that `max_length` leaves if not given.
+        languages: codes of the languages whose stop words are no targets; the first also tells where sentences end.
+        text_field: the entry of a JSON line that holds a document's text.
+        skip_broken: pass over what is broken, with a warning in the log.
+        streaming: read while iterating; `state_dict` and `load_state_dict` resume. Nothing is cached.
+        num_proc: processes that read and tokenise.
+        cache_dir: folder for the finished examples, used again while files and settings stay as they are.
+        quiet: no progress bars.
+
+    Returns:
+        a dataset of `input_ids` and `labels` (-100 outside the passage) of one length each, `summarize_ids` and
+        `predict_ids` (token ids of the target words, maybe none), `source` (`path:line`) and `example` (0, 1, ...).
+
+    Raises:
+        LlamoryError: a setting doesn't fit, a language is unknown, a file can't be read or has a broken line or a slot
+            token (place and reason are told), or no example is left. While streaming, errors of a file are raised
+            when it is reached.
+    """
+    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    files = [str(path) for path in find_files(paths)]
+    recipe = _Recipe(
+        tokenizer=tokenizer,
+        template=template,
+        max_length=max_length,
+        passage_length=passage_length,
+        languages=(languages,) if isinstance(languages, str) else tuple(languages),
+        text_field=text_field,
+        skip_broken=skip_broken,
+    )
+    if streaming:
+        rows = IterableDataset.from_generator(recipe.rows, features=_ROWS, gen_kwargs={"files": files})
+        stream = rows.map(
+            recipe.examples,
+            batched=True,
+            batch_size=_STREAMED_TOGETHER,
+            with_indices=True,
+            remove_columns=list(_ROWS),
+            features=FEATURES,
+        )
+        if next(iter(rows), None) is None:
+            raise _nothing(paths)
+        return stream
+    with _progress_bars(shown=not quiet):
+        rows = _cached_rows(recipe, files, num_proc, cache_dir)
+        if not len(rows):
+            raise _nothing(paths)
+        return rows.map(
+            recipe.examples,
+            batched=True,
+            with_indices=True,
+            remove_columns=list(_ROWS),
+            features=FEATURES,
+            num_proc=min(num_proc, len(rows)) if num_proc else None,
+            new_fingerprint=recipe.fingerprint(files, "examples"),
+            desc="Tokenising",
+        )
+
+
+@dataclass(frozen=True)
+class LlaraCollator:
+    """Makes one batch of examples.
+
+    Attributes:
+        pad_token_id: what fills up `input_ids`; 0 if None, as the attention mask hides it.
+        padding_side: "left" or "right".
+        pad_to_multiple_of: the sequence length is rounded up to a multiple of it.
+    """
+
+    pad_token_id: int | None
+    padding_side: str = field(default="left", kw_only=True)
+    pad_to_multiple_of: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.padding_side not in ("left", "right"):
+            raise LlamoryError(f"padding_side must be left or right, not {self.padding_side!r}.")
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Pad examples of `load_examples` to long tensors.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels`: (batch, sequence); `output_summarize_ids`, `output_predict_ids`:
+            (batch, longest target, at least 1), filled up with -100; `example`: (batch,).
+        """
+
+        def column(name: str) -> list[torch.Tensor]:
+            return [torch.as_tensor(example[name], dtype=torch.long) for example in examples]
+
+        inputs = column("input_ids")
+        return {
+            "input_ids": self._pad(inputs, self.pad_token_id or 0),
+            "attention_mask": self._pad([torch.ones_like(row) for row in inputs], 0),
+            "labels": self._pad(column("labels"), IGNORED_LABEL),
+            "output_summarize_ids": _pad_targets(column("summarize_ids")),
+            "output_predict_ids": _pad_targets(column("predict_ids")),
+            "example": torch.stack(column("example")),
+        }
+
+    def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
+        padded = pad_sequence(rows, batch_first=True, padding_value=value, padding_side=self.padding_side)
+        missing = -padded.shape[1] % (self.pad_to_multiple_of or 1)
+        return pad(padded, (missing, 0) if self.padding_side == "left" else (0, missing), value=value)
+
+
+def _pad_targets(rows: list[torch.Tensor]) -> torch.Tensor:
+    padded = pad_sequence(rows, batch_first=True, padding_value=IGNORED_LABEL)
+    return padded if padded.shape[1] else torch.full((len(rows), 1), IGNORED_LABEL)
+
+
+# ---- from files to examples ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """All that makes examples of files, in two steps: rows of texts and words, then token ids."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: LlaraTemplate
+    max_length: int
+    passage_length: int | None
+    languages: tuple[str, ...]
+    text_field: str
+    skip_broken: bool
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise LlamoryError("LLARA examples need a fast tokenizer; use one that has a tokenizer.json.")
+        if self.room < 1:
+            raise LlamoryError(
+                f"A max_length of {self.max_length} tokens leaves no room for a passage: prefix and prompts take "
+                f"{self.template.overhead()}; choose a greater one."
+            )
+        if self.passage_length is not None and self.passage_length < 1:
+            raise LlamoryError(f"passage_length must be at least 1 token, not {self.passage_length}.")
+        stop_words(self.languages)  # an unknown language is told at once
+
+    @property
+    def room(self) -> int:
+        """The most tokens of a passage within a sequence."""
+        return self.max_length - self.template.overhead()
+
+    @cached_property
+    def dropped(self) -> frozenset[str]:
+        return stop_words(self.languages)
+
+    @cached_property
+    def slot_tokens(self) -> tuple[str, ...]:
+        slots = self.template.summarize_slot_ids + self.template.predict_slot_ids
+        return tuple(token for token in self.tokenizer.convert_ids_to_tokens(list(slots)) if token)
+
+    def fingerprint(self, files: Sequence[str], step: str) -> str:
+        """Changes with everything that the examples depend on."""
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        settings = [self.max_length, self.passage_length, self.languages, self.text_field, self.skip_broken]
+        stats = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path in files]
+        # Truncation and padding are left by the tokenizer's last call.
+        tokenizer.update(truncation=None, padding=None)
+        whole = [llamory.__version__, step, tokenizer, self.template.to_dict(), settings, stats]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+
+    def rows(self, files: list[str]) -> Iterator[dict[str, Any]]:
+        """Passages with the words of their targets."""
+        for path in map(Path, files):
+            yield from self._published_rows(path) if _is_published(path) else self._document_rows(path)
+
+    def examples(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        """Tokenise a batch of rows and put the prompts around the passages."""
+        encoded = self.tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        passages = [ids[: self.room] for ids in encoded]
+        before = [IGNORED_LABEL] * len(self.template.prefix_ids)
+        after = [IGNORED_LABEL] * (self.template.overhead() - len(before))
+        ignored = frozenset(self.template.ignored_ids)
+        return {
+            "input_ids": [self.template.sequence(passage) for passage in passages],
+            "labels": [[*before, *passage, *after] for passage in passages],
+            "summarize_ids": word_ids(self.tokenizer, rows["summarize"], ignored),
+            "predict_ids": word_ids(self.tokenizer, rows["predict"], ignored),
+            "source": rows["place"],
+            "example": indices,
+        }
+
+    # ---- published JSON lines ----
+
+    def _published_rows(self, path: Path) -> Iterator[dict[str, Any]]:
+        for line, row in read_json_lines(path, self._published_row, skip_broken=self.skip_broken):
+            if row["text"].strip():
+                yield {**row, "place": f"{path}:{line}"}
+
+    def _published_row(self, entry: dict[str, Any]) -> dict[str, Any]:
+        text = string_entry(entry, "input")
+        targets = {head: self._published_words(entry, f"output_{head}") for head in ("summarize", "predict")}
+        for part in (text, *targets["summarize"], *targets["predict"]):
+            if found := self._slot_token_in(part):
+                raise LlamoryError(f"the text has the slot token {found}, which only the prompts may have")
+        return {"text": text, **targets}
+
+    def _published_words(self, entry: dict[str, Any], name: str) -> list[str]:
+        target = entry.get(name)
+        if target is None:
+            return []
+        if isinstance(target, list):
+            return [string_entry({name: word}, name) for word in target]
+        return content_words(string_entry(entry, name), self.dropped)
+
+    # ---- documents ----
+
+    def _document_rows(self, path: Path) -> Iterator[dict[str, Any]]:
+        language = self.languages[0] if self.languages else "en"
+        for document in read_file(path, text_field=self.text_field, skip_broken=self.skip_broken):
+            self._check_slot_tokens(document)
+            size = self.passage_length or self.room
+            passages = list(split_passages(document, self.tokenizer, size, language=language))
+            words = [
+                None if self._slot_token_in(passage.text) else content_words(self._kept(passage.text), self.dropped)
+                for passage in passages
+            ]
+            for passage, own, following in zip(passages, words, [*words[1:], None], strict=True):
+                if own is not None:
+                    yield {"text": passage.text, "summarize": own, "predict": following or [], "place": passage.place}
+
+    def _kept(self, text: str) -> str:
+        """What truncation leaves of a passage, without a word that it cuts in two."""
+        if self.passage_length is None or self.passage_length <= self.room:
+            return text
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = encoded["offset_mapping"]
+        if len(offsets) <= self.room:
+            return text
+        # A character that is cut in two (bytes as tokens) is part of both offsets.
+        end = min(offsets[self.room - 1][1], offsets[self.room][0])
+        return whole_words(text, end)
+
+    def _check_slot_tokens(self, document: Document) -> None:
+        for block in document.blocks:
+            if found := self._slot_token_in(block.text):
+                line = block.line + (block.text.count("\n", 0, block.text.index(found)) if block.verbatim else 0)
+                place = Passage(found, document.source, block.title, line).place
+                message = f"{place}: the text has the slot token {found}, which only the prompts may have"
+                if not self.skip_broken:
+                    raise LlamoryError(f"{message}; remove it, or skip broken passages.")
+                logger.warning("Passed over a passage; %s", message)
+
+    def _slot_token_in(self, text: str) -> str | None:
+        return next((token for token in self.slot_tokens if token in text), None)
+
+
+def _is_published(path: Path) -> bool:
+    """Whether a file has the published format: its first whole object has `input`."""
+    if path.suffix.lower() != ".jsonl":
+        return False
+    first = next(read_json_lines(path, lambda entry: entry, skip_broken=True), None)
+    return first is not None and "input" in first[1]
+
+
+def _cached_rows(
+    recipe: _Recipe, files: list[str], num_proc: int | None, cache_dir: str | os.PathLike[str] | None
+) -> Dataset:
+    try:
+        return Dataset.from_generator(
+            recipe.rows,
+            features=_ROWS,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),  # type: ignore[arg-type]
+            gen_kwargs={"files": files},
+            num_proc=min(num_proc, len(files)) if num_proc else None,
+            fingerprint=recipe.fingerprint(files, "rows"),
+        )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, LlamoryError):
+            raise error.__cause__ from None
+        # Processes hand their error back without its cause; it comes again here.
+        for _ in recipe.rows(files):
+            pass
+        raise
+
+
+@contextmanager
+def _progress_bars(*, shown: bool) -> Iterator[None]:
+    if shown or not datasets.are_progress_bars_enabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
+
+
+def _nothing(paths: Iterable[object]) -> LlamoryError:
+    return LlamoryError(f"No example could be made of {', '.join(map(str, paths))}; they have no usable text.")
