@@ -13,6 +13,7 @@ from sentence_transformers import SentenceTransformer
 from llamory.errors import LlamoryError
 from llamory.library import AddReport, Library
 from llamory.library import library as library_module
+from llamory.library import store as store_module
 
 
 def add(library: Library, *paths: Path, **settings) -> AddReport:
@@ -191,6 +192,18 @@ def test_the_same_path_in_other_words_is_the_same_source(tmp_path, docs, model_f
     monkeypatch.chdir(docs)
     assert add(library, Path()) == AddReport(unchanged=3)
     assert library.add("../docs/cats.txt", progress=False) == AddReport(unchanged=1)
+
+
+def test_many_commits_are_tidied_on_the_way(tmp_path, model_folder, monkeypatch):
+    monkeypatch.setattr(library_module, "PASSAGES_PER_COMMIT", 1)
+    monkeypatch.setattr(store_module, "COMMITS_PER_TIDY", 4)
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for i in range(10):
+        (folder / f"{i}.txt").write_text(f"cat number {i}")
+    add(Library(tmp_path / "library", model_folder), folder)
+    library = Library(tmp_path / "library")
+    assert sorted(hit.text for hit in library.search("cat", top=20)) == [f"cat number {i}" for i in range(10)]
 
 
 # ---- when a run fails ------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llamory.documents import Document
 
 # Passages that are embedded before they are written: what is lost when a run is killed.
-PASSAGES_PER_COMMIT = 128
+PASSAGES_PER_COMMIT = 64
 
 PathLike = str | os.PathLike[str]
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lancedb.table import Table
 
 FORMAT_VERSION = 1
+# Every commit leaves a small file and a list of all files; they are joined before the lists grow long.
+COMMITS_PER_TIDY = 256
 
 _TABLE = "passages"
 _METADATA_KEY = b"llamory"
@@ -65,6 +67,7 @@ class PassageStore:
 
     def __init__(self, table: Table, settings: Settings) -> None:
         self._table = table
+        self._commits = 0
         self.settings = settings
 
     @classmethod
@@ -141,16 +144,15 @@ class PassageStore:
             replaced: sources among the rows that may have passages already.
         """
         data = self._arrow(rows, vectors)
-        if not replaced:
+        if replaced:
+            merge = self._table.merge_insert(["source", "position"])
+            merge = merge.when_matched_update_all().when_not_matched_insert_all()
+            merge.when_not_matched_by_source_delete(_is_in("source", replaced)).execute(data)
+        else:
             self._table.add(data)
-            return
-        (
-            self._table.merge_insert(["source", "position"])
-            .when_matched_update_all()
-            .when_not_matched_insert_all()
-            .when_not_matched_by_source_delete(_is_in("source", replaced))
-            .execute(data)
-        )
+        self._commits += 1
+        if self._commits % COMMITS_PER_TIDY == 0:
+            self.tidy()
 
     def remove(self, sources: Collection[str]) -> None:
         """Take away all passages of some sources."""
