@@ -1,0 +1,377 @@
+"""LLARA as an embedding model: a trained checkpoint becomes a Sentence Transformers folder of stock modules.
+
+The embedding of a text is the mean of the last hidden states at the slot tokens, normalised (Li et al. 2023, section
+3.3); queries take the prediction prompt, documents the summary prompt. The folder needs nothing but Sentence
+Transformers: a chat template writes the prompts, and word weights of 1 for slots and 0 for all else pick the slots.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamory.errors import LlamoryError
+from llamory.llara.template import _COUNT_WORDS, PREDICT_PROMPT, PREFIX, SUMMARIZE_PROMPT, LlaraTemplate, slot_tokens
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+DEFAULT_MAX_LENGTH = 512
+
+# Stands between prefix, passage and prompt in the text that the chat template writes, and is dropped before any token
+# is made. A Unicode noncharacter: it is legal inside a program and never part of a text.
+_MARKER = "\ufdd0"
+
+# Texts on which the exported tokenizer must give the template's ids; each has been a way to go wrong.
+_PROBES = (
+    "",
+    "A plain sentence about rivers.",
+    " leading and trailing space ",
+    "\n\tlines\r\n\n",
+    "   ",
+    '"quoted", and ends with a quote"',
+    "ends with a comma,",
+    "https://example.org/picture.png",
+    "def f(x):\n    return x[0] != '\\n'  # {{ braces }} {% and %}",
+    "naïve café e\u0301 — 日本語のテキスト 🦙🏽",
+)
+
+
+def export_sentence_transformer(
+    model: str | Path, output: str | Path, *, max_length: int = DEFAULT_MAX_LENGTH, similarity: str = "cosine"
+) -> Path:
+    """Write a LLARA checkpoint as a Sentence Transformers folder that loads without llamory.
+
+    `encode_query` reads the prediction prompt's slots, `encode_document` and `encode` the summary prompt's.
+
+    Args:
+        model: a checkpoint folder, as transformers saves it, with its tokenizer and its template in `config.llara`; or
+            the hub id of one.
+        output: the folder to make; it may exist if it is empty.
+        max_length: limit in tokens for a text with its prompt; longer texts are cut, the prompt never is.
+        similarity: name of the similarity function that the folder declares.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        LlamoryError: the model is no LLARA checkpoint, its tokenizer doesn't fit, or the output folder isn't empty.
+    """
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise LlamoryError(f"{output} already exists and isn't an empty folder; choose another output folder.")
+    embedder = _assemble(str(model), max_length, device="cpu", similarity=similarity)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        embedder.save(str(partial), create_model_card=False)
+        _check_saved(partial, embedder)
+        if output.exists():
+            output.rmdir()
+        partial.replace(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return output
+
+
+def load_embedder(
+    model: str | Path, *, max_length: int | None = None, device: str | None = None
+) -> SentenceTransformer:
+    """Load a model that turns texts into vectors.
+
+    Args:
+        model: a LLARA checkpoint, a Sentence Transformers folder, or the hub id of either.
+        max_length: limit in tokens for a text with its prompt; by default 512 for a LLARA checkpoint (or what it can
+            read, if that is less), else what the folder says.
+        device: a torch device; by default the best there is.
+
+    Raises:
+        LlamoryError: there is no such model, or it is a LLaMA that wasn't trained to embed.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.util import is_sentence_transformer_model
+
+    name = str(model)
+    _check_folder(name)
+    if not is_sentence_transformer_model(name) and _read_config(name).model_type == "llama":
+        return _assemble(name, max_length, device=device)
+    try:
+        embedder = SentenceTransformer(name, device=device)
+    except (OSError, ValueError) as error:
+        raise LlamoryError(f"{name} can't be loaded as an embedding model: {_first_line(error)}.") from error
+    if max_length is not None:
+        embedder.max_seq_length = max_length
+    return embedder
+
+
+def hide_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[str]:
+    """Rewrite what a LLARA embedder refuses to read: a slot token such as `<s1>` in a text becomes `< s1>`.
+
+    For texts whose writer couldn't know of slot tokens. Other embedders get their texts unchanged.
+    """
+    template = LlaraTemplate.from_config(config) if (config := _llama_config(embedder)) is not None else None
+    if template is None:
+        return texts
+    reserved = {token: f"< {token[1:]}" for token in slot_tokens(template.slots)} | {_MARKER: ""}
+    hidden = []
+    for text in texts:
+        for token, replacement in reserved.items():
+            text = text.replace(token, replacement)
+        hidden.append(text)
+    return hidden
+
+
+# ---- putting the modules together ------------------------------------------------------------------------------------
+
+
+def _assemble(
+    name: str, max_length: int | None, *, device: str | None, similarity: str = "cosine"
+) -> SentenceTransformer:
+    """Load a LLARA checkpoint as Sentence Transformers modules and make sure that they read texts as training did."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modality import InputFormatter
+    from sentence_transformers.base.modules.normalize import Normalize
+    from sentence_transformers.base.modules.transformer import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
+
+    _check_folder(name)
+    config = _read_config(name)
+    if config.model_type != "llama":
+        raise LlamoryError(f"{name} is a {config.model_type} model; only LLaMA checkpoints can be LLARA retrievers.")
+    template = LlaraTemplate.from_config(config)
+    if template is None:
+        raise LlamoryError(
+            f"{name} is a plain LLaMA without a LLARA template in its config; train a retriever from it first with "
+            "`llamory train llara`."
+        )
+    tokenizer = _read_tokenizer(name)
+    template.check_tokenizer(tokenizer)
+    if max_length is None:
+        max_length = min(DEFAULT_MAX_LENGTH, config.max_position_embeddings)
+    if max_length > config.max_position_embeddings:
+        raise LlamoryError(
+            f"A length of {max_length} tokens is more than the {config.max_position_embeddings} that {name} can read; "
+            "choose a smaller length."
+        )
+    template.encode(tokenizer, "", max_length=max_length, predict=False)  # raises where prompts leave no room
+    template.encode(tokenizer, "", max_length=max_length, summarize=False)
+
+    exported = _piecewise_tokenizer(tokenizer, template, max_length)
+    forward = {"method": "forward", "method_output_name": "last_hidden_state"}
+    transformer = Transformer(
+        name,
+        modality_config={"text": forward, "message": {**forward, "format": "flat"}},  # type: ignore[typeddict-item]
+        module_output_name="token_embeddings",
+        unpad_inputs=False,  # WordWeights reads the attention mask, which unpadded batches don't have
+    )
+    transformer.processor = exported
+    transformer.input_formatter = InputFormatter("llama", message_format="flat", processor=exported)
+    transformer.input_formatter.supported_modalities = list(transformer.modality_config)
+    _check_token_ids(transformer, tokenizer, template, max_length)
+
+    vocabulary, weights = _word_weights(exported, template, config.vocab_size)
+    modules = [
+        transformer,
+        WordWeights(vocabulary, weights, unknown_word_weight=0.0),
+        Pooling(config.hidden_size, "mean"),
+        Normalize(),
+    ]
+    return SentenceTransformer(modules=modules, device=device, similarity_fn_name=similarity)  # type: ignore[arg-type]
+
+
+def _word_weights(
+    tokenizer: PreTrainedTokenizerFast, template: LlaraTemplate, rows: int
+) -> tuple[list[str], dict[str, float]]:
+    """All tokens in the order of their ids, one per embedding row, and a weight of 1 for each slot token."""
+    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
+    vocabulary = [tokens.get(i, f"[unused {i}]") for i in range(max(rows, max(tokens) + 1))]
+    weights = {vocabulary[i]: 1.0 for i in template.summarize_slot_ids + template.predict_slot_ids}
+    # WordWeights looks a word up in lower case too, so an ordinary token <S1> must be told apart from <s1>.
+    weights |= {token: 0.0 for token in vocabulary if token not in weights and token.lower() in weights}
+    return vocabulary, weights
+
+
+# ---- the tokenizer: a chat template that writes prompts, and pieces that stay apart ----------------------------------
+
+
+def _piecewise_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate, max_length: int
+) -> PreTrainedTokenizerFast:
+    """A tokenizer that reads the chat template's text as the template joins ids: each piece tokenised apart."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if not tokenizer.is_fast:
+        raise LlamoryError(
+            "Only tokenizers of the `tokenizers` library can be exported; save the checkpoint's tokenizer as a "
+            "tokenizer.json first."
+        )
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["truncation"] = state["padding"] = None
+    state["normalizer"] = _split_normalizer(state["normalizer"], state["pre_tokenizer"])
+    state["pre_tokenizer"] = _split_pre_tokenizer(state["pre_tokenizer"])
+    special = {
+        name: getattr(tokenizer, name)
+        for name in ("bos_token", "eos_token", "unk_token")
+        if getattr(tokenizer, name) is not None
+    }
+    # Any special token will do for padding, as the attention mask hides it.
+    padding = tokenizer.pad_token or next(iter(special.values()), slot_tokens(1)[0])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        **special,
+        pad_token=padding,
+        padding_side="right",
+        truncation_side="right",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        chat_template=_chat_template(tokenizer, template),
+    )
+
+
+def _split_normalizer(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Give each piece the leading `▁` that a Llama-2 tokenizer gives a text of its own.
+
+    Two spellings exist: a normalizer that prepends `▁` to every run of text between special tokens, and a Metaspace
+    pre-tokenizer with the scheme "first", which gives it to the first run only, unless that starts with a space.
+    """
+    steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
+    result: list[dict[str, Any]] = []
+    for step in filter(None, steps):
+        if step["type"] == "Prepend":
+            # The start of a run becomes the start of a piece; no piece that has no text gets a ▁.
+            result += [{"type": "Prepend", "prepend": _MARKER}, _after_marker(f"(?=[^{_MARKER}])", step["prepend"])]
+        else:
+            result.append(step)
+    for step in _pre_tokenizers(pre_tokenizer):
+        if step["type"] == "Metaspace" and step["prepend_scheme"] == "first":
+            result.append(_after_marker(f"(?=[^{_MARKER} {step['replacement']}])", step["replacement"]))
+    return {"type": "Sequence", "normalizers": result} if result else None
+
+
+def _after_marker(condition: str, inserted: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": f"{_MARKER}+{condition}"}, "content": _MARKER + inserted}
+
+
+def _split_pre_tokenizer(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any]:
+    """Split at markers, drop them, then do what the tokenizer always did."""
+    split = {"type": "Split", "pattern": {"String": _MARKER}, "behavior": "Removed", "invert": False}
+    steps = [
+        {**step, "prepend_scheme": "never"}
+        if step["type"] == "Metaspace" and step["prepend_scheme"] == "first"
+        else step
+        for step in _pre_tokenizers(pre_tokenizer)
+    ]
+    return {"type": "Sequence", "pretokenizers": [split, *steps]}
+
+
+def _pre_tokenizers(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if pre_tokenizer is None:
+        return []
+    return pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate) -> str:
+    """Jinja that puts prefix and prompt around the messages' text, with a marker at the start of each piece."""
+    slots = slot_tokens(template.slots)
+    count = _COUNT_WORDS[template.slots] if template.slots < len(_COUNT_WORDS) else ""
+    count = count or str(template.slots)
+    quote = tokenizer(PREFIX, add_special_tokens=False)["input_ids"]
+    opening = "".join(tokenizer.added_tokens_decoder[i].content for i in template.prefix_ids[: -len(quote)])
+    prefix = opening + _MARKER + PREFIX + _MARKER
+    summarize = _MARKER + SUMMARIZE_PROMPT.format(count=count) + "".join(slots[: template.slots])
+    predict = _MARKER + PREDICT_PROMPT.format(count=count) + "".join(slots[template.slots :])
+    return (
+        "{%- set passage = namespace(text='') -%}"
+        "{%- for message in messages -%}"
+        "{%- if message.content is string -%}{%- set passage.text = passage.text + message.content -%}"
+        "{%- else -%}{%- for part in message.content -%}{%- set passage.text = passage.text + part.text -%}"
+        "{%- endfor -%}{%- endif -%}"
+        "{%- endfor -%}"
+        f"{{%- for token in {json.dumps([*slots, _MARKER])} -%}}{{%- if token in passage.text -%}}"
+        "{{- raise_exception('A text contains ' + token + ', which only the prompts may; remove it.') -}}"
+        "{%- endif -%}{%- endfor -%}"
+        f"{{{{- {json.dumps(prefix)} + passage.text -}}}}"
+        f"{{%- if task is defined and task == 'query' -%}}{{{{- {json.dumps(predict)} -}}}}"
+        f"{{%- else -%}}{{{{- {json.dumps(summarize)} -}}}}{{%- endif -%}}"
+    )
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _probes(max_length: int) -> Iterator[str]:
+    yield from _PROBES
+    yield "one, two; three " * max_length
+
+
+def _check_token_ids(
+    transformer: Any, tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate, max_length: int
+) -> None:
+    for probe in _probes(max_length):
+        for task in ("query", "document", None):
+            query = task == "query"
+            expected = template.encode(tokenizer, probe, summarize=not query, predict=query, max_length=max_length)
+            found = transformer.preprocess([probe], task=task)["input_ids"][0].tolist()
+            if found != expected:
+                raise LlamoryError(
+                    f"This tokenizer can't be exported: with the prompts around it, {probe[:40]!r} gets other token "
+                    "ids than in training; use a checkpoint with a byte-level BPE or a Llama-2 tokenizer."
+                )
+
+
+def _check_saved(folder: Path, embedder: SentenceTransformer) -> None:
+    """Make sure that the tokenizer survived saving, as transformers rebuilds some of them when they are loaded."""
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(str(folder))
+    for probe in _PROBES:
+        message = [{"role": "user", "content": probe}]
+        if loaded.apply_chat_template(message) != embedder.tokenizer.apply_chat_template(message):
+            raise LlamoryError(
+                f"This tokenizer can't be exported: once saved and loaded again it reads {probe[:40]!r} differently; "
+                "use a checkpoint with a byte-level BPE or a Llama-2 tokenizer."
+            )
+
+
+def _check_folder(name: str) -> None:
+    path = Path(name)
+    if path.is_dir():
+        if not any((path / marker).exists() for marker in ("modules.json", "config.json", "adapter_config.json")):
+            raise LlamoryError(f"{name} holds no model (there is no config.json); give a checkpoint's folder.")
+    elif path.exists():
+        raise LlamoryError(f"{name} is a file; give a checkpoint's folder.")
+    elif path.is_absolute() or name.startswith((".", "~")):
+        raise LlamoryError(f"There is no folder {name}; give the folder of a checkpoint.")
+
+
+def _read_config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise LlamoryError(f"{name} can't be loaded as a model: {_first_line(error)}.") from error
+
+
+def _read_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise LlamoryError(f"The tokenizer of {name} can't be loaded: {_first_line(error)}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _llama_config(embedder: SentenceTransformer) -> Any:
+    config = getattr(embedder[0], "config", None)
+    return config if getattr(config, "model_type", None) == "llama" else None

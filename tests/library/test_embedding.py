@@ -1,0 +1,90 @@
+"""A library works with LLARA models: texts about slot tokens are indexed, passages fit, weights tell models apart."""
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llamory.errors import LlamoryError
+from llamory.library import Library
+from llamory.library.embedding import fingerprint, passage_length_for
+from llamory.llara.retriever import export_sentence_transformer, load_embedder
+from llamory.llara.template import LlaraTemplate
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small random LLARA model that reads bytes."""
+    folder = tmp_path_factory.mktemp("models") / "llara"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        ["passage " * 9], trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False)
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    template = LlaraTemplate.from_tokenizer(wrapped)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(wrapped),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    model = LlamaForCausalLM(config)
+    template.prepare_model(model)
+    model.save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def test_a_llara_checkpoint_can_be_a_librarys_model(tmp_path, checkpoint):
+    texts = ["the river", "a mountain far away", "the summary stands in <s1> to <s8>"]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_text(text)
+    library = Library(tmp_path / "library", checkpoint, device="cpu")
+    library.add(tmp_path, progress=False)
+    found = {hit.text: hit.score for hit in library.search("what is in <s1>?")}
+    model = load_embedder(checkpoint, device="cpu")
+    passages = model.encode_document([*texts[:2], "the summary stands in < s1> to < s8>"])
+    expected = passages @ model.encode_query("what is in < s1>?")
+    np.testing.assert_allclose([found[text] for text in texts], expected, atol=1e-5)
+
+
+def test_passages_leave_room_for_the_prompt(checkpoint):
+    model = load_embedder(checkpoint, device="cpu", max_length=200)
+    prompt = len(LlaraTemplate.from_config(model[0].config).sequence([], predict=False))
+    assert passage_length_for(model, 20) == 20
+    assert passage_length_for(model, None) == 200 - prompt
+    with pytest.raises(LlamoryError, match=f"at most {200 - prompt}"):
+        passage_length_for(model, 200 - prompt + 1)
+
+
+def test_a_model_without_a_limit_gets_the_usual_passages(embedder):
+    assert passage_length_for(embedder, None) == 256
+
+
+def test_an_export_is_the_same_model_as_its_checkpoint(tmp_path, checkpoint):
+    folder = export_sentence_transformer(checkpoint, tmp_path / "exported")
+    assert fingerprint(load_embedder(folder, device="cpu")) == fingerprint(load_embedder(checkpoint, device="cpu"))
+
+
+def test_one_changed_weight_or_prompt_makes_another_model(checkpoint):
+    model = load_embedder(checkpoint, device="cpu")
+    before = fingerprint(model)
+    weight = model[0].model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(9.0))
+    after = fingerprint(model)
+    assert after != before
+    model.tokenizer.chat_template += " "
+    assert fingerprint(model) != after
+
+
+def test_half_precision_models_have_fingerprints_too(embedder):
+    assert fingerprint(embedder) != fingerprint(SentenceTransformer(modules=list(embedder)).half())
