@@ -60,7 +60,7 @@ def main() -> int:
         )
         trained = train_llara(settings)
         say("Loading the result as a SentenceTransformer and indexing the modules.")
-        library = Library(f"{folder}/library", model=trained["embedder"])
+        library = Library(f"{folder}/library", model=trained["embedder"], bf16=True)
         report = library.add(files, passage_length=PASSAGE)
         say(f"{report.passages} passages are indexed.")
         for question in QUESTIONS:
@@ -68,7 +68,6 @@ def main() -> int:
             for hit in library.search(question, top=3):
                 place = f"{Path(hit.source).relative_to(library_folder)}:{hit.line}"
                 Console().print(f"  {hit.score:.2f}  {hit.title or place}  ({place})", highlight=False)
-        print()
         say("Done.")
     return 0
 

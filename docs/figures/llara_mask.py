@@ -1,6 +1,6 @@
 """Draws the LLARA sequence and its mask, from the layout that the model itself uses.
 
-    python docs/figures/llara_mask.py        writes docs/figures/llara_mask.svg
+python docs/figures/llara_mask.py        writes docs/figures/llara_mask.svg
 """
 
 from __future__ import annotations

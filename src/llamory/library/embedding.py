@@ -20,7 +20,11 @@ DEFAULT_PASSAGE_LENGTH = 256
 
 
 def embed_passages(
-    embedder: SentenceTransformer, texts: list[str], advance: Callable[[int], None] = lambda _: None
+    embedder: SentenceTransformer,
+    texts: list[str],
+    advance: Callable[[int], None] = lambda _: None,
+    *,
+    bf16: bool = False,
 ) -> np.ndarray:
     """Embed passages in batches of similar length.
 
@@ -28,11 +32,13 @@ def embed_passages(
         embedder: the model.
         texts: at least one passage.
         advance: is told how many passages each batch had.
+        bf16: compute in bfloat16: up to three times faster where the processor knows it, at three digits less.
 
     Returns:
         float32 vectors (passages, dimension), in the order of the texts.
     """
     import numpy as np
+    import torch
 
     from llamory.llara.retriever import hide_slot_tokens
 
@@ -41,7 +47,8 @@ def embed_passages(
     batches = []
     for start in range(0, len(texts), BATCH_SIZE):
         batch = [texts[i] for i in order[start : start + BATCH_SIZE]]
-        batches.append(embedder.encode_document(batch, batch_size=BATCH_SIZE, show_progress_bar=False))
+        with torch.autocast(embedder.device.type, torch.bfloat16, enabled=bf16):
+            batches.append(embedder.encode_document(batch, batch_size=BATCH_SIZE, show_progress_bar=False))
         advance(len(batch))
     vectors = np.concatenate(batches).astype(np.float32)
     return vectors[np.argsort(order)]

@@ -59,17 +59,24 @@ class Library:
         model: the embedding model: a LLARA checkpoint, a Sentence Transformers folder, a hub id, or a loaded model.
             An existing library knows its own.
         device: a torch device for the model; by default the best there is.
+        bf16: embed passages in bfloat16, which is faster and a little less exact.
 
     Raises:
         LlamoryError: there is no library at `path`, and no model to make one with.
     """
 
     def __init__(
-        self, path: PathLike, model: PathLike | SentenceTransformer | None = None, *, device: str | None = None
+        self,
+        path: PathLike,
+        model: PathLike | SentenceTransformer | None = None,
+        *,
+        device: str | None = None,
+        bf16: bool = False,
     ) -> None:
         self.path = os.fspath(path)
         self._model = os.fspath(model) if isinstance(model, str | os.PathLike) else model
         self._device = device
+        self._bf16 = bf16
         self._loaded: SentenceTransformer | None = None
         self._store = PassageStore.open(self.path)
         if self._store is None and model is None:
@@ -180,7 +187,7 @@ class Library:
         vectors = self._store.vectors(replaced) if self._store is not None else {}
         new = [text for text in dict.fromkeys(row["text"] for row in rows) if text not in vectors]
         if new:
-            vectors |= dict(zip(new, embed_passages(embedder, new, bar.embedded), strict=True))
+            vectors |= dict(zip(new, embed_passages(embedder, new, bar.embedded, bf16=self._bf16), strict=True))
         matrix = np.stack([vectors[row["text"]] for row in rows])
         if self._store is None:
             model = self._model if isinstance(self._model, str) else ""

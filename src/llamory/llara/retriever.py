@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamory.errors import LlamoryError
-from llamory.llara.template import _COUNT_WORDS, PREDICT_PROMPT, PREFIX, SUMMARIZE_PROMPT, LlaraTemplate, slot_tokens
+from llamory.llara.template import PREFIX, LlaraTemplate, prompt_texts, slot_tokens
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -279,13 +279,12 @@ def _pre_tokenizers(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]
 def _chat_template(tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate) -> str:
     """Jinja that puts prefix and prompt around the messages' text, with a marker at the start of each piece."""
     slots = slot_tokens(template.slots)
-    count = _COUNT_WORDS[template.slots] if template.slots < len(_COUNT_WORDS) else ""
-    count = count or str(template.slots)
+    summarize_text, predict_text = prompt_texts(template.slots)
     quote = tokenizer(PREFIX, add_special_tokens=False)["input_ids"]
     opening = "".join(tokenizer.added_tokens_decoder[i].content for i in template.prefix_ids[: -len(quote)])
     prefix = opening + _MARKER + PREFIX + _MARKER
-    summarize = _MARKER + SUMMARIZE_PROMPT.format(count=count) + "".join(slots[: template.slots])
-    predict = _MARKER + PREDICT_PROMPT.format(count=count) + "".join(slots[template.slots :])
+    summarize = _MARKER + summarize_text + "".join(slots[: template.slots])
+    predict = _MARKER + predict_text + "".join(slots[template.slots :])
     return (
         "{%- set passage = namespace(text='') -%}"
         "{%- for message in messages -%}"

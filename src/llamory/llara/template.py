@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PREFIX = '"'
-SUMMARIZE_PROMPT = '", summarize the above passage within {count} words: '
-PREDICT_PROMPT = '", predict the following passage within {count} words: '
+_SUMMARIZE_PROMPT = '", summarize the above passage within {count} words: '
+_PREDICT_PROMPT = '", predict the following passage within {count} words: '
 BOW_WEIGHTINGS = ("fixed", "learned")
 
 _COUNT_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split() + [""] * 3 + ["sixteen"]
@@ -94,9 +94,9 @@ class LlaraTemplate:
                     f"The tokenizer splits the slot token {token} into {len(ids)} tokens; it must be one."
                 )
         summarize_slots, predict_slots = [i[0] for i in slot_ids[:slots]], [i[0] for i in slot_ids[slots:]]
-        count = _COUNT_WORDS[slots] if slots < len(_COUNT_WORDS) and _COUNT_WORDS[slots] else str(slots)
-        summarize = _prompt_ids(tokenizer, SUMMARIZE_PROMPT.format(count=count), tokens[:slots], summarize_slots)
-        predict = _prompt_ids(tokenizer, PREDICT_PROMPT.format(count=count), tokens[slots:], predict_slots)
+        summarize_text, predict_text = prompt_texts(slots)
+        summarize = _prompt_ids(tokenizer, summarize_text, tokens[:slots], summarize_slots)
+        predict = _prompt_ids(tokenizer, predict_text, tokens[slots:], predict_slots)
         if summarize == predict:
             raise LlamoryError(
                 "The tokenizer reads the summary prompt and the prediction prompt as the same ids, so they can't be "
@@ -269,6 +269,12 @@ PUBLISHED_TEMPLATE = LlaraTemplate(
 def slot_tokens(slots: int) -> list[str]:
     """The names of the slot tokens: `slots` for the summary, then as many for the prediction."""
     return [f"<s{i}>" for i in range(1, 2 * slots + 1)]
+
+
+def prompt_texts(slots: int) -> tuple[str, str]:
+    """The summary and the prediction prompt for a number of slots, without the slots."""
+    count = (_COUNT_WORDS[slots] if slots < len(_COUNT_WORDS) else "") or str(slots)
+    return _SUMMARIZE_PROMPT.format(count=count), _PREDICT_PROMPT.format(count=count)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

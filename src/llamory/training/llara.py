@@ -171,8 +171,7 @@ def _arguments(settings: LlaraSettings) -> TrainingArguments:
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
         bf16=settings.bf16,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        **_checkpointing(settings),
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
         save_steps=settings.save_every,
@@ -189,6 +188,14 @@ def _arguments(settings: LlaraSettings) -> TrainingArguments:
         fsdp_config=fsdp if settings.fsdp else None,
         ddp_find_unused_parameters=False,
     )
+
+
+def _checkpointing(settings: LlaraSettings) -> dict[str, Any]:
+    # transformers renamed these arguments in 5.2x; the older names go in its version 6.
+    name = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
+    if not settings.gradient_checkpointing:
+        return {}
+    return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def _load(settings: LlaraSettings) -> tuple[PreLlamaModel, PreTrainedTokenizerBase]:

@@ -46,7 +46,9 @@ class RichProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(self.task, losses=shown)
         seconds = time.perf_counter() - self.started
-        self.console.print(f"step {state.global_step}/{state.max_steps}  {shown}  ({seconds:.0f} s)", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"step {state.global_step}/{state.max_steps}  {shown}  ({seconds:.0f} s)", highlight=False, soft_wrap=True
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Stop the bar."""
