@@ -93,7 +93,8 @@ def load_examples(
 
     Returns:
         a dataset of `input_ids` and `labels` (-100 outside the passage) of one length each, `summarize_ids` and
-        `predict_ids` (token ids of the target words, maybe none), `source` (`path:line`) and `example` (0, 1, ...).
+        `predict_ids` (token ids of the target words, maybe none), `source` (`path:line`) and `example` (0, 1, ...;
+        while streaming, every worker of a data loader counts its own).
 
     Raises:
         LlamoryError: a setting doesn't fit, a language is unknown, a file can't be read or has a broken line or a slot
