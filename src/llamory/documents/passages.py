@@ -70,9 +70,11 @@ def split_passages(
                 spans = _Cutter(section.text, encoding, tokenizer, max_tokens).fill(units)
             newlines = at = 0
             for first, last in spans:
+                text = section.text[first:last]
+                first += len(text) - len(text.lstrip())  # the line of its first word
                 newlines, at = newlines + section.text.count("\n", at, first), first
-                if text := _clean(section.text[first:last]):
-                    yield Passage(text, document.source, section.title, section.lines[newlines])
+                if cleaned := _clean(text):
+                    yield Passage(cleaned, document.source, section.title, section.lines[newlines])
 
 
 # ---- sections ------------------------------------------------------------------------------------------------------

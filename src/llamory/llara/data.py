@@ -93,7 +93,8 @@ def load_examples(
 
     Returns:
         a dataset of `input_ids` and `labels` (-100 outside the passage) of one length each, `summarize_ids` and
-        `predict_ids` (token ids of the target words, maybe none), `source` (`path:line`) and `example` (0, 1, ...).
+        `predict_ids` (token ids of the target words, maybe none), `source` (`path:line`) and `example` (0, 1, ...;
+        while streaming, every worker of a data loader counts its own).
 
     Raises:
         LlamoryError: a setting doesn't fit, a language is unknown, a file can't be read or has a broken line or a slot
@@ -125,9 +126,15 @@ def load_examples(
             raise _nothing(paths)
         return stream
     with _progress_bars(shown=not quiet):
-        rows = _cached_rows(recipe, files, num_proc, cache_dir)
-        if not len(rows):
-            raise _nothing(paths)
+        try:
+            rows = _cached_rows(recipe, files, num_proc, cache_dir)
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+            if isinstance(error.__cause__, LlamoryError):
+                raise error.__cause__ from None
+            # Processes hand their error back without its cause, and no rows at all are an error too: see which.
+            if sum(1 for _ in recipe.rows(files)) == 0:
+                raise _nothing(paths) from None
+            raise
         return rows.map(
             recipe.examples,
             batched=True,
@@ -338,27 +345,19 @@ def _is_published(path: Path) -> bool:
 def _cached_rows(
     recipe: _Recipe, files: list[str], num_proc: int | None, cache_dir: str | os.PathLike[str] | None
 ) -> Dataset:
-    try:
-        return Dataset.from_generator(
-            recipe.rows,
-            features=_ROWS,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),  # type: ignore[arg-type]
-            gen_kwargs={"files": files},
-            num_proc=min(num_proc, len(files)) if num_proc else None,
-            fingerprint=recipe.fingerprint(files, "rows"),
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, LlamoryError):
-            raise error.__cause__ from None
-        # Processes hand their error back without its cause; it comes again here.
-        for _ in recipe.rows(files):
-            pass
-        raise
+    return Dataset.from_generator(
+        recipe.rows,
+        features=_ROWS,
+        cache_dir=None if cache_dir is None else os.fspath(cache_dir),  # type: ignore[arg-type]
+        gen_kwargs={"files": files},
+        num_proc=min(num_proc, len(files)) if num_proc else None,
+        fingerprint=recipe.fingerprint(files, "rows"),
+    )
 
 
 @contextmanager
 def _progress_bars(*, shown: bool) -> Iterator[None]:
-    if shown or not datasets.are_progress_bars_enabled():
+    if shown or datasets.utils.are_progress_bars_disabled():
         yield
         return
     datasets.disable_progress_bars()
