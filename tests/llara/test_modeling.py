@@ -223,7 +223,8 @@ def test_no_mask_of_the_whole_length_is_made_in_training(make_model, template, m
 def test_logits_of_the_whole_length_are_never_held_in_training(make_model, template, monkeypatch):
     from llamory.llara import losses
 
-    monkeypatch.setattr(losses, "_CHUNK_BYTES", 16 * 4 * 120)
+    monkeypatch.setattr(losses, "_CHUNK_BYTES", 0)
+    monkeypatch.setattr(losses, "_LEAST_CHUNK", 16)
     model = make_model().train()
     ids, mask, labels = batch(template, [list(range(20, 90))] * 3)
     biggest = []

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-# Bytes that one chunk's float32 logits may take; larger chunks make the matrix products more efficient.
-_CHUNK_BYTES = 64 * 2**20
+# Bytes that one chunk's float32 logits may take, and rows it has at least: matrix products want tall operands.
+_CHUNK_BYTES = 32 * 2**20
+_LEAST_CHUNK = 128
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class _HeadLosses(torch.autograd.Function):
                 losses.append(head.bag_of_words(bag, weights[i] * scale[i]) if bag is not None else scale[i] * 0)
             means = torch.stack(losses) * scale
             ctx.save_for_backward(head.grad_hidden, head.grad_weight, means)
+            ctx.weight_dtype = weight.dtype
             ctx.mark_non_differentiable(means)
             return (weights.float() * means).sum(), means
 
@@ -116,37 +118,54 @@ class _HeadLosses(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor, _grad_means: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight, means = ctx.saved_tensors
         # The buffers are this function's own: scaled in place, as a second backward pass isn't offered.
-        grads = [None if g is None else g.mul_(grad_total.to(g.dtype)) for g in (grad_hidden, grad_weight)]
-        return *grads, grad_total * means, None, None, None, None, None
+        for gradient in (grad_hidden, grad_weight):
+            if gradient is not None:
+                gradient.mul_(grad_total.to(gradient.dtype))
+        grad_weight = None if grad_weight is None else grad_weight.to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, grad_total * means, None, None, None, None, None
 
 
 class _Head:
-    """The output head with the gradients that gather in it, chunk by chunk."""
+    """The output head with the gradients that gather in it, chunk by chunk.
+
+    Logits and gradients go to the same few buffers again and again: fresh memory of this size costs as much time as
+    the matrix product that fills it.
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype, wants_hidden: bool, wants_weight: bool):
         self.hidden, self.dtype = hidden, dtype
         self.weight = weight.to(dtype)
+        self.learns = wants_hidden or wants_weight
         self.grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
         # Chunks add up in float32, whatever the products are computed in.
         self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        self.weight_dtype = weight.dtype
-        self.chunk = max(16, _CHUNK_BYTES // (4 * weight.shape[0]))
+        self.chunk = max(_LEAST_CHUNK, _CHUNK_BYTES // (4 * weight.shape[0]))
+        self._buffers: dict[str, Tensor] = {}
+
+    def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
+        """(rows, vocabulary) of memory that keeps its content until the name is asked for again."""
+        kept = self._buffers.get(name)
+        if kept is None or len(kept) < rows:
+            kept = self._buffers[name] = self.hidden.new_empty(rows, len(self.weight), dtype=dtype)
+        return kept[:rows]
+
+    def _logits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states of the rows, and their logits."""
+        chunk = self.hidden.index_select(0, rows).to(self.dtype)
+        return chunk, torch.mm(chunk, self.weight.T, out=self._buffer("logits", len(rows), self.dtype))
 
     def next_token(self, rows: Tensor, labels: Tensor, factor: Tensor) -> Tensor:
         """Sum of the next-token losses; gradients are scaled by `factor`."""
         total = self.hidden.new_zeros((), dtype=torch.float32)
-        buffer: Tensor | None = None
         for part, label in zip(rows.split(self.chunk), labels.split(self.chunk), strict=True):
-            chunk = self.hidden.index_select(0, part).to(self.dtype)
-            logits = chunk @ self.weight.T
-            if buffer is None or buffer.shape != logits.shape:
-                buffer = torch.empty_like(logits, dtype=torch.float32)
-            log_norm = _softmax(logits, buffer)
+            chunk, logits = self._logits(part)
+            gradient = self._buffer("gradient", len(part), torch.float32)
+            log_norm = _softmax(logits, gradient)
             wanted = logits.gather(1, label[:, None]).squeeze(1).float()
             total += (log_norm - wanted).sum()
-            if self.grad_hidden is not None or self.grad_weight is not None:
-                buffer.scatter_(1, label[:, None], (wanted - log_norm).exp()[:, None] - 1)
-                self._add_gradient(buffer, chunk, part, factor)
+            if self.learns:
+                gradient.scatter_(1, label[:, None], (wanted - log_norm).exp()[:, None] - 1)
+                self._add_gradient(gradient, chunk, part, factor)
         return total
 
     def bag_of_words(self, bag: BagOfWords, factor: Tensor) -> Tensor:
@@ -158,19 +177,19 @@ class _Head:
             bag.slots.split(size), bag.targets.split(size), share.split(size), strict=True
         ):
             rows = slots.flatten()
-            chunk = self.hidden.index_select(0, rows).to(self.dtype)
-            logits = (chunk @ self.weight.T).view(*slots.shape, -1)
-            best, winner = logits.max(dim=1)
+            chunk, logits = self._logits(rows)
+            best, winner = logits.view(*slots.shape, -1).max(dim=1)
             probability = torch.empty_like(best, dtype=torch.float32)
             log_norm = _softmax(best, probability)
             has_target = (weights > 0).any(1)
             wanted = (best.gather(1, targets).float() * weights).sum(1)
             total += ((log_norm - wanted) * has_target).sum()
-            if self.grad_hidden is not None or self.grad_weight is not None:
-                gradient = probability.mul_(has_target[:, None]).scatter_add_(1, targets, -weights)
+            if self.learns:
+                by_word = probability.mul_(has_target[:, None]).scatter_add_(1, targets, -weights)
                 # Only the slot that gave the maximum learns from a word.
-                spread = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, winner[:, None], gradient[:, None])
-                self._add_gradient(spread.flatten(0, 1), chunk, rows, factor)
+                gradient = self._buffer("gradient", len(rows), torch.float32).zero_()
+                gradient.view(*slots.shape, -1).scatter_(1, winner[:, None], by_word[:, None])
+                self._add_gradient(gradient, chunk, rows, factor)
         return total
 
     def _add_gradient(self, gradient: Tensor, chunk: Tensor, rows: Tensor, factor: Tensor) -> None:
@@ -178,7 +197,8 @@ class _Head:
 
         `factor` goes to the small operand: the probabilities are never scaled, and stay well inside bf16's range.
         """
-        gradient = gradient.to(self.dtype)
+        if self.dtype != torch.float32:
+            gradient = self._buffer("logits", len(rows), self.dtype).copy_(gradient)  # the logits are done with
         if self.grad_hidden is not None:
             update = (gradient @ self.weight).float() * factor
             self.grad_hidden.index_add_(0, rows, update.to(self.grad_hidden.dtype))
