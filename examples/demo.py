@@ -1,14 +1,18 @@
 """The main job from end to end: adapt a LLaMA to documents without labels, index them, find things in them.
 
-The documents are the functions and docstrings of this Python's own standard library.
+The documents are the functions and docstrings of this Python's own standard library: every machine has them.
 """
 
 from __future__ import annotations
 
+import ast
+import json
+import re
 import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -18,15 +22,60 @@ QUESTIONS = [
     "copy a whole directory tree",
     "run a command and read its output",
 ]
-# Modules that programs use every day: some 2,500 passages, few enough for the patience of two cores.
+# Modules that programs use every day: some 2,000 functions, few enough for the patience of two cores.
 MODULES = """
-argparse base64 bisect calendar collections/__init__ configparser contextlib copy csv datetime difflib email/utils
-fnmatch fractions functools getpass glob gzip heapq html/__init__ inspect ipaddress json/__init__ json/decoder
-json/encoder linecache locale logging/__init__ mimetypes operator os pathlib pickle platform pprint queue random re
-sched secrets shelve shlex shutil smtplib socket statistics string subprocess tarfile tempfile textwrap threading
-timeit tokenize traceback types urllib/parse urllib/request uuid warnings weakref webbrowser zipfile
+argparse asyncio/base_events asyncio/events asyncio/queues asyncio/streams asyncio/tasks base64 bisect calendar
+collections/__init__ concurrent/futures/_base configparser contextlib copy csv datetime decimal difflib email/message
+email/utils enum fnmatch fractions ftplib functools getpass glob gzip heapq html/__init__ html/parser http/client
+http/cookies http/server imaplib inspect ipaddress json/__init__ json/decoder json/encoder linecache locale
+logging/__init__ mailbox mimetypes multiprocessing/pool nntplib operator os pathlib pdb pickle platform poplib posixpath
+pprint queue random re/__init__ sched secrets selectors shelve shlex shutil smtplib socket socketserver ssl statistics
+string subprocess symtable tarfile telnetlib tempfile textwrap threading timeit token tokenize traceback turtle types
+unittest/case unittest/mock urllib/parse urllib/request urllib/robotparser uuid warnings wave weakref webbrowser
+xml/dom/minidom xml/etree/ElementTree zipapp zipfile zoneinfo/_zoneinfo _pydecimal _pyio _strptime
 """.split()
-STEPS, BATCH, PASSAGE = 60, 16, 96
+STEPS, BATCH, PASSAGE = 90, 16, 96
+
+
+def functions(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """Name with arguments, docstring and code of every documented function of the modules."""
+    for name in MODULES:
+        file = folder / f"{name}.py"
+        if file.exists():
+            yield from _walk(
+                ast.parse(file.read_text(encoding="utf-8")), name.removesuffix("/__init__").replace("/", ".")
+            )
+
+
+def _walk(node: ast.AST, scope: str) -> Iterator[tuple[str, str, str]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            name = f"{scope}.{child.name}"
+            docstring = ast.get_docstring(child)
+            if docstring and not isinstance(child, ast.ClassDef):
+                code = "\n".join(ast.unparse(part) for part in child.body[1:])
+                yield f"{name}({ast.unparse(child.args)})", docstring, code
+            yield from _walk(child, name)
+
+
+def write_texts(folder: Path, texts: Path, examples: Path) -> int:
+    """Write what is indexed (one function a line), and the same as LLARA's examples; gives the number of functions.
+
+    A document's own order tells what follows what: after the docstring comes the code; and a docstring's first
+    sentence, which reads like a question, stands for the function that follows it.
+    """
+    count = 0
+    with texts.open("w") as text_file, examples.open("w") as example_file:
+        for signature, docstring, code in functions(folder):
+            text = f"{signature}\n{docstring}"
+            first = re.split(r"(?<=[.:])\s|\n\n", docstring, maxsplit=1)[0]
+            pairs = [(text, text, code), (first, first, text)]
+            text_file.write(json.dumps({"title": signature.split("(")[0], "text": text}) + "\n")
+            for passage, summary, following in pairs:
+                row = {"input": passage, "output_summarize": summary, "output_predict": following[:2000]}
+                example_file.write(json.dumps(row) + "\n")
+            count += 1
+    return count
 
 
 def main() -> int:
@@ -38,19 +87,22 @@ def main() -> int:
         minutes, seconds = divmod(int(time.perf_counter() - started), 60)
         console.print(f"[bold][{minutes}:{seconds:02}][/bold] {text}", highlight=False)
 
-    from llamory.cli.output import working
+    from llamory.cli.output import quieten_libraries
+
+    quieten_libraries()
     from llamory.library import Library
     from llamory.training.llara import train_llara
     from llamory.training.settings import LlaraSettings
 
-    library_folder = Path(sysconfig.get_path("stdlib"))
-    files = [str(file) for name in MODULES if (file := library_folder / f"{name}.py").exists()]
-    with tempfile.TemporaryDirectory(prefix="llamory-demo-") as folder, working():
-        say(f"Adapting SmolLM2-135M to {len(files)} modules of the standard library, without labels ({STEPS} steps).")
+    with tempfile.TemporaryDirectory(prefix="llamory-demo-") as name:
+        folder = Path(name)
+        texts, examples = folder / "functions.jsonl", folder / "examples.jsonl"
+        count = write_texts(Path(sysconfig.get_path("stdlib")), texts, examples)
+        say(f"Adapting SmolLM2-135M to {count} functions of the standard library, without labels ({STEPS} steps).")
         settings = LlaraSettings(
-            data=files,
-            output=f"{folder}/model",
-            passage_length=PASSAGE,
+            data=[str(examples)],
+            output=str(folder / "model"),
+            max_length=PASSAGE + 60,
             batch_size=BATCH,
             steps=STEPS,
             learning_rate=1e-4,
@@ -59,15 +111,18 @@ def main() -> int:
             save_every=10 * STEPS,
         )
         trained = train_llara(settings)
-        say("Loading the result as a SentenceTransformer and indexing the modules.")
-        library = Library(f"{folder}/library", model=trained["embedder"], bf16=True)
-        report = library.add(files, passage_length=PASSAGE)
-        say(f"{report.passages} passages are indexed.")
+        say("Loading the result as a SentenceTransformer and indexing the functions.")
+        library = Library(folder / "library", model=trained["embedder"], bf16=True)
+        report = library.add(texts, passage_length=PASSAGE)
+        say(f"{report.passages} passages of {report.added} functions are indexed.")
+        out = Console()
         for question in QUESTIONS:
-            Console().print(f"\n[bold]{question}[/bold]")
+            out.print(f"\n[bold]{question}?[/bold]", highlight=False)
             for hit in library.search(question, top=3):
-                place = f"{Path(hit.source).relative_to(library_folder)}:{hit.line}"
-                Console().print(f"  {hit.score:.2f}  {hit.title or place}  ({place})", highlight=False)
+                summary = hit.text.partition("\n")[2] or hit.text
+                out.print(
+                    f"  {hit.score:.3f}  {hit.title}: {' '.join(summary.split())[:80]}", highlight=False, markup=False
+                )
         say("Done.")
     return 0
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llamory.errors import LlamoryError
 from llamory.llara import LlaraTemplate, NewLlamaModel, PreLlamaModel, PreModel
-from llamory.llara.attention import _sdpa_padded
+from llamory.llara.attention import _sdpa_padded, block_mask, flat_attention
 from llamory.llara.layout import find_layout
 
 PASSAGES = [[20, 21, 22, 23, 24, 25, 26], [30, 31, 32], [40, 41, 42, 43, 44], [50, 51, 52]]
@@ -249,6 +250,52 @@ def test_padded_kernels_agree_with_runs(make_model, template, monkeypatch):
     wanted = model.model(ids, mask, use_cache=False).last_hidden_state
     monkeypatch.setattr("llamory.llara.attention._sdpa_runs", _sdpa_padded)
     torch.testing.assert_close(model.model(ids, mask, use_cache=False).last_hidden_state, wanted, atol=1e-5, rtol=0)
+
+
+def test_flash_kernels_get_two_variable_length_calls(make_model, template, monkeypatch):
+    """A stand-in with flash attention's contract: packed sequences, causal mask aligned to their ends."""
+
+    def flash(module, query, key, value, mask, *, scaling, is_causal, cu_seq_lens_q, cu_seq_lens_k, **_):
+        assert mask is None
+        assert is_causal
+        outputs = []
+        for i in range(len(cu_seq_lens_q) - 1):
+            q = query[:, :, cu_seq_lens_q[i] : cu_seq_lens_q[i + 1]]
+            k, v = (x[:, :, cu_seq_lens_k[i] : cu_seq_lens_k[i + 1]].repeat_interleave(2, 1) for x in (key, value))
+            ahead = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(k.shape[2] - q.shape[2] + 1)
+            scores = (q @ k.transpose(2, 3) * scaling).masked_fill(ahead, -torch.inf)
+            outputs.append(scores.softmax(-1) @ v)
+        calls.append(len(outputs))
+        return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+    calls = []
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", flash)
+    for packed in (False, True):
+        model = make_model()
+        ids, mask, labels = batch(template, PASSAGES, packed=packed)
+        ids = torch.cat([ids, ids[:1]])  # a row without prompts among the others
+        ids[-1] = torch.where(ids[-1] > 1, 33, ids[-1])
+        mask, labels = torch.cat([mask, mask[:1]]), torch.cat([labels, labels[:1]])
+        wanted = model(ids, mask, labels=labels, skip_logits=False).logits
+        model.config._attn_implementation = "flash_attention_2"
+        calls.clear()
+        found = model(ids, mask, labels=labels, skip_logits=False).logits
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+        assert calls == [5, 4] * 2
+
+
+def test_flex_attention_follows_the_same_rule(make_model, template):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    model = make_model()
+    ids, mask, _ = batch(template, PASSAGES, packed=True)
+    layout = find_layout(ids, template, mask)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, len(layout.index), 8), *torch.randn(2, 1, 2, len(layout.index), 8)
+    wanted = flat_attention(model.model.layers[0].self_attn, q, k, v, layout)
+    scale = model.model.layers[0].self_attn.scaling
+    found = flex_attention(q, k, v, block_mask=block_mask(layout), scale=scale, enable_gqa=True)
+    torch.testing.assert_close(found.transpose(1, 2), wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -127,6 +127,16 @@ def test_learned_weights_are_trained_and_the_rest_still_loads_in_stock_llama(set
     LlamaForCausalLM.from_pretrained(result["output"])
 
 
+def test_a_finished_run_can_be_resumed_to_the_same_end(settings):
+    first = train_llara(settings(export=True))
+    before = weights(first["output"])
+    again = train_llara(settings(export=True, resume=True))
+    after = weights(again["output"])
+    assert again["steps"] == first["steps"]
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert (Path(again["embedder"]) / "modules.json").exists()
+
+
 def test_streamed_data_trains_alike_in_order(settings, tmp_path):
     result = train_llara(settings(streaming=True, steps=4))
     assert result["steps"] == 4
@@ -149,6 +159,10 @@ def test_settings_that_cannot_be_are_refused(settings, tmp_path):
         ({"eval_fraction": 1.0}, "eval_fraction"),
         ({"streaming": True, "steps": None}, "set steps"),
         ({"max_length": 20}, "leaves no room"),
+        ({"scheduler": "sideways"}, "sideways"),
+        ({"report_to": ["nobody"]}, "nobody"),
+        ({"lora": True, "lora_targets": ["no_such_layer"]}, "no_such_layer"),
+        ({"attn_implementation": "sideways"}, "sideways"),
         ({"data": [str(tmp_path / "nowhere")]}, "nowhere"),
     ]:
         with pytest.raises(LlamoryError, match=sentence):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,8 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
     """
     _check(settings)
     output = Path(settings.output)
-    arguments = _arguments(settings)
+    with _mendable("These settings can't be used"):
+        arguments = _arguments(settings)
     with arguments.main_process_first(desc="output folder"):
         checkpoint = prepare_output(output, settings.resume or arguments.process_index > 0)
     set_seed(settings.seed)
@@ -49,16 +53,17 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
     if settings.lora:
         model = _with_lora(model, settings)
     progress = RichProgress("LLARA pretraining")
-    trainer = LlaraTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        data_collator=LlaraCollator(tokenizer.pad_token_id),
-        processing_class=tokenizer,
-        callbacks=[MarkWhole()] + ([] if settings.quiet else [progress]),
-        template=template,
-    )
+    with _mendable("These settings can't be used"):
+        trainer = LlaraTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            data_collator=LlaraCollator(tokenizer.pad_token_id),
+            processing_class=tokenizer,
+            callbacks=[MarkWhole()] + ([] if settings.quiet else [progress]),
+            template=template,
+        )
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -138,6 +143,18 @@ class LlaraTrainer(Trainer):
                 logs[key] = round(float(total) / steps, 6)
             self._sums, self._passes = {}, 0
         super().log(logs, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _mendable(problem: str) -> Iterator[None]:
+    """Turn what a library says of a setting that it can't use into one sentence."""
+    try:
+        yield
+    except LlamoryError:
+        raise
+    except (ValueError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise LlamoryError(f"{problem}: {reason.rstrip('.')}.") from error
 
 
 def _check(settings: LlaraSettings) -> None:
@@ -245,7 +262,8 @@ def _data(settings: LlaraSettings, tokenizer: PreTrainedTokenizerBase, template:
     if settings.eval_fraction:
         if settings.streaming:
             raise LlamoryError("eval_fraction needs data that isn't streamed; give eval_data instead.")
-        parts = train.train_test_split(test_size=settings.eval_fraction, seed=settings.seed)
+        with _mendable(f"{len(train)} examples can't be split by eval_fraction"):
+            parts = train.train_test_split(test_size=settings.eval_fraction, seed=settings.seed)
         return parts["train"], parts["test"]
     return train, None
 
@@ -264,10 +282,8 @@ def _with_lora(model: PreLlamaModel, settings: LlaraSettings) -> Any:
         trainable_token_indices={"embed_tokens": sorted(template.summarize_slot_ids + template.predict_slot_ids)},
         modules_to_save=None,
     )
-    try:
+    with _mendable("These LoRA settings don't fit the model"):
         adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise LlamoryError(f"These LoRA settings don't fit the model: {error}") from error
     for name, parameter in adapted.named_parameters():
         if name.endswith("bow_log_variance"):
             parameter.requires_grad = True
@@ -304,6 +320,7 @@ def _finish(trainer: LlaraTrainer, settings: LlaraSettings, tokenizer: PreTraine
             from llamory.llara.retriever import export_sentence_transformer
 
             embedder = output / EMBEDDER_FOLDER
+            shutil.rmtree(embedder, ignore_errors=True)  # from an earlier end of the same run
             export_sentence_transformer(output, embedder, max_length=settings.embed_length)
             result["embedder"] = str(embedder)
     trainer.accelerator.wait_for_everyone()
@@ -315,8 +332,6 @@ def _move_up(partial: Path, output: Path) -> None:
     for source in sorted(partial.iterdir(), key=lambda p: (p.name == "config.json", p.name)):
         target = output / source.name
         if target.is_dir():
-            import shutil
-
             shutil.rmtree(target)
         source.replace(target)
     partial.rmdir()
