@@ -163,6 +163,16 @@ def test_generation_after_both_prompts_continues_the_prediction_alone(make_model
             assert found[0, len(joint) + 2 :].tolist() == wanted.tolist()
 
 
+def test_prompts_after_a_cached_passage_are_read_as_with_it(make_model, template):
+    model = make_model()
+    whole = torch.tensor([template.sequence(PASSAGES[0])])
+    passage = len(template.prefix_ids) + len(PASSAGES[0])
+    wanted = model.model(whole, use_cache=False).last_hidden_state[:, passage:]
+    cache = model.model(whole[:, :passage], use_cache=True).past_key_values
+    found = model.model(whole[:, passage:], past_key_values=cache, use_cache=True).last_hidden_state
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_prediction_may_see_the_summary_when_asked(make_model, template):
     ids = torch.tensor([template.sequence(PASSAGES[0])])
     changed = ids.clone()

@@ -228,6 +228,32 @@ def block_mask(layout: SequenceLayout) -> Any:
     return mask
 
 
+def additive_mask(
+    layout: SequenceLayout, dtype: torch.dtype, attention_mask: Tensor | None, past: int, total: int
+) -> Tensor:
+    """The layout's rule for a padded batch: 0 where a query may look, the lowest number elsewhere.
+
+    Args:
+        layout: the batch's segments.
+        dtype: of the mask.
+        attention_mask: (batch, past + length), 0 at padding, of which the cached part is used.
+        past: cached tokens before the batch.
+        total: length of the keys, with room that a fixed-size cache hasn't filled yet.
+
+    Returns:
+        (batch, 1, length, total)
+    """
+    batch, length = layout.shape
+    visible = layout.visible()
+    before = visible.new_ones(batch, 1, length, past)
+    if attention_mask is not None and attention_mask.shape[1] == past + length:
+        before = before & attention_mask[:, None, None, :past].bool()
+    visible = torch.cat([before, visible, visible.new_zeros(batch, 1, length, total - past - length)], dim=-1)
+    # A padding query sees nothing: the finite minimum makes its attention uniform instead of NaN.
+    zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return zeros.masked_fill(~visible, torch.finfo(dtype).min)
+
+
 def replace_attention(layers: nn.ModuleList, config: LlamaConfig) -> None:
     """Give every decoder layer an attention that takes flat batches."""
     for index, layer in enumerate(layers):

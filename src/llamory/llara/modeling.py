@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from llamory.errors import LlamoryError
-from llamory.llara.attention import replace_attention
+from llamory.llara.attention import additive_mask, replace_attention
 from llamory.llara.layout import SequenceLayout, find_layout
 from llamory.llara.losses import IGNORED, BagOfWords, bag_of_words, head_losses
 from llamory.llara.template import LlaraTemplate
@@ -84,7 +84,7 @@ class NewLlamaModel(LlamaModel):
             flat = not (past or use_cache or output_attentions or self.config._attn_implementation == "eager")
             if flat and (found.has_blocks or found.is_packed or self.training):
                 return self._forward_padded(input_ids, found, return_dict, kwargs)  # type: ignore[arg-type]
-            if found.has_blocks or (found.is_packed and position_ids is None):
+            if found.has_blocks or found.is_packed:
                 position_ids, attention_mask = self._explicit(
                     found, attention_mask, position_ids, past_key_values, past
                 )
@@ -128,30 +128,18 @@ class NewLlamaModel(LlamaModel):
         position_ids: Tensor | None,
         cache: Cache | None,
         past: int,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Positions and, where plain causal would be wrong, an additive mask for the padded batch."""
-        positions = layout.pad(layout.position_ids)
-        if position_ids is None and past:
-            positions = positions + past
         if not (layout.has_tail or layout.is_packed):
-            return positions if position_ids is None else position_ids, attention_mask
+            return position_ids, attention_mask
         if "flash" in str(self.config._attn_implementation) or self.config._attn_implementation == "flex_attention":
             raise LlamoryError(
                 "A key/value cache for a sequence with both prompts needs attn_implementation sdpa or eager; pass "
                 "use_cache=False for embeddings and training."
             )
-        batch, length = layout.shape
-        visible = layout.visible()
-        if cache is not None:
-            total, _ = cache.get_mask_sizes(length, 0)
-            before = visible.new_ones(batch, 1, length, past)
-            if attention_mask is not None and attention_mask.shape[1] == past + length:
-                before = before & attention_mask[:, None, None, :past].bool()
-            visible = torch.cat([before, visible, visible.new_zeros(batch, 1, length, total - past - length)], dim=-1)
-        # A padding query sees nothing: the finite minimum makes it uniform instead of NaN.
-        lowest = torch.finfo(self.dtype).min
-        additive = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device).masked_fill(~visible, lowest)
-        return positions, additive
+        positions = layout.pad(layout.position_ids) + (past if position_ids is None else 0)
+        total = past + layout.shape[1] if cache is None else cache.get_mask_sizes(layout.shape[1], 0)[0]
+        return positions, additive_mask(layout, self.dtype, attention_mask, past, total)
 
 
 def _no_mask(flat_ids: Tensor) -> Tensor:
