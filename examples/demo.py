@@ -25,13 +25,14 @@ QUESTIONS = [
 # Modules that programs use every day: some 2,200 functions, few enough for the patience of two cores.
 MODULES = """
 argparse asyncio/base_events asyncio/events asyncio/queues asyncio/streams asyncio/tasks base64 bisect calendar
-collections/__init__ concurrent/futures/_base configparser contextlib copy csv datetime difflib email/message email/utils
-enum fnmatch fractions ftplib functools getpass glob gzip heapq html/__init__ html/parser http/client http/cookies
-http/server imaplib inspect ipaddress json/__init__ json/decoder json/encoder linecache locale logging/__init__ mailbox
-mimetypes multiprocessing/pool operator os pathlib pickle platform poplib posixpath pprint queue random re/__init__ sched
-secrets selectors shelve shlex shutil smtplib socket socketserver ssl statistics string subprocess tarfile tempfile
-textwrap threading timeit tokenize traceback types unittest/case urllib/parse urllib/request urllib/robotparser uuid
-warnings wave weakref webbrowser xml/etree/ElementTree zipapp zipfile zoneinfo/_zoneinfo _strptime
+collections/__init__ concurrent/futures/_base configparser contextlib copy csv datetime difflib email/message
+email/utils enum fnmatch fractions ftplib functools getpass glob gzip heapq html/__init__ html/parser http/client
+http/cookies http/server imaplib inspect ipaddress json/__init__ json/decoder json/encoder linecache locale
+logging/__init__ mailbox mimetypes multiprocessing/pool operator os pathlib pickle platform poplib posixpath pprint
+queue random re/__init__ sched secrets selectors shelve shlex shutil smtplib socket socketserver ssl statistics string
+subprocess tarfile tempfile textwrap threading timeit tokenize traceback types unittest/case urllib/parse
+urllib/request urllib/robotparser uuid warnings wave weakref webbrowser xml/etree/ElementTree zipapp zipfile
+zoneinfo/_zoneinfo _strptime
 """.split()
 STEPS, BATCH, PASSAGE = 80, 16, 96
 
