@@ -63,7 +63,7 @@ def test_train_index_search_and_index_again(capsys, tmp_path, model_folder, docu
         (["--data", "texts", "--output", "out", "--model", "bert"], "not a LLaMA-like one"),
         (["--data", "texts", "--output", "out", "--model", "nowhere"], "nowhere"),
         (["--output", "out"], "--data must be given"),
-        (["--data", "texts", "--output", "out", "--steps", "many"], "many"),
+        (["--data", "texts", "--output", "out", "--steps", "many"], "--steps"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(capsys, tmp_path, monkeypatch, model_folder, arguments, sentence):

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from llamory.errors import LlamoryError
-from llamory.llara.layout import SequenceLayout
+from llamory.llara.layout import SequenceLayout, Span
 
 
 class LlaraAttention(LlamaAttention):
@@ -99,19 +100,22 @@ def _sdpa_runs(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor
         q, k, v = (x.unflatten(0, (count, span.total)).transpose(1, 2) for x in (q, k, v))
         if span.tail:
             q, q_tail = q.split([span.main, span.tail], dim=2)
-            k, k_tail = _main_and_tail(k, span.shared, span.main)
-            v, v_tail = _main_and_tail(v, span.shared, span.main)
-            mask = torch.ones(span.tail, span.shared + span.tail, dtype=torch.bool).tril(span.shared)
-            output = torch.cat([_sdpa(module, q, k, v, None), _sdpa(module, q_tail, k_tail, v_tail, mask)], dim=2)
+            output = _sdpa(module, q, k[:, :, : span.main], v[:, :, : span.main], None)
+            # Computed again in the backward pass: keeping the tail's keys and values would double all of them.
+            keep_random = module.training and module.attention_dropout > 0
+            tail = checkpoint(_tail, module, q_tail, k, v, span, use_reentrant=False, preserve_rng_state=keep_random)
+            output = torch.cat([output, tail], dim=2)
         else:
             output = _sdpa(module, q, k, v, None)
         outputs.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None]
 
 
-def _main_and_tail(x: Tensor, shared: int, main: int) -> tuple[Tensor, Tensor]:
-    """Keys or values (…, tokens, head_dim) of the causal part, and those that the tail sees."""
-    return x[:, :, :main], torch.cat([x[:, :, :shared], x[:, :, main:]], dim=2)
+def _tail(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
+    """The tail's queries over what it shares with the causal part, and over itself."""
+    key, value = (torch.cat([x[:, :, : span.shared], x[:, :, span.main :]], dim=2) for x in (key, value))
+    mask = torch.ones(span.tail, span.shared + span.tail, dtype=torch.bool).tril(span.shared)
+    return _sdpa(module, query, key, value, mask)
 
 
 def _sdpa_padded(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:

@@ -23,6 +23,7 @@ import llamory
 from llamory.documents import Document, Passage, find_files, read_file, read_json_lines, split_passages
 from llamory.documents.files import string_entry
 from llamory.errors import LlamoryError
+from llamory.llara.losses import IGNORED
 from llamory.llara.template import LlaraTemplate
 from llamory.llara.words import content_words, stop_words, whole_words, word_ids
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IGNORED_LABEL = -100  # what PyTorch's cross entropy leaves out
 FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
@@ -180,7 +180,7 @@ class LlaraCollator:
         return {
             "input_ids": self._pad(inputs, self.pad_token_id or 0),
             "attention_mask": self._pad([torch.ones_like(row) for row in inputs], 0),
-            "labels": self._pad(column("labels"), IGNORED_LABEL),
+            "labels": self._pad(column("labels"), IGNORED),
             "output_summarize_ids": _pad_targets(column("summarize_ids")),
             "output_predict_ids": _pad_targets(column("predict_ids")),
             "example": torch.stack(column("example")),
@@ -193,8 +193,8 @@ class LlaraCollator:
 
 
 def _pad_targets(rows: list[torch.Tensor]) -> torch.Tensor:
-    padded = pad_sequence(rows, batch_first=True, padding_value=IGNORED_LABEL)
-    return padded if padded.shape[1] else torch.full((len(rows), 1), IGNORED_LABEL)
+    padded = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+    return padded if padded.shape[1] else torch.full((len(rows), 1), IGNORED)
 
 
 # ---- from files to examples ----------------------------------------------------------------------------------------
@@ -257,8 +257,8 @@ class _Recipe:
         """Tokenise a batch of rows and put the prompts around the passages."""
         encoded = self.tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
         passages = [ids[: self.room] for ids in encoded]
-        before = [IGNORED_LABEL] * len(self.template.prefix_ids)
-        after = [IGNORED_LABEL] * (self.template.overhead() - len(before))
+        before = [IGNORED] * len(self.template.prefix_ids)
+        after = [IGNORED] * (self.template.overhead() - len(before))
         ignored = frozenset(self.template.ignored_ids)
         return {
             "input_ids": [self.template.sequence(passage) for passage in passages],

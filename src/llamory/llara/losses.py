@@ -159,9 +159,11 @@ class _Head:
         total = self.hidden.new_zeros((), dtype=torch.float32)
         for part, label in zip(rows.split(self.chunk), labels.split(self.chunk), strict=True):
             chunk, logits = self._logits(part)
-            gradient = self._buffer("gradient", len(part), torch.float32)
-            log_norm = _softmax(logits, gradient)
             wanted = logits.gather(1, label[:, None]).squeeze(1).float()
+            # The CPU's softmax reads each row to its end before it writes it, so float32 logits may give their place.
+            in_place = logits.dtype == torch.float32 and logits.device.type == "cpu"
+            gradient = logits if in_place else self._buffer("gradient", len(part), torch.float32)
+            log_norm = _softmax(logits, gradient)
             total += (log_norm - wanted).sum()
             if self.learns:
                 gradient.scatter_(1, label[:, None], (wanted - log_norm).exp()[:, None] - 1)
@@ -211,9 +213,10 @@ class _Head:
 
 
 def _softmax(logits: Tensor, out: Tensor) -> Tensor:
-    """Softmax over the last dimension into `out` (float32); gives the log of its normaliser.
+    """Softmax over the last dimension into `out` (float32, may be `logits`); gives the log of its normaliser.
 
     The normaliser follows from the greatest probability, which never underflows, and costs no further exponentials.
     """
+    highest = logits.amax(-1).float()
     torch.softmax(logits, dim=-1, dtype=torch.float32, out=out)
-    return logits.amax(-1).float() - out.amax(-1).log()
+    return highest - out.amax(-1).log()

@@ -217,6 +217,7 @@ def _checkpointing(settings: LlaraSettings) -> dict[str, Any]:
 
 def _load(settings: LlaraSettings) -> tuple[PreLlamaModel, PreTrainedTokenizerBase]:
     """The model with its template, taken from the checkpoint or built from the tokenizer."""
+    backbone.load_config(settings.model)  # a model of another kind is told as such, before anything that it lacks
     tokenizer = backbone.load_tokenizer(settings.model)
     model = backbone.load_model(
         settings.model, PreLlamaModel, dtype=torch.float32, attn_implementation=settings.attn_implementation
