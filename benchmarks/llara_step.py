@@ -1,6 +1,6 @@
 """How fast and how lean is a LLARA training step, beside a plain one that does what the published code does?
 
-    python benchmarks/llara_step.py [--json FILE] [--quick]
+    python benchmarks/llara_step.py [--json FILE] [--profile]
 
 Both steps (forward and backward) run on the same weights and inputs, alternating, in one process; each case prints the
 medians of real tokens per second, their ratio, and the losses of both. Peak memory is read in a fresh process per step:
@@ -247,17 +247,57 @@ def peak_memory(case: Case) -> dict[str, float]:
     }
 
 
+GROUPS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm"),
+    "attention kernel": ("aten::_scaled_dot_product",),
+    "softmax of the head": ("aten::_softmax", "aten::amax", "_HeadLosses"),
+}
+
+
+def profile_step(case: Case) -> dict[str, float]:
+    """Where our step's time goes: share of each group of operations."""
+    from torch.profiler import ProfilerActivity, profile
+
+    _, model = make_models(case)
+    batch = make_batch(case, 0)
+    run_step("llamory", model, batch, case)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run_step("llamory", model, batch, case)
+    events = profiler.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = dict.fromkeys([*GROUPS, "everything else"], 0.0)
+    for event in events:
+        group = next((g for g, names in GROUPS.items() if event.key.startswith(names)), "everything else")
+        shares[group] += event.self_cpu_time_total / total
+    return shares
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
+
+
 def main() -> None:
     """Run the cases and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--repeats", type=int, default=7, help="timed steps of each kind per case")
     parser.add_argument("--only", help="run the cases whose name contains this")
+    parser.add_argument("--profile", action="store_true", help="only print where our step's time goes, per case")
     options = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(machine)
     results = []
     for case in CASES + MEMORY_ONLY:
         if options.only and options.only not in case.name:
+            continue
+        if options.profile:
+            shares = profile_step(case)
+            print(f"{case.name:40} " + ", ".join(f"{group} {share:.0%}" for group, share in shares.items()))
             continue
         result: dict = {"case": case.name}
         if case not in MEMORY_ONLY:
@@ -275,7 +315,6 @@ def main() -> None:
             )
         results.append(result | {"settings": asdict(case)})
     if options.json:
-        machine = {"threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.platform()}
         options.json.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
