@@ -55,7 +55,7 @@ def test_python_dash_m_is_the_same_command() -> None:
         (["search", "x"], "Error: Missing option '--library'.\n"),
         (["search", "x", "--libary", "y"], "Error: No such option: --libary (Possible options: --library)\n"),
         (["search", "x", "--library", "y", "--top", "many"], "Error: Invalid value for '--top': "),
-        (["train", "lara"], "Error: No such command 'lara'.\n"),
+        (["train", "lara"], "Error: No such command 'lara'. Did you mean 'llara'?\n"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence_and_code_2(llamory, arguments: list[str], sentence: str) -> None:

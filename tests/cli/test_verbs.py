@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamory.errors import LlamoryError
+from llamory.training.settings import LlaraSettings
 
 
 @dataclass
@@ -98,7 +99,10 @@ def test_search_prints_one_json_document_and_nothing_else(llamory, calls: list[t
         ],
     }
     assert "searching" in ran.err
-    assert calls == [("library", "lib", {"model": None}), ("search", "light", 1, {"source": "docs/*.md"})]
+    assert calls == [
+        ("library", "lib", {"model": None}),
+        ("search", "light", 1, {"source": "docs/*.md"}),
+    ]
 
 
 def test_search_that_finds_nothing_is_no_error(llamory, calls: list[tuple]) -> None:
@@ -120,11 +124,11 @@ def test_index_reports_what_it_did(llamory, calls: list[tuple]) -> None:
     ran = llamory("index", "a.md", "b", "--library", "lib")
     assert ran == (0, "lib: 3 added, 1 updated, 2 unchanged, 0 removed; 41 passages.\n", "reading ...\n")
     unset = {"passage_length": None, "text_field": "text", "skip_broken": False}
-    assert calls == [("library", "lib", {"model": None}), ("add", [Path("a.md"), Path("b")], unset)]
+    assert calls == [("library", "lib", {"model": None, "bf16": False}), ("add", [Path("a.md"), Path("b")], unset)]
 
 
 def test_index_hands_on_what_it_is_told(llamory, calls: list[tuple]) -> None:
-    told = "--model m --passage-length 99 --text-field body --skip-broken --json --quiet"
+    told = "--model m --passage-length 99 --text-field body --skip-broken --bf16 --json --quiet"
     ran = llamory("index", "a.md", "--library", "s3://shelf/lib", *told.split())
     assert json.loads(ran.out) == {
         "library": "s3://shelf/lib",
@@ -136,7 +140,7 @@ def test_index_hands_on_what_it_is_told(llamory, calls: list[tuple]) -> None:
     }
     assert ran.err == ""
     settings = {"passage_length": 99, "text_field": "body", "skip_broken": True}
-    assert calls == [("library", "s3://shelf/lib", {"model": "m"}), ("add", [Path("a.md")], settings)]
+    assert calls == [("library", "s3://shelf/lib", {"model": "m", "bf16": True}), ("add", [Path("a.md")], settings)]
 
 
 def test_index_needs_something_to_read(llamory, calls: list[tuple]) -> None:
@@ -162,33 +166,26 @@ def test_export_hands_on_the_model_and_names_the_folder(llamory, monkeypatch: py
 # ---- train -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class FakeSettings:
-    data: list[str] = field(metadata={"help": "What to read."})
-    steps: int = 5
-
-
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stands in for the LLARA recipe."""
 
-    def train(settings: FakeSettings) -> dict[str, Any]:
-        if settings.steps < 1:
+    def train(settings: LlaraSettings) -> dict[str, Any]:
+        if settings.steps == 0:
             raise LlamoryError(f"steps must be at least 1, not {settings.steps}.")
-        return {"output": "runs/1", "steps_done": settings.steps, "losses": {"loss": 2.5, "ar_loss": 1.5}}
+        return {"output": settings.output, "steps_done": settings.steps, "losses": {"loss": 2.5, "ar_loss": 1.5}}
 
-    for name in ("llamory.training", "llamory.training.settings", "llamory.training.llara"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(LlaraSettings=FakeSettings, train_llara=train))
+    monkeypatch.setitem(sys.modules, "llamory.training.llara", SimpleNamespace(train_llara=train))
 
 
 def test_train_llara_runs_the_recipe_with_its_settings(llamory, recipe: None, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("data: [a.md]\nsteps: 9\n")
+    (tmp_path / "run.yaml").write_text("data: [a.md]\noutput: runs/1\nsteps: 9\n")
     ran = llamory("train", "llara", "--config", tmp_path / "run.yaml", "--json")
     assert json.loads(ran.out) == {"output": "runs/1", "steps_done": 9, "losses": {"loss": 2.5, "ar_loss": 1.5}}
 
 
 def test_train_llara_prints_its_result_for_people(llamory, recipe: None) -> None:
-    ran = llamory("train", "llara", "--data", "a.md")
+    ran = llamory("train", "llara", "--data", "a.md", "--output", "runs/1", "--steps", "5")
     assert ran.out.splitlines() == [
         "output      runs/1",
         "steps done  5",
@@ -197,17 +194,18 @@ def test_train_llara_prints_its_result_for_people(llamory, recipe: None) -> None
 
 
 def test_train_llara_names_wrong_settings(llamory, recipe: None, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text("data: [a.md]\nstep: 9\n")
+    (tmp_path / "run.yaml").write_text("data: [a.md]\noutput: out\nstep: 9\n")
     ran = llamory("train", "llara", "--config", tmp_path / "run.yaml")
     assert ran == (2, "", f"Error: {tmp_path / 'run.yaml'} has an unknown key, step; did you mean steps?\n")
-    assert llamory("train", "llara", "--data", "a", "--steps", "0").err == "Error: steps must be at least 1, not 0.\n"
+    wrong = llamory("train", "llara", "--data", "a", "--output", "out", "--steps", "0")
+    assert wrong.err == "Error: steps must be at least 1, not 0.\n"
 
 
 def test_train_help_lists_recipes_and_their_flags(llamory, recipe: None) -> None:
     assert (
         "llara  Train a LLaMA to embed passages and queries without labels (LLARA)." in llamory("train", "--help").out
     )
-    assert "What to read.  [repeatable]  [required]" in llamory("train", "llara", "--help").out
+    assert "[repeatable]  [required]" in " ".join(llamory("train", "llara", "--help").out.split("\n"))
 
 
 # ---- info ------------------------------------------------------------------------------------------------------------

@@ -85,6 +85,10 @@ class LlaraTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The step's batches, and (3,) how many passage tokens and passages with targets they hold in all processes."""
+        if self.state.global_step >= self.state.max_steps:
+            # A finished run that is resumed in the middle of an epoch would take one step more.
+            self.control.should_training_stop = True
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
