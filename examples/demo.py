@@ -19,8 +19,8 @@ from rich.console import Console
 
 QUESTIONS = [
     "how do I parse a date from a string",
-    "copy a whole directory tree",
     "run a command and read its output",
+    "wrap a paragraph to a given width",
 ]
 # Modules that programs use every day: some 2,200 functions, few enough for the patience of two cores.
 MODULES = """
@@ -120,9 +120,8 @@ def main() -> int:
             out.print(f"\n[bold]{question}?[/bold]", highlight=False)
             for hit in library.search(question, top=3):
                 summary = hit.text.partition("\n")[2] or hit.text
-                out.print(
-                    f"  {hit.score:.3f}  {hit.title}: {' '.join(summary.split())[:80]}", highlight=False, markup=False
-                )
+                line = f"  {hit.score:.3f}  {hit.title}: {' '.join(summary.split())[:80]}"
+                out.print(line, highlight=False, markup=False, soft_wrap=True)
         say("Done.")
     return 0
 

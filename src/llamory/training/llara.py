@@ -67,6 +67,13 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
     trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        if "inline_container" in str(error):  # what torch.save says where the system says that the disk is full
+            raise LlamoryError(
+                f"A checkpoint couldn't be written whole to {output}, the disk is probably full; free some space and "
+                "go on with --resume."
+            ) from error
+        raise
     finally:
         progress.close()
     return _finish(trainer, settings, tokenizer)
