@@ -59,8 +59,9 @@ def test_training_learns_and_what_it_saves_loads_everywhere(settings, tmp_path):
     assert not list(output.glob("*.bin"))
 
 
-def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path):
-    changes = {"steps": 12, "save_every": 2, "lora_dropout": 0.1, "lora": True}
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path, lora):
+    changes = {"steps": 12, "save_every": 2, "lora_dropout": 0.1, "lora": lora}
     train_llara(settings(**changes, output=str(tmp_path / "whole")))
     broken = settings(**changes, output=str(tmp_path / "broken"))
     process = start(broken, tmp_path)
