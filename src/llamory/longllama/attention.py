@@ -1,0 +1,295 @@
+"""Attention with memory: local context and memory under one softmax (Tworkowski et al. 2023, sections 3.1 and 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from llamory.longllama.cache import LongLlamaCache, LongLlamaCacheLayer
+from llamory.longllama.local import Chunk
+from llamory.memory import MemoryBank
+from llamory.memory.attention import attend, flash, merge
+from llamory.memory.blocks import Span
+from llamory.memory.search import Search
+
+
+@dataclass
+class Window:
+    """What the layers need to know of the step that they compute.
+
+    Attributes:
+        cache: where keys and values go.
+        rows: the batch's rows that take part, None for all.
+        lengths: real tokens per row; what stands behind them is filling.
+        banks: the memory of each row.
+        search: how memory is searched.
+        stays: whether the tokens stay in the local context, or go into memory.
+        slots: where a first window that stays is written.
+        chunk: how the step goes on from a local context; None for a first window.
+        memory_rotary: cosine and sine for queries to memory, where they differ from the local ones.
+        key_scale: what the rotary embedding multiplies keys with at position 0 (1 but for yarn's).
+        last_layer: with a window of which nothing but memory is wanted, the last layer to compute.
+        spans: per layer what was in memory when the step began; a recomputed layer must see the same.
+    """
+
+    cache: LongLlamaCache
+    rows: Tensor | None
+    lengths: tuple[int, ...]
+    banks: list[MemoryBank]
+    search: Search
+    stays: bool
+    slots: slice | None = None
+    chunk: Chunk | None = None
+    memory_rotary: tuple[Tensor, Tensor] | None = None
+    key_scale: float = 1.0
+    last_layer: int | None = None
+    spans: dict[int, list[list[Span]]] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> Any:
+        """What picks the window's rows of the local buffers."""
+        return slice(None) if self.rows is None else self.rows
+
+
+class LongLlamaDecoderLayer(LlamaDecoderLayer):
+    """Llama's layer, which can stop once its memory is written."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """As Llama's. Where only memory is wanted, the last layer's output is of no use and isn't computed."""
+        window: Window | None = kwargs.get("window")
+        if window is not None and window.last_layer == self.self_attn.layer_idx:
+            self.self_attn.remember(self.input_layernorm(hidden_states), window)
+            return hidden_states
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+class LongLlamaAttention(LlamaAttention):
+    """Llama's attention that goes on from a local context and, in memory layers, attends to memory as well."""
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether this is a memory layer."""
+        return self.layer_idx in self.config.mem_layers
+
+    @property
+    def rotates(self) -> bool:
+        """Whether queries and keys get the rotary embedding."""
+        return self.config.mem_positionals or not self.has_memory
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        window: Window | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend within `window`; without one it is Llama's attention. `hidden_states` is (rows, width, hidden)."""
+        if window is None:
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        assert position_embeddings is not None
+        query, raw_key, value = self._project(hidden_states)
+        rotated, key = self._rotate(query, raw_key, position_embeddings)
+        if window.chunk is None:
+            output = self._first_window(rotated, key, value, attention_mask, window, **kwargs)
+            self._keep(key, value, raw_key, window)
+        else:
+            output = self._go_on(query, rotated, key, value, raw_key, window)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
+
+    def remember(self, hidden_states: Tensor, window: Window) -> None:
+        """Write a window into memory without attending."""
+        _, raw_key, value = self._project(hidden_states, queries=False)
+        self._keep(None, value, raw_key, window)
+
+    # ---- a first window ------------------------------------------------------------------------------------------
+
+    def _first_window(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, window: Window, **kwargs: Any
+    ) -> Tensor:
+        """Causal attention in the window, and all of memory. Gives (rows, width, heads, head_dim).
+
+        Rows are filled up behind their tokens, where causal attention doesn't look, so no mask is needed.
+        """
+        if not (self.has_memory and any(self._memory_spans(window))):
+            function: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            dropout = self.attention_dropout if self.training else 0.0
+            return function(
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )[0]
+        if _needs_gradient(query, key, value):
+            width = query.shape[2]
+            causal = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()[None, None]
+            return self._one_softmax([(query, key, value, causal)], query, window)
+        local = flash(query, key, value, scaling=self.scaling, causal=True)
+        return _merged([local, self._attend_memory(query, window)])
+
+    def _keep(self, key: Tensor | None, value: Tensor, raw_key: Tensor, window: Window) -> None:
+        """Put a first window where it belongs: the local context, or memory."""
+        raw_key = self._memory_key(raw_key, window)
+        if window.stays:
+            assert window.slots is not None and key is not None
+            self._local(window).write(window.chosen, window.slots, key, value, raw_key)
+        elif self.has_memory:
+            before = self._memory_spans(window)
+            for row, (bank, length) in enumerate(zip(window.banks, window.lengths, strict=True)):
+                # A layer that gradient checkpointing computes once more must not write once more.
+                if bank.length(self.layer_idx) == sum(map(len, before[row])):
+                    bank.append(self.layer_idx, raw_key[row, :, :length].detach(), value[row, :, :length].detach())
+
+    # ---- going on from a local context ---------------------------------------------------------------------------
+
+    def _go_on(
+        self, query: Tensor, rotated: Tensor, key: Tensor, value: Tensor, raw_key: Tensor, window: Window
+    ) -> Tensor:
+        """Attend to the local context, what is leaving it, and memory. Gives (rows, width, heads, head_dim)."""
+        chunk, local = window.chunk, self._local(window)
+        assert chunk is not None
+        local.write(window.chosen, chunk.write, key, value, self._memory_key(raw_key, window))
+        if self.has_memory:
+            self._leave(chunk.leaves_first, local, window)
+        keys, values = local.read(window.chosen, chunk.seen)
+        mask = None if chunk.mask is None else chunk.mask.to(query.device)
+        if not self.has_memory:
+            output = F.scaled_dot_product_attention(
+                rotated, keys, values, attn_mask=mask, scale=self.scaling, enable_gqa=self.num_key_value_groups > 1
+            )
+            return output.transpose(1, 2)
+        to_memory = rotated
+        if window.memory_rotary is not None and self.rotates:
+            to_memory, _ = self._rotate(query, raw_key, window.memory_rotary)
+        near = [(rotated, keys, values, mask)]
+        if chunk.leaving is not None and chunk.leaving_mask is not None:
+            leaving = local.read(window.chosen, chunk.leaving, raw=True)
+            near.append((to_memory, *leaving, chunk.leaving_mask.to(query.device)))
+        if _needs_gradient(query, key, value):
+            output = self._one_softmax(near, to_memory, window)
+        else:
+            parts = [
+                flash(part, keys, values, scaling=self.scaling, mask=_additive(mask, part))
+                for part, keys, values, mask in near
+            ]
+            if any(bank.length(self.layer_idx) for bank in window.banks):
+                parts.append(self._attend_memory(to_memory, window))
+            output = _merged(parts)
+        self._leave(chunk.leaves_after, local, window)
+        return output
+
+    def _leave(self, slots: list[Tensor | slice] | None, local: LongLlamaCacheLayer, window: Window) -> None:
+        """Move the given slots of each row from the local context into memory."""
+        if slots is None:
+            return
+        rows = range(len(slots)) if window.rows is None else window.rows.tolist()
+        for bank, row, chosen in zip(window.banks, rows, slots, strict=True):
+            key, value = local.read(row, chosen, raw=True)
+            bank.append(self.layer_idx, key, value)
+
+    # ---- memory --------------------------------------------------------------------------------------------------
+
+    def _attend_memory(self, query: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+        """Output (rows, heads, width, head_dim) and log-sum-exp (rows, heads, width) over memory."""
+        width = step = query.shape[2]
+        if self.config.mem_attention_grouping is not None:
+            # Scores are never held, so heads needn't be taken apart: as many queries at once, in all heads.
+            heads, queries = self.config.mem_attention_grouping
+            step = max(1, heads * queries // query.shape[1])
+        parts = [
+            attend(query[:, :, start : start + step], window.banks, self.layer_idx, self.scaling, window.search)
+            for start in range(0, width, step)
+        ]
+        outputs, log_sums = zip(*parts, strict=True)
+        return (outputs[0], log_sums[0]) if len(parts) == 1 else (torch.cat(outputs, 2), torch.cat(log_sums, 2))
+
+    def _one_softmax(
+        self, near: list[tuple[Tensor, Tensor, Tensor, Tensor | None]], to_memory: Tensor, window: Window
+    ) -> Tensor:
+        """The same in plain steps, as fused kernels give no gradient through the log-sum-exp.
+
+        Memory is a constant here: no gradient reaches what was read before.
+
+        Args:
+            near: queries, keys, values and masks (True where a query may look) of what isn't memory yet.
+            to_memory: queries to memory, (rows, heads, width, head_dim).
+            window: the step, with the memory as it was when the step began.
+        """
+        outputs = []
+        spans = self._memory_spans(window) if window.chunk is None else self._spans_now(window)
+        for row, past in enumerate(spans):
+            parts = [(q[row], k[row], v[row], m) for q, k, v, m in near]
+            parts += [
+                (to_memory[row], *(part.to(to_memory) for part in (span.keys(), span.values())), None) for span in past
+            ]
+            scores, values = [], []
+            for query, key, value, mask in parts:
+                key, value = (part.repeat_interleave(self.num_key_value_groups, 0) for part in (key, value))
+                score = (query @ key.transpose(1, 2)).float() * self.scaling
+                if mask is not None:
+                    score = score.masked_fill(~mask[row if len(mask) > 1 else 0], float("-inf"))
+                scores.append(score)
+                values.append(value)
+            weights = torch.cat(scores, -1).softmax(-1).to(to_memory.dtype)
+            outputs.append(weights @ torch.cat(values, 1))
+        return torch.stack(outputs).transpose(1, 2)
+
+    def _memory_spans(self, window: Window) -> list[list[Span]]:
+        """Per row what memory held when the step began."""
+        if self.layer_idx not in window.spans:
+            window.spans[self.layer_idx] = self._spans_now(window)
+        return window.spans[self.layer_idx]
+
+    def _spans_now(self, window: Window) -> list[list[Span]]:
+        return [bank.spans(self.layer_idx) for bank in window.banks]
+
+    # ---- projections ---------------------------------------------------------------------------------------------
+
+    def _project(self, hidden_states: Tensor, queries: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, (rows, heads or kv_heads, width, head_dim), before the rotary embedding."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        key, value = (layer(hidden_states).view(shape).transpose(1, 2) for layer in (self.k_proj, self.v_proj))
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2) if queries else key
+        return query, key, value
+
+    def _rotate(self, query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        if not self.rotates:
+            return query, key
+        cos, sin = (part.to(query.device) for part in rotary)
+        return apply_rotary_pos_emb(query, key, cos, sin)
+
+    def _memory_key(self, key: Tensor, window: Window) -> Tensor:
+        """The key at position 0: as it is, but for the factor that some rotary embeddings put on all positions."""
+        return key * window.key_scale if self.rotates and window.key_scale != 1.0 else key
+
+    def _local(self, window: Window) -> LongLlamaCacheLayer:
+        return window.cache.layers[self.layer_idx]
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """A mask that is added to the scores."""
+    if mask is None:
+        return None
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, float("-inf"))
+
+
+def _merged(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """One attention from its parts, (rows, width, heads, head_dim)."""
+    outputs, log_sums = zip(*parts, strict=True)
+    return merge(outputs, log_sums)[0].transpose(1, 2)

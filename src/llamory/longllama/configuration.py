@@ -1,0 +1,168 @@
+"""LongLLaMA's configuration: Llama's, with the published keys of memory and ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+from llamory.errors import LlamoryError
+
+DEFAULT_LAST_CONTEXT = 1024
+MEMORY_DTYPES = ("float32", "bfloat16", "float16", "int8")
+OVERFLOWS = ("slide", "flush")
+SEARCHES = ("exact", "pages", "faiss")
+# Rotary embeddings whose frequencies change with the length seen; memory mixes windows, so they have no one length.
+_CHANGING_ROPE = ("dynamic", "longrope")
+
+_OPEN_LLAMA_3B: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 3200,
+    "intermediate_size": 8640,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "mem_layers": [6, 12, 18],
+}
+_CODE_LLAMA_7B: dict[str, Any] = {
+    "vocab_size": 32016,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "mem_layers": [8, 16, 24],
+}
+PUBLISHED = {
+    "longllama-3b": _OPEN_LLAMA_3B,
+    "longllama-3b-v1.1": _OPEN_LLAMA_3B,
+    "longllama-code-7b": _CODE_LLAMA_7B,
+}
+
+
+@strict
+class LongLlamaConfig(LlamaConfig):
+    """A `LlamaConfig` with memory.
+
+    The context, that is the length of a window, is `max_position_embeddings`.
+
+    Args:
+        mem_layers: indices of the layers with memory; with none the model is a plain LLaMA up to its context.
+        mem_positionals: whether memory layers use the rotary embedding (memory keys are then at position 0).
+        mem_dtype: how memory is kept: "float32", "bfloat16", "float16" or "int8" (one scale per token and head).
+        mem_attention_grouping: (heads, queries), at most so many attend to memory at once; None for no limit.
+        torch_attention: published key, kept for its files; attention is always a fused kernel here.
+        gradient_checkpoint_every_ith: with gradient checkpointing, every i-th layer is checkpointed.
+        last_context_length: tokens of a prompt that stay in the local context, at most the context; None for 1024, or
+            the context where it is shorter.
+        local_cache_overflow: "slide", the oldest local entries leave one by one, or "flush", all of them at once as in
+            the published code. In memory layers they go to memory.
+        mem_search: how memory is searched: "exact", "pages" or "faiss".
+        mem_top_k: pages, or neighbours, that each query reads (None for the way's own default).
+        mem_device: where memory is kept; None for where its layer is.
+
+    Raises:
+        LlamoryError: a value isn't possible.
+    """
+
+    model_type = "longllama"
+
+    mem_layers: list[int] | tuple[int, ...] | None = None
+    mem_positionals: bool = True
+    mem_dtype: str = "bfloat16"
+    mem_attention_grouping: list[int] | tuple[int, ...] | None = None
+    torch_attention: bool = False
+    gradient_checkpoint_every_ith: int = 1
+    last_context_length: int | None = None
+    local_cache_overflow: str = "slide"
+    mem_search: str = "exact"
+    mem_top_k: int | None = None
+    mem_device: str | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        self.mem_layers = list(self.mem_layers or [])
+        if self.last_context_length is None:
+            self.last_context_length = min(DEFAULT_LAST_CONTEXT, self.max_position_embeddings)
+        # Published folders point to remote code, which this class replaces.
+        kwargs.pop("auto_map", None)
+        super().__post_init__(**kwargs)
+        check_memory(self)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As `PreTrainedConfig.from_dict`, but changed values are there before defaults are worked out from them."""
+        changed = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.__dataclass_fields__ and key != "dtype"}
+        return super().from_dict({**config_dict, **changed}, **kwargs)
+
+    @classmethod
+    def published(cls, name: str, **overrides: Any) -> LongLlamaConfig:
+        """The configuration of a published checkpoint: "longllama-3b", "longllama-3b-v1.1" or "longllama-code-7b".
+
+        Raises:
+            LlamoryError: there is no such name.
+        """
+        if name not in PUBLISHED:
+            raise LlamoryError(f"No published LongLLaMA is called {name}: choose one of {', '.join(PUBLISHED)}.")
+        return cls(**PUBLISHED[name] | overrides)
+
+
+def check_last_context(length: int, context: int) -> int:
+    """Check that the last window fits into the context.
+
+    Raises:
+        LlamoryError: it doesn't.
+    """
+    if not 1 <= length <= context:
+        raise LlamoryError(
+            f"last_context_length is {length}, but it must be between 1 and the context, {context} tokens "
+            "(max_position_embeddings)."
+        )
+    return length
+
+
+def check_memory(config: LongLlamaConfig) -> None:
+    """Check all that concerns memory; `from_pretrained` may have changed single values since the config was made.
+
+    Raises:
+        LlamoryError: a value isn't possible.
+    """
+    _check_layers(list(config.mem_layers or []), config.num_hidden_layers)
+    assert config.last_context_length is not None
+    check_last_context(config.last_context_length, config.max_position_embeddings)
+    for key, allowed in (
+        ("mem_dtype", MEMORY_DTYPES),
+        ("local_cache_overflow", OVERFLOWS),
+        ("mem_search", SEARCHES),
+    ):
+        if getattr(config, key) not in allowed:
+            raise LlamoryError(f"{key} is {getattr(config, key)!r}, but it must be one of {', '.join(allowed)}.")
+    grouping = config.mem_attention_grouping
+    if grouping is not None and (len(grouping) != 2 or min(grouping) < 1):
+        raise LlamoryError(
+            f"mem_attention_grouping is {grouping}, but it must be two positive numbers, heads and queries."
+        )
+    if config.mem_top_k is not None and config.mem_top_k < 1:
+        raise LlamoryError(f"mem_top_k is {config.mem_top_k}, but it must be at least 1.")
+    if config.gradient_checkpoint_every_ith < 1:
+        raise LlamoryError(
+            f"gradient_checkpoint_every_ith is {config.gradient_checkpoint_every_ith}, but it must be at least 1."
+        )
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if config.mem_layers and rope_type in _CHANGING_ROPE:
+        raise LlamoryError(
+            f"Memory needs rotary embeddings that don't change with the length, but this model's are of the type "
+            f"{rope_type}; set rope_parameters to the type default, linear, llama3 or yarn."
+        )
+
+
+def _check_layers(layers: list[int], count: int) -> None:
+    absent = [layer for layer in layers if not 0 <= layer < count]
+    if absent:
+        raise LlamoryError(
+            f"mem_layers names layer {absent[0]}, but the model has {count} layers, numbered 0 to {count - 1}."
+        )
+    if len(set(layers)) != len(layers):
+        raise LlamoryError(f"mem_layers names a layer twice: {layers}.")

@@ -1,0 +1,424 @@
+"""LongLLaMA's models: a LLaMA that reads on, window by window, with a memory (Tworkowski et al. 2023, arXiv:2307.03170)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, LlamaModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from llamory.errors import LlamoryError
+from llamory.longllama.attention import LongLlamaAttention, LongLlamaDecoderLayer, Window
+from llamory.longllama.cache import LongLlamaCache
+from llamory.longllama.configuration import LongLlamaConfig, check_last_context, check_memory
+from llamory.longllama.fingerprint import fingerprint
+from llamory.longllama.windows import RealTokens, Step, cut_continuation, cut_prompt
+from llamory.memory import MemoryBank
+from llamory.memory.search import Search, make_search
+
+# Tokens at once that go on from a local context. Each sees its own part of it, so a mask is made: its size is the limit.
+CHUNK = 512
+
+
+class LongLlamaModel(LlamaModel):
+    """A LlamaModel that reads inputs of any length in windows, with a memory in some of its layers."""
+
+    config_class = LongLlamaConfig
+    config: LongLlamaConfig
+    _no_split_modules = ["LongLlamaDecoderLayer"]
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: LongLlamaConfig):
+        check_memory(config)
+        super().__init__(config)
+        for layer in self.layers:
+            # The same weights under the same names, only the forward pass is ours; so nothing is built twice.
+            layer.__class__ = LongLlamaDecoderLayer
+            layer.self_attn.__class__ = LongLlamaAttention
+        self._search: tuple[Any, Search] | None = None
+        self.post_init()
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,  # noqa: ARG002
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        last_context_length: int | None = None,
+        logits_to_keep: int | Tensor | None = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Read a batch of any length.
+
+        Args:
+            input_ids: (batch, length).
+            attention_mask: (batch, length) or with the columns read before in front; 0 at padding, on either side.
+            position_ids: not used: local positions start at 0 in each window (the paper's section 3.3).
+            past_key_values: a `LongLlamaCache` to go on from.
+            inputs_embeds: (batch, length, hidden), instead of `input_ids`.
+            use_cache: whether the last window stays in a local context; without, it goes into memory as well.
+            last_context_length: tokens in the last window; the configuration's if not given.
+            logits_to_keep: hidden states are kept of so many last columns only (0 or a tensor: all;
+                None: of none, which spares computing what nothing but memory is wanted of).
+            output_hidden_states: whether to give the layers' inputs, too.
+            return_dict: whether to give a `BaseModelOutputWithPast` or a tuple.
+            kwargs: passed on to the layers.
+
+        Returns:
+            Hidden states, (batch, columns kept, hidden), zeros at padding, and the cache (None where nothing is kept).
+
+        Raises:
+            LlamoryError: the last context is longer than the context, or the cache doesn't fit.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        source = input_ids if inputs_embeds is None else inputs_embeds
+        assert source is not None
+        batch, length = source.shape[:2]
+        use_cache = self._uses_cache(use_cache)
+        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        cache = self._cache_for(past_key_values, batch, use_cache)
+        real = RealTokens(_own_columns(attention_mask, batch, length), batch, length)
+        offset = _first_kept(logits_to_keep, length)
+
+        collected = _Collected(batch, length - offset, output_hidden_states)
+        for step in self._cut(real, cache, last_context_length, use_cache):
+            wanted = output_hidden_states or real.reaches(step, offset) or not self.config.mem_layers
+            states = self._run(step, real, source, cache, wanted, output_hidden_states, kwargs)
+            if wanted:
+                collected.add(states, step, real, offset)
+        cache.columns += length
+
+        nothing_kept = not use_cache and past_key_values is None and not self.config.mem_layers
+        output = BaseModelOutputWithPast(
+            last_hidden_state=collected.last(self.config.hidden_size, source.device, self.dtype),
+            past_key_values=None if nothing_kept else cache,
+            hidden_states=collected.all(),
+        )
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if wants_dict else output.to_tuple()
+
+    # ---- steps ---------------------------------------------------------------------------------------------------
+
+    def _cut(self, real: RealTokens, cache: LongLlamaCache, last: int | None, use_cache: bool) -> list[Step]:
+        context = self.config.max_position_embeddings
+        last = check_last_context(self.config.last_context_length if last is None else last, context)
+        if cache.has_local and not use_cache:
+            raise LlamoryError("A cache with a local context can only be gone on with use_cache=True.")
+        if cache.has_local and self.config.local_cache_overflow == "slide":
+            return cut_continuation(real.lengths, min(CHUNK, context))
+        if not self.config.mem_layers and max(real.lengths, default=0) <= context:
+            last = context
+        steps = cut_prompt(real.lengths, context, last, stays=use_cache)
+        return [replace(step, stays=True) for step in steps] if cache.has_local else steps
+
+    def _run(
+        self,
+        step: Step,
+        real: RealTokens,
+        source: Tensor,
+        cache: LongLlamaCache,
+        wanted: bool,
+        all_states: bool,
+        kwargs: dict[str, Any],
+    ) -> list[Tensor]:
+        """Take one step through the layers. Gives the last hidden states, or with `all_states` each layer's input too."""
+        part = real.gather(step, source)
+        hidden = part if source.is_floating_point() else self.embed_tokens(part)
+        everybody = len(step.rows) == len(source)
+        window = Window(
+            cache=cache,
+            rows=None if everybody else torch.tensor(step.rows, device=hidden.device),
+            lengths=step.lengths,
+            banks=[cache.memory[row] for row in step.rows] if self.config.mem_layers else [],
+            search=self._memory_search(),
+            stays=step.stays,
+            key_scale=float(self.rotary_emb.attention_scaling),
+            last_layer=None if wanted or step.stays else max(self.config.mem_layers),
+        )
+        mask, position_ids = None, None
+        if cache.has_local:
+            unrotated = frozenset() if self.config.mem_positionals else frozenset(self.config.mem_layers)
+            cache.rebase(self.rotary_emb, unrotated)
+            cache.make_room(step.width)
+            window.chunk = chunk = cache.slots.plan(step.rows, step.lengths)
+            position_ids = chunk.position_ids.to(hidden.device)
+            if chunk.memory_position_ids is not None:
+                window.memory_rotary = self.rotary_emb(hidden, chunk.memory_position_ids.to(hidden.device))
+        else:
+            position_ids = torch.arange(step.width, device=hidden.device)[None]
+            if step.stays:
+                window.slots = cache.slots.fill(step.rows, step.lengths)
+            # Only some implementations (eager) need it spelt out that a window is causal.
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden,
+                attention_mask=None,
+                past_key_values=None,
+                position_ids=position_ids,
+            )
+        rotary = self.rotary_emb(hidden, position_ids)
+        states = [hidden]
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, window=window, **kwargs)
+            if all_states:
+                states.append(hidden)
+            if window.last_layer == layer.self_attn.layer_idx:
+                return states
+        if window.chunk is not None:
+            cache.slots.commit(window.chunk)
+        last = self.norm(hidden)
+        # As in Llama's own output, the last of all states is the normed one.
+        return [*states[:-1], last] if all_states else [last]
+
+    # ---- settings ------------------------------------------------------------------------------------------------
+
+    def _uses_cache(self, use_cache: bool | None) -> bool:
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        return bool(use_cache) and not (self.gradient_checkpointing and self.training)
+
+    def _cache_for(self, past: Cache | None, batch: int, use_cache: bool) -> LongLlamaCache:
+        if past is not None and not isinstance(past, LongLlamaCache):
+            if past.get_seq_length():
+                raise LlamoryError(
+                    f"LongLLaMA can't go on from a {type(past).__name__}; pass the past_key_values that it gave itself, "
+                    "or memory_cache(bank)."
+                )
+            past = None
+        cache = past if past is not None else LongLlamaCache(self.config)
+        if past is not None and not use_cache and cache.has_local:
+            raise LlamoryError("A cache with a local context can only be gone on with use_cache=True.")
+        cache.prepare(batch, self.new_memory)
+        return cache
+
+    def new_memory(self, fingerprint: str = "") -> MemoryBank:
+        """An empty memory of this model's layers and shape."""
+        config = self.config
+        return MemoryBank(
+            config.mem_layers,
+            config.num_key_value_heads,
+            config.head_dim,
+            dtype=config.mem_dtype,
+            device=config.mem_device,
+            fingerprint=fingerprint,
+        )
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int | None = None, **kwargs: Any
+    ) -> None:
+        """As transformers', for every `gradient_checkpoint_every_ith` layer if nothing else is said."""
+        every = self.config.gradient_checkpoint_every_ith if every_n_layers is None else every_n_layers
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, every, **kwargs)
+
+    def _memory_search(self) -> Search:
+        key = (self.config.mem_search, self.config.mem_top_k)
+        if self._search is None or self._search[0] != key:
+            self._search = (key, make_search(*key))
+        return self._search[1]
+
+
+class _Collected:
+    """The hidden states of all steps, put back to their columns."""
+
+    def __init__(self, batch: int, columns: int, all_states: bool):
+        self.shape, self.all_states = (batch, columns), all_states
+        self.tensors: list[Tensor] = []
+
+    def add(self, states: list[Tensor], step: Step, real: RealTokens, offset: int) -> None:
+        if real.columns is None and len(step.rows) == self.shape[0] and states[0].shape[1] >= self.shape[1]:
+            # All that is asked for came from this one step, which is most often so.
+            self.tensors = [state[:, -self.shape[1] :] for state in states]
+            return
+        if not self.tensors:
+            self.tensors = [state.new_zeros((*self.shape, state.shape[-1])) for state in states]
+        for tensor, state in zip(self.tensors, states, strict=True):
+            real.scatter(step, state, tensor, offset)
+
+    def last(self, hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if not self.tensors:
+            return torch.zeros((*self.shape, hidden_size), device=device, dtype=dtype)
+        return self.tensors[-1]
+
+    def all(self) -> tuple[Tensor, ...] | None:
+        return tuple(self.tensors) if self.all_states else None
+
+
+class LongLlamaForCausalLM(LlamaForCausalLM):
+    """A language model that reads and answers with memory; a drop-in for `LlamaForCausalLM`, with the same weights."""
+
+    config_class = LongLlamaConfig
+    config: LongLlamaConfig
+    _no_split_modules = ["LongLlamaDecoderLayer"]
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: LongLlamaConfig):
+        super(LlamaForCausalLM, self).__init__(config)
+        self.model = LongLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        last_context_length: int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Llama's forward for inputs of any length; see `LongLlamaModel.forward`.
+
+        Logits, (batch, columns kept, vocabulary), are computed for the last `logits_to_keep` columns only.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            last_context_length=last_context_length,
+            logits_to_keep=logits_to_keep,
+            return_dict=True,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        logits = self.lm_head(hidden if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # `generate` leaves the cache to `forward`, which makes a LongLlamaCache.
+        return False
+
+    # ---- memory --------------------------------------------------------------------------------------------------
+
+    def memory_fingerprint(self) -> str:
+        """What this model's memories are marked with: it changes with the weights and with how keys are made."""
+        return fingerprint(self)
+
+    def new_memory(self) -> MemoryBank:
+        """An empty memory for `read`."""
+        return self.model.new_memory(self.memory_fingerprint())
+
+    @torch.no_grad()
+    def read(
+        self,
+        input_ids: Tensor | Sequence[int],
+        memory: MemoryBank | None = None,
+        segment: str = "context",
+        on_window: Callable[[int], None] | None = None,
+    ) -> MemoryBank:
+        """Read a document by itself into a segment of a memory, window by window.
+
+        A segment that is there already is read on: the document's windows see what it holds, and no other segment.
+
+        Args:
+            input_ids: the document's tokens.
+            memory: where the segment goes; a new memory if none is given.
+            segment: the segment's name.
+            on_window: called after each window with the tokens read so far.
+
+        Returns:
+            The memory.
+
+        Raises:
+            LlamoryError: the model has no memory layers, or the memory is another model's.
+        """
+        self._need_memory_layers()
+        memory = self.new_memory() if memory is None else memory
+        self._check_memory(memory)
+        ids = torch.as_tensor(input_ids, dtype=torch.long).flatten()
+        # What is read stands beside until all of it is there: an interruption leaves the memory as it was.
+        alone, order = self.model.new_memory(memory.fingerprint), memory.segments
+        if segment in order:
+            alone.mount(memory, [segment])
+        context, training = self.config.max_position_embeddings, self.training
+        cache = LongLlamaCache(self.config, [alone])
+        self.eval()
+        try:
+            for start in range(0, len(ids), context):
+                window = ids[None, start : start + context].to(self.device)
+                self.model(
+                    window, past_key_values=cache, use_cache=False, last_context_length=context, logits_to_keep=None
+                )
+                if on_window is not None:
+                    on_window(min(start + context, len(ids)))
+        finally:
+            self.train(training)
+        if len(ids):
+            if segment in order:
+                memory.drop(segment)
+            else:
+                alone.rename(alone.segments[0], segment)
+            memory.mount(alone)
+            memory.reorder(order if segment in order else (*order, segment))
+        return memory
+
+    def memory_cache(self, memory: MemoryBank) -> LongLlamaCache:
+        """A cache that has a memory mounted: pass it as `past_key_values`, with nothing but the question as input.
+
+        The memory itself isn't changed by what is asked; its blocks are shared, not copied.
+
+        Raises:
+            LlamoryError: the model has no memory layers, or the memory is another model's.
+        """
+        self._need_memory_layers()
+        self._check_memory(memory)
+        return LongLlamaCache(self.config, memory)
+
+    def _need_memory_layers(self) -> None:
+        if not self.config.mem_layers:
+            raise LlamoryError("This model has no memory layers; load it with mem_layers, for instance mem_layers=[8].")
+
+    def _check_memory(self, memory: MemoryBank) -> None:
+        config = self.config
+        if tuple(memory.layers) != tuple(sorted(config.mem_layers)) and tuple(memory.layers) != tuple(config.mem_layers):
+            raise LlamoryError(
+                f"The memory is of layers {list(memory.layers)}, but the model's memory layers are {config.mem_layers}."
+            )
+        if (memory.kv_heads, memory.head_dim) != (config.num_key_value_heads, config.head_dim):
+            raise LlamoryError("The memory was made by a model of another shape; read the documents with this model.")
+        if memory.fingerprint and memory.fingerprint != self.memory_fingerprint():
+            raise LlamoryError("The memory was made by another model; read the documents again with this model.")
+
+
+def _first_kept(logits_to_keep: int | Tensor | None, length: int) -> int:
+    """The first column whose hidden state is wanted."""
+    if logits_to_keep is None:
+        return length
+    return max(length - logits_to_keep, 0) if isinstance(logits_to_keep, int) and logits_to_keep else 0
+
+
+def _own_columns(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """The mask of the input's own columns."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
+        raise LlamoryError(
+            f"attention_mask has the shape {tuple(attention_mask.shape)}, but it must be (batch, length), with "
+            f"{batch} rows and at least {length} columns."
+        )
+    return attention_mask[:, attention_mask.shape[1] - length :]
