@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, LlamaModel
+from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -27,7 +27,18 @@ from llamory.memory.search import Search, make_search
 CHUNK = 512
 
 
-class LongLlamaModel(LlamaModel):
+class _EveryIth(PreTrainedModel):
+    """Gradient checkpointing of every i-th layer, as the configuration says."""
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int | None = None, **kwargs: Any
+    ) -> None:
+        """As transformers', for every `gradient_checkpoint_every_ith` layer if nothing else is said."""
+        every = self.config.gradient_checkpoint_every_ith if every_n_layers is None else every_n_layers
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, every, **kwargs)
+
+
+class LongLlamaModel(_EveryIth, LlamaModel):
     """A LlamaModel that reads inputs of any length in windows, with a memory in some of its layers."""
 
     config_class = LongLlamaConfig
@@ -214,13 +225,6 @@ class LongLlamaModel(LlamaModel):
             fingerprint=fingerprint,
         )
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int | None = None, **kwargs: Any
-    ) -> None:
-        """As transformers', for every `gradient_checkpoint_every_ith` layer if nothing else is said."""
-        every = self.config.gradient_checkpoint_every_ith if every_n_layers is None else every_n_layers
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, every, **kwargs)
-
     def _memory_search(self) -> Search:
         key = (self.config.mem_search, self.config.mem_top_k)
         if self._search is None or self._search[0] != key:
@@ -254,7 +258,7 @@ class _Collected:
         return tuple(self.tensors) if self.all_states else None
 
 
-class LongLlamaForCausalLM(LlamaForCausalLM):
+class LongLlamaForCausalLM(_EveryIth, LlamaForCausalLM):
     """A language model that reads and answers with memory; a drop-in for `LlamaForCausalLM`, with the same weights."""
 
     config_class = LongLlamaConfig
