@@ -1,3 +1,7 @@
 """llamory: retrieval and long-term memory for LLaMA-family models."""
 
+from llamory.registration import register as _register
+
 __version__ = "0.1.0"
+
+_register()

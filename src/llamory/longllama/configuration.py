@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from llamory.errors import LlamoryError
 
@@ -90,6 +91,9 @@ class LongLlamaConfig(LlamaConfig):
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
         check_memory(self)
+        # The Auto classes learn of the models here: whoever asks them for one has a configuration first, and earlier,
+        # while transformers itself is being imported, the models couldn't be.
+        import_module("llamory.longllama.modeling")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -166,3 +170,6 @@ def _check_layers(layers: list[int], count: int) -> None:
         )
     if len(set(layers)) != len(layers):
         raise LlamoryError(f"mem_layers names a layer twice: {layers}.")
+
+
+AutoConfig.register(LongLlamaConfig.model_type, LongLlamaConfig, exist_ok=True)

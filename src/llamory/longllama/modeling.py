@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -426,3 +426,7 @@ def _own_columns(attention_mask: Tensor | None, batch: int, length: int) -> Tens
             f"{batch} rows and at least {length} columns."
         )
     return attention_mask[:, attention_mask.shape[1] - length :]
+
+
+AutoModel.register(LongLlamaConfig, LongLlamaModel, exist_ok=True)
+AutoModelForCausalLM.register(LongLlamaConfig, LongLlamaForCausalLM, exist_ok=True)

@@ -1,0 +1,83 @@
+"""Load any LLaMA as a long reader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from llamory import backbone
+from llamory.errors import LlamoryError
+from llamory.longllama.configuration import LongLlamaConfig
+from llamory.longllama.modeling import LongLlamaForCausalLM
+
+# A model that wasn't trained for memory finds what it read best with memory in all layers but the first few, and with
+# windows well within its context (SmolLM2-135M: layers 5 to 29 of 30, 512 tokens).
+UNTRAINED_WINDOW = 512
+_FIRST_PART = 6
+
+
+def load_long_model(
+    name: str | Path = "default",
+    *,
+    mem_layers: Sequence[int] | None = None,
+    context_length: int | None = None,
+    last_context_length: int | None = None,
+    mem_search: str | None = None,
+    mem_top_k: int | None = None,
+    mem_dtype: str | None = None,
+    dtype: Any = None,
+    device: str | None = None,
+    **kwargs: Any,
+) -> LongLlamaForCausalLM:
+    """Load a LongLLaMA, or any LLaMA with memory in some of its layers, in evaluation mode.
+
+    Args:
+        name: a folder, a hub id, a `.gguf` file or "default".
+        mem_layers: the memory layers. By default the checkpoint's own; a plain LLaMA, which has none, gets memory in
+            all but the first sixth of its layers.
+        context_length: tokens of a window; by default the context of a LongLLaMA, 512 for a plain LLaMA.
+        last_context_length: tokens of a prompt that stay local.
+        mem_search: "exact", "pages" or "faiss".
+        mem_top_k: pages or neighbours per query.
+        mem_dtype: how memory is kept.
+        dtype: of the weights.
+        device: where the model goes.
+        kwargs: passed to `from_pretrained`.
+
+    Raises:
+        LlamoryError: the model can't be loaded, or a setting isn't possible for it.
+    """
+    config = backbone.load_config(name)
+    settings = {
+        "mem_layers": list(mem_layers) if mem_layers is not None else None,
+        "max_position_embeddings": context_length,
+        "last_context_length": last_context_length,
+        "mem_search": mem_search,
+        "mem_top_k": mem_top_k,
+        "mem_dtype": mem_dtype,
+    }
+    if not isinstance(config, LongLlamaConfig):
+        settings = _for_plain_llama(config) | {key: value for key, value in settings.items() if value is not None}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    window = settings.get("max_position_embeddings")
+    if window is not None and not 1 <= window <= config.max_position_embeddings:
+        raise LlamoryError(
+            f"A window of {window} tokens isn't possible: this model's context is {config.max_position_embeddings}."
+        )
+    if window is not None and isinstance(config, LongLlamaConfig):
+        # A shorter window, asked for alone, brings a last window that fits.
+        settings.setdefault("last_context_length", min(window, config.last_context_length or window))
+    model = backbone.load_model(name, LongLlamaForCausalLM, dtype=dtype, **settings, **kwargs)
+    assert isinstance(model, LongLlamaForCausalLM)
+    return (model.to(device) if device else model).eval()
+
+
+def _for_plain_llama(config: PretrainedConfig) -> dict[str, Any]:
+    count = config.num_hidden_layers
+    return {
+        "mem_layers": list(range(count // _FIRST_PART, count)),
+        "max_position_embeddings": min(UNTRAINED_WINDOW, config.max_position_embeddings),
+    }
