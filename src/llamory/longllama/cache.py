@@ -146,6 +146,10 @@ class LongLlamaCache(Cache):
         if batch not in (known, self.slots.batch) or known != self.slots.batch:
             raise LlamoryError(f"The cache holds {known} rows, but the input has {batch}; give each row its own cache.")
 
+    def unread(self) -> LongLlamaCache:
+        """A cache of its own with the same mounted memory and nothing read."""
+        return LongLlamaCache(self.config, self._mounted)
+
     def make_room(self, width: int) -> None:
         """Make room for `width` more columns in all layers."""
         moved = self.slots.room_for(width)

@@ -312,10 +312,34 @@ class LongLlamaForCausalLM(_EveryIth, LlamaForCausalLM):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
+    # ---- generate ------------------------------------------------------------------------------------------------
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        # `generate` leaves the cache to `forward`, which makes a LongLlamaCache.
+        # `generate` has to leave the choice of the cache to this class.
         return False
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = LongLlamaCache(self.config)
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Cache | None = None, use_cache: bool | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers', but without a cache each step reads the whole text anew, on nothing but a mounted memory."""
+        if use_cache is False and isinstance(past_key_values, LongLlamaCache):
+            past_key_values = past_key_values.unread()
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
+        )
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        if model_kwargs.get("use_cache") is False:
+            outputs.past_key_values = None
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     # ---- memory --------------------------------------------------------------------------------------------------
 
