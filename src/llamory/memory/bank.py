@@ -70,7 +70,8 @@ class MemoryBank:
         self.fingerprint = fingerprint
         self._segments: dict[str, Segment] = {}
         self._lengths = dict.fromkeys(self.layers, 0)
-        # Per layer: the block that was written last, where a new segment starts, and all blocks made here.
+        # Per layer: the block that was written last, where a new segment starts, and all blocks made here. A fork has
+        # neither: it may go on where a segment ends in its block, and else makes small room of its own.
         self._tails: dict[int, Block] = {}
         self._made: dict[int, WeakSet[Block]] = {layer: WeakSet() for layer in self.layers}
         # Per layer, the joined spans of all segments but the last, which is the one that usually grows.
@@ -270,7 +271,6 @@ class MemoryBank:
         twin = self._empty(self.device)
         twin._segments = {name: each.copy() for name, each in self._segments.items()}
         twin._lengths = dict(self._lengths)
-        twin._tails = dict(self._tails)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemoryBank:

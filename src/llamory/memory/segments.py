@@ -51,16 +51,20 @@ def capacity_for(tokens: int, made: int) -> int:
 def gathered(spans: Sequence[Span], block: Block, tokens: int) -> tuple[Span, ...]:
     """Move short spans at the end into an empty block where `tokens` more will follow them.
 
-    Only spans that are no longer than what follows them are moved, so the lengths fall from span to span: a segment
-    that is cut off from its block at every step (forks of forks, as in a beam search) has few spans all the same, and
-    a token is copied a few times at most.
+    A span moves with all behind it if it is at most twice as long as they are together, so a segment that is cut off
+    from its block at every step (forks of forks, as in a beam search) has few spans all the same, and a token is
+    copied a few times at most.
     """
-    kept, size = list(spans), tokens
-    while kept and len(kept[-1]) <= size and size + len(kept[-1]) <= SMALLEST_BLOCK:
-        size += len(kept.pop())
-    for span in spans[len(kept) :]:
+    first, size = len(spans), tokens
+    for i in reversed(range(len(spans))):
+        if size + len(spans[i]) > SMALLEST_BLOCK:
+            break
+        if len(spans[i]) <= 2 * size:
+            first = i
+        size += len(spans[i])
+    for span in spans[first:]:
         _copy(span, block)
-    return (*kept, Span(block, 0, block.filled)) if block.filled else tuple(kept)
+    return (*spans[:first], Span(block, 0, block.filled)) if block.filled else tuple(spans)
 
 
 def moved(block: Block, device: torch.device) -> Block:
