@@ -202,15 +202,18 @@ for number in (1.0, 2.0):
     for layer in bank.layers:
         bank.append(layer, torch.full((2, 2000, 64), number), torch.full((2, 2000, 64), -number), segment=str(number))
     versions.append(bank)
+start = time.monotonic()
 versions[0].save(path)
-seen, leftovers, chance = set(), 0, random.Random(0)
-for _ in range(40):
+duration = time.monotonic() - start
+seen, leftovers, chance, rounds = set(), 0, random.Random(0), 0
+while rounds < 20 or (rounds < 200 and (len(seen) < 2 or leftovers == 0)):
+    rounds += 1
     child = os.fork()
     if child == 0:
         while True:
-            for bank in versions:
+            for bank in reversed(versions):
                 bank.save(path)
-    time.sleep(chance.random() * 0.03)
+    time.sleep(chance.random() * 4 * duration)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     bank = MemoryBank.load(path)
