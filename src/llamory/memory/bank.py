@@ -28,9 +28,9 @@ _writing = threading.Lock()
 class MemoryBank:
     """The memory of a long reader: tensors only, in named segments (one per document) whose order can be chosen.
 
-    Appending writes into preallocated blocks that double in size, so nothing that was written is copied again. Forks,
-    mounted segments and loaded files share blocks, which never change where they are filled. `copy.deepcopy` of a bank
-    is therefore a fork.
+    Appending writes into preallocated blocks that double in size, so nothing that was written is copied again (but for
+    short pieces that forks of forks cut off, which are gathered). Forks, mounted segments and
+    loaded files share blocks, which never change where they are filled; `copy.deepcopy` of a bank is therefore a fork.
 
     Args:
         layers: the memory layers' numbers in the model.
