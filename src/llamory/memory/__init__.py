@@ -1,0 +1,6 @@
+"""The memory of a long reader as a thing of its own: tensors only, no model inside."""
+
+from llamory.memory.bank import MemoryBank
+from llamory.memory.files import peek
+
+__all__ = ["MemoryBank", "peek"]

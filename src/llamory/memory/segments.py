@@ -1,0 +1,91 @@
+"""What a segment owns: spans of blocks per layer, and how lists of spans are joined, extended, gathered and moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llamory.memory.blocks import Block, Span
+
+SMALLEST_BLOCK = 4096
+LARGEST_BLOCK = 262144
+
+
+@dataclass
+class Segment:
+    """A segment's tokens per layer and what is known of it; spans and facts are replaced, never changed in place."""
+
+    spans: dict[int, tuple[Span, ...]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def length(self, layer: int) -> int:
+        """How many tokens it has in a layer."""
+        return sum(map(len, self.spans.get(layer, ())))
+
+    def copy(self) -> Segment:
+        """The same content, for another bank; both may append to theirs."""
+        return Segment(dict(self.spans), self.facts)
+
+
+def joined(spans: Iterable[Span], before: Sequence[Span] = ()) -> list[Span]:
+    """One span for those that lie side by side in a block, all in order; `before` is joined already."""
+    result = list(before)
+    for span in spans:
+        last = result[-1] if result else None
+        if last is not None and last.block is span.block and last.stop == span.start:
+            result[-1] = Span(span.block, last.start, span.stop)
+        else:
+            result.append(span)
+    return result
+
+
+def capacity_for(tokens: int, made: int) -> int:
+    """How large the next block is if `made` tokens of room were made before: the room doubles, up to a limit."""
+    wanted = max(SMALLEST_BLOCK, made, tokens)
+    return min(LARGEST_BLOCK, 1 << (wanted - 1).bit_length())
+
+
+def gathered(spans: Sequence[Span], block: Block, tokens: int) -> tuple[Span, ...]:
+    """Move short spans at the end into an empty block where `tokens` more will follow them.
+
+    A span moves with all behind it if it is at most twice as long as they are together, so a segment that is cut off
+    from its block at every step (forks of forks, as in a beam search) has few spans all the same, and a token is
+    copied a few times at most.
+    """
+    first, size = len(spans), tokens
+    for i in reversed(range(len(spans))):
+        if size + len(spans[i]) > SMALLEST_BLOCK:
+            break
+        if len(spans[i]) <= 2 * size:
+            first = i
+        size += len(spans[i])
+    for span in spans[first:]:
+        _copy(span, block)
+    return (*spans[:first], Span(block, 0, block.filled)) if block.filled else tuple(spans)
+
+
+def moved(block: Block, device: torch.device) -> Block:
+    """The filled part of a block on a device: the block itself if it is there already."""
+    if block.keys.device == torch.empty(0, device=device).device:
+        return block
+    parts = (block.keys, block.values, block.key_scales, block.value_scales)
+    there = [None if part is None else part[:, : block.filled].to(device).contiguous() for part in parts]
+    assert there[0] is not None and there[1] is not None
+    return Block(there[0], there[1], there[2], there[3], filled=block.filled)
+
+
+def _copy(span: Span, block: Block) -> None:
+    """Append a span to a block as it is: int8 keeps its scales."""
+    start, stop = block.filled, block.filled + len(span)
+    for source, target in (
+        (span.block.keys, block.keys),
+        (span.block.values, block.values),
+        (span.block.key_scales, block.key_scales),
+        (span.block.value_scales, block.value_scales),
+    ):
+        if source is not None and target is not None:
+            target[:, start:stop].copy_(source[:, span.start : span.stop])
+    block.filled = stop
