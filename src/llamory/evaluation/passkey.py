@@ -30,8 +30,9 @@ PUBLISHED_QUESTION = "What is the pass key? The pass key is"
 KEY_FIELD = "{key}"
 # Keys are drawn from 1 to this one, as published.
 LARGEST_KEY = 49999
-# Tokens that an answer may have besides the key: a few words around it, as instructed models write.
-_SPARE_TOKENS = 16
+# Tokens that an answer may have besides the key: enough to see the number end, or for words around it where the
+# question is a whole sentence.
+_SPARE_TOKENS, _SPARE_TOKENS_OF_SENTENCE = 3, 16
 
 
 @dataclass(frozen=True)
@@ -315,11 +316,12 @@ def _ask(
 ) -> Trial:
     input_ids = torch.tensor([prompt.input_ids], device=model.device)
     key_tokens = len(tokenizer(f" {prompt.key}", add_special_tokens=False)["input_ids"])
+    spare = _SPARE_TOKENS_OF_SENTENCE if prompt.text.endswith((".", "?", "!", ":")) else _SPARE_TOKENS
     started = time.perf_counter()
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=key_tokens + _SPARE_TOKENS,
+        max_new_tokens=key_tokens + spare,
         do_sample=False,
         **options,
     )
