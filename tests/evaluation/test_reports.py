@@ -24,17 +24,21 @@ def without_seconds(document: dict) -> dict:
 def test_the_file_says_what_was_found_where(tmp_path, cell) -> None:
     report = PasskeyReport(tmp_path / "passkey.json", SETTINGS)
     result = report.result("memory", FACTS)
-    result.add(cell(600, 0.5, True, False))
+    result.add(cell(502, 0.5, True, True))
+    result.add(cell(501, 0.5, True, False))
     result.add(cell(400, 0.0, True, True))
+    assert result.lengths_beyond(500) == [502]
     report.write()
     document = json.loads((tmp_path / "passkey.json").read_text())
     assert document == report.document()
     assert document["settings"] == SETTINGS
     run = document["runs"]["memory"]
     assert (run["context_length"], run["mem_layers"]) == (500, [0, 1])
-    short, long = run["cells"]
+    # A prompt of 500 tokens is just within a context of 500.
+    short, long, longest = run["cells"]
+    assert (longest["tokens"], longest["beyond_context"]) == (501, True)
     assert (short["length"], short["depth"], short["accuracy"], short["beyond_context"]) == (400, 0.0, 1.0, False)
-    assert (long["length"], long["depth"], long["accuracy"], long["beyond_context"]) == (600, 0.5, 0.5, True)
+    assert (long["length"], long["depth"], long["accuracy"], long["beyond_context"]) == (501, 0.5, 0.5, False)
     assert [trial["correct"] for trial in long["trials"]] == [True, False]
     assert [path.name for path in tmp_path.iterdir()] == ["passkey.json"]
 

@@ -237,13 +237,14 @@ def _print_tables(report: PasskeyReport) -> None:
         typer.echo(f"{_TITLES.get(kind, kind)}: {result.accuracy:.0%} of the keys found")
         for line in _table(result, context):
             typer.echo(line)
-        if context is not None and result.lengths[-1] > context:
+        if result.lengths_beyond(context):
             typer.echo(f"* longer than the context of {context:,} tokens")
         typer.echo()
 
 
 def _table(result: PasskeyResult, context: int | None) -> list[str]:
-    heads = [f"{length:,}{'*' if context is not None and length > context else ''}" for length in result.lengths]
+    beyond = result.lengths_beyond(context)
+    heads = [f"{length:,}{'*' if length in beyond else ''}" for length in result.lengths]
     widths = [max(6, len(head)) + 2 for head in heads]
     lines = ["depth" + _row(heads, widths)]
     for depth in result.depths:

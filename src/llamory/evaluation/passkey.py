@@ -234,6 +234,10 @@ class PasskeyResult:
         """The mean over all cells."""
         return sum(cell.accuracy for cell in self.cells) / len(self.cells)
 
+    def lengths_beyond(self, context: int | None) -> list[int]:
+        """The lengths whose prompts have more tokens than a context; none if there is no context."""
+        return sorted({cell.length for cell in self.cells if context is not None and cell.tokens > context})
+
     def add(self, cell: Cell) -> None:
         """Put a cell in its place."""
         self.cells = sorted([*self.cells, cell], key=lambda each: (each.length, each.depth))

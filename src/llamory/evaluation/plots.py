@@ -108,7 +108,7 @@ def _draw(
             label = f"{share:.0%}" if known else "–"
             axes.text(column, row, label, ha="center", va="center", fontsize=size, color=ink)
     _label(axes, lengths, depths)
-    _mark_context(axes, panel.context_length, lengths)
+    _mark_context(axes, panel, lengths)
     axes.set_title(panel.title, fontsize=10, color=_INK, loc="left", pad=18, parse_math=False)
     return image
 
@@ -129,14 +129,15 @@ def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _mark_context(axes: Axes, context: int | None, lengths: Sequence[int]) -> None:
+def _mark_context(axes: Axes, panel: Panel, lengths: Sequence[int]) -> None:
     """A line before the first length that is beyond the context."""
-    if context is None or lengths[-1] <= context:
+    beyond = panel.result.lengths_beyond(panel.context_length)
+    if not beyond:
         return
-    place = sum(length <= context for length in lengths) - 0.5
+    place = lengths.index(beyond[0]) - 0.5
     axes.axvline(place, color=_ALARM, linewidth=2, linestyle=(0, (3, 1.5)), clip_on=False)
     axes.annotate(
-        f"context {context:,}",
+        f"context {panel.context_length:,}",
         (place, 1),
         xycoords=("data", "axes fraction"),
         xytext=(0, 3),
