@@ -1,0 +1,139 @@
+"""Exact attention over spans of memory: everything is read, in the way that suits the machine and the memory's type."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llamory.memory.attention import Parts, flash, nothing
+from llamory.memory.blocks import Span
+
+if TYPE_CHECKING:
+    from llamory.memory.bank import MemoryBank
+
+CHUNK = 4096  # tokens per head that are converted and read while they are in the processor's cache
+TRAVELLING_QUERIES = 512  # per head: more than these stay where they are, and the memory travels to them
+
+
+class ExactSearch:
+    """Reads all keys and values."""
+
+    def attend(self, query: Tensor, bank: MemoryBank, layer: int, scaling: float) -> tuple[Tensor, Tensor]:
+        """See `Search.attend`."""
+        spans = bank.spans(layer)
+        if not spans:
+            return nothing(query)
+        folded = fold(query, spans[0].block.keys.shape[0])
+        return unfold(*read(folded, spans, scaling), query)
+
+
+def fold(query: Tensor, kv_heads: int) -> Tensor:
+    """Query (rows, heads, queries, head_dim) as (kv_heads, all queries that read that head, head_dim)."""
+    rows, heads, queries, head_dim = query.shape
+    return query.view(rows, kv_heads, -1, head_dim).transpose(0, 1).reshape(kv_heads, -1, head_dim)
+
+
+def unfold(output: Tensor, log_sum: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `fold` for an output and its log-sum-exp."""
+    rows, heads, queries, head_dim = query.shape
+    output = output.view(len(output), rows, -1, head_dim).transpose(0, 1).reshape(query.shape)
+    log_sum = log_sum.view(len(log_sum), rows, -1).transpose(0, 1).reshape(query.shape[:-1])
+    return output.to(query.dtype), log_sum
+
+
+def read(query: Tensor, spans: Sequence[Span], scaling: float, head: int | None = None) -> tuple[Tensor, Tensor]:
+    """Attention of folded queries over all tokens of some spans.
+
+    Args:
+        query: (kv_heads, queries, head_dim), or (1, queries, head_dim) with `head`.
+        spans: what to read, on whatever devices.
+        scaling: what scores are multiplied by.
+        head: the only key-value head to read.
+
+    Returns:
+        Output of the query's shape, and the log-sum-exp (kv_heads, queries) in float32.
+    """
+    parts, heads = Parts(), slice(None) if head is None else slice(head, head + 1)
+    for span in spans:
+        if (device := span.block.keys.device) == query.device:
+            _read_span(query, span, scaling, heads, parts)
+        elif query.shape[1] <= TRAVELLING_QUERIES:
+            there = Parts()
+            _read_span(query.to(device), span, scaling, heads, there)
+            output, log_sum = there.result(query)
+            parts.add(output.to(query.device), log_sum.to(query.device))
+        else:
+            for part in span.parts(CHUNK * 4):
+                keys, values = (t[heads].to(query.device) for t in (part.keys(), part.values()))
+                output, log_sum = flash(query[None], keys[None], values[None], scaling=scaling)
+                parts.add(output[0], log_sum[0])
+    return parts.result(query)
+
+
+def _read_span(query: Tensor, span: Span, scaling: float, heads: slice, parts: Parts) -> None:
+    block = span.block
+    if not _converts(block.keys.device.type, block.keys.dtype):
+        pieces = span.parts(CHUNK * 4) if block.keys.dtype == torch.int8 else [span]
+        for piece in pieces:
+            keys, values = piece.keys()[heads], piece.values()[heads]
+            output, log_sum = flash(query[None], keys[None], values[None], scaling=scaling)
+            parts.add(output[0], log_sum[0])
+        return
+    query = query.float()
+    splits = _splits(len(query))
+    repeated = query.repeat_interleave(splits, 0)[None]
+    # Tokens that can't be split evenly come last, in a call of their own.
+    even = span.stop - len(span) % splits
+    for start in range(span.start, even, CHUNK * splits):
+        tokens = slice(start, min(start + CHUNK * splits, even))
+        shape = (1, len(query) * splits, (tokens.stop - tokens.start) // splits, query.shape[-1])
+        keys = _converted(block.keys, block.key_scales, heads, tokens, "keys").view(shape)
+        values = _converted(block.values, block.value_scales, heads, tokens, "values").view(shape)
+        output, log_sum = flash(repeated, keys, values, scaling=scaling)
+        for split in range(splits):
+            parts.add(output[0, split::splits], log_sum[0, split::splits])
+    if even < span.stop:
+        last = Span(block, even, span.stop)
+        keys, values = last.keys(torch.float32)[heads], last.values(torch.float32)[heads]
+        output, log_sum = flash(query[None], keys[None], values[None], scaling=scaling)
+        parts.add(output[0], log_sum[0])
+
+
+@cache
+def _converts(device: str, dtype: torch.dtype) -> bool:
+    """Whether memory is converted to float32, chunk by chunk, before it is read.
+
+    Only on a CPU: its kernels are fast on bfloat16 where it has matrix tiles (AMX). Without them they read one query's
+    bfloat16 memory at 5 GB/s, and reading a chunk twice, the second time out of the cache, is 2 to 3.5 times faster
+    and, with many queries, no slower. Matrix products in float16 are slow on all of them, and int8 has to be scaled.
+    """
+    if device != "cpu" or dtype == torch.float32:
+        return False
+    return dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported()
+
+
+def _splits(heads: int) -> int:
+    """In how many parts a head's keys are read at once, so that all threads get the same work."""
+    threads = torch.get_num_threads()
+    return next(splits for splits in range(1, threads + 1) if heads * splits % threads == 0)
+
+
+_scratch = threading.local()
+
+
+def _converted(tensor: Tensor, scales: Tensor | None, heads: slice, tokens: slice, name: str) -> Tensor:
+    """Tokens of a block in float32, in room that is used again and again: fresh room would cost more than the copy."""
+    source = tensor[heads, tokens]
+    room: Tensor | None = getattr(_scratch, name, None)
+    if room is None or room.numel() < source.numel():
+        room = torch.empty(source.numel(), dtype=torch.float32)
+        setattr(_scratch, name, room)
+    target = room[: source.numel()].view(source.shape).copy_(source)
+    if scales is not None:
+        target *= scales[heads, tokens].unsqueeze(-1)
+    return target
