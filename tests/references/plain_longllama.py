@@ -56,7 +56,9 @@ def rotated(x: Tensor, position: Tensor, theta: float) -> Tensor:
 
 
 @torch.no_grad()
-def logits(model: LlamaForCausalLM, ids: Tensor, seen: Sight, mem_layers: list[int], positionals: bool = True) -> Tensor:
+def logits(
+    model: LlamaForCausalLM, ids: Tensor, seen: Sight, mem_layers: list[int], positionals: bool = True
+) -> Tensor:
     """Logits (n, vocabulary) in float64 of one row's real tokens."""
     config = model.config
     theta = config.rope_parameters["rope_theta"]

@@ -128,7 +128,7 @@ def passkey(
 
         from llamory.longllama.loading import load_long_model
 
-        told = {"mem_layers": layers, "context_length": context_length, "mem_search": mem_search}
+        told: dict[str, Any] = {"mem_layers": layers, "context_length": context_length, "mem_search": mem_search}
         if mem_top_k is not None:
             told["mem_top_k"] = mem_top_k
         long = load_long_model(name, **told)

@@ -4,12 +4,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llamory.longllama.cache import LongLlamaCache
+    from llamory.longllama.causal import LongLlamaForCausalLM
     from llamory.longllama.configuration import LongLlamaConfig
-    from llamory.longllama.modeling import LongLlamaForCausalLM, LongLlamaModel
+    from llamory.longllama.modeling import LongLlamaModel
 
 __all__ = ["LongLlamaCache", "LongLlamaConfig", "LongLlamaForCausalLM", "LongLlamaModel"]
 
-_HOMES = {"LongLlamaConfig": "configuration", "LongLlamaCache": "cache"}
+_HOMES = {"LongLlamaConfig": "configuration", "LongLlamaCache": "cache", "LongLlamaForCausalLM": "causal"}
 
 
 def __getattr__(name: str) -> Any:

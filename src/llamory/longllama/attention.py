@@ -20,9 +20,9 @@ from transformers.models.llama.modeling_llama import (
 from llamory.longllama.cache import LongLlamaCache, LongLlamaCacheLayer
 from llamory.longllama.local import Chunk
 from llamory.memory import MemoryBank
-from llamory.memory.attention import attend, flash, merge
+from llamory.memory.attention import flash, merge
 from llamory.memory.blocks import Span
-from llamory.memory.search import Search
+from llamory.memory.search import Search, attend
 
 
 @dataclass
@@ -129,9 +129,7 @@ class LongLlamaAttention(LlamaAttention):
                 self.config._attn_implementation, eager_attention_forward
             )
             dropout = self.attention_dropout if self.training else 0.0
-            return function(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )[0]
+            return function(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)[0]
         if _needs_gradient(query, key, value):
             width = query.shape[2]
             causal = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()[None, None]
@@ -231,9 +229,7 @@ class LongLlamaAttention(LlamaAttention):
         spans = self._memory_spans(window) if window.chunk is None else self._spans_now(window)
         for row, past in enumerate(spans):
             parts = [(q[row], k[row], v[row], m) for q, k, v, m in near]
-            parts += [
-                (to_memory[row], *(part.to(to_memory) for part in (span.keys(), span.values())), None) for span in past
-            ]
+            parts += [(to_memory[row], span.keys().to(to_memory), span.values().to(to_memory), None) for span in past]
             scores, values = [], []
             for query, key, value, mask in parts:
                 key, value = (part.repeat_interleave(self.num_key_value_groups, 0) for part in (key, value))

@@ -104,13 +104,15 @@ class LongLlamaCache(Cache):
 
     def __init__(self, config: LongLlamaConfig, memory: MemoryBank | Sequence[MemoryBank] | None = None):
         self.config = config
-        self.mem_layers = frozenset(config.mem_layers or [])
-        layers = [LongLlamaCacheLayer(self, index, index in self.mem_layers) for index in range(config.num_hidden_layers)]
+        self.mem_layers = frozenset(config.mem_layers)
+        layers = [
+            LongLlamaCacheLayer(self, index, index in self.mem_layers) for index in range(config.num_hidden_layers)
+        ]
         super().__init__(layers=layers)
         self.slots = self._empty_slots(0)
         self.columns = 0
         self._mounted = memory if isinstance(memory, MemoryBank) else None
-        self.memory: list[MemoryBank] = [] if memory is None or self._mounted is not None else list(memory)
+        self.memory: list[MemoryBank] = [] if memory is None or isinstance(memory, MemoryBank) else list(memory)
 
     def memory_length(self, layer_idx: int) -> int:
         """Tokens in a layer's memory (of the row that has the most)."""

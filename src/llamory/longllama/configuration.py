@@ -71,7 +71,7 @@ class LongLlamaConfig(LlamaConfig):
 
     model_type = "longllama"
 
-    mem_layers: list[int] | tuple[int, ...] | None = None
+    mem_layers: list[int] | tuple[int, ...] = ()
     mem_positionals: bool = True
     mem_dtype: str = "bfloat16"
     mem_attention_grouping: list[int] | tuple[int, ...] | None = None
@@ -83,8 +83,8 @@ class LongLlamaConfig(LlamaConfig):
     mem_top_k: int | None = None
     mem_device: str | None = None
 
-    def __post_init__(self, **kwargs: Any):
-        self.mem_layers = list(self.mem_layers or [])
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.mem_layers = list(self.mem_layers)
         if self.last_context_length is None:
             self.last_context_length = min(DEFAULT_LAST_CONTEXT, self.max_position_embeddings)
         # Published folders point to remote code, which this class replaces.
@@ -93,7 +93,7 @@ class LongLlamaConfig(LlamaConfig):
         check_memory(self)
         # The Auto classes learn of the models here: whoever asks them for one has a configuration first, and earlier,
         # while transformers itself is being imported, the models couldn't be.
-        import_module("llamory.longllama.modeling")
+        import_module("llamory.longllama.causal")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -133,7 +133,7 @@ def check_memory(config: LongLlamaConfig) -> None:
     Raises:
         LlamoryError: a value isn't possible.
     """
-    _check_layers(list(config.mem_layers or []), config.num_hidden_layers)
+    _check_layers(list(config.mem_layers), config.num_hidden_layers)
     assert config.last_context_length is not None
     check_last_context(config.last_context_length, config.max_position_embeddings)
     for key, allowed in (

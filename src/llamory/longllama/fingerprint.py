@@ -21,10 +21,10 @@ def fingerprint(model: nn.Module) -> str:
     weights are read once (about 0.2 s for 135M) and again only if they have changed.
     """
     parameters = sorted(model.named_parameters(), key=lambda item: item[0])
-    state = tuple((name, parameter.data_ptr(), parameter._version) for name, parameter in parameters)
-    config = model.config
+    versions = tuple((name, parameter.data_ptr(), parameter._version) for name, parameter in parameters)
+    config: Any = model.config
     made = [config.mem_positionals, config.rope_parameters, list(config.mem_layers), config.max_position_embeddings]
-    state = (state, json.dumps(made, default=str))
+    state = (versions, json.dumps(made, default=str))
     known = _KNOWN.get(model)
     if known is not None and known[0] == state:
         return known[1]

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig
 
 from llamory import backbone
 from llamory.errors import LlamoryError
+from llamory.longllama.causal import LongLlamaForCausalLM
 from llamory.longllama.configuration import LongLlamaConfig
-from llamory.longllama.modeling import LongLlamaForCausalLM
 
 # A model that wasn't trained for memory finds what it read best with memory in all layers but the first few, and with
 # windows well within its context (SmolLM2-135M: layers 5 to 29 of 30, 512 tokens).
@@ -51,7 +51,7 @@ def load_long_model(
         LlamoryError: the model can't be loaded, or a setting isn't possible for it.
     """
     config = backbone.load_config(name)
-    settings = {
+    settings: dict[str, Any] = {
         "mem_layers": list(mem_layers) if mem_layers is not None else None,
         "max_position_embeddings": context_length,
         "last_context_length": last_context_length,

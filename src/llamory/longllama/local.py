@@ -183,12 +183,12 @@ class Slots:
     def _plan_even(self, rows: list[int], width: int) -> Chunk:
         length, position = self.end - self.start, self.next[0]
         new = slice(self.end, self.end + width)
-        common = {"rows": rows, "counts": [width] * len(rows)}
+        counts = [width] * len(rows)
         if self.flush and length + width > self.context:
             positions = torch.arange(width)[None]
             return Chunk(
                 new, new, _causal(width), positions, None,
-                [slice(self.start, self.end)] * len(rows), start=self.end, flushed=[True] * len(rows), **common,
+                [slice(self.start, self.end)] * len(rows), rows=rows, counts=counts, start=self.end, flushed=[True] * len(rows),
             )  # fmt: skip
         positions = torch.arange(position, position + width)[None]
         first = min(max(length + 1 - self.context, 0), length)
@@ -197,7 +197,7 @@ class Slots:
         chunk = Chunk(
             new, seen, None, positions, self._within(positions),
             [slice(self.start, self.start + first)] * len(rows) if first else None,
-            start=self.start + last, flushed=[False] * len(rows), **common,
+            rows=rows, counts=counts, start=self.start + last, flushed=[False] * len(rows),
         )  # fmt: skip
         if width > 1:
             age = torch.arange(width)[:, None] + (length - first) - torch.arange(length - first + width)

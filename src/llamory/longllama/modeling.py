@@ -1,24 +1,21 @@
-"""LongLLaMA's models: a LLaMA that reads on, window by window, with a memory (Tworkowski et al. 2023, arXiv:2307.03170)."""
+"""LongLLaMA's decoder: a LLaMA that reads on, window by window (Tworkowski et al. 2023, arXiv:2307.03170)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, PreTrainedModel
+from transformers import AutoModel, LlamaModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llamory.errors import LlamoryError
 from llamory.longllama.attention import LongLlamaAttention, LongLlamaDecoderLayer, Window
 from llamory.longllama.cache import LongLlamaCache
 from llamory.longllama.configuration import LongLlamaConfig, check_last_context, check_memory
-from llamory.longllama.fingerprint import fingerprint
 from llamory.longllama.windows import RealTokens, Step, cut_continuation, cut_prompt
 from llamory.memory import MemoryBank
 from llamory.memory.search import Search, make_search
@@ -27,7 +24,7 @@ from llamory.memory.search import Search, make_search
 CHUNK = 512
 
 
-class _EveryIth(PreTrainedModel):
+class EveryIthCheckpointed(PreTrainedModel):
     """Gradient checkpointing of every i-th layer, as the configuration says."""
 
     def activation_checkpointing_enable(
@@ -38,7 +35,7 @@ class _EveryIth(PreTrainedModel):
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, every, **kwargs)
 
 
-class LongLlamaModel(_EveryIth, LlamaModel):
+class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
     """A LlamaModel that reads inputs of any length in windows, with a memory in some of its layers."""
 
     config_class = LongLlamaConfig
@@ -98,7 +95,9 @@ class LongLlamaModel(_EveryIth, LlamaModel):
         assert source is not None
         batch, length = source.shape[:2]
         use_cache = self._uses_cache(use_cache)
-        output_hidden_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
         cache = self._cache_for(past_key_values, batch, use_cache)
         real = RealTokens(_own_columns(attention_mask, batch, length), batch, length)
         offset = _first_kept(logits_to_keep, length)
@@ -124,7 +123,9 @@ class LongLlamaModel(_EveryIth, LlamaModel):
 
     def _cut(self, real: RealTokens, cache: LongLlamaCache, last: int | None, use_cache: bool) -> list[Step]:
         context = self.config.max_position_embeddings
-        last = check_last_context(self.config.last_context_length if last is None else last, context)
+        last = self.config.last_context_length if last is None else last
+        assert last is not None
+        check_last_context(last, context)
         if cache.has_local and not use_cache:
             raise LlamoryError("A cache with a local context can only be gone on with use_cache=True.")
         if cache.has_local and self.config.local_cache_overflow == "slide":
@@ -258,181 +259,6 @@ class _Collected:
         return tuple(self.tensors) if self.all_states else None
 
 
-class LongLlamaForCausalLM(_EveryIth, LlamaForCausalLM):
-    """A language model that reads and answers with memory; a drop-in for `LlamaForCausalLM`, with the same weights."""
-
-    config_class = LongLlamaConfig
-    config: LongLlamaConfig
-    _no_split_modules = ["LongLlamaDecoderLayer"]
-    _can_compile_fullgraph = False
-
-    def __init__(self, config: LongLlamaConfig):
-        super(LlamaForCausalLM, self).__init__(config)
-        self.model = LongLlamaModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        last_context_length: int | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Llama's forward for inputs of any length; see `LongLlamaModel.forward`.
-
-        Logits, (batch, columns kept, vocabulary), are computed for the last `logits_to_keep` columns only.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            last_context_length=last_context_length,
-            logits_to_keep=logits_to_keep,
-            return_dict=True,
-            **kwargs,
-        )
-        hidden = outputs.last_hidden_state
-        logits = self.lm_head(hidden if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
-        )
-
-    # ---- generate ------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        # `generate` has to leave the choice of the cache to this class.
-        return False
-
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = LongLlamaCache(self.config)
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Cache | None = None, use_cache: bool | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """As transformers', but without a cache each step reads the whole text anew, on nothing but a mounted memory."""
-        if use_cache is False and isinstance(past_key_values, LongLlamaCache):
-            past_key_values = past_key_values.unread()
-        return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
-        )
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        if model_kwargs.get("use_cache") is False:
-            outputs.past_key_values = None
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-
-    # ---- memory --------------------------------------------------------------------------------------------------
-
-    def memory_fingerprint(self) -> str:
-        """What this model's memories are marked with: it changes with the weights and with how keys are made."""
-        return fingerprint(self)
-
-    def new_memory(self) -> MemoryBank:
-        """An empty memory for `read`."""
-        return self.model.new_memory(self.memory_fingerprint())
-
-    @torch.no_grad()
-    def read(
-        self,
-        input_ids: Tensor | Sequence[int],
-        memory: MemoryBank | None = None,
-        segment: str = "context",
-        on_window: Callable[[int], None] | None = None,
-    ) -> MemoryBank:
-        """Read a document by itself into a segment of a memory, window by window.
-
-        A segment that is there already is read on: the document's windows see what it holds, and no other segment.
-
-        Args:
-            input_ids: the document's tokens.
-            memory: where the segment goes; a new memory if none is given.
-            segment: the segment's name.
-            on_window: called after each window with the tokens read so far.
-
-        Returns:
-            The memory.
-
-        Raises:
-            LlamoryError: the model has no memory layers, or the memory is another model's.
-        """
-        self._need_memory_layers()
-        memory = self.new_memory() if memory is None else memory
-        self._check_memory(memory)
-        ids = torch.as_tensor(input_ids, dtype=torch.long).flatten()
-        # What is read stands beside until all of it is there: an interruption leaves the memory as it was.
-        alone, order = self.model.new_memory(memory.fingerprint), memory.segments
-        if segment in order:
-            alone.mount(memory, [segment])
-        context, training = self.config.max_position_embeddings, self.training
-        cache = LongLlamaCache(self.config, [alone])
-        self.eval()
-        try:
-            for start in range(0, len(ids), context):
-                window = ids[None, start : start + context].to(self.device)
-                self.model(
-                    window, past_key_values=cache, use_cache=False, last_context_length=context, logits_to_keep=None
-                )
-                if on_window is not None:
-                    on_window(min(start + context, len(ids)))
-        finally:
-            self.train(training)
-        if len(ids):
-            if segment in order:
-                memory.drop(segment)
-            else:
-                alone.rename(alone.segments[0], segment)
-            memory.mount(alone)
-            memory.reorder(order if segment in order else (*order, segment))
-        return memory
-
-    def memory_cache(self, memory: MemoryBank) -> LongLlamaCache:
-        """A cache that has a memory mounted: pass it as `past_key_values`, with nothing but the question as input.
-
-        The memory itself isn't changed by what is asked; its blocks are shared, not copied.
-
-        Raises:
-            LlamoryError: the model has no memory layers, or the memory is another model's.
-        """
-        self._need_memory_layers()
-        self._check_memory(memory)
-        return LongLlamaCache(self.config, memory)
-
-    def _need_memory_layers(self) -> None:
-        if not self.config.mem_layers:
-            raise LlamoryError("This model has no memory layers; load it with mem_layers, for instance mem_layers=[8].")
-
-    def _check_memory(self, memory: MemoryBank) -> None:
-        config = self.config
-        if tuple(memory.layers) != tuple(sorted(config.mem_layers)) and tuple(memory.layers) != tuple(config.mem_layers):
-            raise LlamoryError(
-                f"The memory is of layers {list(memory.layers)}, but the model's memory layers are {config.mem_layers}."
-            )
-        if (memory.kv_heads, memory.head_dim) != (config.num_key_value_heads, config.head_dim):
-            raise LlamoryError("The memory was made by a model of another shape; read the documents with this model.")
-        if memory.fingerprint and memory.fingerprint != self.memory_fingerprint():
-            raise LlamoryError("The memory was made by another model; read the documents again with this model.")
-
-
 def _first_kept(logits_to_keep: int | Tensor | None, length: int) -> int:
     """The first column whose hidden state is wanted."""
     if logits_to_keep is None:
@@ -453,4 +279,3 @@ def _own_columns(attention_mask: Tensor | None, batch: int, length: int) -> Tens
 
 
 AutoModel.register(LongLlamaConfig, LongLlamaModel, exist_ok=True)
-AutoModelForCausalLM.register(LongLlamaConfig, LongLlamaForCausalLM, exist_ok=True)

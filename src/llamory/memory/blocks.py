@@ -25,7 +25,7 @@ def memory_dtype(name: str | torch.dtype) -> torch.dtype:
         LlamoryError: memory can't be kept in that type.
     """
     dtype = DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else name
-    if dtype not in DTYPES.values():
+    if dtype is None or dtype not in DTYPES.values():
         raise LlamoryError(f"Memory can't be kept as {name}: choose one of {', '.join(DTYPES)}.")
     return dtype
 
@@ -64,10 +64,11 @@ class Block:
     ) -> Block:
         """An empty block; on a CPU its pages take real memory only once they are written."""
         shape = (kv_heads, capacity, head_dim)
-        tensors = [torch.empty(shape, dtype=dtype, device=device) for _ in range(2)]
-        if dtype == torch.int8:
-            tensors += [torch.empty(shape[:2], dtype=torch.float32, device=device) for _ in range(2)]
-        return cls(*tensors)
+        keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        if dtype != torch.int8:
+            return cls(keys, values)
+        key_scales, value_scales = (torch.empty(shape[:2], device=device) for _ in range(2))
+        return cls(keys, values, key_scales, value_scales)
 
     @property
     def capacity(self) -> int:
