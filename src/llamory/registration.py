@@ -1,4 +1,4 @@
-"""Makes transformers' Auto classes know `model_type="longllama"`, without loading transformers before anybody needs it."""
+"""Makes transformers' Auto classes know `model_type="longllama"`, without loading transformers for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LongLLaMA: a LLaMA whose memory layers attend to all that was read before (Tworkowski et al. 2023, arXiv:2307.03170)."""
+"""LongLLaMA: a LLaMA whose memory layers see all that was read before (Tworkowski et al. 2023, arXiv:2307.03170)."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -89,7 +89,7 @@ class LongLlamaForCausalLM(EveryIthCheckpointed, LlamaForCausalLM):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Cache | None = None, use_cache: bool | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As transformers', but without a cache each step reads the whole text anew, on nothing but a mounted memory."""
+        """As transformers', but without a cache each step reads the whole text anew, with a mounted memory."""
         if use_cache is False and isinstance(past_key_values, LongLlamaCache):
             past_key_values = past_key_values.unread()
         return super().prepare_inputs_for_generation(

@@ -188,7 +188,8 @@ class Slots:
             positions = torch.arange(width)[None]
             return Chunk(
                 new, new, _causal(width), positions, None,
-                [slice(self.start, self.end)] * len(rows), rows=rows, counts=counts, start=self.end, flushed=[True] * len(rows),
+                [slice(self.start, self.end)] * len(rows),
+                rows=rows, counts=counts, start=self.end, flushed=[True] * len(rows),
             )  # fmt: skip
         positions = torch.arange(position, position + width)[None]
         first = min(max(length + 1 - self.context, 0), length)

@@ -20,7 +20,7 @@ from llamory.longllama.windows import RealTokens, Step, cut_continuation, cut_pr
 from llamory.memory import MemoryBank
 from llamory.memory.search import Search, make_search
 
-# Tokens at once that go on from a local context. Each sees its own part of it, so a mask is made: its size is the limit.
+# Tokens at once that go on from a local context. Each sees its own part of it; the mask for that sets the limit.
 CHUNK = 512
 
 
@@ -145,7 +145,7 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
         all_states: bool,
         kwargs: dict[str, Any],
     ) -> list[Tensor]:
-        """Take one step through the layers. Gives the last hidden states, or with `all_states` each layer's input too."""
+        """Take one step through the layers. Gives the last hidden states, with `all_states` each layer's input too."""
         part = real.gather(step, source)
         hidden = part if source.is_floating_point() else self.embed_tokens(part)
         everybody = len(step.rows) == len(source)
@@ -204,7 +204,7 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
         if past is not None and not isinstance(past, LongLlamaCache):
             if past.get_seq_length():
                 raise LlamoryError(
-                    f"LongLLaMA can't go on from a {type(past).__name__}; pass the past_key_values that it gave itself, "
+                    f"LongLLaMA can't go on from a {type(past).__name__}; pass the past_key_values that it gave, "
                     "or memory_cache(bank)."
                 )
             past = None
