@@ -15,7 +15,7 @@ TASK = {
     "test_split": "test",
     "output_type": "multiple_choice",
     "doc_to_text": "The river is {{weather}} today, so the boat is",
-    "doc_to_choice": [" at home", " on the water", " in the garden"],
+    "doc_to_choice": ["at home", "on the water", "in the garden"],
     "doc_to_target": "answer",
     "metric_list": [{"metric": "acc"}],
 }
@@ -62,7 +62,7 @@ def test_prompts_past_the_context(model_folder, results):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     prompt = tokenizer(TASK["doc_to_text"].replace("{{weather}}", "wild and cold" * 4)).input_ids
     for choice, found in zip(TASK["doc_to_choice"], answers[1], strict=True):
-        answer = tokenizer(choice).input_ids
+        answer = tokenizer(" " + choice).input_ids
         assert len(prompt + answer) > 2 * 8
         # The last token has nothing to predict, so the harness leaves it out.
         scores = long(torch.tensor([prompt + answer[:-1]])).logits[0, -len(answer) :].log_softmax(-1)
