@@ -1,0 +1,199 @@
+"""Configurations, published folders, and models of any LLaMA shape."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from llamory.errors import LlamoryError
+from llamory.longllama import LongLlamaConfig, LongLlamaForCausalLM, LongLlamaModel
+from llamory.longllama.loading import load_long_model
+
+# Parameters counted by hand: embeddings and head, then per layer four attention and three feed-forward matrices and
+# two norms, and the last norm.
+SHAPES = {
+    "longllama-3b": (32000, 3200, 8640, 26, [6, 12, 18], 2048, 1e4),
+    "longllama-3b-v1.1": (32000, 3200, 8640, 26, [6, 12, 18], 2048, 1e4),
+    "longllama-code-7b": (32016, 4096, 11008, 32, [8, 16, 24], 4096, 1e6),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_published_shapes_on_the_meta_device(name):
+    vocabulary, hidden, inner, layers, memory, context, theta = SHAPES[name]
+    config = LongLlamaConfig.published(name)
+    assert (config.mem_layers, config.max_position_embeddings, config.rope_parameters["rope_theta"]) == (
+        memory,
+        context,
+        theta,
+    )
+    assert config.last_context_length == 1024
+    with torch.device("meta"):
+        model = LongLlamaForCausalLM(config)
+    per_layer = 4 * hidden * hidden + 3 * hidden * inner + 2 * hidden
+    assert sum(p.numel() for p in model.parameters()) == 2 * vocabulary * hidden + layers * per_layer + hidden
+    names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    for layer in range(layers):
+        names |= {f"model.layers.{layer}.self_attn.{part}_proj.weight" for part in "qkvo"}
+        names |= {f"model.layers.{layer}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+        names |= {f"model.layers.{layer}.{part}_layernorm.weight" for part in ("input", "post_attention")}
+    assert set(model.state_dict()) == names
+
+
+def test_unknown_published_name():
+    with pytest.raises(LlamoryError, match="longllama-3b"):
+        LongLlamaConfig.published("longllama-70b")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mem_layers": [2, 40]}, "layer 40, but the model has 32 layers"),
+        ({"mem_layers": [-1]}, "layer -1"),
+        ({"mem_layers": [3, 3]}, "twice"),
+        ({"last_context_length": 4096}, "4096, but it must be between 1 and the context, 2048"),
+        ({"mem_dtype": "int4"}, "float32, bfloat16, float16, int8"),
+        ({"local_cache_overflow": "drop"}, "slide, flush"),
+        ({"mem_search": "hnsw"}, "exact, pages, faiss"),
+        ({"mem_attention_grouping": [4]}, "two positive numbers"),
+        ({"mem_top_k": 0}, "at least 1"),
+        ({"gradient_checkpoint_every_ith": 0}, "at least 1"),
+        ({"mem_layers": [1], "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+    ],
+)
+def test_impossible_values_get_one_sentence(settings, said):
+    with pytest.raises(LlamoryError, match=said) as error:
+        LongLlamaConfig(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_last_context_follows_a_short_context():
+    assert LongLlamaConfig(max_position_embeddings=64).last_context_length == 64
+    assert LongLlamaConfig(max_position_embeddings=4096).last_context_length == 1024
+
+
+@pytest.fixture
+def published_folder(make_model, tmp_path):
+    """A folder as LongLLaMA's authors published theirs: old keys, remote code, old entries in the weights."""
+    model = make_model(num_key_value_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("rope_parameters", "dtype", "head_dim", "num_key_value_heads", "attention_bias", "mlp_bias",
+                "local_cache_overflow", "mem_search", "mem_top_k", "mem_device", "attention_dropout"):  # fmt: skip
+        config.pop(key)
+    config |= {"rope_theta": 1e6, "rope_scaling": None, "torch_dtype": "float32", "transformers_version": "4.33.2"}
+    config["auto_map"] = {
+        "AutoConfig": "configuration_longllama.LongLlamaConfig",
+        "AutoModelForCausalLM": "modeling_longllama.LongLlamaForCausalLM",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "model.safetensors")
+    for layer in range(3):
+        weights[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    return tmp_path, model
+
+
+def test_published_folder_loads_without_its_remote_code(published_folder, ids, tmp_path):
+    folder, model = published_folder
+    loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert type(loaded) is LongLlamaForCausalLM
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    assert loaded.config.rope_parameters["rope_theta"] == 1e6
+    with torch.no_grad():
+        assert torch.equal(loaded(ids(2, 50)).logits, model(ids(2, 50)).logits)
+    assert type(AutoModel.from_pretrained(folder)) is LongLlamaModel
+    assert type(AutoConfig.from_pretrained(folder)) is LongLlamaConfig
+    loaded.save_pretrained(tmp_path / "again")
+    assert "auto_map" not in json.loads((tmp_path / "again" / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import llamory, transformers",
+        "import transformers, llamory",
+        "from transformers import AutoModelForCausalLM\nimport llamory",
+        "import llamory\nfrom transformers import AutoModelForCausalLM",
+        "import llamory, llamory.longllama.causal",
+        "import llamory, peft",
+    ],
+)
+def test_the_auto_classes_know_longllama_whatever_is_imported_first(first):
+    code = f"""
+{first}
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.for_model("longllama", vocab_size=8, hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
+print(type(AutoModelForCausalLM.from_config(config)).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "LongLlamaForCausalLM"
+
+
+LLAMAS = {
+    "smollm2": {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72, "tie_word_embeddings": True},
+    "llama-3": {
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "hidden_size": 64,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "yarn": {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}, "head_dim": 24},
+}
+
+
+@pytest.mark.parametrize("shape", LLAMAS)
+def test_any_llama_folder_gets_memory(shape, ids, tmp_path):
+    torch.manual_seed(0)
+    settings = {"vocab_size": 97, "intermediate_size": 48, "num_hidden_layers": 3, "max_position_embeddings": 64}
+    settings |= {"hidden_size": 32, "num_attention_heads": 4, "pad_token_id": 0, "initializer_range": 0.2}
+    stock = LlamaForCausalLM(LlamaConfig(**settings | LLAMAS[shape])).eval()
+    stock.save_pretrained(tmp_path)
+    model = LongLlamaForCausalLM.from_pretrained(tmp_path, mem_layers=[1, 2], mem_dtype="float32")
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids(1, 60)).logits, stock(ids(1, 60)).logits, atol=2e-5, rtol=1e-4)
+        # With memory the local context is a window: what came before is seen at position 0.
+        output = model(ids(1, 150))
+        assert output.past_key_values.memory_length(1) == 150 - 64
+        memory = model.read(ids(150)[:128])
+        asked = model(ids(1, 10), past_key_values=model.memory_cache(memory)).logits
+        together = model(torch.cat([ids(150)[:128], ids(10)])[None], last_context_length=10).logits[:, -10:]
+        torch.testing.assert_close(asked, together, atol=2e-5, rtol=1e-4)
+
+
+def test_load_long_model_chooses_for_a_plain_llama(model_folder, make_model, tmp_path):
+    config = load_long_model(model_folder).config
+    assert config.mem_layers == [0, 1]
+    assert config.max_position_embeddings == 512
+    changed = load_long_model(model_folder, mem_layers=[1], context_length=64, mem_dtype="int8", mem_search="pages").config
+    assert (changed.mem_layers, changed.max_position_embeddings, changed.mem_dtype) == ([1], 64, "int8")
+    assert changed.last_context_length == 64
+    make_model().save_pretrained(tmp_path)
+    own = load_long_model(tmp_path).config
+    assert (own.mem_layers, own.max_position_embeddings, own.last_context_length) == ([1, 2], 16, 8)
+    assert load_long_model(tmp_path, context_length=4).config.last_context_length == 4
+    with pytest.raises(LlamoryError, match="window of 32 tokens"):
+        load_long_model(tmp_path, context_length=32)
+    with pytest.raises(LlamoryError, match="layer 7"):
+        load_long_model(tmp_path, mem_layers=[7])
+
+
+def test_fingerprint_is_of_the_weights_not_of_their_type(make_model):
+    model, same = make_model(), make_model()
+    assert model.memory_fingerprint() == same.memory_fingerprint()
+    with torch.no_grad():
+        same.lm_head.weight[5, 5] += 0.5
+    assert model.memory_fingerprint() != same.memory_fingerprint()
+    assert make_model().to(torch.bfloat16).memory_fingerprint() == model.memory_fingerprint()
+    assert make_model(mem_layers=[1]).memory_fingerprint() != model.memory_fingerprint()
