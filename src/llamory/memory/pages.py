@@ -1,0 +1,193 @@
+"""Search by pages: the best pages of like keys are read exactly, all other pages through their means.
+
+Per key-value head and group of queries: chapters are judged by the estimated sum of their keys' exponentials, the
+best are opened, their pages are judged alike, and the best pages are read. Chapters and pages that aren't read keep
+their estimated share, with the mean of their values. Queries whose estimate itself says that it may be far off read
+everything.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llamory.memory.attention import flash, merge, nothing
+from llamory.memory.blocks import Span
+from llamory.memory.estimate import expected_error, log_mean_exp, score_moments, weigh
+from llamory.memory.exact import fold, read, unfold
+from llamory.memory.likeness import alike
+from llamory.memory.stretches import CHAPTER, CHAPTER_PAGES, PAGE, Volume, volume_of
+
+if TYPE_CHECKING:
+    from llamory.memory.bank import MemoryBank
+
+DEFAULT_PAGES = 32
+GROUP = 64  # queries, of all, that share the pages they read
+ROW_GROUP = 16  # a row's queries share theirs if they are so few
+GROUP_PAGES = 2  # times the pages of one query are read by a group
+OPENED_CHAPTERS = 64  # at least
+ESTIMATES = 1 << 24  # estimates held at once
+GATHERED = 1 << 21  # numbers of keys, and of values, that are gathered at once
+TOLERANCE = 0.1  # expected error, as a share of the values' size, from which a query reads everything
+EXACT_QUERIES = 16  # so many may, per head,
+EXACT_SHARE = 16  # or one in so many
+
+
+class PagesSearch:
+    """Reads the best pages of a memory.
+
+    Args:
+        top_k: pages (of 32 tokens) that one query reads per head; a group of queries shares twice as many.
+        tolerance: expected error of the output, as a share of the values' size, from which a query reads everything.
+    """
+
+    def __init__(self, top_k: int | None = None, tolerance: float = TOLERANCE):
+        self.top_k = DEFAULT_PAGES if top_k is None else top_k
+        self.tolerance = tolerance
+
+    def attend(self, query: Tensor, bank: MemoryBank, layer: int, scaling: float) -> tuple[Tensor, Tensor]:
+        """See `Search.attend`."""
+        spans = bank.spans(layer)
+        if not spans or query.numel() == 0:
+            return nothing(query)
+        folded = fold(query, spans[0].block.keys.shape[0])
+        parts = []
+        for device in {span.block.keys.device for span in spans}:
+            here = [span for span in spans if span.block.keys.device == device]
+            output, log_sum = self._attend(folded.to(device), here, scaling, len(query))
+            parts.append((output.to(query.device), log_sum.to(query.device)))
+        return unfold(*merge(*zip(*parts, strict=True)), query)
+
+    def _attend(self, query: Tensor, spans: list[Span], scaling: float, rows: int) -> tuple[Tensor, Tensor]:
+        volume, rest = volume_of(spans)
+        if volume is None or self.top_k >= volume.page_count:
+            return read(query, spans, scaling)
+        heads, queries, head_dim = query.shape
+        query = query.float()
+        order = _groups(query, rows)
+        groups, size = order.shape[1:]
+        at = order.view(heads, -1)
+        grouped = query.gather(1, _wide(at, head_dim)).mul_(scaling).view(heads, groups, size, head_dim)
+        beside = read(query, rest, scaling) if rest else nothing(query)
+        known = beside[1].gather(1, at).view(heads, groups, size)
+        step = max(1, ESTIMATES // (heads * size * volume.chapters[0].shape[1]))
+        parts = [
+            self._search(grouped[:, start : start + step], volume, known[:, start : start + step])
+            for start in range(0, groups, step)
+        ]
+        found, found_sum, error = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
+        output = torch.empty_like(query).scatter_(1, _wide(at, head_dim), found.reshape(heads, -1, head_dim))
+        log_sum = torch.empty_like(beside[1]).scatter_(1, at, found_sum.reshape(heads, -1))
+        error = torch.empty_like(log_sum).scatter_(1, at, error.reshape(heads, -1))
+        if rest:
+            output, log_sum = merge((output, beside[0]), (log_sum, beside[1]))
+        return self._read_uncertain(query, spans, scaling, output, log_sum, error)
+
+    def _search(self, query: Tensor, volume: Volume, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Output, log-sum-exp and expected error of a volume for groups of scaled queries.
+
+        Args:
+            query: (kv_heads, groups, size, head_dim).
+            volume: what to search.
+            known: log-sum-exp of what the queries see besides, (kv_heads, groups, size).
+        """
+        heads, groups, size, head_dim = query.shape
+        wanted = self.top_k * min(size, GROUP_PAGES)
+        means, variances, values = volume.chapters
+        count = means.shape[1]
+        flat = query.reshape(heads, groups * size, head_dim)
+        mean, spread = (t.view(heads, groups, size, count) for t in score_moments(flat, means, variances))
+        chapters = log_mean_exp(mean, spread) + math.log(CHAPTER)
+        opened = _best(chapters, known, min(count, max(OPENED_CHAPTERS, wanted)))
+        for numbers in (chapters, mean):
+            numbers.scatter_(3, opened.unsqueeze(2).expand(-1, -1, size, -1), -torch.inf)
+
+        first = torch.arange(heads, device=query.device).view(-1, 1, 1)
+        at = (opened + first * count).view(-1)
+        means, variances, page_values = (
+            table.reshape(heads * count, CHAPTER_PAGES * head_dim)
+            .index_select(0, at)
+            .view(heads, groups, -1, head_dim)
+            .float()
+            for table in volume.pages
+        )
+        page_mean, page_spread = score_moments(query, means, variances)
+        pages = log_mean_exp(page_mean, page_spread) + math.log(PAGE)
+        beside = torch.logaddexp(chapters.logsumexp(-1), known)
+        chosen = _best(pages, beside, min(pages.shape[3], wanted))
+        for numbers in (pages, page_mean):
+            numbers.scatter_(3, chosen.unsqueeze(2).expand(-1, -1, size, -1), -torch.inf)
+        numbers = opened.gather(2, chosen // CHAPTER_PAGES) * CHAPTER_PAGES + chosen % CHAPTER_PAGES
+
+        shares, rest_sum = weigh(torch.cat([chapters, pages], -1))
+        of_chapters, of_pages = shares.split([count, pages.shape[3]], -1)
+        rest = (of_chapters.reshape(heads, -1, count) @ values).view(query.shape) + of_pages @ page_values
+        exactly, exact_sum = _read_pages(query, volume, numbers)
+        output, log_sum = merge((rest, exactly), (rest_sum, exact_sum))
+        whole = torch.logaddexp(log_sum, known)
+        error = torch.logaddexp(
+            expected_error(mean, spread, CHAPTER, whole), expected_error(page_mean, page_spread, PAGE, whole)
+        )
+        return output, log_sum, (error / 2).exp()
+
+    def _read_uncertain(
+        self, query: Tensor, spans: list[Span], scaling: float, output: Tensor, log_sum: Tensor, error: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Put the exact attention in place where an output's expected error (kv_heads, queries) is too large."""
+        limit = min(query.shape[1], max(EXACT_QUERIES, query.shape[1] // EXACT_SHARE))
+        largest, at = error.topk(limit, 1)
+        uncertain = (largest > self.tolerance).sum(1).tolist()
+        for head, count in enumerate(uncertain):
+            if count:
+                these = at[head, :count]
+                exactly, exact_sum = read(query[head : head + 1, these], spans, scaling, head)
+                output[head, these], log_sum[head, these] = exactly[0], exact_sum[0]
+        return output, log_sum
+
+
+def _groups(query: Tensor, rows: int) -> Tensor:
+    """Which queries read pages together: their numbers, (kv_heads, groups, size); some may stand there twice."""
+    heads, queries, _ = query.shape
+    numbers = torch.arange(queries, device=query.device)
+    if queries // rows <= ROW_GROUP:
+        return numbers.view(1, rows, -1).expand(heads, -1, -1).contiguous()
+    if queries <= GROUP:
+        return numbers.expand(heads, 1, -1).contiguous()
+    # Queries that are alike want the same pages; neighbouring ones much less so.
+    groups = 1 << math.ceil(math.log2(queries / GROUP))
+    size = -(-queries // groups)
+    padded = torch.arange(size * groups, device=query.device).clamp_max_(queries - 1)
+    return padded[alike(query[:, padded], size)].view(heads, groups, size)
+
+
+def _best(estimates: Tensor, known: Tensor, count: int) -> Tensor:
+    """The best of the pages (kv_heads, groups, size, pages) for each group: those with the largest shares in sum."""
+    if estimates.shape[2] == 1:
+        return estimates.squeeze(2).topk(count, -1, sorted=False).indices
+    whole = torch.logaddexp(estimates.logsumexp(-1), known).unsqueeze(-1)
+    return (estimates - whole).exp().sum(2).topk(count, -1, sorted=False).indices
+
+
+def _read_pages(query: Tensor, volume: Volume, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact attention of groups of scaled queries to their pages (kv_heads, groups, pages)."""
+    heads, groups, size, head_dim = query.shape
+    tokens = numbers.shape[2] * PAGE
+    step = max(1, GATHERED // (heads * tokens * head_dim))
+    parts = []
+    for start in range(0, groups, step):
+        part = query[:, start : start + step].reshape(1, -1, size, head_dim)
+        tensors = volume.gather(numbers[:, start : start + step])
+        key, value = (tensor.view(1, -1, tokens, head_dim) for tensor in tensors)
+        output, log_sum = flash(part, key, value, scaling=1.0)
+        parts.append((output.view(heads, -1, size, head_dim), log_sum.view(heads, -1, size)))
+    if len(parts) == 1:
+        return parts[0]
+    output, log_sum = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
+    return output, log_sum
+
+
+def _wide(at: Tensor, head_dim: int) -> Tensor:
+    return at.unsqueeze(-1).expand(-1, -1, head_dim)
