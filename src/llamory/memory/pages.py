@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llamory.memory.attention import flash, merge, nothing
 from llamory.memory.blocks import Span
-from llamory.memory.estimate import expected_error, log_mean_exp, score_moments, weigh
+from llamory.memory.estimate import log_sum_exp, potential, score_moments, weigh
 from llamory.memory.exact import fold, read, unfold
 from llamory.memory.likeness import alike
 from llamory.memory.stretches import CHAPTER, CHAPTER_PAGES, PAGE, Volume, volume_of
@@ -98,28 +98,25 @@ class PagesSearch:
         wanted = self.top_k * min(size, GROUP_PAGES)
         means, variances, values = volume.chapters
         count = means.shape[1]
-        flat = query.reshape(heads, groups * size, head_dim)
-        mean, spread = (t.view(heads, groups, size, count) for t in score_moments(flat, means, variances))
-        chapters = log_mean_exp(mean, spread) + math.log(CHAPTER)
-        opened = _best(chapters, known, min(count, max(OPENED_CHAPTERS, wanted)))
-        for numbers in (chapters, mean):
-            numbers.scatter_(3, opened.unsqueeze(2).expand(-1, -1, size, -1), -torch.inf)
+        moments = score_moments(query.reshape(heads, -1, head_dim), means, variances)
+        mean, variance = (moment.view(heads, groups, size, count) for moment in moments)
+        chapters, risks = log_sum_exp(mean, variance, CHAPTER), potential(mean, variance, CHAPTER)
+        whole = torch.logaddexp(chapters.logsumexp(-1), known)
+        opened = _best(risks, whole, min(count, max(OPENED_CHAPTERS, wanted)))
+        _take_out(opened, chapters, risks)
 
-        first = torch.arange(heads, device=query.device).view(-1, 1, 1)
-        at = (opened + first * count).view(-1)
+        first = torch.arange(heads, device=query.device).view(-1, 1, 1) * count
         means, variances, page_values = (
-            table.reshape(heads * count, CHAPTER_PAGES * head_dim)
-            .index_select(0, at)
+            table.reshape(heads * count, -1)
+            .index_select(0, (opened + first).view(-1))
             .view(heads, groups, -1, head_dim)
             .float()
             for table in volume.pages
         )
-        page_mean, page_spread = score_moments(query, means, variances)
-        pages = log_mean_exp(page_mean, page_spread) + math.log(PAGE)
-        beside = torch.logaddexp(chapters.logsumexp(-1), known)
-        chosen = _best(pages, beside, min(pages.shape[3], wanted))
-        for numbers in (pages, page_mean):
-            numbers.scatter_(3, chosen.unsqueeze(2).expand(-1, -1, size, -1), -torch.inf)
+        mean, variance = score_moments(query, means, variances)
+        pages, page_risks = log_sum_exp(mean, variance, PAGE), potential(mean, variance, PAGE)
+        chosen = _best(page_risks, whole, min(pages.shape[3], wanted))
+        _take_out(chosen, pages, page_risks)
         numbers = opened.gather(2, chosen // CHAPTER_PAGES) * CHAPTER_PAGES + chosen % CHAPTER_PAGES
 
         shares, rest_sum = weigh(torch.cat([chapters, pages], -1))
@@ -128,10 +125,8 @@ class PagesSearch:
         exactly, exact_sum = _read_pages(query, volume, numbers)
         output, log_sum = merge((rest, exactly), (rest_sum, exact_sum))
         whole = torch.logaddexp(log_sum, known)
-        error = torch.logaddexp(
-            expected_error(mean, spread, CHAPTER, whole), expected_error(page_mean, page_spread, PAGE, whole)
-        )
-        return output, log_sum, (error / 2).exp()
+        error = (torch.cat([risks, page_risks], -1) * 2).logsumexp(-1) / 2
+        return output, log_sum, (error - whole).exp()
 
     def _read_uncertain(
         self, query: Tensor, spans: list[Span], scaling: float, output: Tensor, log_sum: Tensor, error: Tensor
@@ -163,12 +158,20 @@ def _groups(query: Tensor, rows: int) -> Tensor:
     return padded[alike(query[:, padded], size)].view(heads, groups, size)
 
 
-def _best(estimates: Tensor, known: Tensor, count: int) -> Tensor:
-    """The best of the pages (kv_heads, groups, size, pages) for each group: those with the largest shares in sum."""
-    if estimates.shape[2] == 1:
-        return estimates.squeeze(2).topk(count, -1, sorted=False).indices
-    whole = torch.logaddexp(estimates.logsumexp(-1), known).unsqueeze(-1)
-    return (estimates - whole).exp().sum(2).topk(count, -1, sorted=False).indices
+def _best(risks: Tensor, whole: Tensor, count: int) -> Tensor:
+    """The pages (kv_heads, groups, count) that matter most to a group, of risks (kv_heads, groups, size, pages).
+
+    `whole` is the queries' log-sum-exp, as far as it is known.
+    """
+    if risks.shape[2] == 1:
+        return risks.squeeze(2).topk(count, -1, sorted=False).indices
+    return (risks - whole.unsqueeze(-1)).exp().sum(2).topk(count, -1, sorted=False).indices
+
+
+def _take_out(numbers: Tensor, *tables: Tensor) -> None:
+    """Set pages (kv_heads, groups, count) to -inf in tables (kv_heads, groups, size, pages), as they are read."""
+    for table in tables:
+        table.scatter_(3, numbers.unsqueeze(2).expand(-1, -1, table.shape[2], -1), -torch.inf)
 
 
 def _read_pages(query: Tensor, volume: Volume, numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ def test_like_vectors_come_to_stand_together():
     order = alike(torch.stack([vectors, vectors.flip(0)]), 32)
     for head, names_of_head in zip(order, (names, names.flip(0)), strict=True):
         assert head.sort().values.tolist() == list(range(256))
-        assert (names_of_head[head].view(8, 32).std(1, correction=0) == 0).all()
+        assert (names_of_head[head].view(8, 32).float().std(1, correction=0) == 0).all()
 
 
 def test_equal_vectors_can_be_sorted_too():
@@ -51,7 +51,6 @@ def test_a_span_is_cut_into_stretches_and_a_rest_without_gap_or_overlap(start, l
 
 def test_as_many_pages_as_there_are_equal_reading_everything(memory):
     bank, query = memory.filled(5000, capacity=8192), memory.queries(1, 4, 3, 16)
-    bank._spans[0].block.keys.resize_(0) if False else None
     close(make_search("pages", 5000).attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4))
 
 
@@ -108,13 +107,16 @@ def test_clusters_are_read_right(memory):
     close(found[1:], expected[1:], 0.05)
 
 
-def test_uncertain_queries_read_everything(memory):
-    # Long queries over noise look at a few keys in every page: no choice of pages is right.
-    bank, query = memory.filled(20000, head_dim=64, capacity=32768), memory.queries(1, 4, 1, 64) * 3
-    expected = memory.expected(query, bank, 0.125)
-    close(make_search("pages").attend(query, bank, 0, 0.125), expected)
-    guessed, _ = PagesSearch(tolerance=math.inf).attend(query, bank, 0, 0.125)
-    assert relative_error(guessed, expected[0]) > 0.1
+@pytest.mark.parametrize("queries", [1, 200])
+def test_uncertain_queries_read_everything(memory, queries):
+    # A long query over noise looks at a few keys of many pages: no choice of pages is right.
+    bank, query = memory.filled(20000, head_dim=64, capacity=32768), memory.queries(1, 4, queries, 64)
+    query[:, :, 0] *= 3
+    expected = memory.expected(query, bank, 0.125)[0][:, :, 0]
+    found = PagesSearch(tolerance=0.05).attend(query, bank, 0, 0.125)[0][:, :, 0]
+    assert relative_error(found, expected) < 1e-4
+    guessed = PagesSearch(tolerance=math.inf).attend(query, bank, 0, 0.125)[0][:, :, 0]
+    assert relative_error(guessed, expected) > 0.1
 
 
 def test_memory_may_grow_and_be_shared_between_calls(memory):
@@ -149,16 +151,15 @@ def test_segments_in_another_order_give_the_same(memory):
     spans = [*one._spans, Span(block, 0, 1000), Span(block, 1300, 5000)]
     both, reversed_ = memory.Bank(2, 16), memory.Bank(2, 16)
     both._spans, reversed_._spans = spans, spans[::-1]
-    query, search = memory.queries(1, 4, 70, 16), make_search("pages", 8)
-    found = search.attend(query, both, 0, 0.4)
-    close(search.attend(query, reversed_, 0, 0.4), found)
-    expected = memory.expected(query, both, 0.4)
-    assert (found[0] - expected[0]).norm() / expected[0].norm() < 0.1
+    query, search = memory.queries(1, 4, 70, 16), make_search("pages", 20)
+    found = search.attend(query, both, 0, 0.1)
+    close(search.attend(query, reversed_, 0, 0.1), found)
+    close(found, memory.expected(query, both, 0.1), 0.02)
 
 
 def test_rows_that_share_a_memory_are_what_they_are_apart(memory):
     bank, query = memory.filled(9000, capacity=16384), memory.queries(3, 6, 2, 16)
     search = make_search("pages", 4)
-    together = search.attend(query, bank, 0, 0.4)
+    together = search.attend(query, bank, 0, 0.1)
     for row in range(3):
-        close(search.attend(query[row : row + 1], bank, 0, 0.4), [t[row : row + 1] for t in together])
+        close(search.attend(query[row : row + 1], bank, 0, 0.1), [t[row : row + 1] for t in together])
