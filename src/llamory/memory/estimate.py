@@ -25,7 +25,7 @@ def log_sum_exp(mean: Tensor, variance: Tensor, count: int) -> Tensor:
     large variances promise, so the correction grows slower there.
     """
     variance = variance * VARIANCE_SHARE
-    return mean + variance / (2 + variance / 8) + math.log(count)
+    return (mean + math.log(count)).addcdiv_(variance, variance / 8 + 2)
 
 
 def potential(mean: Tensor, variance: Tensor, count: int) -> Tensor:
@@ -36,10 +36,10 @@ def potential(mean: Tensor, variance: Tensor, count: int) -> Tensor:
     the largest of so many.
     """
     log_count = math.log(count)
-    return mean + torch.minimum(variance + log_count / 2, variance.sqrt() * (TAIL * math.sqrt(2 * log_count)))
+    largest = variance.sqrt().mul_(TAIL * math.sqrt(2 * log_count))
+    return torch.minimum(largest, variance + log_count / 2, out=largest).add_(mean)
 
 
-def weigh(estimates: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares of each page in what isn't read (0 if that is nothing), and its log-sum-exp."""
-    log_sum = estimates.logsumexp(-1)
-    return (estimates - log_sum.clamp_min(torch.finfo(torch.float32).min).unsqueeze(-1)).exp(), log_sum
+def shares(estimates: Tensor, log_sum: Tensor) -> Tensor:
+    """Share of each page (..., queries, pages) in a log-sum-exp (..., queries), 0 where that is -inf; in place."""
+    return estimates.sub_(log_sum.clamp_min(torch.finfo(torch.float32).min).unsqueeze(-1)).exp_()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llamory.memory.attention import flash, merge, nothing
 from llamory.memory.blocks import Span
-from llamory.memory.estimate import log_sum_exp, potential, score_moments, weigh
+from llamory.memory.estimate import log_sum_exp, potential, score_moments, shares
 from llamory.memory.exact import fold, read, unfold
 from llamory.memory.likeness import alike
 from llamory.memory.stretches import CHAPTER, CHAPTER_PAGES, PAGE, Volume, volume_of
@@ -29,7 +29,8 @@ GROUP = 64  # queries, of all, that share the pages they read
 ROW_GROUP = 16  # a row's queries share theirs if they are so few
 GROUP_PAGES = 2  # times the pages of one query are read by a group
 OPENED_CHAPTERS = 64  # at least
-ESTIMATES = 1 << 24  # estimates held at once
+ESTIMATES = 1 << 19  # made at once, so that they stay in the processor's cache
+LARGEST_RISK = 40.0  # logarithm, so that sums stay finite
 GATHERED = 1 << 21  # numbers of keys, and of values, that are gathered at once
 TOLERANCE = 0.1  # expected error, as a share of the values' size, from which a query reads everything
 EXACT_QUERIES = 16  # so many may, per head,
@@ -71,70 +72,70 @@ class PagesSearch:
         groups, size = order.shape[1:]
         at = order.view(heads, -1)
         grouped = query.gather(1, _wide(at, head_dim)).mul_(scaling).view(heads, groups, size, head_dim)
-        beside = read(query, rest, scaling) if rest else nothing(query)
-        known = beside[1].gather(1, at).view(heads, groups, size)
+        beside, beside_sum = read(grouped.view(heads, -1, head_dim), rest, 1.0)
+        beside_sum = beside_sum.view(heads, groups, size)
         step = max(1, ESTIMATES // (heads * size * volume.chapters[0].shape[1]))
-        parts = [
-            self._search(grouped[:, start : start + step], volume, known[:, start : start + step])
+        found = [
+            self._search(grouped[:, start : start + step], volume, beside_sum[:, start : start + step])
             for start in range(0, groups, step)
         ]
-        found, found_sum, error = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
-        output = torch.empty_like(query).scatter_(1, _wide(at, head_dim), found.reshape(heads, -1, head_dim))
-        log_sum = torch.empty_like(beside[1]).scatter_(1, at, found_sum.reshape(heads, -1))
-        error = torch.empty_like(log_sum).scatter_(1, at, error.reshape(heads, -1))
-        if rest:
-            output, log_sum = merge((output, beside[0]), (log_sum, beside[1]))
+        exactly, exact_sum, unread, unread_sum, risk = (
+            tensors[0] if groups <= step else torch.cat(tensors, 1) for tensors in zip(*found, strict=True)
+        )
+        result, result_sum = merge(
+            (beside.view_as(grouped), exactly, unread), (beside_sum, exact_sum, unread_sum)
+        )
+        output = torch.empty_like(query).scatter_(1, _wide(at, head_dim), result.view(heads, -1, head_dim))
+        flat = torch.stack([result_sum, risk - result_sum]).view(2, heads, -1)
+        log_sum, error = query.new_empty(2, heads, queries).scatter_(2, at.expand(2, -1, -1), flat)
         return self._read_uncertain(query, spans, scaling, output, log_sum, error)
 
-    def _search(self, query: Tensor, volume: Volume, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, log-sum-exp and expected error of a volume for groups of scaled queries.
+    def _search(self, query: Tensor, volume: Volume, known: Tensor) -> tuple[Tensor, ...]:
+        """Attention of groups of scaled queries to a volume.
 
         Args:
             query: (kv_heads, groups, size, head_dim).
             volume: what to search.
             known: log-sum-exp of what the queries see besides, (kv_heads, groups, size).
+
+        Returns:
+            Output and log-sum-exp of what is read, those of what is estimated, and the logarithm of the error that
+            the estimate may have, not yet divided by the whole sum.
         """
         heads, groups, size, head_dim = query.shape
         wanted = self.top_k * min(size, GROUP_PAGES)
         means, variances, values = volume.chapters
         count = means.shape[1]
-        moments = score_moments(query.reshape(heads, -1, head_dim), means, variances)
-        mean, variance = (moment.view(heads, groups, size, count) for moment in moments)
-        chapters, risks = log_sum_exp(mean, variance, CHAPTER), potential(mean, variance, CHAPTER)
+        flat = query.reshape(heads, -1, head_dim)
+        mean, variance = (moment.view(heads, groups, size, -1) for moment in score_moments(flat, means, variances))
+        chapters = log_sum_exp(mean, variance, CHAPTER)
         whole = torch.logaddexp(chapters.logsumexp(-1), known)
-        opened = _best(risks, whole, min(count, max(OPENED_CHAPTERS, wanted)))
+        risks = _relative(potential(mean, variance, CHAPTER), whole)
+        opened = _best(risks, min(count, max(OPENED_CHAPTERS, wanted)))
         _take_out(opened, chapters, risks)
 
         first = torch.arange(heads, device=query.device).view(-1, 1, 1) * count
-        means, variances, page_values = (
-            table.reshape(heads * count, -1)
-            .index_select(0, (opened + first).view(-1))
-            .view(heads, groups, -1, head_dim)
-            .float()
-            for table in volume.pages
-        )
+        tables = volume.pages.reshape(heads * count, -1).index_select(0, (opened + first).view(-1)).float()
+        means, variances, page_values = tables.view(heads, groups, -1, 3 * head_dim).split(head_dim, -1)
         mean, variance = score_moments(query, means, variances)
-        pages, page_risks = log_sum_exp(mean, variance, PAGE), potential(mean, variance, PAGE)
-        chosen = _best(page_risks, whole, min(pages.shape[3], wanted))
+        pages, page_risks = log_sum_exp(mean, variance, PAGE), _relative(potential(mean, variance, PAGE), whole)
+        chosen = _best(page_risks, min(pages.shape[3], wanted))
         _take_out(chosen, pages, page_risks)
         numbers = opened.gather(2, chosen // CHAPTER_PAGES) * CHAPTER_PAGES + chosen % CHAPTER_PAGES
 
-        shares, rest_sum = weigh(torch.cat([chapters, pages], -1))
-        of_chapters, of_pages = shares.split([count, pages.shape[3]], -1)
-        rest = (of_chapters.reshape(heads, -1, count) @ values).view(query.shape) + of_pages @ page_values
-        exactly, exact_sum = _read_pages(query, volume, numbers)
-        output, log_sum = merge((rest, exactly), (rest_sum, exact_sum))
-        whole = torch.logaddexp(log_sum, known)
-        error = (torch.cat([risks, page_risks], -1) * 2).logsumexp(-1) / 2
-        return output, log_sum, (error - whole).exp()
+        unread_sum = torch.logaddexp(chapters.logsumexp(-1), pages.logsumexp(-1))
+        of_chapters, of_pages = shares(chapters, unread_sum), shares(pages, unread_sum)
+        unread = (of_chapters.view(heads, -1, count) @ values).view(query.shape) + of_pages @ page_values
+        risk = torch.hypot(torch.linalg.vector_norm(risks, dim=-1), torch.linalg.vector_norm(page_risks, dim=-1))
+        return *_read_pages(query, volume, numbers), unread, unread_sum, risk.log() + whole
 
     def _read_uncertain(
         self, query: Tensor, spans: list[Span], scaling: float, output: Tensor, log_sum: Tensor, error: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Put the exact attention in place where an output's expected error (kv_heads, queries) is too large."""
+        """Put the exact attention in place where an output's expected error (its logarithm, (kv_heads, queries)) is too large."""
         limit = min(query.shape[1], max(EXACT_QUERIES, query.shape[1] // EXACT_SHARE))
         largest, at = error.topk(limit, 1)
-        uncertain = (largest > self.tolerance).sum(1).tolist()
+        uncertain = (largest > math.log(self.tolerance)).sum(1).tolist()
         for head, count in enumerate(uncertain):
             if count:
                 these = at[head, :count]
@@ -158,20 +159,21 @@ def _groups(query: Tensor, rows: int) -> Tensor:
     return padded[alike(query[:, padded], size)].view(heads, groups, size)
 
 
-def _best(risks: Tensor, whole: Tensor, count: int) -> Tensor:
-    """The pages (kv_heads, groups, count) that matter most to a group, of risks (kv_heads, groups, size, pages).
-
-    `whole` is the queries' log-sum-exp, as far as it is known.
-    """
-    if risks.shape[2] == 1:
-        return risks.squeeze(2).topk(count, -1, sorted=False).indices
-    return (risks - whole.unsqueeze(-1)).exp().sum(2).topk(count, -1, sorted=False).indices
+def _relative(risks: Tensor, whole: Tensor) -> Tensor:
+    """Risks (kv_heads, groups, size, pages), given as logarithms, as shares of the whole attention; in place."""
+    return risks.sub_(whole.unsqueeze(-1)).clamp_max_(LARGEST_RISK).exp_()
 
 
-def _take_out(numbers: Tensor, *tables: Tensor) -> None:
-    """Set pages (kv_heads, groups, count) to -inf in tables (kv_heads, groups, size, pages), as they are read."""
-    for table in tables:
-        table.scatter_(3, numbers.unsqueeze(2).expand(-1, -1, table.shape[2], -1), -torch.inf)
+def _best(risks: Tensor, count: int) -> Tensor:
+    """The pages (kv_heads, groups, count) that it would cost a group most not to read."""
+    return risks.sum(2).topk(count, -1, sorted=False).indices
+
+
+def _take_out(numbers: Tensor, estimates: Tensor, risks: Tensor) -> None:
+    """Pages (kv_heads, groups, count) that are read have no estimate (kv_heads, groups, size, pages) and no risk."""
+    at = numbers.unsqueeze(2).expand(-1, -1, risks.shape[2], -1)
+    estimates.scatter_(3, at, -torch.inf)
+    risks.scatter_(3, at, 0)
 
 
 def _read_pages(query: Tensor, volume: Volume, numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,12 +36,12 @@ class Stretch:
 
     Attributes:
         rows: (kv_heads, pages, PAGE) int32, where a page's tokens are in the block's (kv_heads * capacity) rows.
-        pages: mean and variance of the keys and mean of the values, each (kv_heads, pages, head_dim).
+        pages: mean and variance of the keys and mean of the values, (kv_heads, pages, 3 * head_dim).
         chapters: the same of chapters, each (kv_heads, pages / CHAPTER_PAGES, head_dim) float32.
     """
 
     rows: Tensor
-    pages: Tables
+    pages: Tensor
     chapters: Tables
 
 
@@ -99,7 +99,7 @@ def _make(block: Block, start: int, stop: int) -> Stretch:
     # Pages are many: unless the memory itself is more exact, half the bytes are enough for them.
     kind = torch.float32 if block.keys.dtype == torch.float32 else torch.bfloat16
     places = (order + start + offsets * block.capacity).view(heads, -1, PAGE).int()
-    return Stretch(places, tuple(table.to(kind) for table in pages), chapters)
+    return Stretch(places, torch.cat(pages, -1).to(kind), chapters)
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Volume:
 
     blocks: list[tuple[Block, int, int]]
     rows: Tensor
-    pages: Tables
+    pages: Tensor
     chapters: Tables
     rest: list[Span]
 
@@ -135,18 +135,16 @@ class Volume:
             return _gather(self.blocks[0][0], rows)
         # Sorted by their number, the pages of each block stand together.
         in_order, order = numbers.reshape(-1).sort()
+        rows = rows.index_select(0, order)
         edges = torch.tensor([first for _, first, _ in self.blocks[1:]], device=numbers.device)
         cuts = [0, *torch.searchsorted(in_order, edges).tolist(), len(order)]
-        keys = values = None
-        for (block, _, _), start, stop in zip(self.blocks, cuts, cuts[1:], strict=False):
-            if stop > start:
-                at = order[start:stop]
-                some_keys, some_values = _gather(block, rows.index_select(0, at))
-                if keys is None or values is None:
-                    keys, values = (t.new_empty(len(order), *t.shape[1:]) for t in (some_keys, some_values))
-                keys.index_copy_(0, at, some_keys)
-                values.index_copy_(0, at, some_values)
-        assert keys is not None and values is not None
+        parts = [
+            _gather(block, rows[start:stop])
+            for (block, _, _), start, stop in zip(self.blocks, cuts, cuts[1:], strict=False)
+            if stop > start
+        ]
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        keys, values = (torch.cat(tensors).index_select(0, back) for tensors in zip(*parts, strict=True))
         return keys, values
 
 
@@ -209,11 +207,11 @@ def _bind(spans: Sequence[Span]) -> Volume:
         at = last
     if not stretches:
         nothing = torch.empty(len(spans[0].block.keys), 0, 0)
-        return Volume([], nothing, (), (), rest)
+        return Volume([], nothing, nothing, (), rest)
     volume = Volume(
         blocks,
         torch.cat([stretch.rows for stretch in stretches], 1),
-        tuple(torch.cat(tables, 1) for tables in zip(*(s.pages for s in stretches), strict=True)),
+        torch.cat([stretch.pages for stretch in stretches], 1),
         tuple(torch.cat(tables, 1) for tables in zip(*(s.chapters for s in stretches), strict=True)),
         rest,
     )
@@ -222,7 +220,7 @@ def _bind(spans: Sequence[Span]) -> Volume:
         of_pages = slice(at, at + stretch.rows.shape[1])
         of_chapters = slice(of_pages.start // CHAPTER_PAGES, of_pages.stop // CHAPTER_PAGES)
         stretch.rows = volume.rows[:, of_pages]
-        stretch.pages = tuple(table[:, of_pages] for table in volume.pages)
+        stretch.pages = volume.pages[:, of_pages]
         stretch.chapters = tuple(table[:, of_chapters] for table in volume.chapters)
         at = of_pages.stop
     return volume
