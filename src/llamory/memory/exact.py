@@ -77,7 +77,7 @@ def read(query: Tensor, spans: Sequence[Span], scaling: float, head: int | None 
 
 def _read_span(query: Tensor, span: Span, scaling: float, heads: slice, parts: Parts) -> None:
     block = span.block
-    if not _converts(block.keys.device.type, block.keys.dtype):
+    if not converts(block.keys):
         pieces = span.parts(CHUNK * 4) if block.keys.dtype == torch.int8 else [span]
         for piece in pieces:
             keys, values = piece.keys()[heads], piece.values()[heads]
@@ -104,17 +104,21 @@ def _read_span(query: Tensor, span: Span, scaling: float, heads: slice, parts: P
         parts.add(output[0], log_sum[0])
 
 
-@cache
-def _converts(device: str, dtype: torch.dtype) -> bool:
+def converts(memory: Tensor) -> bool:
     """Whether memory is converted to float32, chunk by chunk, before it is read.
 
     Only on a CPU: its kernels are fast on bfloat16 where it has matrix tiles (AMX). Without them they read one query's
     bfloat16 memory at 5 GB/s, and reading a chunk twice, the second time out of the cache, is 2 to 3.5 times faster
     and, with many queries, no slower. Matrix products in float16 are slow on all of them, and int8 has to be scaled.
     """
-    if device != "cpu" or dtype == torch.float32:
+    if memory.device.type != "cpu" or memory.dtype == torch.float32:
         return False
-    return dtype != torch.bfloat16 or not torch.cpu._is_amx_tile_supported()
+    return memory.dtype != torch.bfloat16 or not _has_tiles()
+
+
+@cache
+def _has_tiles() -> bool:
+    return torch.cpu._is_amx_tile_supported()
 
 
 def _splits(heads: int) -> int:

@@ -1,0 +1,198 @@
+"""Search by pages: the best pages of like keys are read exactly, all other pages through their means.
+
+Per key-value head and group of queries: chapters are judged by the estimated sum of their keys' exponentials, the
+best are opened, their pages are judged alike, and the best pages are read. Chapters and pages that aren't read keep
+their estimated share, with the mean of their values. Queries whose estimate itself says that it may be far off read
+everything.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llamory.memory.attention import flash, merge, nothing
+from llamory.memory.blocks import Span
+from llamory.memory.estimate import log_sum_exp, potential, score_moments, shares
+from llamory.memory.exact import fold, read, unfold
+from llamory.memory.likeness import alike
+from llamory.memory.stretches import CHAPTER, CHAPTER_PAGES, PAGE, Volume, volume_of
+
+if TYPE_CHECKING:
+    from llamory.memory.bank import MemoryBank
+
+DEFAULT_PAGES = 32
+GROUP = 64  # queries, of all, that share the pages they read
+ROW_GROUP = 16  # a row's queries share theirs if they are so few
+GROUP_PAGES = 2  # times the pages of one query are read by a group
+OPENED_CHAPTERS = 64  # at least
+ESTIMATES = 1 << 19  # made at once, so that they stay in the processor's cache
+LARGEST_RISK = 40.0  # logarithm, so that sums stay finite
+GATHERED = 1 << 21  # numbers of keys, and of values, that are gathered at once
+TOLERANCE = 0.1  # expected error, as a share of the values' size, from which a query reads everything
+EXACT_QUERIES = 16  # so many may, per head,
+EXACT_SHARE = 16  # or one in so many
+
+
+class PagesSearch:
+    """Reads the best pages of a memory.
+
+    Args:
+        top_k: pages (of 32 tokens) that one query reads per head; a group of queries shares twice as many.
+        tolerance: expected error of the output, as a share of the values' size, from which a query reads everything.
+    """
+
+    def __init__(self, top_k: int | None = None, tolerance: float = TOLERANCE):
+        self.top_k = DEFAULT_PAGES if top_k is None else top_k
+        self.tolerance = tolerance
+
+    def attend(self, query: Tensor, bank: MemoryBank, layer: int, scaling: float) -> tuple[Tensor, Tensor]:
+        """See `Search.attend`."""
+        spans = bank.spans(layer)
+        if not spans or query.numel() == 0:
+            return nothing(query)
+        folded = fold(query, spans[0].block.keys.shape[0])
+        parts = []
+        for device in {span.block.keys.device for span in spans}:
+            here = [span for span in spans if span.block.keys.device == device]
+            output, log_sum = self._attend(folded.to(device), here, scaling, len(query))
+            parts.append((output.to(query.device), log_sum.to(query.device)))
+        return unfold(*merge(*zip(*parts, strict=True)), query)
+
+    def _attend(self, query: Tensor, spans: list[Span], scaling: float, rows: int) -> tuple[Tensor, Tensor]:
+        volume, rest = volume_of(spans)
+        if volume is None or self.top_k >= volume.page_count:
+            return read(query, spans, scaling)
+        heads, queries, head_dim = query.shape
+        query = query.float()
+        order = _groups(query, rows)
+        groups, size = order.shape[1:]
+        at = order.view(heads, -1)
+        grouped = query.gather(1, _wide(at, head_dim)).mul_(scaling).view(heads, groups, size, head_dim)
+        beside, beside_sum = read(grouped.view(heads, -1, head_dim), rest, 1.0)
+        beside_sum = beside_sum.view(heads, groups, size)
+        step = max(1, ESTIMATES // (heads * size * volume.chapters[0].shape[1]))
+        found = [
+            self._search(grouped[:, start : start + step], volume, beside_sum[:, start : start + step])
+            for start in range(0, groups, step)
+        ]
+        exactly, exact_sum, unread, unread_sum, risk = (
+            tensors[0] if groups <= step else torch.cat(tensors, 1) for tensors in zip(*found, strict=True)
+        )
+        result, result_sum = merge(
+            (beside.view_as(grouped), exactly, unread), (beside_sum, exact_sum, unread_sum)
+        )
+        output = torch.empty_like(query).scatter_(1, _wide(at, head_dim), result.view(heads, -1, head_dim))
+        flat = torch.stack([result_sum, risk - result_sum]).view(2, heads, -1)
+        log_sum, error = query.new_empty(2, heads, queries).scatter_(2, at.expand(2, -1, -1), flat)
+        return self._read_uncertain(query, spans, scaling, output, log_sum, error)
+
+    def _search(self, query: Tensor, volume: Volume, known: Tensor) -> tuple[Tensor, ...]:
+        """Attention of groups of scaled queries to a volume.
+
+        Args:
+            query: (kv_heads, groups, size, head_dim).
+            volume: what to search.
+            known: log-sum-exp of what the queries see besides, (kv_heads, groups, size).
+
+        Returns:
+            Output and log-sum-exp of what is read, those of what is estimated, and the logarithm of the error that
+            the estimate may have, not yet divided by the whole sum.
+        """
+        heads, groups, size, head_dim = query.shape
+        wanted = self.top_k * min(size, GROUP_PAGES)
+        means, variances, values = volume.chapters
+        count = means.shape[1]
+        flat = query.reshape(heads, -1, head_dim)
+        mean, variance = (moment.view(heads, groups, size, -1) for moment in score_moments(flat, means, variances))
+        chapters = log_sum_exp(mean, variance, CHAPTER)
+        whole = torch.logaddexp(chapters.logsumexp(-1), known)
+        risks = _relative(potential(mean, variance, CHAPTER), whole)
+        opened = _best(risks, min(count, max(OPENED_CHAPTERS, wanted)))
+        _take_out(opened, chapters, risks)
+
+        first = torch.arange(heads, device=query.device).view(-1, 1, 1) * count
+        tables = volume.pages.reshape(heads * count, -1).index_select(0, (opened + first).view(-1)).float()
+        means, variances, page_values = tables.view(heads, groups, -1, 3 * head_dim).split(head_dim, -1)
+        mean, variance = score_moments(query, means, variances)
+        pages, page_risks = log_sum_exp(mean, variance, PAGE), _relative(potential(mean, variance, PAGE), whole)
+        chosen = _best(page_risks, min(pages.shape[3], wanted))
+        _take_out(chosen, pages, page_risks)
+        numbers = opened.gather(2, chosen // CHAPTER_PAGES) * CHAPTER_PAGES + chosen % CHAPTER_PAGES
+
+        unread_sum = torch.logaddexp(chapters.logsumexp(-1), pages.logsumexp(-1))
+        of_chapters, of_pages = shares(chapters, unread_sum), shares(pages, unread_sum)
+        unread = (of_chapters.view(heads, -1, count) @ values).view(query.shape) + of_pages @ page_values
+        risk = torch.hypot(torch.linalg.vector_norm(risks, dim=-1), torch.linalg.vector_norm(page_risks, dim=-1))
+        return *_read_pages(query, volume, numbers), unread, unread_sum, risk.log() + whole
+
+    def _read_uncertain(
+        self, query: Tensor, spans: list[Span], scaling: float, output: Tensor, log_sum: Tensor, error: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Put the exact attention in place where an output's expected error (its logarithm, (kv_heads, queries)) is too large."""
+        limit = min(query.shape[1], max(EXACT_QUERIES, query.shape[1] // EXACT_SHARE))
+        largest, at = error.topk(limit, 1)
+        uncertain = (largest > math.log(self.tolerance)).sum(1).tolist()
+        for head, count in enumerate(uncertain):
+            if count:
+                these = at[head, :count]
+                exactly, exact_sum = read(query[head : head + 1, these], spans, scaling, head)
+                output[head, these], log_sum[head, these] = exactly[0], exact_sum[0]
+        return output, log_sum
+
+
+def _groups(query: Tensor, rows: int) -> Tensor:
+    """Which queries read pages together: their numbers, (kv_heads, groups, size); some may stand there twice."""
+    heads, queries, _ = query.shape
+    numbers = torch.arange(queries, device=query.device)
+    if queries // rows <= ROW_GROUP:
+        return numbers.view(1, rows, -1).expand(heads, -1, -1).contiguous()
+    if queries <= GROUP:
+        return numbers.expand(heads, 1, -1).contiguous()
+    # Queries that are alike want the same pages; neighbouring ones much less so.
+    groups = 1 << math.ceil(math.log2(queries / GROUP))
+    size = -(-queries // groups)
+    padded = torch.arange(size * groups, device=query.device).clamp_max_(queries - 1)
+    return padded[alike(query[:, padded], size)].view(heads, groups, size)
+
+
+def _relative(risks: Tensor, whole: Tensor) -> Tensor:
+    """Risks (kv_heads, groups, size, pages), given as logarithms, as shares of the whole attention; in place."""
+    return risks.sub_(whole.unsqueeze(-1)).clamp_max_(LARGEST_RISK).exp_()
+
+
+def _best(risks: Tensor, count: int) -> Tensor:
+    """The pages (kv_heads, groups, count) that it would cost a group most not to read."""
+    return risks.sum(2).topk(count, -1, sorted=False).indices
+
+
+def _take_out(numbers: Tensor, estimates: Tensor, risks: Tensor) -> None:
+    """Pages (kv_heads, groups, count) that are read have no estimate (kv_heads, groups, size, pages) and no risk."""
+    at = numbers.unsqueeze(2).expand(-1, -1, risks.shape[2], -1)
+    estimates.scatter_(3, at, -torch.inf)
+    risks.scatter_(3, at, 0)
+
+
+def _read_pages(query: Tensor, volume: Volume, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Exact attention of groups of scaled queries to their pages (kv_heads, groups, pages)."""
+    heads, groups, size, head_dim = query.shape
+    tokens = numbers.shape[2] * PAGE
+    step = max(1, GATHERED // (heads * tokens * head_dim))
+    parts = []
+    for start in range(0, groups, step):
+        part = query[:, start : start + step].reshape(1, -1, size, head_dim)
+        tensors = volume.gather(numbers[:, start : start + step])
+        key, value = (tensor.view(1, -1, tokens, head_dim) for tensor in tensors)
+        output, log_sum = flash(part, key, value, scaling=1.0)
+        parts.append((output.view(heads, -1, size, head_dim), log_sum.view(heads, -1, size)))
+    if len(parts) == 1:
+        return parts[0]
+    output, log_sum = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
+    return output, log_sum
+
+
+def _wide(at: Tensor, head_dim: int) -> Tensor:
+    return at.unsqueeze(-1).expand(-1, -1, head_dim)
