@@ -35,7 +35,7 @@ class ExactSearch:
 def fold(query: Tensor, kv_heads: int) -> Tensor:
     """Query (rows, heads, queries, head_dim) as (kv_heads, all queries that read that head, head_dim)."""
     rows, heads, queries, head_dim = query.shape
-    return query.view(rows, kv_heads, -1, head_dim).transpose(0, 1).reshape(kv_heads, -1, head_dim)
+    return query.reshape(rows, kv_heads, -1, head_dim).transpose(0, 1).reshape(kv_heads, -1, head_dim)
 
 
 def unfold(output: Tensor, log_sum: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
