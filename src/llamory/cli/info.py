@@ -1,4 +1,4 @@
-"""`llamory info`: what is installed here, or what a model or a library is."""
+"""`llamory info`: what is installed here, or what a model, a library or a memory is."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from llamory import __version__
+from llamory.cli.memory_options import show_layers, show_size
 from llamory.cli.output import Json, print_result, working
 from llamory.errors import LlamoryError
 
@@ -18,17 +19,23 @@ _PACKAGES = ("torch", "transformers", "sentence-transformers", "datasets", "peft
 
 def info(
     path: Annotated[
-        str | None, typer.Argument(help="A model (folder, .gguf file, hub id or 'default') or a library's folder.")
+        str | None,
+        typer.Argument(help="A model (folder, .gguf file, hub id or 'default'), a library's folder or a memory file."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what is installed here, or what a model or a library is."""
+    """Show what is installed here, or what a model, a library or a memory is."""
     with working():
         if path is None:
             facts = _machine()
+        elif _may_be_memory(path):
+            facts = _memory(path)
         else:
             facts = _library(path) if _may_be_library(path) else _model(path)
-    print_result(facts, as_json=as_json)
+    if path is not None and _may_be_memory(path) and not as_json:
+        _print_memory(facts)
+    else:
+        print_result(facts, as_json=as_json)
 
 
 def _machine() -> dict[str, Any]:
@@ -58,6 +65,39 @@ def _library(path: str) -> dict[str, Any]:
     from llamory.library import Library
 
     return Library(path).info()
+
+
+def _may_be_memory(path: str) -> bool:
+    """Whether this is a file that isn't a model's, or the name of a memory that isn't finished."""
+    if Path(path).is_file():
+        return Path(path).suffix.lower() != ".gguf"
+    return not Path(path).exists() and Path(f"{path}.partial").is_file()
+
+
+def _memory(path: str) -> dict[str, Any]:
+    from llamory.longllama.books import Book
+
+    return Book(path).summary()
+
+
+def _print_memory(facts: dict[str, Any]) -> None:
+    documents = facts["documents"]
+    shown = {
+        "memory": facts["memory"],
+        "model": facts["model"] or "not noted",
+        "documents": f"{len(documents):,}",
+        "tokens": f"{facts['tokens']:,}",
+        "size": show_size(facts["bytes"]),
+        "memory layers": show_layers(facts["mem_layers"]),
+        "memory dtype": facts["mem_dtype"],
+        "context length": facts["context_length"] or "not noted",
+    }
+    print_result(shown, as_json=False)
+    for document in documents:
+        title = document.get("title") or ""
+        title = "" if title in document["name"] else f"  {title}"
+        line = f"{document['tokens']:>10,} tokens  {document['name']}{title}"
+        sys.stdout.write("".join(letter if letter.isprintable() else " " for letter in line) + "\n")
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -1,0 +1,284 @@
+"""Questions to what was read: memories are mounted, the same model answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+
+from llamory.errors import LlamoryError
+from llamory.longllama import room
+from llamory.longllama.books import Book, PathLike, check_maker, load_model_for, noted_name
+from llamory.longllama.manuscripts import begins_with
+from llamory.longllama.modeling import LongLlamaForCausalLM
+from llamory.memory import MemoryBank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_NEW_TOKENS = 256
+
+_ADVICE = "choose a smaller model, fewer documents or a shorter answer."
+# For a model that was never told how to chat.
+_PLAIN = "Question: {question}\nAnswer:"
+_NAMES_SHOWN = 5
+
+
+@dataclass
+class Answer:
+    """What was asked and answered.
+
+    Attributes:
+        question: as it was asked.
+        answer: without blank space around it.
+        documents: names of the documents in memory.
+        memory_tokens: tokens in memory.
+        question_tokens: tokens of the question with the prompt around it.
+        answer_tokens: tokens of the answer.
+        seconds_to_first_token: from the question to the answer's first token.
+        seconds: from the question to the answer's end.
+    """
+
+    question: str
+    answer: str
+    documents: list[str]
+    memory_tokens: int
+    question_tokens: int
+    answer_tokens: int
+    seconds_to_first_token: float
+    seconds: float
+
+
+def ask(question: str, memory: PathLike | Sequence[PathLike], **settings: Any) -> Answer:
+    """Ask one question; to ask several, open the memory once with `OpenMemory`.
+
+    Args:
+        question: the question.
+        memory: one or more memory files.
+        settings: as for `OpenMemory` and `OpenMemory.ask`.
+
+    Raises:
+        LlamoryError: as those two.
+    """
+    opening = ("model", "tokenizer", "documents", "mem_search", "mem_top_k", "last_context_length", "bf16", "device")
+    given = {key: settings.pop(key) for key in opening if key in settings}
+    return OpenMemory(memory, **given).ask(question, **settings)
+
+
+class OpenMemory:
+    """Memories with the model that made them, to be asked any number of questions.
+
+        memory = OpenMemory("notes.memory")
+        for question in questions:
+            print(memory.ask(question).answer)
+
+    Args:
+        memory: one or more memory files; documents of the same name get the file's name in front.
+        model: the model that made them: a folder, `.gguf` file, hub id, "default" or a loaded model. By default where
+            it was then.
+        tokenizer: the tokenizer of a loaded model, if it isn't in the model's folder.
+        documents: only documents of these names; the end of a name, or a title, is enough where it can't be mistaken.
+        settings: as for `llamory.longllama.loading.load_long_model`: `mem_search`, `mem_top_k`,
+            `last_context_length`; and `bf16`, `device`.
+
+    Raises:
+        LlamoryError: a memory is damaged or another model's, there is no such document, or a setting isn't possible.
+    """
+
+    def __init__(
+        self,
+        memory: PathLike | Sequence[PathLike],
+        *,
+        model: PathLike | LongLlamaForCausalLM | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        documents: Sequence[str] | None = None,
+        **settings: Any,
+    ):
+        from llamory.backbone import load_tokenizer
+
+        with room.told_if_memory_is_short(_ADVICE):
+            books = [Book(path) for path in _each_once(memory)]
+            if not any(book.segments for book in books):
+                raise LlamoryError(
+                    f"There is nothing in {', '.join(str(book.path) for book in books)}: read documents."
+                )
+            if isinstance(model, LongLlamaForCausalLM):
+                name = str(model.config._name_or_path)
+                check_maker(books, model, name)
+                self.model = model
+            else:
+                name = str(model or books[0].model or "default")
+                self.model = load_model_for(books, None if model is None else name, **settings)
+            self.tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
+            self.memory = self._mount(books, documents)
+            self.name = noted_name(name)
+
+    @property
+    def documents(self) -> tuple[str, ...]:
+        """Names of the documents in memory."""
+        return self.memory.segments
+
+    def ask(
+        self,
+        question: str,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        max_question_tokens: int | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """Ask a question; the memory stays as it is.
+
+        Args:
+            question: what to ask; the tokenizer's chat template goes around it, if there is one.
+            max_new_tokens: the most tokens of the answer.
+            temperature: 0 for the likeliest answer, else the answer is sampled, the more freely the higher it is.
+            seed: for sampling.
+            max_question_tokens: the most tokens that the question may have, with the template.
+            on_text: called with each piece of the answer as it comes.
+
+        Raises:
+            LlamoryError: the question is blank or longer than `max_question_tokens`, or memory is short.
+        """
+        if not question.strip():
+            raise LlamoryError("The question is blank; ask something.")
+        if max_new_tokens < 1 or temperature < 0:
+            raise LlamoryError("An answer needs max_new_tokens of at least 1 and a temperature of at least 0.")
+        prompt = self._prompt(question)
+        if max_question_tokens is not None and prompt.shape[1] > max_question_tokens:
+            raise LlamoryError(
+                f"The question has {prompt.shape[1]:,} tokens with the prompt around it, more than the limit of "
+                f"{max_question_tokens:,}: raise the limit, or ask a shorter question."
+            )
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature}
+            if seed is not None:
+                torch.manual_seed(seed)
+        ends = _ends(self.model, self.tokenizer)
+        streamer = _Streamer(self.tokenizer, on_text)
+        started = time.perf_counter()
+        with room.told_if_memory_is_short(_ADVICE):
+            found = self.model.generate(
+                prompt.to(self.model.device),
+                attention_mask=torch.ones_like(prompt).to(self.model.device),
+                past_key_values=self.model.memory_cache(self.memory),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=ends or None,
+                pad_token_id=ends[0] if ends else 0,
+                streamer=streamer,
+                **sampling,
+            )
+        finished = time.perf_counter()
+        tokens = found[0, prompt.shape[1] :]
+        return Answer(
+            question=question,
+            answer=str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
+            documents=list(self.documents),
+            memory_tokens=self.memory.length(),
+            question_tokens=prompt.shape[1],
+            answer_tokens=len(tokens),
+            seconds_to_first_token=(streamer.first or finished) - started,
+            seconds=finished - started,
+        )
+
+    def _prompt(self, question: str) -> Tensor:
+        """(1, tokens)."""
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+            )
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = self.tokenizer(_PLAIN.format(question=question), add_special_tokens=False)["input_ids"]
+            ids = [*begins_with(self.tokenizer), *ids]
+        return torch.tensor([ids])
+
+    def _mount(self, books: Sequence[Book], documents: Sequence[str] | None) -> MemoryBank:
+        """One memory of all that is asked for."""
+        whole = self.model.new_memory()
+        for book in books:
+            bank = MemoryBank.load(
+                book.path,
+                fingerprint=self.model.memory_fingerprint(),
+                layers=whole.layers,
+                dtype=books[0].dtype,
+            )
+            for name in bank.segments:
+                _rename_if_taken(bank, name, whole, Path(book.path).name)
+            whole.mount(bank)
+        return whole if documents is None else _only(whole, documents)
+
+
+def _rename_if_taken(bank: MemoryBank, name: str, whole: MemoryBank, book: str) -> None:
+    """Put the file's name in front of a document's name that is there already."""
+    new, number = name, 1
+    while new in whole.segments or (new != name and new in bank.segments):
+        new = f"{book}:{name}" if number == 1 else f"{book} ({number}):{name}"
+        number += 1
+    bank.rename(name, new)
+
+
+def _only(bank: MemoryBank, documents: Sequence[str]) -> MemoryBank:
+    """The documents of these names."""
+    wanted: dict[str, None] = {}
+    for document in documents:
+        found = [name for name in bank.segments if name == document]
+        found = found or [name for name in bank.segments if name.endswith((f"/{document}", f":{document}"))]
+        found = found or [name for name in bank.segments if bank.describe(name).get("title") == document]
+        if len(found) != 1:
+            shown = ", ".join((found or list(bank.segments))[:_NAMES_SHOWN])
+            more = len(found or bank.segments) - _NAMES_SHOWN
+            shown += f" and {more} more" if more > 0 else ""
+            what = f"There is no document {document} in memory" if not found else f"{document} may be several documents"
+            raise LlamoryError(f"{what}; give one of these names: {shown}.")
+        wanted[found[0]] = None
+    chosen = bank.fork()
+    for name in bank.segments:
+        if name not in wanted:
+            chosen.drop(name)
+    chosen.reorder(list(wanted))
+    return chosen
+
+
+def _each_once(memory: PathLike | Sequence[PathLike]) -> list[PathLike]:
+    paths = [memory] if isinstance(memory, str | Path) or not isinstance(memory, Sequence) else list(memory)
+    if not paths:
+        raise LlamoryError("No memory was given; name at least one file that documents were read into.")
+    return list({Path(path).resolve(): path for path in paths}.values())
+
+
+def _ends(model: LongLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: what the model says, and what the tokenizer says, which may know of chats."""
+    known = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = [known] if isinstance(known, int) else list(known or [])
+    return list(dict.fromkeys([*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
+
+
+class _Streamer(TextStreamer):
+    """Hands on text as it comes, and notes when the first token came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text, self._begun = on_text, False
+        self.first: float | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then token by token."""
+        if self.first is None and not self.next_tokens_are_prompt:
+            self.first = time.perf_counter()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
+        """Hand on whole words, without blank space in front of the first."""
+        text = text if self._begun else text.lstrip()
+        if text and self._on_text is not None:
+            self._begun = True
+            self._on_text(text)
