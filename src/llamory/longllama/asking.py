@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import TextStreamer
 
 from llamory.errors import LlamoryError
-from llamory.longllama import room
+from llamory.longllama import LongLlamaForCausalLM, room
 from llamory.longllama.books import Book, PathLike, check_maker, load_model_for, noted_name
 from llamory.longllama.manuscripts import begins_with
-from llamory.longllama.modeling import LongLlamaForCausalLM
 from llamory.memory import MemoryBank
 
 if TYPE_CHECKING:

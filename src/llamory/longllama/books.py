@@ -11,7 +11,7 @@ from llamory.errors import LlamoryError
 from llamory.memory import peek
 
 if TYPE_CHECKING:
-    from llamory.longllama.modeling import LongLlamaForCausalLM
+    from llamory.longllama import LongLlamaForCausalLM
 
 _PARTIAL = ".partial"
 PathLike = str | os.PathLike[str]
@@ -143,10 +143,12 @@ def check_maker(books: Sequence[Book], model: LongLlamaForCausalLM, name: str) -
     """Make sure that a model made these memories.
 
     Raises:
-        LlamoryError: it didn't.
+        LlamoryError: it didn't, or with other memory layers or another context.
     """
+    config = model.config
     for book in books:
-        if book.layers == list(model.config.mem_layers or []) and book.fingerprint not in ("", model.memory_fingerprint()):
+        _check_settings(book, config.mem_layers, config.max_position_embeddings, None)
+        if book.fingerprint not in ("", model.memory_fingerprint()):
             raise _other_model(book, name)
 
 
@@ -192,7 +194,7 @@ def _check_settings(
         if given is not None and there is not None and given != there:
             shown, wanted = (", ".join(map(str, each)) if isinstance(each, list) else each for each in (there, given))
             raise LlamoryError(
-                f"The memory file {book.path} was made with {what} {shown}, not {wanted}: leave that setting out, or "
+                f"The memory file {book.path} was made with {what} {shown}, not {wanted}: use the same, or "
                 f"{_instead(book)}."
             )
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.manuscripts import Manuscript
-from llamory.longllama.modeling import LongLlamaForCausalLM
 from llamory.memory import MemoryBank
 
 # Between two savings within a document, in seconds; and saving takes a twentieth of the time at most.

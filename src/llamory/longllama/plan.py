@@ -17,13 +17,15 @@ class Plan:
     """What becomes of a memory's segments.
 
     Attributes:
-        read: documents to read, by the name of their segment; where there is one of that name, it is replaced.
+        read: documents to read, by the name of their segment.
+        replaced: those names among them whose segment is there already, with an older content.
         unchanged: documents that are there, by the name of their segment.
         removed: segments whose document is no longer in its file.
         moved: segments whose document is now at another place, with their new names.
     """
 
     read: dict[str, Manuscript] = field(default_factory=dict)
+    replaced: list[str] = field(default_factory=list)
     unchanged: dict[str, Manuscript] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
@@ -55,7 +57,7 @@ class Plan:
             facts: gives what is noted of a document.
         """
         order = [self.moved.get(name, name) for name in bank.segments if name not in self.removed]
-        for name in {*self.removed, *(name for name in self.read if name in bank.segments)}:
+        for name in (*self.removed, *self.replaced):
             bank.drop(name)
         # In two steps, as lines that moved may take each other's names.
         for number, name in enumerate(self.moved):
@@ -65,8 +67,10 @@ class Plan:
             bank.annotate(new, **facts(self.unchanged[name]))
         fresh = fresh.fork()
         for name, manuscript in self.read.items():
-            bank.mount(fresh, [manuscript.source])
-            bank.rename(manuscript.source, name)
+            fresh.rename(manuscript.source, "\0")
+            bank.mount(fresh, ["\0"])
+            bank.rename("\0", name)
+            fresh.drop("\0")
         bank.reorder([*order, *(name for name in self.read if name not in order)])
 
 
@@ -78,8 +82,8 @@ def make_plan(segments: Sequence[dict[str, Any]], manuscripts: Sequence[Manuscri
     # Lines of a JSON lines file may have moved: the same content in the same file is the same document.
     changed = plan.keep(changed, lambda each: free.take(each, ("source", "digest")))
     changed = plan.keep(changed, lambda each: free.take(each, ("file", "digest")))
-    replaced = {each.source: free.take(each, ("source",)) for each in changed}
-    changed = plan.keep(changed, lambda each: None if replaced[each.source] else free.take_lost(each))
+    older = {each.source: free.take(each, ("source",)) for each in changed}
+    changed = plan.keep(changed, lambda each: None if older[each.source] else free.take_lost(each))
     files = {each.file for each in manuscripts}
     plan.removed = [name for name in free.names if facts[name].get("file") in files]
     moved = [name for name, each in plan.unchanged.items() if facts[name]["source"] != each.source]
@@ -88,9 +92,10 @@ def make_plan(segments: Sequence[dict[str, Any]], manuscripts: Sequence[Manuscri
         plan.moved[name] = _unique(plan.unchanged[name], taken)
         taken.add(plan.moved[name])
     for manuscript in changed:
-        name = replaced[manuscript.source] or _unique(manuscript, taken)
+        name = older[manuscript.source] or _unique(manuscript, taken)
         taken.add(name)
         plan.read[name] = manuscript
+    plan.replaced = [name for name, each in plan.read.items() if older[each.source] is not None]
     return plan
 
 

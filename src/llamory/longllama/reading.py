@@ -16,11 +16,10 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from llamory.errors import LlamoryError
-from llamory.longllama import room
+from llamory.longllama import LongLlamaForCausalLM, room
 from llamory.longllama.books import Book, check_maker, load_model_for, noted_name, partial_path
 from llamory.longllama.cache import LongLlamaCache
 from llamory.longllama.manuscripts import Manuscript, PathLike, prepare
-from llamory.longllama.modeling import LongLlamaForCausalLM
 from llamory.longllama.partial import Partial, facts_of
 from llamory.longllama.plan import Plan, make_plan
 from llamory.longllama.progress import ReadingBar
@@ -267,7 +266,7 @@ class _Reading:
         """Put the new memory together and in the old one's place."""
         report = self.report
         report.unchanged, report.removed = len(plan.unchanged), len(plan.removed)
-        report.replaced = len(plan.read.keys() & set(self.bank.segments))
+        report.replaced = len(plan.replaced)
         report.added = len(plan.read) - report.replaced
         if plan.changes:
             plan.apply(self.bank, self.partial.bank, self._facts)
