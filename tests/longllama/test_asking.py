@@ -1,5 +1,6 @@
 """Questions are answered from mounted memories, word by word, and change nothing in them."""
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -58,6 +59,7 @@ def test_the_answer_comes_while_it_is_made(books, monkeypatch) -> None:
     opened, log = OpenMemory(books[0]), []
     forward = type(opened.model).forward
 
+    @functools.wraps(forward)  # generate looks at its parameters
     def counted(self, *arguments, **settings):
         log.append(None)
         return forward(self, *arguments, **settings)
@@ -194,7 +196,7 @@ def test_too_little_memory_is_one_sentence(books, monkeypatch) -> None:
     def short(*_, **__):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(type(opened.model), "forward", short)
+    monkeypatch.setattr(type(opened.model), "memory_cache", short)
     with pytest.raises(LlamoryError, match="too little memory"):
         opened.ask(QUESTION)
     assert asking.MAX_NEW_TOKENS == 256
