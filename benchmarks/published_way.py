@@ -101,9 +101,7 @@ class PublishedWay:
         self.memory = memory
         return self.model.model.norm(hidden)
 
-    def _attention(
-        self, index: int, hidden: Tensor, mask: Tensor, use_cache: bool, memory: dict[int, Kept]
-    ) -> Tensor:
+    def _attention(self, index: int, hidden: Tensor, mask: Tensor, use_cache: bool, memory: dict[int, Kept]) -> Tensor:
         layer, width, has_memory = self.model.model.layers[index].self_attn, hidden.shape[1], index in self.mem_layers
         query, key, value = (
             part(hidden).view(*hidden.shape[:2], -1, self.head_dim).transpose(1, 2)
@@ -136,9 +134,7 @@ class PublishedWay:
         if index in memory:
             old = memory[index]
             assert old.mask is not None
-            key, value, mask = (
-                torch.cat(pair, 2) for pair in ((old.keys, key), (old.values, value), (old.mask, mask))
-            )
+            key, value, mask = (torch.cat(pair, 2) for pair in ((old.keys, key), (old.values, value), (old.mask, mask)))
         memory[index] = Kept(key, value, mask)
 
     def _eager(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, memory: Kept | None) -> Tensor:
