@@ -7,6 +7,7 @@ import ctypes
 import gc
 import multiprocessing
 import resource
+import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from llara_step import processor, status_bytes
 
@@ -41,7 +43,10 @@ def in_child(function: Callable[..., dict], *args: Any, threads: int, seconds: f
         memory: bytes of its own that the process may take.
 
     Returns:
-        What the function gave, or {"skipped": why}.
+        What the function gave, or {"skipped": why} where it ran out of time or memory.
+
+    Raises:
+        RuntimeError: it failed otherwise.
     """
     # The server imports everything once and forks; a fork of this process would bring its memory along.
     context = multiprocessing.get_context("forkserver")
@@ -56,7 +61,9 @@ def in_child(function: Callable[..., dict], *args: Any, threads: int, seconds: f
         return receiver.recv()
     except EOFError:
         process.join()
-        return {"skipped": "out of memory" if process.exitcode == -9 else f"ended with code {process.exitcode}"}
+        if process.exitcode != -signal.SIGKILL:
+            raise RuntimeError(f"{function.__name__}{args} failed; its process has told why") from None
+        return {"skipped": "out of memory"}
     finally:
         process.kill()
         process.join()
@@ -64,6 +71,8 @@ def in_child(function: Callable[..., dict], *args: Any, threads: int, seconds: f
 
 def _answer(sender: Connection, threads: int, memory: int, function: Callable[..., dict], args: tuple) -> None:
     torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     try:
         sender.send(function(*args))

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import memory_probes as probes
 from contenders import WAYS, Case, Likeness
@@ -275,13 +276,13 @@ def main() -> None:
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), help="what to measure")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each measurement")
     parser.add_argument("--memory", type=float, default=24, help="GiB that a measurement may take")
-    parser.add_argument(
-        "--limit", type=float, help="seconds; what would take longer is left out (450, and 90 for the base model)"
-    )
+    parser.add_argument("--limit", type=float, help="seconds that a measurement may take (450, base model 90)")
     options = parser.parse_args()
     # OpenMP reads it when a process starts; torch is told, too.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     options.lengths.sort()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     start = time.perf_counter()
     name = f"{processor()}, {options.threads} threads, torch {torch.__version__}"
     print(name)
