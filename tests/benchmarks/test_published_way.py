@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from published_way import PublishedWay
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamory.longllama import LongLlamaConfig, LongLlamaForCausalLM
+from published_way import PublishedWay
 
 FILES = sorted((Path(__file__).parents[1] / "golden").glob("longllama_*.json"))
 VARIANTS = pytest.mark.parametrize("sdpa", [False, True], ids=["eager", "sdpa"])
