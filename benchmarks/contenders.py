@@ -188,15 +188,12 @@ class Published:
         return self.way.head(self.hidden)
 
     def fill(self, likeness: Likeness, tokens: int) -> None:
-        for layer in likeness.layers:
-            tensors = []
-            for part in (0, 1):
-                (mean, _), drawn = likeness.layers[layer][part], likeness.draw(layer, tokens)
-                whole = torch.empty(1, len(mean), tokens, mean.shape[-1], dtype=torch.bfloat16)
-                for start, pair in zip(range(0, tokens, DRAWN_AT_ONCE), drawn, strict=True):
-                    whole[0, :, start : start + DRAWN_AT_ONCE] = pair[part]
-                tensors.append(whole)
-            self.way.memory[layer] = Kept(tensors[0], tensors[1], torch.zeros(1, 1, tokens, 1))
+        for layer, moments in likeness.layers.items():
+            kept = [torch.empty(1, len(mean), tokens, mean.shape[-1], dtype=torch.bfloat16) for mean, _ in moments]
+            for start, drawn in zip(range(0, tokens, DRAWN_AT_ONCE), likeness.draw(layer, tokens), strict=True):
+                for whole, part in zip(kept, drawn, strict=True):
+                    whole[0, :, start : start + DRAWN_AT_ONCE] = part
+            self.way.memory[layer] = Kept(kept[0], kept[1], torch.zeros(1, 1, tokens, 1))
 
     def step(self, ids: Tensor) -> Tensor:
         return self.way.step(ids)
@@ -241,9 +238,8 @@ class Stock:
     def fill(self, likeness: Likeness, tokens: int) -> None:
         assert self.cache is not None
         # Its layers all have a cache; only the number of tokens matters here, so they may all be like one.
-        layer = next(iter(likeness.layers))
+        drawn = list(zip(*likeness.draw(next(iter(likeness.layers)), tokens), strict=True))
         for cached in self.cache.layers:
-            drawn = list(zip(*likeness.draw(layer, tokens), strict=True))
             cached.keys, cached.values = (
                 torch.cat([own, *(part[None] for part in parts)], 2)
                 for own, parts in zip((cached.keys, cached.values), drawn, strict=True)

@@ -10,6 +10,10 @@ own keys and values; prefill reads a prompt (real text for the base model) and c
 also computes the logits of the whole prompt as the published code does; their time and memory are shown apart. Memory
 is what is resident at most, above the loaded model.
 
+Of pages it is said how far the attention output is off from the exact one, as a share of its size, and how much of the
+attention falls on pages that are read. A model with random weights looks everywhere alike, so that share is small, and
+so is what the other pages' means leave out.
+
 The floor of a decoding step is the time to read what any exact way must read (weights, local context, memory) at the
 rate at which the same run read a buffer of that size; the floor of a prefill is the time of the products that any exact
 way must compute at the rates of matrix products in the same run.
