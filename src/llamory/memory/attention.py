@@ -151,7 +151,7 @@ def _plain(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Matrix products, some queries at a time: for devices and types without a kernel that gives the log-sum-exp."""
-    batch, heads, queries, head_dim = query.shape
+    batch, heads, queries, _ = query.shape
     exact = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     key, value = (_repeat(tensor.to(exact), heads) for tensor in (key, value))
     output = query.new_empty(batch, heads, queries, value.shape[-1], dtype=exact)
