@@ -1,11 +1,16 @@
-"""Attention with its log-sum-exp, so that attention over parts can be merged into attention over the whole."""
+"""Attention with its log-sum-exp, so that local context and memory, or parts of it, merge into one softmax."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from llamory.memory.bank import MemoryBank
+    from llamory.memory.search import Search
 
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_LSE_TILE = 32  # the memory-efficient kernel pads its log-sum-exp to a multiple of this many queries
@@ -105,6 +110,36 @@ def flash(
     if blind is not None:
         log_sum = log_sum.masked_fill(blind, -torch.inf)
         output = output.masked_fill(blind.unsqueeze(-1), 0)
+    return output, log_sum
+
+
+def attend(
+    query: Tensor, banks: Sequence[MemoryBank], layer: int, scaling: float, search: Search
+) -> tuple[Tensor, Tensor]:
+    """Attention of a batch over its rows' memories; rows with the same memory are attended together, read once.
+
+    Args:
+        query: (batch, heads, queries, head_dim).
+        banks: one per row; the same bank, or forks of one, may stand several times.
+        layer: whose memory.
+        scaling: what scores are multiplied by.
+        search: how.
+
+    Returns:
+        Output of the query's shape and type, and the log-sum-exp (batch, heads, queries) in float32; 0 and -inf for
+        rows whose memory is empty.
+    """
+    together: dict[tuple, list[int]] = {}
+    for row, bank in enumerate(banks):
+        spans = tuple((id(span.block), span.start, span.stop) for span in bank.spans(layer))
+        together.setdefault(spans, []).append(row)
+    if len(together) == 1:
+        return search.attend(query, banks[0], layer, scaling)
+    output, log_sum = nothing(query)
+    for spans, rows in together.items():
+        if spans:
+            at = torch.tensor(rows, device=query.device)
+            output[at], log_sum[at] = search.attend(query[at], banks[rows[0]], layer, scaling)
     return output, log_sum
 
 

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
 from llamory.memory import exact
+from llamory.memory.attention import attend
 from llamory.memory.blocks import Span
-from llamory.memory.search import attend, make_search
+from llamory.memory.search import make_search
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5, torch.int8: 1e-5}
 if torch.cpu._is_amx_tile_supported():
