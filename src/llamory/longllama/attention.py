@@ -20,9 +20,9 @@ from transformers.models.llama.modeling_llama import (
 from llamory.longllama.cache import LongLlamaCache, LongLlamaCacheLayer
 from llamory.longllama.local import Chunk
 from llamory.memory import MemoryBank
-from llamory.memory.attention import flash, merge
+from llamory.memory.attention import attend, flash, merge
 from llamory.memory.blocks import Span
-from llamory.memory.search import Search, attend
+from llamory.memory.search import Search
 
 
 @dataclass

@@ -1,11 +1,16 @@
-"""Attention with its log-sum-exp, so that attention over parts can be merged into attention over the whole."""
+"""Attention with its log-sum-exp, so that local context and memory, or parts of it, merge into one softmax."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from llamory.memory.bank import MemoryBank
+    from llamory.memory.search import Search
 
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_LSE_TILE = 32  # the memory-efficient kernel pads its log-sum-exp to a multiple of this many queries
@@ -108,6 +113,36 @@ def flash(
     return output, log_sum
 
 
+def attend(
+    query: Tensor, banks: Sequence[MemoryBank], layer: int, scaling: float, search: Search
+) -> tuple[Tensor, Tensor]:
+    """Attention of a batch over its rows' memories; rows with the same memory are attended together, read once.
+
+    Args:
+        query: (batch, heads, queries, head_dim).
+        banks: one per row; the same bank, or forks of one, may stand several times.
+        layer: whose memory.
+        scaling: what scores are multiplied by.
+        search: how.
+
+    Returns:
+        Output of the query's shape and type, and the log-sum-exp (batch, heads, queries) in float32; 0 and -inf for
+        rows whose memory is empty.
+    """
+    together: dict[tuple, list[int]] = {}
+    for row, bank in enumerate(banks):
+        spans = tuple((id(span.block), span.start, span.stop) for span in bank.spans(layer))
+        together.setdefault(spans, []).append(row)
+    if len(together) == 1:
+        return search.attend(query, banks[0], layer, scaling)
+    output, log_sum = nothing(query)
+    for spans, rows in together.items():
+        if spans:
+            at = torch.tensor(rows, device=query.device)
+            output[at], log_sum[at] = search.attend(query[at], banks[rows[0]], layer, scaling)
+    return output, log_sum
+
+
 def _additive(mask: Tensor | None, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The mask as four-dimensional numbers to add, and the rows that see nothing."""
     if mask is None:
@@ -151,7 +186,7 @@ def _plain(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
     """Matrix products, some queries at a time: for devices and types without a kernel that gives the log-sum-exp."""
-    batch, heads, queries, head_dim = query.shape
+    batch, heads, queries, _ = query.shape
     exact = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     key, value = (_repeat(tensor.to(exact), heads) for tensor in (key, value))
     output = query.new_empty(batch, heads, queries, value.shape[-1], dtype=exact)

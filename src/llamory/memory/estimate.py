@@ -18,28 +18,32 @@ def score_moments(query: Tensor, means: Tensor, variances: Tensor) -> tuple[Tens
     return query @ means.transpose(-1, -2), query.square() @ variances.transpose(-1, -2)
 
 
-def log_sum_exp(mean: Tensor, variance: Tensor, count: int) -> Tensor:
+def log_sum_exp(mean: Tensor, variance: Tensor, count: int | Tensor) -> Tensor:
     """Estimated logarithm of the sum of exp(score) over the `count` tokens of a page.
 
     For a normal distribution it is log(count) + mean + variance / 2; a page's few scores have no such long tail as
     large variances promise, so the correction grows slower there.
     """
     variance = variance * VARIANCE_SHARE
-    return (mean + math.log(count)).addcdiv_(variance, variance / 8 + 2)
+    return (mean + _log(count)).addcdiv_(variance, variance / 8 + 2)
 
 
-def potential(mean: Tensor, variance: Tensor, count: int) -> Tensor:
+def potential(mean: Tensor, variance: Tensor, count: int | Tensor) -> Tensor:
     """Logarithm of the error that not reading a page may bring: the root of its expected sum of exp(2 * score).
 
     Tokens of a page that isn't read get the same share each instead of their own, and their values go each its own
     way. For normally distributed scores that sum is count * exp(2 * mean + 2 * variance), but no score is larger than
     the largest of so many.
     """
-    log_count = math.log(count)
-    largest = variance.sqrt().mul_(TAIL * math.sqrt(2 * log_count))
+    log_count = _log(count)
+    largest = variance.sqrt().mul_((2 * log_count) ** 0.5 * TAIL)
     return torch.minimum(largest, variance + log_count / 2, out=largest).add_(mean)
 
 
 def shares(estimates: Tensor, log_sum: Tensor) -> Tensor:
     """Share of each page (..., queries, pages) in a log-sum-exp (..., queries), 0 where that is -inf; in place."""
     return estimates.sub_(log_sum.clamp_min(torch.finfo(torch.float32).min).unsqueeze(-1)).exp_()
+
+
+def _log(count: int | Tensor) -> float | Tensor:
+    return count.log() if isinstance(count, Tensor) else math.log(count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,24 @@ if TYPE_CHECKING:
     from llamory.memory.bank import MemoryBank
 
 CHUNK = 4096  # tokens per head that are converted and read while they are in the processor's cache
+TOLERANCE = 0.1  # expected error, as a share of the values' size, from which a query reads everything after all
+EXACT_QUERIES = 16  # so many of a head's queries may at once,
+EXACT_SHARE = 16  # or one in so many
 TRAVELLING_QUERIES = 512  # per head: more than these stay where they are, and the memory travels to them
+
+
+class Found(NamedTuple):
+    """Attention of folded queries.
+
+    Attributes:
+        output: (kv_heads, queries, head_dim).
+        log_sum: log-sum-exp of all tokens, (kv_heads, queries).
+        read_sum: log-sum-exp of those that were read, the same shape: exp(read_sum - log_sum) of the attention.
+    """
+
+    output: Tensor
+    log_sum: Tensor
+    read_sum: Tensor
 
 
 class ExactSearch:
@@ -34,14 +51,14 @@ class ExactSearch:
 
 def fold(query: Tensor, kv_heads: int) -> Tensor:
     """Query (rows, heads, queries, head_dim) as (kv_heads, all queries that read that head, head_dim)."""
-    rows, heads, queries, head_dim = query.shape
+    rows, head_dim = len(query), query.shape[-1]
     return query.reshape(rows, kv_heads, -1, head_dim).transpose(0, 1).reshape(kv_heads, -1, head_dim)
 
 
 def unfold(output: Tensor, log_sum: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     """Undo `fold` for an output and its log-sum-exp."""
-    rows, heads, queries, head_dim = query.shape
-    output = output.view(len(output), rows, -1, head_dim).transpose(0, 1).reshape(query.shape)
+    rows = len(query)
+    output = output.view(len(output), rows, -1, query.shape[-1]).transpose(0, 1).reshape(query.shape)
     log_sum = log_sum.view(len(log_sum), rows, -1).transpose(0, 1).reshape(query.shape[:-1])
     return output.to(query.dtype), log_sum
 
@@ -73,6 +90,28 @@ def read(query: Tensor, spans: Sequence[Span], scaling: float, head: int | None 
                 output, log_sum = flash(query[None], keys[None], values[None], scaling=scaling)
                 parts.add(output[0], log_sum[0])
     return parts.result(query)
+
+
+def read_uncertain(
+    estimate: Found, error: Tensor, tolerance: float, query: Tensor, spans: Sequence[Span], scaling: float
+) -> Found:
+    """Put exact attention in the place of estimates that may be far off: the worst, but not too many at once.
+
+    Args:
+        estimate: what was found; changed in place.
+        error: what is expected of it, as a share of the values' size, (kv_heads, queries).
+        tolerance: error from which a query reads everything.
+        query, spans, scaling: as for `read`.
+    """
+    limit = min(query.shape[1], max(EXACT_QUERIES, query.shape[1] // EXACT_SHARE))
+    largest, at = error.topk(limit, 1)
+    for head, count in enumerate((largest > tolerance).sum(1).tolist()):
+        if count:
+            these = at[head, :count]
+            exactly, exact_sum = read(query[head : head + 1, these], spans, scaling, head)
+            estimate.output[head, these] = exactly[0]
+            estimate.log_sum[head, these] = estimate.read_sum[head, these] = exact_sum[0]
+    return estimate
 
 
 def _read_span(query: Tensor, span: Span, scaling: float, heads: slice, parts: Parts) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from llamory.memory.attention import flash, merge, nothing
 from llamory.memory.blocks import Span
 from llamory.memory.estimate import log_sum_exp, potential, score_moments, shares
-from llamory.memory.exact import fold, read, unfold
+from llamory.memory.exact import TOLERANCE, Found, fold, read, read_uncertain, unfold
 from llamory.memory.likeness import alike
 from llamory.memory.stretches import CHAPTER, CHAPTER_PAGES, PAGE, Volume, volume_of
 
@@ -32,9 +32,6 @@ OPENED_CHAPTERS = 64  # at least
 ESTIMATES = 1 << 19  # made at once, so that they stay in the processor's cache
 LARGEST_RISK = 40.0  # logarithm, so that sums stay finite
 GATHERED = 1 << 21  # numbers of keys, and of values, that are gathered at once
-TOLERANCE = 0.1  # expected error, as a share of the values' size, from which a query reads everything
-EXACT_QUERIES = 16  # so many may, per head,
-EXACT_SHARE = 16  # or one in so many
 
 
 class PagesSearch:
@@ -51,21 +48,31 @@ class PagesSearch:
 
     def attend(self, query: Tensor, bank: MemoryBank, layer: int, scaling: float) -> tuple[Tensor, Tensor]:
         """See `Search.attend`."""
+        return self.attend_and_tell(query, bank, layer, scaling)[:2]
+
+    def attend_and_tell(
+        self, query: Tensor, bank: MemoryBank, layer: int, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `attend`, and the log-sum-exp of the tokens that were read, to see what was found."""
         spans = bank.spans(layer)
         if not spans or query.numel() == 0:
-            return nothing(query)
+            output, log_sum = nothing(query)
+            return output, log_sum, log_sum
         folded = fold(query, spans[0].block.keys.shape[0])
         parts = []
         for device in {span.block.keys.device for span in spans}:
             here = [span for span in spans if span.block.keys.device == device]
-            output, log_sum = self._attend(folded.to(device), here, scaling, len(query))
-            parts.append((output.to(query.device), log_sum.to(query.device)))
-        return unfold(*merge(*zip(*parts, strict=True)), query)
+            found = self._attend(folded.to(device), here, scaling, len(query))
+            parts.append([tensor.to(query.device) for tensor in found])
+        outputs, log_sums, read_sums = zip(*parts, strict=True)
+        output, log_sum = unfold(*merge(outputs, log_sums), query)
+        return output, log_sum, unfold(outputs[0], torch.stack(read_sums).logsumexp(0), query)[1]
 
-    def _attend(self, query: Tensor, spans: list[Span], scaling: float, rows: int) -> tuple[Tensor, Tensor]:
+    def _attend(self, query: Tensor, spans: list[Span], scaling: float, rows: int) -> Found:
         volume, rest = volume_of(spans)
         if volume is None or self.top_k >= volume.page_count:
-            return read(query, spans, scaling)
+            output, log_sum = read(query, spans, scaling)
+            return Found(output, log_sum, log_sum)
         heads, queries, head_dim = query.shape
         query = query.float()
         order = _groups(query, rows)
@@ -75,20 +82,20 @@ class PagesSearch:
         beside, beside_sum = read(grouped.view(heads, -1, head_dim), rest, 1.0)
         beside_sum = beside_sum.view(heads, groups, size)
         step = max(1, ESTIMATES // (heads * size * volume.chapters[0].shape[1]))
-        found = [
+        parts = [
             self._search(grouped[:, start : start + step], volume, beside_sum[:, start : start + step])
             for start in range(0, groups, step)
         ]
         exactly, exact_sum, unread, unread_sum, risk = (
-            tensors[0] if groups <= step else torch.cat(tensors, 1) for tensors in zip(*found, strict=True)
+            tensors[0] if groups <= step else torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)
         )
-        result, result_sum = merge(
-            (beside.view_as(grouped), exactly, unread), (beside_sum, exact_sum, unread_sum)
-        )
+        result, log_sum = merge((beside.view_as(grouped), exactly, unread), (beside_sum, exact_sum, unread_sum))
+        sums = torch.stack([log_sum, torch.logaddexp(beside_sum, exact_sum), (risk - log_sum).exp_()])
         output = torch.empty_like(query).scatter_(1, _wide(at, head_dim), result.view(heads, -1, head_dim))
-        flat = torch.stack([result_sum, risk - result_sum]).view(2, heads, -1)
-        log_sum, error = query.new_empty(2, heads, queries).scatter_(2, at.expand(2, -1, -1), flat)
-        return self._read_uncertain(query, spans, scaling, output, log_sum, error)
+        log_sum, read_sum, error = query.new_empty(3, heads, queries).scatter_(
+            2, at.expand(3, -1, -1), sums.view(3, heads, -1)
+        )
+        return read_uncertain(Found(output, log_sum, read_sum), error, self.tolerance, query, spans, scaling)
 
     def _search(self, query: Tensor, volume: Volume, known: Tensor) -> tuple[Tensor, ...]:
         """Attention of groups of scaled queries to a volume.
@@ -128,20 +135,6 @@ class PagesSearch:
         unread = (of_chapters.view(heads, -1, count) @ values).view(query.shape) + of_pages @ page_values
         risk = torch.hypot(torch.linalg.vector_norm(risks, dim=-1), torch.linalg.vector_norm(page_risks, dim=-1))
         return *_read_pages(query, volume, numbers), unread, unread_sum, risk.log() + whole
-
-    def _read_uncertain(
-        self, query: Tensor, spans: list[Span], scaling: float, output: Tensor, log_sum: Tensor, error: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Put the exact attention in place where an output's expected error (its logarithm, (kv_heads, queries)) is too large."""
-        limit = min(query.shape[1], max(EXACT_QUERIES, query.shape[1] // EXACT_SHARE))
-        largest, at = error.topk(limit, 1)
-        uncertain = (largest > math.log(self.tolerance)).sum(1).tolist()
-        for head, count in enumerate(uncertain):
-            if count:
-                these = at[head, :count]
-                exactly, exact_sum = read(query[head : head + 1, these], spans, scaling, head)
-                output[head, these], log_sum[head, these] = exactly[0], exact_sum[0]
-        return output, log_sum
 
 
 def _groups(query: Tensor, rows: int) -> Tensor:

@@ -1,16 +1,13 @@
-"""Attention over a memory bank: the ways of searching in it, and rows of a batch that share one memory."""
+"""The ways of searching in a memory bank, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor
 
 from llamory.errors import LlamoryError
-from llamory.memory.attention import nothing
 from llamory.memory.exact import ExactSearch
 
 if TYPE_CHECKING:
@@ -62,33 +59,3 @@ def make_search(name: str, top_k: int | None = None, *, folder: str | Path | Non
 
         return FaissSearch(top_k, folder)
     raise LlamoryError(f"There is no way {name!r} to search in memory: choose one of {', '.join(SEARCHES)}.")
-
-
-def attend(
-    query: Tensor, banks: Sequence[MemoryBank], layer: int, scaling: float, search: Search
-) -> tuple[Tensor, Tensor]:
-    """Attention of a batch over its rows' memories; rows with the same memory are attended together, read once.
-
-    Args:
-        query: (batch, heads, queries, head_dim).
-        banks: one per row; the same bank, or forks of one, may stand several times.
-        layer: whose memory.
-        scaling: what scores are multiplied by.
-        search: how.
-
-    Returns:
-        Output of the query's shape and type, and the log-sum-exp (batch, heads, queries) in float32; 0 and -inf for
-        rows whose memory is empty.
-    """
-    together: dict[tuple, list[int]] = {}
-    for row, bank in enumerate(banks):
-        spans = tuple((id(span.block), span.start, span.stop) for span in bank.spans(layer))
-        together.setdefault(spans, []).append(row)
-    if len(together) == 1:
-        return search.attend(query, banks[0], layer, scaling)
-    output, log_sum = nothing(query)
-    for spans, rows in together.items():
-        if spans:
-            at = torch.tensor(rows, device=query.device)
-            output[at], log_sum[at] = search.attend(query[at], banks[rows[0]], layer, scaling)
-    return output, log_sum

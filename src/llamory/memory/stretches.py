@@ -45,7 +45,7 @@ class Stretch:
     chapters: Tables
 
 
-def cut(span: Span) -> tuple[list[tuple[int, int]], list[Span]]:
+def cut(span: Span, lengths: Sequence[int] = LENGTHS) -> tuple[list[tuple[int, int]], list[Span]]:
     """A span as stretches (start, stop), as large as they fit, and the spans that are left over.
 
     Stretches lie at multiples of their length in the block, so that whoever shares the block shares them.
@@ -54,12 +54,12 @@ def cut(span: Span) -> tuple[list[tuple[int, int]], list[Span]]:
     rest: list[Span] = []
     at = span.start
     while at < span.stop:
-        length = next((n for n in LENGTHS if at % n == 0 and at + n <= span.stop), 0)
+        length = next((n for n in lengths if at % n == 0 and at + n <= span.stop), 0)
         if length:
             stretches.append((at, at + length))
             at += length
         else:
-            stop = min(span.stop, at - at % CHAPTER + CHAPTER)
+            stop = min(span.stop, at - at % lengths[-1] + lengths[-1])
             rest.append(Span(span.block, at, stop))
             at = stop
     return stretches, rest
@@ -154,17 +154,7 @@ def volume_of(spans: Sequence[Span]) -> tuple[Volume | None, list[Span]]:
     The order of the spans makes no difference. Volumes are kept, beside their first block's summaries, until memory
     has grown by a step: one new token costs nothing here.
     """
-    settled, rest = [], []
-    for span in _joined(spans):
-        stop = span.stop
-        if stop == span.block.filled and span.block.free:
-            stop = max(span.start, stop - stop % STEP)
-            rest.append(Span(span.block, stop, span.stop))
-        if stop - span.start >= CHAPTER:
-            settled.append(Span(span.block, span.start, stop))
-        else:
-            rest.append(Span(span.block, span.start, stop))
-    rest = [span for span in rest if len(span)]
+    settled, rest = settle(spans, CHAPTER)
     if not settled:
         return None, rest
     known = settled[0].block.summaries.setdefault("volumes", {})
@@ -177,6 +167,23 @@ def volume_of(spans: Sequence[Span]) -> tuple[Volume | None, list[Span]]:
         known[name] = _bind(settled)
     volume = known[name]
     return (volume, [*volume.rest, *rest]) if volume.page_count else (None, [*volume.rest, *rest])
+
+
+def settle(spans: Sequence[Span], least: int) -> tuple[list[Span], list[Span]]:
+    """Spans as those that are settled and have at least so many tokens, and what is left of them.
+
+    The last tokens in a block with room aren't settled: it pays to know more of them when there are more of them.
+    """
+    settled, rest = [], []
+    for span in _joined(spans):
+        stop = span.stop
+        if stop == span.block.filled and span.block.free:
+            stop = max(span.start, stop - stop % STEP)
+        if stop - span.start < least:
+            stop = span.start
+        settled.append(Span(span.block, span.start, stop))
+        rest.append(Span(span.block, stop, span.stop))
+    return [span for span in settled if len(span)], [span for span in rest if len(span)]
 
 
 def _joined(spans: Sequence[Span]) -> list[Span]:

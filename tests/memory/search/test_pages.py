@@ -134,7 +134,9 @@ def test_memory_may_grow_and_be_shared_between_calls(memory):
 def test_a_stretch_is_summarised_once(memory, monkeypatch):
     made = []
     monkeypatch.setattr(
-        stretches, "_make", lambda block, start, stop, make=stretches._make: made.append(stop) or make(block, start, stop)
+        stretches,
+        "_make",
+        lambda block, start, stop, make=stretches._make: made.append(stop) or make(block, start, stop),
     )
     bank, search, query = memory.filled(5000, capacity=32768), make_search("pages", 2), memory.queries(1, 4, 1, 16)
     for _ in range(4):

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
 from llamory.memory import exact
+from llamory.memory.attention import attend
 from llamory.memory.blocks import Span
-from llamory.memory.search import attend, make_search
+from llamory.memory.search import make_search
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5, torch.int8: 1e-5}
 if torch.cpu._is_amx_tile_supported():
@@ -59,6 +60,21 @@ def test_exact_reads_any_spans_in_any_split(memory, dtype, kv_heads, tokens, cut
         exact.CHUNK = kept
         torch.set_num_threads(before)
     close(found, memory.plain_attention(query, keys[None], values[None], 0.4), TOLERANCE[dtype])
+
+
+def test_queries_may_lie_in_memory_as_projections_leave_them(memory):
+    bank, query = memory.filled(700), memory.queries(2, 5, 4, 16).transpose(1, 2)
+    assert not query.is_contiguous()
+    close(make_search("exact").attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4))
+
+
+@pytest.mark.parametrize("name", ["pages", "faiss"])
+def test_what_was_read_is_told(memory, name):
+    bank, query = memory.filled(9000, head_dim=64, capacity=8192), memory.queries(1, 4, 2, 64)
+    few, many = (make_search(name, count).attend_and_tell(query, bank, 0, 0.125) for count in (10, 200))
+    everything = memory.expected(query, bank, 0.125)[1]
+    found = [(told[2].double() - everything).exp() for told in (few, many)]
+    assert (found[0] < found[1]).all() and (found[1] < 1 + 1e-5).all() and (found[0] > 808 / 9000 / 2).all()
 
 
 @pytest.mark.parametrize("name", ["exact", "pages", "faiss"])
