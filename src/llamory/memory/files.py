@@ -312,7 +312,11 @@ def _alone_with(partial: Path) -> Iterator[BinaryIO]:
                 with suppress(OSError):  # some network file systems have no locks
                     fcntl.flock(file, fcntl.LOCK_EX)
             # Whoever held the lock may have moved the file to where it belongs: then this is not the partial any more.
-            if not (partial.exists() and os.path.samestat(partial.stat(), os.fstat(file.fileno()))):
+            try:
+                moved = not os.path.samestat(partial.stat(), os.fstat(file.fileno()))
+            except FileNotFoundError:
+                moved = True
+            if moved:
                 continue
             file.truncate()
             yield file
