@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 CHUNK = 4096  # tokens per head that are converted and read while they are in the processor's cache
 TOLERANCE = 0.1  # expected error, as a share of the values' size, from which a query reads everything after all
-EXACT_QUERIES = 16  # so many of a head's queries may at once,
+EXACT_QUERIES = 16  # so many of a row's queries may at once, per key-value head,
 EXACT_SHARE = 16  # or one in so many
 TRAVELLING_QUERIES = 512  # per head: more than these stay where they are, and the memory travels to them
 
@@ -93,21 +93,26 @@ def read(query: Tensor, spans: Sequence[Span], scaling: float, head: int | None 
 
 
 def read_uncertain(
-    estimate: Found, error: Tensor, tolerance: float, query: Tensor, spans: Sequence[Span], scaling: float
+    estimate: Found, error: Tensor, tolerance: float, query: Tensor, rows: int, spans: Sequence[Span], scaling: float
 ) -> Found:
-    """Put exact attention in the place of estimates that may be far off: the worst, but not too many at once.
+    """Put exact attention in the place of estimates that may be far off: the worst of a row, but not too many at once.
 
     Args:
         estimate: what was found; changed in place.
         error: what is expected of it, as a share of the values' size, (kv_heads, queries).
         tolerance: error from which a query reads everything.
         query, spans, scaling: as for `read`.
+        rows: of the batch, that the queries are of.
     """
-    limit = min(query.shape[1], max(EXACT_QUERIES, query.shape[1] // EXACT_SHARE))
-    largest, at = error.topk(limit, 1)
-    for head, count in enumerate((largest > tolerance).sum(1).tolist()):
-        if count:
-            these = at[head, :count]
+    error = error.view(len(error), rows, -1)
+    queries = error.shape[2]
+    limit = min(queries, max(EXACT_QUERIES, queries // EXACT_SHARE))
+    largest, at = error.topk(limit, 2)
+    at = at + torch.arange(rows, device=at.device).unsqueeze(1) * queries
+    uncertain = largest > tolerance
+    for head, any_uncertain in enumerate(uncertain.flatten(1).any(1).tolist()):
+        if any_uncertain:
+            these = at[head][uncertain[head]]
             exactly, exact_sum = read(query[head : head + 1, these], spans, scaling, head)
             estimate.output[head, these] = exactly[0]
             estimate.log_sum[head, these] = estimate.read_sum[head, these] = exact_sum[0]

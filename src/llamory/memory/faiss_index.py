@@ -52,11 +52,11 @@ class FaissSearch:
         if not spans or query.numel() == 0:
             output, log_sum = nothing(query)
             return output, log_sum, log_sum
-        found = self._attend(fold(query, spans[0].block.keys.shape[0]), spans, scaling)
+        found = self._attend(fold(query, spans[0].block.keys.shape[0]), spans, scaling, len(query))
         output, log_sum = unfold(found.output, found.log_sum, query)
         return output, log_sum, unfold(found.output, found.read_sum, query)[1]
 
-    def _attend(self, query: Tensor, spans: list[Span], scaling: float) -> Found:
+    def _attend(self, query: Tensor, spans: list[Span], scaling: float, rows: int) -> Found:
         settled, rest = settle(spans, LENGTHS[-1])
         places: list[tuple[Block, int, int]] = []
         if sum(map(len, spans)) > self.top_k:
@@ -74,7 +74,7 @@ class FaissSearch:
         output, log_sum = merge((beside, *near, *far), (beside_sum, *near_sums, *far_sums))
         read_sum = torch.stack([beside_sum, *near_sums]).logsumexp(0)
         error = (torch.stack(risks).logsumexp(0) - log_sum).exp_()
-        return read_uncertain(Found(output, log_sum, read_sum), error, self.tolerance, query, spans, scaling)
+        return read_uncertain(Found(output, log_sum, read_sum), error, self.tolerance, query, rows, spans, scaling)
 
     def _search(self, query: Tensor, block: Block, start: int, stop: int) -> tuple[Tensor, ...]:
         """Attention of scaled queries (kv_heads, queries, head_dim) to a part of a block.
@@ -114,7 +114,11 @@ def _attend_part(query: Tensor, span: Span, part: Part, count: int) -> tuple[Ten
     empty = left < 0.5
     left = left.clamp_min(1)
     rest = log_sum_exp(mean, variance, left).masked_fill_(empty, -torch.inf)
-    risk = (2 * potential(mean, variance, left).masked_fill_(empty, -torch.inf)).logsumexp(-1) / 2
+    # In a list that was looked into, no score is higher than the lowest that was found.
+    lowest = scores.masked_fill(none, torch.inf).amin(-1, keepdim=True)
+    risks = potential(mean, variance, left)
+    risks = torch.where(left < counts - 0.5, torch.minimum(risks, (rest + lowest) / 2), risks)
+    risk = (2 * risks.masked_fill_(empty, -torch.inf)).logsumexp(-1) / 2
     far_sum = rest.logsumexp(-1)
     per_token = shares(rest, far_sum) / left
     far = (per_token * counts) @ part.values

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from llamory.memory.bank import MemoryBank
 
 DEFAULT_PAGES = 32
-GROUP = 64  # queries, of all, that share the pages they read
-ROW_GROUP = 16  # a row's queries share theirs if they are so few
+GROUP = 64  # queries of a row, at most, that share the pages they read
+EXACT_TOKENS = 8192  # up to so many, a window of queries reads everything faster than it finds pages
 GROUP_PAGES = 2  # times the pages of one query are read by a group
 OPENED_CHAPTERS = 64  # at least
 ESTIMATES = 1 << 19  # made at once, so that they stay in the processor's cache
@@ -70,7 +70,11 @@ class PagesSearch:
 
     def _attend(self, query: Tensor, spans: list[Span], scaling: float, rows: int) -> Found:
         volume, rest = volume_of(spans)
-        if volume is None or self.top_k >= volume.page_count:
+        if (
+            volume is None
+            or self.top_k >= volume.page_count
+            or (query.shape[1] // rows > GROUP and volume.page_count * PAGE <= EXACT_TOKENS)
+        ):
             output, log_sum = read(query, spans, scaling)
             return Found(output, log_sum, log_sum)
         heads, queries, head_dim = query.shape
@@ -95,7 +99,7 @@ class PagesSearch:
         log_sum, read_sum, error = query.new_empty(3, heads, queries).scatter_(
             2, at.expand(3, -1, -1), sums.view(3, heads, -1)
         )
-        return read_uncertain(Found(output, log_sum, read_sum), error, self.tolerance, query, spans, scaling)
+        return read_uncertain(Found(output, log_sum, read_sum), error, self.tolerance, query, rows, spans, scaling)
 
     def _search(self, query: Tensor, volume: Volume, known: Tensor) -> tuple[Tensor, ...]:
         """Attention of groups of scaled queries to a volume.
@@ -138,18 +142,22 @@ class PagesSearch:
 
 
 def _groups(query: Tensor, rows: int) -> Tensor:
-    """Which queries read pages together: their numbers, (kv_heads, groups, size); some may stand there twice."""
-    heads, queries, _ = query.shape
-    numbers = torch.arange(queries, device=query.device)
-    if queries // rows <= ROW_GROUP:
-        return numbers.view(1, rows, -1).expand(heads, -1, -1).contiguous()
-    if queries <= GROUP:
-        return numbers.expand(heads, 1, -1).contiguous()
-    # Queries that are alike want the same pages; neighbouring ones much less so.
-    groups = 1 << math.ceil(math.log2(queries / GROUP))
-    size = -(-queries // groups)
-    padded = torch.arange(size * groups, device=query.device).clamp_max_(queries - 1)
-    return padded[alike(query[:, padded], size)].view(heads, groups, size)
+    """Which queries read pages together: their numbers, (kv_heads, groups, size); some may stand there twice.
+
+    Groups are made row by row, so that no row's result depends on the others.
+    """
+    heads, queries, head_dim = query.shape
+    per_row = queries // rows
+    numbers = torch.arange(rows, device=query.device).unsqueeze(1) * per_row
+    if per_row <= GROUP:
+        within = torch.arange(per_row, device=query.device).expand(heads * rows, 1, -1)
+    else:
+        # Queries that are alike want the same pages; neighbouring ones much less so.
+        groups = 1 << math.ceil(math.log2(per_row / GROUP))
+        size = -(-per_row // groups)
+        padded = torch.arange(size * groups, device=query.device).clamp_max_(per_row - 1)
+        within = padded[alike(query.view(heads * rows, per_row, head_dim)[:, padded], size)].view(-1, groups, size)
+    return (within.unflatten(0, (heads, rows)) + numbers.unsqueeze(1)).flatten(1, 2)
 
 
 def _relative(risks: Tensor, whole: Tensor) -> Tensor:

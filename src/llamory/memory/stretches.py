@@ -132,20 +132,14 @@ class Volume:
         first = torch.arange(heads, device=numbers.device).view(-1, 1, 1) * total
         rows = self.rows.reshape(-1, PAGE).index_select(0, (numbers + first).view(-1))
         if len(self.blocks) == 1:
-            return _gather(self.blocks[0][0], rows)
+            return _gather([self.blocks[0][0]], rows, [0, len(rows)])
         # Sorted by their number, the pages of each block stand together.
         in_order, order = numbers.reshape(-1).sort()
         rows = rows.index_select(0, order)
         edges = torch.tensor([first for _, first, _ in self.blocks[1:]], device=numbers.device)
         cuts = [0, *torch.searchsorted(in_order, edges).tolist(), len(order)]
-        parts = [
-            _gather(block, rows[start:stop])
-            for (block, _, _), start, stop in zip(self.blocks, cuts, cuts[1:], strict=False)
-            if stop > start
-        ]
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        keys, values = (torch.cat(tensors).index_select(0, back) for tensors in zip(*parts, strict=True))
-        return keys, values
+        return _gather([block for block, _, _ in self.blocks], rows, cuts, back)
 
 
 def volume_of(spans: Sequence[Span]) -> tuple[Volume | None, list[Span]]:
@@ -233,14 +227,32 @@ def _bind(spans: Sequence[Span]) -> Volume:
     return volume
 
 
-def _gather(block: Block, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (pages, PAGE, head_dim) of pages whose rows (pages, PAGE) are given."""
-    flat, head_dim = rows.view(-1), block.keys.shape[-1]
+def _gather(blocks: list[Block], rows: Tensor, cuts: list[int], order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Keys and values (pages, PAGE, head_dim) of pages whose rows (pages, PAGE) are given.
+
+    Args:
+        blocks: where the pages are.
+        rows: block after block.
+        cuts: the first page of each block, and behind the last.
+        order: to put the pages in.
+    """
+    block, flat, head_dim = blocks[0], rows.view(-1), blocks[0].keys.shape[-1]
     kind = torch.float32 if block.key_scales is not None or converts(block.keys) else block.keys.dtype
-    gathered = []
-    for tensor, scales in ((block.keys, block.key_scales), (block.values, block.value_scales)):
-        part = tensor.reshape(-1, head_dim).index_select(0, flat).to(kind)
-        if scales is not None:
-            part *= scales.reshape(-1).index_select(0, flat).unsqueeze(-1)
-        gathered.append(part.view(*rows.shape, head_dim))
-    return gathered[0], gathered[1]
+
+    def gathered(tensors: list[Tensor]) -> Tensor:
+        target = tensors[0].new_empty(rows.numel(), *tensors[0].shape[2:])
+        for tensor, start, stop in zip(tensors, cuts, cuts[1:], strict=False):
+            if stop > start:
+                at = slice(start * PAGE, stop * PAGE)
+                torch.index_select(tensor.flatten(0, 1), 0, flat[at], out=target[at])
+        target = target.view(len(rows), -1)
+        return target if order is None else target.index_select(0, order)
+
+    keys, values = (
+        gathered(tensors).to(kind).view(-1, PAGE, head_dim)
+        for tensors in ([block.keys for block in blocks], [block.values for block in blocks])
+    )
+    if block.key_scales is not None:
+        keys *= gathered([block.key_scales for block in blocks]).unsqueeze(-1)
+        values *= gathered([block.value_scales for block in blocks]).unsqueeze(-1)
+    return keys, values

@@ -7,11 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamory.memory import stretches
+from llamory.memory import pages, stretches
 from llamory.memory.blocks import Block, Span
 from llamory.memory.likeness import alike
 from llamory.memory.pages import PagesSearch
 from llamory.memory.search import make_search
+
+
+@pytest.fixture(autouse=True)
+def _pages_in_small_memories_too(monkeypatch):
+    monkeypatch.setattr(pages, "EXACT_TOKENS", 0)
 
 
 def close(found, expected, tolerance=1e-5):
@@ -131,6 +136,12 @@ def test_memory_may_grow_and_be_shared_between_calls(memory):
     close(search.attend(memory.queries(1, 4, 2, 16, seed=102), early, 0, 0.1), before)
 
 
+def test_a_window_over_a_small_memory_reads_everything(memory, monkeypatch):
+    monkeypatch.setattr(pages, "EXACT_TOKENS", 8192)
+    bank, query = memory.filled(9000, capacity=16384), memory.queries(1, 4, 100, 16)
+    close(make_search("pages", 1).attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4))
+
+
 def test_a_stretch_is_summarised_once(memory, monkeypatch):
     made = []
     monkeypatch.setattr(
@@ -159,9 +170,10 @@ def test_segments_in_another_order_give_the_same(memory):
     close(found, memory.expected(query, both, 0.1), 0.02)
 
 
-def test_rows_that_share_a_memory_are_what_they_are_apart(memory):
-    bank, query = memory.filled(9000, capacity=16384), memory.queries(3, 6, 2, 16)
+@pytest.mark.parametrize("queries", [2, 150])
+def test_rows_that_share_a_memory_are_what_they_are_apart(memory, queries):
+    bank, query = memory.filled(9000, capacity=16384), memory.queries(3, 6, queries, 16)
     search = make_search("pages", 4)
-    together = search.attend(query, bank, 0, 0.1)
+    together = search.attend(query, bank, 0, 0.4)
     for row in range(3):
-        close(search.attend(query[row : row + 1], bank, 0, 0.1), [t[row : row + 1] for t in together])
+        close(search.attend(query[row : row + 1], bank, 0, 0.4), [t[row : row + 1] for t in together])
