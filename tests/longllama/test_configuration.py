@@ -176,7 +176,9 @@ def test_load_long_model_chooses_for_a_plain_llama(model_folder, make_model, tmp
     config = load_long_model(model_folder).config
     assert config.mem_layers == [0, 1]
     assert config.max_position_embeddings == 512
-    changed = load_long_model(model_folder, mem_layers=[1], context_length=64, mem_dtype="int8", mem_search="pages").config
+    changed = load_long_model(
+        model_folder, mem_layers=[1], context_length=64, mem_dtype="int8", mem_search="pages"
+    ).config
     assert (changed.mem_layers, changed.max_position_embeddings, changed.mem_dtype) == ([1], 64, "int8")
     assert changed.last_context_length == 64
     make_model().save_pretrained(tmp_path)
