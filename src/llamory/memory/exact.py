@@ -179,7 +179,8 @@ def _converted(tensor: Tensor, scales: Tensor | None, heads: slice, tokens: slic
     source = tensor[heads, tokens]
     room: Tensor | None = getattr(_scratch, name, None)
     if room is None or room.numel() < source.numel():
-        room = torch.empty(source.numel(), dtype=torch.float32)
+        with torch.inference_mode(False):  # else nobody outside of that mode could write into it
+            room = torch.empty(source.numel(), dtype=torch.float32)
         setattr(_scratch, name, room)
     target = room[: source.numel()].view(source.shape).copy_(source)
     if scales is not None:

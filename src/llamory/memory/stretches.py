@@ -25,7 +25,7 @@ CHAPTER = PAGE * CHAPTER_PAGES
 LENGTHS = (16384, 4096, 1024, 256)
 STEP = 4096  # tokens behind the last multiple of it in a block that may still grow are read as they are
 
-KEPT_VOLUMES = 4
+KEPT_VOLUMES = 2  # of memories that begin with the same block, such as forks that went on
 
 Tables = tuple[Tensor, ...]
 
@@ -239,7 +239,8 @@ def _gather(blocks: list[Block], rows: Tensor, cuts: list[int], order: Tensor | 
     block, flat, head_dim = blocks[0], rows.view(-1), blocks[0].keys.shape[-1]
     kind = torch.float32 if block.key_scales is not None or converts(block.keys) else block.keys.dtype
 
-    def gathered(tensors: list[Tensor]) -> Tensor:
+    def gathered(name: str) -> Tensor:
+        tensors = [getattr(block, name) for block in blocks]
         target = tensors[0].new_empty(rows.numel(), *tensors[0].shape[2:])
         for tensor, start, stop in zip(tensors, cuts, cuts[1:], strict=False):
             if stop > start:
@@ -248,11 +249,8 @@ def _gather(blocks: list[Block], rows: Tensor, cuts: list[int], order: Tensor | 
         target = target.view(len(rows), -1)
         return target if order is None else target.index_select(0, order)
 
-    keys, values = (
-        gathered(tensors).to(kind).view(-1, PAGE, head_dim)
-        for tensors in ([block.keys for block in blocks], [block.values for block in blocks])
-    )
+    keys, values = (gathered(name).to(kind).view(-1, PAGE, head_dim) for name in ("keys", "values"))
     if block.key_scales is not None:
-        keys *= gathered([block.key_scales for block in blocks]).unsqueeze(-1)
-        values *= gathered([block.value_scales for block in blocks]).unsqueeze(-1)
+        keys *= gathered("key_scales").unsqueeze(-1)
+        values *= gathered("value_scales").unsqueeze(-1)
     return keys, values

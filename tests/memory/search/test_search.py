@@ -1,5 +1,7 @@
 """What all ways of searching in memory have in common."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -123,6 +125,19 @@ def test_a_growing_memory_is_seen_at_every_step(memory, name):
         bank.append(0, *memory.queries(2, 2, tokens, 16, seed=step))
         query = memory.queries(1, 4, 2, 16, seed=100 + step)
         close(search.attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4))
+
+
+@pytest.mark.parametrize("name", ["exact", "pages", "faiss"])
+def test_a_memory_first_asked_in_inference_mode_can_be_asked_outside_of_it(memory, name, monkeypatch):
+    monkeypatch.setattr(exact, "_scratch", threading.local())
+    bank, search, query = (
+        memory.filled(9000, dtype=torch.int8, capacity=8192),
+        make_search(name),
+        memory.queries(1, 4, 3, 16),
+    )
+    with torch.inference_mode():
+        inside = [tensor.clone() for tensor in search.attend(query, bank, 0, 0.4)]
+    close(search.attend(query, bank, 0, 0.4), inside)
 
 
 def test_wrong_settings_are_refused_in_a_sentence():
