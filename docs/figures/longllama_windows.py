@@ -42,9 +42,8 @@ def draw() -> str:
         y = TOP + query * CELL
         colour = NEW if query >= PROMPT else LOCAL if stays else WINDOW
         out.append(f'<rect x="{LEFT - 30}" y="{y + 1}" width="22" height="{CELL - 2}" fill="{colour}" rx="3"/>')
-        out.append(
-            f'<rect x="{LEFT + query * CELL + 1}" y="{TOP - 28}" width="{CELL - 2}" height="20" fill="{colour}" rx="3"/>'
-        )
+        place = f'x="{LEFT + query * CELL + 1}" y="{TOP - 28}"'
+        out.append(f'<rect {place} width="{CELL - 2}" height="20" fill="{colour}" rx="3"/>')
         text = f'x="{LEFT - 19}" y="{y + 18}" text-anchor="middle" fill="white"'
         out.append(f"<text {text}>{min(position, CONTEXT - 1)}</text>")
         for key in range(count):
