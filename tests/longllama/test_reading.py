@@ -460,6 +460,17 @@ def test_too_little_memory_is_one_sentence(refused, texts, monkeypatch, error) -
     assert "int8" in message
 
 
+def test_too_little_memory_for_the_weights_is_said_too(refused, texts, monkeypatch) -> None:
+    def short(*_, **__):
+        try:
+            raise RuntimeError("unable to mmap 9 bytes: Cannot allocate memory (12)")
+        except RuntimeError as error:
+            raise LlamoryError("The weights can't be read.") from error
+
+    monkeypatch.setattr(reading, "load_model_for", short)
+    assert "too little memory" in refused(texts)
+
+
 def test_memory_is_asked_for_before_the_system_ends_the_process(refused, texts, monkeypatch) -> None:
     monkeypatch.setattr(room, "available", lambda: room.RESERVE - 1)
     assert "too little memory" in refused(texts)

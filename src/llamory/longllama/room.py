@@ -27,13 +27,14 @@ def told_if_memory_is_short(advice: str) -> Iterator[None]:
     """Turn what Python, torch and the system raise for too little memory into one sentence that ends in `advice`."""
     try:
         yield
-    except (MemoryError, RuntimeError, OSError) as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError, OSError, LlamoryError) as error:
+        # Loading a model says that its weights can't be read, and why.
+        if not (is_out_of_memory(error) or is_out_of_memory(error.__cause__)):
             raise
         raise LlamoryError(f"The computer has too little memory for this: {advice}") from error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error says that no more memory can be had."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
