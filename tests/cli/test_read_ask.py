@@ -55,7 +55,7 @@ def test_read_says_what_it_did(read, llamory, texts, book) -> None:
 
 
 def test_read_shows_speed_and_time_left(read, texts, monkeypatch) -> None:
-    monkeypatch.setattr("llamory.longllama.progress._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("llamory.reading.progress._SECONDS_BETWEEN_LINES", 0.0)
     lines = [line for line in read(texts).err.splitlines() if "tokens/s" in line]
     assert lines
     assert lines[-1].startswith("texts/rivers.txt: ")

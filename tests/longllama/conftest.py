@@ -1,43 +1,18 @@
-"""Tiny random models with memory."""
+"""What the tests of LongLLaMA share."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
-from llamory.longllama import LongLlamaConfig, LongLlamaForCausalLM
-
-CONTEXT, LAST = 16, 8
-
-Make = Callable[..., LongLlamaForCausalLM]
+from llamory.longllama import LongLlamaForCausalLM
+from tiny_models import make_long_llama
 
 
 @pytest.fixture
-def make_model() -> Make:
-    """Makes a model of 3 layers, 4 heads over 2 key/value heads, context 16, last context 8, memory in float32."""
-
-    def make(**changes: Any) -> LongLlamaForCausalLM:
-        torch.manual_seed(0)
-        settings: dict[str, Any] = {
-            "vocab_size": 97,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": CONTEXT,
-            "last_context_length": LAST,
-            "mem_layers": [1, 2],
-            "mem_dtype": "float32",
-            "initializer_range": 0.2,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        }
-        return LongLlamaForCausalLM(LongLlamaConfig(**settings | changes)).eval()
-
-    return make
+def make_model() -> Callable[..., LongLlamaForCausalLM]:
+    """Makes a tiny model; settings can be changed."""
+    return make_long_llama
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from plain_longllama import logits, sight
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TextIteratorStreamer, pipeline
 
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
+from plain_longllama import logits, sight
 
 CONTEXT, LAST = 16, 8
 LONG = {"do_sample": False, "max_new_tokens": 30, "min_new_tokens": 30}

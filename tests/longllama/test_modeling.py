@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from plain_longllama import logits, sight
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
+from plain_longllama import logits, sight
 
 CONTEXT, LAST = 16, 8
 

@@ -42,7 +42,7 @@ def ask(
     """Ask what was read into one or more memories; the answer comes word by word."""
     out = sys.stdout
     with working(quiet=quiet):
-        from llamory.longllama.asking import OpenMemory
+        from llamory.reading.asking import OpenMemory
 
         opened = OpenMemory(
             memory,

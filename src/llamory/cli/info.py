@@ -75,7 +75,7 @@ def _may_be_memory(path: str) -> bool:
 
 
 def _memory(path: str) -> dict[str, Any]:
-    from llamory.longllama.books import Book
+    from llamory.reading.books import Book
 
     return Book(path).summary()
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llamory.longllama import LongLlamaForCausalLM
-from llamory.longllama.manuscripts import Manuscript
 from llamory.memory import MemoryBank
+from llamory.reading.manuscripts import Manuscript
 
 # Between two savings within a document, in seconds; and saving takes a twentieth of the time at most.
 SAVE_EVERY = 60.0

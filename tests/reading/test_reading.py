@@ -16,10 +16,10 @@ from filelock import FileLock
 from transformers import AutoTokenizer
 
 from llamory.errors import LlamoryError
-from llamory.longllama import partial, reading, room
+from llamory.reading import partial, reading, room
 from llamory.longllama.loading import load_long_model
-from llamory.longllama.reading import ReadReport, read_documents_into
 from llamory.memory import MemoryBank
+from llamory.reading.reading import ReadReport, read_documents_into
 
 CONTEXT = 16
 SETTINGS = {"mem_layers": [1], "context_length": CONTEXT, "mem_dtype": "float32"}
@@ -211,8 +211,8 @@ def test_a_folder_that_was_moved_is_known_again(read, book, texts, tmp_path) -> 
 
 KILLED = """
 import os, signal, sys
-from llamory.longllama import partial, reading
-from llamory.longllama.progress import ReadingBar
+from llamory.reading import partial, reading
+from llamory.reading.progress import ReadingBar
 
 partial.SAVE_EVERY = partial._SHARE = 0
 windows = 0

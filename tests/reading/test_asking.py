@@ -9,11 +9,12 @@ import torch
 from transformers import AutoTokenizer
 
 from llamory.errors import LlamoryError
-from llamory.longllama import asking
-from llamory.longllama.asking import OpenMemory, ask
 from llamory.longllama.loading import load_long_model
-from llamory.longllama.reading import read_documents_into
 from llamory.memory import MemoryBank
+from llamory.reading import asking
+from llamory.reading.asking import OpenMemory, ask
+from llamory.reading.reading import read_documents_into
+from tiny_models import make_long_llama
 
 SETTINGS = {"mem_layers": [0, 1], "context_length": 16, "mem_dtype": "float32"}
 QUESTION = "which river has a bridge of stone"
@@ -143,8 +144,8 @@ def test_the_model_may_have_been_moved(books, model_folder, tmp_path) -> None:
 # ---- what is wrong ---------------------------------------------------------------------------------------------------
 
 
-def test_another_model_is_refused(books, make_model, model_folder, tmp_path) -> None:
-    make_model().save_pretrained(tmp_path / "other")
+def test_another_model_is_refused(books, model_folder, tmp_path) -> None:
+    make_long_llama().save_pretrained(tmp_path / "other")
     with pytest.raises(LlamoryError, match=r"made by another model than .*other"):
         OpenMemory(books[0], model=tmp_path / "other")
     torch.manual_seed(5)

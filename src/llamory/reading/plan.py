@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llamory.longllama.manuscripts import Manuscript
 from llamory.memory import MemoryBank
+from llamory.reading.manuscripts import Manuscript
 
 
 @dataclass

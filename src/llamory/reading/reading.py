@@ -16,14 +16,15 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from llamory.errors import LlamoryError
-from llamory.longllama import LongLlamaForCausalLM, room
-from llamory.longllama.books import Book, check_maker, load_model_for, noted_name, partial_path
+from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.cache import LongLlamaCache
-from llamory.longllama.manuscripts import Manuscript, PathLike, prepare
-from llamory.longllama.partial import Partial, facts_of
-from llamory.longllama.plan import Plan, make_plan
-from llamory.longllama.progress import ReadingBar
 from llamory.memory import MemoryBank
+from llamory.reading import room
+from llamory.reading.books import Book, check_maker, load_model_for, noted_name, partial_path
+from llamory.reading.manuscripts import Manuscript, PathLike, prepare
+from llamory.reading.partial import Partial, facts_of
+from llamory.reading.plan import Plan, make_plan
+from llamory.reading.progress import ReadingBar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,7 +105,7 @@ def read_documents_into(
         text_field: entry of a JSON line that holds the text.
         skip_broken: pass over broken JSON lines and files.
         progress: show tokens per second and the time left on standard error.
-        settings: as for `llamory.longllama.books.load_model_for`: `mem_layers`, `context_length`, `mem_dtype`,
+        settings: as for `llamory.reading.books.load_model_for`: `mem_layers`, `context_length`, `mem_dtype`,
             `mem_search`, `mem_top_k`, `bf16`, `device`; what isn't given is as it is in the memory.
 
     Raises:
