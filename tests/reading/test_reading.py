@@ -16,9 +16,9 @@ from filelock import FileLock
 from transformers import AutoTokenizer
 
 from llamory.errors import LlamoryError
-from llamory.reading import partial, reading, room
 from llamory.longllama.loading import load_long_model
 from llamory.memory import MemoryBank
+from llamory.reading import partial, reading, room
 from llamory.reading.reading import ReadReport, read_documents_into
 
 CONTEXT = 16
