@@ -227,3 +227,24 @@ def test_saved_folder_loads_as_stock_llama(make_model, ids, tmp_path):
     assert again.config.mem_layers == [1, 2]
     long = ids(1, 50)
     close(again(long).logits, model(long).logits)
+
+
+@pytest.mark.parametrize("search", ["pages", "faiss"])
+def test_searching_for_everything_is_exact(make_model, ids, search):
+    row, steps = ids(2, 700), ids(2, 20, seed=1)
+    settings = {"max_position_embeddings": 64, "last_context_length": 32}
+    outputs = []
+    for changes in ({}, {"mem_search": search, "mem_top_k": 10_000}):
+        model = make_model(**settings | changes)
+        output = model(row)
+        following = [model(step[:, None], past_key_values=output.past_key_values).logits for step in steps.T]
+        outputs.append(torch.cat([output.logits, *following], 1))
+    close(*outputs)
+
+
+@pytest.mark.parametrize("search", ["pages", "faiss"])
+def test_searching_for_little_stays_close(make_model, ids, search):
+    settings = {"max_position_embeddings": 64, "last_context_length": 32}
+    exact = make_model(**settings)(ids(1, 3000)).logits[0, -32:]
+    found = make_model(**settings, mem_search=search, mem_top_k=2)(ids(1, 3000)).logits[0, -32:]
+    assert (found - exact).norm() < 0.2 * exact.norm()
