@@ -13,6 +13,7 @@ import torch
 
 from llamory.cli import main
 from llamory.training.checkpoints import newest_whole
+from processes import heed_interrupts
 
 
 def run(capsys, *arguments):
@@ -99,7 +100,9 @@ def test_ctrl_c_leaves_with_130_and_keeps_whole_checkpoints(tmp_path, model_fold
         "--batch-size", 4, "--max-length", 200, "--passage-length", 24, "--cpu",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([str(c) for c in command], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [str(c) for c in command], stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed_interrupts
+    )
     while not (output / "checkpoint-10" / "manifest.json").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)

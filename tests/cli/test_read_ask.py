@@ -13,6 +13,7 @@ import pytest
 from llamory.cli.memory_options import parse_layers, show_layers, show_size
 from llamory.errors import LlamoryError
 from llamory.memory import MemoryBank
+from processes import heed_interrupts
 
 
 @pytest.fixture
@@ -194,7 +195,12 @@ def test_ctrl_c_leaves_the_memory_and_keeps_what_was_read(texts, book, model_fol
     command = [sys.executable, "-m", "llamory", "read", texts, "--memory", book, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        list(map(str, command)),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=heed_interrupts,
     )
     partial, until = book.with_name("book.partial"), time.monotonic() + 60
     while not partial.exists() and time.monotonic() < until and process.poll() is None:
