@@ -1,0 +1,151 @@
+"""Options and outputs that the verbs of `llamory eval` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llamory.errors import LlamoryError
+
+ModelArgument = Annotated[str | None, typer.Argument(metavar="MODEL", help="The same as --model.", show_default=False)]
+Model = Annotated[
+    str | None,
+    typer.Option(help="A LLaMA: folder, .gguf file, hub id or 'default'.  [default: default]", show_default=False),
+]
+Compare = Annotated[
+    list[str] | None,
+    typer.Option(metavar="MODEL", help="Another model for the same task; repeatable.", show_default=False),
+]
+MemLayers = Annotated[
+    list[str] | None,
+    typer.Option(help="Layers with memory, such as 6,12,18; the model's own if not given.", show_default=False),
+]
+ContextLength = Annotated[
+    int | None, typer.Option(min=1, help="Tokens of a window; the model's own if not given.", show_default=False)
+]
+MemSearch = Annotated[
+    str | None, typer.Option(help="How memory is searched: exact, pages or faiss.", show_default=False)
+]
+MemTopK = Annotated[
+    int | None, typer.Option(min=1, help="Pages or neighbours that a search reads.", show_default=False)
+]
+
+
+def model_name(argument: str | None, option: str | None) -> str:
+    """The model that was named, before or behind --model.
+
+    Raises:
+        LlamoryError: two were named.
+    """
+    if option is not None and argument not in (None, option):
+        raise LlamoryError(f"Two models were named, {argument} and {option}; give one.")
+    return option or argument or "default"
+
+
+def model_names(argument: str | None, option: str | None, compare: Sequence[str] | None) -> list[str]:
+    """The model that was named and those to compare it with.
+
+    Raises:
+        LlamoryError: one was named twice.
+    """
+    names = [model_name(argument, option), *(compare or [])]
+    for name in names:
+        if names.count(name) > 1:
+            raise LlamoryError(f"The model {name} was named twice; compare it with another one.")
+    return names
+
+
+def memory_settings(
+    mem_layers: Sequence[str] | None, context_length: int | None, mem_search: str | None, mem_top_k: int | None
+) -> dict[str, Any]:
+    """What `load_long_model` is told."""
+    layers = None if mem_layers is None else entries(mem_layers, int, "--mem-layers")
+    told: dict[str, Any] = {"mem_layers": layers, "context_length": context_length, "mem_search": mem_search}
+    return told if mem_top_k is None else told | {"mem_top_k": mem_top_k}
+
+
+def entries(given: Sequence[str], parse: Callable[[str], Any], flag: str) -> list[Any]:
+    """The entries of a flag that was given once with commas, or several times, or both."""
+    texts = [text.strip() for texts in given for text in texts.split(",") if text.strip()]
+    try:
+        return [parse(text) for text in texts] or _refuse(flag, ",".join(given))
+    except ValueError as error:
+        raise LlamoryError(f"{flag} must be numbers with commas between them, not {','.join(given)!r}.") from error
+
+
+def _refuse(flag: str, text: str) -> list[Any]:
+    raise ValueError(f"{flag}: {text}")
+
+
+def token_count(text: str) -> int:
+    """A number of tokens; 16k is 16 * 1024."""
+    return int(text[:-1]) * 1024 if text[-1:] in "kK" else int(text)
+
+
+def token_counts(given: Sequence[str], flag: str) -> list[int]:
+    """Numbers of tokens, 0 or more.
+
+    Raises:
+        LlamoryError: they aren't numbers, or one is negative.
+    """
+    counts: list[int] = entries(given, token_count, flag)
+    if min(counts) < 0:
+        raise LlamoryError(f"{flag} must be numbers of tokens from 0 on, not {min(counts)}.")
+    return counts
+
+
+def output_folder(path: Path) -> Path:
+    """The folder for results, made if need be.
+
+    Raises:
+        LlamoryError: it is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise LlamoryError(f"{path} is a file; give a folder as --output.")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def identity(paths: Sequence[Path]) -> dict[str, Any]:
+    """Names and content of files: results of another text can't be gone on with."""
+    import hashlib
+
+    from llamory.documents import find_files
+
+    digest, files = hashlib.sha256(), find_files(paths)
+    for path in files:
+        digest.update(path.read_bytes())
+    return {"files": [path.name for path in files[:10]], "sha256": digest.hexdigest()}
+
+
+def memory_facts(model: Any) -> dict[str, Any]:
+    """What of a model with memory its answers depend on."""
+    config = model.config
+    return {
+        "fingerprint": model.memory_fingerprint(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "context_length": config.max_position_embeddings,
+        "last_context_length": config.last_context_length,
+        "mem_layers": list(config.mem_layers),
+        "mem_dtype": config.mem_dtype,
+        "mem_search": config.mem_search,
+        "mem_top_k": config.mem_top_k,
+    }
+
+
+def shown_names(names: Iterable[str]) -> dict[str, str]:
+    """Per model what it is called in tables and pictures: a folder's own name, if that tells it from the others."""
+    names = list(names)
+    short = [Path(name).resolve().name if Path(name).exists() else name for name in names]
+    return {name: each if short.count(each) == 1 else name for name, each in zip(names, short, strict=True)}
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns, each as wide as its widest entry, aligned right."""
+    lines = [heads, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    for line in lines:
+        typer.echo("  ".join(f"{entry:>{width}}" for entry, width in zip(line, widths, strict=True)))

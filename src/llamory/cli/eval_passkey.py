@@ -1,0 +1,180 @@
+"""`llamory eval passkey`: hides a number in long prompts and sees whether the model finds it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llamory.cli import eval_options as shared
+from llamory.cli.output import Json, Quiet, print_json, working
+from llamory.errors import LlamoryError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from llamory.evaluation.passkey import PasskeyResult
+    from llamory.evaluation.reports import PasskeyReport
+
+_TITLES = {"memory": "With memory", "baseline": "Plain model, full cache"}
+_JSON_FILE, _PICTURE = "passkey.json", "passkey.png"
+
+
+def passkey(
+    model_argument: shared.ModelArgument = None,
+    model: shared.Model = None,
+    lengths: Annotated[
+        list[str], typer.Option(help="Lengths of the prompts in tokens, such as 2048,16k (k is 1024).")
+    ] = ["1024,2048,4096,8192"],  # noqa: B006 (typer makes a new list for every call)
+    depths: Annotated[
+        list[str], typer.Option(help="How many depths, evenly spaced from 0 to 1, or a list such as 0,0.5,1.")
+    ] = ["5"],  # noqa: B006
+    trials: Annotated[int, typer.Option(min=1, help="Prompts per length and depth.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the keys.")] = 0,
+    mem_layers: shared.MemLayers = None,
+    context_length: shared.ContextLength = None,
+    last_context_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of the prompt's end that are never put into memory.", show_default=False),
+    ] = None,
+    mem_search: shared.MemSearch = None,
+    mem_top_k: shared.MemTopK = None,
+    haystack: Annotated[
+        list[Path] | None,
+        typer.Option(help="File or folder whose text hides the needle, instead of the published one; repeatable."),
+    ] = None,
+    needle: Annotated[
+        str | None, typer.Option(help="What is hidden instead of the published sentence, with {key} for the number.")
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(help="What is asked; of a needle of your own, if not given, its words up to {key}.")
+    ] = None,
+    baseline: Annotated[
+        bool, typer.Option("--baseline", help="Ask the plain model too, without memory, even beyond its context.")
+    ] = False,
+    output: Annotated[
+        Path, typer.Option(help=f"Folder for {_JSON_FILE} and {_PICTURE}; a run that was stopped goes on in it.")
+    ] = Path("passkey"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hide a number at some depths of long prompts and see whether the model finds it.
+
+    The published prompts (Mohtashami & Jaggi 2023), or ones of your own text and needle.
+    """
+    name = shared.model_name(model_argument, model)
+    tokens = shared.entries(lengths, shared.token_count, "--lengths")
+    places = _depths(depths)
+    told = shared.memory_settings(mem_layers, context_length, mem_search, mem_top_k)
+    with working(quiet=quiet):
+        from llamory.backbone import load_model, load_tokenizer
+        from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, read_haystack
+        from llamory.evaluation.passkey import LARGEST_KEY, Needle, build_prompt, check_depth, run_passkey
+        from llamory.evaluation.reports import PasskeyReport
+
+        for depth in places:
+            check_depth(depth)
+        hidden = Needle(question=question) if needle is None else Needle(needle, question)
+        hay = read_haystack(haystack, max(tokens)) if haystack else PUBLISHED_HAYSTACK
+        tokenizer = load_tokenizer(name)
+        # The shortest prompt is tried before the model is loaded, which takes longer.
+        build_prompt(tokenizer, min(tokens), places[0], str(LARGEST_KEY), needle=hidden, haystack=hay)
+        settings = {"model": name, "needle": hidden.text, "question": hidden.asked, "trials": trials, "seed": seed}
+        settings["haystack"] = shared.identity(haystack) if haystack else "published"
+        report = PasskeyReport(shared.output_folder(output) / _JSON_FILE, settings)
+
+        def run(kind: str, asked: PreTrainedModel, facts: dict[str, Any], options: dict[str, Any]) -> None:
+            result = report.result(kind, facts)
+            run_passkey(
+                asked,
+                tokenizer,
+                tokens,
+                places,
+                trials=trials,
+                seed=seed,
+                needle=hidden,
+                haystack=hay,
+                result=result,
+                on_cell=lambda _: report.write(),
+                title=_TITLES[kind],
+                generate=options,
+            )
+
+        from llamory.longllama.loading import load_long_model
+
+        long = load_long_model(name, **told)
+        device, dtype = long.device, long.dtype
+        options = {} if last_context_length is None else {"last_context_length": last_context_length}
+        run("memory", long, shared.memory_facts(long) | options, options)
+        if baseline:
+            del long  # both at once may be too much
+            plain = load_model(name, dtype=dtype).to(device)
+            facts = {"context_length": plain.config.max_position_embeddings, "dtype": str(dtype).removeprefix("torch.")}
+            run("baseline", plain, facts, {})
+        report.write()
+        _draw(report, name, output / _PICTURE)
+    if as_json:
+        print_json(report.document())
+    else:
+        _print_tables(report)
+        typer.echo(f"Written: {output / _JSON_FILE} and {output / _PICTURE}")
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def _depths(given: Sequence[str]) -> list[float]:
+    """Depths from a list of them, or from their number."""
+    if len(given) == 1 and given[0].strip().isdigit():
+        count = int(given[0])
+        if count < 1:
+            raise LlamoryError("--depths 0 asks for no depth at all; write 0.0 for the depth 0.")
+        return [0.5] if count == 1 else [round(i / (count - 1), 4) for i in range(count)]
+    depths = shared.entries(given, float, "--depths")
+    if any(math.isnan(depth) for depth in depths):
+        raise LlamoryError("--depths must be numbers from 0 to 1.")
+    return depths
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def _draw(report: PasskeyReport, name: str, path: Path) -> None:
+    from llamory.evaluation.plots import Panel, draw_heat_map
+
+    panels = [
+        Panel(_TITLES.get(kind, kind), result, report.facts[kind].get("context_length"))
+        for kind, result in report.results.items()
+    ]
+    shown = Path(name).resolve().name if Path(name).exists() else name
+    draw_heat_map(path, f"Passkeys found by {shown}", panels)
+
+
+def _print_tables(report: PasskeyReport) -> None:
+    for kind, result in report.results.items():
+        context = report.facts[kind].get("context_length")
+        typer.echo(f"{_TITLES.get(kind, kind)}: {result.accuracy:.0%} of the keys found")
+        for line in _table(result, context):
+            typer.echo(line)
+        if result.lengths_beyond(context):
+            typer.echo(f"* longer than the context of {context:,} tokens")
+        typer.echo()
+
+
+def _table(result: PasskeyResult, context: int | None) -> list[str]:
+    beyond = result.lengths_beyond(context)
+    heads = [f"{length:,}{'*' if length in beyond else ''}" for length in result.lengths]
+    widths = [max(6, len(head)) + 2 for head in heads]
+    lines = ["depth" + _row(heads, widths)]
+    for depth in result.depths:
+        cells = [result.cell(length, depth) for length in result.lengths]
+        shares = ["-" if cell is None else f"{cell.accuracy:.0%}" for cell in cells]
+        lines.append(f"{depth:>5.0%}" + _row(shares, widths))
+    return lines
+
+
+def _row(entries: Sequence[str], widths: Sequence[int]) -> str:
+    return "".join(f"{entry:>{width}}" for entry, width in zip(entries, widths, strict=True))

@@ -1,0 +1,197 @@
+"""The loss of a text's end with memory is that of the plainest computation over what the method says a token sees."""
+
+import json
+import math
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llamory.errors import LlamoryError
+from llamory.evaluation.perplexity import (
+    LongText,
+    Score,
+    perplexity_curve,
+    read_long_texts,
+    run_perplexity,
+    tail_loss,
+)
+from llamory.evaluation.records import Record
+from plain_longllama import logits, sight
+from tiny_models import CONTEXT, make_long_llama
+
+TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_long_llama()
+
+
+def text(length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 97, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def mean_loss(predicted: torch.Tensor, ids: torch.Tensor, tokens: int = TOKENS) -> float:
+    """Of the last tokens, from logits of which row i predicts token i + 1."""
+    told = predicted.double().log_softmax(-1)
+    return -statistics.fmean(float(told[place - 1, ids[place]]) for place in range(len(ids) - tokens, len(ids)))
+
+
+def expected(model, ids: torch.Tensor, memory: int, local: int = 1) -> float:
+    """One forward over windows: the memory's, then the one of local and scored tokens."""
+    ids = ids[len(ids) - memory - local - TOKENS :]
+    seen = sight(len(ids), 0, CONTEXT, TOKENS + local)
+    return mean_loss(logits(model, ids, seen, model.config.mem_layers), ids)
+
+
+@pytest.mark.parametrize("local", [1, 4, 11])
+def test_without_memory_it_is_a_stock_llama_s_loss(model, local) -> None:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "initializer_range", "rms_norm_eps", "rope_parameters")
+    stock = LlamaForCausalLM(LlamaConfig(**{name: getattr(model.config, name) for name in names})).eval()
+    stock.load_state_dict(model.state_dict())
+    ids = text(70)
+    end = ids[-TOKENS - local :]
+    with torch.no_grad():
+        wanted = mean_loss(stock(end[None]).logits[0], end)
+    assert tail_loss(model, ids.tolist(), 0, tokens=TOKENS, local=local) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("memory", [1, 15, 16, 17, 40, 64])
+@pytest.mark.parametrize("local", [1, 5])
+def test_with_memory_it_is_one_reading_of_so_many_tokens_and_the_window(model, memory, local) -> None:
+    ids = text(90)
+    wanted = expected(model, ids, memory, local)
+    assert tail_loss(model, ids.tolist(), memory, tokens=TOKENS, local=local) == pytest.approx(wanted, abs=1e-5)
+    without = tail_loss(model, ids.tolist(), 0, tokens=TOKENS, local=local)
+    assert abs(without - wanted) > 1e-3  # else the comparison would say nothing
+
+
+def test_what_stands_before_the_memory_plays_no_part(model) -> None:
+    ids = text(90).tolist()
+    whole = tail_loss(model, ids, 32, tokens=TOKENS)
+    assert tail_loss(model, ids[-32 - TOKENS - 1 :], 32, tokens=TOKENS) == whole
+    assert tail_loss(model, [5, 6, 7, *ids[-32 - TOKENS - 1 :]], 32, tokens=TOKENS) == whole
+
+
+def test_every_document_is_scored_with_every_memory_the_shortest_first(model) -> None:
+    texts = [LongText(f"{seed}.txt", tuple(text(50, seed).tolist())) for seed in (1, 2)]
+    told = []
+    scores = run_perplexity(model, texts, [32, 0, 16, 16], tokens=TOKENS, on_score=told.append)
+    assert told == scores
+    places = [(memory, source) for memory in (0, 16, 32) for source in ("1.txt", "2.txt")]
+    assert [(score.memory, score.source) for score in scores] == places
+    for score in scores:
+        ids = torch.tensor(texts[int(score.source[0]) - 1].input_ids)
+        assert score.loss == pytest.approx(expected(model, ids, score.memory), abs=1e-5)
+
+
+def test_what_was_scored_is_kept_and_not_scored_again(model) -> None:
+    texts = [LongText("a", tuple(text(50).tolist()))]
+    known, told = [Score(16, "a", 7.0, 0.1)], []
+    scores = run_perplexity(model, texts, [0, 16], tokens=TOKENS, scores=known, on_score=told.append)
+    assert scores is known
+    assert [(score.memory, score.loss == 7.0) for score in scores] == [(16, True), (0, False)]
+    assert [score.memory for score in told] == [0]
+
+
+def test_a_window_beyond_the_context_or_a_short_text_is_refused(model) -> None:
+    texts = [LongText("short.txt", tuple(range(3, 30)))]
+    with pytest.raises(LlamoryError, match="17 local ones don't fit a window of 16 tokens"):
+        run_perplexity(model, texts, [0], tokens=TOKENS, local=17)
+    with pytest.raises(LlamoryError, match=r"short\.txt is too short: it should have 39 tokens"):
+        run_perplexity(model, texts, [32], tokens=TOKENS)
+    run_perplexity(model, texts, [0], tokens=CONTEXT)  # just fits
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+def test_only_long_documents_are_taken_and_their_ends_kept(tokenizer, tmp_path) -> None:
+    for name, words in {"a": 5, "b": 60, "c": 300, "d": 200}.items():
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"The sky {number} is blue." for number in range(words)))
+    found = read_long_texts([tmp_path], tokenizer, 2000)
+    assert [text.source for text in found] == [str(tmp_path / "c.txt"), str(tmp_path / "d.txt")]
+    whole = tokenizer((tmp_path / "c.txt").read_text(), add_special_tokens=False)["input_ids"]
+    assert list(found[0].input_ids) == whole[-2000:]
+    assert read_long_texts([tmp_path], tokenizer, 2000, limit=1) == found[:1]
+
+
+def test_documents_that_are_all_too_short_are_one_sentence(tokenizer, tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("The sky is blue. " * 10)
+    (tmp_path / "b.txt").write_text("The sky.")
+    most = len(tokenizer((tmp_path / "a.txt").read_text(), add_special_tokens=False)["input_ids"])
+    with pytest.raises(LlamoryError, match=rf"has the 5,000 tokens .* \(of 2, the longest has {most}\)"):
+        read_long_texts([tmp_path], tokenizer, 5000)
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def scored(losses: dict[int, list[float]]) -> list[Score]:
+    return [Score(memory, str(i), loss, 0.1) for memory, row in losses.items() for i, loss in enumerate(row)]
+
+
+def test_a_curve_has_means_over_documents_and_paired_changes() -> None:
+    zero, more = perplexity_curve(scored({16: [1.5, 2.5, 3.2], 0: [2.0, 3.0, 4.0]}))
+    assert (zero.memory, zero.documents, zero.loss, zero.change) == (0, 3, 3.0, 0.0)
+    assert zero.perplexity == pytest.approx(math.e**3)
+    assert zero.standard_error == pytest.approx(1 / math.sqrt(3))
+    # Differences -0.5, -0.5, -0.8: mean -0.6, deviation sqrt((0.01 + 0.01 + 0.04) / 2).
+    assert more.change == pytest.approx(-0.6)
+    assert more.change_standard_error == pytest.approx(math.sqrt(0.03) / math.sqrt(3))
+
+
+def test_lengths_that_a_stopped_run_left_unfinished_are_left_out() -> None:
+    curve = perplexity_curve(scored({0: [2.0, 3.0], 16: [1.0, 2.0], 32: [0.5]}))
+    assert [point.memory for point in curve] == [0, 16]
+    (only,) = perplexity_curve(scored({8: [2.0]}))
+    assert (only.standard_error, only.change, only.change_standard_error) == (None, None, None)
+
+
+@given(st.dictionaries(st.integers(0, 99), st.lists(st.floats(0, 20), min_size=3, max_size=3), min_size=1))
+def test_the_order_of_scores_plays_no_part(losses) -> None:
+    scores = scored(losses)
+    assert [vars(point) for point in perplexity_curve(scores[::-1])] == [
+        pytest.approx(vars(point)) for point in perplexity_curve(scores)
+    ]
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+
+def record(path, **settings) -> Record[Score]:
+    return Record(path, "perplexity", {"tokens": 6} | settings, Score, perplexity_curve)
+
+
+def test_a_record_comes_back_from_its_file(tmp_path) -> None:
+    path = tmp_path / "perplexity.json"
+    first = record(path)
+    first.run("one", {"mem_layers": (1, 2)}).extend(scored({0: [2.0, 3.0]}))
+    first.write()
+    document = json.loads(path.read_text())
+    assert document == first.document()
+    assert document["runs"]["one"]["curve"][0]["loss"] == 2.5
+    assert document["runs"]["one"]["scores"][1] == {"memory": 0, "source": "1", "loss": 3.0, "seconds": 0.1}
+    again = record(path)
+    assert again.run("one", {"mem_layers": [1, 2]}) == scored({0: [2.0, 3.0]})
+    assert again.run("two", {}) == []
+
+
+def test_a_record_of_something_else_is_refused(tmp_path) -> None:
+    path = tmp_path / "perplexity.json"
+    first = record(path)
+    first.run("one", {"mem_layers": [1]})
+    first.write()
+    with pytest.raises(LlamoryError, match=r"other settings \(tokens 6, now 7\)"):
+        record(path, tokens=7)
+    with pytest.raises(LlamoryError, match=r"other settings \(mem layers \[1\], now \[2\]\)"):
+        record(path).run("one", {"mem_layers": [2]})
+    for content in ("", "[]", '{"evaluation": "passkey", "settings": {}, "runs": {}}', '{"evaluation": "perplexity"}'):
+        path.write_text(content)
+        with pytest.raises(LlamoryError, match="holds no perplexity results to go on with"):
+            record(path)
