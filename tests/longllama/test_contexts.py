@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llamory.errors import LlamoryError
+from llamory.llara import LlaraTemplate
+from llamory.llara.retriever import export_sentence_transformer, hide_slot_tokens, load_embedder
 from llamory.longllama.contexts import PUBLISHED_MIXES, ContextChooser, ContextPlan, embedder
 from llamory.longllama.crossbatch import cross_batch_attention, crossbatch_contexts
 
@@ -326,6 +328,21 @@ def test_texts_that_the_model_would_not_take_are_changed(word_tokenizer, word_mo
     embed = embedder(word_model, word_tokenizer, clean=lambda texts: [text.replace("cat", "dog") for text in texts])
     vectors = embed([torch.tensor(word_tokenizer("cat")["input_ids"])])
     assert vectors.tolist() == [[0, 0, 0, 1]]
+
+
+def test_a_folder_that_llara_exported_reads_rows_as_documents(model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = [torch.tensor(tokenizer(text)["input_ids"]) for text in ("River stone.", "Silver morning, harbour.", "<s1>")]
+    with_slots = AutoTokenizer.from_pretrained(model_folder)
+    model = LlamaForCausalLM.from_pretrained(model_folder)
+    LlaraTemplate.from_tokenizer(with_slots).prepare_model(model)
+    model.save_pretrained(tmp_path / "checkpoint")
+    with_slots.save_pretrained(tmp_path / "checkpoint")
+    retriever = load_embedder(tmp_path / "checkpoint", device="cpu")
+    exported = export_sentence_transformer(tmp_path / "checkpoint", tmp_path / "exported")
+    embed = embedder(exported, tokenizer, clean=lambda texts: hide_slot_tokens(retriever, texts))
+    wanted = [retriever.encode_document(text) for text in ("River stone.", "Silver morning, harbour.", "< s1>")]
+    torch.testing.assert_close(embed(rows).cpu(), torch.tensor(np.stack(wanted)), atol=1e-5, rtol=0)
 
 
 def test_a_model_that_is_not_there(word_tokenizer, tmp_path):

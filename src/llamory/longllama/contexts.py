@@ -295,7 +295,7 @@ class ContextChooser:
 
     def _apart(self, documents: Tensor | None) -> np.ndarray:
         """(batch, batch) whether two rows are of different places and documents."""
-        apart = self._place[:, None] != self._place
+        apart: np.ndarray = self._place[:, None] != self._place
         if documents is None:
             return apart
         if documents.shape != (self.batch_size,):
@@ -303,7 +303,8 @@ class ContextChooser:
                 f"There are {self.batch_size} rows, but numbers of documents of shape {tuple(documents.shape)}."
             )
         numbers = documents.cpu().numpy()
-        return apart & (numbers[:, None] != numbers)
+        different: np.ndarray = apart & (numbers[:, None] != numbers)
+        return different
 
     def _similarities(self, input_ids: Tensor | None) -> np.ndarray:
         """(batch, batch) inner products of the rows' vectors."""
@@ -312,7 +313,8 @@ class ContextChooser:
         assert self._embed is not None
         with torch.no_grad():
             vectors = self._embed(list(input_ids)).double().cpu().numpy()
-        return vectors @ vectors.T
+        products: np.ndarray = vectors @ vectors.T
+        return products
 
     def _random(self, what: int, step: int, stream: int = 0) -> np.random.Generator:
         return np.random.default_rng([self.seed, what, step, stream])
