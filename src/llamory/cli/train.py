@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from llamory.cli.options import add_dataclass_command
-from llamory.training.settings import LlaraSettings
+from llamory.training.settings import FotSettings, LlaraSettings
 
 app = typer.Typer(help="Train a model with one of the recipes.", rich_markup_mode=None)
 
@@ -24,6 +24,19 @@ def _llara(settings: LlaraSettings) -> Mapping[str, Any]:
     return train_llara(settings)
 
 
+def _fot(settings: FotSettings) -> Mapping[str, Any]:
+    from llamory.training.fot import train_fot
+
+    return train_fot(settings)
+
+
 add_dataclass_command(
     app, "llara", LlaraSettings, _llara, help="Train a LLaMA to embed passages and queries without labels (LLARA)."
+)
+add_dataclass_command(
+    app,
+    "fot",
+    FotSettings,
+    _fot,
+    help="Train a LLaMA to use a memory of what it read (FoT, LongLLaMA).",
 )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,17 @@ from llamory.llara.modeling import PreLlamaModel
 from llamory.llara.template import LlaraTemplate
 from llamory.training.checkpoints import MarkWhole, prepare_output
 from llamory.training.progress import RichProgress
+from llamory.training.runs import (
+    check_settings,
+    last_logged,
+    mendable,
+    run,
+    save_finished,
+    training_arguments,
+    with_lora,
+)
 from llamory.training.settings import LlaraSettings
 
-SETTINGS_FILE = "llamory.json"
 EMBEDDER_FOLDER = "sentence-transformers"
 _LOSSES = ("ar_loss", "bow_summarize_loss", "bow_predict_loss")
 
@@ -40,8 +45,7 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
     """
     _check(settings)
     output = Path(settings.output)
-    with _mendable("These settings can't be used"):
-        arguments = _arguments(settings)
+    arguments = _arguments(settings)
     with arguments.main_process_first(desc="output folder"):
         checkpoint = prepare_output(output, settings.resume or arguments.process_index > 0)
     set_seed(settings.seed)
@@ -53,7 +57,7 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
     if settings.lora:
         model = _with_lora(model, settings)
     progress = RichProgress("LLARA pretraining")
-    with _mendable("These settings can't be used"):
+    with mendable("These settings can't be used"):
         trainer = LlaraTrainer(
             model=model,
             args=arguments,
@@ -65,17 +69,7 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
             template=template,
         )
     trainer.remove_callback(PrinterCallback)
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except RuntimeError as error:
-        if "inline_container" in str(error):  # what torch.save says where the system says that the disk is full
-            raise LlamoryError(
-                f"A checkpoint couldn't be written whole to {output}, the disk is probably full; free some space and "
-                "go on with --resume."
-            ) from error
-        raise
-    finally:
-        progress.close()
+    run(trainer, checkpoint, progress)
     return _finish(trainer, settings, tokenizer)
 
 
@@ -156,26 +150,8 @@ class LlaraTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
-@contextlib.contextmanager
-def _mendable(problem: str) -> Iterator[None]:
-    """Turn what a library says of a setting that it can't use into one sentence."""
-    try:
-        yield
-    except LlamoryError:
-        raise
-    except (ValueError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise LlamoryError(f"{problem}: {reason.rstrip('.')}.") from error
-
-
 def _check(settings: LlaraSettings) -> None:
-    for name in ("max_length", "batch_size", "accumulation", "slots", "log_every", "save_every"):
-        if getattr(settings, name) < 1:
-            raise LlamoryError(f"{name} must be at least 1, not {getattr(settings, name)}.")
-    if settings.steps is not None and settings.steps < 1:
-        raise LlamoryError(f"steps must be at least 1, not {settings.steps}.")
-    if settings.learning_rate <= 0:
-        raise LlamoryError(f"learning_rate must be greater than 0, not {settings.learning_rate}.")
+    check_settings(settings, ["max_length", "slots"])
     if not 0 <= settings.eval_fraction < 1:
         raise LlamoryError(f"eval_fraction must be at least 0 and less than 1, not {settings.eval_fraction}.")
     if settings.streaming and settings.steps is None:
@@ -183,47 +159,13 @@ def _check(settings: LlaraSettings) -> None:
 
 
 def _arguments(settings: LlaraSettings) -> TrainingArguments:
-    evaluates = bool(settings.eval_data or settings.eval_fraction)
-    fsdp = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
-    return TrainingArguments(
-        output_dir=settings.output,
+    return training_arguments(
+        settings,
+        "LlamaDecoderLayer",
+        evaluates=bool(settings.eval_data or settings.eval_fraction),
         num_train_epochs=settings.epochs,
-        max_steps=settings.steps or -1,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.scheduler,
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        bf16=settings.bf16,
-        **_checkpointing(settings),
-        logging_steps=settings.log_every,
-        logging_nan_inf_filter=False,
-        save_steps=settings.save_every,
-        save_total_limit=max(2, settings.keep_checkpoints),
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=settings.eval_every or settings.save_every,
-        prediction_loss_only=True,
-        report_to=settings.report_to or "none",
         dataloader_num_workers=settings.workers,
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        use_cpu=settings.cpu or not torch.cuda.is_available(),
-        fsdp="full_shard auto_wrap" if settings.fsdp else None,
-        fsdp_config=fsdp if settings.fsdp else None,
-        ddp_find_unused_parameters=False,
     )
-
-
-def _checkpointing(settings: LlaraSettings) -> dict[str, Any]:
-    # transformers renamed these arguments in 5.2x; the older names go in its version 6.
-    name = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
-    if not settings.gradient_checkpointing:
-        return {}
-    return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def _load(settings: LlaraSettings) -> tuple[PreLlamaModel, PreTrainedTokenizerBase]:
@@ -274,7 +216,7 @@ def _data(settings: LlaraSettings, tokenizer: PreTrainedTokenizerBase, template:
     if settings.eval_fraction:
         if settings.streaming:
             raise LlamoryError("eval_fraction needs data that isn't streamed; give eval_data instead.")
-        with _mendable(f"{len(train)} examples can't be split by eval_fraction"):
+        with mendable(f"{len(train)} examples can't be split by eval_fraction"):
             parts = train.train_test_split(test_size=settings.eval_fraction, seed=settings.seed)
         return parts["train"], parts["test"]
     return train, None
@@ -282,68 +224,31 @@ def _data(settings: LlaraSettings, tokenizer: PreTrainedTokenizerBase, template:
 
 def _with_lora(model: PreLlamaModel, settings: LlaraSettings) -> Any:
     """Adapters on the named layers; of the embeddings only the slot tokens' rows are trained."""
-    from peft import LoraConfig, get_peft_model
-
     template = model.template
     assert template is not None
-    config = LoraConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_targets,
-        trainable_token_indices={"embed_tokens": sorted(template.summarize_slot_ids + template.predict_slot_ids)},
-        modules_to_save=None,
-    )
-    with _mendable("These LoRA settings don't fit the model"):
-        adapted = get_peft_model(model, config)
+    slots = sorted(template.summarize_slot_ids + template.predict_slot_ids)
+    adapted = with_lora(model, settings, trainable_token_indices={"embed_tokens": slots})
     for name, parameter in adapted.named_parameters():
         if name.endswith("bow_log_variance"):
             parameter.requires_grad = True
-    if settings.gradient_checkpointing:
-        adapted.enable_input_require_grads()
     return adapted
 
 
 def _finish(trainer: LlaraTrainer, settings: LlaraSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Save the model in the output folder itself, weights before config, and export the embedder."""
+    """Save the model and export the embedder."""
     output = Path(settings.output)
-    partial = output / "partial"
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     result = {
         "output": str(output),
         "steps": trainer.state.global_step,
-        "losses": {key: history[-1][key] for key in ("loss", *_LOSSES) if history and key in history[-1]},
+        "losses": last_logged(trainer, "loss", *_LOSSES),
     }
-    if settings.lora:
-        if trainer.args.should_save:
-            trainer.model.save_pretrained(partial / "adapter")
-        merged = trainer.model.merge_and_unload()
-        merged.tie_weights()
-        if trainer.args.should_save:
-            merged.save_pretrained(partial)
-    else:
-        trainer.save_model(str(partial))
-    if trainer.args.should_save:
-        tokenizer.save_pretrained(partial)
-        (partial / SETTINGS_FILE).write_text(json.dumps({"settings": dataclasses.asdict(settings)} | result, indent=1))
-        (partial / "training_args.bin").unlink(missing_ok=True)
-        _move_up(partial, output)
-        if settings.export:
-            from llamory.llara.retriever import export_sentence_transformer
+    save_finished(trainer, settings, tokenizer, result)
+    if settings.export and trainer.args.should_save:
+        from llamory.llara.retriever import export_sentence_transformer
 
-            embedder = output / EMBEDDER_FOLDER
-            shutil.rmtree(embedder, ignore_errors=True)  # from an earlier end of the same run
-            export_sentence_transformer(output, embedder, max_length=settings.embed_length)
-            result["embedder"] = str(embedder)
+        embedder = output / EMBEDDER_FOLDER
+        shutil.rmtree(embedder, ignore_errors=True)  # from an earlier end of the same run
+        export_sentence_transformer(output, embedder, max_length=settings.embed_length)
+        result["embedder"] = str(embedder)
     trainer.accelerator.wait_for_everyone()
     return result
-
-
-def _move_up(partial: Path, output: Path) -> None:
-    """Move a finished save one folder up, its config last: a folder without config is no model."""
-    for source in sorted(partial.iterdir(), key=lambda p: (p.name == "config.json", p.name)):
-        target = output / source.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        source.replace(target)
-    partial.rmdir()

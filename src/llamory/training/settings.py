@@ -17,35 +17,18 @@ def _required(help: str) -> Any:
 
 
 @dataclass
-class LlaraSettings:
-    """Settings of LLARA pretraining. The defaults are the paper's (Li et al. 2023, section 4) where it gives them."""
+class RunSettings:
+    """What all training runs have in common."""
 
-    data: list[str] = _required(
-        "Files and folders of documents (txt, md, rst, html, py, jsonl), or the published JSONL."
-    )
-    output: str = _required("Folder for checkpoints, the trained model and its Sentence Transformers export.")
+    data: list[str] = _required("Files and folders of documents (txt, md, rst, html, py, jsonl).")
+    output: str = _required("Folder for checkpoints and the trained model.")
     model: str = _setting("default", "A LLaMA: folder, .gguf file, hub id, or 'default' for the packaged SmolLM2-135M.")
-    slots: int = _setting(8, "Slot tokens per prompt.")
-    prediction_sees_summary: bool = _setting(False, "Let the prediction slots attend to the summary slots.")
-    bow_weighting: Literal["fixed", "learned"] = _setting(
-        "fixed", "Weight of the bag-of-words losses: fixed or learned."
-    )
-    bow_weight: float = _setting(0.1, "Factor of the bag-of-words losses (the published code divides by 10).")
-
-    max_length: int = _setting(1024, "Longest sequence in tokens, prompts included.")
-    passage_length: int | None = _setting(None, "Longest passage cut from documents, in tokens; default: what fits.")
-    languages: list[str] = _setting(["en"], "Languages whose stop words are no bag-of-words targets.")
     text_field: str = _setting("text", "Field that holds the text in JSONL documents.")
     skip_broken: bool = _setting(False, "Pass over broken lines and files with a warning instead of stopping.")
-    streaming: bool = _setting(False, "Read the data while training instead of preparing it first (needs steps).")
-    num_proc: int | None = _setting(None, "Processes that prepare the data.")
-    workers: int = _setting(0, "Processes that load batches.")
-    eval_data: list[str] = _setting([], "Files and folders for evaluation; default: eval_fraction of the data.")
-    eval_fraction: float = _setting(0.0, "Share of the examples that is kept for evaluation.")
+    eval_data: list[str] = _setting([], "Files and folders for evaluation.")
 
-    epochs: float = _setting(1.0, "Passes over the data; steps takes precedence.")
     steps: int | None = _setting(None, "Optimisation steps.")
-    batch_size: int = _setting(8, "Passages per device and forward pass.")
+    batch_size: int = _setting(8, "Rows per device and forward pass.")
     accumulation: int = _setting(1, "Forward passes per optimisation step.")
     learning_rate: float = _setting(1e-5, "Peak learning rate.")
     scheduler: str = _setting("linear", "Learning-rate schedule (a name that transformers knows).")
@@ -54,7 +37,7 @@ class LlaraSettings:
     max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.")
     seed: int = _setting(42, "Seed of all that is random.")
 
-    lora: bool = _setting(False, "Train low-rank adapters and the slot tokens' embeddings instead of all weights.")
+    lora: bool = _setting(False, "Train low-rank adapters instead of the weights.")
     lora_rank: int = _setting(64, "Rank of the adapters.")
     lora_alpha: float = _setting(16.0, "Scale of the adapters (divided by the rank).")
     lora_dropout: float = _setting(0.1, "Dropout before the adapters.")
@@ -75,6 +58,85 @@ class LlaraSettings:
     keep_checkpoints: int = _setting(2, "Checkpoints that are kept (at least 2, so that one is always whole).")
     report_to: list[str] = _setting([], "Trackers, such as tensorboard or wandb.")
     resume: bool = _setting(False, "Go on from the newest whole checkpoint in output.")
+    quiet: bool = _setting(False, "No progress bar.")
+
+
+@dataclass
+class LlaraSettings(RunSettings):
+    """Settings of LLARA pretraining. The defaults are the paper's (Li et al. 2023, section 4) where it gives them."""
+
+    data: list[str] = _required(
+        "Files and folders of documents (txt, md, rst, html, py, jsonl), or the published JSONL."
+    )
+    output: str = _required("Folder for checkpoints, the trained model and its Sentence Transformers export.")
+    eval_data: list[str] = _setting([], "Files and folders for evaluation; default: eval_fraction of the data.")
+    steps: int | None = _setting(None, "Optimisation steps; default: as many as epochs take.")
+    batch_size: int = _setting(8, "Passages per device and forward pass.")
+    lora: bool = _setting(False, "Train low-rank adapters and the slot tokens' embeddings instead of all weights.")
+
+    slots: int = _setting(8, "Slot tokens per prompt.")
+    prediction_sees_summary: bool = _setting(False, "Let the prediction slots attend to the summary slots.")
+    bow_weighting: Literal["fixed", "learned"] = _setting(
+        "fixed", "Weight of the bag-of-words losses: fixed or learned."
+    )
+    bow_weight: float = _setting(0.1, "Factor of the bag-of-words losses (the published code divides by 10).")
+
+    max_length: int = _setting(1024, "Longest sequence in tokens, prompts included.")
+    passage_length: int | None = _setting(None, "Longest passage cut from documents, in tokens; default: what fits.")
+    languages: list[str] = _setting(["en"], "Languages whose stop words are no bag-of-words targets.")
+    streaming: bool = _setting(False, "Read the data while training instead of preparing it first (needs steps).")
+    num_proc: int | None = _setting(None, "Processes that prepare the data.")
+    workers: int = _setting(0, "Processes that load batches.")
+    eval_fraction: float = _setting(0.0, "Share of the examples that is kept for evaluation.")
+    epochs: float = _setting(1.0, "Passes over the data; steps takes precedence.")
     export: bool = _setting(True, "Write a Sentence Transformers folder when training ends.")
     embed_length: int = _setting(512, "Longest sequence that the exported embedder reads, prompts included.")
-    quiet: bool = _setting(False, "No progress bar.")
+
+
+@dataclass
+class FotSettings(RunSettings):
+    """Settings of FoT training. The defaults are the published 3B model's (Tworkowski et al. 2023) where there are any.
+
+    The data are as many independent streams of batches as a step has passes (accumulation × processes).
+    """
+
+    output: str = _required("Folder for checkpoints and the trained LongLLaMA.")
+    eval_data: list[str] = _setting([], "Held-out files and folders: the loss with memory and without is logged.")
+    steps: int | None = _setting(1000, "Optimisation steps.")
+    batch_size: int = _setting(16, "Rows per device and forward pass; they can see one another.")
+    learning_rate: float = _setting(2e-5, "Peak learning rate.")
+    scheduler: str = _setting("constant_with_warmup", "Learning-rate schedule (a name that transformers knows).")
+    warmup: float = _setting(0.02, "Share of the steps over which the learning rate rises.")
+    weight_decay: float = _setting(0.01, "Weight decay.")
+
+    proportions: list[float] = _setting([], "Share in tokens of each entry of data; default: all as one source.")
+    row_length: int = _setting(2048, "Tokens of a row, which become the model's context.")
+    dataset_packing: int = _setting(4, "Consecutive rows that hold consecutive chunks of one document.")
+    min_length: int | None = _setting(
+        None, "Documents with fewer tokens are passed over; default: row_length. 1 takes all, short ones are joined."
+    )
+    shuffle_buffer: int = _setting(256, "Documents per source that are shuffled together; 0 for none.")
+
+    mem_layers: list[int] = _setting(
+        [], "Layers with memory; default: the model's own, for a plain LLaMA three spread as in the published models."
+    )
+    mix: list[str] = _setting(
+        [],
+        "Which rows a row sees: POSITIVES:NEGATIVES for each equal share of the batch, or the published '3b' or '7b'; "
+        "default: 3b, if there is no cross_batch_range.",
+    )
+    cross_batch_range: int | None = _setting(None, "Instead of a mix: each row sees so many rows before it.")
+    stepping: bool = _setting(False, "With cross_batch_range: later chunks of a document see more rows.")
+    schedule: Literal["constant", "sampled", "grown"] = _setting(
+        "constant", "Number of contexts: constant, drawn from sizes for each step, or going up through sizes."
+    )
+    sizes: list[int] = _setting([], "Numbers of contexts (negatives, with a mix) that the schedule uses.")
+    grow_at: float = _setting(0.98, "Training accuracy at which a grown schedule goes to the next size.")
+    negatives: Literal["random", "similar"] = _setting(
+        "random", "Other documents that a row sees: at random, or those that the retriever finds closest."
+    )
+    retriever: str | None = _setting(None, "Sentence Transformers model that finds similar negatives.")
+    trained: Literal["all", "memory_layers"] = _setting(
+        "all", "Train all layers, or only the attention of memory layers (with lora: adapters in memory layers)."
+    )
+    eval_batches: int = _setting(8, "Batches of eval_data that are evaluated.")

@@ -1,0 +1,386 @@
+"""FoT training on the Hugging Face Trainer: teaches a LLaMA to use its memory (Tworkowski et al. 2023, section 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback, set_seed
+
+from llamory import backbone
+from llamory.errors import LlamoryError
+from llamory.longllama.causal import LongLlamaForCausalLM
+from llamory.longllama.configuration import LongLlamaConfig
+from llamory.longllama.contexts import PUBLISHED_MIXES, ContextChooser, ContextPlan, embedder
+from llamory.longllama.data import FotBatches
+from llamory.longllama.losses import IGNORED, correct_tokens
+from llamory.longllama.sources import DocumentStream, Source, make_sources
+from llamory.training.checkpoints import MarkWhole, prepare_output
+from llamory.training.progress import RichProgress
+from llamory.training.runs import (
+    check_settings,
+    last_logged,
+    mendable,
+    run,
+    save_finished,
+    training_arguments,
+    with_lora,
+)
+from llamory.training.settings import FotSettings
+from llamory.training.streamed import StreamedTrainer, read_position, recipe_of
+
+CURVE_FILE = "curve.json"
+_WITH, _WITHOUT = "eval_loss", "eval_loss_without_memory"
+_DEFAULT_MIX = "3b"
+
+
+def train_fot(settings: FotSettings) -> dict[str, Any]:
+    """Train a LLaMA to use memory and save it as a LongLLaMA in `settings.output`.
+
+    Returns:
+        The output folder, steps done, the last loss and, with eval_data, the last losses with and without memory.
+
+    Raises:
+        LlamoryError: settings, data, model, checkpoint or output folder that can't be used, or a loss that isn't
+            finite.
+    """
+    plan = _check(settings)
+    output = Path(settings.output)
+    arguments = training_arguments(
+        settings, "LongLlamaDecoderLayer", evaluates=bool(settings.eval_data), ignore_data_skip=True
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process trains on one device: rows that see one another can't be split up
+    with arguments.main_process_first(desc="output folder"):
+        checkpoint = prepare_output(output, settings.resume or arguments.process_index > 0)
+    recipe = recipe_of(settings, arguments.world_size)
+    position = read_position(checkpoint, recipe) if checkpoint else None
+    arguments.eval_on_start = bool(settings.eval_data) and position is None
+    set_seed(settings.seed)
+    changes = _changes(settings, backbone.load_config(settings.model))
+    tokenizer = backbone.load_tokenizer(settings.model)
+    chooser = _chooser(settings, plan, tokenizer)
+    feed = FotFeed(_streams(settings, tokenizer, arguments.process_index, arguments.world_size), chooser)
+    if position is not None:
+        feed.load_state_dict(position)
+    held_out = _held_out(settings, tokenizer)
+    model = _prepared(_load(settings, changes), settings)
+    progress = RichProgress("FoT training")
+    with mendable("These settings can't be used"):
+        trainer = FotTrainer(
+            model=model,
+            args=arguments,
+            eval_dataset=held_out or None,
+            processing_class=tokenizer,
+            callbacks=[MarkWhole()] + ([] if settings.quiet else [progress]),
+            feed=feed,
+            recipe=recipe,
+            settings=settings,
+            chooser=chooser,
+        )
+    trainer.remove_callback(PrinterCallback)
+    run(trainer, checkpoint, progress)
+    return _finish(trainer, settings, tokenizer)
+
+
+class FotFeed:
+    """The batches of one process's streams, with the contexts that their rows see."""
+
+    def __init__(self, streams: Mapping[int, FotBatches], chooser: ContextChooser) -> None:
+        self.streams, self.chooser = dict(streams), chooser
+
+    def passes(self, step: int) -> list[dict[str, Any]]:
+        """A batch of each stream."""
+        return [self._pass(step, number, batches) for number, batches in self.streams.items()]
+
+    def _pass(self, step: int, number: int, batches: FotBatches) -> dict[str, Any]:
+        batch = next(batches)
+        contexts = self.chooser.choose(step, number, batch["input_ids"], batch.pop("documents"))
+        return batch | {"contexts": contexts}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the streams stand and how far the number of contexts has grown."""
+        streams = {str(number): batches.state_dict() for number, batches in self.streams.items()}
+        return {"streams": streams, "contexts": self.chooser.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        for number, batches in self.streams.items():
+            batches.load_state_dict(state["streams"][str(number)])
+        self.chooser.load_state_dict(state["contexts"])
+
+
+class FotTrainer(StreamedTrainer):
+    """Counts right tokens where the number of contexts grows with them, and evaluates with memory and without."""
+
+    def __init__(self, *args: Any, settings: FotSettings, chooser: ContextChooser, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings, self.chooser = settings, chooser
+        self._counts: list[Tensor] = []
+        self._accuracy: float | None = None
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The next-token loss; the chooser hears the accuracy after a step's last pass."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if self.settings.schedule == "grown" and model.training:
+            targets, weight = inputs["shift_labels"], self.model.get_output_embeddings().weight
+            right = correct_tokens(outputs["hidden_states"][0].to(weight.dtype), weight, targets)
+            self._counts.append(torch.stack([right, (targets != IGNORED).sum()]))
+            if len(self._counts) == self.args.gradient_accumulation_steps:
+                self._observe()
+        return (loss, outputs) if return_outputs else loss
+
+    def _observe(self) -> None:
+        counts = torch.stack(self._counts).sum(0)
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        right, asked = counts.tolist()
+        self._accuracy = right / max(1, asked)
+        self.chooser.observe(self._accuracy)
+        self._counts = []
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add training accuracy and number of contexts, where they aren't the same all the time."""
+        if "loss" in logs and self.settings.schedule != "constant":
+            size = self.chooser.size(self.state.global_step)
+            logs |= {} if size is None else {"contexts": size}
+            logs |= {} if self._accuracy is None else {"accuracy": round(self._accuracy, 6)}
+        super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002
+        """The loss with memory of a document's earlier chunks and the loss without, of the same held-out tokens.
+
+        Rows that have no earlier chunk in their batch aren't counted.
+        """
+        self.model.eval()
+        sums = torch.zeros(3, device=self.args.device)
+        batches = self.eval_dataset
+        for first in range(0, len(batches), self.args.world_size):
+            mine = first + self.args.process_index
+            # All processes go through the model equally often, as shards of its weights have to come from all.
+            losses = self._losses(batches[min(mine, len(batches) - 1)])
+            sums += losses * (mine < len(batches))
+        if self.args.world_size > 1:
+            sums = self.accelerator.gather(sums[None]).sum(0)
+        together, alone, count = sums.tolist()
+        metrics = {_WITH: together / count, _WITHOUT: alone / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.args.should_save:
+            self._write_curve(int(count))
+        return metrics
+
+    def _losses(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(3,) sums of the losses with and without memory, and the number of tokens."""
+        inputs = self._prepare_inputs(dict(batch))
+        contexts = _earlier_chunks(len(inputs["input_ids"]), self.settings.dataset_packing)
+        nothing: list[list[int]] = [[] for _ in contexts]
+        counted = torch.tensor([bool(seen) for seen in contexts], device=inputs["input_ids"].device)
+        targets = inputs["shift_labels"].masked_fill(~counted[:, None], IGNORED)
+        losses = [
+            self.model(inputs["input_ids"], shift_labels=targets, contexts=seen, num_items_in_batch=1).loss.float()
+            for seen in (contexts, nothing)
+        ]
+        return torch.stack([*losses, (targets != IGNORED).sum().float()])
+
+    def _write_curve(self, tokens: int) -> None:
+        history = [entry for entry in self.state.log_history if _WITH in entry]
+        curve = {
+            "model": self.settings.model,
+            "eval_data": self.settings.eval_data,
+            "row_length": self.settings.row_length,
+            "memory_rows": self.settings.dataset_packing - 1,
+            "tokens": tokens,
+            "curve": [
+                {"step": e["step"], "loss_with_memory": e[_WITH], "loss_without_memory": e[_WITHOUT]} for e in history
+            ],
+        }
+        file = Path(self.args.output_dir) / CURVE_FILE
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(curve, indent=1))
+        partial.replace(file)
+
+
+def _earlier_chunks(batch_size: int, dataset_packing: int) -> list[list[int]]:
+    """Per row, all earlier chunks of its document, nearest first: what it would have in memory when read on."""
+    return [[row - back for back in range(1, row % dataset_packing + 1)] for row in range(batch_size)]
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def _check(settings: FotSettings) -> ContextPlan:
+    check_settings(settings, ["dataset_packing", "eval_batches"])
+    if settings.steps is None:
+        raise LlamoryError("FoT training's data have no end; set steps.")
+    if settings.row_length < 2:
+        raise LlamoryError(f"row_length must be at least 2, not {settings.row_length}.")
+    if settings.schedule == "grown" and settings.fsdp:
+        raise LlamoryError("A grown schedule needs the training accuracy, which FSDP's shards don't tell; use DDP.")
+    if settings.eval_data and settings.dataset_packing < 2:
+        raise LlamoryError("Evaluation reads earlier chunks of a document as memory; set dataset_packing to 2 or more.")
+    if settings.negatives == "similar" and settings.retriever is None:
+        raise LlamoryError("Similar negatives are found by a retriever; give one, a Sentence Transformers model.")
+    plan = ContextPlan(
+        mix=None if settings.cross_batch_range is not None and not settings.mix else _mix(settings.mix),
+        cross_batch_range=settings.cross_batch_range,
+        stepping=settings.stepping,
+        schedule=settings.schedule,
+        sizes=settings.sizes,
+        grow_at=settings.grow_at,
+        negatives=settings.negatives,
+    )
+    # It checks the plan against the batch; the retriever is loaded later.
+    ContextChooser(
+        dataclasses.replace(plan, negatives="random"), settings.batch_size, settings.dataset_packing, settings.seed
+    )
+    return plan
+
+
+def _mix(entries: list[str]) -> list[tuple[int, int]]:
+    """A mix from its texts: a published one's name, or positives:negatives, one text each or parted by commas."""
+    parts = [part.strip() for entry in entries or [_DEFAULT_MIX] for part in str(entry).split(",")]
+    if len(parts) == 1 and parts[0] in PUBLISHED_MIXES:
+        return PUBLISHED_MIXES[parts[0]]
+    mix = []
+    for part in parts:
+        positives, colon, negatives = part.partition(":")
+        if not (colon and positives.isdecimal() and negatives.isdecimal()):
+            raise LlamoryError(
+                f"mix has the entry {part!r}, but it must be POSITIVES:NEGATIVES, such as 2:1, or one of "
+                f"{', '.join(PUBLISHED_MIXES)} alone."
+            )
+        mix.append((int(positives), int(negatives)))
+    return mix
+
+
+def _changes(settings: FotSettings, config: PretrainedConfig) -> dict[str, Any]:
+    """What the model's configuration becomes: its memory layers, and rows as its context.
+
+    Raises:
+        LlamoryError: the model has no such layers, or a shorter context.
+    """
+    if settings.row_length > config.max_position_embeddings:
+        raise LlamoryError(
+            f"Rows of {settings.row_length} tokens are longer than the context of {settings.model}, "
+            f"{config.max_position_embeddings} tokens; choose a smaller row_length."
+        )
+    layers = settings.mem_layers or list(getattr(config, "mem_layers", ())) or _spread(config.num_hidden_layers)
+    last = getattr(config, "last_context_length", None)
+    changes: dict[str, Any] = {
+        "mem_layers": layers,
+        "max_position_embeddings": settings.row_length,
+        "last_context_length": None if last is None else min(last, settings.row_length),
+    }
+    LongLlamaConfig.from_dict(config.to_dict(), **changes)
+    if not layers:
+        raise LlamoryError(f"{settings.model} has too few layers for a default; give mem_layers.")
+    return {key: value for key, value in changes.items() if value is not None}
+
+
+def _spread(count: int) -> list[int]:
+    """Three layers, a quarter of the model apart: 6, 12, 18 of 26 and 8, 16, 24 of 32, as published."""
+    step = max(1, count // 4)
+    return [layer for layer in (step, 2 * step, 3 * step) if layer < count]
+
+
+# ---- model and data --------------------------------------------------------------------------------------------------
+
+
+def _load(settings: FotSettings, changes: Mapping[str, Any]) -> LongLlamaForCausalLM:
+    model = backbone.load_model(
+        settings.model,
+        LongLlamaForCausalLM,
+        dtype=torch.float32,
+        attn_implementation=settings.attn_implementation,
+        **changes,
+    )
+    assert isinstance(model, LongLlamaForCausalLM)
+    return model
+
+
+def _prepared(model: LongLlamaForCausalLM, settings: FotSettings) -> Any:
+    """The model with adapters, or with those weights frozen that aren't trained."""
+    only_memory = settings.trained == "memory_layers"
+    if settings.lora:
+        return with_lora(model, settings, layers_to_transform=list(model.config.mem_layers) if only_memory else None)
+    if only_memory:
+        model.requires_grad_(False)
+        for layer in model.config.mem_layers:
+            model.model.layers[layer].self_attn.requires_grad_(True)
+    return model
+
+
+def _chooser(settings: FotSettings, plan: ContextPlan, tokenizer: PreTrainedTokenizerBase) -> ContextChooser:
+    embed = embedder(settings.retriever, tokenizer) if plan.negatives == "similar" and settings.retriever else None
+    return ContextChooser(plan, settings.batch_size, settings.dataset_packing, settings.seed, embed)
+
+
+def _streams(
+    settings: FotSettings, tokenizer: PreTrainedTokenizerBase, process: int, processes: int
+) -> dict[int, FotBatches]:
+    """One stream for each of this process's passes of a step."""
+    sources = make_sources(settings.data, settings.proportions or None)
+    own, streams = settings.accumulation, settings.accumulation * processes
+    return {
+        number: _batches(settings, sources, tokenizer, shard=number, shards=streams, buffer=settings.shuffle_buffer)
+        for number in range(process * own, (process + 1) * own)
+    }
+
+
+def _held_out(settings: FotSettings, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+    """The batches that are evaluated: the first ones of eval_data, in the files' order."""
+    if not settings.eval_data:
+        return []
+    batches = _batches(settings, make_sources(settings.eval_data), tokenizer, shard=0, shards=1, buffer=0)
+    return [
+        {key: batch[key] for key in ("input_ids", "shift_labels")} for batch in islice(batches, settings.eval_batches)
+    ]
+
+
+def _batches(
+    settings: FotSettings,
+    sources: list[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shard: int,
+    shards: int,
+    buffer: int,
+) -> FotBatches:
+    stream = DocumentStream(
+        sources,
+        tokenizer,
+        seed=settings.seed,
+        min_length=settings.row_length if settings.min_length is None else settings.min_length,
+        shuffle_buffer=buffer,
+        shard=shard,
+        shards=shards,
+        text_field=settings.text_field,
+        skip_broken=settings.skip_broken,
+    )
+    return FotBatches(
+        stream,
+        row_length=settings.row_length,
+        batch_size=settings.batch_size,
+        dataset_packing=settings.dataset_packing,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def _finish(trainer: FotTrainer, settings: FotSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    result = {
+        "output": str(Path(settings.output)),
+        "steps": trainer.state.global_step,
+        "losses": last_logged(trainer, "loss", _WITH, _WITHOUT),
+    }
+    save_finished(trainer, settings, tokenizer, result)
+    trainer.accelerator.wait_for_everyone()
+    return result

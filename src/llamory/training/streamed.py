@@ -1,0 +1,129 @@
+"""A Trainer that reads endless streams of batches, whose position is part of each checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import Trainer
+
+from llamory.errors import LlamoryError
+from llamory.longllama.losses import IGNORED
+from llamory.training.settings import RunSettings
+
+# What a resumed run may have otherwise than the run that wrote the checkpoint. The streams know their data themselves.
+_MAY_CHANGE = frozenset(
+    "data output eval_data eval_batches steps accumulation gradient_checkpointing attn_implementation fsdp cpu "
+    "log_every save_every eval_every keep_checkpoints report_to resume quiet".split()
+)
+
+
+class Feed(Protocol):
+    """The data of one process."""
+
+    def passes(self, step: int) -> list[dict[str, Any]]:
+        """The model's arguments for each pass of a step; each has `shift_labels`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position, fit for JSON: under "streams" what each stream of this process says, by its number, as text.
+
+        All else is the same in all processes.
+        """
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; "streams" has those of all processes."""
+        ...
+
+
+class StreamedTrainer(Trainer):
+    """The Trainer with the data of a `Feed`; the loss is the mean over all tokens of a step, in all processes."""
+
+    control: Any  # the Trainer's, which has no annotation there
+
+    def __init__(self, *args: Any, feed: Feed, recipe: Mapping[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.feed, self.recipe = feed, dict(recipe)
+        self.model_accepts_loss_kwargs = True
+        self.can_return_loss = True
+
+    def get_train_dataloader(self) -> Any:
+        """Nothing that could be sharded or looked ahead in: `get_batch_samples` asks the feed."""
+        return _Endless()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:  # noqa: ARG002
+        """The step's passes, and how many tokens they predict in all processes."""
+        if self.state.global_step >= self.state.max_steps:  # a finished run that is resumed
+            self.control.should_training_stop = True
+            return [], None
+        passes = self.feed.passes(self.state.global_step)
+        count = torch.stack([(batch["shift_labels"] != IGNORED).sum() for batch in passes]).sum().to(device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count[None]).sum()
+        return passes, count
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The model's own loss.
+
+        Raises:
+            LlamoryError: it isn't finite.
+        """
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if not torch.isfinite(loss):
+            raise LlamoryError(
+                f"The loss of step {self.state.global_step + 1} isn't finite ({float(loss):.4g}); lower the learning "
+                "rate or look at the model's weights."
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's. Streams have no end, so the only epoch is the run."""
+        self.state.epoch = self.state.global_step / max(1, self.state.max_steps)
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(*args, **kwargs)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        position = {"recipe": self.recipe} | self.feed.state_dict()
+        (folder / f"position-{self.args.process_index}.json").write_text(json.dumps(position))
+
+
+class _Endless:
+    """Stands where the Trainer wants batches."""
+
+    def __iter__(self) -> Iterator[None]:
+        while True:
+            yield None
+
+
+def recipe_of(settings: RunSettings, world_size: int) -> dict[str, Any]:
+    """What must be the same where a run goes on; also how many streams a step reads, in whatever processes."""
+    told = {key: value for key, value in dataclasses.asdict(settings).items() if key not in _MAY_CHANGE}
+    return told | {"streams per step (accumulation × processes)": settings.accumulation * world_size}
+
+
+def read_position(checkpoint: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The position that a checkpoint holds, with the streams of all processes.
+
+    Raises:
+        LlamoryError: the checkpoint is of another kind of run, or of another recipe.
+    """
+    files = sorted(checkpoint.glob("position-*.json"))
+    parts = [json.loads(file.read_text()) for file in files]
+    if not parts:
+        raise LlamoryError(f"{checkpoint} is a checkpoint of another kind of run; give another output folder.")
+    then = parts[0].pop("recipe")
+    for key in sorted(then.keys() | recipe.keys()):
+        if then.get(key) != recipe.get(key):
+            raise LlamoryError(
+                f"{checkpoint} is a checkpoint of another recipe: {key} was {then.get(key)}, now it is "
+                f"{recipe.get(key)}; give the same settings to go on, or another output folder."
+            )
+    streams = {number: state for part in parts for number, state in part["streams"].items()}
+    return parts[0] | {"streams": streams}

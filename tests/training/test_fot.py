@@ -1,0 +1,309 @@
+"""FoT training: what it learns, saves, resumes, and shares among processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamory.cli.options import read_settings
+from llamory.errors import LlamoryError
+from llamory.longllama import LongLlamaForCausalLM
+from llamory.longllama.contexts import ContextChooser, ContextPlan
+from llamory.longllama.data import FotBatches
+from llamory.longllama.sources import DocumentStream, Source
+from llamory.training import fot
+from llamory.training.fot import train_fot
+from llamory.training.settings import FotSettings
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+ROW, BATCH, PACKING, SEED = 16, 8, 2, 42
+
+
+@pytest.fixture
+def settings(model_folder, documents, tmp_path):
+    """Settings of a run that takes a second: rows of 16 tokens, 4 documents of 2 rows at a time."""
+
+    def make(**changes):
+        values = {
+            "model": str(model_folder),
+            "data": [str(documents)],
+            "output": str(tmp_path / "run"),
+            "mem_layers": [1],
+            "row_length": ROW,
+            "batch_size": BATCH,
+            "dataset_packing": PACKING,
+            "min_length": 1,
+            "mix": ["0:0", "1:1"],
+            "shuffle_buffer": 4,
+            "steps": 4,
+            "learning_rate": 3e-3,
+            "log_every": 1,
+            "save_every": 2,
+            "seed": SEED,
+            "cpu": True,
+            "quiet": True,
+        }
+        return FotSettings(**(values | changes))
+
+    return make
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def losses(folder, key="loss"):
+    last = max(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if key in entry]
+
+
+def start(settings, tmp_path, *prefix):
+    """Run the command line in a process of its own with the settings as a file."""
+    file = tmp_path / f"{Path(settings.output).name}.yaml"
+    file.write_text(yaml.safe_dump(vars(settings)))
+    command = [*(prefix or (sys.executable, "-m")), "llamory", "train", "fot", "--config", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def load(folder):
+    return LongLlamaForCausalLM.from_pretrained(
+        folder, mem_layers=[1], max_position_embeddings=ROW, dtype=torch.float32
+    )
+
+
+def batches(model_folder, documents, **changes):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    values = {"seed": SEED, "min_length": 1, "shuffle_buffer": 4}
+    stream = DocumentStream([Source([str(documents)])], tokenizer, **(values | changes))
+    return FotBatches(
+        stream,
+        row_length=ROW,
+        batch_size=BATCH,
+        dataset_packing=PACKING,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+@torch.no_grad()
+def token_losses(model, batch, contexts):
+    """(batch, length) each token's loss, by way of all logits."""
+    hidden = model(batch["input_ids"], contexts=contexts).hidden_states[0]
+    logits = hidden @ model.lm_head.weight.T
+    return cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten(), reduction="none").view(BATCH, ROW)
+
+
+def test_training_learns_and_saves_a_long_llama(settings):
+    result = train_fot(settings(steps=30, save_every=30))
+    output = Path(result["output"])
+    history = losses(output)
+    assert sum(history[-5:]) < sum(history[:5]) - 1
+    config = json.loads((output / "config.json").read_text())
+    assert config["model_type"] == "longllama"
+    assert (config["mem_layers"], config["max_position_embeddings"]) == ([1], ROW)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(output), LongLlamaForCausalLM)
+    assert len(AutoTokenizer.from_pretrained(output)) == config["vocab_size"]
+
+
+def test_the_loss_is_the_mean_over_all_tokens_of_all_passes(settings, model_folder, documents):
+    train_fot(settings(accumulation=2))
+    model = load(model_folder).eval()
+    chooser = ContextChooser(ContextPlan(mix=[(0, 0), (1, 1)]), BATCH, PACKING, SEED)
+    wanted = []
+    for stream in range(2):
+        batch = next(batches(model_folder, documents, shard=stream, shards=2))
+        contexts = chooser.choose(0, stream, batch["input_ids"], batch["documents"])
+        assert any(contexts) and not all(contexts)
+        wanted.append(token_losses(model, batch, contexts))
+    assert losses(settings().output)[0] == pytest.approx(float(torch.cat(wanted).mean()), abs=1e-5)
+
+
+KILLED = {
+    # The number of contexts grows after step 10 and only if what the steps before said is in the checkpoint.
+    "full": {"schedule": "grown", "sizes": [1, 3], "grow_at": 1e-6},
+    "LoRA": {"lora": True, "lora_dropout": 0.1, "schedule": "sampled", "sizes": [0, 2]},
+}
+
+
+@pytest.mark.parametrize("changes", KILLED.values(), ids=KILLED)
+def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path, documents, changes):
+    changes = changes | {"steps": 14, "eval_data": [str(documents)], "eval_every": 3, "eval_batches": 1}
+    train_fot(settings(**changes, output=str(tmp_path / "whole")))
+    broken = settings(**changes, output=str(tmp_path / "broken"))
+    process = start(broken, tmp_path)
+    while not (tmp_path / "broken" / "checkpoint-4" / "manifest.json").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    broken.resume = True
+    train_fot(broken)
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    for key in ("loss", "eval_loss", "contexts"):
+        assert losses(tmp_path / "whole", key) == losses(tmp_path / "broken", key)
+    assert len(set(losses(tmp_path / "whole", "contexts"))) == 2
+    curves = [json.loads((tmp_path / run / "curve.json").read_text()) for run in ("whole", "broken")]
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP"])
+def test_two_processes_lose_as_one_does_in_two_passes(settings, tmp_path, documents, fsdp):
+    evaluated = {"eval_data": [str(documents)], "eval_every": 2, "eval_batches": 3}
+    train_fot(settings(output=str(tmp_path / "one"), accumulation=2, **evaluated))
+    shared = settings(output=str(tmp_path / "two"), fsdp=fsdp, **evaluated)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    process = start(shared, tmp_path, sys.executable, *torchrun)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    for key in ("loss", "eval_loss", "eval_loss_without_memory"):
+        assert losses(tmp_path / "one", key) == pytest.approx(losses(tmp_path / "two", key), abs=1e-4)
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(torch.allclose(one[key], two[key], atol=1e-3) for key in one)
+    # The streams of both processes are in the checkpoint, so that one process can go on with them.
+    resumed = settings(output=str(tmp_path / "two"), accumulation=2, resume=True, steps=5, **evaluated)
+    assert train_fot(resumed)["steps"] == 5
+
+
+def test_a_finished_run_can_be_resumed_to_the_same_end(settings):
+    first = train_fot(settings())
+    before = weights(first["output"])
+    again = train_fot(settings(resume=True))
+    assert again == first
+    assert all(torch.equal(before[key], value) for key, value in weights(again["output"]).items())
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(settings, tmp_path, model_folder):
+    train_fot(settings())
+    for changes, name in [
+        ({"mix": ["1:0"]}, r"mix was \['0:0', '1:1'\], now it is \['1:0'\]"),
+        ({"learning_rate": 1.0}, "learning_rate"),
+        ({"accumulation": 2}, "streams"),
+    ]:
+        with pytest.raises(LlamoryError, match=f"another recipe: {name}"):
+            train_fot(settings(resume=True, **changes))
+    other = tmp_path / "other.txt"
+    other.write_text("Something else altogether. " * 20)
+    with pytest.raises(LlamoryError, match="other files"):
+        train_fot(settings(resume=True, data=[str(other)]))
+
+
+def test_held_out_loss_is_that_of_rows_with_memory_and_of_the_same_rows_without(
+    settings, tmp_path, model_folder, documents
+):
+    model = load(model_folder).eval()
+    with torch.no_grad():  # so large that it matters what is in memory
+        for projection in model.model.layers[1].self_attn.children():
+            projection.weight *= 10
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "model")
+    evaluated = {"eval_data": [str(documents)], "eval_every": 2, "eval_batches": 2}
+    result = train_fot(settings(model=str(tmp_path / "model"), **evaluated))
+    feed = batches(model_folder, documents, shuffle_buffer=0)
+    seen = [[row - 1] if row % 2 else [] for row in range(BATCH)]
+    held_out = [next(feed), next(feed)]
+    wanted = [
+        float(torch.cat([token_losses(model, batch, contexts)[1::2] for batch in held_out]).mean())
+        for contexts in (seen, [[]] * BATCH)
+    ]
+    curve = json.loads((Path(result["output"]) / "curve.json").read_text())
+    assert [point["step"] for point in curve["curve"]] == [0, 2, 4]
+    assert curve["tokens"] == 2 * BATCH // 2 * ROW
+    first = curve["curve"][0]
+    assert [first["loss_with_memory"], first["loss_without_memory"]] == pytest.approx(wanted, abs=1e-5)
+    assert wanted[0] != pytest.approx(wanted[1], abs=1e-5)
+    assert result["losses"]["eval_loss"] == curve["curve"][-1]["loss_with_memory"]
+
+
+def changed(before, after):
+    return {key for key in before if not torch.equal(before[key], after[key])}
+
+
+def test_only_the_attention_of_memory_layers_may_be_trained(settings, model_folder):
+    result = train_fot(settings(trained="memory_layers", gradient_checkpointing=True))
+    names = {f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkvo"}
+    assert changed(weights(model_folder), weights(result["output"])) == names
+
+
+def test_adapters_are_merged_and_kept_beside(settings, model_folder):
+    lora = {"lora": True, "lora_rank": 2, "lora_targets": ["q_proj", "up_proj"]}
+    result = train_fot(settings(**lora, trained="memory_layers", gradient_checkpointing=True))
+    names = {"model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"}
+    assert changed(weights(model_folder), weights(result["output"])) == names
+    assert (Path(result["output"]) / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_bfloat16_with_checkpointing_loses_nearly_as_float32(settings, tmp_path):
+    train_fot(settings(output=str(tmp_path / "exact")))
+    train_fot(settings(output=str(tmp_path / "short"), bf16=True, gradient_checkpointing=True))
+    assert losses(tmp_path / "exact") == pytest.approx(losses(tmp_path / "short"), abs=0.05)
+
+
+def test_similar_negatives_are_asked_of_the_retriever(settings, monkeypatch):
+    asked = []
+
+    def embedder(name, tokenizer):
+        def embed(rows):
+            asked.append((name, len(rows)))
+            return torch.eye(len(rows))
+
+        return embed
+
+    monkeypatch.setattr(fot, "embedder", embedder)
+    train_fot(settings(negatives="similar", retriever="finder"))
+    assert asked == [("finder", BATCH)] * 4
+
+
+@pytest.mark.parametrize("count", [2, 4, 26, 32])
+def test_default_memory_layers_are_those_of_the_published_models(count):
+    assert fot._spread(count) == {2: [1], 4: [1, 2, 3], 26: [6, 12, 18], 32: [8, 16, 24]}[count]
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("fot_*.yaml")), ids=lambda path: path.stem)
+def test_recipes_hold_settings_that_can_be(recipe, tmp_path):
+    given = {"data": ["nowhere"], "output": str(tmp_path / "run"), "model": "/no/model", "cpu": True, "fsdp": False}
+    with pytest.raises(LlamoryError, match="There is no model"):
+        train_fot(read_settings(FotSettings, recipe, given))
+
+
+def test_settings_that_cannot_be_are_refused(settings, tmp_path, documents):
+    for changes, sentence in [
+        ({"steps": None}, "set steps"),
+        ({"eval_every": 0}, "eval_every must be at least 1"),
+        ({"row_length": 1}, "row_length must be at least 2"),
+        ({"row_length": 4096}, "longer than the context"),
+        ({"min_length": None, "row_length": 256}, "at most .* tokens, fewer than min_length 256"),
+        ({"dataset_packing": 3}, "can't be divided"),
+        ({"mem_layers": [2]}, "names layer 2, but the model has 2 layers"),
+        ({"mix": ["0:7"]}, "can't see 7 rows"),
+        ({"mix": [], "cross_batch_range": 8}, "can't see 8 others"),
+        ({"cross_batch_range": 2}, "either a mix"),
+        ({"mix": ["some"]}, "POSITIVES:NEGATIVES"),
+        ({"mix": []}, "earlier chunks"),
+        ({"data": [str(documents)] * 2, "proportions": [0.5, 0.6]}, "add up to 1"),
+        ({"proportions": [0.5, 0.5]}, "1 sources of documents but 2 proportions"),
+        ({"schedule": "grown"}, "needs sizes"),
+        ({"negatives": "similar"}, "give one, a Sentence Transformers model"),
+        ({"eval_data": [str(documents)], "dataset_packing": 1}, "dataset_packing to 2"),
+        ({"schedule": "grown", "sizes": [1], "fsdp": True}, "use DDP"),
+        ({"scheduler": "sideways"}, "sideways"),
+        ({"lora": True, "lora_targets": ["no_such_layer"]}, "no_such_layer"),
+        ({"attn_implementation": "sideways"}, "sideways"),
+        ({"data": [str(tmp_path / "nowhere")]}, "nowhere"),
+    ]:
+        with pytest.raises(LlamoryError, match=sentence):
+            train_fot(settings(**changes))
