@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from llamory.longllama.cache import LongLlamaCache, LongLlamaCacheLayer
+from llamory.longllama.crossbatch import CrossBatch, cross_batch_attention
 from llamory.longllama.local import Chunk
 from llamory.memory import MemoryBank
 from llamory.memory.attention import attend, flash, merge
@@ -95,9 +96,16 @@ class LongLlamaAttention(LlamaAttention):
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         window: Window | None = None,
+        cross_batch: CrossBatch | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend within `window`; without one it is Llama's attention. `hidden_states` is (rows, width, hidden)."""
+        """Attend within `window`, or to the rows that `cross_batch` names; else it is Llama's attention.
+
+        `hidden_states` is (rows, width, hidden).
+        """
+        if cross_batch is not None and self.has_memory:
+            assert position_embeddings is not None
+            return self._cross_batch(hidden_states, position_embeddings, cross_batch), None
         if window is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         assert position_embeddings is not None
@@ -114,6 +122,26 @@ class LongLlamaAttention(LlamaAttention):
         """Write a window into memory without attending."""
         _, raw_key, value = self._project(hidden_states, queries=False)
         self._keep(None, value, raw_key, window)
+
+    def _cross_batch(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], cross_batch: CrossBatch) -> Tensor:
+        """Attend to other rows, too, as training has it."""
+        query, key, value = self._project(hidden_states)
+        cos, sin = (part.to(query.device) for part in rotary)
+        if not self.rotates:
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        output = cross_batch_attention(
+            query,
+            key,
+            value,
+            cos,
+            sin,
+            cross_batch.contexts,
+            scaling=self.scaling,
+            lengths=cross_batch.lengths,
+        )
+        output = output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
+        projected: Tensor = self.o_proj(output)
+        return projected
 
     # ---- a first window ------------------------------------------------------------------------------------------
 

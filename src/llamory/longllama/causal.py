@@ -15,9 +15,11 @@ from transformers.utils import can_return_tuple
 from llamory.errors import LlamoryError
 from llamory.longllama.cache import LongLlamaCache
 from llamory.longllama.configuration import LongLlamaConfig
+from llamory.longllama.crossbatch import Contexts
 from llamory.longllama.fingerprint import fingerprint
+from llamory.longllama.losses import IGNORED, next_token_loss
 from llamory.longllama.modeling import EveryIthCheckpointed, LongLlamaModel
-from llamory.memory import MemoryBank
+from llamory.memory import MemoryBank, checks
 
 
 class LongLlamaForCausalLM(EveryIthCheckpointed, LlamaForCausalLM):
@@ -47,11 +49,21 @@ class LongLlamaForCausalLM(EveryIthCheckpointed, LlamaForCausalLM):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         last_context_length: int | None = None,
+        contexts: Contexts | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Llama's forward for inputs of any length; see `LongLlamaModel.forward`.
 
-        Logits, (batch, columns kept, vocabulary), are computed for the last `logits_to_keep` columns only.
+        Logits, (batch, columns kept, vocabulary), are computed for the last `logits_to_keep` columns only. In training
+        with `contexts` there are none: the loss goes through the head chunk by chunk.
+
+        Args:
+            contexts: per row, the rows whose contexts it sees as well; the rows are then a window each.
+            shift_labels: (batch, length) what each place should predict, instead of `labels`, where that is the next
+                column's label.
+            num_items_in_batch: what the sum of the losses is divided by.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -63,16 +75,29 @@ class LongLlamaForCausalLM(EveryIthCheckpointed, LlamaForCausalLM):
             last_context_length=last_context_length,
             logits_to_keep=logits_to_keep,
             return_dict=True,
+            contexts=contexts,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
+        if contexts is not None:
+            return self._trained_together(hidden, labels, shift_labels, num_items_in_batch)
         logits = self.lm_head(hidden if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep])
         loss = None
-        if labels is not None:
+        if labels is not None or shift_labels is not None:
+            kwargs |= {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+
+    def _trained_together(
+        self, hidden: Tensor, labels: Tensor | None, targets: Tensor | None, count: Tensor | int | None
+    ) -> CausalLMOutputWithPast:
+        """The loss of rows that saw one another; their hidden states where there is nothing to predict."""
+        if targets is None and labels is not None:
+            targets = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        loss = None if targets is None else next_token_loss(hidden, self.lm_head.weight, targets, count)
+        return CausalLMOutputWithPast(loss=loss, hidden_states=(hidden,))
 
     # ---- generate ------------------------------------------------------------------------------------------------
 
@@ -184,15 +209,11 @@ class LongLlamaForCausalLM(EveryIthCheckpointed, LlamaForCausalLM):
             raise LlamoryError("This model has no memory layers; load it with mem_layers, for instance mem_layers=[8].")
 
     def _check_memory(self, memory: MemoryBank) -> None:
-        config = self.config
-        if sorted(memory.layers) != sorted(config.mem_layers):
-            raise LlamoryError(
-                f"The memory is of layers {list(memory.layers)}, but the model's memory layers are {config.mem_layers}."
-            )
-        if (memory.kv_heads, memory.head_dim) != (config.num_key_value_heads, config.head_dim):
-            raise LlamoryError("The memory was made by a model of another shape; read the documents with this model.")
-        if memory.fingerprint and memory.fingerprint != self.memory_fingerprint():
-            raise LlamoryError("The memory was made by another model; read the documents again with this model.")
+        what, config = "The memory", self.config
+        checks.check_layers(what, sorted(memory.layers), sorted(config.mem_layers))
+        checks.check_heads(what, (memory.kv_heads, memory.head_dim), (config.num_key_value_heads, config.head_dim))
+        if memory.fingerprint:
+            checks.check_fingerprint(what, memory.fingerprint, self.memory_fingerprint())
 
 
 AutoModelForCausalLM.register(LongLlamaConfig, LongLlamaForCausalLM, exist_ok=True)

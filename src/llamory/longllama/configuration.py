@@ -9,11 +9,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig
 
 from llamory.errors import LlamoryError
+from llamory.memory.blocks import DTYPES
+from llamory.memory.search import SEARCHES
 
 DEFAULT_LAST_CONTEXT = 1024
-MEMORY_DTYPES = ("float32", "bfloat16", "float16", "int8")
 OVERFLOWS = ("slide", "flush")
-SEARCHES = ("exact", "pages", "faiss")
 # Rotary embeddings whose frequencies change with the length seen; memory mixes windows, so they have no one length.
 _CHANGING_ROPE = ("dynamic", "longrope")
 
@@ -63,6 +63,8 @@ class LongLlamaConfig(LlamaConfig):
             the published code. In memory layers they go to memory.
         mem_search: how memory is searched: "exact", "pages" or "faiss".
         mem_top_k: pages, or neighbours, that each query reads (None for the way's own default).
+        mem_only_top_k: leave out what isn't among the `mem_top_k` best tokens of memory (32 if not given), as the paper's
+            inference does, instead of estimating it ("exact" or "faiss").
         mem_device: where memory is kept; None for where its layer is.
 
     Raises:
@@ -81,6 +83,7 @@ class LongLlamaConfig(LlamaConfig):
     local_cache_overflow: str = "slide"
     mem_search: str = "exact"
     mem_top_k: int | None = None
+    mem_only_top_k: bool = False
     mem_device: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -145,7 +148,7 @@ def check_memory(config: LongLlamaConfig) -> None:
     assert config.last_context_length is not None
     check_last_context(config.last_context_length, config.max_position_embeddings)
     for key, allowed in (
-        ("mem_dtype", MEMORY_DTYPES),
+        ("mem_dtype", tuple(DTYPES)),
         ("local_cache_overflow", OVERFLOWS),
         ("mem_search", SEARCHES),
     ):
@@ -156,6 +159,8 @@ def check_memory(config: LongLlamaConfig) -> None:
         raise LlamoryError(
             f"mem_attention_grouping is {grouping}, but it must be two positive numbers, heads and queries."
         )
+    if config.mem_only_top_k and config.mem_search == "pages":
+        raise LlamoryError("mem_only_top_k needs mem_search exact or faiss, as pages are read whole.")
     if config.mem_top_k is not None and config.mem_top_k < 1:
         raise LlamoryError(f"mem_top_k is {config.mem_top_k}, but it must be at least 1.")
     if config.gradient_checkpoint_every_ith < 1:

@@ -18,7 +18,7 @@ def fingerprint(model: nn.Module) -> str:
     """The fingerprint of a LongLLaMA model: of its weights, as bfloat16, and of how it makes memory keys.
 
     Loading the same weights as float32 or as bfloat16 gives the same fingerprint; an adapter gives another one. The
-    weights are read once (about 0.2 s for 135M) and again only if they have changed.
+    weights are read once, and again only if they have changed.
     """
     parameters = sorted(model.named_parameters(), key=lambda item: item[0])
     versions = tuple((name, parameter.data_ptr(), parameter._version) for name, parameter in parameters)

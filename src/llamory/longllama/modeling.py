@@ -16,6 +16,7 @@ from llamory.errors import LlamoryError
 from llamory.longllama.attention import LongLlamaAttention, LongLlamaDecoderLayer, Window
 from llamory.longllama.cache import LongLlamaCache
 from llamory.longllama.configuration import LongLlamaConfig, check_last_context, check_memory
+from llamory.longllama.crossbatch import Contexts, CrossBatch
 from llamory.longllama.windows import RealTokens, Step, cut_continuation, cut_prompt
 from llamory.memory import MemoryBank
 from llamory.memory.search import Search, make_search
@@ -65,9 +66,10 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
         logits_to_keep: int | Tensor | None = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        contexts: Contexts | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
-        """Read a batch of any length.
+        """Read a batch of any length, or, with `contexts`, rows of one window each that see one another (training).
 
         Args:
             input_ids: (batch, length).
@@ -81,6 +83,8 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
                 None: of none, which spares computing what nothing but memory is wanted of).
             output_hidden_states: whether to give the layers' inputs, too.
             return_dict: whether to give a `BaseModelOutputWithPast` or a tuple.
+            contexts: per row, the rows of this batch whose whole contexts its memory layers see, with gradients
+                (section 3.2). Nothing is kept then, and padding stands on the right.
             kwargs: passed on to the layers.
 
         Returns:
@@ -94,6 +98,9 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
         source = input_ids if inputs_embeds is None else inputs_embeds
         assert source is not None
         batch, length = source.shape[:2]
+        if contexts is not None:
+            output = self._read_together(source, attention_mask, contexts, kwargs)
+            return output if return_dict is not False else output.to_tuple()
         use_cache = self._uses_cache(use_cache)
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -194,6 +201,32 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
         # As in Llama's own output, the last of all states is the normed one.
         return [*states[:-1], last] if all_states else [last]
 
+    def _read_together(
+        self, source: Tensor, attention_mask: Tensor | None, contexts: Contexts, kwargs: dict[str, Any]
+    ) -> BaseModelOutputWithPast:
+        """Rows that see one another's contexts in memory layers."""
+        batch, width = source.shape[:2]
+        if width > self.config.max_position_embeddings:
+            raise LlamoryError(
+                f"Rows of {width} tokens are longer than the context, {self.config.max_position_embeddings}; cut "
+                "documents into shorter rows."
+            )
+        hidden = source if source.is_floating_point() else self.embed_tokens(source)
+        together = CrossBatch(contexts, _lengths(_own_columns(attention_mask, batch, width)))
+        position_ids = torch.arange(width, device=hidden.device)[None]
+        # Padding stands behind what is real, where causal attention doesn't look.
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        rotary = self.rotary_emb(hidden, position_ids)
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, cross_batch=together, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
     # ---- settings ------------------------------------------------------------------------------------------------
 
     def _uses_cache(self, use_cache: bool | None) -> bool:
@@ -227,9 +260,11 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
         )
 
     def _memory_search(self) -> Search:
-        key = (self.config.mem_search, self.config.mem_top_k)
+        config = self.config
+        key = (config.mem_search, config.mem_top_k, config.mem_only_top_k)
         if self._search is None or self._search[0] != key:
-            self._search = (key, make_search(*key))
+            search = make_search(config.mem_search, config.mem_top_k, only_top_k=config.mem_only_top_k)
+            self._search = (key, search)
         return self._search[1]
 
 
@@ -276,6 +311,16 @@ def _own_columns(attention_mask: Tensor | None, batch: int, length: int) -> Tens
             f"{batch} rows and at least {length} columns."
         )
     return attention_mask[:, attention_mask.shape[1] - length :]
+
+
+def _lengths(mask: Tensor | None) -> tuple[int, ...] | None:
+    """Real tokens of each row, None if all are."""
+    if mask is None or bool(mask.all()):
+        return None
+    lengths = mask.bool().sum(1)
+    if bool((mask.bool() != (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])).any()):
+        raise LlamoryError("Rows that see one another must be padded on the right; set the padding side to right.")
+    return tuple(lengths.tolist())
 
 
 AutoModel.register(LongLlamaConfig, LongLlamaModel, exist_ok=True)

@@ -14,7 +14,16 @@ from torch import Tensor
 from llamory.errors import LlamoryError
 from llamory.memory import checks, files
 from llamory.memory.blocks import Block, Span, memory_dtype
-from llamory.memory.segments import LARGEST_BLOCK, Segment, capacity_for, gathered, joined, moved
+from llamory.memory.segments import (
+    LARGEST_BLOCK,
+    Segment,
+    capacity_for,
+    concatenated,
+    gathered,
+    joined,
+    moved,
+    stored_segments,
+)
 
 DEFAULT_SEGMENT = "context"
 
@@ -130,11 +139,11 @@ class MemoryBank:
         Raises:
             LlamoryError: the layer has no memory, or there is no such segment.
         """
-        return self._copy_of([span.keys(torch.float32) for span in self._spans_of(layer, segment)])
+        return concatenated([self._nothing(), *(span.keys(torch.float32) for span in self._spans_of(layer, segment))])
 
     def values(self, layer: int, segment: str | None = None) -> Tensor:
         """A layer's values, as `keys`."""
-        return self._copy_of([span.values(torch.float32) for span in self._spans_of(layer, segment)])
+        return concatenated([self._nothing(), *(span.values(torch.float32) for span in self._spans_of(layer, segment))])
 
     def describe(self, segment: str) -> dict[str, Any]:
         """The facts that `annotate` noted of a segment, as a copy.
@@ -351,24 +360,9 @@ class MemoryBank:
             dtype=contents.dtype,
             fingerprint=contents.fingerprint,
         )
-        bank._take(file)
+        for name, segment in stored_segments(file).items():
+            bank._add(name, segment)
         return bank
-
-    def _take(self, file: files.MemoryFile) -> None:
-        """Make segments of a file's tensors: one full block per layer, so that many documents are one span."""
-        blocks, starts = {}, dict.fromkeys(self.layers, 0)
-        for layer in self.layers:
-            names = [files.tensor_name(layer, part) for part in ("keys", "values", "key_scales", "value_scales")]
-            keys, values = file.tensors[names[0]], file.tensors[names[1]]
-            scales = file.tensors.get(names[2]), file.tensors.get(names[3])
-            blocks[layer] = Block(keys, values, *scales, filled=keys.shape[1])
-        for stored in file.contents.segments:
-            segment = Segment(facts=stored.facts)
-            for layer, tokens in zip(self.layers, stored.tokens, strict=True):
-                if tokens:
-                    segment.spans[layer] = (Span(blocks[layer], starts[layer], starts[layer] + tokens),)
-                    starts[layer] += tokens
-            self._add(stored.name, segment)
 
     def _pieces(self, layer: int, part: str) -> Iterator[Tensor]:
         """A part of all blocks, as one tensor's elements follow one another: head by head."""
@@ -415,11 +409,8 @@ class MemoryBank:
         self._check_layer(layer)
         return list(self._segment(segment).spans.get(layer, ()))
 
-    def _copy_of(self, parts: list[Tensor]) -> Tensor:
-        if not parts:
-            return torch.zeros(self.kv_heads, 0, self.head_dim, device=self.device)
-        places = {part.device for part in parts}
-        return torch.cat([part if len(places) == 1 else part.cpu() for part in parts], dim=1)
+    def _nothing(self) -> Tensor:
+        return torch.zeros(self.kv_heads, 0, self.head_dim, device=self.device)
 
     def _segment(self, name: str) -> Segment:
         try:

@@ -99,7 +99,7 @@ def _attend_part(query: Tensor, span: Span, part: Part, count: int) -> tuple[Ten
     tokens = part.search(query, count)
     none = tokens < 0
     tokens = tokens.clamp_min(0)
-    keys, values = _gather(span, tokens)
+    keys, values = gather(span, tokens)
     scores = (keys @ query.unsqueeze(-1)).squeeze(-1).masked_fill_(none, -torch.inf)
     near_sum = scores.logsumexp(-1)
     near = (shares(scores.clone(), near_sum).unsqueeze(2) @ values).squeeze(2)
@@ -126,8 +126,8 @@ def _attend_part(query: Tensor, span: Span, part: Part, count: int) -> tuple[Ten
     return near, near_sum, far, far_sum, risk
 
 
-def _gather(span: Span, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (kv_heads, queries, count, head_dim) of some tokens of a span, in float32."""
+def gather(span: Span, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (kv_heads, queries, count, head_dim) in float32 of some tokens, numbered within their span."""
     block = span.block
     first = torch.arange(len(tokens), device=tokens.device).view(-1, 1, 1) * block.capacity + span.start
     rows = (tokens + first).view(-1)

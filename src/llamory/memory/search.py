@@ -34,20 +34,30 @@ class Search(Protocol):
         """
 
 
-def make_search(name: str, top_k: int | None = None, *, folder: str | Path | None = None) -> Search:
+def make_search(
+    name: str, top_k: int | None = None, *, only_top_k: bool = False, folder: str | Path | None = None
+) -> Search:
     """The way of searching that goes by a name.
 
     Args:
         name: "exact" (reads everything), "pages" (reads the best pages, estimates the rest) or "faiss" (reads the
             nearest neighbours from an index, estimates the rest).
         top_k: pages or neighbours that are read per query and head; a sensible number if none is given.
+        only_top_k: leave out what isn't among the `top_k` best tokens, as the paper does, instead of estimating it:
+            with "exact" all of memory is scanned for them, with "faiss" its indexes.
         folder: where "faiss" keeps its indexes, which are read from there piece by piece; in memory if none is given.
 
     Raises:
-        LlamoryError: there is no such way, or `top_k` isn't positive.
+        LlamoryError: there is no such way, `top_k` isn't positive, or pages should be tokens.
     """
     if top_k is not None and top_k < 1:
         raise LlamoryError(f"mem_top_k is {top_k}, but at least 1 page or neighbour must be read.")
+    if only_top_k and name in ("exact", "faiss"):
+        from llamory.memory.nearest import NearestSearch
+
+        return NearestSearch(top_k, indexed=name == "faiss", folder=folder)
+    if only_top_k and name == "pages":
+        raise LlamoryError("pages reads whole pages and estimates the others; for the best tokens only use faiss or exact.")
     if name == "exact":
         return ExactSearch()
     if name == "pages":

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llamory.memory.blocks import Block, Span
+from llamory.memory.files import MemoryFile, tensor_name
 
 SMALLEST_BLOCK = 4096
 LARGEST_BLOCK = 262144
@@ -40,6 +42,31 @@ def joined(spans: Iterable[Span], before: Sequence[Span] = ()) -> list[Span]:
         else:
             result.append(span)
     return result
+
+
+def stored_segments(file: MemoryFile) -> dict[str, Segment]:
+    """A file's segments over its tensors: one full block per layer, so that many documents are one span."""
+    layers = file.contents.layers
+    blocks, starts = {}, dict.fromkeys(layers, 0)
+    for layer in layers:
+        keys, values = (file.tensors[tensor_name(layer, part)] for part in ("keys", "values"))
+        key_scales, value_scales = (file.tensors.get(tensor_name(layer, f"{part}_scales")) for part in ("key", "value"))
+        blocks[layer] = Block(keys, values, key_scales, value_scales, filled=keys.shape[1])
+    segments = {}
+    for stored in file.contents.segments:
+        segment = segments[stored.name] = Segment(facts=stored.facts)
+        for layer, tokens in zip(layers, stored.tokens, strict=True):
+            if tokens:
+                segment.spans[layer] = (Span(blocks[layer], starts[layer], starts[layer] + tokens),)
+                starts[layer] += tokens
+    return segments
+
+
+def concatenated(parts: Sequence[Tensor]) -> Tensor:
+    """(kv_heads, tokens, head_dim) of all parts; on the CPU where they are in several places."""
+    filled = [part for part in parts if part.shape[1]] or list(parts)
+    places = {part.device for part in filled}
+    return torch.cat([part if len(places) == 1 else part.cpu() for part in filled], dim=1)
 
 
 def capacity_for(tokens: int, made: int) -> int:

@@ -1,9 +1,8 @@
 """Stretches of memory: long runs of tokens sorted into pages of like keys, with the pages' means and spreads.
 
-Tokens that stand side by side have less alike keys than one would think: of the attention of a real model's heads,
-pages of 32 neighbours catch a third where the same number of pages sorted by likeness catch nine tenths. So a stretch
-keeps its tokens where they are and remembers, per head, an order in which neighbours are alike. Eight pages make a
-chapter, which is looked at first.
+Tokens that stand side by side have less alike keys than one would think: pages of neighbours catch far less of a real
+model's attention than as many pages sorted by likeness. So a stretch keeps its tokens where they are and remembers, per
+head, an order in which neighbours are alike. Eight pages make a chapter, which is looked at first.
 """
 
 from __future__ import annotations

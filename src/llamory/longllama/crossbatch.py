@@ -1,0 +1,217 @@
+"""Cross-batch attention, which trains memory (Tworkowski et al. 2023, section 3.2).
+
+A row of the batch attends, under one softmax, to its own causal context and to the whole contexts of other rows: earlier
+chunks of its document (positives) and other documents (negatives). Gradients flow into the other rows' keys and values.
+Keys of other rows are encoded as if they stood at the first position of the local context, as memory keys are.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from llamory.errors import LlamoryError
+from llamory.longllama.kernels import Part, attend_part, attend_part_backward
+
+Contexts = Sequence[Sequence[int]]
+
+
+def crossbatch_contexts(
+    batch_size: int, cross_batch_range: int, dataset_packing: int = 1, stepping: bool = False
+) -> list[list[int]]:
+    """Which other rows each row sees: those before it, nearest first, as the published training code has it.
+
+    Args:
+        batch_size: rows of the batch.
+        cross_batch_range: how many rows before it a row sees at most.
+        dataset_packing: consecutive rows that hold consecutive chunks of one document.
+        stepping: later chunks of a document see more than earlier ones, whose first sees nothing.
+
+    Raises:
+        LlamoryError: a number is too small, packing doesn't divide the batch, or more contexts than there are rows.
+    """
+    if batch_size < 1 or dataset_packing < 1 or cross_batch_range < 0:
+        raise LlamoryError(
+            "batch_size and dataset_packing must be at least 1 and cross_batch_range at least 0, not "
+            f"{batch_size}, {dataset_packing} and {cross_batch_range}."
+        )
+    if batch_size % dataset_packing:
+        raise LlamoryError(
+            f"The batch of {batch_size} rows can't be divided among documents of {dataset_packing} rows each; choose "
+            "a batch size that dataset_packing divides."
+        )
+    if cross_batch_range >= batch_size:
+        raise LlamoryError(
+            f"A row can't see {cross_batch_range} others in a batch of {batch_size}; choose a cross_batch_range of at "
+            f"most {batch_size - 1}."
+        )
+    step = -(-(1 + cross_batch_range) // max(dataset_packing - 1, 1))
+    contexts = []
+    for row in range(batch_size):
+        seen = cross_batch_range
+        if stepping and dataset_packing > 1:
+            seen = min(row % dataset_packing * step, seen)
+        contexts.append([row - back for back in range(1, min(seen, row) + 1)])
+    return contexts
+
+
+def cross_batch_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    contexts: Contexts,
+    *,
+    scaling: float | None = None,
+    lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """Attention of each row to its own causal context and to the contexts of other rows, in one softmax.
+
+    Scores are never held whole, and keys and values of other rows are read where they lie, never copied per row.
+
+    Args:
+        query: (batch, heads, seq, head_dim), without rotary embedding.
+        key: (batch, kv_heads, seq, head_dim), likewise; query head h reads key head h // (heads // kv_heads).
+        value: the shape of `key`.
+        cos: (1 or batch, seq, head_dim), as transformers' rotary embedding gives it.
+        sin: likewise.
+        contexts: per row, the rows whose whole contexts it also sees.
+        scaling: what scores are multiplied by; 1 / sqrt(head_dim) if not given.
+        lengths: real tokens of each row, which stand at its front; what is behind them is seen by nobody.
+
+    Returns:
+        The query's shape, differentiable in query, key and value. Behind a row's `lengths` it means nothing.
+
+    Raises:
+        LlamoryError: contexts or lengths that don't fit the batch, or rows that begin at different positions.
+    """
+    plan = plan_contexts(contexts, len(query), lengths)
+    if lengths is not None and max(lengths, default=0) > key.shape[2]:
+        raise LlamoryError(f"A row can't have {max(lengths)} tokens where the batch has {key.shape[2]} columns.")
+    first_cos, first_sin = cos[:, :1], sin[:, :1]
+    if len(first_cos) > 1 and plan and not torch.equal(first_cos, first_cos[:1].expand_as(first_cos)):
+        raise LlamoryError("All rows must begin at the same position, as they read one another's keys at it.")
+    rotated, local = apply_rotary_pos_emb(query, key, cos, sin)
+    # At position 0 this leaves keys as they are, but for the factor that some rotary embeddings put on all positions.
+    _, remote = apply_rotary_pos_emb(query[:1, :, :1], key, first_cos[:1], first_sin[:1])
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output: Tensor = _CrossBatch.apply(rotated, local, remote, value, plan, scaling)  # type: ignore[no-untyped-call]
+    return output
+
+
+@dataclass(frozen=True)
+class CrossBatch:
+    """Which rows of a batch are seen together in training.
+
+    Attributes:
+        contexts: per row, the rows whose whole contexts it also sees in memory layers.
+        lengths: real tokens of each row, at its front; None if all columns are real.
+    """
+
+    contexts: Contexts
+    lengths: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive rows that see as many consecutive rows, one each.
+
+    Attributes:
+        rows: the rows that look.
+        seen: the rows that are looked at.
+        length: how many of their tokens are real; None for all.
+    """
+
+    rows: slice
+    seen: slice
+    length: int | None
+
+
+def plan_contexts(contexts: Contexts, batch: int, lengths: Sequence[int] | None = None) -> list[Run]:
+    """Put pairs of a row and a row it sees together where both go on in step, so that few calls do the work.
+
+    Raises:
+        LlamoryError: not one list per row, a row that isn't there, that sees itself, or that is named twice.
+    """
+    if len(contexts) != batch:
+        raise LlamoryError(f"There are {batch} rows, but contexts for {len(contexts)}.")
+    if lengths is not None and len(lengths) != batch:
+        raise LlamoryError(f"There are {batch} rows, but lengths of {len(lengths)}.")
+    by_distance: dict[int, list[int]] = defaultdict(list)
+    for row, seen in enumerate(contexts):
+        for other in seen:
+            if not 0 <= other < batch or other == row:
+                raise LlamoryError(
+                    f"Row {row} can't see row {other}: other rows of this batch are meant, 0 to {batch - 1}."
+                )
+            by_distance[row - other].append(row)
+        if len(set(seen)) != len(seen):
+            raise LlamoryError(f"Row {row} names a row twice: {list(seen)}.")
+    runs = []
+    for distance, rows in sorted(by_distance.items()):
+        start = 0
+        for at in range(1, len(rows) + 1):
+            length = None if lengths is None else lengths[rows[start] - distance]
+            if at < len(rows) and rows[at] == rows[at - 1] + 1:
+                if lengths is None or lengths[rows[at] - distance] == length:
+                    continue
+            first, last = rows[start], rows[at - 1] + 1
+            if length != 0:
+                runs.append(Run(slice(first, last), slice(first - distance, last - distance), length))
+            start = at
+    return runs
+
+
+class _CrossBatch(torch.autograd.Function):
+    """Flash attention part by part; the parts' gradients need nothing but the output and log-sum-exp of the whole."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, local: Tensor, remote: Tensor, value: Tensor, plan: list[Run], scaling: float
+    ) -> Tensor:
+        output, log_sum = attend_part(Part(query, local, value, causal=True), scaling)
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        for run in plan:
+            new, new_sum = attend_part(_part(query, remote, value, run), scaling)
+            _merge_into(output[run.rows], log_sum[run.rows], new, new_sum)
+        output = output.to(query.dtype)
+        ctx.save_for_backward(query, local, remote, value, output, log_sum)
+        ctx.plan, ctx.scaling = plan, scaling
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, local, remote, value, output, log_sum = ctx.saved_tensors
+        grad_query, grad_local, grad_value = attend_part_backward(
+            grad, Part(query, local, value, causal=True), output, log_sum, ctx.scaling
+        )
+        grad_remote = torch.zeros_like(remote)
+        for run in ctx.plan:
+            rows = run.rows
+            part = _part(query, remote, value, run)
+            parts = attend_part_backward(grad[rows], part, output[rows], log_sum[rows], ctx.scaling)
+            grad_query[rows] += parts[0]
+            grad_remote[run.seen, :, : run.length] += parts[1]
+            grad_value[run.seen, :, : run.length] += parts[2]
+        return grad_query, grad_local, grad_remote, grad_value, None, None
+
+
+def _part(query: Tensor, remote: Tensor, value: Tensor, run: Run) -> Part:
+    return Part(query[run.rows], remote[run.seen, :, : run.length], value[run.seen, :, : run.length], causal=False)
+
+
+def _merge_into(output: Tensor, log_sum: Tensor, new: Tensor, new_sum: Tensor) -> None:
+    """One softmax of what `output` and `log_sum` hold and another part, in place."""
+    whole = torch.logaddexp(log_sum, new_sum)
+    output.mul_((log_sum - whole).exp_().unsqueeze(-1)).addcmul_(
+        new.to(output.dtype), (new_sum - whole).exp_().unsqueeze(-1)
+    )
+    log_sum.copy_(whole)

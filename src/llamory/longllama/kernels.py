@@ -1,0 +1,176 @@
+"""Fused attention kernels with log-sum-exp, forward and backward, so that parts of one softmax can be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PLAIN_SCORES = 1 << 22  # scores that the plain way holds at once
+_CUDA_LSE_TILE = 32  # the memory-efficient kernel wants its log-sum-exp filled up to a multiple of this
+_CPU_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries and the keys that they see.
+
+    Attributes:
+        query: (batch, heads, queries, head_dim).
+        key: (batch, kv_heads, keys, head_dim); query head h reads key head h // (heads // kv_heads).
+        value: the shape of `key`.
+        causal: query i sees the keys 0 to i, or all.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    causal: bool
+
+    @property
+    def groups(self) -> int:
+        """Query heads per key head."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    def heads_of(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Views of a query-like tensor that have as many heads as the keys, one per query head of a group."""
+        for group in range(self.groups):
+            yield tensor[:, group :: self.groups]
+
+
+def attend_part(part: Part, scaling: float) -> tuple[Tensor, Tensor]:
+    """Output (batch, heads, queries, head_dim), and log-sum-exp (batch, heads, queries) in at least float32.
+
+    No gradient flows through either; see `attend_part_backward`.
+    """
+    if part.groups == 1:
+        return _forward(part.query, part.key, part.value, part.causal, scaling)
+    output = torch.empty_like(part.query)
+    exact = torch.promote_types(part.query.dtype, torch.float32)
+    log_sum = part.query.new_empty(part.query.shape[:3], dtype=exact)
+    for query, out, sums in zip(*map(part.heads_of, (part.query, output, log_sum)), strict=True):
+        new, new_sum = _forward(query, part.key, part.value, part.causal, scaling)
+        out.copy_(new)
+        sums.copy_(new_sum)
+    return output, log_sum
+
+
+def attend_part_backward(
+    grad: Tensor, part: Part, output: Tensor, log_sum: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a part's query, key and value.
+
+    Args:
+        grad: gradient of the whole attention's output, (batch, heads, queries, head_dim).
+        part: the part.
+        output: of the whole attention, over this part and all others.
+        log_sum: of the whole attention, (batch, heads, queries).
+        scaling: what scores are multiplied by.
+    """
+    if part.groups == 1:
+        return _backward(grad, part.query, part.key, part.value, output, log_sum, part.causal, scaling)
+    grad_query, grad_key, grad_value = map(torch.zeros_like, (part.query, part.key, part.value))
+    tensors = (grad, part.query, output, log_sum, grad_query)
+    for heads, query, out, sums, into in zip(*map(part.heads_of, tensors), strict=True):
+        grads = _backward(heads, query, part.key, part.value, out, sums, part.causal, scaling)
+        into.copy_(grads[0])
+        grad_key += grads[1]
+        grad_value += grads[2]
+    return grad_query, grad_key, grad_value
+
+
+def _way(query: Tensor) -> str:
+    device, dtype = query.device.type, query.dtype
+    if device == "cpu" and dtype in _CPU_TYPES:
+        return "cpu"
+    if device == "cuda" and dtype in _CUDA_TYPES and query.shape[-1] % 8 == 0:
+        return "cuda"
+    return "plain"
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
+    way, aten = _way(query), torch.ops.aten
+    if way == "cpu":
+        query, key, value = map(_dense, (query, key, value))
+        output, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, scale=scaling
+        )
+        return output, log_sum
+    if way == "cuda":
+        output, log_sum, *_ = aten._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, causal, scale=scaling
+        )
+        return output, log_sum[..., : query.shape[2]]
+    exact = torch.promote_types(query.dtype, torch.float32)
+    output, log_sum = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=exact)
+    for rows in _pieces(query, key):
+        scores = _scores(query[:, :, rows], key, rows.start if causal else None, scaling, exact)
+        log_sum[:, :, rows] = scores.logsumexp(-1)
+        output[:, :, rows] = (scores.softmax(-1) @ value.to(exact)).to(output.dtype)
+    return output, log_sum
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum: Tensor,
+    causal: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    way, aten = _way(query), torch.ops.aten
+    if way == "cpu":
+        grad, query, key, value, output = map(_dense, (grad, query, key, value, output))
+        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, query, key, value, output, log_sum.contiguous(), 0.0, causal, scale=scaling
+        )
+        return grads
+    if way == "cuda":
+        queries = query.shape[2]
+        room = log_sum.new_zeros(*log_sum.shape[:2], -(-queries // _CUDA_LSE_TILE) * _CUDA_LSE_TILE)
+        room[..., :queries] = log_sum
+        # Without dropout the kernel reads no random state, but wants to be given one.
+        seed = torch.zeros((), dtype=torch.long, device=query.device)
+        *grads, _ = aten._scaled_dot_product_efficient_attention_backward(
+            grad, query, key, value, None, output, room, seed, seed, 0.0, (True, True, True, False), causal,
+            scale=scaling,
+        )  # fmt: skip
+        return grads[0], grads[1], grads[2]
+    exact = torch.promote_types(query.dtype, torch.float32)
+    grad, wide_key, wide_value = grad.to(exact), key.to(exact), value.to(exact)
+    delta = (grad * output.to(exact)).sum(-1, keepdim=True)
+    grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(wide_key), torch.zeros_like(wide_value)
+    for rows in _pieces(query, key):
+        scores = _scores(query[:, :, rows], key, rows.start if causal else None, scaling, exact)
+        shares = (scores - log_sum[:, :, rows, None]).exp()
+        grad_value += shares.transpose(2, 3) @ grad[:, :, rows]
+        grad_scores = shares * (grad[:, :, rows] @ wide_value.transpose(2, 3) - delta[:, :, rows]) * scaling
+        grad_query[:, :, rows] = (grad_scores @ wide_key).to(query.dtype)
+        grad_key += grad_scores.transpose(2, 3) @ query[:, :, rows].to(exact)
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _pieces(query: Tensor, key: Tensor) -> Iterator[slice]:
+    batch, heads, queries, _ = query.shape
+    step = max(1, PLAIN_SCORES // (batch * heads * key.shape[2]))
+    for start in range(0, queries, step):
+        yield slice(start, min(start + step, queries))
+
+
+def _scores(query: Tensor, key: Tensor, first: int | None, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Scores (batch, heads, queries, keys); with `first`, query i is number `first` + i and sees no later key."""
+    scores = query.to(dtype) @ key.to(dtype).transpose(2, 3) * scaling
+    if first is not None:
+        numbers = torch.arange(key.shape[2], device=key.device)
+        later = numbers > torch.arange(first, first + query.shape[2], device=key.device)[:, None]
+        scores = scores.masked_fill(later, -torch.inf)
+    return scores

@@ -1,0 +1,54 @@
+"""The next-token loss, computed chunk by chunk so that (length × vocabulary) logits are never held."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+# Bytes that one chunk's float32 logits may take, and rows it has at least: matrix products want tall operands.
+_CHUNK_BYTES = 32 * 2**20
+_LEAST_CHUNK = 128
+
+
+def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, count: Tensor | int | None = None) -> Tensor:
+    """Mean next-token loss.
+
+    Args:
+        hidden: (..., hidden) last hidden states.
+        weight: (vocabulary, hidden) of the output head.
+        targets: (...) the token that each place should predict, -100 where none is asked for.
+        count: what the sum is divided by instead of the number of targets here: those of a whole step, say.
+    """
+    rows, wanted = _asked(hidden, targets)
+    total = hidden.sum() * 0.0 if not len(rows) else hidden.new_zeros((), dtype=torch.float32)
+    size = _rows_at_once(weight)
+    for chunk, target in zip(rows.split(size), wanted.split(size), strict=True):
+        total = total + checkpoint(_chunk_loss, chunk, weight, target, use_reentrant=False)
+    return total / (max(1, len(rows)) if count is None else count)
+
+
+@torch.no_grad()
+def correct_tokens(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """How many of the targets are the model's first choice; arguments as `next_token_loss`."""
+    rows, wanted = _asked(hidden, targets)
+    size = _rows_at_once(weight)
+    parts = zip(rows.split(size), wanted.split(size), strict=True)
+    right = [(F.linear(chunk, weight).argmax(-1) == target).sum() for chunk, target in parts]
+    return torch.stack(right).sum() if right else wanted.new_zeros(())
+
+
+def _asked(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and targets of the places where something is asked for."""
+    asked = targets != IGNORED
+    return hidden[asked], targets[asked]
+
+
+def _rows_at_once(weight: Tensor) -> int:
+    return max(_LEAST_CHUNK, _CHUNK_BYTES // (4 * len(weight)))
+
+
+def _chunk_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")

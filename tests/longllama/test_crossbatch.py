@@ -1,0 +1,242 @@
+"""Cross-batch attention against the published code's values, a plain reference, and windows read one by one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plain_crossbatch import plain_cross_batch
+from tiny_models import make_long_llama
+
+from llamory.errors import LlamoryError
+from llamory.longllama import crossbatch, kernels
+from llamory.longllama.crossbatch import cross_batch_attention, crossbatch_contexts, plan_contexts
+
+GOLDEN = sorted((Path(__file__).parent.parent / "golden").glob("crossbatch_*.json"))
+
+
+def rotary(seq, dim, theta=10000.0, first=0):
+    frequencies = 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = torch.arange(first, first + seq, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.cat([angles, angles], -1)[None]
+    return angles.cos(), angles.sin()
+
+
+def drawn(batch, heads, kv_heads, seq, dim, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, heads, seq, dim), (batch, kv_heads, seq, dim), (batch, kv_heads, seq, dim)]
+    return [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("file", GOLDEN, ids=lambda file: file.stem)
+def test_published_values(file):
+    golden = json.loads(file.read_text())
+    shape = [golden[name] for name in ("batch", "seq", "heads", "head_dim")]
+    random = np.random.RandomState(golden["input_seed"])
+    query, key, value, cotangent = (torch.tensor(random.standard_normal(shape)).transpose(1, 2) for _ in range(4))
+    contexts = crossbatch_contexts(
+        golden["batch"], golden["cross_batch_range"], golden["dataset_packing"], golden["cross_batch_stepping"]
+    )
+    assert [len(seen) for seen in contexts] == golden["additional_contexts_seen"]
+    inputs = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+    cos, sin = rotary(golden["seq"], golden["head_dim"], golden["rope_theta"])
+    output = cross_batch_attention(*inputs, cos, sin, contexts)
+    gradients = torch.autograd.grad((output * cotangent).sum(), inputs)
+    for name, tensor in zip(("output", "grad_query", "grad_key", "grad_value"), (output, *gradients), strict=True):
+        expected = torch.tensor(golden[name], dtype=torch.float64).transpose(1, 2)
+        torch.testing.assert_close(tensor, expected, atol=1e-8, rtol=0)
+
+
+def any_contexts(draw, batch):
+    return [
+        draw(st.lists(st.sampled_from([r for r in range(batch) if r != row]), unique=True)) if batch > 1 else []
+        for row in range(batch)
+    ]
+
+
+@pytest.mark.parametrize("way", ["cpu", "plain"])
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_any_contexts_heads_and_lengths_equal_the_plain_way(way, data):
+    batch, seq = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9))
+    kv_heads, groups, dim = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), 8
+    contexts = any_contexts(data.draw, batch)
+    lengths = data.draw(st.none() | st.lists(st.integers(1, seq), min_size=batch, max_size=batch))
+    inputs = drawn(batch, kv_heads * groups, kv_heads, seq, dim, data.draw(st.integers(0, 9)))
+    cos, sin = rotary(seq, dim, first=data.draw(st.sampled_from([0, 3])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_way", lambda query: way)
+        patch.setattr(kernels, "PLAIN_SCORES", data.draw(st.sampled_from([1, 64, 1 << 22])))
+        ours = cross_batch_attention(*inputs, cos, sin, contexts, lengths=lengths)
+        real = torch.ones(batch, 1, seq, 1, dtype=torch.float64)
+        for row, length in enumerate(lengths or []):
+            real[row, :, length:] = 0
+        cotangent = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * real
+        plain = plain_cross_batch(*inputs, cos, sin, contexts, lengths=lengths)
+        torch.testing.assert_close(ours * real, plain * real, atol=1e-10, rtol=0)
+        wanted = torch.autograd.grad((plain * cotangent).sum(), inputs)
+        for got, want in zip(torch.autograd.grad((ours * cotangent).sum(), inputs), wanted, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 4e-3)])
+def test_other_types(dtype, close):
+    inputs = drawn(4, 6, 2, 40, 16)
+    cos, sin = rotary(40, 16)
+    contexts = crossbatch_contexts(4, 3)
+    wanted = plain_cross_batch(*inputs, cos, sin, contexts)
+    low = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs]
+    got = cross_batch_attention(*low, cos.to(dtype), sin.to(dtype), contexts)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), wanted, atol=close, rtol=close)
+    grads = torch.autograd.grad(got.double().square().sum(), low)
+    expected = torch.autograd.grad(wanted.square().sum(), inputs)
+    for ours, theirs in zip(grads, expected, strict=True):
+        assert (ours.double() - theirs).norm() < close * theirs.norm()
+
+
+def test_keys_of_others_keep_the_factor_of_the_rotary_embedding():
+    inputs = drawn(3, 2, 2, 5, 8)
+    cos, sin = (1.3 * part for part in rotary(5, 8))
+    contexts = [[1, 2], [], [0]]
+    wanted = plain_cross_batch(*inputs, cos, sin, contexts)
+    torch.testing.assert_close(cross_batch_attention(*inputs, cos, sin, contexts), wanted, atol=1e-10, rtol=0)
+
+
+def test_rows_in_step_are_one_call():
+    assert len(plan_contexts(crossbatch_contexts(16, 3), 16)) == 3
+    assert sum(run.rows.stop - run.rows.start for run in plan_contexts(crossbatch_contexts(16, 3), 16)) == 1 + 2 + 3 * 13
+
+
+@pytest.mark.parametrize(
+    ("contexts", "told"),
+    [
+        ([[1], [0]], "contexts for 2"),
+        ([[], [1], []], "Row 1 can't see row 1"),
+        ([[], [3], []], "Row 1 can't see row 3"),
+        ([[], [-1], []], "Row 1 can't see row -1"),
+        ([[], [0, 0], []], "Row 1 names a row twice"),
+    ],
+)
+def test_contexts_that_cannot_be(contexts, told):
+    inputs = drawn(3, 1, 1, 4, 8)
+    with pytest.raises(LlamoryError, match=told):
+        cross_batch_attention(*inputs, *rotary(4, 8), contexts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((8, 2, 3), "can't be divided"),
+        ((4, 4), "can't see 4 others in a batch of 4"),
+        ((0, 1), "must be at least 1"),
+        ((4, -1), "at least 0"),
+        ((4, 1, 0), "must be at least 1"),
+    ],
+)
+def test_ranges_that_cannot_be(arguments, told):
+    with pytest.raises(LlamoryError, match=told):
+        crossbatch_contexts(*arguments)
+
+
+def test_nothing_flows_from_rows_that_are_not_seen_nor_backwards():
+    contexts = crossbatch_contexts(8, 6, 4, stepping=True)
+    inputs = drawn(8, 4, 2, 6, 8)
+    cos, sin = rotary(6, 8)
+    before = cross_batch_attention(*inputs, cos, sin, contexts)
+    for row in range(8):
+        for column in (0, 3, 5):
+            changed = [tensor.detach().clone() for tensor in inputs]
+            for tensor in changed:
+                tensor[row, :, column] += 1
+            after = cross_batch_attention(*changed, cos, sin, contexts)
+            differs = (after != before).any(-1).any(1)
+            expected = torch.zeros(8, 6, dtype=torch.bool)
+            expected[row, column:] = True
+            for other, seen in enumerate(contexts):
+                expected[other] |= row in seen
+            assert torch.equal(differs, expected)
+
+
+def test_peak_memory_counts_no_copies(monkeypatch):
+    """What reaches the kernels are views of the keys and values as they came."""
+    seen = []
+    real = crossbatch.attend_part
+
+    def watch(part, scaling):
+        seen.append((part.value.data_ptr(), part.value.untyped_storage().data_ptr(), part.key.untyped_storage().data_ptr()))
+        return real(part, scaling)
+
+    monkeypatch.setattr(crossbatch, "attend_part", watch)
+    query, key, value = (tensor.detach() for tensor in drawn(6, 4, 2, 8, 8))
+    cross_batch_attention(query, key, value, *rotary(8, 8), crossbatch_contexts(6, 5))
+    assert {storage for _, storage, _ in seen} == {value.untyped_storage().data_ptr()}
+    assert len({storage for *_, storage in seen}) == 2  # local keys, and those of all contexts
+
+
+# ---- in the model --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"mem_positionals": False}, {"num_key_value_heads": 4}], ids=str)
+def test_chunks_that_see_all_earlier_ones_are_windows_read_one_by_one(changes):
+    """What training computes in one pass is what reading computes window by window, in all layers."""
+    context, chunks = 8, 4
+    model = make_long_llama(max_position_embeddings=context, last_context_length=context, **changes)
+    ids = torch.randint(5, 60, (1, context * chunks), generator=torch.Generator().manual_seed(3))
+    contexts = [list(range(row)) for row in range(chunks)]
+    with torch.no_grad():
+        together = model.model(ids.view(chunks, context), contexts=contexts).last_hidden_state
+        one_by_one = model.model(ids, last_context_length=context).last_hidden_state
+    torch.testing.assert_close(together.view(1, -1, together.shape[-1]), one_by_one, atol=2e-5, rtol=0)
+
+
+def test_loss_and_gradients_equal_those_through_whole_logits_with_checkpointing_too():
+    model = make_long_llama(max_position_embeddings=8, last_context_length=8).train()
+    ids = torch.randint(5, 60, (4, 8), generator=torch.Generator().manual_seed(3))
+    targets = torch.randint(5, 60, (4, 8), generator=torch.Generator().manual_seed(4))
+    targets[1, 2:5] = -100
+    contexts = [[], [0], [3, 1], [0, 1, 2]]
+    hidden = model.model(ids, contexts=contexts).last_hidden_state
+    plain = torch.nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), targets.flatten())
+    wanted = torch.autograd.grad(plain, list(model.parameters()))
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        output = model(ids, shift_labels=targets, contexts=contexts)
+        assert output.logits is None
+        torch.testing.assert_close(output.loss, plain)
+        gradients = torch.autograd.grad(output.loss, list(model.parameters()))
+        for got, want in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+    by_labels = model(ids, labels=ids, contexts=contexts).loss
+    shifted = torch.cat([ids[:, 1:], torch.full((4, 1), -100)], 1)
+    torch.testing.assert_close(by_labels, model(ids, shift_labels=shifted, contexts=contexts).loss)
+
+
+def test_padding_on_the_right_is_seen_by_nobody():
+    model = make_long_llama(max_position_embeddings=8, last_context_length=8)
+    ids = torch.randint(5, 60, (3, 8), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(3, 8, dtype=torch.long)
+    mask[0, 5:] = mask[1, 2:] = 0
+    contexts = [[], [0], [0, 1]]
+    with torch.no_grad():
+        before = model.model(ids, attention_mask=mask, contexts=contexts).last_hidden_state
+        ids[0, 5:] += 1
+        ids[1, 2:] += 1
+        after = model.model(ids, attention_mask=mask, contexts=contexts).last_hidden_state
+    real = mask.bool()
+    assert torch.equal(before[real], after[real])
+    assert not torch.equal(before[~real], after[~real])
+    with pytest.raises(LlamoryError, match="padded on the right"):
+        model.model(ids, attention_mask=mask.flip(1), contexts=contexts)
+
+
+def test_a_row_longer_than_the_context_is_refused():
+    model = make_long_llama(max_position_embeddings=8, last_context_length=8)
+    with pytest.raises(LlamoryError, match="longer than the context"):
+        model(torch.ones(2, 9, dtype=torch.long), contexts=[[], [0]])

@@ -1,0 +1,61 @@
+"""The dictionary task: what is asked is what was defined."""
+
+import pytest
+import torch
+
+from llamory.errors import LlamoryError
+from llamory.longllama.lookup import ANSWER, ASK, BOS, DEFINE, VALUE, LookupTask
+
+
+def lines_of(row, first, second, task):
+    """Keys and values that a half says, read token by token."""
+    assert row[0] == BOS
+    found, at = {}, 1
+    while at < len(row) and row[at] == first:
+        key = tuple(row[at + 1 : at + 1 + task.key_length])
+        assert row[at + 1 + task.key_length] == second
+        value = tuple(row[at + 2 + task.key_length : at + task.line])
+        found[key] = (value, at + 2 + task.key_length)
+        at += task.line
+    assert not any(row[at:])
+    return found
+
+
+@pytest.mark.parametrize("task", [LookupTask(), LookupTask(20, 2, 3, 40), LookupTask(8, 1, 1, 5)], ids=str)
+def test_questions_ask_for_what_was_defined(task):
+    generator = torch.Generator().manual_seed(1)
+    drawn = task.draw(5, generator)
+    rows, targets = task.questions(drawn, generator)
+    for defined, asked, wanted in zip(task.definitions(drawn).tolist(), rows.tolist(), targets.tolist(), strict=True):
+        meanings, questions = lines_of(defined, DEFINE, VALUE, task), lines_of(asked, ASK, ANSWER, task)
+        assert {key: value for key, (value, _) in meanings.items()} == {k: v for k, (v, _) in questions.items()}
+        expected = [-100] * task.half
+        for value, column in questions.values():
+            expected[column - 1 : column - 1 + task.value_length] = value
+        if len(questions) == task.lines:
+            assert wanted == expected
+    assert rows.max() < task.vocabulary
+
+
+def test_the_paper_has_25_lines_of_10_tokens_in_256():
+    assert (LookupTask().lines, LookupTask().line, LookupTask().all_keys) == (25, 10, 58**4)
+
+
+def test_distinct_keys_are_distinct_and_look_random():
+    task = LookupTask()
+    drawn = task.draw_distinct(2000, torch.Generator().manual_seed(0))
+    keys = drawn.keys.view(-1, 4)
+    assert len(keys.unique(dim=0)) == len(keys) == 50000
+    assert drawn.keys.min() >= 6 and drawn.keys.max() < 64
+    counts = torch.stack([torch.bincount(keys[:, place], minlength=64)[6:] for place in range(4)]).float()
+    assert (counts - 50000 / 58).abs().max() < 6 * (50000 / 58) ** 0.5
+
+
+def test_more_keys_than_there_are():
+    with pytest.raises(LlamoryError, match="different keys"):
+        LookupTask(10, 1, 1, 8).draw_distinct(100, torch.Generator())
+
+
+def test_no_room_for_a_line():
+    with pytest.raises(LlamoryError, match="rows of at least 11"):
+        LookupTask(half=10)
