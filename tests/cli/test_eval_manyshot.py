@@ -39,12 +39,13 @@ def test_it_prints_a_table_and_writes_numbers_and_picture(llamory, model_folder,
 def test_json_is_one_document_and_what_was_run_is_not_run_again(llamory, model_folder, data, tmp_path) -> None:
     test = write_lines(tmp_path / "test.jsonl", 70, first=60)
     arguments = ("eval", "manyshot", model_folder, "--train", data, "--test", test, "--output", tmp_path / "out")
-    arguments += ("--json", "--mem-layers", "1", "--context-length", "64")
+    arguments += ("--json", "--mem-layers", "1", "--context-length", "64", "--measure", "sum")
     first = llamory(*arguments, "--lengths", "100", "--seeds", "1", "--questions", "20")
     assert first.code == 0, first.err
     document = json.loads(first.out)
     assert document == json.loads((tmp_path / "out" / "manyshot.json").read_text())
     assert (document["evaluation"], document["settings"]["labels"]) == ("manyshot", ["cedar", "delta fjord"])
+    assert document["settings"]["measure"] == "sum"
     assert document["settings"]["template"] == "{text}\n{label}\n\n"
     run = document["runs"][str(model_folder)]
     assert (run["mem_layers"], run["context_length"]) == ([1], 64)

@@ -50,7 +50,10 @@ def test_labels_get_the_mean_log_probability_of_their_tokens(model, shown) -> No
     labels = [[9], [10, 11, 12, 13], [14, 15], [9, 20], [14, 15, 16]]
     memory = model.read(before) if shown else None
     found = label_scores(model, memory, question, labels)
-    assert found == pytest.approx([expected_score(model, before, question, label) for label in labels], abs=2e-5)
+    wanted = [expected_score(model, before, question, label) for label in labels]
+    assert found == pytest.approx(wanted, abs=2e-5)
+    sums = [score * len(label) for score, label in zip(wanted, labels, strict=True)]
+    assert label_scores(model, memory, question, labels, "sum") == pytest.approx(sums, abs=5e-5)
     if memory is not None:
         assert memory.length(1) == shown
         assert label_scores(model, memory, question, labels) == found  # questions leave nothing behind
@@ -69,13 +72,14 @@ class Letters:
         return {"input_ids": [1, *found] if add_special_tokens else found}
 
 
+@pytest.mark.parametrize("measure", ["mean", "sum"])
 @pytest.mark.parametrize("length", [0, 30])
-def test_the_answer_is_the_likeliest_label(model, length) -> None:
+def test_the_answer_is_the_likeliest_label(model, length, measure) -> None:
     wording = Wording(Letters())
     train = [Example(f"a{letter}", "yes" if letter in "cde" else "no") for letter in "bcdefghijkl"]
     plans = plan_manyshot(wording, train, [length], [0, 1], questions=5)
     labels = ["maybe", "no", "yes"]
-    trials = run_manyshot(model, wording, plans, labels)
+    trials = run_manyshot(model, wording, plans, labels, measure=measure)
     assert [(trial.length, trial.seed) for trial in trials] == [(length, 0), (length, 1)]
     for trial, plan in zip(trials, plans, strict=True):
         answers = []
@@ -84,6 +88,8 @@ def test_the_answer_is_the_likeliest_label(model, length) -> None:
             if not length:
                 question = [1, *question]
             scores = [expected_score(model, list(plan.input_ids), question, wording.label(label)) for label in labels]
+            if measure == "sum":
+                scores = [score * len(label) for score, label in zip(scores, labels, strict=True)]
             answers.append(labels[scores.index(max(scores))])
         assert trial.answers == answers
         right = [example.label for example in plan.questions]

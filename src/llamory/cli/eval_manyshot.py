@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -42,6 +42,13 @@ def manyshot(
     template: Annotated[
         str, typer.Option(help=r"How a demonstration is worded; \n is a new line.")
     ] = r"{text}\n{label}\n\n",
+    measure: Annotated[
+        Literal["mean", "sum"],
+        typer.Option(
+            help="What makes a label likely: its tokens' mean log-probability, or their sum, which doesn't favour "
+            "labels of many tokens."
+        ),
+    ] = "mean",
     mem_layers: shared.MemLayers = None,
     context_length: shared.ContextLength = None,
     mem_search: shared.MemSearch = None,
@@ -54,8 +61,8 @@ def manyshot(
 ) -> None:
     """Classify texts with as many demonstrations in memory as fit some lengths.
 
-    Demonstrations are drawn at random for every seed; the answer is the label whose tokens the model finds likeliest,
-    in the mean, after the question.
+    Demonstrations are drawn at random for every seed; the answer is the label whose tokens the model finds likeliest
+    after the question.
     """
     names = shared.model_names(model_argument, model, compare)
     if train is None:
@@ -81,7 +88,7 @@ def manyshot(
         }
         settings: dict[str, Any] = {"train": shared.identity([train])}
         settings["test"] = None if test is None else shared.identity([test])
-        settings |= {**fields, "labels": labels, "questions": questions, "template": template}
+        settings |= {**fields, "labels": labels, "questions": questions, "template": template, "measure": measure}
         record = Record(shared.output_folder(output) / _JSON_FILE, "manyshot", settings, Trial, manyshot_curve)
         from llamory.longllama.loading import load_long_model
 
@@ -93,6 +100,7 @@ def manyshot(
                 wordings[name],
                 plans[name],
                 labels,
+                measure=measure,
                 trials=record.run(name, shared.memory_facts(long)),
                 on_trial=lambda _: record.write(),
                 title=shown[name],

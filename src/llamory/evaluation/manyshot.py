@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -21,12 +21,18 @@ if TYPE_CHECKING:
     from llamory.longllama import LongLlamaForCausalLM
     from llamory.memory import MemoryBank
 
+Measure = Literal["mean", "sum"]
+
 
 @torch.no_grad()
 def label_scores(
-    model: LongLlamaForCausalLM, memory: MemoryBank | None, question: Sequence[int], labels: Sequence[Sequence[int]]
+    model: LongLlamaForCausalLM,
+    memory: MemoryBank | None,
+    question: Sequence[int],
+    labels: Sequence[Sequence[int]],
+    measure: Measure = "mean",
 ) -> list[float]:
-    """The mean log-probability of each label's tokens after a question.
+    """The mean, or the sum, of the log-probabilities of each label's tokens after a question.
 
     The question is read once, into the local context; the labels go on from there side by side.
 
@@ -35,9 +41,12 @@ def label_scores(
         memory: what the demonstrations were read into; it isn't changed. None for no memory.
         question: tokens of the text up to the label.
         labels: tokens per label.
+        measure: "mean", or "sum", which is the log-probability of the label as a whole. Where labels have different
+            numbers of tokens, the mean favours long ones: once demonstrations are known, only a label's first token is
+            in doubt, and the others, all but certain, halve what that doubt costs.
 
     Returns:
-        In nats per token, computed in float32, one per label.
+        In nats, computed in float32, one per label.
     """
     output = model(
         input_ids=torch.tensor([question], device=model.device),
@@ -65,6 +74,8 @@ def label_scores(
             wanted = torch.tensor(labels[index][1:])
             told = logits[row, : len(wanted)].float().log_softmax(-1).cpu()
             totals[index] += float(told[torch.arange(len(wanted)), wanted].sum())
+    if measure == "sum":
+        return totals
     return [total / len(label) for total, label in zip(totals, labels, strict=True)]
 
 
@@ -120,19 +131,21 @@ def run_manyshot(
     plans: Sequence[Plan],
     labels: Sequence[str],
     *,
+    measure: Measure = "mean",
     trials: list[Trial] | None = None,
     on_trial: Callable[[Trial], None] | None = None,
     title: str | None = None,
 ) -> list[Trial]:
     """Answer all questions of all plans; demonstrations are read into memory once, and mounted for every question.
 
-    The answer is the label whose tokens have the highest mean log-probability.
+    The answer is the label with the highest score of `label_scores`.
 
     Args:
         model: a model with memory, in evaluation mode.
         wording: of its tokenizer.
         plans: from `plan_manyshot`.
         labels: the answers to choose from.
+        measure: of labels, as for `label_scores`.
         trials: what a run before has found; it is kept, not done again, and filled.
         on_trial: called after every trial, which is then in `trials`.
         title: what the progress on standard error is called; None for no progress.
@@ -143,7 +156,7 @@ def run_manyshot(
     answers = [wording.label(label) for label in labels]
     with StepProgress(title, [plan.length + 1 for plan in todo], 1) as progress:
         for plan in todo:
-            trial = _try(model, wording, plan, labels, answers)
+            trial = _try(model, wording, plan, labels, answers, measure)
             trials.append(trial)
             progress.step(
                 plan.length + 1,
@@ -161,6 +174,7 @@ def _try(
     plan: Plan,
     labels: Sequence[str],
     answers: Sequence[Sequence[int]],
+    measure: Measure,
 ) -> Trial:
     started = time.perf_counter()
     memory = model.read(plan.input_ids) if plan.input_ids else None
@@ -169,7 +183,7 @@ def _try(
         question = wording.question(example.text)
         if memory is None:
             question = [*wording.start, *question]
-        scores = label_scores(model, memory, question, answers)
+        scores = label_scores(model, memory, question, answers, measure)
         given.append(labels[scores.index(max(scores))])
     right = [example.label for example in plan.questions]
     accuracy = sum(map(str.__eq__, given, right)) / len(right)
