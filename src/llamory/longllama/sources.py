@@ -1,0 +1,373 @@
+"""An endless stream of tokenised documents from one or several sources, seeded and resumable from a few numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamory.documents import Document, find_files, read_file
+from llamory.errors import LlamoryError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+# A document of a source: number of the file (as `find_files` lists them) and of the document within the file.
+Key = tuple[int, int]
+# How far from 1 the sum of all proportions may be.
+_PROPORTIONS_OFF = 1e-3
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents that belong together, and their share of the tokens.
+
+    Attributes:
+        paths: files and folders, as for `llamory.documents.find_files`.
+        proportion: the share of all tokens that come from here; the shares of all sources add up to 1.
+    """
+
+    paths: Paths
+    proportion: float = 1.0
+
+
+def make_sources(paths: Sequence[str | os.PathLike[str]], proportions: Sequence[float] | None = None) -> list[Source]:
+    """One source of all paths, or with proportions one of each path.
+
+    Raises:
+        LlamoryError: there isn't one proportion for each path, or they can't be used (see `DocumentStream`).
+    """
+    if proportions is None:
+        return [Source(list(paths))]
+    if len(proportions) != len(paths):
+        raise LlamoryError(
+            f"There are {len(paths)} sources of documents but {len(proportions)} proportions; give one for each."
+        )
+    sources = [Source([path], proportion) for path, proportion in zip(paths, proportions, strict=True)]
+    _check_proportions(sources)
+    return sources
+
+
+class DocumentStream:
+    """Documents without end, as `(tokens, source, key)`: ids of ordinary tokens, the source's number, which document.
+
+    A source that ends begins again in another order. The next document is of the source that is furthest behind its
+    proportion of the tokens so far, so that the shares of tokens tend to the proportions. Files are taken in an order
+    that depends on seed, epoch and source; documents go through a buffer from which the next one is drawn.
+    Several processes share the documents of an epoch: each takes every `shards`-th. A process to which an epoch leaves
+    no usable document takes all of them, in an order of its own.
+
+    Args:
+        sources: where documents come from.
+        tokenizer: makes token ids; each document is tokenised whole.
+        seed: of all that is shuffled.
+        min_length: documents with fewer tokens are passed over.
+        shuffle_buffer: documents of each source whose texts wait to be drawn; 0 leaves documents and files in order.
+        shard: number of this process, from 0.
+        shards: how many processes share the documents.
+        text_field: the entry of a JSON line that holds the text.
+        skip_broken: pass over broken JSON lines and files that aren't UTF-8.
+
+    Attributes:
+        taken: tokens given so far, of each source.
+
+    Raises:
+        LlamoryError: a file can't be found or read, a number is out of range, proportions aren't positive or don't add
+            up to 1, or a source has no document of `min_length`. While iterating, a broken line or file.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        seed: int,
+        min_length: int = 0,
+        shuffle_buffer: int = 256,
+        shard: int = 0,
+        shards: int = 1,
+        text_field: str = "text",
+        skip_broken: bool = False,
+    ) -> None:
+        _check_proportions(sources)
+        if min_length < 0 or shuffle_buffer < 0:
+            raise LlamoryError(
+                f"min_length and shuffle_buffer must be at least 0, not {min_length} and {shuffle_buffer}."
+            )
+        if not 0 <= shard < shards:
+            raise LlamoryError(f"shard must be one of 0 to {shards - 1}, not {shard}.")
+        whole = sum(source.proportion for source in sources)
+        self._proportions = [source.proportion / whole for source in sources]
+        self._settings = {
+            "seed": seed,
+            "min_length": min_length,
+            "shuffle_buffer": shuffle_buffer,
+            "shard": shard,
+            "shards": shards,
+            "text_field": text_field,
+            "skip_broken": skip_broken,
+            "proportions": [source.proportion for source in sources],
+        }
+        self._readers = [
+            _Reader(
+                _Files(find_files(source.paths), tokenizer, max(1, min_length), text_field, skip_broken),
+                seed=f"{seed}/{number}",
+                shuffle_buffer=shuffle_buffer,
+                shard=shard,
+                shards=shards,
+            )
+            for number, source in enumerate(sources)
+        ]
+        self._digest = _digest([reader.files for reader in self._readers], tokenizer)
+        self.taken = [0] * len(sources)
+        self.check()
+
+    def check(self) -> None:
+        """Find a first document of each source that is long enough.
+
+        Raises:
+            LlamoryError: a source has none, or what comes before it is broken.
+        """
+        for reader in self._readers:
+            reader.files.check()
+
+    def __iter__(self) -> Iterator[tuple[list[int], int, Key]]:
+        return self
+
+    def __next__(self) -> tuple[list[int], int, Key]:
+        total = sum(self.taken)
+        shares = zip(self._proportions, self.taken, strict=True)
+        behind = [(share * total - taken, share) for share, taken in shares]
+        source = max(range(len(behind)), key=behind.__getitem__)
+        key, tokens = self._readers[source].draw()
+        self.taken[source] += len(tokens)
+        return tokens, source, key
+
+    def read(self, documents: Iterable[tuple[int, Key]]) -> list[list[int]]:
+        """Tokens of documents that were given before, by source and key; each file is read once.
+
+        Raises:
+            LlamoryError: a document is no longer there.
+        """
+        documents = list(documents)
+        keys: dict[int, list[Key]] = defaultdict(list)
+        for source, key in documents:
+            keys[source].append(key)
+        texts = {source: self._readers[source].files.texts(wanted) for source, wanted in keys.items()}
+        return [self._readers[source].files.encode(texts[source][key]) for source, key in documents]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, for JSON: only numbers of files and documents, no text and no tokens."""
+        return {
+            "settings": self._settings,
+            "files": self._digest,
+            "taken": list(self.taken),
+            "readers": [reader.state_dict() for reader in self._readers],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the state was taken; documents that waited in a buffer are read again.
+
+        Raises:
+            LlamoryError: the state is of other files, another tokenizer or other settings.
+        """
+        refuse_other_settings(state["settings"], self._settings)
+        if state["files"] != self._digest:
+            raise LlamoryError(
+                "The checkpoint's place in the data is of other files or another tokenizer; go on with those that it "
+                "was made with, or start anew."
+            )
+        for reader, of_reader in zip(self._readers, state["readers"], strict=True):
+            reader.load_state_dict(of_reader)
+        self.taken = list(state["taken"])
+
+
+def refuse_other_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compare a saved state's settings with those at hand.
+
+    Raises:
+        LlamoryError: names the first that differs.
+    """
+    for name in current:
+        if saved.get(name) != current[name]:
+            raise LlamoryError(
+                f"The checkpoint's place in the data was made with {name} {saved.get(name)}, not {current[name]}; go "
+                "on with the same settings, or start anew."
+            )
+
+
+# ---- one source ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Files of one source and how they become tokens."""
+
+    paths: list[Path]
+    tokenizer: PreTrainedTokenizerBase
+    min_length: int
+    text_field: str
+    skip_broken: bool
+
+    def documents(self, file: int) -> Iterator[Document]:
+        return read_file(self.paths[file], text_field=self.text_field, skip_broken=self.skip_broken)
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def texts(self, keys: Iterable[Key]) -> dict[Key, str]:
+        """Texts of the documents with these keys; each file is read once, up to its last document that is wanted."""
+        wanted: dict[int, set[int]] = defaultdict(set)
+        for file, number in keys:
+            wanted[file].add(number)
+        texts = {}
+        for file, numbers in wanted.items():
+            for number, document in enumerate(islice(self.documents(file), max(numbers) + 1)):
+                if number in numbers:
+                    texts[file, number] = document.text
+            if (file, max(numbers)) not in texts:
+                raise LlamoryError(
+                    f"{self.paths[file]} has no document {max(numbers)} any more; go on with the files as they were."
+                )
+        return texts
+
+    def check(self) -> None:
+        longest = 0
+        for file in range(len(self.paths)):
+            for document in self.documents(file):
+                longest = max(longest, len(self.encode(document.text)))
+                if longest >= self.min_length:
+                    return
+        names = ", ".join(map(str, self.paths[:3])) + (", …" if len(self.paths) > 3 else "")
+        raise LlamoryError(
+            f"Documents have at most {longest} tokens, fewer than min_length {self.min_length}, in {names}; lower "
+            "min_length or give longer documents."
+        )
+
+
+class _Reader:
+    """One source's documents in order, through a buffer, epoch after epoch."""
+
+    def __init__(self, files: _Files, *, seed: str, shuffle_buffer: int, shard: int, shards: int) -> None:
+        self.files = files
+        self._seed = seed
+        self._shuffles = shuffle_buffer > 0
+        self._capacity = max(1, shuffle_buffer)
+        self._shard, self._shards = shard, shards
+        self._begin(0, alone=False)
+
+    def _begin(self, epoch: int, *, alone: bool) -> None:
+        """Start an epoch: the process's share of it, or, `alone`, all of it."""
+        self._epoch, self._alone = epoch, alone
+        self._pass_seed = f"{self._seed}/{epoch}" + (f"/{self._shard}" if alone else "")
+        self._order = list(range(len(self.files.paths)))
+        if self._shuffles:
+            random.Random(self._pass_seed).shuffle(self._order)
+        self._at = 0  # files of the order that are read
+        self._document = 0  # documents of the file that are read
+        self._seen = 0  # documents of the epoch that are read, all processes' ones
+        self._drawn = 0  # documents drawn from the buffer
+        self._used = 0  # of them long enough
+        self._buffer: list[tuple[Key, str]] = []
+        self._open: Iterator[Document] | None = None
+
+    def draw(self) -> tuple[Key, list[int]]:
+        """The next document that is long enough: its key and tokens."""
+        while True:
+            self._fill()
+            if not self._buffer:
+                self._next_pass()
+                continue
+            # A draw of its own for each number, so that the state is the number alone.
+            chance = random.Random(f"{self._pass_seed}/{self._shard}/{self._drawn}")
+            self._drawn += 1
+            place = chance.randrange(len(self._buffer))
+            self._buffer[place], self._buffer[-1] = self._buffer[-1], self._buffer[place]
+            key, text = self._buffer.pop()
+            tokens = self.files.encode(text)
+            if len(tokens) >= self.files.min_length:
+                self._used += 1
+                return key, tokens
+
+    def _next_pass(self) -> None:
+        if self._used:
+            self._begin(self._epoch + 1, alone=False)
+        elif not self._alone:
+            self._begin(self._epoch, alone=True)
+        else:
+            # Files have changed since they were checked first: say so, or read what is there now.
+            self.files.check()
+            self._begin(self._epoch, alone=True)
+
+    def _fill(self) -> None:
+        while len(self._buffer) < self._capacity:
+            entry = self._read_next()
+            if entry is None:
+                return
+            self._buffer.append(entry)
+
+    def _read_next(self) -> tuple[Key, str] | None:
+        """The process's next document of the epoch, or None at its end."""
+        while self._at < len(self._order):
+            file = self._order[self._at]
+            if self._open is None:
+                self._open = islice(self.files.documents(file), self._document, None)
+            for document in self._open:
+                key = (file, self._document)
+                mine = self._alone or self._seen % self._shards == self._shard
+                self._document += 1
+                self._seen += 1
+                if mine:
+                    return key, document.text
+            self._at, self._document, self._open = self._at + 1, 0, None
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "alone": self._alone,
+            "at": self._at,
+            "document": self._document,
+            "seen": self._seen,
+            "drawn": self._drawn,
+            "used": self._used,
+            "buffer": [list(key) for key, _ in self._buffer],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        keys = [(int(file), int(document)) for file, document in state["buffer"]]
+        texts = self.files.texts(keys)
+        self._begin(state["epoch"], alone=state["alone"])
+        self._at, self._document, self._seen = state["at"], state["document"], state["seen"]
+        self._drawn, self._used = state["drawn"], state["used"]
+        self._buffer = [(key, texts[key]) for key in keys]
+
+
+# ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def _check_proportions(sources: Sequence[Source]) -> None:
+    if not sources:
+        raise LlamoryError("No documents were given; name at least one file or folder.")
+    proportions = [source.proportion for source in sources]
+    named = ", ".join(f"{proportion:g}" for proportion in proportions)
+    if not all(proportion > 0 for proportion in proportions):
+        raise LlamoryError(f"Proportions of sources must be greater than 0, not {named}.")
+    if not abs(sum(proportions) - 1) <= _PROPORTIONS_OFF:
+        raise LlamoryError(f"Proportions of sources must add up to 1; {named} make {sum(proportions):g}.")
+
+
+def _digest(sources: Sequence[_Files], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes with the names and sizes of files and with the vocabulary; folders may move."""
+    files = [[(path.name, path.stat().st_size) for path in source.paths] for source in sources]
+    whole = json.dumps([files, sorted(tokenizer.get_vocab().items())])
+    return hashlib.sha256(whole.encode()).hexdigest()[:32]
