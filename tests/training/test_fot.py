@@ -43,7 +43,7 @@ def settings(model_folder, documents, tmp_path):
             "batch_size": BATCH,
             "dataset_packing": PACKING,
             "min_length": 1,
-            "mix": ["0:0", "1:1"],
+            "mix": ["0+0", "1+1"],
             "shuffle_buffer": 4,
             "steps": 4,
             "learning_rate": 3e-3,
@@ -190,7 +190,7 @@ def test_a_finished_run_can_be_resumed_to_the_same_end(settings):
 def test_a_checkpoint_of_another_recipe_is_refused(settings, tmp_path, model_folder):
     train_fot(settings())
     for changes, name in [
-        ({"mix": ["1:0"]}, r"mix was \['0:0', '1:1'\], now it is \['1:0'\]"),
+        ({"mix": ["1:0"]}, r"mix was \['0\+0', '1\+1'\], now it is \['1:0'\]"),
         ({"learning_rate": 1.0}, "learning_rate"),
         ({"accumulation": 2}, "streams"),
     ]:
@@ -292,7 +292,7 @@ def test_settings_that_cannot_be_are_refused(settings, tmp_path, documents):
         ({"mix": ["0:7"]}, "can't see 7 rows"),
         ({"mix": [], "cross_batch_range": 8}, "can't see 8 others"),
         ({"cross_batch_range": 2}, "either a mix"),
-        ({"mix": ["some"]}, "POSITIVES:NEGATIVES"),
+        ({"mix": ["some"]}, r"POSITIVES\+NEGATIVES"),
         ({"mix": []}, "earlier chunks"),
         ({"data": [str(documents)] * 2, "proportions": [0.5, 0.6]}, "add up to 1"),
         ({"proportions": [0.5, 0.5]}, "1 sources of documents but 2 proportions"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -38,6 +39,7 @@ from llamory.training.streamed import StreamedTrainer, read_position, recipe_of
 CURVE_FILE = "curve.json"
 _WITH, _WITHOUT = "eval_loss", "eval_loss_without_memory"
 _DEFAULT_MIX = "3b"
+_PAIR = re.compile(r"(\d+)[+:](\d+)")  # YAML reads 1:1 as a number unless it is quoted
 
 
 def train_fot(settings: FotSettings) -> dict[str, Any]:
@@ -245,20 +247,18 @@ def _check(settings: FotSettings) -> ContextPlan:
 
 
 def _mix(entries: list[str]) -> list[tuple[int, int]]:
-    """A mix from its texts: a published one's name, or positives:negatives, one text each or parted by commas."""
+    """A mix from its texts: a published one's name, or positives+negatives, one text each or parted by commas."""
     parts = [part.strip() for entry in entries or [_DEFAULT_MIX] for part in str(entry).split(",")]
     if len(parts) == 1 and parts[0] in PUBLISHED_MIXES:
         return PUBLISHED_MIXES[parts[0]]
-    mix = []
-    for part in parts:
-        positives, colon, negatives = part.partition(":")
-        if not (colon and positives.isdecimal() and negatives.isdecimal()):
-            raise LlamoryError(
-                f"mix has the entry {part!r}, but it must be POSITIVES:NEGATIVES, such as 2:1, or one of "
-                f"{', '.join(PUBLISHED_MIXES)} alone."
-            )
-        mix.append((int(positives), int(negatives)))
-    return mix
+    pairs = [_PAIR.fullmatch(part) for part in parts]
+    wrong = [part for part, pair in zip(parts, pairs, strict=True) if pair is None]
+    if wrong:
+        raise LlamoryError(
+            f"mix has the entry {wrong[0]!r}, but it must be POSITIVES+NEGATIVES, such as 2+1, or one of "
+            f"{', '.join(PUBLISHED_MIXES)} alone."
+        )
+    return [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
 
 
 def _changes(settings: FotSettings, config: PretrainedConfig) -> dict[str, Any]:

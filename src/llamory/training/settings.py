@@ -16,16 +16,11 @@ def _required(help: str) -> Any:
     return field(metadata={"help": help})
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RunSettings:
     """What all training runs have in common."""
 
-    data: list[str] = _required("Files and folders of documents (txt, md, rst, html, py, jsonl).")
     output: str = _required("Folder for checkpoints and the trained model.")
-    model: str = _setting("default", "A LLaMA: folder, .gguf file, hub id, or 'default' for the packaged SmolLM2-135M.")
-    text_field: str = _setting("text", "Field that holds the text in JSONL documents.")
-    skip_broken: bool = _setting(False, "Pass over broken lines and files with a warning instead of stopping.")
-    eval_data: list[str] = _setting([], "Files and folders for evaluation.")
 
     steps: int | None = _setting(None, "Optimisation steps.")
     batch_size: int = _setting(8, "Rows per device and forward pass.")
@@ -37,13 +32,6 @@ class RunSettings:
     max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.")
     seed: int = _setting(42, "Seed of all that is random.")
 
-    lora: bool = _setting(False, "Train low-rank adapters instead of the weights.")
-    lora_rank: int = _setting(64, "Rank of the adapters.")
-    lora_alpha: float = _setting(16.0, "Scale of the adapters (divided by the rank).")
-    lora_dropout: float = _setting(0.1, "Dropout before the adapters.")
-    lora_targets: list[str] = _setting(
-        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "Layers that get adapters."
-    )
     bf16: bool = _setting(False, "Compute in bfloat16 (weights stay in float32).")
     gradient_checkpointing: bool = _setting(False, "Recompute activations in the backward pass to save memory.")
     attn_implementation: str | None = _setting(
@@ -61,8 +49,27 @@ class RunSettings:
     quiet: bool = _setting(False, "No progress bar.")
 
 
-@dataclass
-class LlaraSettings(RunSettings):
+@dataclass(kw_only=True)
+class AdaptSettings(RunSettings):
+    """What all runs that adapt a model to documents have in common."""
+
+    data: list[str] = _required("Files and folders of documents (txt, md, rst, html, py, jsonl).")
+    model: str = _setting("default", "A LLaMA: folder, .gguf file, hub id, or 'default' for the packaged SmolLM2-135M.")
+    text_field: str = _setting("text", "Field that holds the text in JSONL documents.")
+    skip_broken: bool = _setting(False, "Pass over broken lines and files with a warning instead of stopping.")
+    eval_data: list[str] = _setting([], "Files and folders for evaluation.")
+
+    lora: bool = _setting(False, "Train low-rank adapters instead of the weights.")
+    lora_rank: int = _setting(64, "Rank of the adapters.")
+    lora_alpha: float = _setting(16.0, "Scale of the adapters (divided by the rank).")
+    lora_dropout: float = _setting(0.1, "Dropout before the adapters.")
+    lora_targets: list[str] = _setting(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "Layers that get adapters."
+    )
+
+
+@dataclass(kw_only=True)
+class LlaraSettings(AdaptSettings):
     """Settings of LLARA pretraining. The defaults are the paper's (Li et al. 2023, section 4) where it gives them."""
 
     data: list[str] = _required(
@@ -93,8 +100,8 @@ class LlaraSettings(RunSettings):
     embed_length: int = _setting(512, "Longest sequence that the exported embedder reads, prompts included.")
 
 
-@dataclass
-class FotSettings(RunSettings):
+@dataclass(kw_only=True)
+class FotSettings(AdaptSettings):
     """Settings of FoT training. The defaults are the published 3B model's (Tworkowski et al. 2023) where there are any.
 
     The data are as many independent streams of batches as a step has passes (accumulation × processes).
@@ -122,7 +129,7 @@ class FotSettings(RunSettings):
     )
     mix: list[str] = _setting(
         [],
-        "Which rows a row sees: POSITIVES:NEGATIVES for each equal share of the batch, or the published '3b' or '7b'; "
+        "Which rows a row sees: POSITIVES+NEGATIVES for each equal share of the batch, or the published '3b' or '7b'; "
         "default: 3b, if there is no cross_batch_range.",
     )
     cross_batch_range: int | None = _setting(None, "Instead of a mix: each row sees so many rows before it.")

@@ -15,6 +15,7 @@ from llamory.errors import LlamoryError
 from llamory.longllama.losses import IGNORED
 from llamory.training.settings import RunSettings
 
+_KIND = "kind of run"
 # What a resumed run may have otherwise than the run that wrote the checkpoint. The streams know their data themselves.
 _MAY_CHANGE = frozenset(
     "data output eval_data eval_batches steps accumulation gradient_checkpointing attn_implementation fsdp cpu "
@@ -105,7 +106,8 @@ class _Endless:
 def recipe_of(settings: RunSettings, world_size: int) -> dict[str, Any]:
     """What must be the same where a run goes on; also how many streams a step reads, in whatever processes."""
     told = {key: value for key, value in dataclasses.asdict(settings).items() if key not in _MAY_CHANGE}
-    return told | {"streams per step (accumulation × processes)": settings.accumulation * world_size}
+    streams = {"streams per step (accumulation × processes)": settings.accumulation * world_size}
+    return {_KIND: type(settings).__name__} | told | streams
 
 
 def read_position(checkpoint: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,16 +116,16 @@ def read_position(checkpoint: Path, recipe: Mapping[str, Any]) -> dict[str, Any]
     Raises:
         LlamoryError: the checkpoint is of another kind of run, or of another recipe.
     """
-    files = sorted(checkpoint.glob("position-*.json"))
-    parts = [json.loads(file.read_text()) for file in files]
-    if not parts:
+    parts = [json.loads(file.read_text()) for file in sorted(checkpoint.glob("position-*.json"))]
+    if not parts or parts[0]["recipe"][_KIND] != recipe[_KIND]:
         raise LlamoryError(f"{checkpoint} is a checkpoint of another kind of run; give another output folder.")
     then = parts[0].pop("recipe")
-    for key in sorted(then.keys() | recipe.keys()):
-        if then.get(key) != recipe.get(key):
+    for key in recipe:
+        # A setting that a later version has added was at its default.
+        if key in then and then[key] != recipe[key]:
             raise LlamoryError(
-                f"{checkpoint} is a checkpoint of another recipe: {key} was {then.get(key)}, now it is "
-                f"{recipe.get(key)}; give the same settings to go on, or another output folder."
+                f"{checkpoint} is a checkpoint of another recipe: {key} was {then[key]}, now it is {recipe[key]}; "
+                "give the same settings to go on, or another output folder."
             )
     streams = {number: state for part in parts for number, state in part["streams"].items()}
     return parts[0] | {"streams": streams}
