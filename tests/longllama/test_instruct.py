@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llamory.errors import LlamoryError
 from llamory.longllama.instruct import InstructFormat, Lengths, _Recipe, load_instructions
@@ -144,6 +145,35 @@ def test_any_answers_can_be_read_back(tokenizer, template, turns):
     assert tokenizer.decode(learned, clean_up_tokenization_spaces=False) == "".join(
         f"{content}<|im_end|>" for role, content in turns if role == "assistant"
     )
+
+
+def test_a_token_that_begins_before_an_answer_is_not_learned(load, tokenizer):
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}{% else %}"
+        "{{ ': ' + message.content + eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}: {% endif %}"
+    )
+    example = load(messages([("user", "river"), ("assistant", "stone bridge")]))[0]
+    tokenizer.chat_template = CHATML
+    assert " stone" in [tokenizer.decode(token) for token in example["input_ids"]]
+    assert answers(tokenizer, example) == " bridge<|end|>"
+
+
+def test_a_template_without_end_marks_and_words_with_their_space(load):
+    """As Llama 2 has it: the space before a word is part of its token."""
+    words = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    words.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "<s>", "</s>"], vocab_size=99)
+    words.train_from_iterator(["[INST] Hello? And now? [/INST] Hello. Bye."] * 9, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = (
+        "{% for message in messages %}{% if message.role == 'user' %}{{ bos_token + '[INST] ' + message.content + "
+        "' [/INST]' }}{% else %}{{ ' ' + message.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    example = load(messages([*TURNS[:3], ("assistant", "Bye.")]), tokenizer=fast)[0]
+    learned = [label for label in example["labels"] if label != IGNORED]
+    assert "".join(fast.convert_ids_to_tokens(learned)) == "▁Hello.▁</s>▁Bye.▁</s>"
+    assert example["input_ids"].count(fast.bos_token_id) == 2
 
 
 def test_examples_without_an_answer_left_are_passed_over(load, tokenizer):
