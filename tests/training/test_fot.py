@@ -21,7 +21,7 @@ from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.contexts import ContextChooser, ContextPlan
 from llamory.longllama.data import FotBatches
 from llamory.longllama.sources import DocumentStream, Source
-from llamory.training import fot
+from llamory.training import fot, long_models
 from llamory.training.fot import train_fot
 from llamory.training.settings import FotSettings
 
@@ -128,6 +128,20 @@ def test_the_loss_is_the_mean_over_all_tokens_of_all_passes(settings, model_fold
         assert any(contexts) and not all(contexts)
         wanted.append(token_losses(model, batch, contexts))
     assert losses(settings().output)[0] == pytest.approx(float(torch.cat(wanted).mean()), abs=1e-5)
+
+
+def test_a_range_and_a_mixture_of_sources_give_the_first_loss_that_they_should(settings, model_folder, documents):
+    first, second = str(documents / "00.txt"), str(documents / "01.txt")
+    train_fot(settings(mix=[], cross_batch_range=3, stepping=True, data=[first, second], proportions=[0.75, 0.25]))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    sources = [Source([first], 0.75), Source([second], 0.25)]
+    stream = DocumentStream(sources, tokenizer, seed=SEED, min_length=1, shuffle_buffer=4)
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    batch = next(FotBatches(stream, row_length=ROW, batch_size=BATCH, dataset_packing=PACKING, **tokens))
+    chooser = ContextChooser(ContextPlan(cross_batch_range=3, stepping=True), BATCH, PACKING, SEED)
+    contexts = chooser.choose(0, 0, batch["input_ids"], batch["documents"])
+    wanted = token_losses(load(model_folder).eval(), batch, contexts).mean()
+    assert losses(settings().output)[0] == pytest.approx(float(wanted), abs=1e-5)
 
 
 KILLED = {
@@ -256,21 +270,22 @@ def test_bfloat16_with_checkpointing_loses_nearly_as_float32(settings, tmp_path)
 def test_similar_negatives_are_asked_of_the_retriever(settings, monkeypatch):
     asked = []
 
-    def embedder(name, tokenizer):
+    def embedder(retriever, tokenizer, clean):
         def embed(rows):
-            asked.append((name, len(rows)))
+            asked.append((retriever, len(rows)))
             return torch.eye(len(rows))
 
         return embed
 
+    monkeypatch.setattr(fot, "load_embedder", lambda name, device: (name, device))
     monkeypatch.setattr(fot, "embedder", embedder)
     train_fot(settings(negatives="similar", retriever="finder"))
-    assert asked == [("finder", BATCH)] * 4
+    assert asked == [(("finder", "cpu"), BATCH)] * 4
 
 
 @pytest.mark.parametrize("count", [2, 4, 26, 32])
 def test_default_memory_layers_are_those_of_the_published_models(count):
-    assert fot._spread(count) == {2: [1], 4: [1, 2, 3], 26: [6, 12, 18], 32: [8, 16, 24]}[count]
+    assert long_models._spread(count) == {2: [1], 4: [1, 2, 3], 26: [6, 12, 18], 32: [8, 16, 24]}[count]
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("fot_*.yaml")), ids=lambda path: path.stem)
@@ -298,6 +313,7 @@ def test_settings_that_cannot_be_are_refused(settings, tmp_path, documents):
         ({"proportions": [0.5, 0.5]}, "1 sources of documents but 2 proportions"),
         ({"schedule": "grown"}, "needs sizes"),
         ({"negatives": "similar"}, "give one, a Sentence Transformers model"),
+        ({"negatives": "similar", "retriever": str(tmp_path / "nowhere")}, "nowhere"),
         ({"eval_data": [str(documents)], "dataset_packing": 1}, "dataset_packing to 2"),
         ({"schedule": "grown", "sizes": [1], "fsdp": True}, "use DDP"),
         ({"scheduler": "sideways"}, "sideways"),

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 
 from llamory import backbone
 from llamory.errors import LlamoryError
-from llamory.longllama.causal import LongLlamaForCausalLM
-from llamory.longllama.configuration import LongLlamaConfig
+from llamory.llara.retriever import hide_slot_tokens, load_embedder
 from llamory.longllama.contexts import PUBLISHED_MIXES, ContextChooser, ContextPlan, embedder
 from llamory.longllama.data import FotBatches
 from llamory.longllama.losses import IGNORED, correct_tokens
 from llamory.longllama.sources import DocumentStream, Source, make_sources
 from llamory.training.checkpoints import MarkWhole, prepare_output
+from llamory.training.long_models import load_long, memory_changes, trained_part
 from llamory.training.progress import RichProgress
 from llamory.training.runs import (
     check_settings,
@@ -31,7 +31,6 @@ from llamory.training.runs import (
     run,
     save_finished,
     training_arguments,
-    with_lora,
 )
 from llamory.training.settings import FotSettings
 from llamory.training.streamed import StreamedTrainer, read_position, recipe_of
@@ -65,14 +64,15 @@ def train_fot(settings: FotSettings) -> dict[str, Any]:
     position = read_position(checkpoint, recipe) if checkpoint else None
     arguments.eval_on_start = bool(settings.eval_data) and position is None
     set_seed(settings.seed)
-    changes = _changes(settings, backbone.load_config(settings.model))
+    config = backbone.load_config(settings.model)
+    changes = memory_changes(config, settings.model, mem_layers=settings.mem_layers, row_length=settings.row_length)
     tokenizer = backbone.load_tokenizer(settings.model)
-    chooser = _chooser(settings, plan, tokenizer)
+    chooser = _chooser(settings, plan, tokenizer, str(arguments.device))
     feed = FotFeed(_streams(settings, tokenizer, arguments.process_index, arguments.world_size), chooser)
     if position is not None:
         feed.load_state_dict(position)
     held_out = _held_out(settings, tokenizer)
-    model = _prepared(_load(settings, changes), settings)
+    model = trained_part(load_long(settings, changes), settings, only_memory=settings.trained == "memory_layers")
     progress = RichProgress("FoT training")
     with mendable("These settings can't be used"):
         trainer = FotTrainer(
@@ -261,65 +261,17 @@ def _mix(entries: list[str]) -> list[tuple[int, int]]:
     return [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
 
 
-def _changes(settings: FotSettings, config: PretrainedConfig) -> dict[str, Any]:
-    """What the model's configuration becomes: its memory layers, and rows as its context.
-
-    Raises:
-        LlamoryError: the model has no such layers, or a shorter context.
-    """
-    if settings.row_length > config.max_position_embeddings:
-        raise LlamoryError(
-            f"Rows of {settings.row_length} tokens are longer than the context of {settings.model}, "
-            f"{config.max_position_embeddings} tokens; choose a smaller row_length."
-        )
-    layers = settings.mem_layers or list(getattr(config, "mem_layers", ())) or _spread(config.num_hidden_layers)
-    last = getattr(config, "last_context_length", None)
-    changes: dict[str, Any] = {
-        "mem_layers": layers,
-        "max_position_embeddings": settings.row_length,
-        "last_context_length": None if last is None else min(last, settings.row_length),
-    }
-    LongLlamaConfig.from_dict(config.to_dict(), **changes)
-    if not layers:
-        raise LlamoryError(f"{settings.model} has too few layers for a default; give mem_layers.")
-    return {key: value for key, value in changes.items() if value is not None}
+# ---- data -----------------------------------------------------------------------------------------------------------
 
 
-def _spread(count: int) -> list[int]:
-    """Three layers, a quarter of the model apart: 6, 12, 18 of 26 and 8, 16, 24 of 32, as published."""
-    step = max(1, count // 4)
-    return [layer for layer in (step, 2 * step, 3 * step) if layer < count]
-
-
-# ---- model and data --------------------------------------------------------------------------------------------------
-
-
-def _load(settings: FotSettings, changes: Mapping[str, Any]) -> LongLlamaForCausalLM:
-    model = backbone.load_model(
-        settings.model,
-        LongLlamaForCausalLM,
-        dtype=torch.float32,
-        attn_implementation=settings.attn_implementation,
-        **changes,
-    )
-    assert isinstance(model, LongLlamaForCausalLM)
-    return model
-
-
-def _prepared(model: LongLlamaForCausalLM, settings: FotSettings) -> Any:
-    """The model with adapters, or with those weights frozen that aren't trained."""
-    only_memory = settings.trained == "memory_layers"
-    if settings.lora:
-        return with_lora(model, settings, layers_to_transform=list(model.config.mem_layers) if only_memory else None)
-    if only_memory:
-        model.requires_grad_(False)
-        for layer in model.config.mem_layers:
-            model.model.layers[layer].self_attn.requires_grad_(True)
-    return model
-
-
-def _chooser(settings: FotSettings, plan: ContextPlan, tokenizer: PreTrainedTokenizerBase) -> ContextChooser:
-    embed = embedder(settings.retriever, tokenizer) if plan.negatives == "similar" and settings.retriever else None
+def _chooser(
+    settings: FotSettings, plan: ContextPlan, tokenizer: PreTrainedTokenizerBase, device: str
+) -> ContextChooser:
+    embed = None
+    if settings.negatives == "similar":
+        assert settings.retriever is not None
+        retriever = load_embedder(settings.retriever, device=device)
+        embed = embedder(retriever, tokenizer, clean=lambda texts: hide_slot_tokens(retriever, texts))
     return ContextChooser(plan, settings.batch_size, settings.dataset_packing, settings.seed, embed)
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from llamory.errors import LlamoryError
-from llamory.training.settings import RunSettings
+from llamory.training.settings import AdaptSettings, RunSettings
 
 SETTINGS_FILE = "llamory.json"
 _AT_LEAST_ONE = ("batch_size", "accumulation", "log_every", "save_every")
@@ -103,7 +103,7 @@ def _checkpointing(settings: RunSettings) -> dict[str, Any]:
     return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
 
 
-def with_lora(model: Any, settings: RunSettings, **more: Any) -> Any:
+def with_lora(model: Any, settings: AdaptSettings, **more: Any) -> Any:
     """The model with adapters on the named layers; `more` goes to peft's `LoraConfig`.
 
     Raises:
@@ -153,12 +153,12 @@ def last_logged(trainer: Trainer, *keys: str) -> dict[str, float]:
 
 
 def save_finished(
-    trainer: Trainer, settings: RunSettings, tokenizer: PreTrainedTokenizerBase, result: Mapping[str, Any]
+    trainer: Trainer, settings: RunSettings, tokenizer: PreTrainedTokenizerBase | None, result: Mapping[str, Any]
 ) -> None:
     """Save the model in the output folder itself, weights before config; adapters are merged, and kept beside."""
     output = Path(settings.output)
     partial = output / "partial"
-    if settings.lora:
+    if isinstance(settings, AdaptSettings) and settings.lora:
         if trainer.args.should_save:
             trainer.model.save_pretrained(partial / "adapter")
         merged = trainer.model.merge_and_unload()
@@ -168,7 +168,8 @@ def save_finished(
     else:
         trainer.save_model(str(partial))
     if trainer.args.should_save:
-        tokenizer.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
         told = {"settings": dataclasses.asdict(settings)} | dict(result)
         (partial / SETTINGS_FILE).write_text(json.dumps(told, indent=1))
         (partial / "training_args.bin").unlink(missing_ok=True)

@@ -142,8 +142,41 @@ class FotSettings(AdaptSettings):
     negatives: Literal["random", "similar"] = _setting(
         "random", "Other documents that a row sees: at random, or those that the retriever finds closest."
     )
-    retriever: str | None = _setting(None, "Sentence Transformers model that finds similar negatives.")
+    retriever: str | None = _setting(
+        None, "Model that finds similar negatives: Sentence Transformers or LLARA, folder or hub id."
+    )
     trained: Literal["all", "memory_layers"] = _setting(
         "all", "Train all layers, or only the attention of memory layers (with lora: adapters in memory layers)."
     )
     eval_batches: int = _setting(8, "Batches of eval_data that are evaluated.")
+
+
+@dataclass(kw_only=True)
+class LookupSettings(RunSettings):
+    """Settings of the dictionary look-up task (Tworkowski et al. 2023, section 4.1), trained from scratch."""
+
+    output: str = _required("Folder for checkpoints and the trained model.")
+    steps: int | None = _setting(4000, "Optimisation steps at most.")
+    batch_size: int = _setting(8, "Documents of a full row's length that are asked about in a pass.")
+    learning_rate: float = _setting(2e-3, "Peak learning rate.")
+    warmup: float = _setting(0.02, "Share of the steps over which the learning rate rises.")
+    seed: int = _setting(0, "Seed of all that is random.")
+
+    vocabulary: int = _setting(64, "Tokens, six of which are marks.")
+    key_length: int = _setting(4, "Tokens of a key.")
+    value_length: int = _setting(4, "Tokens of a value.")
+    row_length: int = _setting(256, "Tokens of half a document, which is the local context.")
+
+    hidden_size: int = _setting(128, "Width of the model.")
+    layers: int = _setting(3, "Layers.")
+    heads: int = _setting(4, "Attention heads.")
+    kv_heads: int = _setting(4, "Key/value heads, what memory holds of each token.")
+    mem_layer: int = _setting(1, "The layer with memory, counted from 0.")
+
+    lines: list[int] = _setting([2, 4, 8, 16], "Lines of the short documents that training begins with; [] for none.")
+    lines_at: float = _setting(0.9, "Training accuracy at which documents get longer.")
+    sizes: list[int] = _setting(
+        [1, 2, 4, 8, 16, 32, 64, 128],
+        "Documents that a question sees definitions of, its own among them; the next number once grow_at is reached.",
+    )
+    grow_at: float = _setting(0.98, "Training accuracy at which the number of documents grows.")
