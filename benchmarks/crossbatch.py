@@ -34,7 +34,7 @@ GOALS = (2.0, 0.2)  # times faster, share of the extra memory, at the most conte
 
 def published_way(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, contexts: Tensor) -> Tensor:
     """Scores of each row over its own context and a copy of those that it sees, in one softmax."""
-    batch, heads, seq, dim = query.shape
+    seq, dim = query.shape[2:]
     query, local = apply_rotary_pos_emb(query, key, cos, sin)
     keys = torch.cat([local[:, None], key[contexts]], 1)
     values = torch.cat([value[:, None], value[contexts]], 1)
@@ -143,7 +143,9 @@ def main() -> None:
     most = [row for row in rows if row["contexts"] == max(options.contexts) and "faster" in row]
     for row in most:
         reached = "reached" if row["faster"] >= GOALS[0] and row["memory"] <= GOALS[1] else "MISSED"
-        print(f"goal at {row['contexts']} contexts, {row['dtype']}: x{GOALS[0]:.0f} and {GOALS[1]} of the memory: {reached}")
+        print(
+            f"goal at {row['contexts']} contexts, {row['dtype']}: x{GOALS[0]:.0f}, {GOALS[1]} of the memory: {reached}"
+        )
     if options.json:
         options.json.write_text(json.dumps({"machine": name, "results": rows}, indent=1) + "\n")
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain_crossbatch import plain_cross_batch
-from tiny_models import make_long_llama
 
 from llamory.errors import LlamoryError
 from llamory.longllama import crossbatch, kernels
 from llamory.longllama.crossbatch import cross_batch_attention, crossbatch_contexts, plan_contexts
+from plain_crossbatch import plain_cross_batch
+from tiny_models import make_long_llama
 
 GOLDEN = sorted((Path(__file__).parent.parent / "golden").glob("crossbatch_*.json"))
 
@@ -110,7 +110,9 @@ def test_keys_of_others_keep_the_factor_of_the_rotary_embedding():
 
 def test_rows_in_step_are_one_call():
     assert len(plan_contexts(crossbatch_contexts(16, 3), 16)) == 3
-    assert sum(run.rows.stop - run.rows.start for run in plan_contexts(crossbatch_contexts(16, 3), 16)) == 1 + 2 + 3 * 13
+    assert (
+        sum(run.rows.stop - run.rows.start for run in plan_contexts(crossbatch_contexts(16, 3), 16)) == 1 + 2 + 3 * 13
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,9 @@ def test_peak_memory_counts_no_copies(monkeypatch):
     real = crossbatch.attend_part
 
     def watch(part, scaling):
-        seen.append((part.value.data_ptr(), part.value.untyped_storage().data_ptr(), part.key.untyped_storage().data_ptr()))
+        seen.append(
+            (part.value.data_ptr(), part.value.untyped_storage().data_ptr(), part.key.untyped_storage().data_ptr())
+        )
         return real(part, scaling)
 
     monkeypatch.setattr(crossbatch, "attend_part", watch)

@@ -81,8 +81,9 @@ def _refuse(flag: str, text: str) -> list[Any]:
 
 
 def token_count(text: str) -> int:
-    """A number of tokens; 16k is 16 * 1024."""
-    return int(text[:-1]) * 1024 if text[-1:] in "kK" else int(text)
+    """A number of tokens; 16k is 16 * 1024, 1M is 1024 k."""
+    factor = {"k": 1 << 10, "m": 1 << 20}.get(text[-1:].lower())
+    return int(text) if factor is None else int(text[:-1]) * factor
 
 
 def token_counts(given: Sequence[str], flag: str) -> list[int]:

@@ -84,7 +84,9 @@ def draw_curves(
 
 
 def short_count(count: int) -> str:
-    """A number of tokens as short as it goes: 2k is 2048."""
+    """A number of tokens as short as it goes: 2k is 2048, 1M is 1024 k."""
+    if count and count % (1 << 20) == 0:
+        return f"{count >> 20}M"
     return f"{count // 1024}k" if count and count % 1024 == 0 else f"{count:,}"
 
 

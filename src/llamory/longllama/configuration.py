@@ -63,8 +63,8 @@ class LongLlamaConfig(LlamaConfig):
             the published code. In memory layers they go to memory.
         mem_search: how memory is searched: "exact", "pages" or "faiss".
         mem_top_k: pages, or neighbours, that each query reads (None for the way's own default).
-        mem_only_top_k: leave out what isn't among the `mem_top_k` best tokens of memory (32 if not given), as the paper's
-            inference does, instead of estimating it ("exact" or "faiss").
+        mem_only_top_k: leave out what isn't among the `mem_top_k` best tokens of memory (32 if not given), as the
+            paper's inference does, instead of estimating it ("exact" or "faiss").
         mem_device: where memory is kept; None for where its layer is.
 
     Raises:

@@ -1,8 +1,8 @@
 """Cross-batch attention, which trains memory (Tworkowski et al. 2023, section 3.2).
 
-A row of the batch attends, under one softmax, to its own causal context and to the whole contexts of other rows: earlier
-chunks of its document (positives) and other documents (negatives). Gradients flow into the other rows' keys and values.
-Keys of other rows are encoded as if they stood at the first position of the local context, as memory keys are.
+A row of the batch attends, under one softmax, to its own causal context and to the whole contexts of other rows:
+earlier chunks of its document (positives) and other documents (negatives). Gradients flow into the other rows' keys and
+values. Keys of other rows are encoded as if they stood at the first position of the local context, as memory keys are.
 """
 
 from __future__ import annotations
@@ -101,6 +101,8 @@ def cross_batch_attention(
     rotated, local = apply_rotary_pos_emb(query, key, cos, sin)
     # At position 0 this leaves keys as they are, but for the factor that some rotary embeddings put on all positions.
     _, remote = apply_rotary_pos_emb(query[:1, :, :1], key, first_cos[:1], first_sin[:1])
+    # Under autocast the rotary embedding leaves queries and keys in float32, values in the shorter type.
+    rotated, local, remote = (part.to(value.dtype) for part in (rotated, local, remote))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     output: Tensor = _CrossBatch.apply(rotated, local, remote, value, plan, scaling)  # type: ignore[no-untyped-call]
     return output
@@ -159,9 +161,9 @@ def plan_contexts(contexts: Contexts, batch: int, lengths: Sequence[int] | None 
         start = 0
         for at in range(1, len(rows) + 1):
             length = None if lengths is None else lengths[rows[start] - distance]
-            if at < len(rows) and rows[at] == rows[at - 1] + 1:
-                if lengths is None or lengths[rows[at] - distance] == length:
-                    continue
+            goes_on = at < len(rows) and rows[at] == rows[at - 1] + 1
+            if goes_on and (lengths is None or lengths[rows[at] - distance] == length):
+                continue
             first, last = rows[start], rows[at - 1] + 1
             if length != 0:
                 runs.append(Run(slice(first, last), slice(first - distance, last - distance), length))

@@ -6,13 +6,14 @@ document must find the definitions in its memory, among those of all other docum
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from llamory.errors import LlamoryError
+from llamory.longllama.configuration import LongLlamaConfig
 from llamory.longllama.losses import IGNORED
 
 EOS, BOS, DEFINE, VALUE, ASK, ANSWER = range(6)
@@ -30,6 +31,10 @@ class Dictionaries:
 
     keys: Tensor
     values: Tensor
+
+    def first(self, documents: int) -> Dictionaries:
+        """The first so many documents."""
+        return Dictionaries(self.keys[:documents], self.values[:documents])
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,10 @@ class LookupTask:
     def all_keys(self) -> int:
         """How many different keys there are."""
         return (self.vocabulary - FIRST_SYMBOL) ** self.key_length
+
+    def of_lines(self, lines: int) -> LookupTask:
+        """The same with halves of so many lines."""
+        return replace(self, half=1 + lines * self.line)
 
     @cached_property
     def value_columns(self) -> Tensor:
@@ -139,3 +148,23 @@ class LookupTask:
         rows[:, 0] = BOS
         rows[:, 1 : 1 + lines.shape[1]] = lines
         return rows
+
+
+CONFIG_KEY = "lookup"
+
+
+def note_task(config: LongLlamaConfig, task: LookupTask) -> None:
+    """Keep the task in a model's configuration, which is saved with it."""
+    setattr(config, CONFIG_KEY, asdict(task))
+
+
+def task_of(config: LongLlamaConfig) -> LookupTask:
+    """The task that a model was trained for.
+
+    Raises:
+        LlamoryError: none.
+    """
+    noted = getattr(config, CONFIG_KEY, None)
+    if not isinstance(noted, dict):
+        raise LlamoryError("This model wasn't trained for dictionary look-up; train one with `llamory train lookup`.")
+    return LookupTask(**noted)

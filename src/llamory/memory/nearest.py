@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from llamory.memory.bank import MemoryBank
 
 DEFAULT_NEAREST = 32
-CANDIDATES = 2  # times top_k, and a few more, are taken of each index, whose keys are rounded; their exact scores decide
+CANDIDATES = (
+    2  # times top_k, and a few more, are taken of each index, whose keys are rounded; their exact scores decide
+)
 SPARE = 16
 SCANNED = 1 << 14  # tokens whose scores are held at once
 

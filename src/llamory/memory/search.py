@@ -57,7 +57,9 @@ def make_search(
 
         return NearestSearch(top_k, indexed=name == "faiss", folder=folder)
     if only_top_k and name == "pages":
-        raise LlamoryError("pages reads whole pages and estimates the others; for the best tokens only use faiss or exact.")
+        raise LlamoryError(
+            "pages reads whole pages and estimates the others; for the best tokens only use faiss or exact."
+        )
     if name == "exact":
         return ExactSearch()
     if name == "pages":

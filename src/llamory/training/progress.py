@@ -10,7 +10,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-_SHOWN = ("loss", "ar_loss", "bow_summarize_loss", "bow_predict_loss", "eval_loss")
+_SHOWN = (
+    "loss",
+    "ar_loss",
+    "bow_summarize_loss",
+    "bow_predict_loss",
+    "accuracy",
+    "lines",
+    "contexts",
+    "eval_loss",
+    "eval_loss_without_memory",
+)
 
 
 class RichProgress(TrainerCallback):
@@ -40,7 +50,7 @@ class RichProgress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         """Show the newest losses."""
-        shown = "  ".join(f"{key} {logs[key]:.3f}" for key in _SHOWN if key in (logs or {}))
+        shown = "  ".join(f"{key} {_number(logs[key])}" for key in _SHOWN if key in (logs or {}))
         if not shown or not state.is_world_process_zero:
             return
         if self.bar is not None:
@@ -59,3 +69,7 @@ class RichProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3f}"

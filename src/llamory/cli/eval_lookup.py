@@ -1,0 +1,140 @@
+"""`llamory eval lookup`: the dictionary task's accuracy as memory fills with other documents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llamory.cli import eval_options as shared
+from llamory.cli.output import Json, Quiet, print_json, working
+from llamory.errors import LlamoryError
+
+if TYPE_CHECKING:
+    from llamory.evaluation.lookup import LookupCell
+    from llamory.evaluation.records import Record
+
+_JSON_FILE, _PICTURE = "lookup.json", "lookup.png"
+_MEMORY = "4k,16k,64k,256k,1M,4M,16M"
+_NEAREST = 32  # the paper's number of neighbours
+
+
+def lookup(
+    model_argument: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="The same as --model.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A model that `llamory train lookup` has made.", show_default=False)
+    ] = None,
+    compare: shared.Compare = None,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Tokens in memory, k is 1024 and M is 1024 k.  [default: {_MEMORY}]", show_default=False),
+    ] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Documents that are asked about.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the documents.")] = 0,
+    mem_search: Annotated[str, typer.Option(help="How memory is searched: faiss, or exact for a full scan.")] = "faiss",
+    mem_top_k: Annotated[int, typer.Option(min=1, help="Neighbours that each query reads per head.")] = _NEAREST,
+    mem_dtype: Annotated[
+        str | None, typer.Option(help="How memory is kept; the model's own if not given.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(help=f"Folder for {_JSON_FILE} and {_PICTURE}; a run that was stopped goes on in it.")
+    ] = Path("lookup"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ask a few dictionaries for the values of their keys while more and more others are in memory.
+
+    As in the paper (Tworkowski et al. 2023, section 4.1): a query reads the best neighbours per head and nothing else.
+    """
+    if model is None and model_argument is None:
+        raise LlamoryError("Name a model that `llamory train lookup` has made.")
+    names = shared.model_names(model_argument, model, compare)
+    lengths = shared.token_counts(memory or [_MEMORY], "--memory")
+    with working(quiet=quiet):
+        from llamory.evaluation.lookup import LookupCell, peak_memory, run_lookup
+        from llamory.evaluation.records import Record
+        from llamory.evaluation.steps import StepProgress
+        from llamory.longllama.loading import load_long_model
+        from llamory.longllama.lookup import task_of
+
+        settings: dict[str, Any] = {"documents": documents, "seed": seed}
+        record = Record(shared.output_folder(output) / _JSON_FILE, "lookup", settings, LookupCell, list)
+        shown = shared.shown_names(names)
+        for name in names:
+            long = load_long_model(
+                name, mem_search=mem_search, mem_top_k=mem_top_k, mem_only_top_k=True, mem_dtype=mem_dtype
+            )
+            cells = record.run(name, shared.memory_facts(long) | {"mem_only_top_k": True})
+            done = {cell.tokens for cell in cells}
+            task = task_of(long.config)
+            left = [length for length in lengths if length // task.half * task.half not in done]
+
+            def keep(cell: LookupCell, cells: list[LookupCell] = cells) -> None:
+                cells.append(cell)
+                cells.sort(key=lambda each: each.tokens)
+                record.write()
+                progress.step(
+                    0,
+                    f"{cell.tokens:,} tokens: {cell.accuracy:.1%} of tokens, {cell.whole:.1%} of values right "
+                    f"({cell.asking:.0f} s, {peak_memory() / 2**30:.1f} GiB)",
+                )
+
+            with StepProgress(None if quiet else shown[name], left, 1) as progress:
+                if left:
+                    run_lookup(
+                        long,
+                        left,
+                        task=task,
+                        documents=documents,
+                        seed=seed,
+                        on_cell=keep,
+                        on_read=lambda tokens: progress.advance(tokens),
+                    )
+            del long
+        record.write()
+        _draw(record, output / _PICTURE)
+    if as_json:
+        print_json(record.document())
+    else:
+        _print_tables(record)
+        typer.echo(f"Written: {output / _JSON_FILE} and {output / _PICTURE}")
+
+
+def _draw(record: Record[LookupCell], path: Path) -> None:
+    from llamory.evaluation.curves import Line, draw_curves
+
+    shown = shared.shown_names(record.scores)
+    lines = [
+        Line(shown[name], [cell.tokens for cell in cells], [cell.accuracy for cell in cells])
+        for name, cells in record.scores.items()
+        if cells
+    ]
+    draw_curves(
+        path,
+        "Dictionary look-up",
+        lines,
+        x_label="Tokens in memory",
+        y_label="Accuracy of the values' tokens",
+        share=True,
+    )
+
+
+def _print_tables(record: Record[LookupCell]) -> None:
+    shown = shared.shown_names(record.scores)
+    for name, cells in record.scores.items():
+        typer.echo(f"{shown[name]}: {cells[0].asked if cells else 0} values asked for")
+        rows = [
+            [
+                f"{cell.tokens:,}",
+                f"{cell.accuracy:.1%}",
+                f"{cell.whole:.1%}",
+                f"{cell.reading:.0f}",
+                f"{cell.asking:.0f}",
+            ]
+            for cell in cells
+        ]
+        shared.print_table(["memory", "tokens right", "values right", "reading, s", "asking, s"], rows)
+        typer.echo()

@@ -1,0 +1,187 @@
+"""Training a small model from scratch on dictionary look-up (Tworkowski et al. 2023, section 4.1).
+
+As in the paper, the number of documents that a question sees grows once training accuracy is reached. Before that,
+documents of a few lines are asked about: among four values a first guess is right so often that attention to memory
+soon pays, which in whole documents takes many times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, set_seed
+
+from llamory.errors import LlamoryError
+from llamory.longllama.causal import LongLlamaForCausalLM
+from llamory.longllama.configuration import LongLlamaConfig
+from llamory.longllama.lookup import BOS, EOS, LookupTask, note_task
+from llamory.longllama.losses import IGNORED, correct_tokens
+from llamory.training.checkpoints import MarkWhole, prepare_output
+from llamory.training.growth import Growth
+from llamory.training.progress import RichProgress
+from llamory.training.runs import check_settings, last_logged, mendable, run, save_finished, training_arguments
+from llamory.training.settings import LookupSettings
+from llamory.training.streamed import StreamedTrainer, read_position, recipe_of
+
+_INIT = 0.05  # of the weights: small models start faster than with the usual 0.02
+
+
+def train_lookup(settings: LookupSettings) -> dict[str, Any]:
+    """Train the model and save it as a LongLLaMA in `settings.output`.
+
+    Returns:
+        The output folder, steps done, the last loss and accuracy, and how many documents questions saw in the end.
+
+    Raises:
+        LlamoryError: settings, checkpoint or output folder that can't be used, or a loss that isn't finite.
+    """
+    task, config, growth = _check(settings)
+    arguments = training_arguments(settings, "LongLlamaDecoderLayer", evaluates=False, ignore_data_skip=True)
+    with arguments.main_process_first(desc="output folder"):
+        checkpoint = prepare_output(Path(settings.output), settings.resume or arguments.process_index > 0)
+    recipe = recipe_of(settings, arguments.world_size)
+    feed = LookupFeed(task, growth, settings, arguments.process_index)
+    if checkpoint:
+        feed.load_state_dict(read_position(checkpoint, recipe))
+    set_seed(settings.seed)
+    model = LongLlamaForCausalLM(config)
+    progress = RichProgress("Dictionary look-up")
+    with mendable("These settings can't be used"):
+        trainer = LookupTrainer(
+            model=model,
+            args=arguments,
+            callbacks=[MarkWhole()] + ([] if settings.quiet else [progress]),
+            feed=feed,
+            recipe=recipe,
+            growth=growth,
+        )
+    trainer.remove_callback(PrinterCallback)
+    run(trainer, checkpoint, progress)
+    result = {
+        "output": settings.output,
+        "steps": trainer.state.global_step,
+        "losses": last_logged(trainer, "loss", "accuracy"),
+        "documents_seen": growth.stage[1],
+    }
+    save_finished(trainer, settings, None, result)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _check(settings: LookupSettings) -> tuple[LookupTask, LongLlamaConfig, Growth]:
+    check_settings(settings, ["hidden_size", "layers", "heads", "kv_heads"])
+    if settings.steps is None:
+        raise LlamoryError("Made-up documents have no end; set steps.")
+    task = LookupTask(settings.vocabulary, settings.key_length, settings.value_length, settings.row_length)
+    sizes, lines = list(settings.sizes), list(settings.lines)
+    if not sizes or min(sizes) < 1 or sizes != sorted(set(sizes)):
+        raise LlamoryError(f"sizes must be numbers of documents from small to large, at least 1, not {sizes}.")
+    if lines and (min(lines) < 1 or lines != sorted(set(lines)) or max(lines) >= task.lines):
+        raise LlamoryError(f"lines must go from small to large, below the {task.lines} of a whole row, not {lines}.")
+    for name in ("grow_at", "lines_at"):
+        if not 0 < getattr(settings, name) <= 1:
+            raise LlamoryError(f"{name} is an accuracy above 0 and up to 1, not {getattr(settings, name)}.")
+    if settings.hidden_size % settings.heads or settings.heads % settings.kv_heads:
+        raise LlamoryError(
+            f"Heads must divide the width and key/value heads the heads, not {settings.hidden_size}, {settings.heads} "
+            f"and {settings.kv_heads}."
+        )
+    config = LongLlamaConfig(
+        vocab_size=settings.vocabulary,
+        hidden_size=settings.hidden_size,
+        intermediate_size=max(8, settings.hidden_size * 8 // 24 * 8),
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.kv_heads,
+        max_position_embeddings=settings.row_length,
+        last_context_length=settings.row_length,
+        mem_layers=[settings.mem_layer],
+        # What a key means doesn't depend on where it stands, so memory layers do without positions, as the paper's do.
+        mem_positionals=False,
+        initializer_range=_INIT,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=None,
+    )
+    note_task(config, task)
+    stages = [(count, 1, settings.lines_at) for count in lines]
+    stages += [(task.lines, size, settings.grow_at) for size in sizes]
+    return task, config, Growth(stages)
+
+
+class LookupFeed:
+    """Definitions of as many documents as a question sees, and questions about some of them."""
+
+    def __init__(self, task: LookupTask, growth: Growth, settings: LookupSettings, process: int) -> None:
+        self.task, self.growth, self.settings = task, growth, settings
+        self.streams = range(process * settings.accumulation, (process + 1) * settings.accumulation)
+
+    def passes(self, step: int) -> list[dict[str, Any]]:
+        """A batch of each stream: the same for the same step and stage, whatever was before."""
+        return [self._pass(step, stream) for stream in self.streams]
+
+    def _pass(self, step: int, stream: int) -> dict[str, Any]:
+        lines, seen, _ = self.growth.stage
+        whole = self.task.lines
+        # Short documents: as many tokens as of long ones.
+        task = self.task if lines == whole else self.task.of_lines(lines)
+        asked = self.settings.batch_size * (whole // lines)
+        documents = max(asked, seen)
+        generator = torch.Generator().manual_seed(hash((self.settings.seed, step, stream)) % 2**63)
+        dictionaries = task.draw(documents, generator)
+        questions, wanted = task.questions(dictionaries.first(asked), generator)
+        rows = torch.cat([task.definitions(dictionaries), questions])
+        contexts: list[list[int]] = [[] for _ in range(documents)]
+        contexts += [[(row + other) % documents for other in range(seen)] for row in range(asked)]
+        targets = torch.full_like(rows, IGNORED)
+        # All of a question is learned, its key's later tokens too: they can be looked up by the earlier ones, which is
+        # learned first and leads to the rest.
+        last = 1 + lines * task.line
+        targets[documents:, : last - 1] = questions[:, 1:last]
+        answers = torch.full_like(rows, IGNORED)
+        answers[documents:] = wanted
+        return {"input_ids": rows, "shift_labels": targets, "contexts": contexts, "answers": answers}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the documents have grown; the rest follows from the step."""
+        return {"streams": {}, "growth": self.growth.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.growth.load_state_dict(state["growth"])
+
+
+class LookupTrainer(StreamedTrainer):
+    """Lets the documents grow with the accuracy of the answers."""
+
+    def __init__(self, *args: Any, growth: Growth, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.growth = growth
+        self._counts: list[Tensor] = []
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The next-token loss of the questions; after a step's last pass its accuracy is heard."""
+        inputs = dict(inputs)
+        answers = inputs.pop("answers")
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        weight = self.model.get_output_embeddings().weight
+        right = correct_tokens(outputs["hidden_states"][0].to(weight.dtype), weight, answers)
+        self._counts.append(torch.stack([right, (answers != IGNORED).sum()]))
+        if len(self._counts) == self.args.gradient_accumulation_steps:
+            counts = torch.stack(self._counts).sum(0)
+            if self.args.world_size > 1:
+                counts = self.accelerator.gather(counts[None]).sum(0)
+            self.growth.observe(counts[0].item() / counts[1].item())
+            self._counts = []
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add accuracy, lines of a document and documents seen."""
+        if "loss" in logs:
+            lines, seen, _ = self.growth.stage
+            logs |= {"accuracy": round(self.growth.mean, 4), "lines": lines, "contexts": seen}
+        super().log(logs, *args, **kwargs)

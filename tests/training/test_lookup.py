@@ -1,0 +1,124 @@
+"""Training the dictionary task: it learns, it grows, it goes on where it was killed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llamory.errors import LlamoryError
+from llamory.longllama import LongLlamaForCausalLM
+from llamory.longllama.lookup import LookupTask, task_of
+from llamory.training.growth import Growth
+from llamory.training.lookup import LookupFeed, train_lookup
+from llamory.training.settings import LookupSettings
+
+TINY = {
+    "vocabulary": 16,
+    "key_length": 1,
+    "value_length": 1,
+    "row_length": 13,
+    "hidden_size": 32,
+    "layers": 2,
+    "heads": 2,
+    "kv_heads": 1,
+    "lines": [1],
+    "sizes": [1, 2, 4],
+    "batch_size": 4,
+    "log_every": 1,
+    "cpu": True,
+    "quiet": True,
+}
+
+
+def settings(path, **changes):
+    return LookupSettings(output=str(path), **TINY | changes)
+
+
+def test_growth_goes_on_at_the_accuracy_of_each_stage():
+    growth = Growth([(1, 1, 0.5), (2, 1, 0.9), (3, 1, 0.9)])
+    for _ in range(9):
+        growth.observe(0.6)
+    assert growth.stage[0] == 1  # ten steps at least
+    growth.observe(0.6)
+    assert growth.stage[0] == 2
+    for _ in range(30):
+        growth.observe(0.8)
+    assert growth.stage[0] == 2
+    kept = Growth(growth.stages)
+    kept.load_state_dict(json.loads(json.dumps(growth.state_dict())))
+    steps = 0
+    while growth.stage[0] == 2:
+        growth.observe(1.0)
+        kept.observe(1.0)
+        steps += 1
+    # What is missing of 1.0, 0.2 at first, must become less than 0.1: 0.9 to the 7th is the first power below a half.
+    assert steps == 7 and kept.stage == growth.stage
+    for _ in range(20):
+        growth.observe(1.0)
+    assert growth.stage[0] == 3
+
+
+def test_a_question_sees_its_own_definitions_and_so_many_others(tmp_path):
+    config = settings(tmp_path)
+    growth = Growth([(4, 3, 1.0)])
+    shape = LookupTask(16, 1, 1, 17)
+    (batch,) = LookupFeed(shape, growth, config, 0).passes(7)
+    (same,) = LookupFeed(shape, growth, config, 0).passes(7)
+    assert torch.equal(batch["input_ids"], same["input_ids"])
+    rows, contexts = batch["input_ids"], batch["contexts"]
+    documents = len(rows) - 4
+    assert contexts[:documents] == [[]] * documents
+    for number, row in enumerate(range(documents, len(rows))):
+        assert contexts[row][0] == number and len(set(contexts[row])) == 3 and max(contexts[row]) < documents
+        # What is asked is defined in the row's first context: marks aside, the same symbols stand in both.
+        assert sorted(t for t in rows[row].tolist() if t > 5) == sorted(t for t in rows[number].tolist() if t > 5)
+        learned = batch["shift_labels"][row]
+        assert torch.equal(learned[:16], rows[row, 1:17])
+        asked = batch["answers"][row] != -100
+        assert torch.equal(batch["answers"][row][asked], learned[asked]) and asked.sum() == 4
+    assert (batch["shift_labels"][:documents] == -100).all()
+
+
+def test_it_learns_and_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeypatch):
+    whole = train_lookup(settings(tmp_path / "whole", steps=60, learning_rate=5e-3, save_every=25))
+    history = json.loads((tmp_path / "whole" / "checkpoint-60" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    model = LongLlamaForCausalLM.from_pretrained(tmp_path / "whole")
+    assert task_of(model.config).key_length == 1 and model.config.mem_layers == [1]
+
+    real = LookupFeed.passes
+
+    def killed(self, step):
+        if step == 40:
+            raise KeyboardInterrupt
+        return real(self, step)
+
+    monkeypatch.setattr(LookupFeed, "passes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_lookup(settings(tmp_path / "cut", steps=60, learning_rate=5e-3, save_every=25))
+    monkeypatch.undo()
+    resumed = train_lookup(settings(tmp_path / "cut", steps=60, learning_rate=5e-3, save_every=25, resume=True))
+    assert resumed["losses"] == whole["losses"]
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sizes": []}, "sizes must be"),
+        ({"sizes": [4, 2]}, "from small to large"),
+        ({"lines": [5]}, "lines must go"),
+        ({"grow_at": 1.5}, "grow_at is an accuracy"),
+        ({"mem_layer": 2}, "names layer 2"),
+        ({"heads": 3}, "Heads must divide"),
+        ({"row_length": 4}, "A dictionary needs"),
+        ({"steps": None}, "set steps"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path, changes, told):
+    with pytest.raises(LlamoryError, match=told):
+        train_lookup(settings(tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
