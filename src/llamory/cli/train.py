@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from llamory.cli.options import add_dataclass_command
-from llamory.training.settings import FotSettings, LlaraSettings, LookupSettings
+from llamory.training.settings import FotSettings, InstructSettings, LlaraSettings, LookupSettings
 
 app = typer.Typer(help="Train a model with one of the recipes.", rich_markup_mode=None)
 
@@ -30,6 +30,12 @@ def _fot(settings: FotSettings) -> Mapping[str, Any]:
     return train_fot(settings)
 
 
+def _instruct(settings: InstructSettings) -> Mapping[str, Any]:
+    from llamory.training.instruct import train_instruct
+
+    return train_instruct(settings)
+
+
 def _lookup(settings: LookupSettings) -> Mapping[str, Any]:
     from llamory.training.lookup import train_lookup
 
@@ -45,6 +51,13 @@ add_dataclass_command(
     FotSettings,
     _fot,
     help="Train a LLaMA to use a memory of what it read (FoT, LongLLaMA).",
+)
+add_dataclass_command(
+    app,
+    "instruct",
+    InstructSettings,
+    _instruct,
+    help="Tune a LongLLaMA to follow instructions and to chat, with part of each example in memory.",
 )
 add_dataclass_command(
     app, "lookup", LookupSettings, _lookup, help="Train a small model from scratch on the paper's dictionary look-up."

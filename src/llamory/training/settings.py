@@ -29,6 +29,7 @@ class RunSettings:
     scheduler: str = _setting("linear", "Learning-rate schedule (a name that transformers knows).")
     warmup: float = _setting(0.1, "Share of the steps over which the learning rate rises.")
     weight_decay: float = _setting(0.0, "Weight decay.")
+    adam_beta2: float = _setting(0.999, "What AdamW keeps of its mean of squared gradients at each step.")
     max_grad_norm: float = _setting(1.0, "Gradients are clipped to this norm.")
     seed: int = _setting(42, "Seed of all that is random.")
 
@@ -55,7 +56,6 @@ class AdaptSettings(RunSettings):
 
     data: list[str] = _required("Files and folders of documents (txt, md, rst, html, py, jsonl).")
     model: str = _setting("default", "A LLaMA: folder, .gguf file, hub id, or 'default' for the packaged SmolLM2-135M.")
-    text_field: str = _setting("text", "Field that holds the text in JSONL documents.")
     skip_broken: bool = _setting(False, "Pass over broken lines and files with a warning instead of stopping.")
     eval_data: list[str] = _setting([], "Files and folders for evaluation.")
 
@@ -91,6 +91,7 @@ class LlaraSettings(AdaptSettings):
     max_length: int = _setting(1024, "Longest sequence in tokens, prompts included.")
     passage_length: int | None = _setting(None, "Longest passage cut from documents, in tokens; default: what fits.")
     languages: list[str] = _setting(["en"], "Languages whose stop words are no bag-of-words targets.")
+    text_field: str = _setting("text", "Field that holds the text in JSONL documents.")
     streaming: bool = _setting(False, "Read the data while training instead of preparing it first (needs steps).")
     num_proc: int | None = _setting(None, "Processes that prepare the data.")
     workers: int = _setting(0, "Processes that load batches.")
@@ -122,6 +123,7 @@ class FotSettings(AdaptSettings):
     min_length: int | None = _setting(
         None, "Documents with fewer tokens are passed over; default: row_length. 1 takes all, short ones are joined."
     )
+    text_field: str = _setting("text", "Field that holds the text in JSONL documents.")
     shuffle_buffer: int = _setting(256, "Documents per source that are shuffled together; 0 for none.")
 
     mem_layers: list[int] = _setting(
@@ -152,6 +154,63 @@ class FotSettings(AdaptSettings):
 
 
 @dataclass(kw_only=True)
+class InstructSettings(AdaptSettings):
+    """Settings of instruction tuning. The defaults are those of the published LongLLaMA-Instruct-3Bv1.1.
+
+    The data are as many independent streams of batches as a step has passes (accumulation × processes).
+    """
+
+    data: list[str] = _required(
+        "JSON lines, files and folders of them: messages, published chats, or prompt, question and response."
+    )
+    output: str = _required("Folder for checkpoints and the tuned LongLLaMA.")
+    eval_data: list[str] = _setting([], "Held-out JSON lines; the loss of their answers is logged.")
+    steps: int | None = _setting(4000, "Optimisation steps.")
+    batch_size: int = _setting(8, "Rows per device and forward pass, of whole examples.")
+    accumulation: int = _setting(16, "Forward passes per optimisation step.")
+    scheduler: str = _setting("cosine", "Learning-rate schedule (a name that transformers knows).")
+    warmup: float = _setting(0.05, "Share of the steps over which the learning rate rises.")
+
+    proportions: list[float] = _setting([], "Share in examples of each entry of data; default: all as one source.")
+    input_length: int = _setting(2048, "Longest prompt and question in tokens; longer ones lose their end.")
+    output_length: int = _setting(2048, "Longest response in tokens; longer ones lose their end.")
+    total_length: int = _setting(2048, "Longest example in tokens; longer ones, chats too, lose their end.")
+    row_length: int | None = _setting(None, "Tokens of a row, the model's context; default: the model's own.")
+    last_context_length: int | None = _setting(
+        None, "Tokens of the last row, which isn't in memory; default: the model's own, or 1024."
+    )
+    split: Literal["random", "memory", "last"] = _setting(
+        "random",
+        "How much of an example is in memory: at random, as much as possible, or all but the last row's length.",
+    )
+    mem_layers: list[int] = _setting(
+        [], "Layers with memory; default: the model's own, for a plain LLaMA three spread as in the published models."
+    )
+    trained: Literal["all", "memory_layers"] = _setting(
+        "all", "Train all layers, or only the attention of memory layers (with lora: adapters in memory layers)."
+    )
+    eval_batches: int = _setting(8, "Batches of eval_data that are evaluated.")
+    num_proc: int | None = _setting(None, "Processes that tokenise.")
+
+    prompt_field: str | None = _setting(None, "Field of the prompt before the question, such as system_prompt.")
+    question_field: str = _setting("question", "Field of the question.")
+    response_field: str = _setting("response", "Field of the response.")
+    pre_prompt_text: str = _setting("", "Text before the prompt.")
+    post_prompt_text: str = _setting("\n", "Text behind the prompt.")
+    pre_question_text: str = _setting("", "Text before the question.")
+    post_question_text: str = _setting("\n", "Text behind the question.")
+    pre_response_text: str = _setting("", "Text before the response.")
+    post_response_text: str = _setting("", "Text behind the response.")
+    chat_conversations_field: str = _setting("conversations", "Field of a published chat's turns.")
+    chat_data_field: str = _setting("value", "Field of a turn's text.")
+    chat_source_name_field: str = _setting("from", "Field of who says it.")
+    chat_model_source_name: str = _setting("gpt", "Who the model is there.")
+    chat_initial_prompt: str = _setting("You are a helpful ASSISTANT.\n\n", "What a published chat begins with.")
+    chat_model_response_prefix: str = _setting("\nASSISTANT: ", "Text before the model's turns.")
+    chat_human_response_prefix: str = _setting("\nUSER: ", "Text before the other turns.")
+
+
+@dataclass(kw_only=True)
 class LookupSettings(RunSettings):
     """Settings of the dictionary look-up task (Tworkowski et al. 2023, section 4.1), trained from scratch."""
 
@@ -160,6 +219,7 @@ class LookupSettings(RunSettings):
     batch_size: int = _setting(8, "Documents of a full row's length that are asked about in a pass.")
     learning_rate: float = _setting(2e-3, "Peak learning rate.")
     warmup: float = _setting(0.02, "Share of the steps over which the learning rate rises.")
+    adam_beta2: float = _setting(0.98, "What AdamW keeps of its mean of squared gradients at each step.")
     seed: int = _setting(0, "Seed of all that is random.")
 
     vocabulary: int = _setting(64, "Tokens, six of which are marks.")
@@ -168,10 +228,10 @@ class LookupSettings(RunSettings):
     row_length: int = _setting(256, "Tokens of half a document, which is the local context.")
 
     hidden_size: int = _setting(128, "Width of the model.")
-    layers: int = _setting(3, "Layers.")
+    layers: int = _setting(4, "Layers.")
     heads: int = _setting(4, "Attention heads.")
     kv_heads: int = _setting(4, "Key/value heads, what memory holds of each token.")
-    mem_layer: int = _setting(1, "The layer with memory, counted from 0.")
+    mem_layer: int = _setting(2, "The layer with memory, counted from 0.")
 
     lines: list[int] = _setting([2, 4, 8, 16], "Lines of the short documents that training begins with; [] for none.")
     lines_at: float = _setting(0.9, "Training accuracy at which documents get longer.")
@@ -180,3 +240,6 @@ class LookupSettings(RunSettings):
         "Documents that a question sees definitions of, its own among them; the next number once grow_at is reached.",
     )
     grow_at: float = _setting(0.98, "Training accuracy at which the number of documents grows.")
+    alike: float = _setting(
+        0.5, "Share of the keys that differ from another document's in one token only, once documents are whole."
+    )

@@ -1,0 +1,227 @@
+"""Instruction and chat tuning with part of each example in memory, trained through (Tworkowski et al. 2023)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback, set_seed
+
+from llamory import backbone
+from llamory.errors import LlamoryError
+from llamory.longllama.configuration import DEFAULT_LAST_CONTEXT
+from llamory.longllama.instruct import InstructFormat, Lengths, load_instructions
+from llamory.longllama.instruct_rows import InstructBatches, MemorySplit, check_rows
+from llamory.longllama.losses import IGNORED
+from llamory.longllama.sources import make_sources
+from llamory.training.checkpoints import MarkWhole, prepare_output
+from llamory.training.long_models import load_long, memory_changes, trained_part
+from llamory.training.progress import RichProgress
+from llamory.training.runs import check_settings, last_logged, mendable, run, save_finished, training_arguments
+from llamory.training.settings import InstructSettings
+from llamory.training.streamed import StreamedTrainer, read_position, recipe_of
+
+_EVAL = "eval_loss"
+
+
+def train_instruct(settings: InstructSettings) -> dict[str, Any]:
+    """Tune a LongLLaMA, or any LLaMA with memory, to follow instructions; saves it in `settings.output`.
+
+    Returns:
+        The output folder, steps done, the last loss and, with eval_data, the last loss on it.
+
+    Raises:
+        LlamoryError: settings, data, model, checkpoint or output folder that can't be used, or a loss that isn't
+            finite.
+    """
+    _check(settings)
+    output = Path(settings.output)
+    arguments = training_arguments(
+        settings, "LongLlamaDecoderLayer", evaluates=bool(settings.eval_data), ignore_data_skip=True
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process trains on one device: rows that see one another can't be split up
+    with arguments.main_process_first(desc="output folder"):
+        checkpoint = prepare_output(output, settings.resume or arguments.process_index > 0)
+    recipe = recipe_of(settings, arguments.world_size)
+    recipe.pop("num_proc")
+    position = read_position(checkpoint, recipe) if checkpoint else None
+    arguments.eval_on_start = bool(settings.eval_data) and position is None
+    set_seed(settings.seed)
+    config = backbone.load_config(settings.model)
+    split = _split(settings, config)
+    changes = memory_changes(
+        config,
+        settings.model,
+        mem_layers=settings.mem_layers,
+        row_length=split.row_length,
+        last_context_length=split.last_context_length,
+    )
+    tokenizer = backbone.load_tokenizer(settings.model)
+    with arguments.main_process_first(desc="data"):
+        streams = _streams(settings, split, tokenizer, arguments.process_index, arguments.world_size)
+        held_out = _held_out(settings, split, tokenizer)
+    feed = InstructFeed(streams)
+    if position is not None:
+        feed.load_state_dict(position)
+    model = trained_part(load_long(settings, changes), settings, only_memory=settings.trained == "memory_layers")
+    progress = RichProgress("Instruction tuning")
+    with mendable("These settings can't be used"):
+        trainer = InstructTrainer(
+            model=model,
+            args=arguments,
+            eval_dataset=held_out or None,
+            processing_class=tokenizer,
+            callbacks=[MarkWhole()] + ([] if settings.quiet else [progress]),
+            feed=feed,
+            recipe=recipe,
+        )
+    trainer.remove_callback(PrinterCallback)
+    run(trainer, checkpoint, progress)
+    result = {
+        "output": str(output),
+        "steps": trainer.state.global_step,
+        "losses": last_logged(trainer, "loss", _EVAL),
+    }
+    save_finished(trainer, settings, tokenizer, result)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+class InstructFeed:
+    """The batches of one process's streams."""
+
+    def __init__(self, streams: Mapping[int, InstructBatches]) -> None:
+        self.streams = dict(streams)
+
+    def passes(self, step: int) -> list[dict[str, Any]]:  # noqa: ARG002
+        """A batch of each stream."""
+        return [_arguments(next(batches)) for batches in self.streams.values()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the streams stand."""
+        return {"streams": {str(number): batches.state_dict() for number, batches in self.streams.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        for number, batches in self.streams.items():
+            batches.load_state_dict(state["streams"][str(number)])
+
+
+class InstructTrainer(StreamedTrainer):
+    """Evaluates on a list of batches."""
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002
+        """The mean loss of the answers' tokens in all held-out batches."""
+        self.model.eval()
+        sums = torch.zeros(2, device=self.args.device)
+        batches = self.eval_dataset
+        for first in range(0, len(batches), self.args.world_size):
+            mine = first + self.args.process_index
+            # All processes go through the model equally often, as shards of its weights have to come from all.
+            inputs = self._prepare_inputs(dict(batches[min(mine, len(batches) - 1)]))
+            loss = self.model(**inputs, num_items_in_batch=1).loss.float()
+            sums += torch.stack([loss, (inputs["shift_labels"] != IGNORED).sum()]) * (mine < len(batches))
+        if self.args.world_size > 1:
+            sums = self.accelerator.gather(sums[None]).sum(0)
+        total, count = sums.tolist()
+        metrics = {_EVAL: total / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def _check(settings: InstructSettings) -> None:
+    check_settings(settings, ["eval_batches"])
+    if settings.steps is None:
+        raise LlamoryError("Instruction tuning's data have no end; set steps.")
+    if settings.seed < 0:
+        raise LlamoryError(f"seed must be at least 0, not {settings.seed}.")
+    _lengths(settings)
+    make_sources(settings.data, settings.proportions or None)
+
+
+def _lengths(settings: InstructSettings) -> Lengths:
+    return Lengths(settings.input_length, settings.output_length, settings.total_length)
+
+
+def _format(settings: InstructSettings) -> InstructFormat:
+    return InstructFormat(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(InstructFormat)})
+
+
+def _split(settings: InstructSettings, config: PretrainedConfig) -> MemorySplit:
+    """How examples are cut for this model.
+
+    Raises:
+        LlamoryError: lengths that don't fit one another, or a batch without room for an example.
+    """
+    row = config.max_position_embeddings if settings.row_length is None else settings.row_length
+    last = settings.last_context_length
+    if last is None:
+        last = min(getattr(config, "last_context_length", None) or DEFAULT_LAST_CONTEXT, row)
+    split = MemorySplit(row, last, settings.total_length, settings.split)
+    check_rows(split, settings.batch_size)
+    return split
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _streams(
+    settings: InstructSettings, split: MemorySplit, tokenizer: PreTrainedTokenizerBase, process: int, processes: int
+) -> dict[int, InstructBatches]:
+    """One stream for each of this process's passes of a step."""
+    sources = make_sources(settings.data, settings.proportions or None)
+    datasets = [_examples(settings, source.paths, tokenizer) for source in sources]
+    proportions = [source.proportion for source in sources]
+    own, streams = settings.accumulation, settings.accumulation * processes
+    return {
+        number: InstructBatches(
+            datasets,
+            proportions,
+            split,
+            rows=settings.batch_size,
+            pad_token_id=tokenizer.pad_token_id,
+            seed=settings.seed,
+            stream=number,
+            streams=streams,
+        )
+        for number in range(process * own, (process + 1) * own)
+    }
+
+
+def _held_out(
+    settings: InstructSettings, split: MemorySplit, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """The batches that are evaluated, cut as in training."""
+    if not settings.eval_data:
+        return []
+    dataset = _examples(settings, settings.eval_data, tokenizer)
+    batches = InstructBatches(
+        [dataset], [1.0], split, rows=settings.batch_size, pad_token_id=tokenizer.pad_token_id, seed=settings.seed
+    )
+    return [_arguments(batch) for batch in islice(batches, settings.eval_batches)]
+
+
+def _examples(settings: InstructSettings, paths: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    return load_instructions(
+        paths,
+        tokenizer,
+        _format(settings),
+        _lengths(settings),
+        skip_broken=settings.skip_broken,
+        num_proc=settings.num_proc,
+    )
+
+
+def _arguments(batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model takes of a batch."""
+    return {key: value for key, value in batch.items() if key != "sources"}

@@ -1,0 +1,223 @@
+"""Instruction tuning: what it learns, saves, resumes, and shares among processes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llamory.cli.options import read_settings
+from llamory.errors import LlamoryError
+from llamory.longllama import LongLlamaForCausalLM
+from llamory.longllama.instruct import load_instructions
+from llamory.longllama.instruct_rows import InstructBatches, MemorySplit
+from llamory.longllama.losses import IGNORED
+from llamory.training.instruct import train_instruct
+from llamory.training.settings import InstructSettings
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+ROW, LAST, TOTAL, ROWS = 16, 12, 40, 8
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two files: instructions and published chats, whose answers say the question's first word again."""
+    folder, chance = tmp_path_factory.mktemp("instructions"), random.Random(0)
+    words = "river stone bridge winter garden letter".split()
+
+    def question():
+        asked = chance.choices(words, k=chance.randint(2, 12))
+        return " ".join(asked), asked[0]
+
+    instructions, chats = [], []
+    for _ in range(40):
+        asked, answer = question()
+        instructions.append({"question": asked, "response": answer})
+        asked, answer = question()
+        chats.append({"conversations": [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]})
+    for name, objects in (("instructions", instructions), ("chats", chats)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in objects))
+    return [str(folder / "instructions.jsonl"), str(folder / "chats.jsonl")]
+
+
+@pytest.fixture
+def settings(model_folder, data, tmp_path):
+    """Settings of a run that takes a second: rows of 16 tokens, examples of up to 3 of them."""
+
+    def make(**changes):
+        values = {
+            "model": str(model_folder),
+            "data": data,
+            "proportions": [0.7, 0.3],
+            "output": str(tmp_path / "run"),
+            "mem_layers": [1],
+            "row_length": ROW,
+            "last_context_length": LAST,
+            "total_length": TOTAL,
+            "batch_size": ROWS,
+            "accumulation": 1,
+            "chat_initial_prompt": "",
+            "steps": 4,
+            "learning_rate": 3e-3,
+            "log_every": 1,
+            "save_every": 2,
+            "cpu": True,
+            "quiet": True,
+        }
+        return InstructSettings(**(values | changes))
+
+    return make
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def losses(folder, key="loss"):
+    last = max(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in history if key in entry]
+
+
+def start(settings, tmp_path, *prefix):
+    """Run the command line in a process of its own with the settings as a file."""
+    file = tmp_path / f"{Path(settings.output).name}.yaml"
+    file.write_text(yaml.safe_dump(vars(settings)))
+    command = [*(prefix or (sys.executable, "-m")), "llamory", "train", "instruct", "--config", str(file)]
+    # As many threads as here: sums in another order have other last bits.
+    threads = str(torch.get_num_threads())
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+@torch.no_grad()
+def token_losses(model, batch):
+    """Each answer token's loss, by way of all logits."""
+    hidden = model(batch["input_ids"], batch["attention_mask"], contexts=batch["contexts"]).hidden_states[0]
+    logits, targets = (hidden @ model.lm_head.weight.T).flatten(0, 1), batch["shift_labels"].flatten()
+    return cross_entropy(logits, targets, reduction="none")[targets != IGNORED]
+
+
+def test_training_learns_and_saves_a_long_llama(settings, data):
+    result = train_instruct(settings(steps=30, save_every=30, eval_data=data[:1], eval_every=15))
+    output = Path(result["output"])
+    history, held_out = losses(output), losses(output, "eval_loss")
+    assert sum(history[-5:]) < sum(history[:5]) - 1
+    assert len(held_out) == 3 and held_out[2] < held_out[0]
+    assert result["losses"] == {"loss": history[-1], "eval_loss": held_out[2]}
+    config = json.loads((output / "config.json").read_text())
+    assert config["model_type"] == "longllama"
+    assert (config["mem_layers"], config["max_position_embeddings"]) == ([1], ROW)
+    assert config["last_context_length"] == LAST
+    assert isinstance(AutoModelForCausalLM.from_pretrained(output), LongLlamaForCausalLM)
+    assert len(AutoTokenizer.from_pretrained(output)) == config["vocab_size"]
+
+
+def test_the_loss_is_the_mean_over_all_answers_of_all_passes(settings, model_folder, data):
+    made = settings(accumulation=2, data=data[:1], proportions=[], eval_data=data[:1], eval_batches=1)
+    train_instruct(made)
+    model = LongLlamaForCausalLM.from_pretrained(
+        model_folder, mem_layers=[1], max_position_embeddings=ROW, dtype=torch.float32
+    ).eval()
+    examples = load_instructions(data[0], AutoTokenizer.from_pretrained(model_folder))
+    split = MemorySplit(ROW, LAST, TOTAL)
+
+    def mean(seed, streams):
+        batches = [
+            next(InstructBatches([examples], [1.0], split, rows=ROWS, seed=seed, stream=number, streams=streams))
+            for number in range(streams)
+        ]
+        assert any(any(batch["contexts"]) for batch in batches)
+        return float(torch.cat([token_losses(model, batch) for batch in batches]).mean())
+
+    assert losses(made.output)[0] == pytest.approx(mean(made.seed, 2), abs=1e-5)
+    assert losses(made.output, "eval_loss")[0] == pytest.approx(mean(made.seed, 1), abs=1e-5)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path):
+    changes = {"steps": 12, "save_every": 2, "lora_dropout": 0.1, "lora": True, "accumulation": 2}
+    train_instruct(settings(**changes, output=str(tmp_path / "whole")))
+    broken = settings(**changes, output=str(tmp_path / "broken"))
+    process = start(broken, tmp_path)
+    while not (tmp_path / "broken" / "checkpoint-4" / "manifest.json").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    broken.resume = True
+    train_instruct(broken)
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
+
+
+def test_two_processes_lose_as_one_with_two_passes(settings, tmp_path):
+    train_instruct(settings(accumulation=2, output=str(tmp_path / "one")))
+    shared = settings(output=str(tmp_path / "two"))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    process = start(shared, tmp_path, sys.executable, *torchrun)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-4)
+
+
+def test_only_the_attention_of_memory_layers_is_trained_where_asked(settings, model_folder):
+    result = train_instruct(settings(trained="memory_layers", steps=2))
+    before, after = weights(model_folder), weights(result["output"])
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkvo"}
+
+
+def test_messages_need_a_chat_template(settings, tmp_path):
+    file = tmp_path / "messages.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}))
+    with pytest.raises(LlamoryError, match=r"messages\.jsonl:1 has messages, but the tokenizer .* no chat template"):
+        train_instruct(settings(data=[str(file)], proportions=[]))
+
+
+def test_a_checkpoint_of_other_settings_or_data_is_refused(settings, data):
+    train_instruct(settings())
+    with pytest.raises(LlamoryError, match="another recipe: split was random, now it is last"):
+        train_instruct(settings(split="last", resume=True))
+    with pytest.raises(LlamoryError, match="place in the data"):
+        train_instruct(settings(data=[data[0], *[str(Path(data[1]).parent)]], resume=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"steps": None}, "set steps"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"input_length": 0}, "input_length must be at least 1"),
+        ({"proportions": [0.5, 0.4]}, "add up to 1"),
+        ({"proportions": [1.0]}, "2 sources"),
+        ({"last_context_length": 17}, "at most row_length"),
+        ({"batch_size": 2}, "may take 3 rows, but a batch has 2"),
+        ({"row_length": 4096}, "longer than the context"),
+        ({"mem_layers": [2]}, "mem_layers"),
+        ({"question_field": "ask"}, "nor 'ask'"),
+        ({"data": ["nowhere.jsonl"], "proportions": []}, "nowhere"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, changes, sentence):
+    with pytest.raises(LlamoryError, match=sentence):
+        train_instruct(settings(**changes))
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("instruct_*.yaml")), ids=lambda file: file.stem)
+def test_recipes_can_be_read_and_give_the_published_batch(file):
+    made = read_settings(InstructSettings, file, {"data": ["a.jsonl", "b.jsonl"], "output": "b"})
+    split = MemorySplit(made.row_length, made.last_context_length, made.total_length, made.split)
+    assert made.batch_size == 4 * split.most_rows
+    assert made.accumulation == 16
