@@ -91,14 +91,28 @@ class LookupTask:
         first = 1 + torch.arange(self.lines)[:, None] * self.line + self.key_length + 2
         return (first + torch.arange(self.value_length)).flatten()
 
-    def draw(self, documents: int, generator: torch.Generator) -> Dictionaries:
-        """Keys and values at random; two documents may happen to define the same key."""
-        return Dictionaries(
-            *(
-                torch.randint(FIRST_SYMBOL, self.vocabulary, (documents, self.lines, length), generator=generator)
-                for length in (self.key_length, self.value_length)
-            )
+    def draw(self, documents: int, generator: torch.Generator, alike: float = 0.0) -> Dictionaries:
+        """Keys and values at random; two documents may happen to define the same key.
+
+        Args:
+            documents: how many.
+            generator: the source of chance.
+            alike: share of the keys that are another one, of any of the documents, with one symbol changed. In large
+                memories every key has such neighbours; in small ones they are rare.
+        """
+        keys, values = (
+            torch.randint(FIRST_SYMBOL, self.vocabulary, (documents, self.lines, length), generator=generator)
+            for length in (self.key_length, self.value_length)
         )
+        if alike:
+            count, symbols = documents * self.lines, self.vocabulary - FIRST_SYMBOL
+            changed = torch.rand(count, generator=generator) < alike
+            near = keys.view(count, -1)[torch.randint(count, (count,), generator=generator)] - FIRST_SYMBOL
+            place = torch.randint(self.key_length, (count, 1), generator=generator)
+            step = torch.randint(1, symbols, (count, 1), generator=generator)
+            near = near.scatter(1, place, (near.gather(1, place) + step) % symbols) + FIRST_SYMBOL
+            keys = torch.where(changed[:, None], near, keys.view(count, -1)).view(keys.shape)
+        return Dictionaries(keys, values)
 
     def draw_distinct(self, documents: int, generator: torch.Generator) -> Dictionaries:
         """As `draw`, but no key is defined twice, so that every question has one right answer.

@@ -82,6 +82,8 @@ def _check(settings: LookupSettings) -> tuple[LookupTask, LongLlamaConfig, Growt
         raise LlamoryError(f"sizes must be numbers of documents from small to large, at least 1, not {sizes}.")
     if lines and (min(lines) < 1 or lines != sorted(set(lines)) or max(lines) >= task.lines):
         raise LlamoryError(f"lines must go from small to large, below the {task.lines} of a whole row, not {lines}.")
+    if not 0 <= settings.alike <= 1:
+        raise LlamoryError(f"alike is a share from 0 to 1, not {settings.alike}.")
     for name in ("grow_at", "lines_at"):
         if not 0 < getattr(settings, name) <= 1:
             raise LlamoryError(f"{name} is an accuracy above 0 and up to 1, not {getattr(settings, name)}.")
@@ -132,18 +134,18 @@ class LookupFeed:
         asked = self.settings.batch_size * (whole // lines)
         documents = max(asked, seen)
         generator = torch.Generator().manual_seed(hash((self.settings.seed, step, stream)) % 2**63)
-        dictionaries = task.draw(documents, generator)
+        # Keys that differ in a token only teach what large memories ask for, from few documents.
+        dictionaries = task.draw(documents, generator, self.settings.alike if lines == whole else 0.0)
         questions, wanted = task.questions(dictionaries.first(asked), generator)
         rows = torch.cat([task.definitions(dictionaries), questions])
         contexts: list[list[int]] = [[] for _ in range(documents)]
         contexts += [[(row + other) % documents for other in range(seen)] for row in range(asked)]
-        targets = torch.full_like(rows, IGNORED)
-        # All of a question is learned, its key's later tokens too: they can be looked up by the earlier ones, which is
-        # learned first and leads to the rest.
-        last = 1 + lines * task.line
-        targets[documents:, : last - 1] = questions[:, 1:last]
-        answers = torch.full_like(rows, IGNORED)
-        answers[documents:] = wanted
+        answers, targets = torch.full_like(rows, IGNORED), torch.full_like(rows, IGNORED)
+        answers[documents:] = targets[documents:] = wanted
+        if lines < whole:
+            # A key's later tokens can be looked up by the earlier ones, which is learned first and leads to the rest.
+            last = 1 + lines * task.line
+            targets[documents:, : last - 1] = questions[:, 1:last]
         return {"input_ids": rows, "shift_labels": targets, "contexts": contexts, "answers": answers}
 
     def state_dict(self) -> dict[str, Any]:

@@ -73,6 +73,7 @@ def training_arguments(settings: RunSettings, layer: str, *, evaluates: bool, **
             lr_scheduler_type=settings.scheduler,
             warmup_steps=settings.warmup,
             weight_decay=settings.weight_decay,
+            adam_beta2=settings.adam_beta2,
             max_grad_norm=settings.max_grad_norm,
             seed=settings.seed,
             bf16=settings.bf16,
