@@ -2,8 +2,8 @@
 
     python recipes/python_documents.py DIR        writes DIR/train/*.py and DIR/held_out/*.py
 
-Every machine has these texts (Python's own licence), and many are far longer than a model's context. Tests are left out,
-and every eighth module, by name, is held out.
+Every machine has these texts (Python's own licence), and many are far longer than a model's context. Tests are left
+out, and every eighth module, by name, is held out.
 """
 
 from __future__ import annotations

@@ -244,3 +244,25 @@ def test_a_row_longer_than_the_context_is_refused():
     model = make_long_llama(max_position_embeddings=8, last_context_length=8)
     with pytest.raises(LlamoryError, match="longer than the context"):
         model(torch.ones(2, 9, dtype=torch.long), contexts=[[], [0]])
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_rows_that_predict_nothing_are_only_seen(implementation):
+    """Leaving out what nobody sees of them changes neither the loss nor any gradient."""
+    model = make_long_llama(
+        max_position_embeddings=8, last_context_length=8, mem_layers=[0, 1], attn_implementation=implementation
+    ).train()
+    ids = torch.randint(5, 60, (5, 8), generator=torch.Generator().manual_seed(3))
+    targets = torch.randint(5, 60, (5, 8), generator=torch.Generator().manual_seed(4))
+    targets[[0, 1, 3]] = -100
+    mask = torch.ones(5, 8, dtype=torch.long)
+    mask[1, 6:] = 0
+    contexts = [[], [0], [0, 1], [0], [1, 3, 2]]
+    hidden = model.model(ids, attention_mask=mask, contexts=contexts).last_hidden_state
+    plain = torch.nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), targets.flatten())
+    wanted = torch.autograd.grad(plain, list(model.parameters()))
+    output = model(ids, attention_mask=mask, shift_labels=targets, contexts=contexts)
+    torch.testing.assert_close(output.loss, plain)
+    assert not output.hidden_states[0][[0, 1, 3]].any()
+    for got, want in zip(torch.autograd.grad(output.loss, list(model.parameters())), wanted, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)

@@ -73,6 +73,13 @@ class LongLlamaDecoderLayer(LlamaDecoderLayer):
         if window is not None and window.last_layer == self.self_attn.layer_idx:
             self.self_attn.remember(self.input_layernorm(hidden_states), window)
             return hidden_states
+        together: CrossBatch | None = kwargs.get("cross_batch")
+        if together is not None and together.last_layer == self.self_attn.layer_idx:
+            normed = self.input_layernorm(hidden_states)
+            hidden = hidden_states[list(together.asked or ())]
+            hidden = hidden + self.self_attn.attend_together(normed, kwargs["position_embeddings"], together)
+            output: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+            return output
         return super().forward(hidden_states, *args, **kwargs)
 
 
@@ -105,7 +112,7 @@ class LongLlamaAttention(LlamaAttention):
         """
         if cross_batch is not None and self.has_memory:
             assert position_embeddings is not None
-            return self._cross_batch(hidden_states, position_embeddings, cross_batch), None
+            return self.attend_together(hidden_states, position_embeddings, cross_batch), None
         if window is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         assert position_embeddings is not None
@@ -123,9 +130,14 @@ class LongLlamaAttention(LlamaAttention):
         _, raw_key, value = self._project(hidden_states, queries=False)
         self._keep(None, value, raw_key, window)
 
-    def _cross_batch(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], cross_batch: CrossBatch) -> Tensor:
-        """Attend to other rows, too, as training has it."""
-        query, key, value = self._project(hidden_states)
+    def attend_together(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], together: CrossBatch) -> Tensor:
+        """Attend to other rows, too, as training has it; in the last memory layer only the rows that are asked do."""
+        rows = together.asked if together.last_layer == self.layer_idx else None
+        query, key, value = self._project(hidden_states, queries=rows is None)
+        contexts = together.contexts
+        if rows is not None:
+            query = self._heads(self.q_proj(hidden_states[list(rows)]))
+            contexts = [contexts[row] for row in rows]
         cos, sin = (part.to(query.device) for part in rotary)
         if not self.rotates:
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
@@ -135,11 +147,12 @@ class LongLlamaAttention(LlamaAttention):
             value,
             cos,
             sin,
-            cross_batch.contexts,
+            contexts,
             scaling=self.scaling,
-            lengths=cross_batch.lengths,
+            lengths=together.lengths,
+            rows=rows,
         )
-        output = output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)
+        output = output.transpose(1, 2).flatten(2)
         projected: Tensor = self.o_proj(output)
         return projected
 
@@ -283,10 +296,13 @@ class LongLlamaAttention(LlamaAttention):
 
     def _project(self, hidden_states: Tensor, queries: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, (rows, heads or kv_heads, width, head_dim), before the rotary embedding."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        key, value = (layer(hidden_states).view(shape).transpose(1, 2) for layer in (self.k_proj, self.v_proj))
-        query = self.q_proj(hidden_states).view(shape).transpose(1, 2) if queries else key
+        key, value = (self._heads(layer(hidden_states)) for layer in (self.k_proj, self.v_proj))
+        query = self._heads(self.q_proj(hidden_states)) if queries else key
         return query, key, value
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """(rows, width, heads * head_dim) as (rows, heads, width, head_dim)."""
+        return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def _rotate(self, query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if not self.rotates:

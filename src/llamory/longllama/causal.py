@@ -65,6 +65,11 @@ class LongLlamaForCausalLM(EveryIthCheckpointed, LlamaForCausalLM):
                 column's label.
             num_items_in_batch: what the sum of the losses is divided by.
         """
+        asked = None
+        if contexts is not None:
+            shift_labels = _moved(labels) if shift_labels is None and labels is not None else shift_labels
+            # Rows that predict nothing are only seen by others.
+            asked = None if shift_labels is None else (shift_labels != IGNORED).any(1).nonzero()[:, 0].tolist()
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -76,11 +81,15 @@ class LongLlamaForCausalLM(EveryIthCheckpointed, LlamaForCausalLM):
             logits_to_keep=logits_to_keep,
             return_dict=True,
             contexts=contexts,
+            asked=asked,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
         if contexts is not None:
-            return self._trained_together(hidden, labels, shift_labels, num_items_in_batch)
+            loss = None
+            if shift_labels is not None:
+                loss = next_token_loss(hidden, self.lm_head.weight, shift_labels, num_items_in_batch)
+            return CausalLMOutputWithPast(loss=loss, hidden_states=(hidden,))
         logits = self.lm_head(hidden if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep])
         loss = None
         if labels is not None or shift_labels is not None:
@@ -89,15 +98,6 @@ class LongLlamaForCausalLM(EveryIthCheckpointed, LlamaForCausalLM):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
-
-    def _trained_together(
-        self, hidden: Tensor, labels: Tensor | None, targets: Tensor | None, count: Tensor | int | None
-    ) -> CausalLMOutputWithPast:
-        """The loss of rows that saw one another; their hidden states where there is nothing to predict."""
-        if targets is None and labels is not None:
-            targets = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        loss = None if targets is None else next_token_loss(hidden, self.lm_head.weight, targets, count)
-        return CausalLMOutputWithPast(loss=loss, hidden_states=(hidden,))
 
     # ---- generate ------------------------------------------------------------------------------------------------
 
@@ -214,6 +214,11 @@ class LongLlamaForCausalLM(EveryIthCheckpointed, LlamaForCausalLM):
         checks.check_heads(what, (memory.kv_heads, memory.head_dim), (config.num_key_value_heads, config.head_dim))
         if memory.fingerprint:
             checks.check_fingerprint(what, memory.fingerprint, self.memory_fingerprint())
+
+
+def _moved(labels: Tensor) -> Tensor:
+    """Labels, (batch, length), moved by one: what each place should predict."""
+    return torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
 AutoModelForCausalLM.register(LongLlamaConfig, LongLlamaForCausalLM, exist_ok=True)

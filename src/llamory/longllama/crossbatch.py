@@ -71,6 +71,7 @@ def cross_batch_attention(
     *,
     scaling: float | None = None,
     lengths: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Tensor:
     """Attention of each row to its own causal context and to the contexts of other rows, in one softmax.
 
@@ -85,6 +86,7 @@ def cross_batch_attention(
         contexts: per row, the rows whose whole contexts it also sees.
         scaling: what scores are multiplied by; 1 / sqrt(head_dim) if not given.
         lengths: real tokens of each row, which stand at its front; what is behind them is seen by nobody.
+        rows: the only rows that attend, where not all do; query and contexts are then those rows' alone.
 
     Returns:
         The query's shape, differentiable in query, key and value. Behind a row's `lengths` it means nothing.
@@ -92,19 +94,24 @@ def cross_batch_attention(
     Raises:
         LlamoryError: contexts or lengths that don't fit the batch, or rows that begin at different positions.
     """
-    plan = plan_contexts(contexts, len(query), lengths)
+    plan = plan_contexts(contexts, len(key), lengths, rows)
     if lengths is not None and max(lengths, default=0) > key.shape[2]:
         raise LlamoryError(f"A row can't have {max(lengths)} tokens where the batch has {key.shape[2]} columns.")
     first_cos, first_sin = cos[:, :1], sin[:, :1]
     if len(first_cos) > 1 and plan and not torch.equal(first_cos, first_cos[:1].expand_as(first_cos)):
         raise LlamoryError("All rows must begin at the same position, as they read one another's keys at it.")
-    rotated, local = apply_rotary_pos_emb(query, key, cos, sin)
+    near_key, near_value = key, value
+    if rows is not None:
+        chosen = torch.tensor(rows, device=key.device)
+        near_key, near_value = key[chosen], value[chosen]
+        cos, sin = (part if len(part) == 1 else part[chosen] for part in (cos, sin))
+    rotated, local = apply_rotary_pos_emb(query, near_key, cos, sin)
     # At position 0 this leaves keys as they are, but for the factor that some rotary embeddings put on all positions.
     _, remote = apply_rotary_pos_emb(query[:1, :, :1], key, first_cos[:1], first_sin[:1])
     # Under autocast the rotary embedding leaves queries and keys in float32, values in the shorter type.
     rotated, local, remote = (part.to(value.dtype) for part in (rotated, local, remote))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output: Tensor = _CrossBatch.apply(rotated, local, remote, value, plan, scaling)  # type: ignore[no-untyped-call]
+    output: Tensor = _CrossBatch.apply(rotated, local, near_value, remote, value, plan, scaling)  # type: ignore[no-untyped-call]
     return output
 
 
@@ -115,10 +122,14 @@ class CrossBatch:
     Attributes:
         contexts: per row, the rows whose whole contexts it also sees in memory layers.
         lengths: real tokens of each row, at its front; None if all columns are real.
+        asked: the only rows whose output is wanted; None for all. Of the others no more is computed than is seen.
+        last_layer: with `asked`, the last memory layer, from which on there are only those rows.
     """
 
     contexts: Contexts
     lengths: tuple[int, ...] | None = None
+    asked: tuple[int, ...] | None = None
+    last_layer: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,35 +147,38 @@ class Run:
     length: int | None
 
 
-def plan_contexts(contexts: Contexts, batch: int, lengths: Sequence[int] | None = None) -> list[Run]:
+def plan_contexts(
+    contexts: Contexts, batch: int, lengths: Sequence[int] | None = None, rows: Sequence[int] | None = None
+) -> list[Run]:
     """Put pairs of a row and a row it sees together where both go on in step, so that few calls do the work.
 
     Raises:
         LlamoryError: not one list per row, a row that isn't there, that sees itself, or that is named twice.
     """
-    if len(contexts) != batch:
-        raise LlamoryError(f"There are {batch} rows, but contexts for {len(contexts)}.")
+    numbers = range(batch) if rows is None else rows
+    if len(contexts) != len(numbers):
+        raise LlamoryError(f"There are {len(numbers)} rows, but contexts for {len(contexts)}.")
     if lengths is not None and len(lengths) != batch:
         raise LlamoryError(f"There are {batch} rows, but lengths of {len(lengths)}.")
     by_distance: dict[int, list[int]] = defaultdict(list)
-    for row, seen in enumerate(contexts):
+    for at, (number, seen) in enumerate(zip(numbers, contexts, strict=True)):
         for other in seen:
-            if not 0 <= other < batch or other == row:
+            if not 0 <= other < batch or other == number:
                 raise LlamoryError(
-                    f"Row {row} can't see row {other}: other rows of this batch are meant, 0 to {batch - 1}."
+                    f"Row {number} can't see row {other}: other rows of this batch are meant, 0 to {batch - 1}."
                 )
-            by_distance[row - other].append(row)
+            by_distance[at - other].append(at)
         if len(set(seen)) != len(seen):
-            raise LlamoryError(f"Row {row} names a row twice: {list(seen)}.")
+            raise LlamoryError(f"Row {number} names a row twice: {list(seen)}.")
     runs = []
-    for distance, rows in sorted(by_distance.items()):
+    for distance, lookers in sorted(by_distance.items()):
         start = 0
-        for at in range(1, len(rows) + 1):
-            length = None if lengths is None else lengths[rows[start] - distance]
-            goes_on = at < len(rows) and rows[at] == rows[at - 1] + 1
-            if goes_on and (lengths is None or lengths[rows[at] - distance] == length):
+        for at in range(1, len(lookers) + 1):
+            length = None if lengths is None else lengths[lookers[start] - distance]
+            goes_on = at < len(lookers) and lookers[at] == lookers[at - 1] + 1
+            if goes_on and (lengths is None or lengths[lookers[at] - distance] == length):
                 continue
-            first, last = rows[start], rows[at - 1] + 1
+            first, last = lookers[start], lookers[at - 1] + 1
             if length != 0:
                 runs.append(Run(slice(first, last), slice(first - distance, last - distance), length))
             start = at
@@ -176,26 +190,33 @@ class _CrossBatch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, local: Tensor, remote: Tensor, value: Tensor, plan: list[Run], scaling: float
+        ctx: Any,
+        query: Tensor,
+        local: Tensor,
+        near_value: Tensor,
+        remote: Tensor,
+        value: Tensor,
+        plan: list[Run],
+        scaling: float,
     ) -> Tensor:
-        output, log_sum = attend_part(Part(query, local, value, causal=True), scaling)
+        output, log_sum = attend_part(Part(query, local, near_value, causal=True), scaling)
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         for run in plan:
             new, new_sum = attend_part(_part(query, remote, value, run), scaling)
             _merge_into(output[run.rows], log_sum[run.rows], new, new_sum)
         output = output.to(query.dtype)
-        ctx.save_for_backward(query, local, remote, value, output, log_sum)
+        ctx.save_for_backward(query, local, near_value, remote, value, output, log_sum)
         ctx.plan, ctx.scaling = plan, scaling
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, local, remote, value, output, log_sum = ctx.saved_tensors
-        grad_query, grad_local, grad_value = attend_part_backward(
-            grad, Part(query, local, value, causal=True), output, log_sum, ctx.scaling
+        query, local, near_value, remote, value, output, log_sum = ctx.saved_tensors
+        grad_query, grad_local, grad_near = attend_part_backward(
+            grad, Part(query, local, near_value, causal=True), output, log_sum, ctx.scaling
         )
-        grad_remote = torch.zeros_like(remote)
+        grad_remote, grad_value = torch.zeros_like(remote), torch.zeros_like(value)
         for run in ctx.plan:
             rows = run.rows
             part = _part(query, remote, value, run)
@@ -203,7 +224,7 @@ class _CrossBatch(torch.autograd.Function):
             grad_query[rows] += parts[0]
             grad_remote[run.seen, :, : run.length] += parts[1]
             grad_value[run.seen, :, : run.length] += parts[2]
-        return grad_query, grad_local, grad_remote, grad_value, None, None
+        return grad_query, grad_local, grad_near, grad_remote, grad_value, None, None
 
 
 def _part(query: Tensor, remote: Tensor, value: Tensor, run: Run) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -67,6 +68,7 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         contexts: Contexts | None = None,
+        asked: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Read a batch of any length, or, with `contexts`, rows of one window each that see one another (training).
@@ -85,6 +87,8 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
             return_dict: whether to give a `BaseModelOutputWithPast` or a tuple.
             contexts: per row, the rows of this batch whose whole contexts its memory layers see, with gradients
                 (section 3.2). Nothing is kept then, and padding stands on the right.
+            asked: with `contexts`, the only rows whose hidden states are wanted; those of the others are zeros, and no
+                more of them is computed than is seen.
             kwargs: passed on to the layers.
 
         Returns:
@@ -99,7 +103,7 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
         assert source is not None
         batch, length = source.shape[:2]
         if contexts is not None:
-            output = self._read_together(source, attention_mask, contexts, kwargs)
+            output = self._read_together(source, attention_mask, contexts, asked, kwargs)
             return output if return_dict is not False else output.to_tuple()
         use_cache = self._uses_cache(use_cache)
         output_hidden_states = (
@@ -202,7 +206,12 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
         return [*states[:-1], last] if all_states else [last]
 
     def _read_together(
-        self, source: Tensor, attention_mask: Tensor | None, contexts: Contexts, kwargs: dict[str, Any]
+        self,
+        source: Tensor,
+        attention_mask: Tensor | None,
+        contexts: Contexts,
+        asked: Sequence[int] | None,
+        kwargs: dict[str, Any],
     ) -> BaseModelOutputWithPast:
         """Rows that see one another's contexts in memory layers."""
         batch, width = source.shape[:2]
@@ -212,7 +221,10 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
                 "documents into shorter rows."
             )
         hidden = source if source.is_floating_point() else self.embed_tokens(source)
-        together = CrossBatch(contexts, _lengths(_own_columns(attention_mask, batch, width)))
+        lengths = _lengths(_own_columns(attention_mask, batch, width))
+        together = CrossBatch(contexts, lengths)
+        if asked and len(asked) < batch and self.config.mem_layers:
+            together = CrossBatch(contexts, lengths, tuple(asked), max(self.config.mem_layers))
         position_ids = torch.arange(width, device=hidden.device)[None]
         # Padding stands behind what is real, where causal attention doesn't look.
         mask = create_causal_mask(
@@ -225,7 +237,13 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
         rotary = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, cross_batch=together, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+            if mask is not None and together.last_layer == layer.self_attn.layer_idx and len(mask) > 1:
+                mask = mask[list(together.asked or ())]
+        hidden = self.norm(hidden)
+        if together.asked is not None:
+            states = hidden.new_zeros(batch, *hidden.shape[1:])
+            hidden = states.index_copy(0, torch.tensor(together.asked, device=hidden.device), hidden)
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     # ---- settings ------------------------------------------------------------------------------------------------
 
