@@ -1,17 +1,10 @@
 """FoT training: what it learns, saves, resumes, and shares among processes."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +17,7 @@ from llamory.longllama.sources import DocumentStream, Source
 from llamory.training import fot, long_models
 from llamory.training.fot import train_fot
 from llamory.training.settings import FotSettings
+from training_runs import TORCHRUN, finish, kill_behind, losses, start, weights
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ROW, BATCH, PACKING, SEED = 16, 8, 2, 42
@@ -56,25 +50,6 @@ def settings(model_folder, documents, tmp_path):
         return FotSettings(**(values | changes))
 
     return make
-
-
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def losses(folder, key="loss"):
-    last = max(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    return [entry[key] for entry in history if key in entry]
-
-
-def start(settings, tmp_path, *prefix):
-    """Run the command line in a process of its own with the settings as a file."""
-    file = tmp_path / f"{Path(settings.output).name}.yaml"
-    file.write_text(yaml.safe_dump(vars(settings)))
-    command = [*(prefix or (sys.executable, "-m")), "llamory", "train", "fot", "--config", str(file)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def load(folder):
@@ -156,13 +131,7 @@ def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path, documents, ch
     changes = changes | {"steps": 14, "eval_data": [str(documents)], "eval_every": 3, "eval_batches": 1}
     train_fot(settings(**changes, output=str(tmp_path / "whole")))
     broken = settings(**changes, output=str(tmp_path / "broken"))
-    process = start(broken, tmp_path)
-    while not (tmp_path / "broken" / "checkpoint-4" / "manifest.json").exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    kill_behind("fot", broken, 4)
     broken.resume = True
     train_fot(broken)
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
@@ -179,10 +148,7 @@ def test_two_processes_lose_as_one_does_in_two_passes(settings, tmp_path, docume
     evaluated = {"eval_data": [str(documents)], "eval_every": 2, "eval_batches": 3}
     train_fot(settings(output=str(tmp_path / "one"), accumulation=2, **evaluated))
     shared = settings(output=str(tmp_path / "two"), fsdp=fsdp, **evaluated)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
-    process = start(shared, tmp_path, sys.executable, *torchrun)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+    finish(start("fot", shared, *TORCHRUN))
     for key in ("loss", "eval_loss", "eval_loss_without_memory"):
         assert losses(tmp_path / "one", key) == pytest.approx(losses(tmp_path / "two", key), abs=1e-4)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")

@@ -1,18 +1,11 @@
 """Instruction tuning: what it learns, saves, resumes, and shares among processes."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +17,7 @@ from llamory.longllama.instruct_rows import InstructBatches, MemorySplit
 from llamory.longllama.losses import IGNORED
 from llamory.training.instruct import train_instruct
 from llamory.training.settings import InstructSettings
+from training_runs import TORCHRUN, finish, kill_behind, losses, start, weights
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 ROW, LAST, TOTAL, ROWS = 16, 12, 40, 8
@@ -79,27 +73,6 @@ def settings(model_folder, data, tmp_path):
     return make
 
 
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def losses(folder, key="loss"):
-    last = max(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    return [entry[key] for entry in history if key in entry]
-
-
-def start(settings, tmp_path, *prefix):
-    """Run the command line in a process of its own with the settings as a file."""
-    file = tmp_path / f"{Path(settings.output).name}.yaml"
-    file.write_text(yaml.safe_dump(vars(settings)))
-    command = [*(prefix or (sys.executable, "-m")), "llamory", "train", "instruct", "--config", str(file)]
-    # As many threads as here: sums in another order have other last bits.
-    threads = str(torch.get_num_threads())
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
 @torch.no_grad()
 def token_losses(model, batch):
     """Each answer token's loss, by way of all logits."""
@@ -148,13 +121,7 @@ def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path):
     changes = {"steps": 12, "save_every": 2, "lora_dropout": 0.1, "lora": True, "accumulation": 2}
     train_instruct(settings(**changes, output=str(tmp_path / "whole")))
     broken = settings(**changes, output=str(tmp_path / "broken"))
-    process = start(broken, tmp_path)
-    while not (tmp_path / "broken" / "checkpoint-4" / "manifest.json").exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    kill_behind("instruct", broken, 4)
     broken.resume = True
     train_instruct(broken)
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
@@ -165,10 +132,7 @@ def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path):
 def test_two_processes_lose_as_one_with_two_passes(settings, tmp_path):
     train_instruct(settings(accumulation=2, output=str(tmp_path / "one")))
     shared = settings(output=str(tmp_path / "two"))
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
-    process = start(shared, tmp_path, sys.executable, *torchrun)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+    finish(start("instruct", shared, *TORCHRUN))
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-4)
 
 

@@ -1,46 +1,15 @@
 """LLARA pretraining: what it learns, saves, resumes, and shares among processes."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM
 
 from llamory.errors import LlamoryError
 from llamory.llara import LlaraTemplate, PreLlamaModel
 from llamory.training.llara import train_llara
-
-
-def weights(folder):
-    return load_file(Path(folder) / "model.safetensors")
-
-
-def losses(folder, key="loss"):
-    last = max(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    return [entry[key] for entry in history if key in entry]
-
-
-def start(settings, tmp_path, *prefix):
-    """Run the command line in a process of its own with the settings as a file."""
-    file = tmp_path / f"{Path(settings.output).name}.yaml"
-    file.write_text(yaml.safe_dump(vars(settings)))
-    command = [*(prefix or (sys.executable, "-m")), "llamory", "train", "llara", "--config", str(file)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
-def finish(process):
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
+from training_runs import TORCHRUN, finish, kill_behind, losses, start, weights
 
 
 def test_training_learns_and_what_it_saves_loads_everywhere(settings, tmp_path):
@@ -64,13 +33,7 @@ def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path, lora):
     changes = {"steps": 12, "save_every": 2, "lora_dropout": 0.1, "lora": lora}
     train_llara(settings(**changes, output=str(tmp_path / "whole")))
     broken = settings(**changes, output=str(tmp_path / "broken"))
-    process = start(broken, tmp_path)
-    while not (tmp_path / "broken" / "checkpoint-4" / "manifest.json").exists():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "broken" / "model.safetensors").exists()
+    kill_behind("llara", broken, 4)
     broken.resume = True
     train_llara(broken)
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
@@ -89,8 +52,7 @@ def test_accumulated_passes_are_one_step(settings, tmp_path):
 def test_two_processes_lose_as_one_does(settings, tmp_path, fsdp):
     train_llara(settings(output=str(tmp_path / "one")))
     shared = settings(output=str(tmp_path / "two"), batch_size=4, fsdp=fsdp)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
-    finish(start(shared, tmp_path, sys.executable, *torchrun))
+    finish(start("llara", shared, *TORCHRUN))
     for key in ("loss", "ar_loss", "bow_summarize_loss", "bow_predict_loss"):
         assert losses(tmp_path / "one", key) == pytest.approx(losses(tmp_path / "two", key), abs=1e-4)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")

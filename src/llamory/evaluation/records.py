@@ -60,7 +60,7 @@ class Record(Generic[Score]):
             LlamoryError: what was scored before is of another model.
         """
         known: dict[str, Any] = json.loads(json.dumps(facts))
-        self._compare(self.facts.get(name, known), known)
+        refuse_other(self.path, self.facts.get(name, known), known)
         self.facts[name] = known
         return self.scores.setdefault(name, [])
 
@@ -79,13 +79,7 @@ class Record(Generic[Score]):
 
     def write(self) -> None:
         """Write the file: beside it first, then renamed, so that a kill leaves the old one or the new one."""
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(self.document(), file, ensure_ascii=False, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        write_whole(self.path, self.document())
 
     def _take_up(self) -> None:
         try:
@@ -100,16 +94,32 @@ class Record(Generic[Score]):
             raise LlamoryError(
                 f"{self.path} holds no {self.task} results to go on with; give another --output, or remove the file."
             ) from error
-        self._compare(settings, self.settings)
+        refuse_other(self.path, settings, self.settings)
 
-    def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key):
-                change = f"{key.replace('_', ' ')} {_short(before.get(key))}, now {_short(now.get(key))}"
-                raise LlamoryError(
-                    f"{self.path} holds results made with other settings ({change}); "
-                    "give another --output, or remove the file."
-                )
+
+def write_whole(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON file: beside it first, then renamed, so that a kill leaves the old one or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(document, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """See that what a file was made with is what is given now.
+
+    Raises:
+        LlamoryError: it isn't; the first difference is told.
+    """
+    for key in sorted({*before, *now}):
+        if before.get(key) != now.get(key):
+            change = f"{key.replace('_', ' ')} {_short(before.get(key))}, now {_short(now.get(key))}"
+            raise LlamoryError(
+                f"{path} holds results made with other settings ({change}); give another --output, or remove the file."
+            )
 
 
 def _short(value: Any) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.passkey import Cell, PasskeyResult, Trial
+from llamory.evaluation.records import refuse_other, write_whole
 
 _TASK = "passkey"
 
@@ -44,7 +44,7 @@ class PasskeyReport:
             LlamoryError: what was found before is of another model.
         """
         known: dict[str, Any] = json.loads(json.dumps(facts))
-        self._compare(self.facts.get(name, known), known)
+        refuse_other(self.path, self.facts.get(name, known), known)
         self.facts[name] = known
         return self.results.setdefault(name, PasskeyResult())
 
@@ -58,13 +58,7 @@ class PasskeyReport:
 
     def write(self) -> None:
         """Write the file: beside it first, then renamed, so that a kill leaves the old one or the new one."""
-        partial = self.path.with_name(f"{self.path.name}.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(self.document(), file, ensure_ascii=False, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path)
+        write_whole(self.path, self.document())
 
     def _take_up(self, document: Mapping[str, Any]) -> None:
         try:
@@ -74,16 +68,7 @@ class PasskeyReport:
                 self.facts[name] = {key: value for key, value in run.items() if key != "cells"}
         except (KeyError, TypeError, AttributeError) as error:
             raise _unreadable(self.path) from error
-        self._compare(settings, self.settings)
-
-    def _compare(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        for key in sorted({*before, *now}):
-            if before.get(key) != now.get(key):
-                change = f"{key.replace('_', ' ')} {_short(before.get(key))}, now {_short(now.get(key))}"
-                raise LlamoryError(
-                    f"{self.path} holds results made with other settings ({change}); "
-                    "give another --output, or remove the file."
-                )
+        refuse_other(self.path, settings, self.settings)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -98,11 +83,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _unreadable(path: Path) -> LlamoryError:
     return LlamoryError(f"{path} holds no passkey results to go on with; give another --output, or remove the file.")
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _cell_entry(cell: Cell, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedTokenizerBase
 
 from llamory import backbone
 from llamory.errors import LlamoryError
@@ -21,19 +21,12 @@ from llamory.longllama.contexts import PUBLISHED_MIXES, ContextChooser, ContextP
 from llamory.longllama.data import FotBatches
 from llamory.longllama.losses import IGNORED, correct_tokens
 from llamory.longllama.sources import DocumentStream, Source, make_sources
-from llamory.training.checkpoints import MarkWhole, prepare_output
 from llamory.training.long_models import load_long, memory_changes, trained_part
-from llamory.training.progress import RichProgress
 from llamory.training.runs import (
     check_settings,
-    last_logged,
-    mendable,
-    run,
-    save_finished,
-    training_arguments,
 )
 from llamory.training.settings import FotSettings
-from llamory.training.streamed import StreamedTrainer, read_position, recipe_of
+from llamory.training.streamed import StreamedTrainer, begin
 
 CURVE_FILE = "curve.json"
 _WITH, _WITHOUT = "eval_loss", "eval_loss_without_memory"
@@ -52,43 +45,26 @@ def train_fot(settings: FotSettings) -> dict[str, Any]:
             finite.
     """
     plan = _check(settings)
-    output = Path(settings.output)
-    arguments = training_arguments(
-        settings, "LongLlamaDecoderLayer", evaluates=bool(settings.eval_data), ignore_data_skip=True
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process trains on one device: rows that see one another can't be split up
-    with arguments.main_process_first(desc="output folder"):
-        checkpoint = prepare_output(output, settings.resume or arguments.process_index > 0)
-    recipe = recipe_of(settings, arguments.world_size)
-    position = read_position(checkpoint, recipe) if checkpoint else None
-    arguments.eval_on_start = bool(settings.eval_data) and position is None
-    set_seed(settings.seed)
+    begun = begin(settings, evaluates=bool(settings.eval_data))
+    arguments = begun.arguments
     config = backbone.load_config(settings.model)
     changes = memory_changes(config, settings.model, mem_layers=settings.mem_layers, row_length=settings.row_length)
     tokenizer = backbone.load_tokenizer(settings.model)
     chooser = _chooser(settings, plan, tokenizer, str(arguments.device))
     feed = FotFeed(_streams(settings, tokenizer, arguments.process_index, arguments.world_size), chooser)
-    if position is not None:
-        feed.load_state_dict(position)
     held_out = _held_out(settings, tokenizer)
     model = trained_part(load_long(settings, changes), settings, only_memory=settings.trained == "memory_layers")
-    progress = RichProgress("FoT training")
-    with mendable("These settings can't be used"):
-        trainer = FotTrainer(
-            model=model,
-            args=arguments,
-            eval_dataset=held_out or None,
-            processing_class=tokenizer,
-            callbacks=[MarkWhole()] + ([] if settings.quiet else [progress]),
-            feed=feed,
-            recipe=recipe,
-            settings=settings,
-            chooser=chooser,
-        )
-    trainer.remove_callback(PrinterCallback)
-    run(trainer, checkpoint, progress)
-    return _finish(trainer, settings, tokenizer)
+    return begun.finish(
+        FotTrainer,
+        "FoT training",
+        model=model,
+        feed=feed,
+        tokenizer=tokenizer,
+        held_out=held_out,
+        shown=("loss", _WITH, _WITHOUT),
+        settings=settings,
+        chooser=chooser,
+    )
 
 
 class FotFeed:
@@ -325,14 +301,3 @@ def _batches(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-
-
-def _finish(trainer: FotTrainer, settings: FotSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    result = {
-        "output": str(Path(settings.output)),
-        "steps": trainer.state.global_step,
-        "losses": last_logged(trainer, "loss", _WITH, _WITHOUT),
-    }
-    save_finished(trainer, settings, tokenizer, result)
-    trainer.accelerator.wait_for_everyone()
-    return result

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llamory import backbone
 from llamory.errors import LlamoryError
@@ -18,12 +17,10 @@ from llamory.longllama.instruct import InstructFormat, Lengths, load_instruction
 from llamory.longllama.instruct_rows import InstructBatches, MemorySplit, check_rows
 from llamory.longllama.losses import IGNORED
 from llamory.longllama.sources import make_sources
-from llamory.training.checkpoints import MarkWhole, prepare_output
 from llamory.training.long_models import load_long, memory_changes, trained_part
-from llamory.training.progress import RichProgress
-from llamory.training.runs import check_settings, last_logged, mendable, run, save_finished, training_arguments
+from llamory.training.runs import check_settings
 from llamory.training.settings import InstructSettings
-from llamory.training.streamed import StreamedTrainer, read_position, recipe_of
+from llamory.training.streamed import StreamedTrainer, begin
 
 _EVAL = "eval_loss"
 
@@ -39,19 +36,8 @@ def train_instruct(settings: InstructSettings) -> dict[str, Any]:
             finite.
     """
     _check(settings)
-    output = Path(settings.output)
-    arguments = training_arguments(
-        settings, "LongLlamaDecoderLayer", evaluates=bool(settings.eval_data), ignore_data_skip=True
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process trains on one device: rows that see one another can't be split up
-    with arguments.main_process_first(desc="output folder"):
-        checkpoint = prepare_output(output, settings.resume or arguments.process_index > 0)
-    recipe = recipe_of(settings, arguments.world_size)
-    recipe.pop("num_proc")
-    position = read_position(checkpoint, recipe) if checkpoint else None
-    arguments.eval_on_start = bool(settings.eval_data) and position is None
-    set_seed(settings.seed)
+    begun = begin(settings, evaluates=bool(settings.eval_data), irrelevant=["num_proc"])
+    arguments = begun.arguments
     config = backbone.load_config(settings.model)
     split = _split(settings, config)
     changes = memory_changes(
@@ -65,31 +51,16 @@ def train_instruct(settings: InstructSettings) -> dict[str, Any]:
     with arguments.main_process_first(desc="data"):
         streams = _streams(settings, split, tokenizer, arguments.process_index, arguments.world_size)
         held_out = _held_out(settings, split, tokenizer)
-    feed = InstructFeed(streams)
-    if position is not None:
-        feed.load_state_dict(position)
     model = trained_part(load_long(settings, changes), settings, only_memory=settings.trained == "memory_layers")
-    progress = RichProgress("Instruction tuning")
-    with mendable("These settings can't be used"):
-        trainer = InstructTrainer(
-            model=model,
-            args=arguments,
-            eval_dataset=held_out or None,
-            processing_class=tokenizer,
-            callbacks=[MarkWhole()] + ([] if settings.quiet else [progress]),
-            feed=feed,
-            recipe=recipe,
-        )
-    trainer.remove_callback(PrinterCallback)
-    run(trainer, checkpoint, progress)
-    result = {
-        "output": str(output),
-        "steps": trainer.state.global_step,
-        "losses": last_logged(trainer, "loss", _EVAL),
-    }
-    save_finished(trainer, settings, tokenizer, result)
-    trainer.accelerator.wait_for_everyone()
-    return result
+    return begun.finish(
+        InstructTrainer,
+        "Instruction tuning",
+        model=model,
+        feed=InstructFeed(streams),
+        tokenizer=tokenizer,
+        held_out=held_out,
+        shown=("loss", _EVAL),
+    )
 
 
 class InstructFeed:

@@ -8,24 +8,20 @@ soon pays, which in whole documents takes many times as long.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, set_seed
 
 from llamory.errors import LlamoryError
 from llamory.longllama.causal import LongLlamaForCausalLM
 from llamory.longllama.configuration import LongLlamaConfig
 from llamory.longllama.lookup import BOS, EOS, LookupTask, note_task
 from llamory.longllama.losses import IGNORED, correct_tokens
-from llamory.training.checkpoints import MarkWhole, prepare_output
 from llamory.training.growth import Growth
-from llamory.training.progress import RichProgress
-from llamory.training.runs import check_settings, last_logged, mendable, run, save_finished, training_arguments
+from llamory.training.runs import check_settings
 from llamory.training.settings import LookupSettings
-from llamory.training.streamed import StreamedTrainer, read_position, recipe_of
+from llamory.training.streamed import StreamedTrainer, begin
 
 _INIT = 0.05  # of the weights: small models start faster than with the usual 0.02
 
@@ -40,36 +36,17 @@ def train_lookup(settings: LookupSettings) -> dict[str, Any]:
         LlamoryError: settings, checkpoint or output folder that can't be used, or a loss that isn't finite.
     """
     task, config, growth = _check(settings)
-    arguments = training_arguments(settings, "LongLlamaDecoderLayer", evaluates=False, ignore_data_skip=True)
-    with arguments.main_process_first(desc="output folder"):
-        checkpoint = prepare_output(Path(settings.output), settings.resume or arguments.process_index > 0)
-    recipe = recipe_of(settings, arguments.world_size)
-    feed = LookupFeed(task, growth, settings, arguments.process_index)
-    if checkpoint:
-        feed.load_state_dict(read_position(checkpoint, recipe))
-    set_seed(settings.seed)
-    model = LongLlamaForCausalLM(config)
-    progress = RichProgress("Dictionary look-up")
-    with mendable("These settings can't be used"):
-        trainer = LookupTrainer(
-            model=model,
-            args=arguments,
-            callbacks=[MarkWhole()] + ([] if settings.quiet else [progress]),
-            feed=feed,
-            recipe=recipe,
-            growth=growth,
-        )
-    trainer.remove_callback(PrinterCallback)
-    run(trainer, checkpoint, progress)
-    result = {
-        "output": settings.output,
-        "steps": trainer.state.global_step,
-        "losses": last_logged(trainer, "loss", "accuracy"),
-        "documents_seen": growth.stage[1],
-    }
-    save_finished(trainer, settings, None, result)
-    trainer.accelerator.wait_for_everyone()
-    return result
+    begun = begin(settings, evaluates=False)
+    feed = LookupFeed(task, growth, settings, begun.arguments.process_index)
+    result = begun.finish(
+        LookupTrainer,
+        "Dictionary look-up",
+        model=LongLlamaForCausalLM(config),
+        feed=feed,
+        shown=("loss", "accuracy"),
+        growth=growth,
+    )
+    return result | {"documents_seen": growth.stage[1]}
 
 
 def _check(settings: LookupSettings) -> tuple[LookupTask, LongLlamaConfig, Growth]:

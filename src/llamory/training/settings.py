@@ -215,9 +215,10 @@ class LookupSettings(RunSettings):
     """Settings of the dictionary look-up task (Tworkowski et al. 2023, section 4.1), trained from scratch."""
 
     output: str = _required("Folder for checkpoints and the trained model.")
-    steps: int | None = _setting(4000, "Optimisation steps at most.")
+    steps: int | None = _setting(700, "Optimisation steps.")
     batch_size: int = _setting(8, "Documents of a full row's length that are asked about in a pass.")
-    learning_rate: float = _setting(2e-3, "Peak learning rate.")
+    learning_rate: float = _setting(1e-3, "Peak learning rate.")
+    scheduler: str = _setting("cosine", "Learning-rate schedule (a name that transformers knows).")
     warmup: float = _setting(0.02, "Share of the steps over which the learning rate rises.")
     adam_beta2: float = _setting(0.98, "What AdamW keeps of its mean of squared gradients at each step.")
     seed: int = _setting(0, "Seed of all that is random.")
@@ -227,14 +228,14 @@ class LookupSettings(RunSettings):
     value_length: int = _setting(4, "Tokens of a value.")
     row_length: int = _setting(256, "Tokens of half a document, which is the local context.")
 
-    hidden_size: int = _setting(128, "Width of the model.")
-    layers: int = _setting(4, "Layers.")
+    hidden_size: int = _setting(256, "Width of the model.")
+    layers: int = _setting(3, "Layers.")
     heads: int = _setting(4, "Attention heads.")
-    kv_heads: int = _setting(4, "Key/value heads, what memory holds of each token.")
-    mem_layer: int = _setting(2, "The layer with memory, counted from 0.")
+    kv_heads: int = _setting(1, "Key/value heads, what memory holds of each token.")
+    mem_layer: int = _setting(1, "The layer with memory, counted from 0.")
 
     lines: list[int] = _setting([2, 4, 8, 16], "Lines of the short documents that training begins with; [] for none.")
-    lines_at: float = _setting(0.9, "Training accuracy at which documents get longer.")
+    lines_at: float = _setting(0.8, "Training accuracy at which documents get longer.")
     sizes: list[int] = _setting(
         [1, 2, 4, 8, 16, 32, 64, 128],
         "Documents that a question sees definitions of, its own among them; the next number once grow_at is reached.",

@@ -1,18 +1,22 @@
-"""A Trainer that reads endless streams of batches, whose position is part of each checkpoint."""
+"""Runs on endless streams of batches, whose position is part of each checkpoint: their Trainer, begin and end."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from llamory.errors import LlamoryError
 from llamory.longllama.losses import IGNORED
+from llamory.training.checkpoints import MarkWhole, prepare_output
+from llamory.training.progress import RichProgress
+from llamory.training.runs import last_logged, mendable, run, save_finished, training_arguments
 from llamory.training.settings import RunSettings
 
 _KIND = "kind of run"
@@ -101,6 +105,102 @@ class _Endless:
     def __iter__(self) -> Iterator[None]:
         while True:
             yield None
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What a run knows before it loads anything.
+
+    Attributes:
+        settings: of the run.
+        arguments: the Trainer's.
+        checkpoint: where it goes on from, if it does.
+        recipe: what a checkpoint must agree with.
+        position: the checkpoint's place in the data.
+    """
+
+    settings: RunSettings
+    arguments: TrainingArguments
+    checkpoint: Path | None
+    recipe: dict[str, Any]
+    position: dict[str, Any] | None
+
+    def finish(
+        self,
+        trainer_class: type[StreamedTrainer],
+        title: str,
+        *,
+        model: Any,
+        feed: Feed,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        held_out: Sequence[Any] = (),
+        shown: Sequence[str] = ("loss",),
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Train to the end and save.
+
+        Args:
+            trainer_class: the Trainer.
+            title: what the progress bar is called.
+            model: what is trained.
+            feed: its data.
+            tokenizer: saved with the model.
+            held_out: what the Trainer evaluates on.
+            shown: logged values whose last ones the result tells.
+            more: further arguments of the Trainer.
+
+        Returns:
+            The output folder, steps done, and the last values of what is shown.
+        """
+        if self.position is not None:
+            feed.load_state_dict(self.position)
+        progress = RichProgress(title)
+        with mendable("These settings can't be used"):
+            trainer = trainer_class(
+                model=model,
+                args=self.arguments,
+                eval_dataset=held_out or None,
+                processing_class=tokenizer,
+                callbacks=[MarkWhole()] + ([] if self.settings.quiet else [progress]),
+                feed=feed,
+                recipe=self.recipe,
+                **more,
+            )
+        trainer.remove_callback(PrinterCallback)
+        run(trainer, self.checkpoint, progress)
+        result = {
+            "output": self.settings.output,
+            "steps": trainer.state.global_step,
+            "losses": last_logged(trainer, *shown),
+        }
+        save_finished(trainer, self.settings, tokenizer, result)
+        trainer.accelerator.wait_for_everyone()
+        return result
+
+
+def begin(settings: RunSettings, *, evaluates: bool, irrelevant: Sequence[str] = ()) -> Begun:
+    """Look at the output folder, and at the checkpoint that the run goes on from, if any.
+
+    Args:
+        settings: of the run.
+        evaluates: whether there is something to evaluate on.
+        irrelevant: settings that may change when a run goes on.
+
+    Raises:
+        LlamoryError: settings, output folder or checkpoint that can't be used.
+    """
+    arguments = training_arguments(settings, "LongLlamaDecoderLayer", evaluates=evaluates, ignore_data_skip=True)
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process trains on one device: rows that see one another can't be split up
+    with arguments.main_process_first(desc="output folder"):
+        checkpoint = prepare_output(Path(settings.output), settings.resume or arguments.process_index > 0)
+    recipe = recipe_of(settings, arguments.world_size)
+    for name in irrelevant:
+        recipe.pop(name)
+    position = read_position(checkpoint, recipe) if checkpoint else None
+    arguments.eval_on_start = evaluates and position is None
+    set_seed(settings.seed)
+    return Begun(settings, arguments, checkpoint, recipe, position)
 
 
 def recipe_of(settings: RunSettings, world_size: int) -> dict[str, Any]:
