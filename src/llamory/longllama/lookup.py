@@ -91,28 +91,29 @@ class LookupTask:
         first = 1 + torch.arange(self.lines)[:, None] * self.line + self.key_length + 2
         return (first + torch.arange(self.value_length)).flatten()
 
-    def draw(self, documents: int, generator: torch.Generator, alike: float = 0.0) -> Dictionaries:
-        """Keys and values at random; two documents may happen to define the same key.
-
-        Args:
-            documents: how many.
-            generator: the source of chance.
-            alike: share of the keys that are another one, of any of the documents, with one symbol changed. In large
-                memories every key has such neighbours; in small ones they are rare.
-        """
-        keys, values = (
-            torch.randint(FIRST_SYMBOL, self.vocabulary, (documents, self.lines, length), generator=generator)
-            for length in (self.key_length, self.value_length)
+    def draw(self, documents: int, generator: torch.Generator) -> Dictionaries:
+        """Keys and values at random; two documents may happen to define the same key."""
+        return Dictionaries(
+            *(
+                torch.randint(FIRST_SYMBOL, self.vocabulary, (documents, self.lines, length), generator=generator)
+                for length in (self.key_length, self.value_length)
+            )
         )
-        if alike:
-            count, symbols = documents * self.lines, self.vocabulary - FIRST_SYMBOL
-            changed = torch.rand(count, generator=generator) < alike
-            near = keys.view(count, -1)[torch.randint(count, (count,), generator=generator)] - FIRST_SYMBOL
-            place = torch.randint(self.key_length, (count, 1), generator=generator)
-            step = torch.randint(1, symbols, (count, 1), generator=generator)
-            near = near.scatter(1, place, (near.gather(1, place) + step) % symbols) + FIRST_SYMBOL
-            keys = torch.where(changed[:, None], near, keys.view(count, -1)).view(keys.shape)
-        return Dictionaries(keys, values)
+
+    def draw_crowded(self, documents: int, generator: torch.Generator) -> Dictionaries:
+        """Keys of so few symbols that half of all possible ones are defined, each once.
+
+        Among millions of keys each has many that differ in a symbol or two. Here it has as many among hundreds.
+        """
+        count, symbols = documents * self.lines, 1
+        while symbols**self.key_length < 2 * count:
+            symbols += 1
+        symbols = min(symbols, self.vocabulary - FIRST_SYMBOL)
+        if symbols**self.key_length < count:
+            raise LlamoryError(f"{count:,} different keys can't be made; take longer keys or fewer documents.")
+        used = torch.randperm(self.vocabulary - FIRST_SYMBOL, generator=generator)[:symbols] + FIRST_SYMBOL
+        chosen = torch.randperm(symbols**self.key_length, generator=generator)[:count]
+        return Dictionaries(self._spelt(chosen, used), self.draw(documents, generator).values)
 
     def draw_distinct(self, documents: int, generator: torch.Generator) -> Dictionaries:
         """As `draw`, but no key is defined twice, so that every question has one right answer.
@@ -131,10 +132,13 @@ class LookupTask:
         numbers, inverse = drawn.unique(return_inverse=True)
         first = torch.full((len(numbers),), len(drawn)).scatter_reduce_(0, inverse, torch.arange(len(drawn)), "amin")
         chosen = drawn[first.sort().values[:count]]
-        symbols = self.vocabulary - FIRST_SYMBOL
-        digits = [chosen // symbols**place % symbols for place in range(self.key_length)]
-        keys = torch.stack(digits, -1).view(documents, self.lines, self.key_length) + FIRST_SYMBOL
+        keys = self._spelt(chosen, torch.arange(FIRST_SYMBOL, self.vocabulary))
         return Dictionaries(keys, self.draw(documents, generator).values)
+
+    def _spelt(self, numbers: Tensor, symbols: Tensor) -> Tensor:
+        """Keys (documents, lines, key_length) from their numbers, written with these symbols."""
+        places = len(symbols) ** torch.arange(self.key_length)
+        return symbols[numbers[:, None] // places % len(symbols)].view(-1, self.lines, self.key_length)
 
     def definitions(self, dictionaries: Dictionaries) -> Tensor:
         """(documents, half) token ids of the first halves."""

@@ -59,8 +59,8 @@ def _check(settings: LookupSettings) -> tuple[LookupTask, LongLlamaConfig, Growt
         raise LlamoryError(f"sizes must be numbers of documents from small to large, at least 1, not {sizes}.")
     if lines and (min(lines) < 1 or lines != sorted(set(lines)) or max(lines) >= task.lines):
         raise LlamoryError(f"lines must go from small to large, below the {task.lines} of a whole row, not {lines}.")
-    if not 0 <= settings.alike <= 1:
-        raise LlamoryError(f"alike is a share from 0 to 1, not {settings.alike}.")
+    if not 0 <= settings.crowded <= 1:
+        raise LlamoryError(f"crowded is a share from 0 to 1, not {settings.crowded}.")
     for name in ("grow_at", "lines_at"):
         if not 0 < getattr(settings, name) <= 1:
             raise LlamoryError(f"{name} is an accuracy above 0 and up to 1, not {getattr(settings, name)}.")
@@ -112,7 +112,8 @@ class LookupFeed:
         documents = max(asked, seen)
         generator = torch.Generator().manual_seed(hash((self.settings.seed, step, stream)) % 2**63)
         # Keys that differ in a token only teach what large memories ask for, from few documents.
-        dictionaries = task.draw(documents, generator, self.settings.alike if lines == whole else 0.0)
+        crowded = lines == whole and float(torch.rand((), generator=generator)) < self.settings.crowded
+        dictionaries = (task.draw_crowded if crowded else task.draw)(documents, generator)
         questions, wanted = task.questions(dictionaries.first(asked), generator)
         rows = torch.cat([task.definitions(dictionaries), questions])
         contexts: list[list[int]] = [[] for _ in range(documents)]

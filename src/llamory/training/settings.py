@@ -241,6 +241,6 @@ class LookupSettings(RunSettings):
         "Documents that a question sees definitions of, its own among them; the next number once grow_at is reached.",
     )
     grow_at: float = _setting(0.98, "Training accuracy at which the number of documents grows.")
-    alike: float = _setting(
-        0.5, "Share of the keys that differ from another document's in one token only, once documents are whole."
+    crowded: float = _setting(
+        0.5, "Share of the steps whose keys are made of few symbols, so that many are nearly alike, in whole documents."
     )
