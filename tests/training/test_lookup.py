@@ -24,6 +24,7 @@ TINY = {
     "kv_heads": 1,
     "lines": [1],
     "sizes": [1, 2, 4],
+    "crowded": 0.0,
     "batch_size": 4,
     "log_every": 1,
     "cpu": True,
@@ -59,24 +60,27 @@ def test_growth_goes_on_at_the_accuracy_of_each_stage():
     assert growth.stage[0] == 3
 
 
-def test_a_question_sees_its_own_definitions_and_so_many_others(tmp_path):
+@pytest.mark.parametrize("short", [False, True])
+def test_a_question_sees_its_own_definitions_and_so_many_others(tmp_path, short):
     config = settings(tmp_path)
     growth = Growth([(4, 3, 1.0)])
-    shape = LookupTask(16, 1, 1, 17)
+    shape = LookupTask(16, 1, 1, 33 if short else 17)  # eight lines, of which four are taken, or four
     (batch,) = LookupFeed(shape, growth, config, 0).passes(7)
     (same,) = LookupFeed(shape, growth, config, 0).passes(7)
     assert torch.equal(batch["input_ids"], same["input_ids"])
     rows, contexts = batch["input_ids"], batch["contexts"]
-    documents = len(rows) - 4
+    documents = len(rows) - (8 if short else 4)
     assert contexts[:documents] == [[]] * documents
     for number, row in enumerate(range(documents, len(rows))):
         assert contexts[row][0] == number and len(set(contexts[row])) == 3 and max(contexts[row]) < documents
         # What is asked is defined in the row's first context: marks aside, the same symbols stand in both.
         assert sorted(t for t in rows[row].tolist() if t > 5) == sorted(t for t in rows[number].tolist() if t > 5)
-        learned = batch["shift_labels"][row]
-        assert torch.equal(learned[:16], rows[row, 1:17])
-        asked = batch["answers"][row] != -100
+        learned, asked = batch["shift_labels"][row], batch["answers"][row] != -100
+        assert torch.equal(
+            learned[:16] if short else learned[asked], rows[row, 1:17] if short else rows[row, 1:][asked[:-1]]
+        )
         assert torch.equal(batch["answers"][row][asked], learned[asked]) and asked.sum() == 4
+        assert short or (learned != -100).sum() == 4
     assert (batch["shift_labels"][:documents] == -100).all()
 
 
@@ -116,6 +120,8 @@ def test_it_learns_and_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeyp
         ({"heads": 3}, "Heads must divide"),
         ({"row_length": 4}, "A dictionary needs"),
         ({"steps": None}, "set steps"),
+        ({"crowded": 0.5}, "Crowded keys are all different"),
+        ({"crowded": 2.0}, "crowded is a share"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, changes, told):

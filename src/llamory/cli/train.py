@@ -43,7 +43,7 @@ def _lookup(settings: LookupSettings) -> Mapping[str, Any]:
 
 
 add_dataclass_command(
-    app, "llara", LlaraSettings, _llara, help="Train a LLaMA to embed passages and queries without labels (LLARA)."
+    app, "llara", LlaraSettings, _llara, help="Train a LLaMA, without labels, to embed texts (LLARA)."
 )
 add_dataclass_command(
     app,
@@ -57,8 +57,8 @@ add_dataclass_command(
     "instruct",
     InstructSettings,
     _instruct,
-    help="Tune a LongLLaMA to follow instructions and to chat, with part of each example in memory.",
+    help="Tune a LLaMA with memory to follow instructions and to chat.",
 )
 add_dataclass_command(
-    app, "lookup", LookupSettings, _lookup, help="Train a small model from scratch on the paper's dictionary look-up."
+    app, "lookup", LookupSettings, _lookup, help="Train a small model from scratch on dictionary look-up."
 )

@@ -25,11 +25,16 @@ class Growth:
         """The present one."""
         return self.stages[self.at]
 
+    @property
+    def is_last(self) -> bool:
+        """Whether no other follows."""
+        return self.at + 1 == len(self.stages)
+
     def observe(self, accuracy: float) -> None:
         """Hear the training accuracy of a step; the running mean begins anew with each stage."""
         self.mean = _KEPT * self.mean + (1 - _KEPT) * accuracy if self.steps else accuracy
         self.steps += 1
-        if self.steps >= _LEAST_STEPS and self.mean >= self.stage[-1] and self.at + 1 < len(self.stages):
+        if self.steps >= _LEAST_STEPS and self.mean >= self.stage[-1] and not self.is_last:
             self.at, self.steps = self.at + 1, 0
 
     def state_dict(self) -> dict[str, Any]:

@@ -61,6 +61,12 @@ def _check(settings: LookupSettings) -> tuple[LookupTask, LongLlamaConfig, Growt
         raise LlamoryError(f"lines must go from small to large, below the {task.lines} of a whole row, not {lines}.")
     if not 0 <= settings.crowded <= 1:
         raise LlamoryError(f"crowded is a share from 0 to 1, not {settings.crowded}.")
+    most = max(settings.batch_size, *sizes) * task.lines
+    if settings.crowded and most > task.all_keys:
+        raise LlamoryError(
+            f"Crowded keys are all different, but {most} are wanted and there are {task.all_keys}; set crowded to 0, "
+            "or take longer keys."
+        )
     for name in ("grow_at", "lines_at"):
         if not 0 < getattr(settings, name) <= 1:
             raise LlamoryError(f"{name} is an accuracy above 0 and up to 1, not {getattr(settings, name)}.")
@@ -112,7 +118,7 @@ class LookupFeed:
         documents = max(asked, seen)
         generator = torch.Generator().manual_seed(hash((self.settings.seed, step, stream)) % 2**63)
         # Keys that differ in a token only teach what large memories ask for, from few documents.
-        crowded = lines == whole and float(torch.rand((), generator=generator)) < self.settings.crowded
+        crowded = self.growth.is_last and float(torch.rand((), generator=generator)) < self.settings.crowded
         dictionaries = (task.draw_crowded if crowded else task.draw)(documents, generator)
         questions, wanted = task.questions(dictionaries.first(asked), generator)
         rows = torch.cat([task.definitions(dictionaries), questions])

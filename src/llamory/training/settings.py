@@ -242,5 +242,5 @@ class LookupSettings(RunSettings):
     )
     grow_at: float = _setting(0.98, "Training accuracy at which the number of documents grows.")
     crowded: float = _setting(
-        0.5, "Share of the steps whose keys are made of few symbols, so that many are nearly alike, in whole documents."
+        0.5, "Share of the steps at the last size whose keys are made of few symbols, so that many are nearly alike."
     )
