@@ -50,7 +50,7 @@ def train_lookup(settings: LookupSettings) -> dict[str, Any]:
 
 
 def _check(settings: LookupSettings) -> tuple[LookupTask, LongLlamaConfig, Growth]:
-    check_settings(settings, ["hidden_size", "layers", "heads", "kv_heads"])
+    check_settings(settings, ["hidden_size", "layers", "heads", "kv_heads", "crowded_size"])
     if settings.steps is None:
         raise LlamoryError("Made-up documents have no end; set steps.")
     task = LookupTask(settings.vocabulary, settings.key_length, settings.value_length, settings.row_length)
@@ -115,10 +115,12 @@ class LookupFeed:
         # Short documents: as many tokens as of long ones.
         task = self.task if lines == whole else self.task.of_lines(lines)
         asked = self.settings.batch_size * (whole // lines)
-        documents = max(asked, seen)
         generator = torch.Generator().manual_seed(hash((self.settings.seed, step, stream)) % 2**63)
         # Keys that differ in a token only teach what large memories ask for, from few documents.
         crowded = self.growth.is_last and float(torch.rand((), generator=generator)) < self.settings.crowded
+        if crowded:
+            seen = min(seen, self.settings.crowded_size)
+        documents = max(asked, seen)
         dictionaries = (task.draw_crowded if crowded else task.draw)(documents, generator)
         questions, wanted = task.questions(dictionaries.first(asked), generator)
         rows = torch.cat([task.definitions(dictionaries), questions])

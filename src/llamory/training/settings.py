@@ -215,7 +215,7 @@ class LookupSettings(RunSettings):
     """Settings of the dictionary look-up task (Tworkowski et al. 2023, section 4.1), trained from scratch."""
 
     output: str = _required("Folder for checkpoints and the trained model.")
-    steps: int | None = _setting(700, "Optimisation steps.")
+    steps: int | None = _setting(1400, "Optimisation steps.")
     batch_size: int = _setting(8, "Documents of a full row's length that are asked about in a pass.")
     learning_rate: float = _setting(1e-3, "Peak learning rate.")
     scheduler: str = _setting("cosine", "Learning-rate schedule (a name that transformers knows).")
@@ -242,5 +242,6 @@ class LookupSettings(RunSettings):
     )
     grow_at: float = _setting(0.98, "Training accuracy at which the number of documents grows.")
     crowded: float = _setting(
-        0.5, "Share of the steps at the last size whose keys are made of few symbols, so that many are nearly alike."
+        0.9, "Share of the steps at the last size whose keys are made of few symbols, so that many are nearly alike."
     )
+    crowded_size: int = _setting(32, "Documents that a question sees definitions of in such a step, at most.")
