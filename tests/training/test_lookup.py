@@ -84,6 +84,21 @@ def test_a_question_sees_its_own_definitions_and_so_many_others(tmp_path, short)
     assert (batch["shift_labels"][:documents] == -100).all()
 
 
+def test_crowded_steps_come_at_the_last_size_and_see_fewer_documents(tmp_path):
+    config = LookupSettings(output=str(tmp_path), batch_size=2, crowded=1.0, crowded_size=3)
+    task = LookupTask()
+    seen, symbols = [], []
+    for stages in ([(25, 5, 1.0), (25, 5, 1.0)], [(25, 5, 1.0)]):
+        (batch,) = LookupFeed(task, Growth(stages), config, 0).passes(0)
+        seen.append({len(rows) for rows in batch["contexts"]})
+        first = batch["input_ids"][0, 2:6]  # a key: behind bos and a mark
+        keys = torch.stack([row[2 + 10 * line : 6 + 10 * line] for row in batch["input_ids"] for line in range(25)])
+        assert torch.equal(keys[0], first)
+        symbols.append(len(keys.unique()))
+    # The smallest number whose fourth power is twice 75 keys is 4, where all 58 would be used at random.
+    assert seen == [{0, 5}, {0, 3}] and symbols[0] > 40 and symbols[1] == 4
+
+
 def test_it_learns_and_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     whole = train_lookup(settings(tmp_path / "whole", steps=60, learning_rate=5e-3, save_every=25))
     history = json.loads((tmp_path / "whole" / "checkpoint-60" / "trainer_state.json").read_text())["log_history"]
