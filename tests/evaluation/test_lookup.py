@@ -20,9 +20,9 @@ def test_answers_are_those_of_rows_that_see_all_definitions_at_once():
     """Memory of documents read one by one against one pass in which questions see the definitions' rows."""
     model, documents, asked = lookup_model(), 12, 3
     (cell,) = run_lookup(model, [documents * 20], task=TASK, documents=asked, seed=5)
-    generator = torch.Generator().manual_seed(5)
-    drawn = TASK.draw_distinct(documents, generator)
-    questions, targets = TASK.questions(Dictionaries(drawn.keys[:asked], drawn.values[:asked]), generator)
+    drawn = TASK.draw_distinct(documents, torch.Generator().manual_seed(5))
+    asked_about = Dictionaries(drawn.keys[:asked], drawn.values[:asked])
+    questions, targets = TASK.questions(asked_about, torch.Generator().manual_seed(5))
     rows = torch.cat([TASK.definitions(drawn), questions])
     contexts = [[] for _ in range(documents)] + [list(range(documents))] * asked
     with torch.no_grad():
@@ -38,9 +38,12 @@ def test_the_same_is_asked_at_every_length():
     """A memory that is left out of the softmax altogether gives the same answers whatever it holds."""
     model = lookup_model()
     torch.nn.init.zeros_(model.model.layers[1].self_attn.v_proj.weight)
-    cells = run_lookup(model, [480, 80], task=TASK, documents=3)
-    assert [cell.tokens for cell in cells] == [80, 480]
-    assert len({cell.asked for cell in cells}) == 1
+    cells = run_lookup(model, [480, 160], task=TASK, documents=8)
+    assert [cell.tokens for cell in cells] == [160, 480]
+    assert len({(cell.asked, cell.accuracy) for cell in cells}) == 1
+    (alone,) = run_lookup(model, [160], task=TASK, documents=8)
+    (longer,) = run_lookup(model, [640], task=TASK, documents=8)
+    assert alone.accuracy == longer.accuracy == cells[0].accuracy > 0
 
 
 def test_a_memory_too_small_for_the_documents_that_are_asked_about():

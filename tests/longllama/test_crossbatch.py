@@ -168,19 +168,17 @@ def test_nothing_flows_from_rows_that_are_not_seen_nor_backwards():
 def test_peak_memory_counts_no_copies(monkeypatch):
     """What reaches the kernels are views of the keys and values as they came."""
     seen = []
-    real = crossbatch.attend_part
+    real = crossbatch.flash
 
-    def watch(part, scaling):
-        seen.append(
-            (part.value.data_ptr(), part.value.untyped_storage().data_ptr(), part.key.untyped_storage().data_ptr())
-        )
-        return real(part, scaling)
+    def watch(query, key, value, **kwargs):
+        seen.append((value.untyped_storage().data_ptr(), key.untyped_storage().data_ptr()))
+        return real(query, key, value, **kwargs)
 
-    monkeypatch.setattr(crossbatch, "attend_part", watch)
+    monkeypatch.setattr(crossbatch, "flash", watch)
     query, key, value = (tensor.detach() for tensor in drawn(6, 4, 2, 8, 8))
     cross_batch_attention(query, key, value, *rotary(8, 8), crossbatch_contexts(6, 5))
-    assert {storage for _, storage, _ in seen} == {value.untyped_storage().data_ptr()}
-    assert len({storage for *_, storage in seen}) == 2  # local keys, and those of all contexts
+    assert {values for values, _ in seen} == {value.untyped_storage().data_ptr()}
+    assert len({keys for _, keys in seen}) == 2  # local keys, and those of all contexts
 
 
 # ---- in the model --------------------------------------------------------------------------------------------------

@@ -61,6 +61,12 @@ def test_crowded_keys_are_half_of_all_that_few_symbols_make(documents):
     assert keys.min() >= 6 and keys.max() < 64
 
 
+def test_more_documents_begin_with_the_same_ones():
+    task = LookupTask()
+    few, many = (task.draw_distinct(count, torch.Generator().manual_seed(7)) for count in (3, 500))
+    assert torch.equal(few.keys, many.keys[:3]) and torch.equal(few.values, many.values[:3])
+
+
 def test_more_keys_than_there_are():
     with pytest.raises(LlamoryError, match="different keys"):
         LookupTask(10, 1, 1, 8).draw_distinct(100, torch.Generator())

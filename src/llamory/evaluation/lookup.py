@@ -82,10 +82,9 @@ def run_lookup(
             f"A memory of {min(lengths, default=0):,} tokens holds fewer than the {documents} documents that are asked "
             f"about; take at least {documents * task.half:,} tokens."
         )
-    generator = torch.Generator().manual_seed(seed)
-    dictionaries = task.draw_distinct(counts[-1], generator)
+    dictionaries = task.draw_distinct(counts[-1], torch.Generator().manual_seed(seed))
     asked = dictionaries.first(documents)
-    questions, targets = task.questions(asked, generator)
+    questions, targets = task.questions(asked, torch.Generator().manual_seed(seed))
     bank, cells, done = model.new_memory(), [], 0
     for count in counts:
         start = time.perf_counter()

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llamory.errors import LlamoryError
-from llamory.longllama.kernels import Part, attend_part, attend_part_backward
+from llamory.longllama.kernels import Part, attend_part_backward
+from llamory.memory.attention import flash
 
 Contexts = Sequence[Sequence[int]]
 
@@ -199,10 +200,11 @@ class _CrossBatch(torch.autograd.Function):
         plan: list[Run],
         scaling: float,
     ) -> Tensor:
-        output, log_sum = attend_part(Part(query, local, near_value, causal=True), scaling)
+        output, log_sum = flash(query, local, near_value, scaling=scaling, causal=True)
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         for run in plan:
-            new, new_sum = attend_part(_part(query, remote, value, run), scaling)
+            part = _part(query, remote, value, run)
+            new, new_sum = flash(part.query, part.key, part.value, scaling=scaling)
             _merge_into(output[run.rows], log_sum[run.rows], new, new_sum)
         output = output.to(query.dtype)
         ctx.save_for_backward(query, local, near_value, remote, value, output, log_sum)

@@ -1,4 +1,4 @@
-"""Fused attention kernels with log-sum-exp, forward and backward, so that parts of one softmax can be trained."""
+"""The backward pass of `llamory.memory.attention.flash`, so that parts of one softmax can be trained."""
 
 from __future__ import annotations
 
@@ -41,23 +41,6 @@ class Part:
             yield tensor[:, group :: self.groups]
 
 
-def attend_part(part: Part, scaling: float) -> tuple[Tensor, Tensor]:
-    """Output (batch, heads, queries, head_dim), and log-sum-exp (batch, heads, queries) in at least float32.
-
-    No gradient flows through either; see `attend_part_backward`.
-    """
-    if part.groups == 1:
-        return _forward(part.query, part.key, part.value, part.causal, scaling)
-    output = torch.empty_like(part.query)
-    exact = torch.promote_types(part.query.dtype, torch.float32)
-    log_sum = part.query.new_empty(part.query.shape[:3], dtype=exact)
-    for query, out, sums in zip(*map(part.heads_of, (part.query, output, log_sum)), strict=True):
-        new, new_sum = _forward(query, part.key, part.value, part.causal, scaling)
-        out.copy_(new)
-        sums.copy_(new_sum)
-    return output, log_sum
-
-
 def attend_part_backward(
     grad: Tensor, part: Part, output: Tensor, log_sum: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,28 +72,6 @@ def _way(query: Tensor) -> str:
     if device == "cuda" and dtype in _CUDA_TYPES and query.shape[-1] % 8 == 0:
         return "cuda"
     return "plain"
-
-
-def _forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scaling: float) -> tuple[Tensor, Tensor]:
-    way, aten = _way(query), torch.ops.aten
-    if way == "cpu":
-        query, key, value = map(_dense, (query, key, value))
-        output, log_sum = aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, scale=scaling
-        )
-        return output, log_sum
-    if way == "cuda":
-        output, log_sum, *_ = aten._scaled_dot_product_efficient_attention(
-            query, key, value, None, True, 0.0, causal, scale=scaling
-        )
-        return output, log_sum[..., : query.shape[2]]
-    exact = torch.promote_types(query.dtype, torch.float32)
-    output, log_sum = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=exact)
-    for rows in _pieces(query, key):
-        scores = _scores(query[:, :, rows], key, rows.start if causal else None, scaling, exact)
-        log_sum[:, :, rows] = scores.logsumexp(-1)
-        output[:, :, rows] = (scores.softmax(-1) @ value.to(exact)).to(output.dtype)
-    return output, log_sum
 
 
 def _backward(

@@ -118,6 +118,8 @@ class LookupTask:
     def draw_distinct(self, documents: int, generator: torch.Generator) -> Dictionaries:
         """As `draw`, but no key is defined twice, so that every question has one right answer.
 
+        Of the same generator's state, more documents begin with the same ones as fewer do.
+
         Raises:
             LlamoryError: there aren't so many keys.
         """
@@ -127,13 +129,15 @@ class LookupTask:
                 f"{documents} documents need {count:,} different keys, but there are only {self.all_keys:,}; take "
                 "longer keys or a smaller memory."
             )
+        apart = torch.Generator().manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
         drawn = torch.randint(self.all_keys, (2 * count + 64,), generator=generator)
         # The first appearance of each, in the order they were drawn.
         numbers, inverse = drawn.unique(return_inverse=True)
         first = torch.full((len(numbers),), len(drawn)).scatter_reduce_(0, inverse, torch.arange(len(drawn)), "amin")
         chosen = drawn[first.sort().values[:count]]
         keys = self._spelt(chosen, torch.arange(FIRST_SYMBOL, self.vocabulary))
-        return Dictionaries(keys, self.draw(documents, generator).values)
+        shape = (documents, self.lines, self.value_length)
+        return Dictionaries(keys, torch.randint(FIRST_SYMBOL, self.vocabulary, shape, generator=apart))
 
     def _spelt(self, numbers: Tensor, symbols: Tensor) -> Tensor:
         """Keys (documents, lines, key_length) from their numbers, written with these symbols."""

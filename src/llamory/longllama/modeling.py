@@ -183,14 +183,7 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
             position_ids = torch.arange(step.width, device=hidden.device)[None]
             if step.stays:
                 window.slots = cache.slots.fill(step.rows, step.lengths)
-            # Only some implementations (eager) need it spelt out that a window is causal.
-            mask = create_causal_mask(
-                config=self.config,
-                inputs_embeds=hidden,
-                attention_mask=None,
-                past_key_values=None,
-                position_ids=position_ids,
-            )
+            mask = self._causal_mask(hidden, position_ids)
         rotary = self.rotary_emb(hidden, position_ids)
         states = [hidden]
         for layer in self.layers:
@@ -227,13 +220,7 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
             together = CrossBatch(contexts, lengths, tuple(asked), max(self.config.mem_layers))
         position_ids = torch.arange(width, device=hidden.device)[None]
         # Padding stands behind what is real, where causal attention doesn't look.
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=position_ids,
-        )
+        mask = self._causal_mask(hidden, position_ids)
         rotary = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, cross_batch=together, **kwargs)
@@ -244,6 +231,17 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
             states = hidden.new_zeros(batch, *hidden.shape[1:])
             hidden = states.index_copy(0, torch.tensor(together.asked, device=hidden.device), hidden)
         return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def _causal_mask(self, hidden: Tensor, position_ids: Tensor) -> Tensor | None:
+        """Only some implementations (eager) need it spelt out that a window is causal."""
+        mask: Tensor | None = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        return mask
 
     # ---- settings ------------------------------------------------------------------------------------------------
 

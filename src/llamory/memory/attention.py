@@ -94,7 +94,7 @@ def flash(
 
     Returns:
         Output (batch, heads, queries, head_dim) in the query's type and log-sum-exp (batch, heads, queries) in
-        float32; 0 and -inf in rows that see nothing.
+        float32 (float64 for float64); 0 and -inf in rows that see nothing.
     """
     if query.numel() == 0 or key.shape[2] == 0:
         return nothing(query)
@@ -106,7 +106,7 @@ def flash(
         return output.reshape(query.shape), log_sum.reshape(query.shape[:-1])
     bias, blind = _additive(mask, query)
     output, log_sum = _kernel(query, key, value, scaling, bias, causal)
-    output, log_sum = output.to(query.dtype), log_sum.float()
+    output, log_sum = output.to(query.dtype), log_sum.to(torch.promote_types(query.dtype, torch.float32))
     if blind is not None:
         log_sum = log_sum.masked_fill(blind, -torch.inf)
         output = output.masked_fill(blind.unsqueeze(-1), 0)
