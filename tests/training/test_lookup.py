@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
+from llamory.longllama.growth import Growth
 from llamory.longllama.lookup import LookupTask, task_of
-from llamory.training.growth import Growth
 from llamory.training.lookup import LookupFeed, train_lookup
 from llamory.training.settings import LookupSettings
 
@@ -37,7 +37,7 @@ def settings(path, **changes):
 
 
 def test_growth_goes_on_at_the_accuracy_of_each_stage():
-    growth = Growth([(1, 1, 0.5), (2, 1, 0.9), (3, 1, 0.9)])
+    growth = Growth([((1, 1), 0.5), ((2, 1), 0.9), ((3, 1), 0.9)])
     for _ in range(9):
         growth.observe(0.6)
     assert growth.stage[0] == 1  # ten steps at least
@@ -63,7 +63,7 @@ def test_growth_goes_on_at_the_accuracy_of_each_stage():
 @pytest.mark.parametrize("short", [False, True])
 def test_a_question_sees_its_own_definitions_and_so_many_others(tmp_path, short):
     config = settings(tmp_path)
-    growth = Growth([(4, 3, 1.0)])
+    growth = Growth([((4, 3), 1.0)])
     shape = LookupTask(16, 1, 1, 33 if short else 17)  # eight lines, of which four are taken, or four
     (batch,) = LookupFeed(shape, growth, config, 0).passes(7)
     (same,) = LookupFeed(shape, growth, config, 0).passes(7)
@@ -88,7 +88,7 @@ def test_crowded_steps_come_at_the_last_size_and_see_fewer_documents(tmp_path):
     config = LookupSettings(output=str(tmp_path), batch_size=2, crowded=1.0, crowded_size=3)
     task = LookupTask()
     seen, symbols = [], []
-    for stages in ([(25, 5, 1.0), (25, 5, 1.0)], [(25, 5, 1.0)]):
+    for stages in ([((25, 5), 1.0), ((25, 5), 1.0)], [((25, 5), 1.0)]):
         (batch,) = LookupFeed(task, Growth(stages), config, 0).passes(0)
         seen.append({len(rows) for rows in batch["contexts"]})
         first = batch["input_ids"][0, 2:6]  # a key: behind bos and a mark

@@ -10,10 +10,9 @@ which the chunks of a place stay in theirs, and no row sees one behind it. In a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from llamory.errors import LlamoryError
 from llamory.longllama.crossbatch import crossbatch_contexts
+from llamory.longllama.growth import Growth
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -37,9 +37,6 @@ PUBLISHED_MIXES: dict[str, list[tuple[int, int]]] = {
 SCHEDULES = ("constant", "sampled", "grown")
 NEGATIVES = ("random", "similar")
 
-# The running mean of accuracy that lets the number of contexts grow: what a step leaves of it, and steps that it needs.
-_KEPT = 0.9
-_LEAST_STEPS = 10
 # Draws that mustn't depend on one another.
 _SIZE, _ROWS = 0, 1
 
@@ -159,7 +156,8 @@ class ContextChooser:
         self.batch_size, self.dataset_packing, self.seed, self._embed = batch_size, dataset_packing, seed, embed
         self._place = np.arange(batch_size) // dataset_packing
         self._check_mix()
-        self._grown, self._mean, self._steps = 0, 0.0, 0
+        grown = plan.schedule == "grown"
+        self._growth = Growth([(size, plan.grow_at) for size in plan.sizes]) if grown else None
 
     def _check_mix(self) -> None:
         if self.plan.mix is None:
@@ -192,43 +190,31 @@ class ContextChooser:
         """The range or number of negatives at a step, the same in all streams; None: what the mix says."""
         if self.plan.schedule == "constant":
             return self.plan.cross_batch_range
-        if self.plan.schedule == "grown":
-            return self.plan.sizes[self._grown]
+        if self._growth is not None:
+            return self._growth.stage
         return self.plan.sizes[int(self._random(_SIZE, step).integers(len(self.plan.sizes)))]
 
     def observe(self, accuracy: float) -> None:
         """Hear the training accuracy of a step, once per step and the same in all processes; may go to the next size.
 
-        The running mean begins anew with each size, at its first accuracy.
-
         Raises:
             LlamoryError: not an accuracy.
         """
-        if not 0 <= accuracy <= 1:
-            raise LlamoryError(f"An accuracy is between 0 and 1, not {accuracy}.")
-        self._mean = _KEPT * self._mean + (1 - _KEPT) * accuracy if self._steps else accuracy
-        self._steps += 1
-        if self.plan.schedule != "grown" or self._steps < _LEAST_STEPS or self._grown + 1 == len(self.plan.sizes):
-            return
-        if self._mean >= self.plan.grow_at:
-            self._grown, self._mean, self._steps = self._grown + 1, 0.0, 0
+        if self._growth is not None:
+            self._growth.observe(accuracy)
 
     def state_dict(self) -> dict[str, Any]:
         """What the schedule "grown" knows of the steps so far; fit for JSON."""
-        return {"grown": self._grown, "mean": self._mean, "steps": self._steps}
+        return {} if self._growth is None else self._growth.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken.
 
         Raises:
             LlamoryError: the state is of a plan with more sizes.
         """
-        if not 0 <= state["grown"] < max(1, len(self.plan.sizes)):
-            raise LlamoryError(
-                f"This run has grown to its size {state['grown'] + 1}, but {len(self.plan.sizes)} sizes are given; "
-                "give those that it was begun with."
-            )
-        self._grown, self._mean, self._steps = state["grown"], state["mean"], state["steps"]
+        if self._growth is not None:
+            self._growth.load_state_dict(state)
 
     # ---- the rows ----------------------------------------------------------------------------------------------------
 
@@ -321,7 +307,7 @@ class ContextChooser:
 
 
 def embedder(
-    model: str | Path | SentenceTransformer,
+    retriever: SentenceTransformer,
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 16,
@@ -332,15 +318,12 @@ def embedder(
     It reads rows as documents, up to the length that it takes.
 
     Args:
-        model: the model, or the folder or hub id to load it from; a folder that LLARA exported is one.
+        retriever: the model.
         tokenizer: turns rows into text; special tokens are left out.
         batch_size: texts that the model reads at once.
         clean: changes texts that the model wouldn't take.
-
-    Raises:
-        LlamoryError: there is no such model.
     """
-    retriever = _load(model).requires_grad_(False)
+    retriever.requires_grad_(False)
 
     def embed(rows: list[Tensor]) -> Tensor:
         texts = clean(tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True))
@@ -355,15 +338,3 @@ def embedder(
         return vectors
 
     return embed
-
-
-def _load(model: str | Path | SentenceTransformer) -> SentenceTransformer:
-    from sentence_transformers import SentenceTransformer
-
-    if isinstance(model, SentenceTransformer):
-        return model
-    try:
-        return SentenceTransformer(str(model))
-    except (OSError, ValueError) as error:
-        said = str(error).strip().partition("\n")[0].rstrip(".")
-        raise LlamoryError(f"{model} can't be loaded as an embedding model: {said}.") from error

@@ -19,7 +19,7 @@ from llamory.errors import LlamoryError
 from llamory.llara.retriever import hide_slot_tokens, load_embedder
 from llamory.longllama.contexts import PUBLISHED_MIXES, ContextChooser, ContextPlan, embedder
 from llamory.longllama.data import FotBatches
-from llamory.longllama.losses import IGNORED, correct_tokens
+from llamory.longllama.losses import IGNORED
 from llamory.longllama.sources import DocumentStream, Source, make_sources
 from llamory.training.long_models import load_long, memory_changes, trained_part
 from llamory.training.runs import (
@@ -100,28 +100,17 @@ class FotTrainer(StreamedTrainer):
     def __init__(self, *args: Any, settings: FotSettings, chooser: ContextChooser, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings, self.chooser = settings, chooser
-        self._counts: list[Tensor] = []
         self._accuracy: float | None = None
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The next-token loss; the chooser hears the accuracy after a step's last pass."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.settings.schedule == "grown" and model.training:
-            targets, weight = inputs["shift_labels"], self.model.get_output_embeddings().weight
-            right = correct_tokens(outputs["hidden_states"][0].to(weight.dtype), weight, targets)
-            self._counts.append(torch.stack([right, (targets != IGNORED).sum()]))
-            if len(self._counts) == self.args.gradient_accumulation_steps:
-                self._observe()
+            accuracy = self.step_accuracy(outputs["hidden_states"][0], inputs["shift_labels"])
+            if accuracy is not None:
+                self._accuracy = accuracy
+                self.chooser.observe(accuracy)
         return (loss, outputs) if return_outputs else loss
-
-    def _observe(self) -> None:
-        counts = torch.stack(self._counts).sum(0)
-        if self.args.world_size > 1:
-            counts = self.accelerator.gather(counts[None]).sum(0)
-        right, asked = counts.tolist()
-        self._accuracy = right / max(1, asked)
-        self.chooser.observe(self._accuracy)
-        self._counts = []
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add training accuracy and number of contexts, where they aren't the same all the time."""

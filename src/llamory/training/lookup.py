@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from llamory.errors import LlamoryError
 from llamory.longllama.causal import LongLlamaForCausalLM
 from llamory.longllama.configuration import LongLlamaConfig
+from llamory.longllama.growth import Growth
 from llamory.longllama.lookup import BOS, EOS, LookupTask, note_task
-from llamory.longllama.losses import IGNORED, correct_tokens
-from llamory.training.growth import Growth
+from llamory.longllama.losses import IGNORED
 from llamory.training.runs import check_settings
 from llamory.training.settings import LookupSettings
 from llamory.training.streamed import StreamedTrainer, begin
@@ -49,7 +48,7 @@ def train_lookup(settings: LookupSettings) -> dict[str, Any]:
     return result | {"documents_seen": growth.stage[1]}
 
 
-def _check(settings: LookupSettings) -> tuple[LookupTask, LongLlamaConfig, Growth]:
+def _check(settings: LookupSettings) -> tuple[LookupTask, LongLlamaConfig, Growth[tuple[int, int]]]:
     check_settings(settings, ["hidden_size", "layers", "heads", "kv_heads", "crowded_size"])
     if settings.steps is None:
         raise LlamoryError("Made-up documents have no end; set steps.")
@@ -93,15 +92,17 @@ def _check(settings: LookupSettings) -> tuple[LookupTask, LongLlamaConfig, Growt
         pad_token_id=None,
     )
     note_task(config, task)
-    stages = [(count, 1, settings.lines_at) for count in lines]
-    stages += [(task.lines, size, settings.grow_at) for size in sizes]
+    stages = [((count, 1), settings.lines_at) for count in lines]
+    stages += [((task.lines, size), settings.grow_at) for size in sizes]
     return task, config, Growth(stages)
 
 
 class LookupFeed:
     """Definitions of as many documents as a question sees, and questions about some of them."""
 
-    def __init__(self, task: LookupTask, growth: Growth, settings: LookupSettings, process: int) -> None:
+    def __init__(
+        self, task: LookupTask, growth: Growth[tuple[int, int]], settings: LookupSettings, process: int
+    ) -> None:
         self.task, self.growth, self.settings = task, growth, settings
         self.streams = range(process * settings.accumulation, (process + 1) * settings.accumulation)
 
@@ -110,7 +111,7 @@ class LookupFeed:
         return [self._pass(step, stream) for stream in self.streams]
 
     def _pass(self, step: int, stream: int) -> dict[str, Any]:
-        lines, seen, _ = self.growth.stage
+        lines, seen = self.growth.stage
         whole = self.task.lines
         # Short documents: as many tokens as of long ones.
         task = self.task if lines == whole else self.task.of_lines(lines)
@@ -146,30 +147,23 @@ class LookupFeed:
 class LookupTrainer(StreamedTrainer):
     """Lets the documents grow with the accuracy of the answers."""
 
-    def __init__(self, *args: Any, growth: Growth, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, growth: Growth[tuple[int, int]], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.growth = growth
-        self._counts: list[Tensor] = []
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The next-token loss of the questions; after a step's last pass its accuracy is heard."""
         inputs = dict(inputs)
         answers = inputs.pop("answers")
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        weight = self.model.get_output_embeddings().weight
-        right = correct_tokens(outputs["hidden_states"][0].to(weight.dtype), weight, answers)
-        self._counts.append(torch.stack([right, (answers != IGNORED).sum()]))
-        if len(self._counts) == self.args.gradient_accumulation_steps:
-            counts = torch.stack(self._counts).sum(0)
-            if self.args.world_size > 1:
-                counts = self.accelerator.gather(counts[None]).sum(0)
-            self.growth.observe(counts[0].item() / counts[1].item())
-            self._counts = []
+        accuracy = self.step_accuracy(outputs["hidden_states"][0], answers)
+        if accuracy is not None:
+            self.growth.observe(accuracy)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add accuracy, lines of a document and documents seen."""
         if "loss" in logs:
-            lines, seen, _ = self.growth.stage
+            lines, seen = self.growth.stage
             logs |= {"accuracy": round(self.growth.mean, 4), "lines": lines, "contexts": seen}
         super().log(logs, *args, **kwargs)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from llamory.errors import LlamoryError
-from llamory.longllama.losses import IGNORED
+from llamory.longllama.losses import IGNORED, correct_tokens
 from llamory.training.checkpoints import MarkWhole, prepare_output
 from llamory.training.progress import RichProgress
 from llamory.training.runs import last_logged, mendable, run, save_finished, training_arguments
@@ -56,6 +56,7 @@ class StreamedTrainer(Trainer):
         self.feed, self.recipe = feed, dict(recipe)
         self.model_accepts_loss_kwargs = True
         self.can_return_loss = True
+        self._counts: list[torch.Tensor] = []
 
     def get_train_dataloader(self) -> Any:
         """Nothing that could be sharded or looked ahead in: `get_batch_samples` asks the feed."""
@@ -85,6 +86,24 @@ class StreamedTrainer(Trainer):
                 "rate or look at the model's weights."
             )
         return (loss, outputs) if return_outputs else loss
+
+    def step_accuracy(self, hidden: torch.Tensor, targets: torch.Tensor) -> float | None:
+        """Count a pass's right tokens; after a step's last pass, the accuracy of the step in all processes.
+
+        Args:
+            hidden: (batch, columns, hidden_size) last hidden states.
+            targets: (batch, columns), -100 where nothing is counted.
+        """
+        weight = self.model.get_output_embeddings().weight
+        right = correct_tokens(hidden.to(weight.dtype), weight, targets)
+        self._counts.append(torch.stack([right, (targets != IGNORED).sum()]))
+        if len(self._counts) < self.args.gradient_accumulation_steps:
+            return None
+        counts, self._counts = torch.stack(self._counts).sum(0), []
+        if self.args.world_size > 1:
+            counts = self.accelerator.gather(counts[None]).sum(0)
+        right, asked = counts.tolist()
+        return right / max(1, asked)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's. Streams have no end, so the only epoch is the run."""
