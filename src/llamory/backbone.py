@@ -91,6 +91,21 @@ def load_tokenizer(name: str | Path = "default") -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
 
 
+def begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a tokenizer puts before each text: none, or its beginning-of-sequence token."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def document_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a document that is read into memory, with those that the tokenizer begins texts with.
+
+    A document that spells out a special token, such as the end of a chat's turn, doesn't get to use it.
+    """
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return [*begins_with(tokenizer), *ids]
+
+
 def load_model(
     name: str | Path = "default",
     model_class: type[PreTrainedModel] | None = None,

@@ -16,6 +16,7 @@ import datasets
 from datasets import Dataset, Features, List, Value
 
 import llamory
+from llamory.backbone import document_ids
 from llamory.documents import find_files, read_json_lines
 from llamory.documents.files import string_entry
 from llamory.errors import LlamoryError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MESSAGES = "messages"
+MESSAGES, DOCUMENT = "messages", "document"
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "source": Value("string")})
 _ROWS = Features(
     {
@@ -47,9 +48,9 @@ Piece = tuple[str, bool]
 class InstructFormat:
     """What the objects of the JSON lines hold; names and defaults are the published code's.
 
-    An object with `messages` is a chat for the tokenizer's template; one with `chat_conversations_field` a chat as
-    published; any other an instruction: prompt (if `prompt_field` is given), question, response, each between its two
-    fixed texts.
+    An object with `messages` is a chat for the tokenizer's template, about its `document` if there is one; one with
+    `chat_conversations_field` a chat as published; any other an instruction: prompt (if `prompt_field` is given),
+    question, response, each between its two fixed texts.
     """
 
     prompt_field: str | None = None
@@ -70,7 +71,7 @@ class InstructFormat:
     chat_human_response_prefix: str = "\nUSER: "
 
     def read(self, entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Piece]]:
-        """The kind of an object (instruction, chat or messages) and its texts.
+        """The kind of an object (instruction, chat, messages or document) and its texts.
 
         Raises:
             LlamoryError: a field is missing or not of its kind, or the chat template can't write the messages.
@@ -80,7 +81,10 @@ class InstructFormat:
             if turns[0]["role"] == ASSISTANT:
                 raise LlamoryError("the messages begin with the assistant's; a system or user message should be first")
             # Without a template the reader stops, whether broken lines are passed over or not.
-            return MESSAGES, chat_pieces(tokenizer, turns) if tokenizer.chat_template else []
+            pieces = chat_pieces(tokenizer, turns) if tokenizer.chat_template else []
+            if pieces and DOCUMENT in entry:
+                return DOCUMENT, [(string_entry(entry, DOCUMENT), False), *pieces]
+            return MESSAGES, pieces
         if self.chat_conversations_field in entry:
             return "chat", self._chat(_listed(entry, self.chat_conversations_field))
         if self.question_field not in entry:
@@ -142,7 +146,8 @@ def load_instructions(
     An instruction is bos, prompt and question, response, eos; the response and its eos are the answer. A published
     chat is bos, the initial prompt, and per turn a prefix and its text, with eos behind the model's; these texts and
     their eos are the answers. Each text is tokenised by itself there, as in the published code. Messages are written
-    by the tokenizer's chat template and tokenised as a whole; a token that reaches out of an answer isn't part of it.
+    by the tokenizer's chat template and tokenised as a whole; a token that reaches out of an answer isn't part of it. A
+    document stands before them as `llamory read` reads it, so that the chat asks what was read.
     Examples whose length leaves no answer are passed over (the published code keeps them and learns nothing). Unlike
     there, eos tokens within a chat can be attended to.
 
@@ -237,6 +242,7 @@ class _Recipe:
             "instruction": self._instruction,
             "chat": self._chat,
             MESSAGES: self._messages,
+            DOCUMENT: self._document,
         }
         for kind, texts, answers, source in zip(*(rows[name] for name in _ROWS), strict=True):
             ids, asked = ways[kind](texts, answers)
@@ -265,6 +271,11 @@ class _Recipe:
         # Some tokenizers have tokens of no characters at all, which belong to nobody.
         asked = [start < end and all(inside[start:end]) for start, end in encoded["offset_mapping"]]
         return encoded["input_ids"], asked
+
+    def _document(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:
+        read = document_ids(texts[0], self.tokenizer)
+        ids, asked = self._messages(texts[1:], answers[1:])
+        return read + ids, [False] * len(read) + asked
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]

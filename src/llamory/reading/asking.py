@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
+from llamory.backbone import begins_with
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.memory import MemoryBank
 from llamory.reading import room
 from llamory.reading.books import Book, PathLike, check_maker, load_model_for, noted_name
-from llamory.reading.manuscripts import begins_with
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llamory.backbone import begins_with, document_ids
 from llamory.documents import Document, find_files, read_file
 from llamory.errors import LlamoryError
 
@@ -73,7 +74,7 @@ def prepare(
     for file in files:
         empty = True
         for document in read_file(file, text_field=text_field, skip_broken=skip_broken):
-            manuscript = _manuscript(document, file, roots, tokenizer, begins)
+            manuscript = _manuscript(document, file, roots, tokenizer)
             if len(manuscript.ids) == len(begins):
                 continue
             if max_tokens is not None and len(manuscript.ids) > max_tokens:
@@ -88,12 +89,6 @@ def prepare(
     if not found:
         raise LlamoryError(f"No text could be read from {', '.join(map(str, roots))}; there should be some.")
     return found
-
-
-def begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that a tokenizer puts before each text: none, or its beginning-of-sequence token."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def _files(paths: PathLike | Iterable[PathLike]) -> tuple[list[Path], list[Path]]:
@@ -123,17 +118,13 @@ def _pass_over(path: PathLike) -> None:
     logger.warning("Passed over %s: it is empty.", path)
 
 
-def _manuscript(
-    document: Document, file: Path, roots: list[Path], tokenizer: PreTrainedTokenizerBase, begins: list[int]
-) -> Manuscript:
+def _manuscript(document: Document, file: Path, roots: list[Path], tokenizer: PreTrainedTokenizerBase) -> Manuscript:
     line = document.source.removeprefix(str(file))
     text = document.text
     if line and document.title and not text.startswith(document.title):
         # In a JSON line the title stands beside the text; in all other files it is part of it, or the file's name.
         text = f"{document.title}\n\n{text}"
-    # A document that spells out a special token, such as the end of a chat's turn, doesn't get to use it.
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    tokens = torch.tensor([*begins, *ids], dtype=torch.int32)
+    tokens = torch.tensor(document_ids(text, tokenizer), dtype=torch.int32)
     digest = hashlib.sha256(text.encode())
     digest.update(tokens.numpy().tobytes())
     return Manuscript(

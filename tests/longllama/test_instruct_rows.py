@@ -1,0 +1,202 @@
+"""How instruction examples are cut into memory and last rows, and what flows between."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamory.errors import LlamoryError
+from llamory.longllama.instruct_rows import CutExample, InstructBatches, MemorySplit, collate
+from llamory.longllama.losses import IGNORED
+from tiny_models import CONTEXT, LAST, make_long_llama
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def splits():
+    def make(row, last, total, how):
+        return MemorySplit(row, min(row, last), total, how)
+
+    return st.builds(
+        make, st.integers(1, 9), st.integers(1, 9), st.integers(2, 40), st.sampled_from(["random", "memory", "last"])
+    )
+
+
+@settings(deadline=None)
+@given(split=splits(), data=st.data(), seed=st.integers(0, 99))
+def test_rows_are_the_published_padding_without_the_padding(split, data, seed):
+    length = data.draw(st.integers(1, split.total_length))
+    rows = split.cut(length, random.Random(seed))
+    # The published way: columns of padding and tokens, the last of which are local.
+    columns = split.total_length if split.how != "last" else length
+    left = random.Random(seed).randint(0, columns - length) if split.how == "random" else 0
+    padded = [None] * left + list(range(length)) + [None] * (columns - length - left)
+    memory = [token for token in padded[: max(0, columns - split.last_context_length)] if token is not None]
+    local = [token for token in padded[max(0, columns - split.last_context_length) :] if token is not None]
+    windows = [memory[start : start + split.row_length] for start in range(0, len(memory), split.row_length)]
+    assert [list(range(*row)) for row in rows] == windows + [local] * bool(local)
+    assert len(rows) <= split.most_rows
+    assert all(stop - start <= split.row_length for start, stop in rows)
+
+
+def test_every_split_is_drawn():
+    split, chance = MemorySplit(16, 4, 8), random.Random(0)
+    assert {split.in_memory(5, chance) for _ in range(99)} == {1, 2, 3, 4}
+    assert {split.in_memory(8, chance) for _ in range(9)} == {4}
+
+
+def test_a_batch_by_hand():
+    first = CutExample([5, 6, 7, 8, 9], [-100, -100, 7, 8, 9], [(0, 2), (2, 4), (4, 5)])
+    second = CutExample([3, 4], [-100, 4], [(0, 2)])
+    batch = collate([first, second], pad_token_id=0)
+    assert batch["input_ids"].tolist() == [[5, 6], [7, 8], [9, 0], [3, 4]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 1], [1, 0], [1, 1]]
+    assert batch["shift_labels"].tolist() == [[-100, 7], [8, 9], [-100, -100], [4, -100]]
+    assert batch["contexts"] == [[], [0], [1, 0], []]
+
+
+def numbered(count, longest=7, kind=0):
+    """Examples whose first token tells which they are."""
+    sizes = random.Random(kind)
+    return [
+        {"input_ids": ids, "labels": [IGNORED, *ids[1:]], "source": f"{kind}:{number}"}
+        for number in range(count)
+        for ids in [[number, *range(50, 50 + sizes.randint(1, longest - 1))]]
+    ]
+
+
+def batches(data, proportions=(1.0,), rows=6, **options):
+    return InstructBatches(data, proportions, MemorySplit(3, 2, 7), rows=rows, **options)
+
+
+def test_batches_hold_as_many_whole_examples_as_fit():
+    data = numbered(20)
+    made = batches([data])
+    for _ in range(12):
+        batch = next(made)
+        assert len(batch["input_ids"]) <= 6
+        assert len(batch["sources"]) == batch["contexts"].count([])
+        following = made._next_example()[1]
+        assert len(batch["input_ids"]) + len(following.rows) > 6
+        for source in batch["sources"]:
+            example = data[int(source.split(":")[1])]
+            first = [row for row, ids in enumerate(batch["input_ids"].tolist()) if ids[0] == example["input_ids"][0]]
+            end = next((row for row in range(first[0] + 1, len(batch["contexts"])) if not batch["contexts"][row]), None)
+            real = batch["attention_mask"][first[0] : end].bool()
+            assert batch["input_ids"][first[0] : end][real].tolist() == example["input_ids"]
+
+
+def test_an_epoch_has_every_example_once_and_another_order_next():
+    made = [batches([numbered(24)], stream=stream, streams=2, seed=3) for stream in range(2)]
+    orders = [[], []]
+    for epoch in range(2):
+        for stream in made:
+            while stream._drawn[0] < 12 * (epoch + 1):
+                orders[epoch].append(stream._next_example()[1].source)
+                stream._drawn[0] += 1
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(example["source"] for example in numbered(24))
+    assert orders[0] != orders[1]
+
+
+def test_examples_come_in_their_proportions():
+    made = batches([numbered(5, kind=1), numbered(50, kind=2)], (0.8, 0.2))
+    drawn = [source for _ in range(400) for source in next(made)["sources"]]
+    share = sum(source.startswith("1:") for source in drawn) / len(drawn)
+    assert abs(share - 0.8) < 4 * (0.16 / len(drawn)) ** 0.5
+    assert made.state_dict()["drawn"] == [round(share * len(drawn)), round((1 - share) * len(drawn))]
+
+
+@settings(deadline=None, max_examples=30)
+@given(before=st.integers(0, 20), seed=st.integers(0, 5), stream=st.integers(0, 1))
+def test_a_resumed_run_sees_the_same_batches(before, seed, stream):
+    def make():
+        data = [numbered(5, kind=1), numbered(11, kind=2)]
+        return batches(data, (0.3, 0.7), seed=seed, stream=stream, streams=2)
+
+    running, resumed = make(), make()
+    for _ in range(before):
+        next(running)
+    resumed.load_state_dict(json.loads(json.dumps(running.state_dict())))
+    for _ in range(3):
+        one, two = next(running), next(resumed)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in ("input_ids", "attention_mask", "shift_labels"))
+        assert (one["contexts"], one["sources"]) == (two["contexts"], two["sources"])
+
+
+def test_rows_and_positions_that_do_not_fit_are_refused():
+    with pytest.raises(LlamoryError, match="may take 3 rows, but a batch has 2"):
+        batches([numbered(3)], rows=2)
+    with pytest.raises(LlamoryError, match="can't have 5 tokens where a row has 4"):
+        MemorySplit(4, 5, 9)
+    with pytest.raises(LlamoryError, match="seed"):
+        batches([numbered(3)], seed=1).load_state_dict(batches([numbered(3)], seed=2).state_dict())
+
+
+# ---- what the model learns from them ---------------------------------------------------------------------------------
+
+
+def cut(length, how="random", seed=0, answer=5):
+    split = MemorySplit(CONTEXT, LAST, 60, how)
+    ids = random.Random(seed).choices(range(3, 97), k=length)
+    labels = [IGNORED] * (length - answer) + ids[length - answer :]
+    return CutExample(ids, labels, split.cut(length, random.Random(seed)))
+
+
+def loss_of(model, batch):
+    return model(**{key: value for key, value in batch.items() if key != "sources"}).loss
+
+
+@pytest.mark.parametrize("answer", [5, 30])
+@pytest.mark.parametrize("length", [60, 41, 31])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_loss_is_that_of_windows_read_one_by_one(length, seed, answer):
+    model, example = make_long_llama(), cut(length, seed=seed, answer=answer)
+    loss = loss_of(model, collate([example], 0))
+    ids = torch.tensor([example.input_ids])
+    start, stop = example.rows[-1]
+    with torch.no_grad():
+        logits = model(ids, last_context_length=stop - start, use_cache=False).logits[0]
+    wanted = torch.nn.functional.cross_entropy(logits[-answer - 1 : -1], ids[0, -answer:])
+    torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=0)
+
+
+def test_memory_is_trained_through_and_other_examples_are_not_seen():
+    model, kept = make_long_llama(), {}
+    for index, layer in enumerate(model.model.layers):
+
+        def keep(module, inputs, output, index=index):
+            output.retain_grad()
+            kept[index] = output
+
+        layer.self_attn.k_proj.register_forward_hook(keep)
+    example, other = cut(60, "last"), cut(41, "last", seed=1)
+    batch = collate([other, example, other], 0)
+    own = slice(len(other.rows), len(other.rows) + len(example.rows))
+    last = own.stop - 1
+    targets = torch.full_like(batch["shift_labels"], IGNORED)
+    targets[last] = batch["shift_labels"][last]
+    loss_of(model, batch | {"shift_labels": targets}).backward()
+    # At the last layer nothing but memory leads from an earlier row's keys to the last row's loss.
+    deepest = kept[2].grad.flatten(1).norm(dim=1)
+    assert (deepest[own] > 0).all()
+    for layer in kept.values():
+        assert (layer.grad[: own.start] == 0).all()
+        assert (layer.grad[own.stop :] == 0).all()
+
+
+def test_an_example_is_learned_alike_in_any_company():
+    model, example, other = make_long_llama(), cut(41), cut(60, seed=1)
+    alone = collate([example], 0)
+    hidden = model(alone["input_ids"], alone["attention_mask"], contexts=alone["contexts"]).hidden_states[0]
+    for together in ([example, other], [other, example]):
+        batch = collate(together, 0)
+        found = model(batch["input_ids"], batch["attention_mask"], contexts=batch["contexts"]).hidden_states[0]
+        first = 0 if together[0] is example else len(other.rows)
+        for row, (start, stop) in enumerate(example.rows):
+            torch.testing.assert_close(found[first + row, : stop - start], hidden[row, : stop - start])
