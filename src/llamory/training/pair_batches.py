@@ -1,0 +1,171 @@
+"""Batches of a retriever's training data: which documents go with a query, and which queries go together."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import BatchSampler, Dataset
+
+from llamory.errors import LlamoryError
+from llamory.training.pairs import Example, Pairs
+
+QUERY, POSITIVE, SCORES = "anchor", "positive", "scores"
+# How many queries are looked through for one batch, in batches: data in which nearly all queries share their positives
+# would otherwise be looked through whole for each.
+_LOOKED_THROUGH = 64
+
+
+def negative_columns(group_size: int) -> list[str]:
+    """Names of the columns that hold a query's negatives."""
+    return [f"negative_{i}" for i in range(1, group_size)]
+
+
+class DrawnGroups(Dataset[dict[str, Any]]):
+    """Groups of one query, one of its positives and `group_size - 1` negatives, drawn anew in each epoch.
+
+    Number `epoch * len(pairs) + i` is example `i` as drawn in that epoch, the same at every call, in every process.
+    """
+
+    def __init__(self, pairs: Pairs, group_size: int, seed: int, *, scored: bool = False) -> None:
+        """Set how groups are drawn.
+
+        Args:
+            pairs: the data.
+            group_size: documents per query. A query with too few negatives gets others' documents, or, where teacher's
+                scores are needed, its own once more.
+            seed: of all draws.
+            scored: give teacher's scores too.
+        """
+        self.pairs, self.group_size, self.seed, self.scored = pairs, group_size, seed, scored
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """The group's columns: `anchor`, `positive`, `negative_1` and so on, and maybe `scores`."""
+        epoch, index = divmod(number, len(self.pairs))
+        example = self.pairs.examples[index]
+        chance = random.Random(f"{self.seed} {epoch} {index}")
+        positive = chance.randrange(len(example.positives))
+        negatives, scores = self._negatives(example, chance)
+        group: dict[str, Any] = {QUERY: example.query, POSITIVE: example.positives[positive]}
+        group |= zip(negative_columns(self.group_size), negatives, strict=True)
+        if self.scored:
+            assert example.positive_scores is not None
+            group[SCORES] = [example.positive_scores[positive], *scores]
+        return group
+
+    def documents(self, number: int) -> list[str]:
+        """The documents of a group."""
+        group = self[number]
+        return [group[POSITIVE], *(group[name] for name in negative_columns(self.group_size))]
+
+    def _negatives(self, example: Example, chance: random.Random) -> tuple[list[str], list[float]]:
+        wanted, own = self.group_size - 1, range(len(example.negatives))
+        chosen = chance.sample(own, min(wanted, len(own)))
+        if self.scored:
+            while len(chosen) < wanted:
+                chosen += chance.sample(own, min(wanted - len(chosen), len(own)))
+            assert example.negative_scores is not None
+            return [example.negatives[i] for i in chosen], [example.negative_scores[i] for i in chosen]
+        texts = [example.negatives[i] for i in chosen]
+        return texts + self._others(example, wanted - len(texts), texts, chance), []
+
+    def _others(self, example: Example, wanted: int, taken: list[str], chance: random.Random) -> list[str]:
+        """Documents of the data that aren't known to answer a query, each once as far as there are enough."""
+        if not wanted:
+            return []
+        unfit, documents = self.pairs.answers[example.query] | {example.query}, self.pairs.documents
+        found: list[str] = []
+        for _ in range(20 * wanted):
+            text = documents[chance.randrange(len(documents))]
+            if text not in unfit and text not in found and text not in taken:
+                found.append(text)
+                if len(found) == wanted:
+                    return found
+        found += [text for text in documents if text not in unfit and text not in found and text not in taken]
+        again = [*taken, *found]
+        if not again:
+            raise LlamoryError(
+                f"{example.place}: the query has no negatives, and every document of the data answers it; add a `neg`."
+            )
+        while len(found) < wanted:
+            found.append(chance.choice(again))
+        return found[:wanted]
+
+
+class NoFalseNegatives(BatchSampler):
+    """Batches in which no document is another query's positive, or its very text; the Trainer's steps are made of them.
+
+    Every document of a batch is a negative of every query that it wasn't drawn for. So two queries go together only if
+    no document of the one is a positive of the other, in all the data; queries that can't wait for a later batch. With
+    several processes that share their documents, this holds for all of their batches of a step together.
+    """
+
+    def __init__(self, groups: DrawnGroups, batch_size: int, *, process: int = 0, processes: int = 1) -> None:
+        """Set the batches' size.
+
+        Args:
+            groups: what batches are made of.
+            batch_size: queries in one process's batch; smaller where so many don't go together.
+            process: whose batches these are.
+            processes: how many share a step.
+        """
+        self.groups, self.batch_size, self.drop_last = groups, batch_size, False
+        self.process, self.processes, self.epoch = process, processes, 0
+        self._length = len(list(self._pass(random.Random(f"{groups.seed} 0"), 0)))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell which epoch comes next; the Trainer calls it."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """This process's batches of the epoch: as many in each, though not all shufflings go equally well."""
+        chance, given = random.Random(f"{self.groups.seed} {self.epoch}"), 0
+        while given < self._length:
+            for batch in self._pass(chance, self.epoch):
+                yield batch[self.process :: self.processes]
+                given += 1
+                if given == self._length:
+                    return
+
+    def _pass(self, chance: random.Random, epoch: int) -> Iterator[list[int]]:
+        """Batches for all processes together, until no query is left."""
+        count = len(self.groups)
+        numbers = list(range(epoch * count, (epoch + 1) * count))
+        chance.shuffle(numbers)
+        waiting = deque(numbers)
+        fewest = self.processes if self.groups.group_size > 1 else max(2, self.processes)
+        while waiting:
+            batch = self._take(waiting, self.batch_size * self.processes)
+            even = len(batch) - len(batch) % self.processes
+            # A lone query without negatives has nothing to be told apart from.
+            if even >= fewest:
+                yield batch[:even]
+
+    def _take(self, waiting: deque[int], full: int) -> list[int]:
+        """The next batch; those that don't go with it wait on, in their order."""
+        batch: list[int] = []
+        left: list[int] = []
+        documents: set[str] = set()
+        unfit: set[str] = set()
+        while waiting and len(batch) < full and len(left) < _LOOKED_THROUGH * full:
+            number = waiting.popleft()
+            own = self.groups.documents(number)
+            example = self.groups.pairs.examples[number % len(self.groups)]
+            answers = self.groups.pairs.answers[example.query]
+            if unfit.isdisjoint(own) and documents.isdisjoint(answers) and example.query not in documents:
+                batch.append(number)
+                documents.update(own)
+                unfit.update(answers)
+                unfit.add(example.query)
+            else:
+                left.append(number)
+        waiting.extendleft(reversed(left))
+        return batch
