@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain, islice
 from typing import Any
 
 from torch.utils.data import BatchSampler, Dataset
@@ -16,6 +17,8 @@ QUERY, POSITIVE, SCORES = "anchor", "positive", "scores"
 # How many queries are looked through for one batch, in batches: data in which nearly all queries share their positives
 # would otherwise be looked through whole for each.
 _LOOKED_THROUGH = 64
+# How often an epoch's queries are shuffled anew until there are as many batches as in the first epoch.
+_PASSES = 10
 
 
 def negative_columns(group_size: int) -> list[str]:
@@ -126,14 +129,11 @@ class NoFalseNegatives(BatchSampler):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        """This process's batches of the epoch: as many in each, though not all shufflings go equally well."""
-        chance, given = random.Random(f"{self.groups.seed} {self.epoch}"), 0
-        while given < self._length:
-            for batch in self._pass(chance, self.epoch):
-                yield batch[self.process :: self.processes]
-                given += 1
-                if given == self._length:
-                    return
+        """This process's batches of the epoch: as many in each, if it can be."""
+        chance = random.Random(f"{self.groups.seed} {self.epoch}")
+        passes = (self._pass(chance, self.epoch) for _ in range(_PASSES))
+        for batch in islice(chain.from_iterable(passes), self._length):
+            yield batch[self.process :: self.processes]
 
     def _pass(self, chance: random.Random, epoch: int) -> Iterator[list[int]]:
         """Batches for all processes together, until no query is left."""
