@@ -1,4 +1,4 @@
-"""Training pairs: what is read of the published JSONL and of BEIR folders, what is refused, and how groups are drawn."""
+"""Training pairs: what is read of published JSONL and BEIR folders, what is refused, and how groups are drawn."""
 
 import json
 import random
@@ -24,7 +24,12 @@ def beir(tmp_path):
     """A folder of four documents and three queries, one of them judged nowhere."""
     folder = tmp_path / "set"
     (folder / "qrels").mkdir(parents=True)
-    documents = [("d1", "River", "It runs south."), ("d2", "", "A stone."), ("d3", "Bridge", "Of wood."), ("d4", "", "")]
+    documents = [
+        ("d1", "River", "It runs south."),
+        ("d2", "", "A stone."),
+        ("d3", "Bridge", "Of wood."),
+        ("d4", "", ""),
+    ]
     write_lines(folder / "corpus.jsonl", *({"_id": i, "title": title, "text": text} for i, title, text in documents))
     queries = [("q1", "where to"), ("q2", "what material"), ("q3", "who knows")]
     write_lines(folder / "queries.jsonl", *({"_id": i, "text": text} for i, text in queries))

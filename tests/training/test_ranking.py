@@ -86,7 +86,7 @@ def test_the_cache_changes_neither_loss_nor_gradients_and_both_are_the_formula(
     cached = loss_and_gradients(embedder, setting(cache=True, **common), teacher, batch)
     whole = loss_and_gradients(embedder, setting(cache=False, **common), teacher, batch)
     embedder.zero_grad()
-    formula = expected(embedder, batch, teacher, sizes + [32], (0.7, 1.3))
+    formula = expected(embedder, batch, teacher, [*sizes, 32], (0.7, 1.3))
     formula.backward()
     plain = {name: p.grad for name, p in embedder.named_parameters() if p.grad is not None}
     assert cached[1].keys() == whole[1].keys() == plain.keys()

@@ -1,4 +1,4 @@
-"""What a retriever learns from: queries with their positive and negative documents, from the published JSONL or BEIR."""
+"""What a retriever learns from: queries with their documents, positive and negative, from published JSONL or BEIR."""
 
 from __future__ import annotations
 
@@ -108,6 +108,7 @@ def load_pairs(paths: Sequence[str | Path], *, split: str = "train", skip_broken
     """
     examples: list[Example] = []
     corpus: list[str] = []
+    known: dict[str, str] = {}  # published data name the same negative for many queries: one copy of it is enough
     for path in map(Path, paths):
         if is_beir(path):
             data = read_beir(path, split, skip_broken=skip_broken)
@@ -122,7 +123,7 @@ def load_pairs(paths: Sequence[str | Path], *, split: str = "train", skip_broken
             )
         for file in files:
             lines = read_json_lines(file, _example, skip_broken=skip_broken)
-            examples += (replace(example, place=f"{file}:{line}") for line, example in lines)
+            examples += (_placed(example, f"{file}:{line}", known) for line, example in lines)
     if not examples:
         raise LlamoryError(f"There is no query with a positive in {', '.join(map(str, paths))}.")
     return Pairs(examples, corpus)
@@ -137,6 +138,12 @@ def _judged(
         negatives = tuple(corpus[name] for name, score in scores.items() if score <= 0 and corpus[name])
         if positives and queries[query].strip():
             yield Example(queries[query], positives, negatives, place=places[query])
+
+
+def _placed(example: Example, place: str, known: dict[str, str]) -> Example:
+    positives = tuple(known.setdefault(text, text) for text in example.positives)
+    negatives = tuple(known.setdefault(text, text) for text in example.negatives)
+    return replace(example, positives=positives, negatives=negatives, place=place)
 
 
 def _without_false_negatives(example: Example, answers: set[str]) -> Example:

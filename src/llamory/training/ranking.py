@@ -30,7 +30,7 @@ def ranking_loss(embedder: SentenceTransformer, settings: RetrieverSettings, *, 
         shared: whether the documents of all processes are negatives of every query.
     """
     common: dict[str, Any] = {"scale": 1 / settings.temperature, "gather_across_devices": shared}
-    loss: nn.Module
+    loss: Any
     if settings.cache:
         loss = CachedMultipleNegativesRankingLoss(embedder, mini_batch_size=settings.mini_batch, **common)
     else:
@@ -52,10 +52,15 @@ class CachedDistillation(CachedLossMixin, nn.Module):
     """
 
     def __init__(
-        self, embedder: SentenceTransformer, contrast: nn.Module, settings: RetrieverSettings, teacher: str
+        self,
+        embedder: SentenceTransformer,
+        contrast: CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss,
+        settings: RetrieverSettings,
+        teacher: str,
     ) -> None:
         """Take the contrastive loss, cached or not, and what to weigh it with."""
         super().__init__()
+        self.contrast: Any
         self.model, self.contrast = embedder, contrast
         self.uses_gradient_cache = settings.cache
         self.mini_batch_size = settings.mini_batch
@@ -89,7 +94,6 @@ class CachedDistillation(CachedLossMixin, nn.Module):
     def _contrast(self, reps: list[list[Tensor]], columns: list[Tensor], labels: Tensor) -> Tensor:
         if isinstance(self.contrast, CachedMultipleNegativesRankingLoss):
             return self.contrast.calculate_loss(reps)
-        assert isinstance(self.contrast, MultipleNegativesRankingLoss)
         return self.contrast.compute_loss_from_embeddings(columns, labels)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
