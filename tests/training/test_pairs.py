@@ -140,16 +140,23 @@ def test_groups_are_drawn_anew_in_each_epoch_and_the_same_at_each_call():
     assert drawn != [DrawnGroups(groups.pairs, 5, seed=2)[epoch] for epoch in range(300)]
 
 
-def test_a_query_with_too_few_negatives_gets_documents_that_do_not_answer_it():
-    pairs = Pairs([Example("q", ("a",), ("b",)), Example("r", ("c", "d"), ("e",)), Example("q", ("f",))])
-    for epoch in range(50):
-        groups = DrawnGroups(pairs, 4, seed=0)
-        assert set(texts(groups[3 * epoch])) == {"b"} | set(texts(groups[3 * epoch])[1:])
-        assert set(texts(groups[3 * epoch])[1:]) < {"c", "d", "e"}
-        assert set(texts(groups[3 * epoch + 2])) <= {"b", "c", "d", "e"}  # not a, which answers q elsewhere
-        assert len(set(texts(groups[3 * epoch + 2]))) == 3
-    few = DrawnGroups(Pairs([Example("q", ("a",), ("b",))]), 4, seed=0)
-    assert texts(few[0]) == ["b", "b", "b"]
+def test_a_query_with_too_few_negatives_gets_them_again_and_one_without_any_gets_others():
+    pairs = Pairs(
+        [
+            Example("q", ("a",), ("b", "c")),
+            Example("r", ("d", "e"), ("f", "a")),
+            Example("q", ("g",)),
+            Example("s", ("f",)),
+        ]
+    )
+    groups = DrawnGroups(pairs, 4, seed=0)
+    drawn = [[set(texts(groups[4 * epoch + i])) for epoch in range(50)] for i in range(4)]
+    assert all(each == {"b", "c"} for each in drawn[0])
+    assert set.union(*drawn[2]) == {"b", "c", "f"}  # not a, which answers q elsewhere
+    assert set.union(*drawn[3]) == {"a", "b", "c"}
+    only = Pairs([Example("q", ("a",)), Example("r", ("b",), ("a",))])
+    with pytest.raises(LlamoryError, match="all those of other queries answer it"):
+        DrawnGroups(only, 2, seed=0)[0]
 
 
 def test_scores_go_with_their_documents():
@@ -174,7 +181,7 @@ def data(draw):
     few = st.lists(st.sampled_from(documents), min_size=1, max_size=3, unique=True).map(tuple)
     queries = st.sampled_from([*(f"q{i}" for i in range(12)), "d0", "d1"])
     examples = draw(st.lists(st.builds(Example, queries, few, few), min_size=3, max_size=30))
-    return Pairs(examples, ["x1", "x2", "x3"])
+    return Pairs([*examples, Example("x", ("x1",), ("x2", "x3"))])
 
 
 @given(data(), st.integers(1, 6), st.integers(1, 3), st.integers(1, 3))

@@ -17,6 +17,8 @@ QUERY, POSITIVE, SCORES = "anchor", "positive", "scores"
 # How many queries are looked through for one batch, in batches: data in which nearly all queries share their positives
 # would otherwise be looked through whole for each.
 _LOOKED_THROUGH = 64
+# Draws for each document that a query without negatives gets, as some answer it.
+_TRIES = 20
 # How often an epoch's queries are shuffled anew until there are as many batches as in the first epoch.
 _PASSES = 10
 
@@ -37,8 +39,8 @@ class DrawnGroups(Dataset[dict[str, Any]]):
 
         Args:
             pairs: the data.
-            group_size: documents per query. A query with too few negatives gets others' documents, or, where teacher's
-                scores are needed, its own once more.
+            group_size: documents per query. A query with too few negatives gets its own again, as in the published
+                code; one without any gets those of other queries.
             seed: of all draws.
             scored: give teacher's scores too.
         """
@@ -68,35 +70,30 @@ class DrawnGroups(Dataset[dict[str, Any]]):
 
     def _negatives(self, example: Example, chance: random.Random) -> tuple[list[str], list[float]]:
         wanted, own = self.group_size - 1, range(len(example.negatives))
-        chosen = chance.sample(own, min(wanted, len(own)))
-        if self.scored:
-            while len(chosen) < wanted:
-                chosen += chance.sample(own, min(wanted - len(chosen), len(own)))
-            assert example.negative_scores is not None
-            return [example.negatives[i] for i in chosen], [example.negative_scores[i] for i in chosen]
-        texts = [example.negatives[i] for i in chosen]
-        return texts + self._others(example, wanted - len(texts), texts, chance), []
+        if wanted and not own:
+            return self._others(example, wanted, chance), []
+        chosen: list[int] = []
+        while len(chosen) < wanted:
+            chosen += chance.sample(own, min(wanted - len(chosen), len(own)))
+        scores = example.negative_scores if self.scored else None
+        return [example.negatives[i] for i in chosen], [] if scores is None else [scores[i] for i in chosen]
 
-    def _others(self, example: Example, wanted: int, taken: list[str], chance: random.Random) -> list[str]:
-        """Documents of the data that aren't known to answer a query, each once as far as there are enough."""
-        if not wanted:
-            return []
-        unfit, documents = self.pairs.answers[example.query] | {example.query}, self.pairs.documents
-        found: list[str] = []
-        for _ in range(20 * wanted):
-            text = documents[chance.randrange(len(documents))]
-            if text not in unfit and text not in found and text not in taken:
-                found.append(text)
-                if len(found) == wanted:
-                    return found
-        found += [text for text in documents if text not in unfit and text not in found and text not in taken]
-        again = [*taken, *found]
-        if not again:
+    def _others(self, example: Example, wanted: int, chance: random.Random) -> list[str]:
+        """Negatives of other queries that aren't known to answer this one, different ones if there are enough.
+
+        Raises:
+            LlamoryError: there is none.
+        """
+        unfit, documents = self.pairs.answers[example.query] | {example.query}, self.pairs.negatives
+        tried = (documents[chance.randrange(len(documents))] for _ in range(_TRIES * wanted))
+        found = list(dict.fromkeys(text for text in tried if text not in unfit))
+        fit = found or [text for text in documents if text not in unfit]
+        if not fit:
             raise LlamoryError(
-                f"{example.place}: the query has no negatives, and every document of the data answers it; add a `neg`."
+                f"{example.place}: the query has no negatives, and all those of other queries answer it; add a `neg`."
             )
         while len(found) < wanted:
-            found.append(chance.choice(again))
+            found.append(chance.choice(fit))
         return found[:wanted]
 
 

@@ -53,6 +53,7 @@ class Pairs:
     Attributes:
         examples: all queries.
         documents: every document text once: positives, negatives, and the rest of BEIR corpora.
+        negatives: every negative once.
         answers: for each query text, all of its positives anywhere in the data.
     """
 
@@ -65,6 +66,7 @@ class Pairs:
         dropped = sum(len(a.negatives) - len(b.negatives) for a, b in zip(found, self.examples, strict=True))
         if dropped:
             logger.warning("Left out %d negatives that are a positive of their query, or the query itself", dropped)
+        self.negatives = list(dict.fromkeys(text for example in self.examples for text in example.negatives))
         texts = (text for example in self.examples for text in (*example.positives, *example.negatives))
         self.documents = list(dict.fromkeys([*texts, *corpus]))
 
@@ -72,9 +74,9 @@ class Pairs:
         return len(self.examples)
 
     @property
-    def has_negatives(self) -> bool:
-        """Whether any query has negatives of its own."""
-        return any(example.negatives for example in self.examples)
+    def most_negatives(self) -> int:
+        """How many negatives the query with the most has."""
+        return max(len(example.negatives) for example in self.examples)
 
     def rewritten(self, rewrite: Callable[[list[str]], list[str]]) -> Pairs:
         """The same data with every text as `rewrite` gives it."""

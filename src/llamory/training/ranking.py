@@ -60,6 +60,7 @@ class CachedDistillation(CachedLossMixin, nn.Module):
     ) -> None:
         """Take the contrastive loss, cached or not, and what to weigh it with."""
         super().__init__()
+        self.model: Any
         self.contrast: Any
         self.model, self.contrast = embedder, contrast
         self.uses_gradient_cache = settings.cache
@@ -99,7 +100,7 @@ class CachedDistillation(CachedLossMixin, nn.Module):
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """The loss of a batch's columns, whose labels are the teacher's scores (queries, documents per query)."""
         if self.uses_gradient_cache:
-            return self.forward_cached(sentence_features, labels)
+            return self.forward_cached(sentence_features, labels)  # type: ignore[operator]
         reps = [[self.model(features)["sentence_embedding"]] for features in sentence_features]
         return self.calculate_loss(reps, labels)
 

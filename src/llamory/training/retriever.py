@@ -234,7 +234,7 @@ def _load_data(settings: RetrieverSettings) -> tuple[Pairs, Pairs | None]:
 def _groups(pairs: Pairs, settings: RetrieverSettings, teacher: str) -> DrawnGroups:
     if teacher != "off":
         _teacher(settings, pairs)
-    size = settings.group_size if pairs.has_negatives else 1
+    size = min(settings.group_size, 1 + pairs.most_negatives)
     return DrawnGroups(pairs, size, settings.seed, scored=teacher != "off")
 
 

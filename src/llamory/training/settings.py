@@ -127,7 +127,9 @@ class RetrieverSettings(AdaptSettings):
     mini_batch: int = _setting(8, "Texts in one forward pass of a cached batch.")
     share_negatives: bool = _setting(True, "Let queries see the documents of all processes as negatives.")
     temperature: float = _setting(0.01, "Cosines are divided by this.")
-    group_size: int = _setting(8, "Documents per query: a positive and, where the data have negatives, as many as fit.")
+    group_size: int = _setting(
+        8, "Documents per query: one positive, the others negatives, as far as the data have any."
+    )
     matryoshka: list[int] = _setting([], "Smaller dimensions to train for too: the first so many of a vector.")
 
     mine: int = _setting(0, "Hard negatives that are mined per query before training; 0 for none.")
