@@ -11,11 +11,13 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM, LlamaModel
 
+from llamory.cli.options import read_settings
 from llamory.errors import LlamoryError
 from llamory.library import Library
 from llamory.llara import LlaraTemplate
 from llamory.llara.retriever import load_embedder
-from llamory.training.retriever import _arguments, _columns, train_retriever
+from llamory.training.retriever import _arguments, _check, _columns, train_retriever
+from llamory.training.settings import RetrieverSettings
 from toy_pairs import WORDS, write_pairs
 from training_runs import losses, weights
 
@@ -162,12 +164,15 @@ def test_a_plain_llama_gets_slots_and_a_trained_folder_trains_on(settings, model
     assert not np.allclose(before.encode_query(["river"]), after.encode_query(["river"]), atol=1e-4)
 
 
-def test_scores_are_learned_where_every_query_has_them(settings, tmp_path):
+def test_scores_are_learned_where_every_query_has_them(settings, tmp_path, caplog):
     scored = str(write_pairs(tmp_path / "scored.jsonl", 16, scored=True))
     assert train_retriever(settings(data=[scored]))["teacher"] == "kl"
     assert train_retriever(settings(data=[scored], output=str(tmp_path / "off"), distill="off"))["teacher"] == "off"
-    one, other = losses(tmp_path / "run"), losses(tmp_path / "off")
-    assert one[0] > other[0]
+    assert losses(tmp_path / "run")[0] > losses(tmp_path / "off")[0]
+    some = str(write_pairs(tmp_path / "some.jsonl", 16))
+    caplog.set_level("WARNING")
+    assert train_retriever(settings(data=[scored, some], output=str(tmp_path / "mixed")))["teacher"] == "off"
+    assert "16 queries have none" in caplog.text
 
 
 def test_negatives_are_mined_once_and_are_no_answers(settings, tmp_path, monkeypatch):
@@ -227,6 +232,8 @@ def test_settings_and_data_that_cannot_be_are_refused(settings, tmp_path):
         ({"lora": True, "lora_targets": ["no_such_layer"]}, "no_such_layer"),
         ({"data": [str(lone)]}, "No batch can be made of 1 queries"),
         ({"data": [str(scored)], "distill": "margin_mse"}, r"scored\.jsonl:5: distill needs"),
+        ({"data": [str(scored)], "distill": "kl", "mine": 1}, "Mined negatives have no teacher's scores"),
+        ({"distill": "kl", "group_size": 1}, "group_size to at least 2"),
         ({"data": [str(tmp_path / "nowhere")]}, "nowhere"),
         ({"model": str(tmp_path / "nowhere")}, "nowhere"),
         ({"output": str(tmp_path / "used")}, "isn't empty"),
@@ -243,3 +250,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings, llara_folder, tmp_pat
     AutoTokenizer.from_pretrained(llara_folder).save_pretrained(tmp_path / "broken")
     with pytest.raises(LlamoryError, match="loss of step 1 isn't finite"):
         train_retriever(settings(model=str(tmp_path / "broken")))
+
+
+# ---- recipes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["retriever_paper", "retriever_cpu"])
+def test_recipes_hold_settings_that_can_be(recipe, tmp_path):
+    file = Path(__file__).parents[2] / "recipes" / f"{recipe}.yaml"
+    read = read_settings(RetrieverSettings, file, {"data": ["x"], "output": str(tmp_path), "cpu": True})
+    read.bf16 = False  # not every machine has it
+    _arguments(read)
+    _check(read)
+    if recipe == "retriever_paper":  # the command in the README of research/LLARA, and its finetune/arguments.py
+        published = (3e-4, 1.0, 16, 0.01, 64, 160, 0.1, True, True, 64, 16.0, 0.1)
+        names = "learning_rate epochs group_size temperature query_length passage_length warmup share_negatives lora"
+        names += " lora_rank lora_alpha lora_dropout"
+        assert tuple(getattr(read, name) for name in names.split()) == published

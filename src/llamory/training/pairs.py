@@ -74,6 +74,11 @@ class Pairs:
         return len(self.examples)
 
     @property
+    def unscored(self) -> list[Example]:
+        """Those that a teacher's scores can't be learned for."""
+        return [example for example in self.examples if not (example.scored and example.negatives)]
+
+    @property
     def most_negatives(self) -> int:
         """How many negatives the query with the most has."""
         return max(len(example.negatives) for example in self.examples)

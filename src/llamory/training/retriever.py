@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from llamory.training.runs import (
 )
 from llamory.training.settings import RetrieverSettings
 
+logger = logging.getLogger(__name__)
+
 # A LLaMA with slot tokens added, as long as the run lasts.
 _START = "start"
 _ADAPTER = "adapter"
@@ -62,8 +65,11 @@ def train_retriever(settings: RetrieverSettings) -> dict[str, Any]:
     set_seed(settings.seed)
     with arguments.main_process_first(desc="data and model"):
         train, held_out = _load_data(settings)
+        teacher = _teacher(settings, train, held_out)
         source = _source(settings, output, write=arguments.process_index == 0)
-        embedder = _load(settings, source)
+        embedder = _load(settings, source, arguments.device)
+        if settings.lora:
+            _add_adapters(embedder, settings)
         train = train.rewritten(lambda texts: hide_slot_tokens(embedder, texts))
         given = sum(len(example.negatives) for example in train.examples)
         if settings.mine:
@@ -71,9 +77,6 @@ def train_retriever(settings: RetrieverSettings) -> dict[str, Any]:
             train = with_mined(train, miner, settings, output / MINED)
     if held_out is not None:
         held_out = held_out.rewritten(lambda texts: hide_slot_tokens(embedder, texts))
-    if settings.lora:
-        _add_adapters(embedder, settings)
-    teacher = _teacher(settings, train)
     groups = _groups(train, settings, teacher)
     shared = settings.share_negatives and arguments.world_size > 1
     batches = _batches(groups, settings, arguments)
@@ -171,6 +174,10 @@ def _check(settings: RetrieverSettings) -> None:
             f"mine_depth must be at least {settings.mine_skip + settings.mine} (mine_skip and mine together), not "
             f"{settings.mine_depth}."
         )
+    if settings.mine and settings.distill in ("kl", "margin_mse"):
+        raise LlamoryError("Mined negatives have no teacher's scores; set mine to 0, or distill to off.")
+    if settings.distill in ("kl", "margin_mse") and settings.group_size < 2:
+        raise LlamoryError("distill compares documents of a query; set group_size to at least 2.")
     if settings.fsdp:
         raise LlamoryError("A retriever can't be trained with fsdp; leave it out (each device has the whole model).")
 
@@ -202,23 +209,25 @@ def _columns(arguments: SentenceTransformerTrainingArguments, embedder: Sentence
     arguments.prompts = {column: prompt for column, prompt in own.items() if prompt}
 
 
-def _teacher(settings: RetrieverSettings, pairs: Pairs) -> str:
+def _teacher(settings: RetrieverSettings, train: Pairs, held_out: Pairs | None) -> str:
     """Which teacher's loss is used.
 
     Raises:
         LlamoryError: one is asked for, and a query has no scores or nothing to compare.
     """
-    lacking = next((each for each in pairs.examples if not (each.scored and each.negatives)), None)
-    if settings.distill == "auto":
-        return "kl" if lacking is None and settings.group_size > 1 else "off"
-    if settings.distill != "off" and lacking is not None:
+    if settings.distill == "off" or (settings.distill == "auto" and (settings.mine or settings.group_size < 2)):
+        return "off"
+    lacking = train.unscored or ([] if held_out is None else held_out.unscored)
+    if not lacking:
+        return "kl" if settings.distill == "auto" else settings.distill
+    if settings.distill != "auto":
         raise LlamoryError(
-            f"{lacking.place}: distill needs negatives, pos_scores and neg_scores for every query (mined negatives "
-            "have none); add them, or set distill to off."
+            f"{lacking[0].place}: distill needs negatives, pos_scores and neg_scores for every query; add them, or set "
+            "distill to off."
         )
-    if settings.distill != "off" and settings.group_size < 2:
-        raise LlamoryError("distill compares documents of a query; set group_size to at least 2.")
-    return settings.distill
+    if len(train.unscored) < len(train):
+        logger.warning("Scores aren't learned: %d queries have none; the first: %s", len(lacking), lacking[0].place)
+    return "off"
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -232,8 +241,6 @@ def _load_data(settings: RetrieverSettings) -> tuple[Pairs, Pairs | None]:
 
 
 def _groups(pairs: Pairs, settings: RetrieverSettings, teacher: str) -> DrawnGroups:
-    if teacher != "off":
-        _teacher(settings, pairs)
     size = min(settings.group_size, 1 + pairs.most_negatives)
     return DrawnGroups(pairs, size, settings.seed, scored=teacher != "off")
 
@@ -262,7 +269,17 @@ def _batches(groups: DrawnGroups, settings: RetrieverSettings, arguments: Any) -
 
 
 def _collator(embedder: SentenceTransformer, settings: RetrieverSettings, arguments: Any) -> Any:
-    """Makes the model's inputs of texts, with the length, the task and the prompt of each column.
+    """Makes the model's inputs of texts, with the length, the task and the prompt of each column."""
+    return SentenceTransformerDataCollator(
+        preprocess_fn=embedder.preprocess,
+        router_mapping=arguments.router_mapping,
+        prompts=arguments.prompts,
+        max_length=_lengths(embedder, settings),
+    )
+
+
+def _lengths(embedder: SentenceTransformer, settings: RetrieverSettings) -> dict[str, int]:
+    """The most tokens of a query and of a document.
 
     Raises:
         LlamoryError: a length has no room for a text beside its prompt.
@@ -276,12 +293,7 @@ def _collator(embedder: SentenceTransformer, settings: RetrieverSettings, argume
                 f"A length of {length} tokens leaves no room for a {task}: its prompt takes {prompt}; choose a greater "
                 f"{'query' if task == 'query' else 'passage'}_length."
             )
-    return SentenceTransformerDataCollator(
-        preprocess_fn=embedder.preprocess,
-        router_mapping=arguments.router_mapping,
-        prompts=arguments.prompts,
-        max_length={task: length for task, length in lengths.items() if length is not None},
-    )
+    return {task: length for task, length in lengths.items() if length is not None}
 
 
 # ---- the model -------------------------------------------------------------------------------------------------------
@@ -313,13 +325,13 @@ def _write_start(settings: RetrieverSettings, start: Path) -> None:
     tokenizer.save_pretrained(start)
 
 
-def _load(settings: RetrieverSettings, source: str) -> SentenceTransformer:
+def _load(settings: RetrieverSettings, source: str, device: torch.device) -> SentenceTransformer:
     longest = max(settings.passage_length, settings.query_length or 0) if settings.passage_length else None
     loading: dict[str, Any] = {"dtype": torch.float32}
     if settings.attn_implementation:
         loading["attn_implementation"] = settings.attn_implementation
     with mendable(f"{settings.model} can't be loaded with these settings"):
-        embedder = load_embedder(source, max_length=longest, device="cpu" if settings.cpu else None, **loading)
+        embedder = load_embedder(source, max_length=longest, device=str(device), **loading)
     embedder.model_card_data.local_files_only = True
     for module in embedder:
         if isinstance(module, WordWeights):
@@ -327,6 +339,7 @@ def _load(settings: RetrieverSettings, source: str) -> SentenceTransformer:
     dimension = embedder.get_embedding_dimension()
     if wrong := [size for size in settings.matryoshka if not 0 < size <= (dimension or size)]:
         raise LlamoryError(f"matryoshka dimensions must be from 1 to the model's {dimension}, not {wrong[0]}.")
+    _lengths(embedder, settings)
     return embedder
 
 
@@ -350,7 +363,7 @@ def _save(embedder: SentenceTransformer, settings: RetrieverSettings, source: st
         from peft import PeftModel
 
         embedder[0].auto_model.save_pretrained(folder / _ADAPTER)
-        plain = _load(settings, source)
+        plain = _load(settings, source, embedder.device)
         adapted = PeftModel.from_pretrained(plain[0].auto_model, str(folder / _ADAPTER))
         embedder[0].model = adapted.merge_and_unload()
     save_embedder(embedder, folder)
