@@ -208,6 +208,22 @@ def test_train_help_lists_recipes_and_their_flags(llamory, recipe: None) -> None
     assert "[repeatable]  [required]" in " ".join(llamory("train", "llara", "--help").out.split("\n"))
 
 
+def test_train_retriever_trains_on_pairs(llamory, model_folder: Path, tmp_path: Path) -> None:
+    data, run = tmp_path / "pairs.jsonl", tmp_path / "run"
+    data.write_text("".join(f'{{"query": "q {i}", "pos": ["p {i}"], "neg": ["n {i}"]}}\n' for i in range(8)))
+    flags = ("--batch-size", 4, "--passage-length", 120, "--matryoshka", 8, "--matryoshka", 16, "--cpu", "--quiet")
+    ran = llamory("train", "retriever", "--model", model_folder, "--data", data, "--output", run, *flags, "--json")
+    told = json.loads(ran.out)
+    assert (ran.code, ran.err) == (0, "")
+    assert (told["output"], told["steps"], told["queries"], told["dimension"]) == (str(run), 2, 8, 32)
+    assert (run / "modules.json").exists()
+    with data.open("a") as file:
+        file.write('{"query": "q"}\n')
+    ran = llamory("train", "retriever", "--data", data, "--output", tmp_path / "other")
+    assert ran.code == 2
+    assert ran.err.startswith(f"Error: {data}:9: the object has no 'pos'")
+
+
 # ---- info ------------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from llamory.cli.options import add_dataclass_command
-from llamory.training.settings import FotSettings, InstructSettings, LlaraSettings, LookupSettings
+from llamory.training.settings import FotSettings, InstructSettings, LlaraSettings, LookupSettings, RetrieverSettings
 
 app = typer.Typer(help="Train a model with one of the recipes.", rich_markup_mode=None)
 
@@ -22,6 +22,12 @@ def _llara(settings: LlaraSettings) -> Mapping[str, Any]:
     from llamory.training.llara import train_llara
 
     return train_llara(settings)
+
+
+def _retriever(settings: RetrieverSettings) -> Mapping[str, Any]:
+    from llamory.training.retriever import train_retriever
+
+    return train_retriever(settings)
 
 
 def _fot(settings: FotSettings) -> Mapping[str, Any]:
@@ -44,6 +50,9 @@ def _lookup(settings: LookupSettings) -> Mapping[str, Any]:
 
 add_dataclass_command(
     app, "llara", LlaraSettings, _llara, help="Train a LLaMA, without labels, to embed texts (LLARA)."
+)
+add_dataclass_command(
+    app, "retriever", RetrieverSettings, _retriever, help="Train a LLARA model, or any LLaMA, on queries and documents."
 )
 add_dataclass_command(
     app,

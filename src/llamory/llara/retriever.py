@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +69,7 @@ def export_sentence_transformer(
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
-        embedder.save(str(partial), create_model_card=False)
-        _check_saved(partial, embedder)
+        save_embedder(embedder, partial)
         if output.exists():
             output.rmdir()
         partial.replace(output)
@@ -80,7 +79,7 @@ def export_sentence_transformer(
 
 
 def load_embedder(
-    model: str | Path, *, max_length: int | None = None, device: str | None = None
+    model: str | Path, *, max_length: int | None = None, device: str | None = None, **loading: Any
 ) -> SentenceTransformer:
     """Load a model that turns texts into vectors.
 
@@ -89,6 +88,7 @@ def load_embedder(
         max_length: limit in tokens for a text with its prompt; by default 512 for a LLARA checkpoint (or what it can
             read, if that is less), else what the folder says.
         device: a torch device; by default the best there is.
+        loading: further arguments of `from_pretrained`, such as `dtype` and `attn_implementation`.
 
     Raises:
         LlamoryError: there is no such model, or it is a LLaMA that wasn't trained to embed.
@@ -99,14 +99,31 @@ def load_embedder(
     name = str(model)
     _check_folder(name)
     if not is_sentence_transformer_model(name) and _read_config(name).model_type == "llama":
-        return _assemble(name, max_length, device=device)
+        return _assemble(name, max_length, device=device, loading=loading)
     try:
-        embedder = SentenceTransformer(name, device=device)
+        embedder = SentenceTransformer(name, device=device, model_kwargs=loading)
     except (OSError, ValueError) as error:
         raise LlamoryError(f"{name} can't be loaded as an embedding model: {_first_line(error)}.") from error
     if max_length is not None:
         embedder.max_seq_length = max_length
     return embedder
+
+
+def save_embedder(embedder: SentenceTransformer, folder: Path) -> None:
+    """Write a model as a Sentence Transformers folder, and make sure that a LLARA model reads texts as before.
+
+    Raises:
+        LlamoryError: its tokenizer reads texts differently once it is loaded again.
+    """
+    embedder.save(str(folder), create_model_card=False)
+    if reads_slots(embedder):
+        _check_saved(folder, embedder)
+
+
+def reads_slots(embedder: SentenceTransformer) -> bool:
+    """Whether a model's embeddings are those of LLARA's slots."""
+    config = _llama_config(embedder)
+    return config is not None and LlaraTemplate.from_config(config) is not None
 
 
 def hide_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[str]:
@@ -130,7 +147,12 @@ def hide_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[st
 
 
 def _assemble(
-    name: str, max_length: int | None, *, device: str | None, similarity: str = "cosine"
+    name: str,
+    max_length: int | None,
+    *,
+    device: str | None,
+    similarity: str = "cosine",
+    loading: Mapping[str, Any] | None = None,
 ) -> SentenceTransformer:
     """Load a LLARA checkpoint as Sentence Transformers modules and make sure that they read texts as training did."""
     from sentence_transformers import SentenceTransformer
@@ -165,6 +187,7 @@ def _assemble(
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
     transformer = Transformer(
         name,
+        model_kwargs=dict(loading or {}),
         modality_config={"text": forward, "message": {**forward, "format": "flat"}},  # type: ignore[typeddict-item]
         module_output_name="token_embeddings",
         unpad_inputs=False,  # WordWeights reads the attention mask, which unpadded batches don't have

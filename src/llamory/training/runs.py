@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from llamory.errors import LlamoryError
 from llamory.training.settings import AdaptSettings, RunSettings
 
 SETTINGS_FILE = "llamory.json"
+# What makes a folder a model is moved up behind all else.
+_LAST = {"config.json": 1, "modules.json": 2}
 _AT_LEAST_ONE = ("batch_size", "accumulation", "log_every", "save_every")
 
 
@@ -49,13 +51,21 @@ def check_settings(settings: RunSettings, at_least_one: Sequence[str] = ()) -> N
         raise LlamoryError(f"learning_rate must be greater than 0, not {settings.learning_rate}.")
 
 
-def training_arguments(settings: RunSettings, layer: str, *, evaluates: bool, **more: Any) -> TrainingArguments:
+def training_arguments(
+    settings: RunSettings,
+    layer: str,
+    *,
+    evaluates: bool,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **more: Any,
+) -> TrainingArguments:
     """The Trainer's arguments.
 
     Args:
         settings: of the run.
         layer: class name of the layers that FSDP shards one by one.
         evaluates: whether there is something to evaluate on.
+        kind: their class.
         more: further arguments.
 
     Raises:
@@ -63,7 +73,7 @@ def training_arguments(settings: RunSettings, layer: str, *, evaluates: bool, **
     """
     fsdp = {"transformer_layer_cls_to_wrap": [layer], "state_dict_type": "FULL_STATE_DICT"}
     with mendable("These settings can't be used"):
-        return TrainingArguments(
+        return kind(
             output_dir=settings.output,
             max_steps=settings.steps or -1,
             per_device_train_batch_size=settings.batch_size,
@@ -104,15 +114,11 @@ def _checkpointing(settings: RunSettings) -> dict[str, Any]:
     return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
 
 
-def with_lora(model: Any, settings: AdaptSettings, **more: Any) -> Any:
-    """The model with adapters on the named layers; `more` goes to peft's `LoraConfig`.
+def lora_config(settings: AdaptSettings, **more: Any) -> Any:
+    """What settings say of adapters; `more` goes to peft's `LoraConfig` too."""
+    from peft import LoraConfig
 
-    Raises:
-        LlamoryError: adapters that don't fit the model.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
+    return LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
@@ -120,8 +126,18 @@ def with_lora(model: Any, settings: AdaptSettings, **more: Any) -> Any:
         modules_to_save=None,
         **more,
     )
+
+
+def with_lora(model: Any, settings: AdaptSettings, **more: Any) -> Any:
+    """The model with adapters on the named layers; `more` goes to peft's `LoraConfig`.
+
+    Raises:
+        LlamoryError: adapters that don't fit the model.
+    """
+    from peft import get_peft_model
+
     with mendable("These LoRA settings don't fit the model"):
-        adapted = get_peft_model(model, config)
+        adapted = get_peft_model(model, lora_config(settings, **more))
     if settings.gradient_checkpointing:
         adapted.enable_input_require_grads()
     return adapted
@@ -154,12 +170,29 @@ def last_logged(trainer: Trainer, *keys: str) -> dict[str, float]:
 
 
 def save_finished(
-    trainer: Trainer, settings: RunSettings, tokenizer: PreTrainedTokenizerBase | None, result: Mapping[str, Any]
+    trainer: Trainer,
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerBase | None,
+    result: Mapping[str, Any],
+    *,
+    save: Callable[[Path], None] | None = None,
 ) -> None:
-    """Save the model in the output folder itself, weights before config; adapters are merged, and kept beside."""
+    """Save the model in the output folder itself, weights before config; adapters are merged, and kept beside.
+
+    Args:
+        trainer: has the model.
+        settings: of the run.
+        tokenizer: saved with the model, if given.
+        result: what the run tells, kept beside the settings.
+        save: writes the model into a folder, in place of the Trainer.
+    """
     output = Path(settings.output)
     partial = output / "partial"
-    if isinstance(settings, AdaptSettings) and settings.lora:
+    if save is not None:
+        if trainer.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)
+            save(partial)
+    elif isinstance(settings, AdaptSettings) and settings.lora:
         if trainer.args.should_save:
             trainer.model.save_pretrained(partial / "adapter")
         merged = trainer.model.merge_and_unload()
@@ -178,8 +211,8 @@ def save_finished(
 
 
 def _move_up(partial: Path, output: Path) -> None:
-    """Move a finished save one folder up, its config last: a folder without config is no model."""
-    for source in sorted(partial.iterdir(), key=lambda p: (p.name == "config.json", p.name)):
+    """Move a finished save one folder up, its config last: a folder without it is no model."""
+    for source in sorted(partial.iterdir(), key=lambda p: (_LAST.get(p.name, 0), p.name)):
         target = output / source.name
         if target.is_dir():
             shutil.rmtree(target)

@@ -102,6 +102,58 @@ class LlaraSettings(AdaptSettings):
 
 
 @dataclass(kw_only=True)
+class RetrieverSettings(AdaptSettings):
+    """Settings of training a retriever on pairs of queries and documents."""
+
+    data: list[str] = _required(
+        "JSONL files with query, pos, neg and maybe pos_scores, neg_scores; folders of them; BEIR folders."
+    )
+    output: str = _required("Folder for checkpoints and the trained model, a Sentence Transformers folder.")
+    model: str = _setting(
+        "default",
+        "A LLARA checkpoint, a Sentence Transformers folder, or any LLaMA: folder, .gguf file, hub id, or 'default' "
+        "for the packaged SmolLM2-135M.",
+    )
+    eval_data: list[str] = _setting([], "Data of the same kinds whose loss is logged.")
+    split: str = _setting("train", "Judgements of BEIR folders that are trained on: qrels/SPLIT.tsv.")
+    eval_split: str = _setting("dev", "Judgements of BEIR folders in eval_data.")
+
+    steps: int | None = _setting(None, "Optimisation steps; default: as many as epochs take.")
+    epochs: float = _setting(1.0, "Passes over the queries; steps takes precedence.")
+    batch_size: int = _setting(32, "Queries per device and step; all documents in it are negatives of the other ones.")
+    learning_rate: float = _setting(2e-5, "Peak learning rate.")
+
+    cache: bool = _setting(True, "Go through the batch in mini-batches (GradCache), so that memory allows any batch.")
+    mini_batch: int = _setting(8, "Texts in one forward pass of a cached batch.")
+    share_negatives: bool = _setting(True, "Let queries see the documents of all processes as negatives.")
+    temperature: float = _setting(0.01, "Cosines are divided by this.")
+    group_size: int = _setting(
+        8, "Documents per query: one positive, the others negatives, as far as the data have any."
+    )
+    matryoshka: list[int] = _setting([], "Smaller dimensions to train for too: the first so many of a vector.")
+
+    mine: int = _setting(0, "Hard negatives that are mined per query before training; 0 for none.")
+    mine_with: str | None = _setting(None, "Model that mines; default: the model as it is before training.")
+    mine_skip: int = _setting(0, "The best so many documents are never mined.")
+    mine_depth: int | None = _setting(None, "Documents per query that are looked at; default: ten for each one mined.")
+    mine_margin: float = _setting(0.05, "Mined negatives score less than the positive by this share, at least.")
+
+    distill: Literal["auto", "off", "kl", "margin_mse"] = _setting(
+        "auto", "Learn a teacher's scores too; auto: kl, if every query's documents have scores."
+    )
+    distill_weight: float = _setting(1.0, "Weight of the loss beside the teacher's scores.")
+    contrastive_weight: float = _setting(1.0, "Weight of the contrastive loss where there is a teacher.")
+    teacher_temperature: float = _setting(1.0, "A teacher's scores are divided by this.")
+
+    query_length: int | None = _setting(None, "Longest query in tokens, prompt included; default: as passages.")
+    passage_length: int | None = _setting(
+        None, "Longest document in tokens, prompt included; default: what the model's folder says, or 512."
+    )
+    slots: int = _setting(8, "Slot tokens per prompt, for a LLaMA that has none.")
+    workers: int = _setting(0, "Processes that load batches.")
+
+
+@dataclass(kw_only=True)
 class FotSettings(AdaptSettings):
     """Settings of FoT training. The defaults are the published 3B model's (Tworkowski et al. 2023) where there are any.
 

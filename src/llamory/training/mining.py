@@ -1,0 +1,78 @@
+"""Hard negatives: what a model takes for a query's answer though it isn't, found once before training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+
+from llamory.documents.files import read_json_lines
+from llamory.errors import LlamoryError
+from llamory.training.pairs import Pairs
+from llamory.training.runs import mendable
+from llamory.training.settings import RetrieverSettings
+
+MINED = "mined.jsonl"
+_CANDIDATES_PER_NEGATIVE = 10
+
+
+def with_mined(pairs: Pairs, embedder: SentenceTransformer, settings: RetrieverSettings, file: Path) -> Pairs:
+    """The data with mined negatives added; they are kept in a file, and read from it where it is there already.
+
+    Args:
+        pairs: the data.
+        embedder: finds the documents that are closest to each query.
+        settings: `mine` and the settings that begin so.
+        file: JSONL of `query`, `pos` and the mined `neg`.
+
+    Raises:
+        LlamoryError: settings that can't be used, or nothing is found.
+    """
+    if not file.exists():
+        _write(_mined(pairs, embedder, settings), pairs, file)
+    mined = dict(entry for _, entry in read_json_lines(file, lambda entry: (entry["query"], entry["neg"])))
+    return Pairs((each.with_negatives(mined.get(each.query, [])) for each in pairs.examples), pairs.documents)
+
+
+def _mined(pairs: Pairs, embedder: SentenceTransformer, settings: RetrieverSettings) -> dict[str, list[str]]:
+    """The negatives of each query for which some were found."""
+    from datasets import Dataset
+    from sentence_transformers.util import mine_hard_negatives
+
+    wanted = settings.mine
+    answers = [(query, text) for query, texts in pairs.answers.items() for text in sorted(texts)]
+    # No more than there is: the library looks for so many closest documents.
+    depth = settings.mine_depth or settings.mine_skip + _CANDIDATES_PER_NEGATIVE * wanted
+    with mendable("These settings of mining can't be used"):
+        found: Any = mine_hard_negatives(
+            Dataset.from_dict({"query": [a[0] for a in answers], "positive": [a[1] for a in answers]}),
+            embedder,
+            corpus=pairs.documents,
+            range_min=settings.mine_skip,
+            range_max=depth,
+            relative_margin=None if settings.mine_margin < 0 else settings.mine_margin,
+            num_negatives=wanted,
+            output_format="triplet",
+            batch_size=settings.mini_batch,
+            verbose=False,
+        )
+    mined: dict[str, dict[str, None]] = {}
+    for query, negative in zip(found["query"], found["negative"], strict=True):
+        mined.setdefault(query, {})[negative] = None
+    if not mined:
+        raise LlamoryError(
+            "No hard negatives were found: every other document is too close to its query. Set mine_margin lower (-1 "
+            "for no limit), or mine 0."
+        )
+    return {query: list(negatives) for query, negatives in mined.items()}
+
+
+def _write(mined: dict[str, list[str]], pairs: Pairs, file: Path) -> None:
+    partial = file.with_name(f"{file.name}.partial")
+    with partial.open("w", encoding="utf-8") as lines:
+        for query, negatives in mined.items():
+            entry = {"query": query, "pos": sorted(pairs.answers[query]), "neg": negatives}
+            lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    partial.replace(file)

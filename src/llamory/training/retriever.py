@@ -1,0 +1,369 @@
+"""Training a retriever on queries and documents, with the Sentence Transformers trainer and its losses."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.base.sampler import BatchSamplers
+from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+from sentence_transformers.sentence_transformer.modules import WordWeights
+from sentence_transformers.util import is_sentence_transformer_model
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, set_seed
+
+from llamory import backbone
+from llamory.errors import LlamoryError
+from llamory.llara.retriever import hide_slot_tokens, load_embedder, reads_slots, save_embedder
+from llamory.llara.template import LlaraTemplate
+from llamory.training.checkpoints import MarkWhole, prepare_output
+from llamory.training.mining import MINED, with_mined
+from llamory.training.pair_batches import POSITIVE, QUERY, DrawnGroups, NoFalseNegatives, negative_columns
+from llamory.training.pairs import Pairs, load_pairs
+from llamory.training.progress import RichProgress
+from llamory.training.ranking import ranking_loss
+from llamory.training.runs import (
+    check_settings,
+    last_logged,
+    lora_config,
+    mendable,
+    run,
+    save_finished,
+    training_arguments,
+)
+from llamory.training.settings import RetrieverSettings
+
+logger = logging.getLogger(__name__)
+
+# A LLaMA with slot tokens added, as long as the run lasts.
+_START = "start"
+_ADAPTER = "adapter"
+
+
+def train_retriever(settings: RetrieverSettings) -> dict[str, Any]:
+    """Train a retriever on queries and documents; `settings.output` becomes a Sentence Transformers folder.
+
+    Returns:
+        The output folder, steps done, queries, mined negatives, documents per query, dimension and last losses.
+
+    Raises:
+        LlamoryError: settings, data, model or output folder that can't be used, or a loss that isn't finite.
+    """
+    _check(settings)
+    output = Path(settings.output)
+    arguments = _arguments(settings)
+    with arguments.main_process_first(desc="output folder"):
+        checkpoint = prepare_output(output, settings.resume or arguments.process_index > 0)
+    set_seed(settings.seed)
+    with arguments.main_process_first(desc="data and model"):
+        train, held_out = _load_data(settings)
+        teacher = _teacher(settings, train, held_out)
+        source = _source(settings, output, write=arguments.process_index == 0)
+        embedder = _load(settings, source, arguments.device)
+        if settings.lora:
+            _add_adapters(embedder, settings)
+        train = train.rewritten(lambda texts: hide_slot_tokens(embedder, texts))
+        given = sum(len(example.negatives) for example in train.examples)
+        if settings.mine:
+            miner = load_embedder(settings.mine_with) if settings.mine_with else embedder
+            train = with_mined(train, miner, settings, output / MINED)
+    if held_out is not None:
+        held_out = held_out.rewritten(lambda texts: hide_slot_tokens(embedder, texts))
+    groups = _groups(train, settings, teacher)
+    shared = settings.share_negatives and arguments.world_size > 1
+    batches = _batches(groups, settings, arguments)
+    _columns(arguments, embedder, groups.group_size)
+    progress = RichProgress("Retriever training")
+    with mendable("These settings can't be used"):
+        trainer = RetrieverTrainer(
+            model=embedder,
+            args=arguments,
+            eval_dataset=None if held_out is None else _fixed(_groups(held_out, settings, teacher)),
+            loss=ranking_loss(embedder, settings, teacher=teacher, shared=shared),
+            data_collator=_collator(embedder, settings, arguments),
+            callbacks=[MarkWhole()] + ([] if settings.quiet else [progress]),
+            groups=groups,
+            batches=batches,
+        )
+    trainer.remove_callback(PrinterCallback)
+    run(trainer, checkpoint, progress)
+    result = {
+        "output": str(output),
+        "steps": trainer.state.global_step,
+        "queries": len(train),
+        "mined": sum(len(example.negatives) for example in train.examples) - given,
+        "group_size": groups.group_size,
+        "teacher": teacher,
+        "dimension": embedder.get_embedding_dimension(),
+        "losses": last_logged(trainer, "loss", "eval_loss"),
+    }
+    save_finished(trainer, settings, None, result, save=lambda folder: _save(embedder, settings, source, folder))
+    if arguments.process_index == 0:
+        shutil.rmtree(output / _START, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+class RetrieverTrainer(SentenceTransformerTrainer):
+    """The library's trainer on groups that are drawn anew in each epoch, in batches without false negatives."""
+
+    control: Any  # the Trainer's, which has no annotation there
+
+    def __init__(self, *args: Any, groups: DrawnGroups, batches: NoFalseNegatives, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.groups, self.batches = groups, batches
+
+    def get_train_dataloader(self) -> Any:
+        """This process's batches; the sampler has shared them out already."""
+        return _Epochs(
+            self.groups,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As the Trainer's."""
+        if self.state.global_step >= self.state.max_steps:  # a finished run that is resumed within an epoch
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """As the library's.
+
+        Raises:
+            LlamoryError: the loss isn't finite.
+        """
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if not torch.isfinite(loss):
+            raise LlamoryError(
+                f"The loss of step {self.state.global_step + 1} isn't finite ({float(loss):.4g}); lower the learning "
+                "rate or look at the model's weights."
+            )
+        return (loss, outputs) if return_outputs else loss
+
+
+class _Epochs(DataLoader[Any]):
+    def set_epoch(self, epoch: int) -> None:
+        assert isinstance(self.batch_sampler, NoFalseNegatives)
+        self.batch_sampler.set_epoch(epoch)
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def _check(settings: RetrieverSettings) -> None:
+    check_settings(settings, ["mini_batch", "group_size", "slots"])
+    for name in ("temperature", "teacher_temperature", "epochs"):
+        if getattr(settings, name) <= 0:
+            raise LlamoryError(f"{name} must be greater than 0, not {getattr(settings, name)}.")
+    for name in ("mine", "mine_skip", "distill_weight", "contrastive_weight"):
+        if getattr(settings, name) < 0:
+            raise LlamoryError(f"{name} must be at least 0, not {getattr(settings, name)}.")
+    if settings.mine_depth is not None and settings.mine_depth < settings.mine_skip + settings.mine:
+        raise LlamoryError(
+            f"mine_depth must be at least {settings.mine_skip + settings.mine} (mine_skip and mine together), not "
+            f"{settings.mine_depth}."
+        )
+    if settings.mine and settings.distill in ("kl", "margin_mse"):
+        raise LlamoryError("Mined negatives have no teacher's scores; set mine to 0, or distill to off.")
+    if settings.distill in ("kl", "margin_mse") and settings.group_size < 2:
+        raise LlamoryError("distill compares documents of a query; set group_size to at least 2.")
+    if settings.fsdp:
+        raise LlamoryError("A retriever can't be trained with fsdp; leave it out (each device has the whole model).")
+
+
+def _arguments(settings: RetrieverSettings) -> SentenceTransformerTrainingArguments:
+    arguments = training_arguments(
+        settings,
+        "LlamaDecoderLayer",
+        evaluates=bool(settings.eval_data),
+        kind=SentenceTransformerTrainingArguments,
+        num_train_epochs=settings.epochs,
+        dataloader_num_workers=settings.workers,
+        batch_sampler=BatchSamplers.NO_DUPLICATES,  # of held-out data; RetrieverTrainer makes those of training
+    )
+    assert isinstance(arguments, SentenceTransformerTrainingArguments)
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process trains on one device: queries that share negatives can't be split up
+    return arguments
+
+
+def _columns(arguments: SentenceTransformerTrainingArguments, embedder: SentenceTransformer, group_size: int) -> None:
+    """Give each column the task and the prompt that `encode_query` and `encode_document` give their texts."""
+    documents = [POSITIVE, *negative_columns(group_size)]
+    arguments.router_mapping = {QUERY: "query", **dict.fromkeys(documents, "document")}
+    prompts = embedder.prompts
+    usual = prompts.get(embedder.default_prompt_name or "", "")
+    names = [name for name in ("document", "passage", "corpus") if name in prompts]
+    own = {QUERY: prompts.get("query", usual)} | dict.fromkeys(documents, prompts[names[0]] if names else usual)
+    arguments.prompts = {column: prompt for column, prompt in own.items() if prompt}
+
+
+def _teacher(settings: RetrieverSettings, train: Pairs, held_out: Pairs | None) -> str:
+    """Which teacher's loss is used.
+
+    Raises:
+        LlamoryError: one is asked for, and a query has no scores or nothing to compare.
+    """
+    if settings.distill == "off" or (settings.distill == "auto" and (settings.mine or settings.group_size < 2)):
+        return "off"
+    lacking = train.unscored or ([] if held_out is None else held_out.unscored)
+    if not lacking:
+        return "kl" if settings.distill == "auto" else settings.distill
+    if settings.distill != "auto":
+        raise LlamoryError(
+            f"{lacking[0].place}: distill needs negatives, pos_scores and neg_scores for every query; add them, or set "
+            "distill to off."
+        )
+    if len(train.unscored) < len(train):
+        logger.warning("Scores aren't learned: %d queries have none; the first: %s", len(lacking), lacking[0].place)
+    return "off"
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _load_data(settings: RetrieverSettings) -> tuple[Pairs, Pairs | None]:
+    train = load_pairs(settings.data, split=settings.split, skip_broken=settings.skip_broken)
+    if not settings.eval_data:
+        return train, None
+    return train, load_pairs(settings.eval_data, split=settings.eval_split, skip_broken=settings.skip_broken)
+
+
+def _groups(pairs: Pairs, settings: RetrieverSettings, teacher: str) -> DrawnGroups:
+    size = min(settings.group_size, 1 + pairs.most_negatives)
+    return DrawnGroups(pairs, size, settings.seed, scored=teacher != "off")
+
+
+def _fixed(groups: DrawnGroups) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list([groups[number] for number in range(len(groups))])
+
+
+def _batches(groups: DrawnGroups, settings: RetrieverSettings, arguments: Any) -> NoFalseNegatives:
+    """The sampler.
+
+    Raises:
+        LlamoryError: no batch can be made.
+    """
+    batches = NoFalseNegatives(
+        groups, settings.batch_size, process=arguments.process_index, processes=arguments.world_size
+    )
+    if not len(batches):
+        raise LlamoryError(
+            f"No batch can be made of {len(groups)} queries without negatives: each needs documents that aren't its "
+            "own answers; add queries or negatives (`neg`, or mine), or set batch_size to at least 2."
+        )
+    return batches
+
+
+def _collator(embedder: SentenceTransformer, settings: RetrieverSettings, arguments: Any) -> Any:
+    """Makes the model's inputs of texts, with the length, the task and the prompt of each column."""
+    return SentenceTransformerDataCollator(
+        preprocess_fn=embedder.preprocess,
+        router_mapping=arguments.router_mapping,
+        prompts=arguments.prompts,
+        max_length=_lengths(embedder, settings),
+    )
+
+
+def _lengths(embedder: SentenceTransformer, settings: RetrieverSettings) -> dict[str, int]:
+    """The most tokens of a query and of a document.
+
+    Raises:
+        LlamoryError: a length has no room for a text beside its prompt.
+    """
+    passages = settings.passage_length or embedder.max_seq_length
+    lengths = {"query": settings.query_length or passages, "document": passages}
+    for task, length in lengths.items():
+        prompt = embedder.preprocess([""], task=task)["input_ids"].shape[-1]
+        if length is not None and length <= prompt:
+            raise LlamoryError(
+                f"A length of {length} tokens leaves no room for a {task}: its prompt takes {prompt}; choose a greater "
+                f"{'query' if task == 'query' else 'passage'}_length."
+            )
+    return {task: length for task, length in lengths.items() if length is not None}
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def _source(settings: RetrieverSettings, output: Path, *, write: bool) -> str:
+    """What the embedder is loaded from: the model itself, or a folder of it with slot tokens added."""
+    name = settings.model
+    if name != "default" and not name.endswith(".gguf") and is_sentence_transformer_model(name):
+        return name
+    config = backbone.load_config(name)
+    if config.model_type != "llama":
+        raise LlamoryError(f"{name} is a {config.model_type} model; a retriever starts from a plain LLaMA.")
+    if LlaraTemplate.from_config(config) is not None:  # type: ignore[arg-type]
+        return str(backbone.resolve(name))
+    start = output / _START
+    if write:
+        _write_start(settings, start)
+    return str(start)
+
+
+def _write_start(settings: RetrieverSettings, start: Path) -> None:
+    """Write a plain LLaMA as a LLARA checkpoint, with new slot tokens; the same at every call."""
+    tokenizer = backbone.load_tokenizer(settings.model)
+    model = backbone.load_model(settings.model, dtype=torch.float32)
+    LlaraTemplate.from_tokenizer(tokenizer, settings.slots).prepare_model(model)
+    shutil.rmtree(start, ignore_errors=True)
+    model.save_pretrained(start)
+    tokenizer.save_pretrained(start)
+
+
+def _load(settings: RetrieverSettings, source: str, device: torch.device) -> SentenceTransformer:
+    longest = max(settings.passage_length, settings.query_length or 0) if settings.passage_length else None
+    loading: dict[str, Any] = {"dtype": torch.float32}
+    if settings.attn_implementation:
+        loading["attn_implementation"] = settings.attn_implementation
+    with mendable(f"{settings.model} can't be loaded with these settings"):
+        embedder = load_embedder(source, max_length=longest, device=str(device), **loading)
+    embedder.model_card_data.local_files_only = True
+    for module in embedder:
+        if isinstance(module, WordWeights):
+            module.requires_grad_(False)  # they pick the slots; the library would train them
+    dimension = embedder.get_embedding_dimension()
+    if wrong := [size for size in settings.matryoshka if not 0 < size <= (dimension or size)]:
+        raise LlamoryError(f"matryoshka dimensions must be from 1 to the model's {dimension}, not {wrong[0]}.")
+    _lengths(embedder, settings)
+    return embedder
+
+
+def _add_adapters(embedder: SentenceTransformer, settings: RetrieverSettings) -> None:
+    """Adapters on the named layers; of a LLARA model's embeddings only the slot tokens' rows are trained."""
+    slots: dict[str, Any] = {}
+    if reads_slots(embedder):
+        template = LlaraTemplate.from_config(embedder[0].config)
+        assert template is not None
+        rows = sorted(template.summarize_slot_ids + template.predict_slot_ids)
+        slots = {"trainable_token_indices": {"embed_tokens": rows}}
+    with mendable("These LoRA settings don't fit the model"):
+        embedder.add_adapter(lora_config(settings, **slots))
+    if settings.gradient_checkpointing:
+        embedder[0].auto_model.enable_input_require_grads()
+
+
+def _save(embedder: SentenceTransformer, settings: RetrieverSettings, source: str, folder: Path) -> None:
+    """Write the trained model as stock modules; adapters are merged into the weights they were made for."""
+    if settings.lora:
+        from peft import PeftModel
+
+        embedder[0].auto_model.save_pretrained(folder / _ADAPTER)
+        plain = _load(settings, source, embedder.device)
+        adapted = PeftModel.from_pretrained(plain[0].auto_model, str(folder / _ADAPTER))
+        embedder[0].model = adapted.merge_and_unload()
+    save_embedder(embedder, folder)
