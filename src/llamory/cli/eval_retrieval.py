@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -134,11 +135,12 @@ def _score_model(
     from llamory.llara.retriever import load_embedder
 
     embedder = load_embedder(name, max_length=max_length)
+    limit = embedder.max_seq_length  # infinite where there is none, which JSON doesn't know
     facts = {
         "kind": "vectors",
         "fingerprint": fingerprint(embedder),
         "similarity": embedder.similarity_fn_name,
-        "max_length": embedder.max_seq_length,
+        "max_length": limit if limit is not None and math.isfinite(limit) else None,
         "bf16": bf16,
     }
 
@@ -190,9 +192,7 @@ def _print(report: RetrievalReport, shown: dict[str, str]) -> None:
     console.print(title, markup=False, soft_wrap=True)
     missing = settings["relevant_documents_missing"]
     if missing:
-        console.print(
-            f"{missing:,} relevant documents aren't among them, so no one can find those.", markup=False, soft_wrap=True
-        )
+        console.print(f"{missing:,} relevant documents aren't among them: no one can find those.", soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("", overflow="fold")  # a path may be long
     for metric in METRICS:

@@ -45,6 +45,8 @@ _FREE_WORDS = re.compile(
 )
 
 
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
 # Where the words of a docstring end and a list begins, in Google's, numpydoc's and Sphinx' ways of writing.
 _SECTION = re.compile(
     r"\s*((Args|Arguments|Parameters|Params|Attributes|Returns?|Yields?|Raises|Examples?|Notes?|Usage|Warning)\s*:?\s*$"
@@ -117,18 +119,19 @@ def folder_origin(folder: Path) -> Origin:
 def permissive_licence(package: metadata.PackageMetadata) -> str | None:
     """The licence that a package names, if it allows passing its text on with no more than a notice; else None.
 
-    An expression must allow it in all its parts, or in one of those that `OR` joins.
+    An expression must allow it in all its parts, or, where no parentheses group them, in one of those that `OR` joins.
     """
-    expression = (package.get("License-Expression") or "").strip()
+    expression = _field(package, "License-Expression")
     if expression:
-        return expression if any(map(_all_known, re.split(r"\bOR\b", expression))) else None
+        choices = [expression] if "(" in expression else re.split(r"\bOR\b", expression)
+        return expression if any(map(_all_known, choices)) else None
     named = [
         entry.rsplit(" :: ", 1)[1] for entry in package.get_all("Classifier") or [] if entry.startswith("License ")
     ]
     named = [entry for entry in named if entry != "OSI Approved"]
     if named:
         return ", ".join(named) if all(entry in _CLASSIFIERS for entry in named) else None
-    free = (package.get("License") or "").strip()
+    free = _field(package, "License")
     return free if _all_known(free) or _FREE_WORDS.fullmatch(free) else None
 
 
@@ -173,7 +176,7 @@ def first_paragraph(docstring: str) -> str:
     return " ".join(" ".join(found).split())
 
 
-def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> str | None:
+def _without_docstring(node: _Function, lines: Sequence[str]) -> str | None:
     """The function's own lines; None if it has no code but its docstring, is too short or too long."""
     if len(node.body) < 2:
         return None
@@ -187,7 +190,7 @@ def _without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequ
     return text if LEAST_LINES <= count <= MOST_LINES else None
 
 
-def _header(node: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.expr | ast.arg]:
+def _header(node: _Function) -> Iterator[ast.expr | ast.arg]:
     yield from (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
     yield from node.args.defaults
     yield from filter(None, (*node.args.kw_defaults, node.args.vararg, node.args.kwarg, node.returns))
@@ -232,8 +235,12 @@ def _source(path: Path) -> str:
         return ""
 
 
+def _field(package: metadata.PackageMetadata, name: str) -> str:
+    return str((package.get_all(name) or [""])[0]).strip()
+
+
 def _all_known(expression: str) -> bool:
-    names = [name for name in re.split(r"\bAND\b|[()]", expression) if name.strip()]
+    names = [name for name in re.split(r"\bAND\b|\bOR\b|[()]", expression) if name.strip()]
     return bool(names) and all(_SPDX.fullmatch(name.strip()) for name in names)
 
 

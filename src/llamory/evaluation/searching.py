@@ -99,7 +99,7 @@ class _Best:
         for row, (line, least) in enumerate(zip(scores, worst, strict=True), start):
             # All that tie with the last place are looked at: which of them is in must not depend on chance.
             near = np.flatnonzero(line >= least if np.isfinite(least) else np.isfinite(line))
-            merged = self.found[row] + [(float(line[i]), ids[i]) for i in near]
+            merged = self.found[row] + [(float(line[i]), ids[i]) for i in near.tolist()]
             self.found[row] = sorted(merged, reverse=True)[: DEPTH + 1]
 
     def ranking(self) -> Ranking:
