@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from llamory.documents.files import read_json_lines, string_entry
+from llamory.documents.beir import (
+    CORPUS,
+    JUDGEMENTS,
+    QUERIES,
+    document_entry,
+    judgement_rows,
+    query_entry,
+    title_and_text,
+)
+from llamory.documents.files import read_json_lines
 from llamory.errors import LlamoryError
 from llamory.evaluation.judged import RetrievalSet, judged_queries
 
-CORPUS, QUERIES, JUDGEMENTS = "corpus.jsonl", "queries.jsonl", "qrels"
-_HEADER = ("query-id", "corpus-id", "score")
+T = TypeVar("T", bound=tuple[str, ...])
 
 
 def read_beir(folder: Path, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalSet:
@@ -38,21 +45,23 @@ def read_beir(folder: Path, split: str | None = None, *, ignore_identical_ids: b
                 f"{JUDGEMENTS}/*.tsv)."
             )
     judged_file = _judgements_file(folder, split)
-    queries = dict(_unique(folder / QUERIES, _query))
+    queries = dict(_unique(folder / QUERIES, query_entry))
     judgements = _read_judgements(judged_file)
     wanted = judged_queries(str(judged_file), queries, judgements)
     corpus = folder / CORPUS
     ids, own = [], set()
-    for key, (text, whole) in _unique(corpus, _document):
+    for key, title, text in _unique(corpus, document_entry):
         ids.append(key)
-        same = key in wanted and (ignore_identical_ids or _plain(wanted[key]) in (_plain(text), _plain(whole)))
+        same = key in wanted and (
+            ignore_identical_ids or _plain(wanted[key]) in (_plain(text), _plain(f"{title} {text}"))
+        )
         if same and judgements[key].get(key, 0) < 1:
             own.add(key)
     if not ids:
         raise LlamoryError(f"{corpus} has no documents.")
 
     def read() -> Iterator[tuple[str, str]]:
-        return ((key, whole) for key, (_, whole) in (found for _, found in read_json_lines(corpus, _document)))
+        return (found for _, found in read_json_lines(corpus, title_and_text))
 
     return RetrievalSet(
         name=_name(folder.resolve(), judged_file.stem),
@@ -89,64 +98,22 @@ def _judgements_file(folder: Path, split: str | None) -> Path:
 
 def _read_judgements(file: Path) -> dict[str, dict[str, int]]:
     judgements: dict[str, dict[str, int]] = {}
-    for query, document, score in _rows(file):
-        judgements.setdefault(query, {})[document] = score
+    for line, query, document, score in judgement_rows(file):
+        if not score.is_integer():
+            raise LlamoryError(f"{file}:{line}: the score should be a whole number, not {score}.")
+        judgements.setdefault(query, {})[document] = int(score)
     return judgements
 
 
-def _rows(file: Path) -> Iterator[tuple[str, str, int]]:
-    """Query id, document id and score of each line; a header, where there is one, is no line."""
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        try:
-            for row in reader:
-                if not row or (reader.line_num == 1 and tuple(map(str.strip, row)) == _HEADER):
-                    continue
-                if len(row) == 4:  # TREC's form has a column that no one uses
-                    del row[1]
-                try:
-                    query, document, score = row
-                    yield query, document, _score(score)
-                except ValueError as error:
-                    if reader.line_num == 1:
-                        continue  # a header in other words
-                    raise LlamoryError(
-                        f"{file}:{reader.line_num}: a line should be a query's id, a document's id and a score that "
-                        "is a whole number, with tabs between them; mend or remove the line."
-                    ) from error
-        except UnicodeDecodeError as error:
-            raise LlamoryError(f"{file} is not UTF-8 text ({error}).") from error
-
-
-def _score(text: str) -> int:
-    number = float(text)
-    if not number.is_integer():
-        raise ValueError(text)
-    return int(number)
-
-
-def _unique(file: Path, parse: Any) -> Iterator[tuple[str, Any]]:
+def _unique(file: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     seen = set()
-    for line, (key, found) in read_json_lines(file, parse):
-        if key in seen:
-            raise LlamoryError(f"{file}:{line}: the id {key!r} stands here for the second time; ids must be unique.")
-        seen.add(key)
-        yield key, found
-
-
-def _document(entry: dict[str, Any]) -> tuple[str, tuple[str, str]]:
-    title = string_entry({"title": entry.get("title") or ""}, "title")
-    text = string_entry(entry, "text")
-    return _id(entry), (text, f"{title} {text}".strip())
-
-
-def _query(entry: dict[str, Any]) -> tuple[str, str]:
-    return _id(entry), string_entry(entry, "text")
-
-
-def _id(entry: dict[str, Any]) -> str:
-    key = entry.get("_id", entry.get("id"))
-    return str(key) if isinstance(key, int) else string_entry({"_id": key} if key is not None else {}, "_id")
+    for line, found in read_json_lines(file, parse):
+        if found[0] in seen:
+            raise LlamoryError(
+                f"{file}:{line}: the id {found[0]!r} stands here for the second time; ids must be unique."
+            )
+        seen.add(found[0])
+        yield found
 
 
 def _plain(text: str) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import xxhash
 
+from llamory.documents.beir import CORPUS, JUDGEMENTS, QUERIES
 from llamory.errors import LlamoryError
-from llamory.evaluation.beir import CORPUS, JUDGEMENTS, QUERIES
 from llamory.evaluation.records import write_lines
 
 PARTS = {"test": 5 / 32, "dev": 2 / 32, "train": 25 / 32}  # the first keeps its pairs where two are alike
