@@ -123,9 +123,10 @@ def test_a_query_is_what_the_docstring_says_in_words(docstring: str, words: str)
 
 
 def test_files_of_a_folder_are_read_without_its_tests(tmp_path: Path) -> None:
-    (tmp_path / "rivers" / "tests").mkdir(parents=True)
+    for folder in ("tests", "_vendor"):
+        (tmp_path / "rivers" / folder).mkdir(parents=True)
     (tmp_path / "rivers" / "deep.py").write_text(MODULE)
-    for other in ("rivers/tests/other.py", "rivers/test_deep.py", "rivers/.hidden.py"):
+    for other in ("rivers/tests/other.py", "rivers/test_deep.py", "rivers/.hidden.py", "rivers/_vendor/x.py"):
         (tmp_path / other).write_text(MODULE)
     pairs = list(function_pairs([folder_origin(tmp_path)]))
     assert [pair.source for pair in pairs] == [

@@ -72,10 +72,18 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (" and more" if len(names) > 8 else "")
 
 
+def _plain_texts(table: Any) -> bool:
+    return "text" in table.column_names and (len(table) == 0 or isinstance(table[0]["text"], str))
+
+
 def _as_set(task: Any, name: str, subset: str, split: str, *, ignore_identical_ids: bool) -> RetrievalSet:
     data = task.dataset[subset][split]
     corpus, asked = data["corpus"], data["queries"]
-    if "instruction" in asked.column_names or "text" not in corpus.column_names:
+    if data.get("top_ranked"):
+        raise LlamoryError(
+            f"The mteb task {name} reorders given documents; name one that searches all of them."
+        )
+    if "instruction" in asked.column_names or not all(_plain_texts(table) for table in (corpus, asked)):
         raise LlamoryError(f"The mteb task {name} asks with instructions, or not about texts; name a plain text task.")
     queries = dict(zip(asked["id"], asked["text"], strict=True))
     judgements = {

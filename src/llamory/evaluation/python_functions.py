@@ -19,7 +19,10 @@ from llamory.evaluation.sets import Pair, words
 
 LEAST_WORDS, MOST_WORDS = 3, 100  # of a query
 LEAST_LINES, MOST_LINES = 3, 200  # of a function without its docstring
-_LEFT_OUT = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data"}
+_LEFT_OUT = {
+    *("test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data"),
+    *("_vendor", "vendor", "vendored", "_vendored", "extern", "externals", "third_party"),  # of other licences
+}
 
 # Licences under which a text may be passed on and trained on with no more than their notice, in SPDX's names and in
 # those of the older classifiers.
