@@ -51,27 +51,35 @@ def read_beir(folder: Path, split: str = "train", *, skip_broken: bool = False) 
     for file in (folder / CORPUS, folder / QUERIES, judged):
         if not file.is_file():
             raise LlamoryError(f"{folder} is no BEIR folder with a split {split!r}: there is no {file}.")
-    corpus = dict(text for _, text in read_json_lines(folder / CORPUS, _document, skip_broken=skip_broken))
-    queries = dict(text for _, text in read_json_lines(folder / QUERIES, _query, skip_broken=skip_broken))
+    corpus = dict(text for _, text in read_json_lines(folder / CORPUS, title_and_text, skip_broken=skip_broken))
+    queries = dict(text for _, text in read_json_lines(folder / QUERIES, query_entry, skip_broken=skip_broken))
     judgements: dict[str, dict[str, float]] = {}
     places: dict[str, str] = {}
-    for number, query, document, score in _rows(judged):
-        for name, known, texts in ((query, queries, QUERIES), (document, corpus, CORPUS)):
+    for number, query, document, score in judgement_rows(judged):
+        for name, known, place in ((query, queries, QUERIES), (document, corpus, CORPUS)):
             if name not in known:
-                raise LlamoryError(f"{judged}:{number}: there is no {name!r} in {texts}; mend or remove the line.")
+                raise LlamoryError(f"{judged}:{number}: there is no {name!r} in {place}; mend or remove the line.")
         judgements.setdefault(query, {})[document] = score
         places.setdefault(query, f"{judged}:{number}")
     return Beir(corpus, queries, judgements, places)
 
 
-def _rows(file: Path) -> Iterator[tuple[int, str, str, float]]:
-    """Line number, query id, document id and score; the header, where there is one, isn't a row."""
+def judgement_rows(file: Path) -> Iterator[tuple[int, str, str, float]]:
+    """Line number, query id, document id and score of each line of `qrels/SPLIT.tsv`.
+
+    The header, where there is one, isn't a row; a fourth column, which TREC's files have second, is passed over.
+
+    Raises:
+        LlamoryError: a line is broken; file and line are told.
+    """
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
             for row in reader:
                 if not row or (reader.line_num == 1 and not _is_number(row[-1])):
                     continue
+                if len(row) == 4:
+                    del row[1]
                 if len(row) != 3 or not _is_number(row[2]):
                     raise LlamoryError(
                         f"{file}:{reader.line_num}: a line should be a query's id, a document's id and a score, with "
@@ -90,12 +98,19 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _document(entry: dict[str, Any]) -> tuple[str, str]:
-    title = entry.get("title") or ""
-    return _id(entry), f"{string_entry({'title': title}, 'title')} {string_entry(entry, 'text')}".strip()
+def title_and_text(entry: dict[str, Any]) -> tuple[str, str]:
+    """Id and text of a line of the corpus; a title stands before its text, as in BEIR's own code."""
+    key, title, text = document_entry(entry)
+    return key, f"{title} {text}".strip()
 
 
-def _query(entry: dict[str, Any]) -> tuple[str, str]:
+def document_entry(entry: dict[str, Any]) -> tuple[str, str, str]:
+    """Id, title and text of a line of the corpus."""
+    return _id(entry), string_entry({"title": entry.get("title") or ""}, "title"), string_entry(entry, "text")
+
+
+def query_entry(entry: dict[str, Any]) -> tuple[str, str]:
+    """Id and text of a line of the queries."""
     return _id(entry), string_entry(entry, "text")
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TextIO, TypeVar
 
 from llamory.errors import LlamoryError
 
@@ -99,10 +100,22 @@ class Record(Generic[Score]):
 
 def write_whole(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON file: beside it first, then renamed, so that a kill leaves the old one or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with _beside(path) as file:
         json.dump(document, file, ensure_ascii=False, indent=1)
         file.write("\n")
+
+
+def write_lines(path: Path, entries: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSON lines file, as `write_whole` does."""
+    with _beside(path) as file:
+        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[TextIO]:
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

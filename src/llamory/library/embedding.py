@@ -56,9 +56,19 @@ def embed_passages(
 
 def embed_query(embedder: SentenceTransformer, query: str) -> np.ndarray:
     """Embed a query: a float32 vector (dimension,)."""
+    vector: np.ndarray = embed_queries(embedder, [query])[0]
+    return vector
+
+
+def embed_queries(embedder: SentenceTransformer, queries: list[str], *, bf16: bool = False) -> np.ndarray:
+    """Embed queries: float32 vectors (queries, dimension). `bf16` as for `embed_passages`."""
+    import torch
+
     from llamory.llara.retriever import hide_slot_tokens
 
-    return embedder.encode_query(hide_slot_tokens(embedder, [query]), show_progress_bar=False)[0].astype("float32")
+    with torch.autocast(embedder.device.type, torch.bfloat16, enabled=bf16):
+        vectors = embedder.encode_query(hide_slot_tokens(embedder, queries), show_progress_bar=False)
+    return vectors.astype("float32")
 
 
 def passage_tokenizer(embedder: SentenceTransformer) -> PreTrainedTokenizerBase:

@@ -126,6 +126,20 @@ def reads_slots(embedder: SentenceTransformer) -> bool:
     return config is not None and LlaraTemplate.from_config(config) is not None
 
 
+def check_embedder(model: str | Path) -> None:
+    """See, before long work starts, that there is such a model and that it turns texts into vectors.
+
+    Raises:
+        LlamoryError: there isn't, or it doesn't.
+    """
+    from sentence_transformers.util import is_sentence_transformer_model
+
+    name = str(model)
+    _check_folder(name)
+    if not is_sentence_transformer_model(name) and (config := _read_config(name)).model_type == "llama":
+        _template_of(name, config)
+
+
 def hide_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[str]:
     """Rewrite what a LLARA embedder refuses to read: a slot token such as `<s1>` in a text becomes `< s1>`.
 
@@ -165,12 +179,7 @@ def _assemble(
     config = _read_config(name)
     if config.model_type != "llama":
         raise LlamoryError(f"{name} is a {config.model_type} model; only LLaMA checkpoints can be LLARA retrievers.")
-    template = LlaraTemplate.from_config(config)
-    if template is None:
-        raise LlamoryError(
-            f"{name} is a plain LLaMA without a LLARA template in its config; train a retriever from it first with "
-            "`llamory train llara`."
-        )
+    template = _template_of(name, config)
     tokenizer = _read_tokenizer(name)
     template.check_tokenizer(tokenizer)
     if max_length is None:
@@ -379,6 +388,16 @@ def _read_config(name: str) -> Any:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise LlamoryError(f"{name} can't be loaded as a model: {_first_line(error)}.") from error
+
+
+def _template_of(name: str, config: Any) -> LlaraTemplate:
+    template = LlaraTemplate.from_config(config)
+    if template is None:
+        raise LlamoryError(
+            f"{name} is a plain LLaMA without a LLARA template in its config; train a retriever from it first with "
+            "`llamory train llara`."
+        )
+    return template
 
 
 def _read_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -1,0 +1,139 @@
+"""BEIR folders are read as BEIR's own code reads them, and what is wrong with one is told by file and line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llamory.errors import LlamoryError
+from llamory.evaluation.beir import read_beir
+
+CORPUS = [
+    {"_id": "d1", "title": "Rivers", "text": "They run south."},
+    {"_id": "d2", "title": "", "text": "a stone"},
+    {"_id": "d3", "text": "no title", "metadata": {"url": "x"}},
+]
+QUERIES = [{"_id": "q1", "text": "where do they run"}, {"_id": "q2", "text": "what"}, {"_id": "q3", "text": "unjudged"}]
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write(tmp_path / "corpus.jsonl", CORPUS)
+    write(tmp_path / "queries.jsonl", QUERIES)
+    judge(tmp_path, "test", "query-id\tcorpus-id\tscore\nq1\td1\t2\nq1\td2\t0\nq2\td3\t1\n")
+    return tmp_path
+
+
+def write(path: Path, entries: list[dict]) -> None:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def judge(folder: Path, split: str, rows: str) -> None:
+    (folder / "qrels").mkdir(exist_ok=True)
+    (folder / "qrels" / f"{split}.tsv").write_text(rows)
+
+
+def test_titles_stand_before_texts_and_only_judged_queries_are_asked(folder: Path) -> None:
+    data = read_beir(folder)
+    assert dict(data.read()) == {"d1": "Rivers They run south.", "d2": "a stone", "d3": "no title"}
+    assert list(data.read()) == list(data.read())
+    assert data.ids == ["d1", "d2", "d3"]
+    assert data.queries == {"q1": "where do they run", "q2": "what"}
+    assert data.judgements == {"q1": {"d1": 2, "d2": 0}, "q2": {"d3": 1}}
+    assert (data.name, data.split, data.missing) == (folder.name, "test", 0)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "q1\td1\t1\n",
+        "q1\t0\td1\t1\n",
+        "qid\tdocid\trel\nq1\td1\t1\n",
+        "\ufeffquery-id\tcorpus-id\tscore\r\nq1\td1\t1.0",
+    ],
+)
+def test_judgements_may_have_any_header_or_none_or_trecs_columns(folder: Path, rows: str) -> None:
+    judge(folder, "test", rows)
+    assert read_beir(folder).judgements == {"q1": {"d1": 1}}
+
+
+def test_the_split_is_chosen(folder: Path) -> None:
+    judge(folder, "dev", "q2\td2\t1\n")
+    assert read_beir(folder).split == "test"
+    assert read_beir(folder, "dev").judgements == {"q2": {"d2": 1}}
+    with pytest.raises(LlamoryError, match="there is no split 'train'; there are dev, test"):
+        read_beir(folder, "train")
+    (folder / "qrels" / "test.tsv").rename(folder / "qrels" / "train.tsv")
+    with pytest.raises(LlamoryError, match="name a split; there are dev, train"):
+        read_beir(folder)
+    (folder / "qrels" / "train.tsv").unlink()
+    assert read_beir(folder).split == "dev"
+
+
+def test_a_folder_of_parts_gives_the_part(folder: Path) -> None:
+    (folder / "set").mkdir()
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels"):
+        (folder / name).rename(folder / "set" / name)
+    (folder / "set").rename(folder / "test")
+    data = read_beir(folder)
+    assert (data.name, list(data.queries)) == (f"{folder.name}/test", ["q1", "q2"])
+
+
+def test_a_query_that_is_a_document_is_known_by_id_and_text(folder: Path) -> None:
+    write(
+        folder / "corpus.jsonl", [*CORPUS, {"_id": "q1", "text": " where do they\nrun "}, {"_id": "q2", "text": "else"}]
+    )
+    assert read_beir(folder).own == {"q1"}
+    assert read_beir(folder, ignore_identical_ids=True).own == {"q1", "q2"}
+    judge(folder, "test", "q1\tq1\t1\nq2\td3\t1\n")
+    assert read_beir(folder).own == set()
+
+
+def test_other_content_has_another_fingerprint(folder: Path) -> None:
+    before = read_beir(folder).fingerprint
+    assert read_beir(folder).fingerprint == before
+    write(folder / "corpus.jsonl", [*CORPUS, {"_id": "d4", "text": "more"}])
+    assert read_beir(folder).fingerprint != before
+
+
+def test_relevant_documents_that_are_not_there_are_counted(folder: Path) -> None:
+    judge(folder, "test", "q1\td1\t1\nq1\tgone\t1\nq1\taway\t0\n")
+    assert read_beir(folder).missing == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ("h\th\th\nq1 d1 1\n", r"test.tsv:2: a line should be a query's id"),
+        ("h\th\th\nq1\td1\tyes\n", r"test.tsv:2: "),
+        ("h\th\th\nq1\td1\t0.5\n", r"test.tsv:2: .* a whole number"),
+        ("q9\td1\t1\n", r"judges documents for the query 'q9'"),
+        ("q1\td1\t0\n", r"no query with a relevant document"),
+        ("", r"no query with a relevant document"),
+    ],
+)
+def test_broken_judgements_are_told(folder: Path, rows: str, sentence: str) -> None:
+    judge(folder, "test", rows)
+    with pytest.raises(LlamoryError, match=sentence):
+        read_beir(folder)
+
+
+def test_a_broken_corpus_is_told(folder: Path) -> None:
+    write(folder / "corpus.jsonl", [*CORPUS, {"_id": "d2", "text": "again"}])
+    with pytest.raises(LlamoryError, match=r"corpus.jsonl:4: the id 'd2' stands here for the second time"):
+        read_beir(folder)
+    write(folder / "corpus.jsonl", [{"_id": "d1", "title": "no text"}])
+    with pytest.raises(LlamoryError, match=r"corpus.jsonl:1: the object has no 'text'"):
+        read_beir(folder)
+    (folder / "corpus.jsonl").write_text("\n")
+    with pytest.raises(LlamoryError, match="has no documents"):
+        read_beir(folder)
+    (folder / "corpus.jsonl").unlink()
+    with pytest.raises(LlamoryError, match=r"is no BEIR folder: there is no corpus.jsonl"):
+        read_beir(folder)
+
+
+def test_numbers_may_be_ids(folder: Path) -> None:
+    write(folder / "corpus.jsonl", [{"_id": 7, "text": "seven"}])
+    judge(folder, "test", "q1\t7\t1\n")
+    assert read_beir(folder).ids == ["7"]

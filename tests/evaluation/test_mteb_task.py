@@ -1,0 +1,60 @@
+"""Retrieval tasks of mteb come by name, with mteb's own rules."""
+
+import sys
+
+import pytest
+
+from llamory.errors import LlamoryError
+from llamory.evaluation.mteb_task import read_mteb
+
+
+@pytest.fixture
+def registry(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The tasks that mteb knows, to which a test may add."""
+    pytest.importorskip("mteb")
+    known = dict(sys.modules["mteb.get_tasks"]._TASKS_REGISTRY)
+    monkeypatch.setattr(sys.modules["mteb.get_tasks"], "_TASKS_REGISTRY", known)
+    return known
+
+
+@pytest.fixture
+def task(registry: dict):
+    """A small task, whose data is made up on the spot."""
+    from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask
+
+    registry["SmallRetrieval"] = MockRetrievalTask
+    made = MockRetrievalTask()
+    made.load_data()
+    return made.dataset["default"]
+
+
+def test_a_task_is_what_mteb_loads(task) -> None:
+    data = read_mteb("SmallRetrieval")
+    expected = task["test"]
+    assert (data.name, data.split) == ("SmallRetrieval", "test")
+    assert dict(data.queries) == dict(zip(expected["queries"]["id"], expected["queries"]["text"], strict=True))
+    assert data.judgements == expected["relevant_docs"]
+    titles = (
+        expected["corpus"]["title"] if "title" in expected["corpus"].column_names else [""] * len(expected["corpus"])
+    )
+    texts = [f"{title} {text}".strip() for title, text in zip(titles, expected["corpus"]["text"], strict=True)]
+    assert list(data.read()) == list(zip(expected["corpus"]["id"], texts, strict=True))
+    assert list(data.ids) == list(expected["corpus"]["id"])
+    assert read_mteb("SmallRetrieval", "val").split == "val"
+    with pytest.raises(LlamoryError, match="has no split 'train'; it has "):
+        read_mteb("SmallRetrieval", "train")
+
+
+def test_what_cannot_be_a_retrieval_task_is_one_sentence(registry: dict) -> None:
+    with pytest.raises(LlamoryError, match=r"mteb has no such task \(did you mean NFCorpus\?\)"):
+        read_mteb("NFCorpis")
+    with pytest.raises(LlamoryError, match="is of the kind STS; name a retrieval task"):
+        read_mteb("STS12")
+    with pytest.raises(LlamoryError, match="data of the mteb task NFCorpus can't be loaded"):  # tests are offline
+        read_mteb("NFCorpus")
+
+
+def test_without_mteb_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    with pytest.raises(LlamoryError, match=r"There is no folder NFCorpus; .* pip install 'llamory\[mteb\]'"):
+        read_mteb("NFCorpus")
