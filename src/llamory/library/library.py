@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,23 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamory.errors import LlamoryError
-from llamory.library.embedding import (
-    embed_passages,
-    embed_query,
-    fingerprint,
-    passage_length_for,
-    passage_tokenizer,
-)
+from llamory.library.embedding import embed_query, fingerprint, passage_length_for
+from llamory.library.engine import Engine, FileTask, LocalEngine, Recipe
 from llamory.library.store import Hit, PassageStore, Settings
 
 if TYPE_CHECKING:
+    import numpy as np
     from sentence_transformers import SentenceTransformer
-    from transformers import PreTrainedTokenizerBase
-
-    from llamory.documents import Document
-
-# Passages that are embedded before they are written: what is lost when a run is killed.
-PASSAGES_PER_COMMIT = 64
 
 PathLike = str | os.PathLike[str]
 
@@ -129,42 +118,19 @@ class Library:
         Raises:
             LlamoryError: a path can't be read, the model is not the library's, or the passage length doesn't fit.
         """
-        from llamory.documents import find_files, read_file
+        from llamory.documents import find_files
 
         if isinstance(paths, str | os.PathLike):
             paths = [paths]
         roots = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 -- resolve() would follow links
-        files = find_files(roots)
+        files = [str(file) for file in find_files(roots)]
         embedder = self._embedder()
-        length = self._passage_length(embedder, passage_length)
-        tokenizer = passage_tokenizer(embedder)
+        recipe = Recipe(self._passage_length(embedder, passage_length), text_field, skip_broken, self._bf16)
         known = {} if self._store is None else self._store.documents()
-        report = AddReport()
-        seen: set[str] = set()  # sources that have passages now
-        waiting: list[dict[str, Any]] = []  # rows of documents that aren't written yet
         with _Bar(len(files), shown=progress) as bar:
-            for file in files:
-                for document in read_file(file, text_field=text_field, skip_broken=skip_broken):
-                    digest = _digest(document, length)
-                    if known.get(document.source, ("", ""))[1] == digest:
-                        seen.add(document.source)
-                        report.unchanged += 1
-                        continue
-                    rows = _rows(document, tokenizer, length, str(file), digest)
-                    if not rows:
-                        continue
-                    seen.add(document.source)
-                    waiting += rows
-                    report.passages += len(rows)
-                    report.updated += document.source in known
-                    report.added += document.source not in known
-                    if len(waiting) >= PASSAGES_PER_COMMIT:
-                        self._write(waiting, known, embedder, length, bar)
-                        waiting = []
-                bar.file_done()
-            if waiting:
-                self._write(waiting, known, embedder, length, bar)
-        gone = _gone(known, seen, files, roots)
+            engine = LocalEngine(recipe, embedder, self._held, bar.embedded)
+            report, seen, finished = self._take(engine, _tasks(files, known), known, recipe, bar)
+        gone = _gone(known, seen, finished, roots)
         report.removed = len(gone)
         if self._store is not None:
             self._store.remove(gone)
@@ -172,30 +138,36 @@ class Library:
                 self._store.tidy()
         return report
 
-    def _write(
-        self,
-        rows: list[dict[str, Any]],
-        known: Collection[str],
-        embedder: SentenceTransformer,
-        length: int,
-        bar: _Bar,
-    ) -> None:
-        """Embed and write whole documents; passages of theirs that didn't change keep their vectors."""
-        import numpy as np
+    def _take(
+        self, engine: Engine, tasks: list[FileTask], known: Mapping[str, tuple[str, str]], recipe: Recipe, bar: _Bar
+    ) -> tuple[AddReport, set[str], set[str]]:
+        """Write what an engine gives; also the sources that have passages now, and the files that were read."""
+        report, seen, finished = AddReport(), set[str](), set[str]()
+        for batch in engine.run(tasks):
+            written = {row["source"] for row in batch.rows}
+            replaced = {source for source in written if source in known}
+            if batch.vectors is not None:
+                store = self._store or self._create(batch.vectors.shape[1], recipe.passage_length)
+                store.write(batch.rows, batch.vectors, replaced)
+            seen |= written | set(batch.unchanged)
+            finished |= set(batch.finished)
+            report.unchanged += len(batch.unchanged)
+            report.passages += len(batch.rows)
+            report.updated += len(replaced)
+            report.added += len(written) - len(replaced)
+            bar.files_done(len(batch.finished))
+        return report, seen, finished
 
-        replaced = {row["source"] for row in rows if row["source"] in known}
-        vectors = self._store.vectors(replaced) if self._store is not None else {}
-        new = [text for text in dict.fromkeys(row["text"] for row in rows) if text not in vectors]
-        if new:
-            vectors |= dict(zip(new, embed_passages(embedder, new, bar.embedded, bf16=self._bf16), strict=True))
-        matrix = np.stack([vectors[row["text"]] for row in rows])
-        if self._store is None:
-            model = self._model if isinstance(self._model, str) else ""
-            if model and Path(model).is_dir():
-                model = os.path.abspath(model)  # noqa: PTH100
-            settings = Settings(model, fingerprint(embedder), matrix.shape[1], length)
-            self._store = PassageStore.create(self.path, settings)
-        self._store.write(rows, matrix, replaced)
+    def _held(self, texts: Collection[str]) -> Mapping[str, np.ndarray]:
+        return {} if self._store is None else self._store.vectors(texts)
+
+    def _create(self, dimension: int, passage_length: int) -> PassageStore:
+        model = self._model if isinstance(self._model, str) else ""
+        if model and Path(model).is_dir():
+            model = os.path.abspath(model)  # noqa: PTH100
+        settings = Settings(model, fingerprint(self._embedder()), dimension, passage_length)
+        self._store = PassageStore.create(self.path, settings)
+        return self._store
 
     # ---- searching ---------------------------------------------------------------------------------------------------
 
@@ -287,47 +259,30 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def file_done(self) -> None:
-        self._progress.advance(self._task)
+    def files_done(self, files: int) -> None:
+        self._progress.advance(self._task, files)
 
     def embedded(self, passages: int) -> None:
         self._passages += passages
         self._progress.update(self._task, passages=self._passages)
 
 
-def _digest(document: Document, length: int) -> str:
-    """Hash of all that a document's passages are made from."""
-    whole = "\0".join([str(length), document.title, document.text])
-    return hashlib.sha256(whole.encode()).hexdigest()[:32]
-
-
-def _rows(
-    document: Document, tokenizer: PreTrainedTokenizerBase, length: int, file: str, digest: str
-) -> list[dict[str, Any]]:
-    from llamory.documents import split_passages
-
-    return [
-        {
-            "text": passage.text,
-            "source": passage.source,
-            "title": passage.title,
-            "line": passage.line,
-            "position": position,
-            "file": file,
-            "hash": digest,
-        }
-        for position, passage in enumerate(split_passages(document, tokenizer, length))
-    ]
+def _tasks(files: Iterable[str], known: Mapping[str, tuple[str, str]]) -> list[FileTask]:
+    held: dict[str, dict[str, str]] = {}
+    for source, (file, digest) in known.items():
+        held.setdefault(file, {})[source] = digest
+    return [FileTask(file, held.get(file, {})) for file in files]
 
 
 def _gone(
-    known: Mapping[str, tuple[str, str]], seen: Collection[str], files: Iterable[Path], roots: Sequence[Path]
+    known: Mapping[str, tuple[str, str]], seen: Collection[str], finished: Collection[str], roots: Sequence[Path]
 ) -> list[str]:
     """Sources that are no longer in a file that was read, or whose file under one of the roots doesn't exist."""
-    read = set(map(str, files))
 
     @cache
     def file_gone(file: str) -> bool:
         return any(Path(file).is_relative_to(root) for root in roots) and not Path(file).exists()
 
-    return [source for source, (file, _) in known.items() if source not in seen and (file in read or file_gone(file))]
+    return [
+        source for source, (file, _) in known.items() if source not in seen and (file in finished or file_gone(file))
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Collection
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from lancedb.table import Table
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 had no `key` column.
+_READABLE_VERSIONS = (1, FORMAT_VERSION)
 # Every commit leaves a small file and a list of all files; they are joined before the lists grow long.
 COMMITS_PER_TIDY = 256
 
@@ -68,6 +71,7 @@ class PassageStore:
     def __init__(self, table: Table, settings: Settings) -> None:
         self._table = table
         self._commits = 0
+        self._has_keys = "key" in table.schema.names
         self.settings = settings
 
     @classmethod
@@ -91,7 +95,7 @@ class PassageStore:
             return None
         stored = (table.schema.metadata or {}).get(_METADATA_KEY)
         settings = json.loads(stored) if stored else {}
-        if settings.get("version") != FORMAT_VERSION:
+        if settings.get("version") not in _READABLE_VERSIONS:
             raise LlamoryError(
                 f"{uri} is not a library that this version of llamory can read; make it again with `llamory index`."
             )
@@ -112,6 +116,7 @@ class PassageStore:
                 ("position", pa.int32()),  # of the passage in its document
                 ("file", pa.string()),
                 ("hash", pa.string()),  # of the whole document
+                ("key", pa.int64()),  # of the text, so that a text's vector is found again
                 ("vector", pa.list_(pa.float32(), settings.dimension)),
             ],
             metadata={_METADATA_KEY: json.dumps(asdict(settings)).encode()},
@@ -127,13 +132,18 @@ class PassageStore:
         rows = columns.group_by(["source", "file", "hash"]).aggregate([]).to_pydict()
         return dict(zip(rows["source"], zip(rows["file"], rows["hash"], strict=True), strict=True))
 
-    def vectors(self, sources: Collection[str]) -> dict[str, np.ndarray]:
-        """The vector of each passage text of some sources."""
-        if not sources:
+    def vectors(self, texts: Collection[str]) -> dict[str, np.ndarray]:
+        """The vectors of those of some passage texts that the table holds, wherever they stand."""
+        if not texts:
             return {}
-        found = self._table.search().where(_is_in("source", sources)).select(["text", "vector"]).to_arrow()
+        wanted = set(texts)
+        if self._has_keys:
+            where = f"key IN ({', '.join(str(text_key(text)) for text in wanted)})"
+        else:
+            where = _is_in("text", wanted)
+        found = self._table.search().where(where).select(["text", "vector"]).to_arrow()
         vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(len(found), self.settings.dimension)
-        return dict(zip(found["text"].to_pylist(), vectors, strict=True))
+        return {text: vector for text, vector in zip(found["text"].to_pylist(), vectors, strict=True) if text in wanted}
 
     def write(self, rows: list[dict[str, Any]], vectors: np.ndarray, replaced: Collection[str]) -> None:
         """Add whole documents, and take away what was there of them.
@@ -178,11 +188,19 @@ class PassageStore:
         import pyarrow as pa
 
         schema = self._table.schema
-        columns = [
-            pa.array([row[field.name] for row in rows], type=field.type) for field in schema if field.name != "vector"
-        ]
-        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), self.settings.dimension))
-        return pa.table(columns, schema=schema)
+        columns: dict[str, Any] = {
+            "key": pa.array([text_key(row["text"]) for row in rows], type=pa.int64()),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), self.settings.dimension),
+        }
+        for field in schema:
+            if field.name not in columns:
+                columns[field.name] = pa.array([row[field.name] for row in rows], type=field.type)
+        return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def text_key(text: str) -> int:
+    """64 bits that tell a passage's text from others."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
 def _is_remote(uri: str) -> bool:
