@@ -175,8 +175,9 @@ class Library:
                     raise LlamoryError(f"The library at {self.path} has nothing of {root}; check the path.")
                 gone |= inside
             store.marks()
+            store.begin()
             take_out(store, gone, known)
-            store.tidy()
+            store.end()
         return AddReport(removed=len(gone))
 
     @contextmanager

@@ -30,6 +30,10 @@ _KEPT = timedelta(minutes=10)
 
 _TABLE = "passages"
 _MARKS = "files"
+# Stands among the files that were read while a run writes.
+_UNFINISHED = ""
+# Up to so many passages the index of words is made anew after each run that wrote: a few seconds.
+_INDEXED_ANEW = 200_000
 _METADATA_KEY = b"llamory"
 
 
@@ -59,6 +63,7 @@ class PassageStore:
         self._database = database
         self._table = table
         self._marks: Table | None = None
+        self._unfinished = False
         self._uri = uri
         self._commits = 0
         self._has_keys = "key" in table.schema.names
@@ -179,13 +184,31 @@ class PassageStore:
         if sources:
             self._table.delete(_is_in("source", sources))
 
-    def tidy(self) -> None:
-        """Join the small files that many commits leave behind, and bring the index of words up to date."""
+    def begin(self) -> None:
+        """Note that writing goes on. It comes before the first write of a run, and `end` after the last."""
+        self.mark({_UNFINISHED: ""})
+
+    def end(self) -> None:
+        """Put the table in order after a run's writes."""
+        self.tidy(anew=len(self) <= _INDEXED_ANEW)
+        self.unmark([_UNFINISHED])
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a run wrote to the table and didn't come to its `end`; `marks` must have been asked."""
+        return self._unfinished
+
+    def tidy(self, *, anew: bool = False) -> None:
+        """Join the small files that many commits leave behind, and bring the index of words up to date.
+
+        Args:
+            anew: make the index of words anew; else passages that were taken out go on counting in its statistics.
+        """
         from lancedb.index import FTS
 
-        if not self._table.list_indices():
+        if anew or not self._table.list_indices():
             # Words of languages without spaces are found too; names in code are cut at points and underscores.
-            self._table.create_index("text", config=FTS(base_tokenizer="icu/split"))
+            self._table.create_index("text", config=FTS(base_tokenizer="icu/split"), replace=True)
         self._table.optimize(cleanup_older_than=_KEPT)
         if self._marks is not None:
             self._marks.optimize(cleanup_older_than=_KEPT)
@@ -212,7 +235,9 @@ class PassageStore:
             if self._marks is None:
                 return {}
             rows = self._marks.search().select(["file", "content"]).to_arrow().to_pydict()
-        return dict(zip(rows["file"], rows["content"], strict=True))
+        marks = dict(zip(rows["file"], rows["content"], strict=True))
+        self._unfinished = marks.pop(_UNFINISHED, None) is not None
+        return marks
 
     def mark(self, contents: Mapping[str, str]) -> None:
         """Note files as read to their end. All of their documents must have been written."""
