@@ -27,6 +27,11 @@ _READABLE_VERSIONS = (1, FORMAT_VERSION)
 COMMITS_PER_TIDY = 256
 # How long states that were written over are kept for those who read them.
 _KEPT = timedelta(minutes=10)
+# Lucene's. The list that comes with this tokenizer is of all languages at once, and takes "cat" for such a word.
+_STOP_WORDS = (
+    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
+    "to was will with"
+).split()
 
 _TABLE = "passages"
 _MARKS = "files"
@@ -208,7 +213,8 @@ class PassageStore:
 
         if anew or not self._table.list_indices():
             # Words of languages without spaces are found too; names in code are cut at points and underscores.
-            self._table.create_index("text", config=FTS(base_tokenizer="icu/split"), replace=True)
+            words = FTS(base_tokenizer="icu/split", custom_stop_words=_STOP_WORDS)
+            self._table.create_index("text", config=words, replace=True)
         self._table.optimize(cleanup_older_than=_KEPT)
         if self._marks is not None:
             self._marks.optimize(cleanup_older_than=_KEPT)
