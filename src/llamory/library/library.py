@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from llamory.documents import Survey
 
-# Reading a file takes some ten times its size in memory.
-MAX_FILE_MIB = 128
+# Reading a text file takes some twelve times its size in memory.
+MAX_FILE_MIB = 64
 
 PathLike = str | os.PathLike[str]
 
@@ -191,6 +191,8 @@ class Library:
         with writing(self.path, wait=wait, say=say):
             if self._store is None:
                 self._store = PassageStore.open(self.path)
+            else:
+                self._store.refresh()
             yield
 
     def _held(self, texts: Collection[str]) -> Mapping[str, np.ndarray]:

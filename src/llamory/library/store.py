@@ -72,6 +72,8 @@ class PassageStore:
         self._uri = uri
         self._commits = 0
         self._has_keys = "key" in table.schema.names
+        self._old_keys: np.ndarray | None = None  # of passages, sorted; as they were when first asked for
+        self._new_keys: set[int] = set()  # of passages written since
         self.settings = settings
 
     @classmethod
@@ -138,17 +140,31 @@ class PassageStore:
 
     def vectors(self, texts: Collection[str]) -> dict[str, np.ndarray]:
         """The vectors of those of some passage texts that the table holds, wherever they stand."""
-        if not texts:
-            return {}
-        wanted = set(texts)
+        wanted = {text_key(text): text for text in texts}
         if self._has_keys:
-            where = f"key IN ({', '.join(str(text_key(text)) for text in wanted)})"
-        else:
-            where = _is_in("text", wanted)
+            wanted = {key: text for key, text in wanted.items() if self._holds(key)}
+        if not wanted:
+            return {}
+        where = f"key IN ({', '.join(map(str, wanted))})" if self._has_keys else _is_in("text", set(texts))
         with self._reading() as table:
             found = table.search().where(where).select(["text", "vector"]).to_arrow()
         vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(len(found), self.settings.dimension)
-        return {text: vector for text, vector in zip(found["text"].to_pylist(), vectors, strict=True) if text in wanted}
+        held = set(texts)
+        return {text: vector for text, vector in zip(found["text"].to_pylist(), vectors, strict=True) if text in held}
+
+    def _holds(self, key: int) -> bool:
+        """Whether there may be a passage with this key: asked in memory (8 bytes a passage), as most are new."""
+        import numpy as np
+
+        if self._old_keys is None:
+            with self._reading() as table:
+                self._old_keys = np.sort(table.search().select(["key"]).to_arrow()["key"].to_numpy())
+        place = int(np.searchsorted(self._old_keys, key))
+        return key in self._new_keys or (place < len(self._old_keys) and int(self._old_keys[place]) == key)
+
+    def refresh(self) -> None:
+        """Forget what was read: another process may have written since."""
+        self._old_keys, self._new_keys = None, set()
 
     def search(
         self,
@@ -180,6 +196,8 @@ class PassageStore:
             merge.when_not_matched_by_source_delete(_is_in("source", replaced)).execute(data)
         else:
             self._table.add(data)
+        if self._has_keys:
+            self._new_keys.update(data["key"].to_pylist())
         self._commits += 1
         if self._commits % COMMITS_PER_TIDY == 0:
             self.tidy()
