@@ -209,7 +209,7 @@ class Library:
     # ---- searching ---------------------------------------------------------------------------------------------------
 
     def search(
-        self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: Mode = "dense"
+        self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: Mode = "fused"
     ) -> list[Hit]:
         """Find the passages that answer a query.
 
