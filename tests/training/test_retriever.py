@@ -164,10 +164,10 @@ def test_training_learns_and_leaves_a_stock_folder(settings, tmp_path, llara_fol
 
 
 def test_a_plain_llama_gets_slots_and_a_trained_folder_trains_on(settings, model_folder, tmp_path):
-    first = train_retriever(settings(model=str(model_folder), slots=4, matryoshka=[8, 16]))
+    first = train_retriever(settings(model=str(model_folder), slots=4, matryoshka=[8, 16], steps=2))
     assert LlaraTemplate.from_config(AutoModel.from_pretrained(first["output"]).config).slots == 4
     assert set(Path(first["output"]).iterdir()).isdisjoint({tmp_path / "run" / "start"})
-    again = train_retriever(settings(model=first["output"], output=str(tmp_path / "again"), lora=True))
+    again = train_retriever(settings(model=first["output"], output=str(tmp_path / "again"), lora=True, steps=2))
     before, after = (SentenceTransformer(each["output"], device="cpu") for each in (first, again))
     assert before.tokenizer.chat_template == after.tokenizer.chat_template
     assert not np.allclose(before.encode_query(["river"]), after.encode_query(["river"]), atol=1e-4)
@@ -175,12 +175,15 @@ def test_a_plain_llama_gets_slots_and_a_trained_folder_trains_on(settings, model
 
 def test_scores_are_learned_where_every_query_has_them(settings, tmp_path, caplog):
     scored = str(write_pairs(tmp_path / "scored.jsonl", 16, scored=True))
-    assert train_retriever(settings(data=[scored]))["teacher"] == "kl"
-    assert train_retriever(settings(data=[scored], output=str(tmp_path / "off"), distill="off"))["teacher"] == "off"
+    assert train_retriever(settings(data=[scored], steps=1))["teacher"] == "kl"
+    assert (
+        train_retriever(settings(data=[scored], output=str(tmp_path / "off"), distill="off", steps=1))["teacher"]
+        == "off"
+    )
     assert losses(tmp_path / "run")[0] > losses(tmp_path / "off")[0]
     some = str(write_pairs(tmp_path / "some.jsonl", 16))
     caplog.set_level("WARNING")
-    assert train_retriever(settings(data=[scored, some], output=str(tmp_path / "mixed")))["teacher"] == "off"
+    assert train_retriever(settings(data=[scored, some], output=str(tmp_path / "mixed"), steps=1))["teacher"] == "off"
     assert "16 queries have none" in caplog.text
 
 
@@ -215,7 +218,7 @@ def test_bfloat16_and_checkpointing_compute_alike_in_both_passes_of_the_cache(se
         return output
 
     monkeypatch.setattr(LlamaModel, "forward", spy)
-    train_retriever(settings(bf16=True, gradient_checkpointing=True, steps=2))
+    train_retriever(settings(bf16=True, gradient_checkpointing=True, steps=1))
     assert kinds == {torch.bfloat16}
 
 
