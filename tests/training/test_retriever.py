@@ -218,7 +218,7 @@ def test_bfloat16_and_checkpointing_compute_alike_in_both_passes_of_the_cache(se
         return output
 
     monkeypatch.setattr(LlamaModel, "forward", spy)
-    train_retriever(settings(bf16=True, gradient_checkpointing=True, steps=1))
+    train_retriever(settings(bf16=True, gradient_checkpointing=True, steps=1, mine=1, mine_margin=-1.0))
     assert kinds == {torch.bfloat16}
 
 
