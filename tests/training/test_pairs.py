@@ -21,7 +21,7 @@ def write_lines(file, *entries):
 
 @pytest.fixture
 def beir(tmp_path):
-    """A folder of four documents and three queries, one of them judged nowhere."""
+    """A folder of five documents and three queries, one of them judged nowhere."""
     folder = tmp_path / "set"
     (folder / "qrels").mkdir(parents=True)
     documents = [
@@ -29,6 +29,7 @@ def beir(tmp_path):
         ("d2", "", "A stone."),
         ("d3", "Bridge", "Of wood."),
         ("d4", "", ""),
+        ("d5", "", "Oil."),
     ]
     write_lines(folder / "corpus.jsonl", *({"_id": i, "title": title, "text": text} for i, title, text in documents))
     queries = [("q1", "where to"), ("q2", "what material"), ("q3", "who knows")]
@@ -57,7 +58,7 @@ def test_beir_judgements_become_positives_and_negatives(beir):
         Example("where to", ("River It runs south.",), ("A stone.",), place=f"{judged}:2"),
         Example("what material", ("Bridge Of wood.", "A stone."), place=f"{judged}:4"),  # d4 has no text
     ]
-    assert sorted(pairs.documents) == ["A stone.", "Bridge Of wood.", "River It runs south."]
+    assert sorted(pairs.documents) == ["A stone.", "Bridge Of wood.", "Oil.", "River It runs south."]
     assert read_beir(beir).judgements["q1"] == {"d1": 2.0, "d2": 0.0}
 
 

@@ -38,6 +38,15 @@ def slot_mean(folder, text, *, query):
     return torch.nn.functional.normalize(model(torch.tensor([ids])).last_hidden_state[0, -8:].mean(0), dim=0).numpy()
 
 
+def mean_rank(embedder, pairs):
+    """The rank of a query's own answer among all answers, 0 being the best."""
+    lines = [json.loads(line) for line in pairs.read_text().splitlines()]
+    queries = embedder.encode_query([line["query"] for line in lines])
+    answers = embedder.encode_document([line["pos"][0] for line in lines])
+    scores = queries @ answers.T
+    return (scores > scores.diagonal()[:, None]).sum(1).mean()
+
+
 @pytest.fixture
 def read(monkeypatch):
     """Collects the rows of token ids, without padding, that reach the model in training."""
@@ -107,21 +116,21 @@ def test_prompts_of_a_model_are_those_that_encoding_uses(settings, llara_folder,
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
-def test_training_learns_and_leaves_a_stock_folder(settings, tmp_path, llara_folder, lora):
+def test_training_learns_and_leaves_a_stock_folder(settings, tmp_path, llara_folder, pairs, lora):
     held_out = write_pairs(tmp_path / "held_out.jsonl", 24, seed=1)
     changes = {"lora": lora, "lora_rank": 8, "lora_dropout": 0.0}
     result = train_retriever(
-        settings(steps=40, save_every=20, batch_size=16, temperature=0.05, eval_data=[str(held_out)], **changes)
+        settings(steps=24, save_every=12, batch_size=16, temperature=0.05, eval_data=[str(held_out)], **changes)
     )
     output = Path(result["output"])
     history, evaluated = losses(output), losses(output, "eval_loss")
     assert sum(history[-5:]) < 0.8 * sum(history[:5])
-    assert evaluated[-1] < evaluated[0]
     assert result["losses"] == {"loss": history[-1], "eval_loss": evaluated[-1]}
 
     modules = json.loads((output / "modules.json").read_text())
     assert all(module["type"].startswith("sentence_transformers.") for module in modules)
     stock = SentenceTransformer(str(output), device="cpu")
+    assert mean_rank(stock, pairs) < 0.6 * mean_rank(load_embedder(llara_folder, device="cpu"), pairs)
     texts = ["river stone 3", "a garden in winter"]
     for encode, query in ((stock.encode_query, True), (stock.encode_document, False)):
         wanted = [slot_mean(output, text, query=query) for text in texts]
@@ -155,10 +164,10 @@ def test_training_learns_and_leaves_a_stock_folder(settings, tmp_path, llara_fol
 
 
 def test_a_plain_llama_gets_slots_and_a_trained_folder_trains_on(settings, model_folder, tmp_path):
-    first = train_retriever(settings(model=str(model_folder), slots=4, matryoshka=[8, 16]))
+    first = train_retriever(settings(model=str(model_folder), slots=4, matryoshka=[8, 16], steps=2))
     assert LlaraTemplate.from_config(AutoModel.from_pretrained(first["output"]).config).slots == 4
     assert set(Path(first["output"]).iterdir()).isdisjoint({tmp_path / "run" / "start"})
-    again = train_retriever(settings(model=first["output"], output=str(tmp_path / "again"), lora=True))
+    again = train_retriever(settings(model=first["output"], output=str(tmp_path / "again"), lora=True, steps=2))
     before, after = (SentenceTransformer(each["output"], device="cpu") for each in (first, again))
     assert before.tokenizer.chat_template == after.tokenizer.chat_template
     assert not np.allclose(before.encode_query(["river"]), after.encode_query(["river"]), atol=1e-4)
@@ -166,12 +175,15 @@ def test_a_plain_llama_gets_slots_and_a_trained_folder_trains_on(settings, model
 
 def test_scores_are_learned_where_every_query_has_them(settings, tmp_path, caplog):
     scored = str(write_pairs(tmp_path / "scored.jsonl", 16, scored=True))
-    assert train_retriever(settings(data=[scored]))["teacher"] == "kl"
-    assert train_retriever(settings(data=[scored], output=str(tmp_path / "off"), distill="off"))["teacher"] == "off"
+    assert train_retriever(settings(data=[scored], steps=1))["teacher"] == "kl"
+    assert (
+        train_retriever(settings(data=[scored], output=str(tmp_path / "off"), distill="off", steps=1))["teacher"]
+        == "off"
+    )
     assert losses(tmp_path / "run")[0] > losses(tmp_path / "off")[0]
     some = str(write_pairs(tmp_path / "some.jsonl", 16))
     caplog.set_level("WARNING")
-    assert train_retriever(settings(data=[scored, some], output=str(tmp_path / "mixed")))["teacher"] == "off"
+    assert train_retriever(settings(data=[scored, some], output=str(tmp_path / "mixed"), steps=1))["teacher"] == "off"
     assert "16 queries have none" in caplog.text
 
 
@@ -206,7 +218,7 @@ def test_bfloat16_and_checkpointing_compute_alike_in_both_passes_of_the_cache(se
         return output
 
     monkeypatch.setattr(LlamaModel, "forward", spy)
-    train_retriever(settings(bf16=True, gradient_checkpointing=True, steps=2))
+    train_retriever(settings(bf16=True, gradient_checkpointing=True, steps=1, mine=1, mine_margin=-1.0))
     assert kinds == {torch.bfloat16}
 
 

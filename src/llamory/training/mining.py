@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 from llamory.documents.files import read_json_lines
@@ -43,9 +46,12 @@ def _mined(pairs: Pairs, embedder: SentenceTransformer, settings: RetrieverSetti
 
     wanted = settings.mine
     answers = [(query, text) for query, texts in pairs.answers.items() for text in sorted(texts)]
-    # No more than there is: the library looks for so many closest documents.
     depth = settings.mine_depth or settings.mine_skip + _CANDIDATES_PER_NEGATIVE * wanted
-    with mendable("These settings of mining can't be used"):
+    if not settings.quiet:
+        told = f"Mining negatives for {len(pairs.answers)} queries among {len(pairs.documents)} documents"
+        Console(file=sys.stderr).print(told, highlight=False, soft_wrap=True)
+    lower = torch.autocast(embedder.device.type, torch.bfloat16, enabled=settings.bf16)
+    with mendable("These settings of mining can't be used"), lower:
         found: Any = mine_hard_negatives(
             Dataset.from_dict({"query": [a[0] for a in answers], "positive": [a[1] for a in answers]}),
             embedder,

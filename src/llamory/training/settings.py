@@ -120,7 +120,7 @@ class RetrieverSettings(AdaptSettings):
 
     steps: int | None = _setting(None, "Optimisation steps; default: as many as epochs take.")
     epochs: float = _setting(1.0, "Passes over the queries; steps takes precedence.")
-    batch_size: int = _setting(32, "Queries per device and step; all documents in it are negatives of the other ones.")
+    batch_size: int = _setting(32, "Queries per device and step; its documents are negatives of its other queries.")
     learning_rate: float = _setting(2e-5, "Peak learning rate.")
 
     cache: bool = _setting(True, "Go through the batch in mini-batches (GradCache), so that memory allows any batch.")
