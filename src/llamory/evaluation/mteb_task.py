@@ -80,9 +80,7 @@ def _as_set(task: Any, name: str, subset: str, split: str, *, ignore_identical_i
     data = task.dataset[subset][split]
     corpus, asked = data["corpus"], data["queries"]
     if data.get("top_ranked"):
-        raise LlamoryError(
-            f"The mteb task {name} reorders given documents; name one that searches all of them."
-        )
+        raise LlamoryError(f"The mteb task {name} reorders given documents; name one that searches all of them.")
     if "instruction" in asked.column_names or not all(_plain_texts(table) for table in (corpus, asked)):
         raise LlamoryError(f"The mteb task {name} asks with instructions, or not about texts; name a plain text task.")
     queries = dict(zip(asked["id"], asked["text"], strict=True))
