@@ -79,6 +79,20 @@ def export_sentence_transformer(
     return output
 
 
+def check_embedder(model: str | Path) -> None:
+    """See, before long work starts, that there is such a model and that it turns texts into vectors.
+
+    Raises:
+        LlamoryError: there isn't, or it doesn't.
+    """
+    from sentence_transformers.util import is_sentence_transformer_model
+
+    name = str(model)
+    _check_folder(name)
+    if not is_sentence_transformer_model(name) and (config := _read_config(name)).model_type == "llama":
+        _template_of(name, config)
+
+
 def load_embedder(
     model: str | Path, *, max_length: int | None = None, device: str | None = None
 ) -> SentenceTransformer:
@@ -107,20 +121,6 @@ def load_embedder(
     if max_length is not None:
         embedder.max_seq_length = max_length
     return embedder
-
-
-def check_embedder(model: str | Path) -> None:
-    """See, before long work starts, that there is such a model and that it turns texts into vectors.
-
-    Raises:
-        LlamoryError: there isn't, or it doesn't.
-    """
-    from sentence_transformers.util import is_sentence_transformer_model
-
-    name = str(model)
-    _check_folder(name)
-    if not is_sentence_transformer_model(name) and (config := _read_config(name)).model_type == "llama":
-        _template_of(name, config)
 
 
 def hide_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[str]:
