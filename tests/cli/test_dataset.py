@@ -76,8 +76,8 @@ def test_functions_become_a_set(llamory, modules, tmp_path) -> None:
         (["functions", "--source", "nowhere"], "nowhere is no folder with Python files."),
         (["functions", "--package", "nowhere-to-be-found"], "The package nowhere-to-be-found isn't installed"),
         (
-            ["functions", "--package", "rich", "--no-packages"],
-            "--package can't be given with --source or --no-packages",
+            ["functions", "--package", "rich", "--source", "."],
+            "--package can't be given with --source; give one of them.",
         ),
     ],
 )

@@ -3,12 +3,14 @@
 import ast
 import textwrap
 from email.message import Message
+from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.python_functions import (
+    USUAL,
     documented_functions,
     first_paragraph,
     folder_origin,
@@ -16,6 +18,7 @@ from llamory.evaluation.python_functions import (
     installed_packages,
     permissive_licence,
     standard_library,
+    usual_packages,
 )
 
 MODULE = '''
@@ -116,6 +119,9 @@ def test_a_broken_module_has_no_functions() -> None:
         ("A title\n-------\nwords", "A title"),
         ("Returns the value\nof x.", "Returns the value of x."),
         ("Args:\n  x: a thing", ""),
+        ("mean(x, *, axis=0) -> float\n\nMean of x.\n\nMore.", "Mean of x."),
+        ("mean(x) is the mean\nof x.", "mean(x) is the mean of x."),
+        ("mean(x)", "mean(x)"),
     ],
 )
 def test_a_query_is_what_the_docstring_says_in_words(docstring: str, words: str) -> None:
@@ -157,10 +163,16 @@ def test_files_of_a_folder_are_read_without_its_tests(tmp_path: Path) -> None:
     ],
 )
 def test_only_permissive_licences_are_taken(fields: dict[str, str], licence: str | None) -> None:
-    metadata = Message()
+    package = Message()
     for name, value in fields.items():
-        metadata[name] = value
-    assert permissive_licence(metadata) == licence
+        package[name] = value
+    assert permissive_licence(package) == licence
+
+
+def test_the_usual_packages_are_permissive_and_come_with_this_one() -> None:
+    names = [origin.name.split()[0] for origin in usual_packages()]
+    assert names == sorted(USUAL)  # all of them are installed where the tests run
+    assert permissive_licence(metadata("torch")) is not None
 
 
 def test_installed_packages_are_found_by_name_and_licence() -> None:

@@ -183,3 +183,37 @@ def test_a_sample_keeps_what_is_relevant_and_is_the_same_in_any_order() -> None:
         sample(data, queries=21)
     with pytest.raises(LlamoryError, match="20 documents are relevant to the 20 queries, more than the 19"):
         sample(data, documents=19)
+
+
+def test_scores_are_those_of_another_library() -> None:
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    chance = np.random.default_rng(0)
+    documents = numbers(150)
+    judgements = {
+        f"q{number}": {f"d{key}": 1 for key in chance.choice(150, chance.integers(1, 6), replace=False)}
+        for number in range(60)
+    }
+    queries = dict.fromkeys(judgements, "?")
+    similarity = chance.normal(size=(60, 150))
+    data = make_set(queries, judgements, documents)
+    found = search_vectors(
+        data,
+        lambda texts: np.arange(len(texts)),
+        lambda texts: np.array([int(text.split()[1]) for text in texts]),
+        lambda one, other: similarity[np.ix_(one, other)],
+    )
+    ours = summarise(score_queries(data, found))
+    evaluator = InformationRetrievalEvaluator(
+        queries,
+        documents,
+        {query: set(judged) for query, judged in judgements.items()},
+        precision_recall_at_k=[100],
+    )
+    hits = [
+        [{"corpus_id": key, "score": score} for key, score in zip(documents, row, strict=True)] for row in similarity
+    ]
+    theirs = evaluator.compute_metrics(hits)
+    assert ours["nDCG@10"] == pytest.approx(theirs["ndcg@k"][10], abs=1e-6)
+    assert ours["MRR@10"] == pytest.approx(theirs["mrr@k"][10], abs=1e-6)
+    assert ours["Recall@100"] == pytest.approx(theirs["recall@k"][100], abs=1e-6)

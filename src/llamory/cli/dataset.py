@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -61,13 +61,17 @@ def functions(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Take this installed package, not all whose licence is a permissive one; repeatable.",
+            help="Take this installed package beside the standard library, not --packages; repeatable.",
             show_default=False,
         ),
     ] = None,
     packages: Annotated[
-        bool, typer.Option("--packages/--no-packages", help="Take installed packages beside the standard library.")
-    ] = True,
+        Literal["usual", "all", "none"],
+        typer.Option(
+            help="Take packages beside the standard library: those that come with this one, all that are installed and "
+            "have a permissive licence, or none."
+        ),
+    ] = "usual",
     source: Annotated[
         list[Path] | None,
         typer.Option(metavar="DIR", help="Take the Python files of this folder, nothing else; repeatable."),
@@ -82,16 +86,21 @@ def functions(
             function_pairs,
             installed_packages,
             standard_library,
+            usual_packages,
         )
         from llamory.evaluation.sets import check_free
 
-        if package and (source or not packages):
-            raise LlamoryError("--package can't be given with --source or --no-packages; give one of them.")
+        if package and source:
+            raise LlamoryError("--package can't be given with --source; give one of them.")
         check_free(output)
         if source:
             origins = [folder_origin(folder) for folder in source]
         else:
-            origins = [standard_library(), *(installed_packages(package) if packages else ())]
+            origins = [standard_library()]
+            if package or packages == "all":
+                origins += installed_packages(package)
+            elif packages == "usual":
+                origins += usual_packages()
         told = "\n".join(f"- {origin.name}: {origin.licence}" for origin in origins)
         with _Files("Python files", origins) as progress:
             pairs = function_pairs(origins, progress.step)

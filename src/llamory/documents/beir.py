@@ -56,9 +56,9 @@ def read_beir(folder: Path, split: str = "train", *, skip_broken: bool = False) 
     judgements: dict[str, dict[str, float]] = {}
     places: dict[str, str] = {}
     for number, query, document, score in judgement_rows(judged):
-        for name, known, place in ((query, queries, QUERIES), (document, corpus, CORPUS)):
+        for name, known, texts in ((query, queries, QUERIES), (document, corpus, CORPUS)):
             if name not in known:
-                raise LlamoryError(f"{judged}:{number}: there is no {name!r} in {place}; mend or remove the line.")
+                raise LlamoryError(f"{judged}:{number}: there is no {name!r} in {texts}; mend or remove the line.")
         judgements.setdefault(query, {})[document] = score
         places.setdefault(query, f"{judged}:{number}")
     return Beir(corpus, queries, judgements, places)

@@ -19,6 +19,13 @@ from llamory.evaluation.sets import Pair, words
 
 LEAST_WORDS, MOST_WORDS = 3, 100  # of a query
 LEAST_LINES, MOST_LINES = 3, 200  # of a function without its docstring
+# Packages that come with every installation of this one and have many documented functions: sets made of them are alike
+# on machines that have the same versions.
+USUAL = tuple(
+    "accelerate anyio click datasets dill fonttools fsspec huggingface-hub jinja2 joblib lancedb markdown-it-py "
+    "matplotlib mpmath narwhals networkx numpy packaging pandas peft pillow pydantic pygments rich scikit-learn scipy "
+    "sentence-transformers sympy torch transformers typer urllib3".split()
+)
 _LEFT_OUT = {
     *("test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data"),
     *("_vendor", "vendor", "vendored", "_vendored", "extern", "externals", "third_party"),  # of other licences
@@ -48,6 +55,7 @@ _FREE_WORDS = re.compile(
 )
 
 
+_SIGNATURE = re.compile(r"[\w.]+ ?\(.*\)( *->.*)?")
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 # Where the words of a docstring end and a list begins, in Google's, numpydoc's and Sphinx' ways of writing.
@@ -78,6 +86,11 @@ def standard_library() -> Origin:
     """The standard library of this Python, without its tests."""
     root = Path(sysconfig.get_path("stdlib"))
     return Origin(f"python {platform.python_version()}", "PSF-2.0", _python_files(root), root)
+
+
+def usual_packages() -> list[Origin]:
+    """The installed ones of `USUAL`."""
+    return [origin for origin in installed_packages() if origin.name.split()[0] in USUAL]
 
 
 def installed_packages(names: Sequence[str] | None = None) -> list[Origin]:
@@ -170,9 +183,15 @@ def documented_functions(source: str) -> Iterator[tuple[str, str, str]]:
 
 
 def first_paragraph(docstring: str) -> str:
-    """What a docstring says in words, on one line: up to the first blank line, list of arguments, or example."""
+    """What a docstring says in words, on one line: up to the first blank line, list of arguments, or example.
+
+    A first line that only repeats the signature is passed over.
+    """
     found: list[str] = []
-    for line in docstring.strip().splitlines():
+    lines = docstring.strip().splitlines()
+    if len(lines) > 1 and _SIGNATURE.fullmatch(lines[0].strip()):
+        lines = "\n".join(lines[1:]).strip().splitlines()
+    for line in lines:
         if not line.strip() or _SECTION.match(line):
             break
         found.append(line.strip())

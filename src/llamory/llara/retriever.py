@@ -78,6 +78,20 @@ def export_sentence_transformer(
     return output
 
 
+def check_embedder(model: str | Path) -> None:
+    """See, before long work starts, that there is such a model and that it turns texts into vectors.
+
+    Raises:
+        LlamoryError: there isn't, or it doesn't.
+    """
+    from sentence_transformers.util import is_sentence_transformer_model
+
+    name = str(model)
+    _check_folder(name)
+    if not is_sentence_transformer_model(name) and (config := _read_config(name)).model_type == "llama":
+        _template_of(name, config)
+
+
 def load_embedder(
     model: str | Path, *, max_length: int | None = None, device: str | None = None, **loading: Any
 ) -> SentenceTransformer:
@@ -124,20 +138,6 @@ def reads_slots(embedder: SentenceTransformer) -> bool:
     """Whether a model's embeddings are those of LLARA's slots."""
     config = _llama_config(embedder)
     return config is not None and LlaraTemplate.from_config(config) is not None
-
-
-def check_embedder(model: str | Path) -> None:
-    """See, before long work starts, that there is such a model and that it turns texts into vectors.
-
-    Raises:
-        LlamoryError: there isn't, or it doesn't.
-    """
-    from sentence_transformers.util import is_sentence_transformer_model
-
-    name = str(model)
-    _check_folder(name)
-    if not is_sentence_transformer_model(name) and (config := _read_config(name)).model_type == "llama":
-        _template_of(name, config)
 
 
 def hide_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[str]:
