@@ -7,7 +7,6 @@ Transformers: a chat template writes the prompts, and word weights of 1 for slot
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -15,17 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamory.errors import LlamoryError
-from llamory.llara.template import PREFIX, LlaraTemplate, prompt_texts, slot_tokens
+from llamory.llara.piecewise import MARKER, piecewise_tokenizer
+from llamory.llara.template import LlaraTemplate, slot_tokens
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 DEFAULT_MAX_LENGTH = 512
-
-# Stands between prefix, passage and prompt in the text that the chat template writes, and is dropped before any token
-# is made. A Unicode noncharacter: it is legal inside a program and never part of a text.
-_MARKER = "\ufdd0"
 
 # Texts on which the exported tokenizer must give the template's ids; each has been a way to go wrong.
 _PROBES = (
@@ -148,7 +144,7 @@ def hide_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[st
     template = LlaraTemplate.from_config(config) if (config := _llama_config(embedder)) is not None else None
     if template is None:
         return texts
-    reserved = {token: f"< {token[1:]}" for token in slot_tokens(template.slots)} | {_MARKER: ""}
+    reserved = {token: f"< {token[1:]}" for token in slot_tokens(template.slots)} | {MARKER: ""}
     hidden = []
     for text in texts:
         for token, replacement in reserved.items():
@@ -192,7 +188,7 @@ def _assemble(
     template.encode(tokenizer, "", max_length=max_length, predict=False)  # raises where prompts leave no room
     template.encode(tokenizer, "", max_length=max_length, summarize=False)
 
-    exported = _piecewise_tokenizer(tokenizer, template, max_length)
+    exported = piecewise_tokenizer(tokenizer, template, max_length)
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
     transformer = Transformer(
         name,
@@ -226,111 +222,6 @@ def _word_weights(
     # WordWeights looks a word up in lower case too, so an ordinary token <S1> must be told apart from <s1>.
     weights |= {token: 0.0 for token in vocabulary if token not in weights and token.lower() in weights}
     return vocabulary, weights
-
-
-# ---- the tokenizer: a chat template that writes prompts, and pieces that stay apart ----------------------------------
-
-
-def _piecewise_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate, max_length: int
-) -> PreTrainedTokenizerFast:
-    """A tokenizer that reads the chat template's text as the template joins ids: each piece tokenised apart."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
-    if not tokenizer.is_fast:
-        raise LlamoryError(
-            "Only tokenizers of the `tokenizers` library can be exported; save the checkpoint's tokenizer as a "
-            "tokenizer.json first."
-        )
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["truncation"] = state["padding"] = None
-    state["normalizer"] = _split_normalizer(state["normalizer"], state["pre_tokenizer"])
-    state["pre_tokenizer"] = _split_pre_tokenizer(state["pre_tokenizer"])
-    special = {
-        name: getattr(tokenizer, name)
-        for name in ("bos_token", "eos_token", "unk_token")
-        if getattr(tokenizer, name) is not None
-    }
-    # Any special token will do for padding, as the attention mask hides it.
-    padding = tokenizer.pad_token or next(iter(special.values()), slot_tokens(1)[0])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
-        **special,
-        pad_token=padding,
-        padding_side="right",
-        truncation_side="right",
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-        chat_template=_chat_template(tokenizer, template),
-    )
-
-
-def _split_normalizer(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Give each piece the leading `▁` that a Llama-2 tokenizer gives a text of its own.
-
-    Two spellings exist: a normalizer that prepends `▁` to every run of text between special tokens, and a Metaspace
-    pre-tokenizer with the scheme "first", which gives it to the first run only, unless that starts with a space.
-    """
-    steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
-    result: list[dict[str, Any]] = []
-    for step in filter(None, steps):
-        if step["type"] == "Prepend":
-            # The start of a run becomes the start of a piece; no piece that has no text gets a ▁.
-            result += [{"type": "Prepend", "prepend": _MARKER}, _after_marker(f"(?=[^{_MARKER}])", step["prepend"])]
-        else:
-            result.append(step)
-    for step in _pre_tokenizers(pre_tokenizer):
-        if step["type"] == "Metaspace" and step["prepend_scheme"] == "first":
-            result.append(_after_marker(f"(?=[^{_MARKER} {step['replacement']}])", step["replacement"]))
-    return {"type": "Sequence", "normalizers": result} if result else None
-
-
-def _after_marker(condition: str, inserted: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": {"Regex": f"{_MARKER}+{condition}"}, "content": _MARKER + inserted}
-
-
-def _split_pre_tokenizer(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any]:
-    """Split at markers, drop them, then do what the tokenizer always did."""
-    split = {"type": "Split", "pattern": {"String": _MARKER}, "behavior": "Removed", "invert": False}
-    steps = [
-        {**step, "prepend_scheme": "never"}
-        if step["type"] == "Metaspace" and step["prepend_scheme"] == "first"
-        else step
-        for step in _pre_tokenizers(pre_tokenizer)
-    ]
-    return {"type": "Sequence", "pretokenizers": [split, *steps]}
-
-
-def _pre_tokenizers(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if pre_tokenizer is None:
-        return []
-    return pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate) -> str:
-    """Jinja that puts prefix and prompt around the messages' text, with a marker at the start of each piece."""
-    slots = slot_tokens(template.slots)
-    summarize_text, predict_text = prompt_texts(template.slots)
-    quote = tokenizer(PREFIX, add_special_tokens=False)["input_ids"]
-    opening = "".join(tokenizer.added_tokens_decoder[i].content for i in template.prefix_ids[: -len(quote)])
-    prefix = opening + _MARKER + PREFIX + _MARKER
-    summarize = _MARKER + summarize_text + "".join(slots[: template.slots])
-    predict = _MARKER + predict_text + "".join(slots[template.slots :])
-    return (
-        "{%- set passage = namespace(text='') -%}"
-        "{%- for message in messages -%}"
-        "{%- if message.content is string -%}{%- set passage.text = passage.text + message.content -%}"
-        "{%- else -%}{%- for part in message.content -%}{%- set passage.text = passage.text + part.text -%}"
-        "{%- endfor -%}{%- endif -%}"
-        "{%- endfor -%}"
-        f"{{%- for token in {json.dumps([*slots, _MARKER])} -%}}{{%- if token in passage.text -%}}"
-        "{{- raise_exception('A text contains ' + token + ', which only the prompts may; remove it.') -}}"
-        "{%- endif -%}{%- endfor -%}"
-        f"{{{{- {json.dumps(prefix)} + passage.text -}}}}"
-        f"{{%- if task is defined and task == 'query' -%}}{{{{- {json.dumps(predict)} -}}}}"
-        f"{{%- else -%}}{{{{- {json.dumps(summarize)} -}}}}{{%- endif -%}}"
-    )
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,118 @@
+"""A tokenizer for LLARA's embedding model: a chat template that writes the prompts, and pieces that stay apart."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from llamory.errors import LlamoryError
+from llamory.llara.template import PREFIX, LlaraTemplate, prompt_texts, slot_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+# Stands between prefix, passage and prompt in the text that the chat template writes, and is dropped before any token
+# is made. A Unicode noncharacter: it is legal inside a program and never part of a text.
+MARKER = "\ufdd0"
+
+
+def piecewise_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate, max_length: int
+) -> PreTrainedTokenizerFast:
+    """A tokenizer that reads the chat template's text as the template joins ids: each piece tokenised apart."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    if not tokenizer.is_fast:
+        raise LlamoryError(
+            "Only tokenizers of the `tokenizers` library can be exported; save the checkpoint's tokenizer as a "
+            "tokenizer.json first."
+        )
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["truncation"] = state["padding"] = None
+    state["normalizer"] = _split_normalizer(state["normalizer"], state["pre_tokenizer"])
+    state["pre_tokenizer"] = _split_pre_tokenizer(state["pre_tokenizer"])
+    special = {
+        name: getattr(tokenizer, name)
+        for name in ("bos_token", "eos_token", "unk_token")
+        if getattr(tokenizer, name) is not None
+    }
+    # Any special token will do for padding, as the attention mask hides it.
+    padding = tokenizer.pad_token or next(iter(special.values()), slot_tokens(1)[0])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        **special,
+        pad_token=padding,
+        padding_side="right",
+        truncation_side="right",
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        chat_template=_chat_template(tokenizer, template),
+    )
+
+
+def _split_normalizer(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Give each piece the leading `▁` that a Llama-2 tokenizer gives a text of its own.
+
+    Two spellings exist: a normalizer that prepends `▁` to every run of text between special tokens, and a Metaspace
+    pre-tokenizer with the scheme "first", which gives it to the first run only, unless that starts with a space.
+    """
+    steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
+    result: list[dict[str, Any]] = []
+    for step in filter(None, steps):
+        if step["type"] == "Prepend":
+            # The start of a run becomes the start of a piece; no piece that has no text gets a ▁.
+            result += [{"type": "Prepend", "prepend": MARKER}, _after_marker(f"(?=[^{MARKER}])", step["prepend"])]
+        else:
+            result.append(step)
+    for step in _pre_tokenizers(pre_tokenizer):
+        if step["type"] == "Metaspace" and step["prepend_scheme"] == "first":
+            result.append(_after_marker(f"(?=[^{MARKER} {step['replacement']}])", step["replacement"]))
+    return {"type": "Sequence", "normalizers": result} if result else None
+
+
+def _after_marker(condition: str, inserted: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": f"{MARKER}+{condition}"}, "content": MARKER + inserted}
+
+
+def _split_pre_tokenizer(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any]:
+    """Split at markers, drop them, then do what the tokenizer always did."""
+    split = {"type": "Split", "pattern": {"String": MARKER}, "behavior": "Removed", "invert": False}
+    steps = [
+        {**step, "prepend_scheme": "never"}
+        if step["type"] == "Metaspace" and step["prepend_scheme"] == "first"
+        else step
+        for step in _pre_tokenizers(pre_tokenizer)
+    ]
+    return {"type": "Sequence", "pretokenizers": [split, *steps]}
+
+
+def _pre_tokenizers(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if pre_tokenizer is None:
+        return []
+    return pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate) -> str:
+    """Jinja that puts prefix and prompt around the messages' text, with a marker at the start of each piece."""
+    slots = slot_tokens(template.slots)
+    summarize_text, predict_text = prompt_texts(template.slots)
+    quote = tokenizer(PREFIX, add_special_tokens=False)["input_ids"]
+    opening = "".join(tokenizer.added_tokens_decoder[i].content for i in template.prefix_ids[: -len(quote)])
+    prefix = opening + MARKER + PREFIX + MARKER
+    summarize = MARKER + summarize_text + "".join(slots[: template.slots])
+    predict = MARKER + predict_text + "".join(slots[template.slots :])
+    return (
+        "{%- set passage = namespace(text='') -%}"
+        "{%- for message in messages -%}"
+        "{%- if message.content is string -%}{%- set passage.text = passage.text + message.content -%}"
+        "{%- else -%}{%- for part in message.content -%}{%- set passage.text = passage.text + part.text -%}"
+        "{%- endfor -%}{%- endif -%}"
+        "{%- endfor -%}"
+        f"{{%- for token in {json.dumps([*slots, MARKER])} -%}}{{%- if token in passage.text -%}}"
+        "{{- raise_exception('A text contains ' + token + ', which only the prompts may; remove it.') -}}"
+        "{%- endif -%}{%- endfor -%}"
+        f"{{{{- {json.dumps(prefix)} + passage.text -}}}}"
+        f"{{%- if task is defined and task == 'query' -%}}{{{{- {json.dumps(predict)} -}}}}"
+        f"{{%- else -%}}{{{{- {json.dumps(summarize)} -}}}}{{%- endif -%}}"
+    )
