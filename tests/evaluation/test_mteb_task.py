@@ -1,9 +1,11 @@
 """Retrieval tasks of mteb come by name, with mteb's own rules."""
 
+import random
 import sys
 
 import pytest
 
+from keyword_models import keyword_model
 from llamory.errors import LlamoryError
 from llamory.evaluation.mteb_task import read_mteb
 
@@ -58,3 +60,47 @@ def test_without_mteb_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "mteb", None)
     with pytest.raises(LlamoryError, match=r"There is no folder NFCorpus; .* pip install 'llamory\[mteb\]'"):
         read_mteb("NFCorpus")
+
+
+def test_scores_are_mtebs_own(registry: dict) -> None:
+    import mteb
+    import torch
+    from datasets import Dataset
+    from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask
+
+    from llamory.evaluation.retrieval import score_queries, summarise
+    from llamory.evaluation.searching import search_vectors
+
+    words = "river stone bridge winter garden letter window market silver morning harbour candle forest".split()
+
+    class Made(MockRetrievalTask):
+        """Graded judgements of words drawn at random."""
+
+        def load_data(self, *_: object, **__: object) -> None:
+            chance = random.Random(0)
+            documents = [
+                {"id": f"d{i}", "title": chance.choice(words), "text": " ".join(chance.choices(words, k=5))}
+                for i in range(120)
+            ]
+            queries = [{"id": f"q{i}", "text": " ".join(chance.choices(words, k=3))} for i in range(30)]
+            relevant = {
+                query["id"]: {entry["id"]: chance.randint(1, 2) for entry in chance.sample(documents, 3)}
+                for query in queries
+            }
+            tables = {"corpus": Dataset.from_list(documents), "queries": Dataset.from_list(queries)}
+            self.dataset = {"default": {"test": {**tables, "relevant_docs": relevant, "top_ranked": None}}}
+            self.data_loaded = True
+
+    model = keyword_model(words)
+    torch.manual_seed(0)
+    model[0].embedding.weight.data.normal_()  # so that no two texts tie
+    registry["Made"] = Made
+    result = mteb.evaluate(model, Made().filter_eval_splits(["test"]), cache=None, overwrite_strategy="always")
+    (theirs,) = result.task_results[0].scores["test"]
+    data = read_mteb("Made")
+    ours = summarise(
+        score_queries(data, search_vectors(data, model.encode_query, model.encode_document, model.similarity))
+    )
+    assert ours["nDCG@10"] == pytest.approx(theirs["ndcg_at_10"], abs=1e-5)  # mteb rounds it
+    assert ours["MRR@10"] == pytest.approx(theirs["mrr_at_10"], abs=1e-5)
+    assert ours["Recall@100"] == pytest.approx(theirs["recall_at_100"], abs=1e-5)
