@@ -46,7 +46,7 @@ def test_what_cannot_be_read_is_listed_and_the_rest_goes_in(docs, library):
     assert {name: reason.split(" (")[0] for name, reason in told.items()} == {
         "bytes.txt": "is a binary file, not text; give it the suffix of its kind",
         "zeros.txt": "is a binary file, not text; give it the suffix of its kind",
-        "latin.txt": "1: the file is not UTF-8 text; save it as UTF-8",
+        "latin.txt": "line 1: the file is not UTF-8 text; save it as UTF-8",
         "broken.pdf": "can't be read as PDF",
         "broken.ipynb": "the file is not a notebook of version 4",
         "lines.jsonl:2": "the line is not valid JSON",
