@@ -267,9 +267,7 @@ def test_work_is_done_once_until_a_file_or_a_setting_changes(load, tmp_path, mon
     load(path)
     reads = []
     read = documents_files.read_limited
-    monkeypatch.setattr(
-        documents_files, "read_limited", lambda path, limit: reads.append(path) or original(path, limit)
-    )
+    monkeypatch.setattr(documents_files, "read_limited", lambda path, limit: reads.append(path) or read(path, limit))
     assert len(load(path)) == 1
     assert reads == []
     for changed in ({"languages": ("de",)}, {"max_length": 100}, {"passage_length": 5}):
