@@ -280,6 +280,15 @@ def test_a_library_may_lie_at_a_uri(tmp_path, docs, model_folder):
     assert sources(Library(uri), "cat", top=1) == ["cats.txt"]
 
 
+def test_a_library_may_lie_in_an_object_store(docs, model_folder):
+    library = Library("memory://shelf/library", model_folder)
+    assert add(library, docs) == AddReport(added=3, passages=3)
+    (docs / "cats.txt").write_text("money")
+    assert add(library, docs) == AddReport(updated=1, unchanged=2, passages=1)
+    assert library.remove(docs / "pets").removed == 2
+    assert sources(library, "money") == ["cats.txt"]
+
+
 def test_a_missing_library_is_not_made_by_looking(tmp_path):
     with pytest.raises(LlamoryError, match="no library"):
         Library(tmp_path / "missing")
