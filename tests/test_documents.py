@@ -47,7 +47,7 @@ def parts(document: Document) -> list[tuple[str, int]]:
 
 
 def test_folders_are_searched_in_order_without_hidden_files_and_unknown_kinds(tmp_path):
-    for name in ("b.txt", "a.md", "sub/c.py", ".git/d.txt", "sub/.e.txt", "f.pdf", "sub/G.HTML"):
+    for name in ("b.txt", "a.md", "sub/c.py", ".git/d.txt", "sub/.e.txt", "f.png", "sub/G.HTML"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("words")
     found = find_files([tmp_path / "b.txt", tmp_path])

@@ -254,14 +254,13 @@ def test_a_failed_update_leaves_the_old_passages(tmp_path, docs, model_folder, s
     assert sources(Library(tmp_path / "library"), "cat", top=1) == ["cats.txt"]
 
 
-def test_a_broken_file_leaves_the_library_as_it_was(tmp_path, docs, model_folder):
+def test_a_strict_run_stops_at_a_broken_file(tmp_path, docs, model_folder):
     library = Library(tmp_path / "library", model_folder)
     add(library, docs)
     (docs / "broken.jsonl").write_text("{")
-    with pytest.raises(LlamoryError, match=r"broken\.jsonl"):
-        add(library, docs)
+    with pytest.raises(LlamoryError, match=r"broken\.jsonl:1: the line is not valid JSON"):
+        add(library, docs, strict=True)
     assert len(library) == 3
-    assert add(library, docs, skip_broken=True) == AddReport(unchanged=3)
 
 
 # ---- opening ---------------------------------------------------------------------------------------------------------

@@ -7,20 +7,27 @@ alone writes what comes back. So an engine can run a file twice, or stop at any 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedTokenizerBase
 
-    from llamory.documents import Document
+    from llamory.documents import Document, Failure
 
 # Passages that are embedded before they are written: what is lost when a run is killed.
 PASSAGES_PER_BATCH = 64
+# To be raised when files are read in another way than before, so that files that didn't change are read again.
+READERS_VERSION = 1
+
+logger = logging.getLogger(__name__)
 
 Vectors = Mapping[str, "np.ndarray"]
 
@@ -32,10 +39,12 @@ class FileTask:
     Attributes:
         file: absolute path.
         known: the hash of each document (by source) that the library holds of it.
+        content: the file's content when it was read to its end, as `Batch.finished` tells it; empty if it never was.
     """
 
     file: str
     known: Mapping[str, str] = field(default_factory=dict)
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -45,13 +54,17 @@ class Recipe:
     Attributes:
         passage_length: tokens that a passage has at most.
         text_field: entry of a JSON line that holds the text.
-        skip_broken: pass over what can't be parsed.
+        roots: the real paths of what was given: nothing outside is read. Empty: anything is.
+        max_bytes: larger files, and longer lines of JSON lines, are passed over.
+        strict: stop at what can't be read, instead of telling in the end.
         bf16: embed in bfloat16.
     """
 
     passage_length: int
     text_field: str = "text"
-    skip_broken: bool = False
+    roots: tuple[str, ...] = ()
+    max_bytes: int | None = None
+    strict: bool = False
     bf16: bool = False
 
 
@@ -63,13 +76,17 @@ class Batch:
         rows: the passages of the documents: all columns of the library's table but the vector.
         vectors: float32 (passages, dimension); None if there are no passages.
         unchanged: sources of documents that the library has as they are.
-        finished: files that were read to their end.
+        finished: files that were read to their end, each with its content (empty if some of it was broken).
+        failed: what couldn't be read; the library keeps what it has of it.
+        files: files that are done with, read or not.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     vectors: np.ndarray | None = None
     unchanged: list[str] = field(default_factory=list)
-    finished: list[str] = field(default_factory=list)
+    finished: dict[str, str] = field(default_factory=dict)
+    failed: list[Failure] = field(default_factory=list)
+    files: int = 0
 
 
 class Engine(Protocol):
@@ -118,25 +135,83 @@ def prepare(
         advance: is told how many passages were embedded.
 
     Raises:
-        LlamoryError: a file can't be parsed, unless the recipe says to pass over such.
+        LlamoryError: a file can't be read, if the recipe is strict.
     """
-    from llamory.documents import read_file
     from llamory.library.embedding import passage_tokenizer
 
-    tokenizer = passage_tokenizer(embedder)
-    batch = Batch()
+    cutter = _Cutter(recipe, passage_tokenizer(embedder))
     for task in tasks:
-        for document in read_file(Path(task.file), text_field=recipe.text_field, skip_broken=recipe.skip_broken):
-            digest = document_hash(document, recipe.passage_length)
-            if task.known.get(document.source) == digest:
-                batch.unchanged.append(document.source)
-                continue
-            batch.rows += _rows(document, tokenizer, recipe.passage_length, task.file, digest)
-            if len(batch.rows) >= PASSAGES_PER_BATCH:
-                yield _embedded(batch, recipe, embedder, held, advance)
-                batch = Batch()
-        batch.finished.append(task.file)
-    yield _embedded(batch, recipe, embedder, held, advance)
+        for _ in cutter.cut(task):
+            if len(cutter.batch.rows) >= PASSAGES_PER_BATCH:
+                yield _embedded(cutter.batch, recipe, embedder, held, advance)
+                cutter.batch = Batch()
+        cutter.batch.files += 1
+    yield _embedded(cutter.batch, recipe, embedder, held, advance)
+
+
+class _Cutter:
+    """Puts the passages of files into the batch at hand."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self.batch = Batch()
+
+    def cut(self, task: FileTask) -> Iterator[None]:
+        """Read and cut one file, pausing after each document; what is wrong with it must not stop the others."""
+        from llamory.documents import Failure
+
+        try:
+            yield from self._cut(task)
+        except Exception as error:
+            if self.recipe.strict:
+                if isinstance(error, LlamoryError | OSError):
+                    raise
+                raise LlamoryError(f"{task.file} can't be read ({type(error).__name__}: {error}).") from error
+            logger.debug("%s can't be read", task.file, exc_info=True)
+            self.batch.failed.append(Failure(task.file, _reason(error, task.file)))
+
+    def _cut(self, task: FileTask) -> Iterator[None]:
+        from llamory.documents import Failure, read_file
+        from llamory.documents.folders import OUTSIDE, is_within
+        from llamory.documents.opening import content_hash, unchanged_since
+
+        path, recipe, broken = Path(task.file), self.recipe, list[str]()
+        # Asked again just before reading: the folders may have changed since they were looked through.
+        if recipe.roots and not is_within(path, recipe.roots):
+            raise LlamoryError(f"{path} is {OUTSIDE}.")
+        digest, state = content_hash(path)
+        content = f"{READERS_VERSION}:{digest}:{recipe.text_field if path.suffix.lower() == '.jsonl' else ''}"
+        if content == task.content:
+            self.batch.unchanged += task.known
+            self.batch.finished[task.file] = content
+            return
+
+        def note(place: str, reason: str) -> None:
+            broken.append(place)
+            self.batch.failed.append(Failure(place, reason))
+
+        told = None if recipe.strict else note
+        for document in read_file(path, text_field=recipe.text_field, broken=told, max_bytes=recipe.max_bytes):
+            hashed = document_hash(document, recipe.passage_length)
+            if task.known.get(document.source) == hashed:
+                self.batch.unchanged.append(document.source)
+            else:
+                self.batch.rows += _rows(document, self.tokenizer, recipe.passage_length, task.file, hashed)
+            yield
+        if not unchanged_since(path, state):
+            raise LlamoryError(f"{path} changed while it was read; index it again.")
+        self.batch.finished[task.file] = "" if broken else content  # what is broken is told again next time
+
+
+def _reason(error: Exception, file: str) -> str:
+    """What is wrong with a file, without its name and without the end of the sentence."""
+    if isinstance(error, FileNotFoundError):
+        return "it vanished before it was read"
+    if isinstance(error, OSError):
+        return f"it can't be read ({error.strerror})"
+    text = str(error).removeprefix(file).lstrip(": ").rstrip(".")
+    return text if isinstance(error, LlamoryError) else f"it can't be read ({type(error).__name__}: {text})"
 
 
 def document_hash(document: Document, passage_length: int) -> str:
@@ -156,6 +231,7 @@ def _rows(
             "source": passage.source,
             "title": passage.title,
             "line": passage.line,
+            "page": passage.page,
             "position": position,
             "file": file,
             "hash": digest,

@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamory.errors import LlamoryError
 from llamory.library.embedding import embed_query, fingerprint, passage_length_for
-from llamory.library.engine import Engine, FileTask, LocalEngine, Recipe
-from llamory.library.store import Hit, PassageStore, Settings
+from llamory.library.engine import LocalEngine, Recipe
+from llamory.library.locking import writing
+from llamory.library.searching import Hit, Mode, check_mode
+from llamory.library.store import PassageStore, Settings
+from llamory.library.updating import AddReport, Update, is_under, take_out
 
 if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SentenceTransformer
 
+    from llamory.documents import Survey
+
+# Reading a file takes some ten times its size in memory.
+MAX_FILE_MIB = 128
+
 PathLike = str | os.PathLike[str]
-
-
-@dataclass
-class AddReport:
-    """What `Library.add` did.
-
-    Attributes:
-        added: documents that were new.
-        unchanged: documents that were there already.
-        updated: documents whose old passages were replaced.
-        removed: documents that are no longer in their file, or whose file is gone.
-        passages: passages that were written.
-    """
-
-    added: int = 0
-    unchanged: int = 0
-    updated: int = 0
-    removed: int = 0
-    passages: int = 0
 
 
 class Library:
@@ -67,6 +57,8 @@ class Library:
         self._device = device
         self._bf16 = bf16
         self._loaded: SentenceTransformer | None = None
+        self._checked = False  # whether the model was seen to be the library's
+        self._new_length = 0  # passage length of a library that is being made
         self._store = PassageStore.open(self.path)
         if self._store is None and model is None:
             raise LlamoryError(
@@ -91,7 +83,7 @@ class Library:
             **asdict(store.settings),
         }
 
-    # ---- adding ------------------------------------------------------------------------------------------------------
+    # ---- adding and removing -----------------------------------------------------------------------------------------
 
     def add(
         self,
@@ -99,86 +91,132 @@ class Library:
         *,
         passage_length: int | None = None,
         text_field: str = "text",
-        skip_broken: bool = False,
+        max_file_size: float = MAX_FILE_MIB,
+        strict: bool = False,
+        wait: bool = True,
         progress: bool = True,
     ) -> AddReport:
         """Index files and folders. Only what is new or changed is embedded; what is gone from them is removed.
 
         A document is written with all of its passages at once, so a run that is killed or fails leaves whole
-        documents, and the next run goes on where it stopped.
+        documents, and the next run goes on where it stopped. What can't be read is told in the report, and what the
+        library has of it stays. Nothing outside the given paths is read: links that lead out are passed over.
 
         Args:
             paths: files and folders; their absolute paths become the sources.
             passage_length: tokens that a passage may have, for a new library; by default 256, or what the model has
                 room for. A library keeps the length it was made with.
             text_field: entry of a JSON line that holds the text.
-            skip_broken: pass over broken JSON lines and files.
+            max_file_size: MiB; larger files aren't read. JSON lines are read one by one, so there it holds for a line.
+            strict: stop at the first thing that can't be read.
+            wait: wait while another process writes to the library.
             progress: show a progress bar on standard error.
 
         Raises:
-            LlamoryError: a path can't be read, the model is not the library's, or the passage length doesn't fit.
+            LlamoryError: a path doesn't exist or is of an unknown kind, there is nothing to index, the model is not
+                the library's, the passage length doesn't fit, or another process writes and `wait` is off.
         """
-        from llamory.documents import find_files
+        from llamory.documents import survey
+        from llamory.documents.folders import real_roots
 
-        if isinstance(paths, str | os.PathLike):
-            paths = [paths]
-        roots = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 -- resolve() would follow links
-        files = [str(file) for file in find_files(roots)]
-        embedder = self._embedder()
-        recipe = Recipe(self._passage_length(embedder, passage_length), text_field, skip_broken, self._bf16)
-        known = {} if self._store is None else self._store.documents()
-        with _Bar(len(files), shown=progress) as bar:
-            engine = LocalEngine(recipe, embedder, self._held, bar.embedded)
-            report, seen, finished = self._take(engine, _tasks(files, known), known, recipe, bar)
-        gone = _gone(known, seen, finished, roots)
-        report.removed = len(gone)
-        if self._store is not None:
-            self._store.remove(gone)
-            if report.passages or gone:
-                self._store.tidy()
+        if max_file_size <= 0:
+            raise LlamoryError(f"The largest file size must be more than 0 MiB, not {max_file_size}.")
+        roots = _absolute(paths)
+        found = survey(roots)
+        if strict and found.failed:
+            raise LlamoryError(f"{found.failed[0].path}: {found.failed[0].reason}.")
+        self._passage_length(self._embedder(), passage_length)
+        with self._writing(wait=wait, progress=progress):
+            update = Update(self._store, self._create, roots)
+            if not found.files and not any(is_under(file, roots) for file, _ in update.known.values()):
+                raise LlamoryError(_nothing_in(roots, found))
+            embedder = self._embedder()
+            recipe = Recipe(
+                passage_length=self._passage_length(embedder, passage_length),
+                text_field=text_field,
+                roots=real_roots(roots),
+                max_bytes=int(max_file_size * 2**20),
+                strict=strict,
+                bf16=self._bf16,
+            )
+            self._new_length = recipe.passage_length
+            with _Bar(len(found.files), shown=progress) as bar:
+                for batch in LocalEngine(recipe, embedder, self._held, bar.embedded).run(update.tasks(found.files)):
+                    update.take(batch)
+                    bar.files_done(batch.files)
+                report = update.finish()
+        report.failed = found.failed + report.failed
+        report.skipped = found.skipped
+        if self._store is None and not report.failed:
+            raise LlamoryError(f"None of the {len(found.files)} files in {_listed(roots)} has any text.")
         return report
 
-    def _take(
-        self, engine: Engine, tasks: list[FileTask], known: Mapping[str, tuple[str, str]], recipe: Recipe, bar: _Bar
-    ) -> tuple[AddReport, set[str], set[str]]:
-        """Write what an engine gives; also the sources that have passages now, and the files that were read."""
-        report, seen, finished = AddReport(), set[str](), set[str]()
-        for batch in engine.run(tasks):
-            written = {row["source"] for row in batch.rows}
-            replaced = {source for source in written if source in known}
-            if batch.vectors is not None:
-                store = self._store or self._create(batch.vectors.shape[1], recipe.passage_length)
-                store.write(batch.rows, batch.vectors, replaced)
-            seen |= written | set(batch.unchanged)
-            finished |= set(batch.finished)
-            report.unchanged += len(batch.unchanged)
-            report.passages += len(batch.rows)
-            report.updated += len(replaced)
-            report.added += len(written) - len(replaced)
-            bar.files_done(len(batch.finished))
-        return report, seen, finished
+    def remove(self, paths: PathLike | Iterable[PathLike], *, wait: bool = True) -> AddReport:
+        """Take out all documents of some files and folders, whether these still exist or not.
+
+        Args:
+            paths: files and folders as they were given to `add`; a source (`path:line`) takes out one JSON line.
+            wait: wait while another process writes to the library.
+
+        Raises:
+            LlamoryError: there is nothing of one of the paths in the library, or another process writes and `wait` is
+                off.
+        """
+        roots = _absolute(paths)
+        with self._writing(wait=wait):
+            store = self._require_store()
+            known = store.documents()
+            gone: set[str] = set()
+            for root in roots:
+                inside = {
+                    source for source, (file, _) in known.items() if source == str(root) or is_under(file, [root])
+                }
+                if not inside:
+                    raise LlamoryError(f"The library at {self.path} has nothing of {root}; check the path.")
+                gone |= inside
+            store.marks()
+            take_out(store, gone, known)
+            store.tidy()
+        return AddReport(removed=len(gone))
+
+    @contextmanager
+    def _writing(self, *, wait: bool, progress: bool = True) -> Iterator[None]:
+        """Be the only writer, on the library as the one before left it."""
+
+        def say(sentence: str) -> None:
+            if progress:
+                sys.stderr.write(sentence + "\n")
+
+        with writing(self.path, wait=wait, say=say):
+            if self._store is None:
+                self._store = PassageStore.open(self.path)
+            yield
 
     def _held(self, texts: Collection[str]) -> Mapping[str, np.ndarray]:
         return {} if self._store is None else self._store.vectors(texts)
 
-    def _create(self, dimension: int, passage_length: int) -> PassageStore:
+    def _create(self, dimension: int) -> PassageStore:
         model = self._model if isinstance(self._model, str) else ""
         if model and Path(model).is_dir():
             model = os.path.abspath(model)  # noqa: PTH100
-        settings = Settings(model, fingerprint(self._embedder()), dimension, passage_length)
+        settings = Settings(model, fingerprint(self._embedder()), dimension, self._new_length)
         self._store = PassageStore.create(self.path, settings)
         return self._store
 
     # ---- searching ---------------------------------------------------------------------------------------------------
 
-    def search(self, query: str, top: int = 10, *, source: str | None = None) -> list[Hit]:
-        """Find the passages whose vectors have the greatest cosine with the query's.
+    def search(
+        self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: Mode = "dense"
+    ) -> list[Hit]:
+        """Find the passages that answer a query.
 
         Args:
             query: a question or any text.
             top: how many passages to give at most.
             source: only passages whose source begins so, or matches if there is a `*` or `?` in it (both match `/`
-                too); one that doesn't begin with `/` may begin after any folder of the source.
+                too); one that doesn't begin with `/` may begin after any folder of the source. Of several, any.
+            mode: `dense` finds by meaning (the greatest cosine of the vectors), `bm25` by words, `fused` by both: the
+                sum of reciprocal ranks.
 
         Returns:
             Hits, best first.
@@ -190,10 +228,12 @@ class Library:
             raise LlamoryError("The query is blank; give at least one word to search for.")
         if top < 1:
             raise LlamoryError(f"A search must be for at least 1 passage, not {top}.")
+        check_mode(mode)
         store = self._require_store()
         if not len(store):
             raise LlamoryError(f"The library at {self.path} is empty; add documents to it first.")
-        return store.search(embed_query(self._embedder(), query), top, source)
+        vector = None if mode == "bm25" else embed_query(self._embedder(), query)
+        return store.search(vector, top, source, text=query, mode=mode)
 
     # ---- the library's model -----------------------------------------------------------------------------------------
 
@@ -212,13 +252,15 @@ class Library:
             if model == "":
                 raise LlamoryError(f"The library at {self.path} doesn't know where its model is; give the model too.")
             self._loaded = load_embedder(model, device=self._device) if isinstance(model, str) else model
-            if self._store is not None and fingerprint(self._loaded) != self._store.settings.fingerprint:
+        if self._store is not None and not self._checked:
+            if fingerprint(self._loaded) != self._store.settings.fingerprint:
                 made_by = self._store.settings.model or "another model"
                 self._loaded = None
                 raise LlamoryError(
                     f"The library at {self.path} was made by another model than the one given (it was {made_by} as it "
                     "was then); give that model, or make a new library."
                 )
+            self._checked = True
         return self._loaded
 
     def _passage_length(self, embedder: SentenceTransformer, wanted: int | None) -> int:
@@ -267,22 +309,18 @@ class _Bar:
         self._progress.update(self._task, passages=self._passages)
 
 
-def _tasks(files: Iterable[str], known: Mapping[str, tuple[str, str]]) -> list[FileTask]:
-    held: dict[str, dict[str, str]] = {}
-    for source, (file, digest) in known.items():
-        held.setdefault(file, {})[source] = digest
-    return [FileTask(file, held.get(file, {})) for file in files]
+def _absolute(paths: PathLike | Iterable[PathLike]) -> list[Path]:
+    paths = [paths] if isinstance(paths, str | os.PathLike) else paths
+    return [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 -- resolve() would follow links
 
 
-def _gone(
-    known: Mapping[str, tuple[str, str]], seen: Collection[str], finished: Collection[str], roots: Sequence[Path]
-) -> list[str]:
-    """Sources that are no longer in a file that was read, or whose file under one of the roots doesn't exist."""
+def _listed(paths: Iterable[Path]) -> str:
+    return ", ".join(map(str, paths))
 
-    @cache
-    def file_gone(file: str) -> bool:
-        return any(Path(file).is_relative_to(root) for root in roots) and not Path(file).exists()
 
-    return [
-        source for source, (file, _) in known.items() if source not in seen and (file in finished or file_gone(file))
-    ]
+def _nothing_in(roots: Sequence[Path], found: Survey) -> str:
+    from llamory.documents.files import kinds
+
+    if found.failed:
+        return f"{found.failed[0].path}: {found.failed[0].reason}."
+    return f"There are no documents in {_listed(roots)}; there should be files of {kinds()}."
