@@ -30,7 +30,7 @@ def index(
     text_field: Annotated[str, typer.Option(help="Field that holds the text in JSONL files.")] = "text",
     max_file_size: Annotated[
         float | None,
-        typer.Option(help="MiB; larger files, and longer JSON lines, are passed over and listed. [default: 128]"),
+        typer.Option(help="MiB; larger files, and longer JSON lines, are passed over and listed. [default: 64]"),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first file that can't be read.")] = False,
     wait: Annotated[

@@ -147,6 +147,8 @@ def _parts(path: Path, suffix: str, data: bytes) -> formats.Parts:
         return read_pdf(path, data)
     try:
         return _READERS.get(suffix, formats.read_text)(decode(path, data), _name(path))
+    except LlamoryError:
+        raise
     except ValueError as error:
         raise LlamoryError(f"{path}: {error}.") from error
 

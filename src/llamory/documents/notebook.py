@@ -25,8 +25,9 @@ def read_notebook(text: str, name: str) -> formats.Parts:
     for number, (source, kind) in enumerate(sources, 1):
         source = source.replace("\r\n", "\n").encode("utf-8", "ignore").decode()
         if kind == "markdown":
-            heading, _, parts = formats.read_markdown(source, current)
-            title = title or (heading if heading != current else "")
+            headings = [(line, heading or current) for line, heading in formats.markdown_headings(source)]
+            title = title or (headings[0][1] if headings else "")
+            parts = formats.blocks_at(source.split("\n"), [(0, current), *headings])
         else:
             parts = formats.read_text(source, current)[2]
         for block in parts:

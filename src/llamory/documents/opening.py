@@ -58,13 +58,15 @@ def read_limited(path: Path, max_bytes: int | None) -> bytes:
         OSError: it can't be read.
     """
     with open_regular(path) as file:
-        if max_bytes is None:
-            return file.read()
-        size = os.fstat(file.fileno()).st_size
-        data = file.read(max_bytes + 1) if size <= max_bytes else b""
-    if max(size, len(data)) > max_bytes:
-        raise LlamoryError(f"{path} {too_large(max(size, len(data)), max_bytes)}.")
+        _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
+        data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    _check_size(path, len(data), max_bytes)  # some files have no size until they are read
     return data
+
+
+def _check_size(path: Path, size: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and size > max_bytes:
+        raise LlamoryError(f"{path} {too_large(size, max_bytes)}.")
 
 
 def too_large(size: int, max_bytes: int) -> str:
@@ -97,15 +99,16 @@ def decode(path: Path, data: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def content_hash(path: Path) -> tuple[str, tuple[int, ...]]:
+def content_hash(path: Path, max_bytes: int | None = None) -> tuple[str, tuple[int, ...]]:
     """Hash of a file's bytes, and what the system says of it: the latter is other once the file was written to.
 
     Raises:
-        LlamoryError: it isn't a regular file.
+        LlamoryError: there are more than `max_bytes`, or it isn't a regular file.
         OSError: it can't be read.
     """
     with open_regular(path) as file:
         state = _state(os.fstat(file.fileno()))
+        _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
         return hashlib.file_digest(file, "sha256").hexdigest()[:32], state
 
 

@@ -186,8 +186,9 @@ class _Cutter:
         # Asked again just before reading: the folders may have changed since they were looked through.
         if recipe.roots and not is_within(path, recipe.roots):
             raise LlamoryError(f"{path} is {OUTSIDE}.")
-        digest, state = content_hash(path)
-        content = f"{READERS_VERSION}:{digest}:{recipe.text_field if path.suffix.lower() == '.jsonl' else ''}"
+        lines = path.suffix.lower() == ".jsonl"
+        digest, state = content_hash(path, None if lines else recipe.max_bytes)
+        content = f"{READERS_VERSION}:{digest}:{recipe.text_field if lines else ''}"
         if content == task.content:
             self.batch.unchanged += task.known
             self.batch.finished[task.file] = content

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from llamory.documents import Survey
 
-# Reading a file takes some ten times its size in memory.
-MAX_FILE_MIB = 128
+# Reading a text file takes some twelve times its size in memory.
+MAX_FILE_MIB = 64
 
 PathLike = str | os.PathLike[str]
 EngineName = Literal["local", "ray"]
@@ -183,8 +183,9 @@ class Library:
                     raise LlamoryError(f"The library at {self.path} has nothing of {root}; check the path.")
                 gone |= inside
             store.marks()
+            store.begin()
             take_out(store, gone, known)
-            store.tidy()
+            store.end()
         return AddReport(removed=len(gone))
 
     @contextmanager
@@ -198,6 +199,8 @@ class Library:
         with writing(self.path, wait=wait, say=say):
             if self._store is None:
                 self._store = PassageStore.open(self.path)
+            else:
+                self._store.refresh()
             yield
 
     def _engine(

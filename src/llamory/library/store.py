@@ -27,9 +27,18 @@ _READABLE_VERSIONS = (1, FORMAT_VERSION)
 COMMITS_PER_TIDY = 256
 # How long states that were written over are kept for those who read them.
 _KEPT = timedelta(minutes=10)
+# Lucene's. The list that comes with this tokenizer is of all languages at once, and takes "cat" for such a word.
+_STOP_WORDS = (
+    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
+    "to was will with"
+).split()
 
 _TABLE = "passages"
 _MARKS = "files"
+# Stands among the files that were read while a run writes.
+_UNFINISHED = ""
+# Up to so many passages the index of words is made anew after each run that wrote: a few seconds.
+_INDEXED_ANEW = 200_000
 _METADATA_KEY = b"llamory"
 
 
@@ -59,9 +68,12 @@ class PassageStore:
         self._database = database
         self._table = table
         self._marks: Table | None = None
+        self._unfinished = False
         self._uri = uri
         self._commits = 0
         self._has_keys = "key" in table.schema.names
+        self._old_keys: np.ndarray | None = None  # of passages, sorted; as they were when first asked for
+        self._new_keys: set[int] = set()  # of passages written since
         self.settings = settings
 
     @classmethod
@@ -128,17 +140,31 @@ class PassageStore:
 
     def vectors(self, texts: Collection[str]) -> dict[str, np.ndarray]:
         """The vectors of those of some passage texts that the table holds, wherever they stand."""
-        if not texts:
-            return {}
-        wanted = set(texts)
+        wanted = {text_key(text): text for text in texts}
         if self._has_keys:
-            where = f"key IN ({', '.join(str(text_key(text)) for text in wanted)})"
-        else:
-            where = _is_in("text", wanted)
+            wanted = {key: text for key, text in wanted.items() if self._holds(key)}
+        if not wanted:
+            return {}
+        where = f"key IN ({', '.join(map(str, wanted))})" if self._has_keys else _is_in("text", set(texts))
         with self._reading() as table:
             found = table.search().where(where).select(["text", "vector"]).to_arrow()
         vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(len(found), self.settings.dimension)
-        return {text: vector for text, vector in zip(found["text"].to_pylist(), vectors, strict=True) if text in wanted}
+        held = set(texts)
+        return {text: vector for text, vector in zip(found["text"].to_pylist(), vectors, strict=True) if text in held}
+
+    def _holds(self, key: int) -> bool:
+        """Whether there may be a passage with this key: asked in memory (8 bytes a passage), as most are new."""
+        import numpy as np
+
+        if self._old_keys is None:
+            with self._reading() as table:
+                self._old_keys = np.sort(table.search().select(["key"]).to_arrow()["key"].to_numpy())
+        place = int(np.searchsorted(self._old_keys, key))
+        return key in self._new_keys or (place < len(self._old_keys) and int(self._old_keys[place]) == key)
+
+    def refresh(self) -> None:
+        """Forget what was read: another process may have written since."""
+        self._old_keys, self._new_keys = None, set()
 
     def search(
         self,
@@ -170,6 +196,8 @@ class PassageStore:
             merge.when_not_matched_by_source_delete(_is_in("source", replaced)).execute(data)
         else:
             self._table.add(data)
+        if self._has_keys:
+            self._new_keys.update(data["key"].to_pylist())
         self._commits += 1
         if self._commits % COMMITS_PER_TIDY == 0:
             self.tidy()
@@ -179,13 +207,32 @@ class PassageStore:
         if sources:
             self._table.delete(_is_in("source", sources))
 
-    def tidy(self) -> None:
-        """Join the small files that many commits leave behind, and bring the index of words up to date."""
+    def begin(self) -> None:
+        """Note that writing goes on. It comes before the first write of a run, and `end` after the last."""
+        self.mark({_UNFINISHED: ""})
+
+    def end(self) -> None:
+        """Put the table in order after a run's writes."""
+        self.tidy(anew=len(self) <= _INDEXED_ANEW)
+        self.unmark([_UNFINISHED])
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a run wrote to the table and didn't come to its `end`; `marks` must have been asked."""
+        return self._unfinished
+
+    def tidy(self, *, anew: bool = False) -> None:
+        """Join the small files that many commits leave behind, and bring the index of words up to date.
+
+        Args:
+            anew: make the index of words anew; else passages that were taken out go on counting in its statistics.
+        """
         from lancedb.index import FTS
 
-        if not self._table.list_indices():
+        if anew or not self._table.list_indices():
             # Words of languages without spaces are found too; names in code are cut at points and underscores.
-            self._table.create_index("text", config=FTS(base_tokenizer="icu/split"))
+            words = FTS(base_tokenizer="icu/split", custom_stop_words=_STOP_WORDS)
+            self._table.create_index("text", config=words, replace=True)
         self._table.optimize(cleanup_older_than=_KEPT)
         if self._marks is not None:
             self._marks.optimize(cleanup_older_than=_KEPT)
@@ -212,7 +259,9 @@ class PassageStore:
             if self._marks is None:
                 return {}
             rows = self._marks.search().select(["file", "content"]).to_arrow().to_pydict()
-        return dict(zip(rows["file"], rows["content"], strict=True))
+        marks = dict(zip(rows["file"], rows["content"], strict=True))
+        self._unfinished = marks.pop(_UNFINISHED, None) is not None
+        return marks
 
     def mark(self, contents: Mapping[str, str]) -> None:
         """Note files as read to their end. All of their documents must have been written."""

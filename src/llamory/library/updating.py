@@ -69,6 +69,7 @@ class Update:
         self._finished: dict[str, str] = {}
         self._waiting: dict[str, str] = {}  # contents of finished files that aren't noted yet
         self._batches = 0
+        self._begun = False  # whether this run has written
 
     def tasks(self, files: Iterable[Path]) -> list[FileTask]:
         """The units of work."""
@@ -84,6 +85,7 @@ class Update:
         if batch.vectors is not None:
             if self._store is None:
                 self._store = self._create(batch.vectors.shape[1])
+            self._begin()
             self._store.unmark({row["file"] for row in batch.rows} & self._marks.keys())
             self._store.write(batch.rows, batch.vectors, replaced)
         self._seen |= written
@@ -105,12 +107,19 @@ class Update:
         """Take out what is gone, and put the table in order."""
         if self._store is not None:
             gone = _gone(self.known, self._seen, self._finished, self._roots)
-            take_out(self._store, gone, self.known)
+            if gone:
+                self._begin()
+                take_out(self._store, gone, self.known)
             self._mark()
-            if self.report.passages or gone:
-                self._store.tidy()
+            if self._begun or self._store.unfinished:
+                self._store.end()
             self.report.removed = len(gone)
         return self.report
+
+    def _begin(self) -> None:
+        if self._store is not None and not self._begun:
+            self._store.begin()
+            self._begun = True
 
     def _mark(self) -> None:
         # A file that lost documents may be noted before these are taken out: the removal takes the note back.
