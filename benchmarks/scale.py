@@ -208,35 +208,38 @@ def tables(figures: Figures, gpu_flops: float, share: float) -> str:
         lines.append(_row(f"memory of all documents, {model.name}", sizes))
     lines += [
         "",
-        "| hours | " + " | ".join(f"{_power(tokens)} tokens" for tokens in TOKENS) + " |",
+        "| time | " + " | ".join(f"{_power(tokens)} tokens" for tokens in TOKENS) + " |",
         "|---" * (len(TOKENS) + 1) + "|",
         _row(
             "encode, the base model, this machine (measured rate)",
-            [_hours(figures.passages(tokens) / figures.encoded_per_second) for tokens in TOKENS],
+            [_time(figures.passages(tokens) / figures.encoded_per_second) for tokens in TOKENS],
         ),
         _row(
             "read into memory, the base model, this machine (measured rate)",
-            [_hours(tokens / figures.scale["read_tokens_per_second"]) for tokens in TOKENS],
+            [_time(tokens / figures.scale["read_tokens_per_second"]) for tokens in TOKENS],
         ),
         _row(
             "write, one process (measured rate)",
-            [_hours(figures.passages(tokens) / figures.written_per_second) for tokens in TOKENS],
+            [_time(figures.passages(tokens) / figures.written_per_second) for tokens in TOKENS],
         ),
     ]
     for model in models:
-        for what, flops in (("encode", figures.encode_flops(model) / n), ("read", figures.read_flops(model))):
+        # No faster than the one writer.
+        encode = figures.encode_flops(model) / n
+        written = 1 / (n * figures.written_per_second)
+        for what, flops, least in (("encode and write", encode, written), ("read", figures.read_flops(model), 0)):
             for gpus in GPUS:
                 name = f"{what}, {model.name}, {gpus} GPU{'s' if gpus > 1 else ''} (computed)"
-                lines.append(_row(name, [_hours(tokens * flops / (rate * gpus)) for tokens in TOKENS]))
+                lines.append(_row(name, [_time(tokens * max(flops / (rate * gpus), least)) for tokens in TOKENS]))
     useful = figures.written_per_second / figures.encoded_per_second
     search = figures._table["search"]["dense"] / figures.index["passages"]
     lines += [
         "",
         f"One writer keeps up with {useful:,.0f} workers like this machine, or with "
-        f"{figures.written_per_second * figures.encode_flops(base) / rate:,.1f} such GPUs encoding with the base model "
-        f"({figures.written_per_second * figures.encode_flops(LARGE[1]) / rate:,.0f} with 7B). Searching all vectors "
+        f"{figures.written_per_second * figures.encode_flops(base) / rate:,.2g} such GPUs encoding with the base model "
+        f"({figures.written_per_second * figures.encode_flops(LARGE[1]) / rate:,.2g} with 7B). Searching all vectors "
         "exactly would take "
-        + ", ".join(f"{_seconds(search * figures.passages(tokens))} at {_power(tokens)}" for tokens in TOKENS)
+        + ", ".join(f"{_time(search * figures.passages(tokens))} at {_power(tokens)}" for tokens in TOKENS)
         + " tokens (the measured time for "
         f"{figures.index['passages']:,} passages, in proportion).",
     ]
@@ -258,13 +261,12 @@ def _bytes(size: float) -> str:
     return f"{size / 1e3:.3g} kB"
 
 
-def _hours(seconds: float) -> str:
-    hours = seconds / 3600
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.2g} s" if seconds >= 1 else f"{seconds * 1e3:.2g} ms"
+def _time(seconds: float) -> str:
+    for unit, name in ((3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= unit:
+            size = seconds / unit
+            return f"{size:,.0f} {name}" if size >= 100 else f"{size:.2g} {name}"
+    return f"{seconds * 1e3:.2g} ms"
 
 
 def main() -> None:
