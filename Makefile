@@ -25,7 +25,7 @@ test: $(STAMP)
 # Ray is an extra; its tests start a small cluster of their own and take a few minutes.
 test-ray: $(STAMP)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[ray]'
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/library/test_ray_engine.py
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/library/test_ray_engine.py tests/library/test_ray_memory.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

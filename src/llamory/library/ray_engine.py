@@ -62,10 +62,10 @@ def check_ray(address: str | None = None) -> None:
         try:
             socket.create_connection((found[1], int(found[2])), _CONNECTING_SECONDS).close()
         except (OSError, OverflowError) as error:
-            raise _no_cluster(address, error) from error
+            raise _nocluster(address, error) from error
 
 
-def _no_cluster(address: str | None, error: Exception) -> LlamoryError:
+def _nocluster(address: str | None, error: Exception) -> LlamoryError:
     where = "on this machine" if address is None else f"at {address}"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     return LlamoryError(f"There is no Ray cluster {where} ({reason}); check that it runs.")
@@ -120,7 +120,7 @@ class RayEngine:
         if not tasks:
             return
         check_ray(self.address)
-        with _cluster(self.address):
+        with cluster(self.address):
             yield from _Receiver(self.advance).batches(self._parcels(list(tasks)))
 
     def _parcels(self, tasks: list[FileTask]) -> Iterator[Parcel]:
@@ -292,8 +292,8 @@ def _pool(most: int, tasks: int) -> Any:
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[None]:
-    """A connection to a cluster: the one that this process has, the one at an address, or one of our own."""
+def cluster(address: str | None) -> Iterator[None]:
+    """A connection to a Ray cluster: the one that this process has, the one at an address, or one of our own."""
     import ray
 
     if ray.is_initialized():
@@ -309,7 +309,7 @@ def _cluster(address: str | None) -> Iterator[None]:
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _no_cluster(address, error) from error
+        raise _nocluster(address, error) from error
     try:
         yield
     finally:
