@@ -74,7 +74,7 @@ def test_search_lists_rank_score_place_title_and_first_lines(llamory, calls: lis
         " 2. 0.500  docs/wick.md:1",
         "    Wicks are cotton [31m.",
     ]
-    assert calls[1] == ("search", "light", 10, {"source": None, "mode": "dense"})
+    assert calls[1] == ("search", "light", 10, {"source": None, "mode": "fused"})
 
 
 def test_search_prints_one_json_document_and_nothing_else(llamory, calls: list[tuple]) -> None:

@@ -35,13 +35,13 @@ def test_files_become_batches_of_whole_documents_with_their_vectors(tmp_path, em
 def test_a_renamed_or_copied_file_is_not_embedded_again(tmp_path, docs, model_folder, embedded):
     library = Library(tmp_path / "library", model_folder)
     add(library, docs)
-    before = {hit.text: hit.score for hit in library.search("cat dog", top=9)}
+    before = {hit.text: hit.score for hit in library.search("cat dog", top=9, mode="dense")}
     (docs / "cats.txt").rename(docs / "felines.txt")
     (docs / "copy.md").write_text((docs / "pets" / "dogs.md").read_text())
     embedded.clear()
     assert add(library, docs) == AddReport(added=2, unchanged=2, removed=1, passages=2)
     assert embedded == []
-    assert {hit.text: hit.score for hit in library.search("cat dog", top=9)} == pytest.approx(before)
+    assert {hit.text: hit.score for hit in library.search("cat dog", top=9, mode="dense")} == pytest.approx(before)
 
 
 def test_a_text_that_a_run_meets_twice_is_embedded_once(tmp_path, model_folder, embedded, monkeypatch):

@@ -35,6 +35,7 @@ def reasons(failures: list[Failure], folder: Path) -> dict[str, str]:
 def test_what_cannot_be_read_is_listed_and_the_rest_goes_in(docs, library):
     (docs / "bytes.txt").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\xff\xfe")
     (docs / "zeros.txt").write_bytes(b"cat \0\0 dog")
+    (docs / "marked.txt").write_bytes(b"\xff\xfec\0\0\0")
     (docs / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (docs / "broken.pdf").write_bytes(b"%PDF-1.7 and nothing more")
     (docs / "broken.ipynb").write_text("{}")
@@ -46,7 +47,8 @@ def test_what_cannot_be_read_is_listed_and_the_rest_goes_in(docs, library):
     assert {name: reason.split(" (")[0] for name, reason in told.items()} == {
         "bytes.txt": "is a binary file, not text; give it the suffix of its kind",
         "zeros.txt": "is a binary file, not text; give it the suffix of its kind",
-        "latin.txt": "1: the file is not UTF-8 text; save it as UTF-8",
+        "marked.txt": "is a binary file, not text; give it the suffix of its kind",
+        "latin.txt": "line 1: the file is not UTF-8 text; save it as UTF-8",
         "broken.pdf": "can't be read as PDF",
         "broken.ipynb": "the file is not a notebook of version 4",
         "lines.jsonl:2": "the line is not valid JSON",

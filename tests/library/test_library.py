@@ -34,7 +34,7 @@ def sections(words: str, count: int) -> str:
 def test_hits_are_ranked_by_cosine_best_first(tmp_path, docs, model_folder):
     library = Library(tmp_path / "library", model_folder)
     assert add(library, docs) == AddReport(added=3, passages=3)
-    hits = library.search("CAT")
+    hits = library.search("CAT", mode="dense")
     assert [hit.text for hit in hits[:2]] == ["the cat sat with a cat", "a cat met a dog"]
     np.testing.assert_allclose([hit.score for hit in hits], [1, 1 / math.sqrt(2), 0], atol=1e-6)
     assert len(library.search("cat", top=1)) == 1
@@ -56,7 +56,7 @@ def test_many_passages_of_different_lengths_keep_their_own_vectors(tmp_path, mod
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     library = Library(tmp_path / "library", model_folder)
     add(library, file)
-    found = {hit.text: hit.score for hit in library.search("cat", top=101)}
+    found = {hit.text: hit.score for hit in library.search("cat", top=101, mode="dense")}
     for i, text in enumerate(texts):
         assert found[text.strip()] == pytest.approx(i / math.hypot(i, 100 - i), abs=1e-5)
 
@@ -278,6 +278,15 @@ def test_a_library_may_lie_at_a_uri(tmp_path, docs, model_folder):
     uri = f"file://{tmp_path}/library"
     add(Library(uri, model_folder), docs)
     assert sources(Library(uri), "cat", top=1) == ["cats.txt"]
+
+
+def test_a_library_may_lie_in_an_object_store(docs, model_folder):
+    library = Library("memory://shelf/library", model_folder)
+    assert add(library, docs) == AddReport(added=3, passages=3)
+    (docs / "cats.txt").write_text("money")
+    assert add(library, docs) == AddReport(updated=1, unchanged=2, passages=1)
+    assert library.remove(docs / "pets").removed == 2
+    assert sources(library, "money") == ["cats.txt"]
 
 
 def test_a_missing_library_is_not_made_by_looking(tmp_path):

@@ -108,6 +108,8 @@ def test_fused_search_sums_reciprocal_ranks(library):
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     dense = {hit.source: hit.score for hit in library.search(query, top=99, mode="dense")}
     assert {hit.source: hit.cosine for hit in hits if hit.cosine is not None} == pytest.approx(dense)
+    words = {hit.source: hit.score for hit in library.search(query, top=99, mode="bm25")}
+    assert {hit.source: hit.bm25 for hit in hits if hit.bm25 is not None} == pytest.approx(words)
 
 
 def test_fused_search_works_if_no_word_is_found(library):

@@ -58,6 +58,13 @@ def test_a_folder_that_became_empty_takes_all_out(docs, library):
     assert add(library, docs) == AddReport(removed=3)
 
 
+def test_a_run_without_changes_needs_no_model(docs, library, monkeypatch, model_folder):
+    add(library, docs)
+    monkeypatch.setattr(retriever_module, "load_embedder", None)
+    for model in (None, model_folder):
+        assert add(Library(library.path, model), docs) == AddReport(unchanged=3)
+
+
 def test_files_that_did_not_change_are_not_parsed_again(docs, library, monkeypatch):
     (docs / "lines.jsonl").write_text('{"text": "a cat"}\n{"text": "a dog"}\n')
     add(library, docs)

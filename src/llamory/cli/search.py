@@ -29,7 +29,7 @@ def search(
     query: Annotated[str, typer.Argument(help="What to look for, in plain words.")],
     library: Annotated[str, typer.Option(help="Folder (or object-store address) of the library.")],
     top: Annotated[int, typer.Option(min=1, help="How many passages to show.")] = 10,
-    mode: Annotated[Mode, typer.Option(help="By meaning, by words, or by both.")] = Mode.dense,
+    mode: Annotated[Mode, typer.Option(help="By meaning, by words, or by both.")] = Mode.fused,
     source: Annotated[
         list[str] | None,
         typer.Option(help="Only passages of files that this pattern fits, such as 'docs/*.md'; may be given again."),

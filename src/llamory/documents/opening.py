@@ -84,18 +84,20 @@ def decode(path: Path, data: bytes) -> str:
         LlamoryError: the bytes are no text, or text in another encoding.
     """
     encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8-sig")
-    if encoding == "utf-8-sig":
-        if b"\0" in data:
-            raise LlamoryError(f"{path} is a binary file, not text; give it the suffix of its kind.")
-        if path.suffix.lower() == ".py":
-            with contextlib.suppress(SyntaxError):  # an unknown encoding is named: UTF-8 is the best guess left
-                encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0]
+    if encoding == "utf-8-sig" and path.suffix.lower() == ".py":
+        with contextlib.suppress(SyntaxError):  # an unknown encoding is named: UTF-8 is the best guess left
+            encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0]
+    binary = LlamoryError(f"{path} is a binary file, not text; give it the suffix of its kind.")
+    if b"\0" in data and not encoding.startswith(("utf-16", "utf-32")):
+        raise binary
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         expected = encoding.upper().removesuffix("-SIG")
         raise LlamoryError(f"{path}:{line}: the file is not {expected} text; save it as UTF-8.") from error
+    if "\0" in text:
+        raise binary
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,12 +40,10 @@ class FileTask:
     Attributes:
         file: absolute path.
         known: the hash of each document (by source) that the library holds of it.
-        content: the file's content when it was read to its end, as `Batch.finished` tells it; empty if it never was.
     """
 
     file: str
     known: Mapping[str, str] = field(default_factory=dict)
-    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -179,20 +178,10 @@ class _Cutter:
 
     def _cut(self, task: FileTask) -> Iterator[None]:
         from llamory.documents import Failure, read_file
-        from llamory.documents.folders import OUTSIDE, is_within
-        from llamory.documents.opening import content_hash, unchanged_since
+        from llamory.documents.opening import unchanged_since
 
         path, recipe, broken = Path(task.file), self.recipe, list[str]()
-        # Asked again just before reading: the folders may have changed since they were looked through.
-        if recipe.roots and not is_within(path, recipe.roots):
-            raise LlamoryError(f"{path} is {OUTSIDE}.")
-        lines = path.suffix.lower() == ".jsonl"
-        digest, state = content_hash(path, None if lines else recipe.max_bytes)
-        content = f"{READERS_VERSION}:{digest}:{recipe.text_field if lines else ''}"
-        if content == task.content:
-            self.batch.unchanged += task.known
-            self.batch.finished[task.file] = content
-            return
+        content, state = _content(path, recipe)
 
         def note(place: str, reason: str) -> None:
             broken.append(place)
@@ -211,13 +200,35 @@ class _Cutter:
         self.batch.finished[task.file] = "" if broken else content  # what is broken is told again next time
 
 
+def is_unchanged(file: str, content: str, recipe: Recipe) -> bool:
+    """Whether a file has the content that `Batch.finished` told of it; a file that can't be read has not."""
+    try:
+        return bool(content) and _content(Path(file), recipe)[0] == content
+    except (LlamoryError, OSError):
+        return False
+
+
+def _content(path: Path, recipe: Recipe) -> tuple[str, tuple[int, ...]]:
+    """A short name for what would be read of a file, and its state as `unchanged_since` takes it."""
+    from llamory.documents.folders import OUTSIDE, is_within
+    from llamory.documents.opening import content_hash
+
+    # Asked again just before reading: the folders may have changed since they were looked through.
+    if recipe.roots and not is_within(path, recipe.roots):
+        raise LlamoryError(f"{path} is {OUTSIDE}.")
+    lines = path.suffix.lower() == ".jsonl"
+    digest, state = content_hash(path, None if lines else recipe.max_bytes)
+    return f"{READERS_VERSION}:{digest}:{recipe.text_field if lines else ''}", state
+
+
 def _reason(error: Exception, file: str) -> str:
     """What is wrong with a file, without its name and without the end of the sentence."""
     if isinstance(error, FileNotFoundError):
         return "it vanished before it was read"
     if isinstance(error, OSError):
         return f"it can't be read ({error.strerror})"
-    text = str(error).removeprefix(file).lstrip(": ").rstrip(".")
+    text = str(error).removeprefix(file).strip().rstrip(".")
+    text = re.sub(r"^:(\d+): ", r"line \1: ", text).removeprefix(": ")
     return text if isinstance(error, LlamoryError) else f"it can't be read ({type(error).__name__}: {text})"
 
 

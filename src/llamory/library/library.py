@@ -132,14 +132,13 @@ class Library:
         found = survey(roots)
         if strict and found.failed:
             raise LlamoryError(f"{found.failed[0].path}: {found.failed[0].reason}.")
-        self._passage_length(self._embedder(), passage_length)
+        self._check(passage_length)  # before the folder of a new library is made, and before waiting
         with self._writing(wait=wait, progress=progress):
             update = Update(self._store, self._create, roots)
             if not found.files and not any(is_under(file, roots) for file, _ in update.known.values()):
                 raise LlamoryError(_nothing_in(roots, found))
-            embedder = self._embedder()
             recipe = Recipe(
-                passage_length=self._passage_length(embedder, passage_length),
+                passage_length=self._check(passage_length),
                 text_field=text_field,
                 roots=real_roots(roots),
                 max_bytes=int(max_file_size * 2**20),
@@ -147,11 +146,13 @@ class Library:
                 bf16=self._bf16,
             )
             self._new_length = recipe.passage_length
-            with _Bar(len(found.files), shown=progress) as bar:
-                chosen = self._engine(engine, recipe, embedder, bar, ray_address)
-                for batch in chosen.run(update.tasks(found.files)):
-                    update.take(batch)
-                    bar.files_done(batch.files)
+            tasks = update.tasks(found.files, recipe)
+            with _Bar(len(tasks), shown=progress) as bar:
+                if tasks:
+                    chosen = self._engine(engine, recipe, self._embedder(), bar, ray_address)
+                    for batch in chosen.run(tasks):
+                        update.take(batch)
+                        bar.files_done(batch.files)
                 report = update.finish()
         report.failed = found.failed + report.failed
         report.skipped = found.skipped
@@ -211,14 +212,14 @@ class Library:
         from llamory.library.ray_engine import RayEngine
 
         model = self._require_store().settings.model if self._model is None else self._model
-        model = _absolute_model(model) if isinstance(model, str) else ""
+        model = _name(model) if isinstance(model, str) else ""
         return RayEngine(recipe, embedder, model, fingerprint(embedder), self.path, address, bar.embedded)
 
     def _held(self, texts: Collection[str]) -> Mapping[str, np.ndarray]:
         return {} if self._store is None else self._store.vectors(texts)
 
     def _create(self, dimension: int) -> PassageStore:
-        model = _absolute_model(self._model) if isinstance(self._model, str) else ""
+        model = _name(self._model) if isinstance(self._model, str) else ""
         settings = Settings(model, fingerprint(self._embedder()), dimension, self._new_length)
         self._store = PassageStore.create(self.path, settings)
         return self._store
@@ -226,7 +227,7 @@ class Library:
     # ---- searching ---------------------------------------------------------------------------------------------------
 
     def search(
-        self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: Mode = "dense"
+        self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: Mode = "fused"
     ) -> list[Hit]:
         """Find the passages that answer a query.
 
@@ -283,16 +284,19 @@ class Library:
             self._checked = True
         return self._loaded
 
-    def _passage_length(self, embedder: SentenceTransformer, wanted: int | None) -> int:
+    def _check(self, passage_length: int | None) -> int:
+        """Check the model and the passage length for adding; gives the length. Loads the model only if it must."""
         if self._store is None:
-            return passage_length_for(embedder, wanted)
-        length = self._store.settings.passage_length
-        if wanted not in (None, length):
+            return passage_length_for(self._embedder(), passage_length)
+        settings = self._store.settings
+        if self._model is not None and (not isinstance(self._model, str) or _name(self._model) != settings.model):
+            self._embedder()
+        if passage_length not in (None, settings.passage_length):
             raise LlamoryError(
-                f"The library at {self.path} has passages of {length} tokens, not {wanted}; make a new library for "
-                "another length."
+                f"The library at {self.path} has passages of {settings.passage_length} tokens, not {passage_length}; "
+                "make a new library for another length."
             )
-        return length
+        return settings.passage_length
 
 
 class _Bar:
@@ -329,11 +333,6 @@ class _Bar:
         self._progress.update(self._task, passages=self._passages)
 
 
-def _absolute_model(model: str) -> str:
-    """A model's folder as an absolute path; a hub id as it is."""
-    return os.path.abspath(model) if Path(model).is_dir() else model  # noqa: PTH100
-
-
 def _check_engine(name: str, address: str | None) -> None:
     if name not in get_args(EngineName):
         raise LlamoryError(f"An engine is one of {', '.join(get_args(EngineName))}, not {name!r}.")
@@ -348,6 +347,11 @@ def _check_engine(name: str, address: str | None) -> None:
 def _absolute(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
     return [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 -- resolve() would follow links
+
+
+def _name(model: str) -> str:
+    """A model as settings name it: a folder's absolute path, or a hub id."""
+    return os.path.abspath(model) if Path(model).is_dir() else model  # noqa: PTH100
 
 
 def _listed(paths: Iterable[Path]) -> str:

@@ -114,7 +114,9 @@ def _fused(text: str, dense: pa.Table, words: pa.Table) -> list[Hit]:
     from lancedb.rerankers import RRFReranker
 
     fused = RRFReranker(return_score="all").rerank_hybrid(text, dense, words).to_pylist()
-    hits = [_hit(row, row["_relevance_score"]) for row in fused]
+    # What both searches found comes with the first one's score only.
+    scores = dict(zip(words["_rowid"].to_pylist(), words["_score"].to_pylist(), strict=True))
+    hits = [_hit(row | {"_score": scores.get(row["_rowid"])}, row["_relevance_score"]) for row in fused]
     # First of one search equals first of the other: those found by meaning go first.
     return sorted(hits, key=lambda hit: (-hit.score, -(hit.cosine if hit.cosine is not None else -2), *_order(hit)))
 

@@ -26,7 +26,7 @@ _READABLE_VERSIONS = (1, FORMAT_VERSION)
 # Every commit leaves a small file and a list of all files; they are joined before the lists grow long.
 COMMITS_PER_TIDY = 256
 # How long states that were written over are kept for those who read them.
-_KEPT = timedelta(minutes=10)
+_KEPT = timedelta(minutes=1)
 # Lucene's. The list that comes with this tokenizer is of all languages at once, and takes "cat" for such a word.
 _STOP_WORDS = (
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
@@ -37,8 +37,8 @@ _TABLE = "passages"
 _MARKS = "files"
 # Stands among the files that were read while a run writes.
 _UNFINISHED = ""
-# Up to so many passages the index of words is made anew after each run that wrote: a few seconds.
-_INDEXED_ANEW = 200_000
+# Up to so many passages the index of words is made anew after a run that took passages out: a few seconds.
+_INDEXED_ANEW = 50_000
 _METADATA_KEY = b"llamory"
 
 
@@ -70,7 +70,8 @@ class PassageStore:
         self._marks: Table | None = None
         self._unfinished = False
         self._uri = uri
-        self._commits = 0
+        self._commits = self._untidy = 0  # commits and rows since small files were last joined
+        self._taken_out = False  # whether passages were replaced or removed since `begin`
         self._has_keys = "key" in table.schema.names
         self._old_keys: np.ndarray | None = None  # of passages, sorted; as they were when first asked for
         self._new_keys: set[int] = set()  # of passages written since
@@ -191,6 +192,7 @@ class PassageStore:
         """
         data = self._arrow(rows, vectors)
         if replaced:
+            self._taken_out = True
             merge = self._table.merge_insert(["source", "position"])
             merge = merge.when_matched_update_all().when_not_matched_insert_all()
             merge.when_not_matched_by_source_delete(_is_in("source", replaced)).execute(data)
@@ -199,22 +201,27 @@ class PassageStore:
         if self._has_keys:
             self._new_keys.update(data["key"].to_pylist())
         self._commits += 1
-        if self._commits % COMMITS_PER_TIDY == 0:
+        self._untidy += len(rows)
+        # Joining rewrites the table, so it comes the more seldom the larger the table is.
+        if self._commits >= COMMITS_PER_TIDY and self._untidy * 10 >= self._table.count_rows():
             self.tidy()
 
     def remove(self, sources: Collection[str]) -> None:
         """Take away all passages of some sources."""
         if sources:
+            self._taken_out = True
             self._table.delete(_is_in("source", sources))
 
     def begin(self) -> None:
         """Note that writing goes on. It comes before the first write of a run, and `end` after the last."""
+        self._taken_out = False
         self.mark({_UNFINISHED: ""})
 
     def end(self) -> None:
-        """Put the table in order after a run's writes."""
-        self.tidy(anew=len(self) <= _INDEXED_ANEW)
+        """Put the table in order after a run's writes, and those of a run before that was killed."""
+        self.tidy(anew=(self._taken_out or self._unfinished) and len(self) <= _INDEXED_ANEW)
         self.unmark([_UNFINISHED])
+        self._unfinished = False
 
     @property
     def unfinished(self) -> bool:
@@ -234,6 +241,7 @@ class PassageStore:
             words = FTS(base_tokenizer="icu/split", custom_stop_words=_STOP_WORDS)
             self._table.create_index("text", config=words, replace=True)
         self._table.optimize(cleanup_older_than=_KEPT)
+        self._commits = self._untidy = 0
         if self._marks is not None:
             self._marks.optimize(cleanup_older_than=_KEPT)
 

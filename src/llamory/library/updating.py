@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llamory.library.engine import Batch, FileTask
+from llamory.library.engine import Batch, FileTask, Recipe, is_unchanged
 
 if TYPE_CHECKING:
     from llamory.documents import Failure
@@ -71,12 +71,20 @@ class Update:
         self._batches = 0
         self._begun = False  # whether this run has written
 
-    def tasks(self, files: Iterable[Path]) -> list[FileTask]:
-        """The units of work."""
+    def tasks(self, files: Iterable[Path], recipe: Recipe) -> list[FileTask]:
+        """The units of work: all files but those whose content is as it was when they were last read."""
         held: dict[str, dict[str, str]] = {}
         for source, (file, digest) in self.known.items():
             held.setdefault(file, {})[source] = digest
-        return [FileTask(str(file), held.get(str(file), {}), self._marks.get(str(file), "")) for file in files]
+        tasks = []
+        for file in map(str, files):
+            if is_unchanged(file, self._marks.get(file, ""), recipe):
+                sources = held.get(file, {})
+                self._seen.update(sources)
+                self.report.unchanged += len(sources)
+            else:
+                tasks.append(FileTask(file, held.get(file, {})))
+        return tasks
 
     def take(self, batch: Batch) -> None:
         """Write one batch."""
