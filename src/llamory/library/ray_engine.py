@@ -13,6 +13,7 @@ import pickle
 import re
 import socket
 import uuid
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -304,10 +305,13 @@ def cluster(address: str | None) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
-        if address is None:
-            ray.init(address="local", object_store_memory=_STORE_BYTES, **quiet)
-        else:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with warnings.catch_warnings():
+            # LanceDB warns of the forks with which Ray starts its programs; none of them uses a table.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            if address is None:
+                ray.init(address="local", object_store_memory=_STORE_BYTES, **quiet)
+            else:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _nocluster(address, error) from error
     try:
