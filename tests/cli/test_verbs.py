@@ -128,6 +128,7 @@ def test_index_reports_what_it_did(llamory, calls: list[tuple]) -> None:
     ran = llamory("index", "a.md", "c", "--library", "lib")
     assert ran == (0, SUMMARY, "reading ...\n")
     unset = {"passage_length": None, "text_field": "text", "strict": False, "wait": True}
+    unset |= {"engine": "local", "ray_address": None}
     assert calls == [("library", "lib", {"model": None, "bf16": False}), ("add", [Path("a.md"), Path("c")], unset)]
 
 
@@ -146,6 +147,7 @@ def test_index_that_took_nothing_in_is_an_error(llamory, calls: list[tuple]) -> 
 def test_index_hands_on_what_it_is_told(llamory, calls: list[tuple]) -> None:
     told = (
         "--model m --passage-length 99 --text-field body --max-file-size 0.5 --strict --no-wait --bf16 --json --quiet"
+        " --engine ray --ray-address here:6379"
     )
     ran = llamory("index", "a.md", "--library", "s3://shelf/lib", *told.split())
     assert json.loads(ran.out) == {
@@ -160,6 +162,7 @@ def test_index_hands_on_what_it_is_told(llamory, calls: list[tuple]) -> None:
     }
     assert ran.err == ""
     settings = {"passage_length": 99, "text_field": "body", "strict": True, "wait": False, "max_file_size": 0.5}
+    settings |= {"engine": "ray", "ray_address": "here:6379"}
     assert calls == [("library", "s3://shelf/lib", {"model": "m", "bf16": True}), ("add", [Path("a.md")], settings)]
 
 

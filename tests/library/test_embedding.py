@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llamory.errors import LlamoryError
 from llamory.library import Library
-from llamory.library.embedding import fingerprint, passage_length_for
+from llamory.library.embedding import embed_passages, embed_query, fingerprint, passage_length_for
 from llamory.llara.retriever import export_sentence_transformer, load_embedder
 from llamory.llara.template import LlaraTemplate
 
@@ -88,3 +88,17 @@ def test_one_changed_weight_or_prompt_makes_another_model(checkpoint):
 
 def test_half_precision_models_have_fingerprints_too(embedder):
     assert fingerprint(embedder) != fingerprint(SentenceTransformer(modules=list(embedder)).half())
+
+
+def test_passages_and_queries_get_the_models_own_vectors(checkpoint):
+    model, texts = load_embedder(checkpoint, device="cpu"), ["the river", "", "a mountain far away " * 9, "the river"]
+    told: list[int] = []
+    vectors = embed_passages(model, texts, told.append)
+    assert vectors.dtype == np.float32 and sum(told) == len(texts)
+    np.testing.assert_allclose(vectors, model.encode_document(texts), atol=1e-5)
+    np.testing.assert_allclose(embed_query(model, "the sea"), model.encode_query("the sea"), atol=1e-5)
+
+
+def test_passages_of_other_models_come_back_in_order(embedder):
+    texts = ["cat", "a long text about a dog", "river", *["money"] * 40]
+    np.testing.assert_array_equal(embed_passages(embedder, texts), embedder.encode_document(texts))

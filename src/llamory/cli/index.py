@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -37,6 +37,12 @@ def index(
         bool, typer.Option("--wait/--no-wait", help="Wait while another process writes to the library.")
     ] = True,
     bf16: Annotated[bool, typer.Option("--bf16", help="Embed in bfloat16: faster, a little less exact.")] = False,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Work in this process, or on the workers of a Ray cluster.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Ray cluster; by default one is started on this machine.", show_default=False)
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -53,7 +59,14 @@ def index(
         else:
             sizes: dict[str, Any] = {} if max_file_size is None else {"max_file_size": max_file_size}
             report = opened.add(
-                paths, passage_length=passage_length, text_field=text_field, strict=strict, wait=wait, **sizes
+                paths,
+                passage_length=passage_length,
+                text_field=text_field,
+                strict=strict,
+                wait=wait,
+                engine=engine,
+                ray_address=ray_address,
+                **sizes,
             )
     if as_json:
         print_json({"library": library, **asdict(report)})

@@ -26,7 +26,7 @@ def embed_passages(
     *,
     bf16: bool = False,
 ) -> np.ndarray:
-    """Embed passages in batches of similar length.
+    """Embed passages: a LLARA model's without padding, another model's in batches of similar length.
 
     Args:
         embedder: the model.
@@ -40,9 +40,13 @@ def embed_passages(
     import numpy as np
     import torch
 
+    from llamory.llara.encoding import FlatEncoder
     from llamory.llara.retriever import hide_slot_tokens
 
     texts = hide_slot_tokens(embedder, texts)
+    if (encoder := FlatEncoder.of(embedder)) is not None:
+        with torch.autocast(embedder.device.type, torch.bfloat16, enabled=bf16):
+            return encoder.encode(texts, "document", advance)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
     batches = []
     for start in range(0, len(texts), BATCH_SIZE):
@@ -64,11 +68,14 @@ def embed_queries(embedder: SentenceTransformer, queries: list[str], *, bf16: bo
     """Embed queries: float32 vectors (queries, dimension). `bf16` as for `embed_passages`."""
     import torch
 
+    from llamory.llara.encoding import FlatEncoder
     from llamory.llara.retriever import hide_slot_tokens
 
+    texts = hide_slot_tokens(embedder, queries)
     with torch.autocast(embedder.device.type, torch.bfloat16, enabled=bf16):
-        vectors = embedder.encode_query(hide_slot_tokens(embedder, queries), show_progress_bar=False)
-    return vectors.astype("float32")
+        if (encoder := FlatEncoder.of(embedder)) is not None:
+            return encoder.encode(texts, "query")
+        return embedder.encode_query(texts, show_progress_bar=False).astype("float32")
 
 
 def passage_tokenizer(embedder: SentenceTransformer) -> PreTrainedTokenizerBase:

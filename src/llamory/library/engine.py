@@ -138,14 +138,20 @@ def prepare(
     """
     from llamory.library.embedding import passage_tokenizer
 
-    cutter = _Cutter(recipe, passage_tokenizer(embedder))
+    for batch in cut(tasks, recipe, passage_tokenizer(embedder)):
+        yield embed(batch, recipe, embedder, held, advance)
+
+
+def cut(tasks: Iterable[FileTask], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
+    """The first half of `prepare`: read and cut files, as batches without vectors."""
+    cutter = _Cutter(recipe, tokenizer)
     for task in tasks:
         for _ in cutter.cut(task):
             if len(cutter.batch.rows) >= PASSAGES_PER_BATCH:
-                yield _embedded(cutter.batch, recipe, embedder, held, advance)
+                yield cutter.batch
                 cutter.batch = Batch()
         cutter.batch.files += 1
-    yield _embedded(cutter.batch, recipe, embedder, held, advance)
+    yield cutter.batch
 
 
 class _Cutter:
@@ -252,14 +258,14 @@ def _rows(
     ]
 
 
-def _embedded(
+def embed(
     batch: Batch,
     recipe: Recipe,
     embedder: SentenceTransformer,
     held: Callable[[Collection[str]], Vectors],
     advance: Callable[[int], None],
 ) -> Batch:
-    """Give a batch its vectors; those of texts that are held are used again."""
+    """The second half of `prepare`: give a batch its vectors; those of texts that are held are used again."""
     import numpy as np
 
     from llamory.library.embedding import embed_passages

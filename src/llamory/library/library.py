@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llamory.errors import LlamoryError
 from llamory.library.embedding import embed_query, fingerprint, passage_length_for
-from llamory.library.engine import LocalEngine, Recipe
+from llamory.library.engine import Engine, LocalEngine, Recipe
 from llamory.library.locking import writing
 from llamory.library.searching import Hit, Mode, check_mode
 from llamory.library.store import PassageStore, Settings
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MAX_FILE_MIB = 64
 
 PathLike = str | os.PathLike[str]
+EngineName = Literal["local", "ray"]
 
 
 class Library:
@@ -94,6 +95,8 @@ class Library:
         max_file_size: float = MAX_FILE_MIB,
         strict: bool = False,
         wait: bool = True,
+        engine: EngineName = "local",
+        ray_address: str | None = None,
         progress: bool = True,
     ) -> AddReport:
         """Index files and folders. Only what is new or changed is embedded; what is gone from them is removed.
@@ -110,17 +113,21 @@ class Library:
             max_file_size: MiB; larger files aren't read. JSON lines are read one by one, so there it holds for a line.
             strict: stop at the first thing that can't be read.
             wait: wait while another process writes to the library.
+            engine: `local` reads and embeds in this process, `ray` on the workers of a Ray cluster.
+            ray_address: of a running Ray cluster; by default Ray is started on this machine for the run.
             progress: show a progress bar on standard error.
 
         Raises:
             LlamoryError: a path doesn't exist or is of an unknown kind, there is nothing to index, the model is not
-                the library's, the passage length doesn't fit, or another process writes and `wait` is off.
+                the library's, the passage length doesn't fit, or another process writes and `wait` is off; Ray is
+                asked for and isn't there.
         """
         from llamory.documents import survey
         from llamory.documents.folders import real_roots
 
         if max_file_size <= 0:
             raise LlamoryError(f"The largest file size must be more than 0 MiB, not {max_file_size}.")
+        _check_engine(engine, ray_address)
         roots = _absolute(paths)
         found = survey(roots)
         if strict and found.failed:
@@ -142,8 +149,8 @@ class Library:
             tasks = update.tasks(found.files, recipe)
             with _Bar(len(tasks), shown=progress) as bar:
                 if tasks:
-                    engine = LocalEngine(recipe, self._embedder(), self._held, bar.embedded)
-                    for batch in engine.run(tasks):
+                    chosen = self._engine(engine, recipe, self._embedder(), bar, ray_address)
+                    for batch in chosen.run(tasks):
                         update.take(batch)
                         bar.files_done(batch.files)
                 report = update.finish()
@@ -196,6 +203,17 @@ class Library:
             else:
                 self._store.refresh()
             yield
+
+    def _engine(
+        self, name: EngineName, recipe: Recipe, embedder: SentenceTransformer, bar: _Bar, address: str | None
+    ) -> Engine:
+        if name == "local":
+            return LocalEngine(recipe, embedder, self._held, bar.embedded)
+        from llamory.library.ray_engine import RayEngine
+
+        model = self._require_store().settings.model if self._model is None else self._model
+        model = _name(model) if isinstance(model, str) else ""
+        return RayEngine(recipe, embedder, model, fingerprint(embedder), self.path, address, bar.embedded)
 
     def _held(self, texts: Collection[str]) -> Mapping[str, np.ndarray]:
         return {} if self._store is None else self._store.vectors(texts)
@@ -313,6 +331,17 @@ class _Bar:
     def embedded(self, passages: int) -> None:
         self._passages += passages
         self._progress.update(self._task, passages=self._passages)
+
+
+def _check_engine(name: str, address: str | None) -> None:
+    if name not in get_args(EngineName):
+        raise LlamoryError(f"An engine is one of {', '.join(get_args(EngineName))}, not {name!r}.")
+    if name == "ray":
+        from llamory.library.ray_engine import check_ray
+
+        check_ray(address)
+    elif address is not None:
+        raise LlamoryError("A Ray address is of use only with the engine `ray`; choose it, or leave the address out.")
 
 
 def _absolute(paths: PathLike | Iterable[PathLike]) -> list[Path]:

@@ -1,0 +1,225 @@
+"""Indexing on Ray makes the same library as without, whatever dies meanwhile; `make test-ray` runs this."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from sentence_transformers.base.modules.normalize import Normalize
+
+from llamory.errors import LlamoryError
+from llamory.library import Library
+from llamory.library.engine import Batch
+
+ray = pytest.importorskip("ray", reason="Ray isn't installed; `make test-ray` installs it and runs these tests")
+from llamory.library import ray_engine  # noqa: E402 -- after the skip
+from llamory.library.ray_engine import Embedder, Parcel, RayEngine, Reader, _Receiver  # noqa: E402
+
+FILES, DOCUMENTS = 24, 3
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Ray on this machine's two cores; the engine uses what it finds."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(address="local", num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for i in range(FILES):
+        texts = [f"the cat {i} met dog number {j} at the river" for j in range(DOCUMENTS)]
+        if i % 2:
+            (folder / f"{i}.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in texts))
+        else:
+            (folder / f"{i}.md").write_text("\n\n".join(f"# Part {j}\n\n{text}" for j, text in enumerate(texts)))
+    return folder
+
+
+def contents(library: Library) -> dict:
+    """Everything in a library's table that indexing decides, and what it noted of the files."""
+    table = library._store._table.to_arrow().to_pylist()
+    rows = {(row["source"], row["position"]): row for row in table}
+    assert len(rows) == len(table), "a passage is there twice"
+    vectors = {place: row.pop("vector") for place, row in rows.items()}
+    return {"rows": rows, "vectors": vectors, "marks": library._store.marks()}
+
+
+def assert_same(one: Library, other: Library) -> None:
+    a, b = contents(one), contents(other)
+    assert a["rows"] == b["rows"] and a["marks"] == b["marks"]
+    for place, vector in a["vectors"].items():
+        np.testing.assert_allclose(vector, b["vectors"][place], atol=1e-6)
+
+
+@pytest.fixture
+def expected(tmp_path, folder, embedder) -> Library:
+    library = Library(tmp_path / "expected", embedder)
+    library.add(folder, progress=False)
+    return library
+
+
+def slow(embedder):
+    """The same vectors, but each batch takes a while; a class of this function travels to the workers as it is."""
+
+    class Slow(Normalize):
+        def forward(self, features):
+            time.sleep(0.1)
+            return features
+
+    return type(embedder)(modules=[*embedder, Slow()], device="cpu")
+
+
+def test_a_worker_killed_midway_loses_and_doubles_nothing(cluster, tmp_path, folder, expected, embedder, monkeypatch):
+    monkeypatch.setattr(ray_engine, "FILES_PER_CALL", 2)
+    killed: list[str] = []
+    run = RayEngine.run
+
+    def run_and_kill(self, tasks):
+        for count, batch in enumerate(run(self, tasks)):
+            if count == 2:
+                killed.extend(kill_one("Embedder") + kill_one("Reader"))
+            yield batch
+
+    monkeypatch.setattr(RayEngine, "run", run_and_kill)
+    library = Library(tmp_path / "library", slow(embedder))
+    report = library.add(folder, engine="ray", progress=False)
+    assert any("Embedder" in name for name in killed)
+    assert (report.added, report.passages) == (len(expected._store.documents()), len(expected))
+    assert_same(library, expected)
+
+
+def kill_one(actor: str) -> list[str]:
+    """Kill one process of an actor class; its name, or nothing if there is none."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            name = " ".join(process.cmdline())
+            if f"({actor}" in name:
+                process.kill()
+                return [name]
+    return []
+
+
+def test_what_is_unchanged_changed_gone_and_broken_is_told_as_without_ray(cluster, tmp_path, folder, embedder):
+    reports = []
+    for engine in ("local", "ray"):
+        library = Library(tmp_path / engine, embedder)
+        first = library.add(folder, engine=engine, progress=False)
+        (folder / "0.md").write_text("# Part 0\n\nmoney in the river")
+        (folder / "2.md").rename(tmp_path / "2.md")
+        (folder / "broken.jsonl").write_text('{"text": "a cat"}\n{"text"')
+        reports.append((first, library.add(folder, engine=engine, progress=False), contents(library)))
+        (folder / "0.md").write_text("\n\n".join(f"# Part {j}\n\nthe cat 0 met dog {j}" for j in range(DOCUMENTS)))
+        (tmp_path / "2.md").rename(folder / "2.md")
+        (folder / "broken.jsonl").unlink()
+    local, on_ray = reports
+    for before, after in zip(local[:2], on_ray[:2], strict=True):
+        assert before.failed == after.failed
+        for number in ("added", "unchanged", "updated", "removed"):
+            assert getattr(before, number) == getattr(after, number), number
+    assert local[1].failed and local[1].removed and local[1].updated
+    assert on_ray[2]["marks"].keys() == local[2]["marks"].keys()
+    assert on_ray[2]["rows"].keys() == local[2]["rows"].keys()
+
+
+def test_a_run_whose_own_process_is_killed_is_finished_by_the_next(tmp_path, folder, model_folder, expected):
+    script = (
+        "import sys, time\n"
+        "from llamory.library import Library, ray_engine\n"
+        "from llamory.library.updating import Update\n"
+        "ray_engine.FILES_PER_CALL, take = 2, Update.take\n"
+        "def slowly(self, batch):\n"
+        "    take(self, batch); print('written', flush=True); time.sleep(0.3)\n"
+        "Update.take = slowly\n"
+        "Library(sys.argv[1], sys.argv[2]).add(sys.argv[3], engine='ray', progress=False)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "library"), str(model_folder), str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert process.stdout is not None
+        for _ in range(3):
+            assert process.stdout.readline() == "written\n"
+        started = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    library = Library(tmp_path / "library", model_folder)
+    assert 0 < len(library) < len(expected)
+    library.add(folder, progress=False)
+    assert_same(library, expected)
+    gone, alive = psutil.wait_procs(started, timeout=15)
+    for process in alive:
+        # Ray's two agents look a few times before they believe that all is over; nothing else may stay.
+        assert "Agent" in process.name()
+        process.kill()
+    assert len(gone) > len(alive)
+
+
+def test_a_worker_that_finds_another_model_says_so(cluster, tmp_path, folder, model_folder, other_model_folder):
+    library = Library(tmp_path / "library", model_folder)
+    library.add(folder / "0.md", progress=False)
+    moved = Library(tmp_path / "library", model_folder)
+    moved._embedder()
+    moved._model = str(other_model_folder)
+    with pytest.raises(LlamoryError, match="finds another model"):
+        moved.add(folder, engine="ray", progress=False)
+
+
+# ---- without a cluster -----------------------------------------------------------------------------------------------
+
+
+def test_an_address_without_a_cluster_is_told_at_once(tmp_path, folder, embedder):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+        with pytest.raises(LlamoryError, match=f"no Ray cluster at {re.escape(address)}"):
+            Library(tmp_path / "library", embedder).add(folder, engine="ray", ray_address=address, progress=False)
+
+
+def test_parcels_that_arrive_twice_count_once():
+    row = {"source": "a", "file": "a"}
+    vectors = np.ones((1, 2), dtype=np.float32)
+    parcels = [
+        Parcel(Batch([row], vectors, ["b"]), {"a": "first"}, embedded=1),
+        Parcel(Batch([row, {"source": "c", "file": "a"}], np.ones((2, 2)), ["b"], {"a": "content"}), {"a": "second"}),
+        Parcel(Batch(finished={"d": "content"}), {"d": "third"}),
+    ]
+    told: list[int] = []
+    batches = list(_Receiver(told.append).batches(iter(parcels)))
+    assert [[row["source"] for row in batch.rows] for batch in batches] == [["a"], ["c"], []]
+    assert [None if batch.vectors is None else len(batch.vectors) for batch in batches] == [1, 1, None]
+    assert [batch.unchanged for batch in batches] == [["b"], [], []]
+    assert batches[1].finished == {"a": ""}, "a file put together from two readings isn't noted as read"
+    assert batches[2].finished == {"d": "content"} and sum(told) == 1
+
+
+def test_an_embedder_uses_what_the_library_holds(tmp_path, folder, model_folder, expected, embedder):
+    import pickle
+
+    from llamory.library.embedding import fingerprint, passage_tokenizer
+    from llamory.library.engine import FileTask, Recipe
+
+    recipe = Recipe(passage_length=256)
+    reader = Reader(recipe, passage_tokenizer(embedder))
+    actor = Embedder(recipe, str(model_folder), fingerprint(embedder), str(tmp_path / "expected"), "cpu")
+    new = tmp_path / "new.jsonl"
+    new.write_text('{"text": "the cat 1 met dog number 0 at the river"}\n{"text": "money"}\n')
+    rows = list(reader({"tasks": [pickle.dumps([FileTask(str(new))])]}))
+    (packed,) = actor(rows[0])
+    parcel = pickle.loads(packed["parcel"][0])
+    assert len(parcel.batch.rows) == 2 and parcel.embedded == 1
+    np.testing.assert_allclose(
+        parcel.batch.vectors, embedder.encode_document([row["text"] for row in parcel.batch.rows]), atol=1e-6
+    )

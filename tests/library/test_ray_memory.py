@@ -1,0 +1,104 @@
+"""Memories written by workers are those that one process writes, whatever dies meanwhile; `make test-ray` runs this."""
+
+import contextlib
+import os
+import time
+
+import psutil
+import pytest
+import torch
+
+from llamory.errors import LlamoryError
+from llamory.library import ray_memory
+from llamory.library.ray_memory import MemoryWriter, MemoryWriters
+from llamory.memory import MemoryBank
+
+TEXTS = [f"a document of {'many ' * i}words" for i in range(12)]
+
+
+def make_readers(seconds=0.0):
+    """A maker of readers that is pickled as it is: one token per letter, its key made of the letter, in any order."""
+
+    class Letters:
+        def read(self, documents, advance):
+            for document in sorted(documents, key=len, reverse=True):
+                if "broken" in document:
+                    raise LlamoryError(f"{document} can't be read.")
+                time.sleep(seconds)
+                letters = torch.tensor([float(ord(letter)) for letter in document])
+                bank = MemoryBank([1, 2], 2, 4, dtype="float32", fingerprint="letters")
+                for layer in (1, 2):
+                    keys = letters[None, :, None].expand(2, -1, 4) * layer
+                    bank.append(layer, keys, -keys, "document")
+                bank.annotate("document", source=document)
+                advance(document, len(document) // 2)
+                advance(document, len(document) - len(document) // 2)
+                yield document, bank
+
+    return Letters
+
+
+def assert_right(memories, texts):
+    assert sorted(text for text, _ in memories) == sorted(texts)
+    for text, bank in memories:
+        ((_, expected),) = make_readers()().read([text], lambda *_: None)
+        assert bank.segments == ("document",) and bank.fingerprint == expected.fingerprint
+        assert bank.describe("document") == expected.describe("document")
+        for layer in (1, 2):
+            assert torch.equal(bank.keys(layer), expected.keys(layer))
+            assert torch.equal(bank.values(layer), expected.values(layer))
+
+
+def test_a_writer_gives_the_files_of_its_readers_memories():
+    number, memories, error = MemoryWriter(make_readers()).read(7, TEXTS[:3])
+    assert (number, error) == (7, "") and sorted(place for place, _, _ in memories) == [0, 1, 2]
+    for place, told, data in memories:
+        assert {source for source, _ in told} == {TEXTS[place]} and sum(n for _, n in told) == len(TEXTS[place])
+        assert_right([(TEXTS[place], ray_memory._loaded(data))], [TEXTS[place]])
+
+
+def test_what_cant_be_read_comes_back_as_a_sentence():
+    _, memories, error = MemoryWriter(make_readers()).read(0, ["fine", "broken"])
+    assert memories == [] and error == "broken can't be read."
+
+
+# ---- with Ray --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray = pytest.importorskip("ray", reason="Ray isn't installed; `make test-ray` installs it and runs these tests")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray.init(address="local", num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def test_a_writer_killed_midway_loses_and_doubles_nothing(cluster, monkeypatch):
+    monkeypatch.setattr(ray_memory, "DOCUMENTS_PER_CALL", 2)
+    told: dict[str, int] = {}
+
+    def advance(source, tokens):
+        told[source] = told.get(source, 0) + tokens
+
+    memories, killed = [], False
+    with MemoryWriters(make_readers(seconds=0.2)) as writers:
+        for text, bank in writers.read(TEXTS, advance):
+            memories.append((text, bank))
+            killed = killed or kill_one("MemoryWriter")
+        # The writers stay for the next documents.
+        assert_right(list(writers.read(TEXTS[:1])), TEXTS[:1])
+        with pytest.raises(LlamoryError, match="broken can't be read"):
+            list(writers.read(["broken"]))
+    assert killed
+    assert_right(memories, TEXTS)
+    assert told == {text: len(text) for text in TEXTS}
+
+
+def kill_one(actor: str) -> bool:
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if actor in " ".join(process.cmdline()):
+                process.kill()
+                return True
+    return False

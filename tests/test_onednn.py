@@ -1,0 +1,61 @@
+"""Linear layers with oneDNN's kernels give torch's results, and torch's own way serves where they can't."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from llamory import onednn
+
+
+@pytest.fixture
+def layers():
+    torch.manual_seed(0)
+    return nn.Linear(6, 10), nn.Linear(6, 10, bias=False), torch.randn(5, 6), torch.randn(5, 10)
+
+
+@pytest.mark.parametrize("kernel", [onednn._KERNEL, None], ids=["kernel", "torch"])
+def test_results_are_those_of_torch(layers, kernel, monkeypatch):
+    monkeypatch.setattr(onednn, "_KERNEL", kernel)
+    first, second, x, other = layers
+    with torch.inference_mode():
+        for layer in (first, second):
+            expected = F.linear(x, layer.weight, layer.bias)
+            torch.testing.assert_close(onednn.linear(layer, x), expected)
+            torch.testing.assert_close(onednn.linear(layer, x, silu=True), F.silu(expected))
+            torch.testing.assert_close(onednn.linear(layer, x, add=other), expected + other)
+            torch.testing.assert_close(onednn.linear(layer, x, silu=True, add=other), F.silu(expected) + other)
+        torch.testing.assert_close(onednn.gated(first, second, x), F.silu(first(x)) * second(x))
+
+
+def test_inputs_are_left_as_they_were(layers):
+    first, second, x, other = layers
+    copies = x.clone(), other.clone()
+    with torch.inference_mode():
+        onednn.linear(first, x, add=other)
+        onednn.gated(first, second, x)
+    assert torch.equal(x, copies[0]) and torch.equal(other, copies[1])
+
+
+def test_gradients_flow_where_they_are_asked_for(layers):
+    first, second, x, other = layers
+    onednn.linear(second, onednn.gated(first, second, x)[:, :6], add=other).sum().backward()
+    assert first.weight.grad is not None and first.weight.grad.abs().sum() > 0
+
+
+def test_a_module_in_place_of_a_layer_is_called(layers):
+    first, second, x, _ = layers
+    doubled = nn.Sequential(first, nn.Hardtanh())
+    with torch.inference_mode():
+        torch.testing.assert_close(onednn.linear(doubled, x), doubled(x))
+        torch.testing.assert_close(onednn.gated(doubled, second, x), F.silu(doubled(x)) * second(x))
+
+
+def test_other_types_and_autocast_take_torchs_way(layers):
+    first, second, x, _ = layers
+    with torch.inference_mode():
+        assert onednn.linear(first.double(), x.double()).dtype == torch.float64
+        first.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert onednn.gated(first, second, x).dtype == torch.bfloat16
+        assert onednn.linear(first, x[:0]).shape == (0, 10)
