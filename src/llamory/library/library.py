@@ -18,6 +18,8 @@ from llamory.library.embedding import (
     passage_length_for,
     passage_tokenizer,
 )
+from llamory.library.readable import Readable
+from llamory.library.reader import ReaderSettings
 from llamory.library.store import Hit, PassageStore, Settings
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llamory.documents import Document
+    from llamory.longllama import LongLlamaForCausalLM
 
 # Passages that are embedded before they are written: what is lost when a run is killed.
 PASSAGES_PER_COMMIT = 64
@@ -51,7 +54,7 @@ class AddReport:
     passages: int = 0
 
 
-class Library:
+class Library(Readable):
     """A folder (or object-store URI) of passages with their vectors.
 
     Args:
@@ -59,7 +62,13 @@ class Library:
         model: the embedding model: a LLARA checkpoint, a Sentence Transformers folder, a hub id, or a loaded model.
             An existing library knows its own.
         device: a torch device for the model; by default the best there is.
-        bf16: embed passages in bfloat16, which is faster and a little less exact.
+        bf16: compute in bfloat16, which is faster and a little less exact.
+        reader: the LongLLaMA that reads documents and answers (`ask`, `chat`, `read_ahead`): a folder, `.gguf` file,
+            hub id, "default" or a loaded model. By default the one that was noted when the library was first asked,
+            else "default".
+        reading: how it reads: `mem_layers`, `context_length`, `mem_dtype` ("int8", "bfloat16"), `memory_budget`
+            ("10GB"), `mem_search`, `mem_top_k`, `last_context_length`, and a loaded reader's `tokenizer`; see
+            `llamory.library.reader.ReaderSettings`.
 
     Raises:
         LlamoryError: there is no library at `path`, and no model to make one with.
@@ -72,12 +81,15 @@ class Library:
         *,
         device: str | None = None,
         bf16: bool = False,
+        reader: PathLike | LongLlamaForCausalLM | None = None,
+        **reading: Any,
     ) -> None:
         self.path = os.fspath(path)
         self._model = os.fspath(model) if isinstance(model, str | os.PathLike) else model
         self._device = device
         self._bf16 = bf16
         self._loaded: SentenceTransformer | None = None
+        self._reading = ReaderSettings(os.fspath(reader) if isinstance(reader, os.PathLike) else reader, **reading)
         self._store = PassageStore.open(self.path)
         if self._store is None and model is None:
             raise LlamoryError(
@@ -170,6 +182,8 @@ class Library:
             self._store.remove(gone)
             if report.passages or gone:
                 self._store.tidy()
+        if report.updated or report.removed:
+            self._drop_stale_memories()
         return report
 
     def _write(

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamory.documents import Passage
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
@@ -134,6 +135,18 @@ class PassageStore:
         found = self._table.search().where(_is_in("source", sources)).select(["text", "vector"]).to_arrow()
         vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(len(found), self.settings.dimension)
         return dict(zip(found["text"].to_pylist(), vectors, strict=True))
+
+    def passages(self, sources: Collection[str]) -> dict[str, list[Passage]]:
+        """All passages of some sources, in order, by source; a source that isn't there has none."""
+        if not sources:
+            return {}
+        columns = ["source", "position", "text", "title", "line"]
+        found = self._table.search().where(_is_in("source", sources)).select(columns).to_list()
+        passages: dict[str, list[Passage]] = {}
+        for row in sorted(found, key=lambda row: row["position"]):
+            passage = Passage(row["text"], row["source"], row["title"], row["line"])
+            passages.setdefault(row["source"], []).append(passage)
+        return passages
 
     def write(self, rows: list[dict[str, Any]], vectors: np.ndarray, replaced: Collection[str]) -> None:
         """Add whole documents, and take away what was there of them.

@@ -108,7 +108,7 @@ class Speaker:
         Raises:
             LlamoryError: the question is blank, or has more tokens than the limit.
         """
-        _check_question(question)
+        check_question(question)
         if self.tokenizer.chat_template:
             ids = self._tokens(self._written([{"role": "user", "content": question}]))
         else:
@@ -121,7 +121,7 @@ class Speaker:
         Raises:
             LlamoryError: as `first_prompt`, or the template doesn't say what follows an answer.
         """
-        _check_question(question)
+        check_question(question)
         if not self.tokenizer.chat_template:
             return _within(self._tokens(_PLAIN_NEXT + _PLAIN.format(question=question)), limit)
         turns = [("user", "-"), ("assistant", _ANSWER), ("user", question)]
@@ -181,7 +181,12 @@ class Speaker:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _check_question(question: str) -> None:
+def check_question(question: str) -> None:
+    """Make sure that something is asked.
+
+    Raises:
+        LlamoryError: it is blank.
+    """
     if not question.strip():
         raise LlamoryError("The question is blank; ask something.")
 
