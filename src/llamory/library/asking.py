@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from llamory.errors import LlamoryError
 from llamory.library.citing import Citation, cite, passage_masses
 from llamory.library.folders import memory_folder
@@ -202,19 +204,40 @@ class Desk:
         chat = LibraryChat(self, documents=documents, top=top, source=source, citations=citations)
         return chat.say(question, **manner)
 
-    def shares(self, log: AttentionLog, mounted: Sequence[StoredDocument], memory: MemoryBank, steps: int) -> Any:
-        """All passages of the mounted documents, each with the attention that the last steps gave it."""
+    def cite(
+        self,
+        log: AttentionLog,
+        mounted: Sequence[StoredDocument],
+        memory: MemoryBank,
+        own: int,
+        answer: Answer,
+        most: int,
+    ) -> list[Citation]:
+        """The passages that drew the most attention.
+
+        Args:
+            log: what was noted of question and answer.
+            mounted: the documents in memory.
+            memory: with a segment for each of them.
+            own: tokens of the prompt that are the same for every question.
+            answer: what was asked and answered.
+            most: so many at most.
+        """
         model = self.reader.model.model
-        scalings = {layer: model.layers[layer].self_attn.scaling for layer in memory.layers}
-        mass = log.mass(memory, [document.source for document in mounted], steps, scalings)
-        found, first = [], 0
-        for document in mounted:
-            tokens = memory.length(segment=document.source)
-            starts = memory.describe(document.source)["starts"]
-            masses = passage_masses(mass[first : first + tokens], starts)
-            found += list(zip(document.passages, masses.tolist(), strict=True))
-            first += tokens
-        return found
+        mass = log.mass(
+            memory,
+            [document.source for document in mounted],
+            {layer: model.layers[layer].self_attn.scaling for layer in memory.layers},
+            own=own,
+            question=answer.question_tokens,
+            answer=answer.answer_tokens,
+        )
+        per_document = torch.stack(mass).split([memory.length(segment=each.source) for each in mounted], dim=1)
+        masses = [
+            passage_masses(tokens, memory.describe(document.source)["starts"])
+            for document, tokens in zip(mounted, per_document, strict=True)
+        ]
+        return cite([passage for document in mounted for passage in document.passages], torch.cat(masses), most)
 
 
 class LibraryChat:
@@ -276,14 +299,14 @@ class LibraryChat:
         assert self._chat is not None
         self._log.clear()
         answer = self._chat.say(question, **manner)
-        shares = self._desk.shares(self._log, self._mounted, self._chat.memory, answer.answer_tokens)
+        own = reader.speaker.own_words(question, first=len(self._chat.turns) == 1)
         cited = CitedAnswer(
             **vars(answer)
             | {
                 "seconds_to_first_token": ready - started + answer.seconds_to_first_token,
                 "seconds": ready - started + answer.seconds,
             },
-            citations=cite(shares, self._citations),
+            citations=self._desk.cite(self._log, self._mounted, self._chat.memory, own, answer, self._citations),
             tokens_read=tokens_read,
             seconds_to_find=found - started,
             seconds_to_mount=ready - found,

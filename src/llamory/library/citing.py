@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     from llamory.documents import Passage
 
+_TINY = 1e-300
+
 
 @dataclass(frozen=True)
 class Citation:
@@ -18,7 +20,9 @@ class Citation:
 
     Attributes:
         place: where it starts, as `path:line`.
-        share: of the attention that the answer's tokens gave to all passages in memory, from 0 to 1.
+        share: of the attention that question and answer drew to all passages in memory, from 0 to 1; attention counts
+            as drawn where it is more than the prompt's own words pay (see `llamory.memory.shares`).
+        attention: of all attention that the answer's tokens gave to all passages, drawn or not, from 0 to 1.
         source: the document's source.
         title: title of the part of the document that it stands in.
         line: where it starts, counted from 1.
@@ -27,6 +31,7 @@ class Citation:
 
     place: str
     share: float
+    attention: float
     source: str
     title: str
     line: int
@@ -37,26 +42,32 @@ def passage_masses(mass: Tensor, starts: Sequence[int]) -> Tensor:
     """Sum over each passage's tokens.
 
     Args:
-        mass: attention to each token of a document, (tokens,).
+        mass: attention to each token of a document, (kinds, tokens).
         starts: the first token of each passage, rising.
 
     Returns:
-        (passages,).
+        (passages, kinds).
     """
     import torch
 
-    edges = torch.tensor([*starts, len(mass)])
+    edges = torch.tensor([*starts, mass.shape[1]])
     whose = torch.repeat_interleave(torch.arange(len(starts)), edges.diff())
-    return torch.zeros(len(starts), dtype=mass.dtype).index_add_(0, whose, mass[starts[0] :])
+    return torch.zeros(len(starts), len(mass), dtype=mass.dtype).index_add_(0, whose, mass[:, starts[0] :].T)
 
 
-def cite(passages: Sequence[tuple[Passage, float]], most: int) -> list[Citation]:
-    """The passages with the most attention, most first.
+def cite(passages: Sequence[Passage], masses: Tensor, most: int) -> list[Citation]:
+    """The passages with the largest shares, largest first; those that drew nothing aren't cited.
 
     Args:
-        passages: all in memory, with the attention to each.
+        passages: all in memory.
+        masses: attention to each that was given and that was drawn, (passages, 2).
         most: so many at most.
     """
-    total = sum(mass for _, mass in passages)
-    ranked = sorted(passages, key=lambda item: -item[1])[:most] if total > 0 else []
-    return [Citation(each.place, mass / total, each.source, each.title, each.line, each.text) for each, mass in ranked]
+    shares = masses / masses.sum(0).clamp_min(_TINY)
+    cited = []
+    for index in shares[:, 1].argsort(descending=True, stable=True)[:most].tolist():
+        attention, share = shares[index].tolist()
+        if share > 0:
+            each = passages[index]
+            cited.append(Citation(each.place, share, attention, each.source, each.title, each.line, each.text))
+    return cited

@@ -28,6 +28,7 @@ _PLAIN = "Question: {question}\nAnswer:"
 _PLAIN_NEXT = "\n\n"
 # Stands for an answer in the template, to see what the template writes behind it.
 _ANSWER = "ANSWER"
+_NO_QUESTION = "-"
 
 
 @dataclass
@@ -130,6 +131,12 @@ class Speaker:
         if not found:
             raise LlamoryError("The model's chat template leaves earlier answers out, so a chat can't go on with it.")
         return _within(self._tokens(rest), limit)
+
+    def own_words(self, question: str, *, first: bool) -> int:
+        """How many tokens in front of a question, the first one or a later one, are there whatever is asked."""
+        prompt = self.first_prompt if first else self.next_prompt
+        pairs = zip(prompt(question), prompt(_NO_QUESTION), strict=False)
+        return next((count for count, (one, other) in enumerate(pairs) if one != other), 0)
 
     def answer(self, ids: list[int], cache: LongLlamaCache, manner: Manner) -> Said:
         """What the model says after these tokens.
