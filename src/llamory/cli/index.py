@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from llamory.cli import asking_options as options
+from llamory.cli.memory_options import parse_layers, show_size
 from llamory.cli.output import Json, Quiet, print_json, working
+
+if TYPE_CHECKING:
+    from llamory.library.ahead import MemoryReport
 
 
 def index(
@@ -21,6 +26,14 @@ def index(
     text_field: Annotated[str, typer.Option(help="Field that holds the text in JSONL files.")] = "text",
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Pass over broken lines and files.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Embed in bfloat16: faster, a little less exact.")] = False,
+    memory: Annotated[
+        Literal["lazy", "eager"], typer.Option(help="Read documents into memory when they are asked, or now.")
+    ] = "lazy",
+    reader: options.ReaderName = None,
+    mem_layers: options.MemLayers = None,
+    context_length: options.ContextLength = None,
+    mem_dtype: options.MemDtype = None,
+    memory_budget: options.Budget = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -28,13 +41,30 @@ def index(
     with working(quiet=quiet):
         from llamory.library import Library
 
-        report = Library(library, model=model, bf16=bf16).add(
-            paths, passage_length=passage_length, text_field=text_field, skip_broken=skip_broken
-        )
+        reading: dict[str, Any] = {
+            "mem_layers": parse_layers(mem_layers),
+            "context_length": context_length,
+            "mem_dtype": mem_dtype,
+        }
+        opened = Library(library, model=model, bf16=bf16, reader=reader, memory_budget=memory_budget, **reading)
+        report = opened.add(paths, passage_length=passage_length, text_field=text_field, skip_broken=skip_broken)
+        read = opened.read_ahead() if memory == "eager" else None
+        if read is None and any(value is not None for value in (reader, memory_budget, *reading.values())):
+            opened.desk().note_reader(change=True)
     if as_json:
-        print_json({"library": library, **asdict(report)})
+        print_json({"library": library, **asdict(report)} | ({} if read is None else {"memory": asdict(read)}))
     else:
         typer.echo(
             f"{library}: {report.added} added, {report.updated} updated, {report.unchanged} unchanged, "
             f"{report.removed} removed; {report.passages} passages."
         )
+        if read is not None:
+            _print_memory(read)
+
+
+def _print_memory(read: MemoryReport) -> None:
+    left = f", {read.left} left as the budget is full" if read.left else ""
+    typer.echo(
+        f"Memory: {read.read} read, {read.there} there{left}; {read.tokens:,} tokens read; "
+        f"{show_size(read.bytes)} of {show_size(read.budget)} taken."
+    )

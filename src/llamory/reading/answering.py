@@ -28,7 +28,7 @@ _PLAIN = "Question: {question}\nAnswer:"
 _PLAIN_NEXT = "\n\n"
 # Stands for an answer in the template, to see what the template writes behind it.
 _ANSWER = "ANSWER"
-_NO_QUESTION = "-"
+_NO_QUESTIONS = ("-", "?")
 
 
 @dataclass
@@ -135,7 +135,8 @@ class Speaker:
     def own_words(self, question: str, *, first: bool) -> int:
         """How many tokens in front of a question, the first one or a later one, are there whatever is asked."""
         prompt = self.first_prompt if first else self.next_prompt
-        pairs = zip(prompt(question), prompt(_NO_QUESTION), strict=False)
+        other_question = next(each for each in _NO_QUESTIONS if not question.startswith(each))
+        pairs = zip(prompt(question), prompt(other_question), strict=False)
         return next((count for count, (one, other) in enumerate(pairs) if one != other), 0)
 
     def answer(self, ids: list[int], cache: LongLlamaCache, manner: Manner) -> Said:
