@@ -406,3 +406,32 @@ def test_wrong_readers_are_one_sentence_and_are_not_noted(make_library, settings
 def test_an_empty_library_says_so(tmp_path, model_folder) -> None:
     with pytest.raises(LlamoryError, match="is empty"):
         Library(tmp_path / "new", model_folder).ask("anything")
+
+
+# ---- conversations ---------------------------------------------------------------------------------------------------
+
+
+def test_each_question_of_a_chat_brings_its_documents_and_all_stay(make_library) -> None:
+    chat = make_library().chat(top=1)
+    assert names(chat.say("the cat", max_new_tokens=4).documents) == ["cats.md"]
+    second = chat.say("a dog", max_new_tokens=4, on_text=None)
+    assert names(second.documents) == ["cats.md", "dogs.md"]
+    assert {Path(each.source).name for each in second.citations} <= {"cats.md", "dogs.md"}
+    assert chat.say("a dog", max_new_tokens=4).tokens_read == 0
+    assert [turn.question for turn in chat.turns] == ["the cat", "a dog", "a dog"]
+    assert chat._chat.memory.segments[-1] == "conversation"
+
+
+def test_documents_chosen_by_hand_are_the_only_ones_of_a_chat(make_library) -> None:
+    chat = make_library().chat(documents=["money"])
+    for question in ("the cat", "a dog"):
+        assert names(chat.say(question, max_new_tokens=4).documents) == ["money.txt"]
+
+
+def test_a_chat_is_saved_with_its_documents(make_library, tmp_path) -> None:
+    chat = make_library().chat(top=1)
+    with pytest.raises(LlamoryError, match="Nothing was said"):
+        chat.save(tmp_path / "kept")
+    chat.say("the cat", max_new_tokens=4)
+    chat.save(tmp_path / "kept")
+    assert names(MemoryBank.load(tmp_path / "kept").segments) == ["cats.md", "conversation"]
