@@ -129,14 +129,14 @@ def test_a_saved_chat_is_asked_like_any_memory(make_memory, tmp_path) -> None:
     opened = OpenMemory(make_memory(16))
     chat = opened.chat()
     chat.say(QUESTIONS[0], max_new_tokens=12)
-    chat.save(tmp_path / "kept", opened.name, 16)
+    chat.save(tmp_path / "kept")
     bank = MemoryBank.load(tmp_path / "kept")
     assert bank.segments == ("a.txt", "b.txt", "conversation")
     alone = opened.model.read(torch.tensor(chat._ids))
     torch.testing.assert_close(bank.keys(1, "conversation"), alone.keys(1), atol=1e-5, rtol=1e-5)
     again = OpenMemory(tmp_path / "kept").chat()
     assert again.say(QUESTIONS[1], max_new_tokens=3).documents == ["a.txt", "b.txt", "conversation"]
-    again.save(tmp_path / "kept", opened.name, 16)
+    again.save(tmp_path / "kept")
     assert MemoryBank.load(tmp_path / "kept").segments[-1] == "conversation 2"
 
 

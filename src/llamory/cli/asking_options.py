@@ -126,7 +126,7 @@ class Asked:
             given["model"],
             given["documents"] or None,
             some("mem_search", "mem_top_k", "last_context_length", "bf16", "device"),
-            some("reader", "mem_layers", "context_length", "mem_dtype", "memory_budget"),
+            reading_settings(given),
             some("top", "source", "citations"),
             some("max_new_tokens", "max_question_tokens", "temperature", "seed") | {"on_text": on_text},
         )
@@ -135,8 +135,6 @@ class Asked:
         if asked.memory and (wrong := list(asked.finding | asked.reading)):
             name = wrong[0].replace("_", "-")
             raise LlamoryError(f"--{name} goes with --library; a memory file is as it was read.")
-        if "mem_layers" in asked.reading:
-            asked.reading["mem_layers"] = parse_layers(asked.reading["mem_layers"])
         return asked
 
     @property
@@ -155,6 +153,19 @@ class Asked:
         from llamory.library import Library
 
         return Library(str(self.library), model=self.model, **self.reading, **self.opening)
+
+
+def reading_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was given of a library's reader, from all arguments of a command.
+
+    Raises:
+        LlamoryError: layers are no layers.
+    """
+    names = ("reader", "mem_layers", "context_length", "mem_dtype", "memory_budget")
+    settings = {name: given[name] for name in names if given[name] is not None}
+    if "mem_layers" in settings:
+        settings["mem_layers"] = parse_layers(settings["mem_layers"])
+    return settings
 
 
 def write_text(out: TextIO, text: str) -> None:

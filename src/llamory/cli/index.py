@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from llamory.cli import asking_options as options
-from llamory.cli.memory_options import parse_layers, show_size
+from llamory.cli.memory_options import show_size
 from llamory.cli.output import Json, Quiet, print_json, working
 
 if TYPE_CHECKING:
@@ -41,15 +41,11 @@ def index(
     with working(quiet=quiet):
         from llamory.library import Library
 
-        reading: dict[str, Any] = {
-            "mem_layers": parse_layers(mem_layers),
-            "context_length": context_length,
-            "mem_dtype": mem_dtype,
-        }
-        opened = Library(library, model=model, bf16=bf16, reader=reader, memory_budget=memory_budget, **reading)
+        reading = options.reading_settings(locals())
+        opened = Library(library, model=model, bf16=bf16, **reading)
         report = opened.add(paths, passage_length=passage_length, text_field=text_field, skip_broken=skip_broken)
         read = opened.read_ahead() if memory == "eager" else None
-        if read is None and any(value is not None for value in (reader, memory_budget, *reading.values())):
+        if read is None and reading:
             opened.desk().note_reader(change=True)
     if as_json:
         print_json({"library": library, **asdict(report)} | ({} if read is None else {"memory": asdict(read)}))

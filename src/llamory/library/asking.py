@@ -318,7 +318,7 @@ class LibraryChat:
         """Write a memory file of the mounted documents and of what was said, for `llamory ask --memory`."""
         if self._chat is None:
             raise LlamoryError("Nothing was said yet, so there is no memory to write.")
-        self._chat.save(path, self._desk.reader.name, self._desk.reader.context)
+        self._chat.save(path)
 
     def _mount(self, sources: Sequence[str]) -> int:
         """Mount what isn't there yet; gives the tokens that had to be read."""

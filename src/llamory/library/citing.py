@@ -21,7 +21,7 @@ class Citation:
     Attributes:
         place: where it starts, as `path:line`.
         share: of the attention that question and answer drew to all passages in memory, from 0 to 1; attention counts
-            as drawn where it is more than the prompt's own words pay (see `llamory.memory.shares`).
+            as drawn where it is far more than the prompt's own words give (see `llamory.memory.shares`).
         attention: of all attention that the answer's tokens gave to all passages, drawn or not, from 0 to 1.
         source: the document's source.
         title: title of the part of the document that it stands in.
@@ -63,6 +63,11 @@ def cite(passages: Sequence[Passage], masses: Tensor, most: int) -> list[Citatio
         masses: attention to each that was given and that was drawn, (passages, 2).
         most: so many at most.
     """
+    import torch
+
+    given, drawn = masses.unbind(1)
+    # A model that looks at everything alike draws nothing; then the plain sums are all there is.
+    masses = torch.stack([given, drawn if float(drawn.sum()) > 0 else given], 1)
     shares = masses / masses.sum(0).clamp_min(_TINY)
     cited = []
     for index in shares[:, 1].argsort(descending=True, stable=True)[:most].tolist():

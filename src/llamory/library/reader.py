@@ -169,7 +169,7 @@ class Reader:
             )
         self.name = noted_name(name) if name else name
         self.tokenizer = load_tokenizer(name) if settings.tokenizer is None else settings.tokenizer
-        self.speaker = Speaker(self.model, self.tokenizer)
+        self.speaker = Speaker(self.model, self.tokenizer, self.name)
         self.context: int = self.model.config.max_position_embeddings
         self._begins = begins_with(self.tokenizer)
         self._identity = json.dumps(

@@ -98,10 +98,16 @@ class Said:
 
 
 class Speaker:
-    """A model and its tokenizer."""
+    """A model and its tokenizer.
 
-    def __init__(self, model: LongLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase):
-        self.model, self.tokenizer = model, tokenizer
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        name: what memories note of who made them.
+    """
+
+    def __init__(self, model: LongLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str):
+        self.model, self.tokenizer, self.name = model, tokenizer, name
 
     def first_prompt(self, question: str, limit: int | None = None) -> list[int]:
         """Tokens of a first question with the chat template around it.

@@ -81,9 +81,9 @@ class OpenMemory:
                 name = str(model or books[0].model or "default")
                 self.model = load_model_for(books, None if model is None else name, **settings)
             self.tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
-            self.speaker = Speaker(self.model, self.tokenizer)
-            self.memory = self._mount(books, documents)
             self.name = noted_name(name)
+            self.speaker = Speaker(self.model, self.tokenizer, self.name)
+            self.memory = self._mount(books, documents)
 
     @property
     def documents(self) -> tuple[str, ...]:

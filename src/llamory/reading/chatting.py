@@ -89,20 +89,19 @@ class Chat:
         self.turns.append(answer)
         return answer
 
-    def save(self, path: PathLike, name: str, context_length: int) -> None:
+    def save(self, path: PathLike) -> None:
         """Write a memory file of the documents and of what was said, read into a segment of its own.
 
         Args:
             path: the file; it is written beside and renamed, so it may be one that is mounted.
-            name: the model's name, to be noted in the file.
-            context_length: the model's, to be noted too.
         """
         kept = self.memory.fork()
         kept.drop(self._segment)
         if self._ids:
             self._speaker.model.read(torch.tensor(self._ids), kept, segment=self._segment)
             facts = {"title": CONVERSATION, "source": self._segment, "tokens": len(self._ids)}
-            kept.annotate(self._segment, **facts, model=name, context_length=context_length)
+            context = self._speaker.model.config.max_position_embeddings
+            kept.annotate(self._segment, **facts, model=self._speaker.name, context_length=context)
         kept.save(path)
 
     def _prompt(self, question: str, how: Manner) -> tuple[list[int], list[int]]:
