@@ -223,6 +223,8 @@ class Desk:
             answer: what was asked and answered.
             most: so many at most.
         """
+        if not most:
+            return []
         model = self.reader.model.model
         mass = log.mass(
             memory,
