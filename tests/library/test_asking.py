@@ -12,7 +12,7 @@ from llamory.library import Library
 from llamory.library.asking import LibraryChat
 from llamory.library.reader import Reader
 from llamory.longllama.loading import load_long_model
-from llamory.memory import MemoryBank
+from llamory.memory import MemoryBank, stretches
 from llamory.memory.shares import DRAWN
 from plain_longllama import logits, mounted_sight
 
@@ -310,6 +310,21 @@ def test_asking_works_however_small_the_budget(make_library) -> None:
     library = make_library(memory_budget=1)
     assert ask(library, documents=["*"]).text == wanted
     assert memories(library) == []
+
+
+def test_pages_are_kept_with_their_memory_and_go_with_it(make_library, files, monkeypatch) -> None:
+    (files / "long.txt").write_text("the cat sat with the dog " * 200)
+    make_library().add(files, progress=False)
+    settings = {"mem_search": "pages", "mem_top_k": 2, "context_length": 64}
+    library = make_library(**settings)
+    wanted = ask(library, documents=["long", "cats"])
+    folder = Path(library.path) / "memory"
+    assert len(list(folder.glob("*.pages"))) == 2
+    monkeypatch.setattr(stretches, "_make", None)  # none are made anew
+    again = ask(make_library(**settings), documents=["long", "cats"])
+    assert (again.text, again.citations) == (wanted.text, wanted.citations)
+    report = make_library(**settings | {"memory_budget": 1}).read_ahead(progress=False)
+    assert (report.bytes, list(folder.glob("*.pages"))) == (0, [])
 
 
 def test_a_library_knows_who_read_it(make_library, tmp_path, reader_folder, read) -> None:

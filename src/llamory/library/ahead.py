@@ -65,6 +65,7 @@ def read_ahead(desk: Desk, *, progress: bool = True) -> MemoryReport:
     desk.note_reader(change=True)
     started = time.perf_counter()
     report = MemoryReport(reader=reader.name, budget=reader.shelf.budget)
+    reader.shelf.make_room(0)  # the budget may have become smaller
     sources = desk.library.sources()
     waiting: dict[str, str] = {}
     keys: set[str] = set()

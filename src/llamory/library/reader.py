@@ -7,6 +7,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,6 +196,7 @@ class Reader:
             key, fingerprint=self.model.memory_fingerprint(), layers=config.mem_layers, dtype=config.mem_dtype
         )
         if bank is not None:
+            self._prepare(key, bank)
             self._open[key] = bank
             while len(self._open) > OPEN_MEMORIES:
                 self._open.popitem(last=False)
@@ -208,9 +210,12 @@ class Reader:
 
     def size(self, reading: Reading) -> int:
         """Bytes that a document's memory takes on the disk, at most."""
+        from llamory.memory.page_files import page_bytes
         from llamory.reading.passes import token_bytes
 
-        return len(reading.ids) * token_bytes(self.model.new_memory()) + HEADER_BYTES
+        bank = self.model.new_memory()
+        size = len(reading.ids) * token_bytes(bank) + HEADER_BYTES
+        return size + page_bytes(bank, len(reading.ids)) + HEADER_BYTES if self._in_pages else size
 
     def read(
         self, documents: Iterable[StoredDocument], advance: Callable[[str, int], None]
@@ -259,6 +264,22 @@ class Reader:
         if self.shelf.put(self.key(document), bank, keep=others):
             return self.known(document) or bank
         return bank
+
+    @property
+    def _in_pages(self) -> bool:
+        return bool(self.model.config.mem_search == "pages")
+
+    def _prepare(self, key: str, bank: MemoryBank) -> None:
+        """Have a memory's pages ready, and write them down if they weren't there, as sorting takes its time."""
+        if not self._in_pages:
+            return
+        from llamory.memory.page_files import load_pages, save_pages
+
+        path = self.shelf.pages_path(key)
+        if not load_pages(bank, path):
+            with suppress(OSError):  # a shelf that is full or can only be read from
+                save_pages(bank, path)
+                self.shelf.make_room(0, keep=[key])
 
     def _short(self, reading: Reading) -> bool:
         return len(reading.ids) <= self.context

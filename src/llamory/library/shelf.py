@@ -22,6 +22,8 @@ DEFAULT_BUDGET = 10_000_000_000
 # A file that is being written is replaced within minutes; what a killed run left behind goes after an hour.
 ABANDONED_SECONDS = 3600.0
 _SUFFIX = ".safetensors"
+# What a way of searching wants to find ready beside a memory; it comes and goes with it.
+_PAGES = ".pages"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -55,6 +57,10 @@ class Shelf:
     def path(self, key: str) -> Path:
         """Where a memory is, or would be."""
         return self.folder / f"{key}{_SUFFIX}"
+
+    def pages_path(self, key: str) -> Path:
+        """Where a memory's pages are, or would be."""
+        return self.folder / f"{key}{_PAGES}"
 
     def has(self, key: str) -> bool:
         """Whether there is a memory."""
@@ -133,8 +139,8 @@ class Shelf:
         for _, path, each in files:
             if used + size <= self.budget:
                 break
-            if path.name.removesuffix(_SUFFIX) not in keep:
-                path.unlink(missing_ok=True)
+            if (key := path.name.removesuffix(_SUFFIX)) not in keep:
+                self.drop([key])
                 used -= each
         return used + size <= self.budget
 
@@ -142,14 +148,16 @@ class Shelf:
         """Take memories away."""
         for key in keys:
             self.path(key).unlink(missing_ok=True)
+            self.pages_path(key).unlink(missing_ok=True)
 
     def _files(self) -> list[tuple[int, Path, int]]:
-        """When each file was last used, its path and its size; the least recently used first."""
+        """When each memory was last used, its path and its size with its pages; the least recently used first."""
         found = []
         for path in self.folder.glob(f"*{_SUFFIX}"):
             with suppress(OSError):  # another process took it away just now
-                status = path.stat()
-                found.append((status.st_mtime_ns, path, status.st_size))
+                status, pages = path.stat(), self.pages_path(path.name.removesuffix(_SUFFIX))
+                size = pages.stat().st_size if pages.exists() else 0
+                found.append((status.st_mtime_ns, path, status.st_size + size))
         return sorted(found)
 
     def _clear_abandoned(self) -> None:
