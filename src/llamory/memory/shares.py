@@ -23,6 +23,7 @@ DRAWN = 4.0  # times what the prompt's own words give to a token: beyond it, att
 # Scores that one answer may cost. A long answer over a large memory is measured at some of its steps only.
 MOST_SCORES = 1 << 30
 FEWEST_STEPS = 8
+MOST_COLUMNS = 16384  # that are noted, per layer; a longer question isn't measured
 
 
 class Mass(NamedTuple):
@@ -45,14 +46,18 @@ class AttentionLog:
 
     def __init__(self) -> None:
         self._noted: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self._columns: dict[int, int] = defaultdict(int)
 
     def __call__(self, layer: int, query: Tensor, log_sum: Tensor) -> None:
         """Note a step of a layer: queries (rows, heads, width, head_dim), log-sum-exp (rows, heads, width)."""
-        self._noted[layer].append((query[0].detach().float().cpu(), log_sum[0].detach().float().cpu()))
+        if self._columns[layer] < MOST_COLUMNS:
+            self._noted[layer].append((query[0].detach().float().cpu(), log_sum[0].detach().float().cpu()))
+            self._columns[layer] += query.shape[2]
 
     def clear(self) -> None:
         """Forget all queries."""
         self._noted.clear()
+        self._columns.clear()
 
     def mass(
         self,
@@ -84,9 +89,9 @@ class AttentionLog:
         # The last token of the answer is never a query.
         columns = question + answer - 1
         for layer in chosen.layers if total.numel() else ():
-            query, log_sum = (torch.cat(parts, 1) for parts in zip(*self._noted[layer], strict=True))
-            if query.shape[1] < columns:
+            if self._columns[layer] < columns:
                 continue  # of a question longer than a window, the last memory layer doesn't compute all
+            query, log_sum = (torch.cat(parts, 1) for parts in zip(*self._noted[layer], strict=True))
             picked = _picked(own, columns, chosen.length() * len(query) * len(chosen.layers))
             query, log_sum = query[:, picked] * scalings[layer], log_sum[:, picked]
             given = picked[own:] >= columns - answer
