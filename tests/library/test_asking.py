@@ -450,3 +450,47 @@ def test_a_chat_is_saved_with_its_documents(make_library, tmp_path) -> None:
     chat.say("the cat", max_new_tokens=4)
     chat.save(tmp_path / "kept")
     assert names(MemoryBank.load(tmp_path / "kept").segments) == ["cats.md", "conversation"]
+
+
+# ---- interruptions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context_length", [16, 64])
+def test_reading_ahead_goes_on_where_it_was_stopped(make_library, monkeypatch, context_length) -> None:
+    wanted = make_library(context_length=context_length)
+    wanted.read_ahead(progress=False)
+    whole = {path.name: path.read_bytes() for path in memories(wanted)}
+    for path in memories(wanted):
+        path.unlink()
+    keep, kept = Reader.keep, []
+
+    def stop(self, document, bank, others=()):
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+        kept.append(document.source)
+        return keep(self, document, bank, others)
+
+    monkeypatch.setattr(Reader, "keep", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make_library(context_length=context_length).read_ahead(progress=False)
+    monkeypatch.setattr(Reader, "keep", keep)
+    report = make_library(context_length=context_length).read_ahead(progress=False)
+    assert (report.there, report.read) == (2, 1)
+    assert {path.name for path in memories(wanted)} == set(whole)
+
+
+def test_an_answer_that_was_interrupted_leaves_the_library_as_it_was(make_library) -> None:
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    library = make_library()
+    wanted = ask(library)
+    library.desk().reader.tokenizer.decode, decode = (
+        (lambda ids, **_: "".join(f"{int(i)} " for i in ids)),
+        library.desk().reader.tokenizer.decode,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        ask(library, on_text=stop)
+    library.desk().reader.tokenizer.decode = decode
+    again = ask(library)
+    assert (again.text, again.citations) == (wanted.text, wanted.citations)
