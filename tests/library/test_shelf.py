@@ -101,6 +101,27 @@ def test_what_is_larger_than_the_budget_is_not_kept_and_drives_nothing_out(tmp_p
     assert shelf.names() == ["a"]
 
 
+def test_what_others_put_is_seen_in_time(tmp_path, monkeypatch) -> None:
+    one, folder = size_of_one(tmp_path), tmp_path / "shelf"
+    mine, others = Shelf(folder, 4 * one), Shelf(folder, 4 * one)
+    monkeypatch.setattr("llamory.library.shelf.TRUSTED_TIMES", 2)
+    for key in "abcdef":
+        put(mine, key)
+        put(others, key.upper())
+    put(mine, "g")
+    put(mine, "h")
+    assert mine.nbytes <= 4 * one
+
+
+def test_putting_many_does_not_look_at_all_of_them_each_time(tmp_path, monkeypatch) -> None:
+    shelf, looked = Shelf(tmp_path / "shelf"), []
+    files = Shelf._files
+    monkeypatch.setattr(Shelf, "_files", lambda self: looked.append(None) or files(self))
+    for number in range(100):
+        shelf.put(str(number), bank(1))
+    assert len(looked) < 10
+
+
 @settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.integers(1, 300), min_size=1, max_size=8), budget=st.integers(0, 60_000))
 def test_the_budget_always_holds(tmp_path_factory, sizes, budget) -> None:
@@ -139,7 +160,7 @@ def test_what_a_killed_run_left_goes_after_an_hour(tmp_path) -> None:
     for path in (new, old):
         path.write_bytes(b"half")
     os.utime(old, (0, time.time() - ABANDONED_SECONDS - 1))
-    put(shelf, "b")
+    put(Shelf(shelf.folder), "b")  # another run
     assert new.exists()
     assert not old.exists()
     assert shelf.names() == ["a", "b"]

@@ -279,7 +279,7 @@ class Reader:
         if not load_pages(bank, path):
             with suppress(OSError):  # a shelf that is full or can only be read from
                 save_pages(bank, path)
-                self.shelf.make_room(0, keep=[key])
+                self.shelf.wrote(path, keep=[key])
 
     def _short(self, reading: Reading) -> bool:
         return len(reading.ids) <= self.context

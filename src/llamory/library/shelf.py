@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_BUDGET = 10_000_000_000
 # A file that is being written is replaced within minutes; what a killed run left behind goes after an hour.
 ABANDONED_SECONDS = 3600.0
+# How often room is given on what is known of the files, before they are looked at again; others may write, too.
+TRUSTED_TIMES = 64
 _SUFFIX = ".safetensors"
 # What a way of searching wants to find ready beside a memory; it comes and goes with it.
 _PAGES = ".pages"
@@ -53,6 +55,7 @@ class Shelf:
 
     def __init__(self, folder: Path, budget: int = DEFAULT_BUDGET):
         self.folder, self.budget = folder, budget
+        self._used, self._trusted = 0, 0
 
     def path(self, key: str) -> Path:
         """Where a memory is, or would be."""
@@ -119,7 +122,7 @@ class Shelf:
             return False
         self.make_room(bank.nbytes, keep=keep)
         bank.save(self.path(key))
-        if not self.make_room(0, keep=[*keep, key]):  # by its header, whose size shows only now
+        if not self.wrote(self.path(key), keep=[*keep, key]):  # by its header, whose size shows only now
             self.drop([key])
         return self.has(key)
 
@@ -133,6 +136,9 @@ class Shelf:
         Returns:
             Whether so many fit now.
         """
+        if self._trusted > 0 and self._used + size <= self.budget:
+            self._trusted -= 1
+            return True
         self._clear_abandoned()
         files = self._files()
         used = sum(each for _, _, each in files)
@@ -142,7 +148,13 @@ class Shelf:
             if (key := path.name.removesuffix(_SUFFIX)) not in keep:
                 self.drop([key])
                 used -= each
+        self._used, self._trusted = used, TRUSTED_TIMES
         return used + size <= self.budget
+
+    def wrote(self, path: Path, *, keep: Collection[str] = ()) -> bool:
+        """Count a file that was written, and take others away if the budget asks for it; gives whether all fit now."""
+        self._used += path.stat().st_size
+        return self.make_room(0, keep=keep)
 
     def drop(self, keys: Iterable[str]) -> None:
         """Take memories away."""
