@@ -1,5 +1,6 @@
 """Documents: every kind of file is read into its parts, and passages fit, in order, without loss."""
 
+import io
 import json
 import logging
 from pathlib import Path
@@ -7,10 +8,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pypdf import PdfWriter
+from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llamory.documents import Block, Document, find_files, read_documents, split_passages
+from llamory.documents import passages as passages_module
 from llamory.errors import LlamoryError
 
 
@@ -47,7 +51,7 @@ def parts(document: Document) -> list[tuple[str, int]]:
 
 
 def test_folders_are_searched_in_order_without_hidden_files_and_unknown_kinds(tmp_path):
-    for name in ("b.txt", "a.md", "sub/c.py", ".git/d.txt", "sub/.e.txt", "f.pdf", "sub/G.HTML"):
+    for name in ("b.txt", "a.md", "sub/c.py", ".git/d.txt", "sub/.e.txt", "f.png", "sub/G.HTML"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("words")
     found = find_files([tmp_path / "b.txt", tmp_path])
@@ -185,6 +189,90 @@ def test_a_byte_order_mark_and_other_newlines_are_no_text(tmp_path):
     assert read(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "Bees."}')[0].text == "Bees."
 
 
+def test_other_encodings_with_a_mark_are_text(tmp_path):
+    for name in ("utf-16", "utf-32"):
+        assert read(tmp_path / f"{name}.txt", "Bienen.\r\nRegen ☔.".encode(name))[0].text == "Bienen.\nRegen ☔."
+
+
+def pdf(pages: list[list[str]], outline: dict[str, int], title: str = "") -> bytes:
+    """A PDF file that draws lines of text."""
+    writer = PdfWriter()
+    font = DictionaryObject({NameObject(f"/{key}"): NameObject(f"/{value}") for key, value in FONT.items()})
+    for lines in pages:
+        page = writer.add_blank_page(300, 300)
+        page[NameObject("/Resources")] = DictionaryObject(
+            {NameObject("/Font"): DictionaryObject({NameObject("/F"): font})}
+        )
+        stream = DecodedStreamObject()
+        drawn = "".join(f"({line}) Tj 0 -14 Td " for line in lines)
+        stream.set_data(f"BT /F 12 Tf 20 250 Td {drawn}ET".encode())
+        page[NameObject("/Contents")] = stream
+    for heading, page_number in outline.items():
+        writer.add_outline_item(heading, page_number)
+    if title:
+        writer.add_metadata({"/Title": title})
+    file = io.BytesIO()
+    writer.write(file)
+    return file.getvalue()
+
+
+FONT = {"Type": "Font", "Subtype": "Type1", "BaseFont": "Helvetica", "Encoding": "WinAnsiEncoding"}
+
+
+def test_pdf_has_pages_under_the_headings_of_its_outline(tmp_path):
+    pages = [["A word first."], ["Bees", "make honey."], [], ["More of bees."], ["Rain falls."]]
+    [document] = read(tmp_path / "book.pdf", pdf(pages, {"Bees": 1, "Rain": 4}, title="A book"))
+    assert document.title == "A book"
+    assert [(b.title, b.page, b.text) for b in document.blocks] == [
+        ("A book", 1, "A word first."),
+        ("Bees", 2, "Bees\nmake honey."),
+        ("Bees", 4, "More of bees."),
+        ("Rain", 5, "Rain falls."),
+    ]
+    passages = list(split_passages(document, WORDS, 4))
+    assert [p.place.removeprefix(f"{tmp_path}/") for p in passages] == [f"book.pdf, page {n}" for n in (1, 2, 4, 5)]
+
+
+def test_pdf_without_a_title_or_outline_has_the_name_of_its_file(tmp_path):
+    [document] = read(tmp_path / "b.pdf", pdf([["One."], ["Two."]], {}))
+    assert [(b.title, b.page) for b in document.blocks] == [("b", 1), ("b", 2)]
+
+
+def test_pdf_that_cannot_be_read_says_why(tmp_path):
+    locked = PdfWriter(clone_from=io.BytesIO(pdf([["One."]], {})))
+    locked.encrypt("secret", algorithm="RC4-128")
+    file = io.BytesIO()
+    locked.write(file)
+    for name, data, reason in [
+        ("locked", file.getvalue(), "needs a password"),
+        ("scan", pdf([[], []], {}), "has no text"),
+        ("cut", pdf([["One."]], {})[:200], "can't be read as PDF"),
+    ]:
+        with pytest.raises(LlamoryError, match=rf"{name}\.pdf {reason}"):
+            read(tmp_path / f"{name}.pdf", data)
+
+
+def test_notebooks_have_their_cells_under_the_headings_before_them(tmp_path):
+    cells = [
+        ("markdown", ["# Bees\n", "\n", "A study."]),
+        ("code", "import hive\n\nhive.count()"),
+        ("markdown", "Some text.\n\n## Rain\n\nIt falls."),
+        ("code", ["x = 1"]),
+    ]
+    notebook = {"cells": [{"cell_type": kind, "source": source, "outputs": ["no"]} for kind, source in cells]}
+    [document] = read(tmp_path / "study.ipynb", json.dumps(notebook))
+    assert document.title == "Bees"
+    assert [(b.title, b.page, b.line, b.text) for b in document.blocks] == [
+        ("Bees", 1, 1, "# Bees\n\nA study."),
+        ("Bees", 2, 1, "import hive"),
+        ("Bees", 2, 3, "hive.count()"),
+        ("Bees", 3, 1, "Some text."),
+        ("Rain", 3, 3, "## Rain\n\nIt falls."),
+        ("Rain", 4, 1, "x = 1"),
+    ]
+    assert [p.place for p in split_passages(document, WORDS, 5)][-1] == f"{tmp_path}/study.ipynb, cell 4"
+
+
 # ---- what is broken --------------------------------------------------------------------------------------------------
 
 BROKEN_LINES = {
@@ -282,6 +370,17 @@ def test_a_word_longer_than_a_passage_is_cut_within(tmp_path):
 def test_a_passage_needs_room_for_a_token(tmp_path):
     with pytest.raises(LlamoryError, match="at least 1 token"):
         cut(tmp_path, "a.txt", "One.", 0)
+
+
+def test_a_huge_section_is_cut_in_pieces_and_keeps_words_and_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(passages_module, "_PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(passages_module, "_CALL_CHARACTERS", 100)
+    lines = [f"Line {i} says {'so ' * (i % 5)}much." + "\n" * (i % 7 == 0) for i in range(200)] + ["x" * 300, "end"]
+    text = "\n".join(lines)
+    passages = cut(tmp_path, "a.txt", text, 6)
+    assert "".join("".join(p.text for p in passages).split()) == "".join(text.split())
+    written = text.split("\n")
+    assert all(p.text.split()[0] in written[p.line - 1] for p in passages)
 
 
 TEXTS = st.lists(

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,30 +10,20 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llamory.documents import Failure
 from llamory.errors import LlamoryError
+from llamory.library import AddReport, Hit
 from llamory.training.settings import LlaraSettings
 
-
-@dataclass
-class Hit:
-    text: str
-    source: str
-    title: str
-    line: int
-    score: float
-
-
-@dataclass
-class AddReport:
-    added: int
-    unchanged: int
-    updated: int
-    removed: int
-    passages: int
-
-
 HITS = [
-    Hit("A lamp gives light.\n\nIt needs oil.\nAnd a wick.\nAnd a match.", "docs/lamp.md", "Lamps", 12, 0.8125),
+    Hit(
+        "A lamp gives light.\n\nIt needs oil.\nAnd a wick.\nAnd a match.",
+        "docs/lamp.md",
+        "Lamps",
+        12,
+        0.8125,
+        cosine=0.8125,
+    ),
     Hit("Wicks are cotton\x1b[31m.", "docs/wick.md", "", 1, 0.5),
 ]
 
@@ -56,7 +45,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         def add(self, paths: list[Path], **settings: Any) -> AddReport:
             print("reading ...")
             made.append(("add", paths, settings))
-            return AddReport(added=3, unchanged=2, updated=1, removed=0, passages=41)
+            broken = [Failure("b/bad\x1b.txt", "no text")] if "b" in map(str, paths) else []
+            nothing = AddReport(failed=broken)
+            return nothing if paths == [Path("b")] else AddReport(3, 2, 1, 0, 41, broken)
+
+        def remove(self, paths: list[Path], **settings: Any) -> AddReport:
+            made.append(("remove", paths, settings))
+            return AddReport(removed=2)
 
         def info(self) -> dict[str, Any]:
             return {"path": made[-1][1], "documents": 3, "passages": 41}
@@ -79,29 +74,35 @@ def test_search_lists_rank_score_place_title_and_first_lines(llamory, calls: lis
         " 2. 0.500  docs/wick.md:1",
         "    Wicks are cotton [31m.",
     ]
-    assert calls[1] == ("search", "light", 10, {"source": None})
+    assert calls[1] == ("search", "light", 10, {"source": None, "mode": "fused"})
 
 
 def test_search_prints_one_json_document_and_nothing_else(llamory, calls: list[tuple]) -> None:
-    ran = llamory("search", "light", "--library", "lib", "--top", "1", "--source", "docs/*.md", "--json")
+    options = ["--source", "docs/*.md", "--source", "a", "--mode", "bm25"]
+    ran = llamory("search", "light", "--library", "lib", "--top", "1", *options, "--json")
     assert json.loads(ran.out) == {
         "query": "light",
         "library": "lib",
+        "mode": "bm25",
         "hits": [
             {
                 "rank": 1,
+                "place": "docs/lamp.md:12",
                 "text": HITS[0].text,
                 "source": "docs/lamp.md",
                 "title": "Lamps",
                 "line": 12,
                 "score": 0.8125,
+                "page": None,
+                "cosine": 0.8125,
+                "bm25": None,
             }
         ],
     }
     assert "searching" in ran.err
     assert calls == [
         ("library", "lib", {"model": None}),
-        ("search", "light", 1, {"source": "docs/*.md"}),
+        ("search", "light", 1, {"source": ["docs/*.md", "a"], "mode": "bm25"}),
     ]
 
 
@@ -120,15 +121,32 @@ def test_search_needs_at_least_one_place(llamory, calls: list[tuple]) -> None:
 # ---- index -----------------------------------------------------------------------------------------------------------
 
 
+SUMMARY = "lib: 3 added, 1 updated, 2 unchanged, 0 removed; 41 passages.\n"
+
+
 def test_index_reports_what_it_did(llamory, calls: list[tuple]) -> None:
+    ran = llamory("index", "a.md", "c", "--library", "lib")
+    assert ran == (0, SUMMARY, "reading ...\n")
+    unset = {"passage_length": None, "text_field": "text", "strict": False, "wait": True}
+    assert calls == [("library", "lib", {"model": None, "bf16": False}), ("add", [Path("a.md"), Path("c")], unset)]
+
+
+def test_index_lists_what_could_not_be_read(llamory, calls: list[tuple]) -> None:
     ran = llamory("index", "a.md", "b", "--library", "lib")
-    assert ran == (0, "lib: 3 added, 1 updated, 2 unchanged, 0 removed; 41 passages.\n", "reading ...\n")
-    unset = {"passage_length": None, "text_field": "text", "skip_broken": False}
-    assert calls == [("library", "lib", {"model": None, "bf16": False}), ("add", [Path("a.md"), Path("b")], unset)]
+    assert (ran.code, ran.out) == (0, SUMMARY + "1 could not be read:\n  b/bad .txt: no text\n")
+
+
+def test_index_that_took_nothing_in_is_an_error(llamory, calls: list[tuple]) -> None:
+    ran = llamory("index", "b", "--library", "lib", "--json", "--quiet")
+    assert ran.code == 2
+    assert json.loads(ran.out)["failed"] == [{"path": "b/bad\x1b.txt", "reason": "no text"}]
+    assert ran.err == "Error: Nothing could be indexed; mend what is listed, or give other files.\n"
 
 
 def test_index_hands_on_what_it_is_told(llamory, calls: list[tuple]) -> None:
-    told = "--model m --passage-length 99 --text-field body --skip-broken --bf16 --json --quiet"
+    told = (
+        "--model m --passage-length 99 --text-field body --max-file-size 0.5 --strict --no-wait --bf16 --json --quiet"
+    )
     ran = llamory("index", "a.md", "--library", "s3://shelf/lib", *told.split())
     assert json.loads(ran.out) == {
         "library": "s3://shelf/lib",
@@ -137,10 +155,18 @@ def test_index_hands_on_what_it_is_told(llamory, calls: list[tuple]) -> None:
         "updated": 1,
         "removed": 0,
         "passages": 41,
+        "failed": [],
+        "skipped": [],
     }
     assert ran.err == ""
-    settings = {"passage_length": 99, "text_field": "body", "skip_broken": True}
+    settings = {"passage_length": 99, "text_field": "body", "strict": True, "wait": False, "max_file_size": 0.5}
     assert calls == [("library", "s3://shelf/lib", {"model": "m", "bf16": True}), ("add", [Path("a.md")], settings)]
+
+
+def test_index_takes_documents_out(llamory, calls: list[tuple]) -> None:
+    ran = llamory("index", "--remove", "a.md", "--library", "lib")
+    assert ran.out == "lib: 0 added, 0 updated, 0 unchanged, 2 removed; 0 passages.\n"
+    assert calls[1] == ("remove", [Path("a.md")], {"wait": True})
 
 
 def test_index_needs_something_to_read(llamory, calls: list[tuple]) -> None:

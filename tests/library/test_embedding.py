@@ -49,7 +49,7 @@ def test_a_llara_checkpoint_can_be_a_librarys_model(tmp_path, checkpoint):
         (tmp_path / f"{i}.txt").write_text(text)
     library = Library(tmp_path / "library", checkpoint, device="cpu")
     library.add(tmp_path, progress=False)
-    found = {hit.text: hit.score for hit in library.search("what is in <s1>?")}
+    found = {hit.text: hit.score for hit in library.search("what is in <s1>?", mode="dense")}
     model = load_embedder(checkpoint, device="cpu")
     passages = model.encode_document([*texts[:2], "the summary stands in < s1> to < s8>"])
     expected = passages @ model.encode_query("what is in < s1>?")

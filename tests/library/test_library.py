@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from llamory.errors import LlamoryError
 from llamory.library import AddReport, Library
-from llamory.library import library as library_module
+from llamory.library import engine as engine_module
 from llamory.library import store as store_module
 
 
@@ -34,7 +34,7 @@ def sections(words: str, count: int) -> str:
 def test_hits_are_ranked_by_cosine_best_first(tmp_path, docs, model_folder):
     library = Library(tmp_path / "library", model_folder)
     assert add(library, docs) == AddReport(added=3, passages=3)
-    hits = library.search("CAT")
+    hits = library.search("CAT", mode="dense")
     assert [hit.text for hit in hits[:2]] == ["the cat sat with a cat", "a cat met a dog"]
     np.testing.assert_allclose([hit.score for hit in hits], [1, 1 / math.sqrt(2), 0], atol=1e-6)
     assert len(library.search("cat", top=1)) == 1
@@ -56,7 +56,7 @@ def test_many_passages_of_different_lengths_keep_their_own_vectors(tmp_path, mod
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     library = Library(tmp_path / "library", model_folder)
     add(library, file)
-    found = {hit.text: hit.score for hit in library.search("cat", top=101)}
+    found = {hit.text: hit.score for hit in library.search("cat", top=101, mode="dense")}
     for i, text in enumerate(texts):
         assert found[text.strip()] == pytest.approx(i / math.hypot(i, 100 - i), abs=1e-5)
 
@@ -195,7 +195,7 @@ def test_the_same_path_in_other_words_is_the_same_source(tmp_path, docs, model_f
 
 
 def test_many_commits_are_tidied_on_the_way(tmp_path, model_folder, monkeypatch):
-    monkeypatch.setattr(library_module, "PASSAGES_PER_COMMIT", 1)
+    monkeypatch.setattr(engine_module, "PASSAGES_PER_BATCH", 1)
     monkeypatch.setattr(store_module, "COMMITS_PER_TIDY", 4)
     folder = tmp_path / "docs"
     folder.mkdir()
@@ -227,7 +227,7 @@ def stop_at(monkeypatch):
 
 
 def test_a_stopped_run_keeps_whole_documents_and_the_next_goes_on(tmp_path, model_folder, monkeypatch, stop_at):
-    monkeypatch.setattr(library_module, "PASSAGES_PER_COMMIT", 4)
+    monkeypatch.setattr(engine_module, "PASSAGES_PER_BATCH", 4)
     folder = tmp_path / "docs"
     folder.mkdir()
     for name, word in [("a", "cat"), ("b", "dog"), ("c", "river"), ("d", "money")]:
@@ -254,14 +254,13 @@ def test_a_failed_update_leaves_the_old_passages(tmp_path, docs, model_folder, s
     assert sources(Library(tmp_path / "library"), "cat", top=1) == ["cats.txt"]
 
 
-def test_a_broken_file_leaves_the_library_as_it_was(tmp_path, docs, model_folder):
+def test_a_strict_run_stops_at_a_broken_file(tmp_path, docs, model_folder):
     library = Library(tmp_path / "library", model_folder)
     add(library, docs)
     (docs / "broken.jsonl").write_text("{")
-    with pytest.raises(LlamoryError, match=r"broken\.jsonl"):
-        add(library, docs)
+    with pytest.raises(LlamoryError, match=r"broken\.jsonl:1: the line is not valid JSON"):
+        add(library, docs, strict=True)
     assert len(library) == 3
-    assert add(library, docs, skip_broken=True) == AddReport(unchanged=3)
 
 
 # ---- opening ---------------------------------------------------------------------------------------------------------
@@ -279,6 +278,15 @@ def test_a_library_may_lie_at_a_uri(tmp_path, docs, model_folder):
     uri = f"file://{tmp_path}/library"
     add(Library(uri, model_folder), docs)
     assert sources(Library(uri), "cat", top=1) == ["cats.txt"]
+
+
+def test_a_library_may_lie_in_an_object_store(docs, model_folder):
+    library = Library("memory://shelf/library", model_folder)
+    assert add(library, docs) == AddReport(added=3, passages=3)
+    (docs / "cats.txt").write_text("money")
+    assert add(library, docs) == AddReport(updated=1, unchanged=2, passages=1)
+    assert library.remove(docs / "pets").removed == 2
+    assert sources(library, "money") == ["cats.txt"]
 
 
 def test_a_missing_library_is_not_made_by_looking(tmp_path):

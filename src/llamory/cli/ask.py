@@ -20,6 +20,7 @@ def ask(
     documents: options.Documents = None,
     top: options.Top = None,
     source: options.Source = None,
+    mode: options.Mode = None,
     citations: options.Citations = None,
     model: options.Model = None,
     reader: options.ReaderName = None,

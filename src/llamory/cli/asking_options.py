@@ -40,10 +40,16 @@ Top = Annotated[
     int | None, typer.Option("--top", min=1, help="Documents that a question finds; 5.", show_default=False)
 ]
 Source = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        "--source", help="Find only in files that this pattern fits, such as 'docs/*.md'.", show_default=False
+        "--source",
+        help="Find only in files that this pattern fits, such as 'docs/*.md'; may be given again.",
+        show_default=False,
     ),
+]
+Mode = Annotated[
+    Literal["dense", "bm25", "fused"] | None,
+    typer.Option("--mode", help="Find by meaning, by words, or by both.", show_default=False),
 ]
 Citations = Annotated[
     int | None, typer.Option("--citations", min=0, help="Most passages to cite; 5.", show_default=False)
@@ -118,7 +124,7 @@ class Asked:
         """
 
         def some(*names: str) -> dict[str, Any]:
-            return {name: given[name] for name in names if given[name] is not None}
+            return {name: given[name] for name in names if given[name] not in (None, [])}
 
         asked = cls(
             given["library"],
@@ -127,7 +133,7 @@ class Asked:
             given["documents"] or None,
             some("mem_search", "mem_top_k", "last_context_length", "bf16", "device"),
             reading_settings(given),
-            some("top", "source", "citations"),
+            some("top", "source", "mode", "citations"),
             some("max_new_tokens", "max_question_tokens", "temperature", "seed") | {"on_text": on_text},
         )
         if bool(asked.library) == bool(asked.memory):

@@ -26,6 +26,7 @@ def chat(
     documents: options.Documents = None,
     top: options.Top = None,
     source: options.Source = None,
+    mode: options.Mode = None,
     citations: options.Citations = None,
     save: Annotated[
         Path | None,

@@ -1,30 +1,44 @@
-"""`llamory index`: reads files into a library."""
+"""`llamory index`: reads files into a library, and takes them out."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from llamory.cli import asking_options as options
 from llamory.cli.memory_options import show_size
-from llamory.cli.output import Json, Quiet, print_json, working
+from llamory.cli.output import Json, Quiet, print_json, printable, working
+from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
+    from llamory.documents import Failure
+    from llamory.library import AddReport
     from llamory.library.ahead import MemoryReport
+
+_LISTED = 20
 
 
 def index(
     paths: Annotated[list[Path], typer.Argument(help="Files and folders to read.")],
     library: Annotated[str, typer.Option(help="Folder (or object-store address) of the library; made if need be.")],
     model: Annotated[str | None, typer.Option(help="Embedding model of a new library.", show_default=False)] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the paths out of the library instead.")] = False,
     passage_length: Annotated[
         int | None, typer.Option(min=1, help="Longest passage, in tokens.", show_default=False)
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field that holds the text in JSONL files.")] = "text",
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Pass over broken lines and files.")] = False,
+    max_file_size: Annotated[
+        float | None,
+        typer.Option(help="MiB; larger files, and longer JSON lines, are passed over and listed. [default: 64]"),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first file that can't be read.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait while another process writes to the library.")
+    ] = True,
     bf16: Annotated[bool, typer.Option("--bf16", help="Embed in bfloat16: faster, a little less exact.")] = False,
     memory: Annotated[
         Literal["lazy", "eager"], typer.Option(help="Read documents into memory when they are asked, or now.")
@@ -37,25 +51,42 @@ def index(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Read files into a library, or bring it up to date with them."""
+    """Read files into a library, or bring it up to date with them; or take them out with --remove.
+
+    Only what is new or changed is embedded. What can't be read is listed at the end, and the rest goes in.
+    """
     with working(quiet=quiet):
         from llamory.library import Library
 
         reading = options.reading_settings(locals())
         opened = Library(library, model=model, bf16=bf16, **reading)
-        report = opened.add(paths, passage_length=passage_length, text_field=text_field, skip_broken=skip_broken)
-        read = opened.read_ahead() if memory == "eager" else None
-        if read is None and reading:
+        if remove:
+            report = opened.remove(paths, wait=wait)
+        else:
+            sizes: dict[str, Any] = {} if max_file_size is None else {"max_file_size": max_file_size}
+            report = opened.add(
+                paths, passage_length=passage_length, text_field=text_field, strict=strict, wait=wait, **sizes
+            )
+        read = opened.read_ahead() if memory == "eager" and not remove and len(opened) else None
+        if read is None and reading and len(opened):
             opened.desk().note_reader(change=True)
     if as_json:
         print_json({"library": library, **asdict(report)} | ({} if read is None else {"memory": asdict(read)}))
     else:
-        typer.echo(
-            f"{library}: {report.added} added, {report.updated} updated, {report.unchanged} unchanged, "
-            f"{report.removed} removed; {report.passages} passages."
-        )
+        _print_report(library, report)
         if read is not None:
             _print_memory(read)
+    if report.failed and not (report.documents or report.removed):
+        raise LlamoryError("Nothing could be indexed; mend what is listed, or give other files.")
+
+
+def _print_report(library: str, report: AddReport) -> None:
+    typer.echo(
+        f"{library}: {report.added} added, {report.updated} updated, {report.unchanged} unchanged, "
+        f"{report.removed} removed; {report.passages} passages."
+    )
+    _print_list("could not be read", report.failed)
+    _print_list("passed over", report.skipped)
 
 
 def _print_memory(read: MemoryReport) -> None:
@@ -64,3 +95,14 @@ def _print_memory(read: MemoryReport) -> None:
         f"Memory: {read.read} read, {read.there} there{left}; {read.tokens:,} tokens read; "
         f"{show_size(read.bytes)} of {show_size(read.budget)} taken."
     )
+
+
+def _print_list(what: str, failures: Iterable[Failure]) -> None:
+    failures = list(failures)
+    if not failures:
+        return
+    typer.echo(f"{len(failures)} {what}:")
+    for failure in failures[:_LISTED]:
+        typer.echo(printable(f"  {failure.path}: {failure.reason}"))
+    if len(failures) > _LISTED:
+        typer.echo(f"  and {len(failures) - _LISTED} more (all with --json)")

@@ -57,6 +57,11 @@ def print_result(pairs: Mapping[str, Any], *, as_json: bool) -> None:
         print_pairs({name.replace("_", " "): value for name, value in pairs.items()})
 
 
+def printable(text: str) -> str:
+    """Text without control characters: a file that was read must not steer the terminal."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
 def quieten_libraries() -> None:
     """Keep the notices of transformers, datasets and their friends off the terminal; what the user set stays.
 

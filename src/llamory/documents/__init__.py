@@ -1,17 +1,23 @@
 """Documents: text files of many kinds as parts with titles and lines, and as passages of bounded length."""
 
-from llamory.documents.document import Block, Document, Passage
+from llamory.documents.document import Block, Document, Passage, place
 from llamory.documents.files import SUFFIXES, find_files, read_documents, read_file, read_json_lines
+from llamory.documents.folders import Survey, survey
+from llamory.documents.opening import Failure
 from llamory.documents.passages import split_passages
 
 __all__ = [
     "SUFFIXES",
     "Block",
     "Document",
+    "Failure",
     "Passage",
+    "Survey",
     "find_files",
+    "place",
     "read_documents",
     "read_file",
     "read_json_lines",
     "split_passages",
+    "survey",
 ]

@@ -14,12 +14,15 @@ class Block:
         title: its heading, `module.Class.method` for Python, the document's title where there is no heading.
         line: number of the line where it starts, counted from 1.
         verbatim: whether lines of `text` are lines of the file, so that later lines can be counted from `line`.
+        page: number of its page (PDF) or cell (notebook), counted from 1; None where there are no such. Lines are then
+            counted in the page.
     """
 
     text: str
     title: str
     line: int
     verbatim: bool = True
+    page: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,23 @@ class Passage:
         source: the document's source.
         title: title of the block it is from.
         line: number of the line where it starts, counted from 1.
+        page: number of the page or cell where it starts; None where there are no such.
     """
 
     text: str
     source: str
     title: str
     line: int
+    page: int | None = None
 
     @property
     def place(self) -> str:
-        """Where the passage starts, as `path:line`."""
-        line = f":{self.line}"
-        return self.source if self.source.endswith(line) else self.source + line
+        """Where the passage starts: `path:line`, or `path, page 3`."""
+        return place(self.source, self.line, self.page)
+
+
+def place(source: str, line: int, page: int | None = None) -> str:
+    """A place as people read it: `path:line`, `path, page 3` or `path, cell 3`; for JSON lines the source itself."""
+    if page is not None:
+        return f"{source}, {'cell' if source.lower().endswith('.ipynb') else 'page'} {page}"
+    return source if source.endswith(f":{line}") else f"{source}:{line}"

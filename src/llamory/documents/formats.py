@@ -30,20 +30,24 @@ def read_text(text: str, name: str) -> Parts:
     """Paragraphs, all under the document's name."""
     lines = text.split("\n")
     starts = [i for i, line in enumerate(lines) if line.strip() and (i == 0 or not lines[i - 1].strip())]
-    return name, text, _blocks(lines, ((start, name) for start in starts))
+    return name, text, blocks_at(lines, ((start, name) for start in starts))
 
 
 def read_markdown(text: str, name: str) -> Parts:
     """Sections of a Markdown text."""
+    return _sections(text, markdown_headings(text), name)
+
+
+def markdown_headings(text: str) -> list[tuple[int, str]]:
+    """Line (from 0) and plain words of each heading of a Markdown text."""
     front = _FRONT_MATTER.match(text)
     body = text if front is None else "\n" * front.group().count("\n") + text[front.end() :]
     tokens = _MARKDOWN_BLOCKS.parse(body)
-    headings = [
+    return [
         (token.map[0], _plain_heading(inline.content))
         for token, inline in pairwise(tokens)
         if token.type == "heading_open" and token.level == 0 and token.map
     ]
-    return _sections(text, headings, name)
 
 
 def read_rst(text: str, name: str) -> Parts:
@@ -88,13 +92,13 @@ def read_python(text: str, name: str) -> Parts:
         while first > starts[-1][0] and lines[first - 1].lstrip().startswith("#"):
             first -= 1  # a comment just above belongs to the function
         starts += [(first, title), (last, around)]
-    return name, text, _blocks(lines, starts)
+    return name, text, blocks_at(lines, starts)
 
 
 # ---- shared by the formats -----------------------------------------------------------------------------------------
 
 
-def _blocks(lines: list[str], starts: Iterable[tuple[int, str]]) -> list[Block]:
+def blocks_at(lines: list[str], starts: Iterable[tuple[int, str]]) -> list[Block]:
     """Blocks that begin at the given lines (counted from 0), each up to the next; blank ones are left out."""
     blocks = []
     for (start, title), (end, _) in pairwise([*starts, (len(lines), "")]):
@@ -109,7 +113,7 @@ def _blocks(lines: list[str], starts: Iterable[tuple[int, str]]) -> list[Block]:
 
 def _sections(text: str, headings: list[tuple[int, str]], name: str) -> Parts:
     title = next((heading for _, heading in headings if heading), name)
-    return title, text, _blocks(text.split("\n"), [(0, title), *((line, head or title) for line, head in headings)])
+    return title, text, blocks_at(text.split("\n"), [(0, title), *((line, head or title) for line, head in headings)])
 
 
 def _plain_heading(content: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from textwrap import dedent
@@ -24,8 +24,8 @@ TINY_SECTION_WORDS = 3
 # Tokens by which a passage counted alone may differ from the same words counted inside the document: spaces at its
 # ends, and the first word's missing space. Longer candidates aren't tried.
 _EDGE_TOKENS = 2
-# Sections that are tokenised in one call.
-_SECTIONS_PER_CALL = 1024
+# Characters that are tokenised as one text and in one call: a token takes some hundred bytes of memory meanwhile.
+_PIECE_CHARACTERS, _CALL_CHARACTERS = 1 << 18, 1 << 20
 
 Span = tuple[int, int]
 
@@ -35,6 +35,7 @@ class _Section:
     text: str
     title: str
     lines: Sequence[int]  # line of the file for each line of the text
+    pages: Sequence[int | None]  # and its page
 
 
 def split_passages(
@@ -59,9 +60,8 @@ def split_passages(
         raise LlamoryError(f"A passage must have room for at least 1 token, not {max_tokens}.")
     if not tokenizer.is_fast:
         raise LlamoryError("Passages need a fast tokenizer; use one that has a tokenizer.json.")
-    sections = _sections(document.blocks)
-    for start in range(0, len(sections), _SECTIONS_PER_CALL):
-        batch = sections[start : start + _SECTIONS_PER_CALL]
+    pieces = (piece for section in _sections(document.blocks) for piece in _pieces(section))
+    for batch in _calls(pieces):
         for section, encoding in zip(batch, _encode(tokenizer, [s.text for s in batch]), strict=True):
             if len(encoding) <= max_tokens:
                 spans: list[Span] = [(0, len(section.text))]
@@ -74,7 +74,8 @@ def split_passages(
                 first += len(text) - len(text.lstrip())  # the line of its first word
                 newlines, at = newlines + section.text.count("\n", at, first), first
                 if cleaned := _clean(text):
-                    yield Passage(cleaned, document.source, section.title, section.lines[newlines])
+                    place = section.lines[newlines], section.pages[newlines]
+                    yield Passage(cleaned, document.source, section.title, *place)
 
 
 # ---- sections ------------------------------------------------------------------------------------------------------
@@ -105,11 +106,42 @@ def _is_tiny(group: Sequence[Block]) -> bool:
 
 def _section(blocks: Sequence[Block], title: str) -> _Section:
     lines: list[int] = []
+    pages: list[int | None] = []
     for block in blocks:
         count = block.text.count("\n") + 1
         lines += range(block.line, block.line + count) if block.verbatim else [block.line] * count
         lines.append(lines[-1])  # the blank line between blocks
-    return _Section(_clean("\n\n".join(block.text for block in blocks)), title, lines)
+        pages += [block.page] * (count + 1)
+    return _Section(_clean("\n\n".join(block.text for block in blocks)), title, lines, pages)
+
+
+def _pieces(section: _Section) -> Iterator[_Section]:
+    """Cut a huge section where a paragraph, a line or a word ends; others stay whole."""
+    text, start, newlines = section.text, 0, 0
+    while len(text) - start > _PIECE_CHARACTERS:
+        limit = start + _PIECE_CHARACTERS
+        ends = (text.rfind(mark, start, limit) + len(mark) for mark in ("\n\n", "\n", " "))
+        end = next((end for end in ends if end > start + _PIECE_CHARACTERS // 2), limit)
+        rows = slice(newlines, newlines + text.count("\n", start, end) + 1)
+        yield _Section(text[start:end], section.title, section.lines[rows], section.pages[rows])
+        newlines, start = rows.stop - 1, end
+    yield (
+        _Section(text[start:], section.title, section.lines[newlines:], section.pages[newlines:]) if start else section
+    )
+
+
+def _calls(pieces: Iterable[_Section]) -> Iterator[list[_Section]]:
+    """Group pieces for the tokenizer."""
+    batch: list[_Section] = []
+    characters = 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece.text)
+        if characters >= _CALL_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _clean(text: str) -> str:

@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from llamory.library.library import AddReport, Library
-from llamory.library.store import Hit, Settings
+from llamory.library.library import Library
+from llamory.library.searching import Hit
+from llamory.library.store import Settings
+from llamory.library.updating import AddReport
 
 if TYPE_CHECKING:
     from llamory.library.asking import CitedAnswer, LibraryChat

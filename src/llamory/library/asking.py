@@ -27,6 +27,7 @@ from llamory.reading.progress import ReadingBar
 
 if TYPE_CHECKING:
     from llamory.library.readable import Readable
+    from llamory.library.searching import Mode
 
 logger = logging.getLogger(__name__)
 
@@ -113,13 +114,16 @@ class Desk:
 
     # ---- which documents ---------------------------------------------------------------------------------------------
 
-    def find(self, question: str, top: int, source: str | None = None) -> list[str]:
+    def find(
+        self, question: str, top: int, source: str | Sequence[str] | None = None, mode: Mode | None = None
+    ) -> list[str]:
         """Sources of the documents with the best passages for a question, best first."""
         if top < 1:
             raise LlamoryError(f"An answer must be from at least 1 document, not {top}.")
         passages = top * _PASSAGES_PER_DOCUMENT
+        how: dict[str, Any] = {} if mode is None else {"mode": mode}
         while True:
-            hits = self.library.search(question, passages, source=source)
+            hits = self.library.search(question, passages, source=source, **how)
             sources = list(dict.fromkeys(hit.source for hit in hits))
             if len(sources) >= top or len(hits) < passages:
                 return sources[:top]
@@ -196,12 +200,13 @@ class Desk:
         *,
         documents: Sequence[str] | None = None,
         top: int = DEFAULT_DOCUMENTS,
-        source: str | None = None,
+        source: str | Sequence[str] | None = None,
+        mode: Mode | None = None,
         citations: int = DEFAULT_CITATIONS,
         **manner: Any,
     ) -> CitedAnswer:
         """Ask a question; see `Library.ask`."""
-        chat = LibraryChat(self, documents=documents, top=top, source=source, citations=citations)
+        chat = LibraryChat(self, documents=documents, top=top, source=source, mode=mode, citations=citations)
         return chat.say(question, **manner)
 
     def cite(
@@ -254,6 +259,7 @@ class LibraryChat:
         documents: only these documents, mounted for the whole conversation; by default each question finds its own.
         top: documents that a question finds.
         source: only documents of these sources, as for `Library.search`.
+        mode: how documents are searched, as for `Library.search`.
         citations: how many passages an answer cites.
     """
 
@@ -263,10 +269,12 @@ class LibraryChat:
         *,
         documents: Sequence[str] | None = None,
         top: int = DEFAULT_DOCUMENTS,
-        source: str | None = None,
+        source: str | Sequence[str] | None = None,
+        mode: Mode | None = None,
         citations: int = DEFAULT_CITATIONS,
     ):
-        self._desk, self._top, self._source, self._citations = desk, top, source, citations
+        self._desk, self._top, self._citations = desk, top, citations
+        self._source, self._mode = source, mode
         self._chosen = None if documents is None else desk.choose(documents)
         self._mounted: list[StoredDocument] = []
         self._log = AttentionLog()
@@ -294,7 +302,7 @@ class LibraryChat:
         started = time.perf_counter()
         sources = self._chosen
         if sources is None:
-            sources = self._desk.find(question, self._top, self._source)
+            sources = self._desk.find(question, self._top, self._source, self._mode)
         found = time.perf_counter()
         tokens_read = self._mount(sources)
         ready = time.perf_counter()

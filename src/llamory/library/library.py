@@ -2,56 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamory.errors import LlamoryError
-from llamory.library.embedding import (
-    embed_passages,
-    embed_query,
-    fingerprint,
-    passage_length_for,
-    passage_tokenizer,
-)
+from llamory.library.embedding import embed_query, fingerprint, passage_length_for
+from llamory.library.engine import LocalEngine, Recipe
+from llamory.library.locking import writing
 from llamory.library.readable import Readable
 from llamory.library.reader import ReaderSettings
-from llamory.library.store import Hit, PassageStore, Settings
+from llamory.library.searching import Hit, Mode, check_mode
+from llamory.library.store import PassageStore, Settings
+from llamory.library.updating import AddReport, Update, is_under, take_out
 
 if TYPE_CHECKING:
+    import numpy as np
     from sentence_transformers import SentenceTransformer
-    from transformers import PreTrainedTokenizerBase
 
-    from llamory.documents import Document
+    from llamory.documents import Survey
     from llamory.longllama import LongLlamaForCausalLM
 
-# Passages that are embedded before they are written: what is lost when a run is killed.
-PASSAGES_PER_COMMIT = 64
+# Reading a text file takes some twelve times its size in memory.
+MAX_FILE_MIB = 64
 
 PathLike = str | os.PathLike[str]
-
-
-@dataclass
-class AddReport:
-    """What `Library.add` did.
-
-    Attributes:
-        added: documents that were new.
-        unchanged: documents that were there already.
-        updated: documents whose old passages were replaced.
-        removed: documents that are no longer in their file, or whose file is gone.
-        passages: passages that were written.
-    """
-
-    added: int = 0
-    unchanged: int = 0
-    updated: int = 0
-    removed: int = 0
-    passages: int = 0
 
 
 class Library(Readable):
@@ -89,6 +68,8 @@ class Library(Readable):
         self._device = device
         self._bf16 = bf16
         self._loaded: SentenceTransformer | None = None
+        self._checked = False  # whether the model was seen to be the library's
+        self._new_length = 0  # passage length of a library that is being made
         self._reading = ReaderSettings(os.fspath(reader) if isinstance(reader, os.PathLike) else reader, **reading)
         self._store = PassageStore.open(self.path)
         if self._store is None and model is None:
@@ -114,7 +95,7 @@ class Library(Readable):
             **asdict(store.settings),
         }
 
-    # ---- adding ------------------------------------------------------------------------------------------------------
+    # ---- adding and removing -----------------------------------------------------------------------------------------
 
     def add(
         self,
@@ -122,105 +103,138 @@ class Library(Readable):
         *,
         passage_length: int | None = None,
         text_field: str = "text",
-        skip_broken: bool = False,
+        max_file_size: float = MAX_FILE_MIB,
+        strict: bool = False,
+        wait: bool = True,
         progress: bool = True,
     ) -> AddReport:
         """Index files and folders. Only what is new or changed is embedded; what is gone from them is removed.
 
         A document is written with all of its passages at once, so a run that is killed or fails leaves whole
-        documents, and the next run goes on where it stopped.
+        documents, and the next run goes on where it stopped. What can't be read is told in the report, and what the
+        library has of it stays. Nothing outside the given paths is read: links that lead out are passed over.
 
         Args:
             paths: files and folders; their absolute paths become the sources.
             passage_length: tokens that a passage may have, for a new library; by default 256, or what the model has
                 room for. A library keeps the length it was made with.
             text_field: entry of a JSON line that holds the text.
-            skip_broken: pass over broken JSON lines and files.
+            max_file_size: MiB; larger files aren't read. JSON lines are read one by one, so there it holds for a line.
+            strict: stop at the first thing that can't be read.
+            wait: wait while another process writes to the library.
             progress: show a progress bar on standard error.
 
         Raises:
-            LlamoryError: a path can't be read, the model is not the library's, or the passage length doesn't fit.
+            LlamoryError: a path doesn't exist or is of an unknown kind, there is nothing to index, the model is not
+                the library's, the passage length doesn't fit, or another process writes and `wait` is off.
         """
-        from llamory.documents import find_files, read_file
+        from llamory.documents import survey
+        from llamory.documents.folders import real_roots
 
-        if isinstance(paths, str | os.PathLike):
-            paths = [paths]
-        roots = [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 -- resolve() would follow links
-        files = find_files(roots)
-        embedder = self._embedder()
-        length = self._passage_length(embedder, passage_length)
-        tokenizer = passage_tokenizer(embedder)
-        known = {} if self._store is None else self._store.documents()
-        report = AddReport()
-        seen: set[str] = set()  # sources that have passages now
-        waiting: list[dict[str, Any]] = []  # rows of documents that aren't written yet
-        with _Bar(len(files), shown=progress) as bar:
-            for file in files:
-                for document in read_file(file, text_field=text_field, skip_broken=skip_broken):
-                    digest = _digest(document, length)
-                    if known.get(document.source, ("", ""))[1] == digest:
-                        seen.add(document.source)
-                        report.unchanged += 1
-                        continue
-                    rows = _rows(document, tokenizer, length, str(file), digest)
-                    if not rows:
-                        continue
-                    seen.add(document.source)
-                    waiting += rows
-                    report.passages += len(rows)
-                    report.updated += document.source in known
-                    report.added += document.source not in known
-                    if len(waiting) >= PASSAGES_PER_COMMIT:
-                        self._write(waiting, known, embedder, length, bar)
-                        waiting = []
-                bar.file_done()
-            if waiting:
-                self._write(waiting, known, embedder, length, bar)
-        gone = _gone(known, seen, files, roots)
-        report.removed = len(gone)
-        if self._store is not None:
-            self._store.remove(gone)
-            if report.passages or gone:
-                self._store.tidy()
+        if max_file_size <= 0:
+            raise LlamoryError(f"The largest file size must be more than 0 MiB, not {max_file_size}.")
+        roots = _absolute(paths)
+        found = survey(roots)
+        if strict and found.failed:
+            raise LlamoryError(f"{found.failed[0].path}: {found.failed[0].reason}.")
+        self._check(passage_length)  # before the folder of a new library is made, and before waiting
+        with self._writing(wait=wait, progress=progress):
+            update = Update(self._store, self._create, roots)
+            if not found.files and not any(is_under(file, roots) for file, _ in update.known.values()):
+                raise LlamoryError(_nothing_in(roots, found))
+            recipe = Recipe(
+                passage_length=self._check(passage_length),
+                text_field=text_field,
+                roots=real_roots(roots),
+                max_bytes=int(max_file_size * 2**20),
+                strict=strict,
+                bf16=self._bf16,
+            )
+            self._new_length = recipe.passage_length
+            tasks = update.tasks(found.files, recipe)
+            with _Bar(len(tasks), shown=progress) as bar:
+                if tasks:
+                    engine = LocalEngine(recipe, self._embedder(), self._held, bar.embedded)
+                    for batch in engine.run(tasks):
+                        update.take(batch)
+                        bar.files_done(batch.files)
+                report = update.finish()
         if report.updated or report.removed:
             self._drop_stale_memories()
+        report.failed = found.failed + report.failed
+        report.skipped = found.skipped
+        if self._store is None and not report.failed:
+            raise LlamoryError(f"None of the {len(found.files)} files in {_listed(roots)} has any text.")
         return report
 
-    def _write(
-        self,
-        rows: list[dict[str, Any]],
-        known: Collection[str],
-        embedder: SentenceTransformer,
-        length: int,
-        bar: _Bar,
-    ) -> None:
-        """Embed and write whole documents; passages of theirs that didn't change keep their vectors."""
-        import numpy as np
+    def remove(self, paths: PathLike | Iterable[PathLike], *, wait: bool = True) -> AddReport:
+        """Take out all documents of some files and folders, whether these still exist or not.
 
-        replaced = {row["source"] for row in rows if row["source"] in known}
-        vectors = self._store.vectors(replaced) if self._store is not None else {}
-        new = [text for text in dict.fromkeys(row["text"] for row in rows) if text not in vectors]
-        if new:
-            vectors |= dict(zip(new, embed_passages(embedder, new, bar.embedded, bf16=self._bf16), strict=True))
-        matrix = np.stack([vectors[row["text"]] for row in rows])
-        if self._store is None:
-            model = self._model if isinstance(self._model, str) else ""
-            if model and Path(model).is_dir():
-                model = os.path.abspath(model)  # noqa: PTH100
-            settings = Settings(model, fingerprint(embedder), matrix.shape[1], length)
-            self._store = PassageStore.create(self.path, settings)
-        self._store.write(rows, matrix, replaced)
+        Args:
+            paths: files and folders as they were given to `add`; a source (`path:line`) takes out one JSON line.
+            wait: wait while another process writes to the library.
+
+        Raises:
+            LlamoryError: there is nothing of one of the paths in the library, or another process writes and `wait` is
+                off.
+        """
+        roots = _absolute(paths)
+        with self._writing(wait=wait):
+            store = self._require_store()
+            known = store.documents()
+            gone: set[str] = set()
+            for root in roots:
+                inside = {
+                    source for source, (file, _) in known.items() if source == str(root) or is_under(file, [root])
+                }
+                if not inside:
+                    raise LlamoryError(f"The library at {self.path} has nothing of {root}; check the path.")
+                gone |= inside
+            store.marks()
+            store.begin()
+            take_out(store, gone, known)
+            store.end()
+        self._drop_stale_memories()
+        return AddReport(removed=len(gone))
+
+    @contextmanager
+    def _writing(self, *, wait: bool, progress: bool = True) -> Iterator[None]:
+        """Be the only writer, on the library as the one before left it."""
+
+        def say(sentence: str) -> None:
+            if progress:
+                sys.stderr.write(sentence + "\n")
+
+        with writing(self.path, wait=wait, say=say):
+            if self._store is None:
+                self._store = PassageStore.open(self.path)
+            else:
+                self._store.refresh()
+            yield
+
+    def _held(self, texts: Collection[str]) -> Mapping[str, np.ndarray]:
+        return {} if self._store is None else self._store.vectors(texts)
+
+    def _create(self, dimension: int) -> PassageStore:
+        model = _name(self._model) if isinstance(self._model, str) else ""
+        settings = Settings(model, fingerprint(self._embedder()), dimension, self._new_length)
+        self._store = PassageStore.create(self.path, settings)
+        return self._store
 
     # ---- searching ---------------------------------------------------------------------------------------------------
 
-    def search(self, query: str, top: int = 10, *, source: str | None = None) -> list[Hit]:
-        """Find the passages whose vectors have the greatest cosine with the query's.
+    def search(
+        self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: Mode = "fused"
+    ) -> list[Hit]:
+        """Find the passages that answer a query.
 
         Args:
             query: a question or any text.
             top: how many passages to give at most.
             source: only passages whose source begins so, or matches if there is a `*` or `?` in it (both match `/`
-                too); one that doesn't begin with `/` may begin after any folder of the source.
+                too); one that doesn't begin with `/` may begin after any folder of the source. Of several, any.
+            mode: `dense` finds by meaning (the greatest cosine of the vectors), `bm25` by words, `fused` by both: the
+                sum of reciprocal ranks.
 
         Returns:
             Hits, best first.
@@ -232,10 +246,12 @@ class Library(Readable):
             raise LlamoryError("The query is blank; give at least one word to search for.")
         if top < 1:
             raise LlamoryError(f"A search must be for at least 1 passage, not {top}.")
+        check_mode(mode)
         store = self._require_store()
         if not len(store):
             raise LlamoryError(f"The library at {self.path} is empty; add documents to it first.")
-        return store.search(embed_query(self._embedder(), query), top, source)
+        vector = None if mode == "bm25" else embed_query(self._embedder(), query)
+        return store.search(vector, top, source, text=query, mode=mode)
 
     # ---- the library's model -----------------------------------------------------------------------------------------
 
@@ -254,25 +270,30 @@ class Library(Readable):
             if model == "":
                 raise LlamoryError(f"The library at {self.path} doesn't know where its model is; give the model too.")
             self._loaded = load_embedder(model, device=self._device) if isinstance(model, str) else model
-            if self._store is not None and fingerprint(self._loaded) != self._store.settings.fingerprint:
+        if self._store is not None and not self._checked:
+            if fingerprint(self._loaded) != self._store.settings.fingerprint:
                 made_by = self._store.settings.model or "another model"
                 self._loaded = None
                 raise LlamoryError(
                     f"The library at {self.path} was made by another model than the one given (it was {made_by} as it "
                     "was then); give that model, or make a new library."
                 )
+            self._checked = True
         return self._loaded
 
-    def _passage_length(self, embedder: SentenceTransformer, wanted: int | None) -> int:
+    def _check(self, passage_length: int | None) -> int:
+        """Check the model and the passage length for adding; gives the length. Loads the model only if it must."""
         if self._store is None:
-            return passage_length_for(embedder, wanted)
-        length = self._store.settings.passage_length
-        if wanted not in (None, length):
+            return passage_length_for(self._embedder(), passage_length)
+        settings = self._store.settings
+        if self._model is not None and (not isinstance(self._model, str) or _name(self._model) != settings.model):
+            self._embedder()
+        if passage_length not in (None, settings.passage_length):
             raise LlamoryError(
-                f"The library at {self.path} has passages of {length} tokens, not {wanted}; make a new library for "
-                "another length."
+                f"The library at {self.path} has passages of {settings.passage_length} tokens, not {passage_length}; "
+                "make a new library for another length."
             )
-        return length
+        return settings.passage_length
 
 
 class _Bar:
@@ -301,47 +322,31 @@ class _Bar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def file_done(self) -> None:
-        self._progress.advance(self._task)
+    def files_done(self, files: int) -> None:
+        self._progress.advance(self._task, files)
 
     def embedded(self, passages: int) -> None:
         self._passages += passages
         self._progress.update(self._task, passages=self._passages)
 
 
-def _digest(document: Document, length: int) -> str:
-    """Hash of all that a document's passages are made from."""
-    whole = "\0".join([str(length), document.title, document.text])
-    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+def _absolute(paths: PathLike | Iterable[PathLike]) -> list[Path]:
+    paths = [paths] if isinstance(paths, str | os.PathLike) else paths
+    return [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 -- resolve() would follow links
 
 
-def _rows(
-    document: Document, tokenizer: PreTrainedTokenizerBase, length: int, file: str, digest: str
-) -> list[dict[str, Any]]:
-    from llamory.documents import split_passages
-
-    return [
-        {
-            "text": passage.text,
-            "source": passage.source,
-            "title": passage.title,
-            "line": passage.line,
-            "position": position,
-            "file": file,
-            "hash": digest,
-        }
-        for position, passage in enumerate(split_passages(document, tokenizer, length))
-    ]
+def _name(model: str) -> str:
+    """A model as settings name it: a folder's absolute path, or a hub id."""
+    return os.path.abspath(model) if Path(model).is_dir() else model  # noqa: PTH100
 
 
-def _gone(
-    known: Mapping[str, tuple[str, str]], seen: Collection[str], files: Iterable[Path], roots: Sequence[Path]
-) -> list[str]:
-    """Sources that are no longer in a file that was read, or whose file under one of the roots doesn't exist."""
-    read = set(map(str, files))
+def _listed(paths: Iterable[Path]) -> str:
+    return ", ".join(map(str, paths))
 
-    @cache
-    def file_gone(file: str) -> bool:
-        return any(Path(file).is_relative_to(root) for root in roots) and not Path(file).exists()
 
-    return [source for source, (file, _) in known.items() if source not in seen and (file in read or file_gone(file))]
+def _nothing_in(roots: Sequence[Path], found: Survey) -> str:
+    from llamory.documents.files import kinds
+
+    if found.failed:
+        return f"{found.failed[0].path}: {found.failed[0].reason}."
+    return f"There are no documents in {_listed(roots)}; there should be files of {kinds()}."

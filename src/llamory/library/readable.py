@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from llamory.library.ahead import MemoryReport
     from llamory.library.asking import CitedAnswer, Desk, LibraryChat
     from llamory.library.reader import ReaderSettings
-    from llamory.library.store import Hit, PassageStore
+    from llamory.library.searching import Hit, Mode
+    from llamory.library.store import PassageStore
 
 
 class Readable:
@@ -53,9 +54,9 @@ class Readable:
         Args:
             question: the question.
             progress: show on standard error how far reading documents has come.
-            settings: `documents` (names, instead of finding them), `top` (documents to find, 5), `source` (as for
-                `search`), `citations` (the most passages to cite, 5), `max_new_tokens`, `temperature`, `seed`,
-                `max_question_tokens` and `on_text` (called with each piece of the answer as it comes).
+            settings: `documents` (names, instead of finding them), `top` (documents to find, 5), `source` and
+                `mode` (as for `search`), `citations` (the most passages to cite, 5), `max_new_tokens`, `temperature`,
+                `seed`, `max_question_tokens` and `on_text` (called with each piece of the answer as it comes).
 
         Raises:
             LlamoryError: the library is empty, nothing was found, the reader can't be used, or the question is blank.
@@ -67,7 +68,7 @@ class Readable:
 
         Args:
             progress: as for `ask`.
-            settings: `documents`, `top`, `source` and `citations`, as for `ask`.
+            settings: `documents`, `top`, `source`, `mode` and `citations`, as for `ask`.
         """
         from llamory.library.asking import LibraryChat
 
@@ -106,7 +107,9 @@ class Readable:
 
     # ---- of the other part -------------------------------------------------------------------------------------------
 
-    def search(self, query: str, top: int = 10, *, source: str | None = None) -> list[Hit]:
+    def search(
+        self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: Mode = "fused"
+    ) -> list[Hit]:
         """See `Library.search`."""
         raise NotImplementedError
 

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from llamory.documents import Passage
 from llamory.errors import LlamoryError
+from llamory.library.locking import local_folder
+from llamory.library.searching import Hit, Mode, find, matches, quoted
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+    from lancedb import DBConnection
     from lancedb.table import Table
 
-FORMAT_VERSION = 1
+# Version 1 had no `key`, no `page` and no index of words.
+FORMAT_VERSION = 2
+_READABLE_VERSIONS = (1, FORMAT_VERSION)
 # Every commit leaves a small file and a list of all files; they are joined before the lists grow long.
 COMMITS_PER_TIDY = 256
+# How long states that were written over are kept for those who read them.
+_KEPT = timedelta(minutes=1)
+# Lucene's. The list that comes with this tokenizer is of all languages at once, and takes "cat" for such a word.
+_STOP_WORDS = (
+    "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
+    "to was will with"
+).split()
 
 _TABLE = "passages"
+_MARKS = "files"
+# Stands among the files that were read while a run writes.
+_UNFINISHED = ""
+# Up to so many passages the index of words is made anew after a run that took passages out: a few seconds.
+_INDEXED_ANEW = 50_000
 _METADATA_KEY = b"llamory"
 
 
@@ -44,31 +62,20 @@ class Settings:
     version: int = FORMAT_VERSION
 
 
-@dataclass(frozen=True)
-class Hit:
-    """A passage that was found.
-
-    Attributes:
-        text: the passage.
-        source: the document's source: its path, for a line of JSON lines `path:line`.
-        title: the title of the part of the document that it stands in.
-        line: where it starts, counted from 1.
-        score: cosine of its vector and the query's, from -1 to 1.
-    """
-
-    text: str
-    source: str
-    title: str
-    line: int
-    score: float
-
-
 class PassageStore:
     """One library's table. Every method that writes does so in one commit: all of it is seen, or nothing."""
 
-    def __init__(self, table: Table, settings: Settings) -> None:
+    def __init__(self, database: DBConnection, table: Table, settings: Settings, uri: str) -> None:
+        self._database = database
         self._table = table
-        self._commits = 0
+        self._marks: Table | None = None
+        self._unfinished = False
+        self._uri = uri
+        self._commits = self._untidy = 0  # commits and rows since small files were last joined
+        self._taken_out = False  # whether passages were replaced or removed since `begin`
+        self._has_keys = "key" in table.schema.names
+        self._old_keys: np.ndarray | None = None  # of passages, sorted; as they were when first asked for
+        self._new_keys: set[int] = set()  # of passages written since
         self.settings = settings
 
     @classmethod
@@ -76,27 +83,18 @@ class PassageStore:
         """Open the table of a library; None if there is none.
 
         Raises:
-            LlamoryError: the table isn't a library's, or of a format that this version doesn't know.
+            LlamoryError: the table isn't a library's, is damaged, or of a format that this version doesn't know.
         """
         import lancedb
 
         # Connecting makes the folder, which looking for a library must not.
-        if not _is_remote(uri) and not Path(uri).is_dir():
+        folder = local_folder(uri)
+        if folder is not None and not folder.is_dir():
             return None
-        database = lancedb.connect(uri)
-        try:
-            table = database.open_table(_TABLE)
-        except ValueError as error:
-            if "not found" not in str(error):
-                raise
-            return None
-        stored = (table.schema.metadata or {}).get(_METADATA_KEY)
-        settings = json.loads(stored) if stored else {}
-        if settings.get("version") != FORMAT_VERSION:
-            raise LlamoryError(
-                f"{uri} is not a library that this version of llamory can read; make it again with `llamory index`."
-            )
-        return cls(table, Settings(**{field.name: settings[field.name] for field in fields(Settings)}))
+        with _telling(uri):
+            database = lancedb.connect(uri)
+            table = _open_table(database, _TABLE)
+        return None if table is None else cls(database, table, _settings(table, uri), uri)
 
     @classmethod
     def create(cls, uri: str, settings: Settings) -> PassageStore:
@@ -110,110 +108,247 @@ class PassageStore:
                 ("source", pa.string()),
                 ("title", pa.string()),
                 ("line", pa.int32()),
+                ("page", pa.int32()),  # or cell; null where there are no such
                 ("position", pa.int32()),  # of the passage in its document
                 ("file", pa.string()),
                 ("hash", pa.string()),  # of the whole document
+                ("key", pa.int64()),  # of the text, so that a text's vector is found again
                 ("vector", pa.list_(pa.float32(), settings.dimension)),
             ],
             metadata={_METADATA_KEY: json.dumps(asdict(settings)).encode()},
         )
-        return cls(lancedb.connect(uri).create_table(_TABLE, schema=schema), settings)
+        database = lancedb.connect(uri)
+        return cls(database, database.create_table(_TABLE, schema=schema), settings, uri)
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _reading(self) -> Iterator[Table]:
+        """The table as it is now: others may have written, and old states are cleared away after a while."""
+        with _telling(self._uri):
+            self._table.checkout_latest()
+            yield self._table
 
     def __len__(self) -> int:
-        return self._table.count_rows()
+        with self._reading() as table:
+            return table.count_rows()
 
     def documents(self) -> dict[str, tuple[str, str]]:
         """File and hash of each source."""
-        columns = self._table.search().select(["source", "file", "hash"]).to_arrow()
+        with self._reading() as table:
+            columns = table.search().select(["source", "file", "hash"]).to_arrow()
         rows = columns.group_by(["source", "file", "hash"]).aggregate([]).to_pydict()
         return dict(zip(rows["source"], zip(rows["file"], rows["hash"], strict=True), strict=True))
 
-    def vectors(self, sources: Collection[str]) -> dict[str, np.ndarray]:
-        """The vector of each passage text of some sources."""
-        if not sources:
+    def vectors(self, texts: Collection[str]) -> dict[str, np.ndarray]:
+        """The vectors of those of some passage texts that the table holds, wherever they stand."""
+        wanted = {text_key(text): text for text in texts}
+        if self._has_keys:
+            wanted = {key: text for key, text in wanted.items() if self._holds(key)}
+        if not wanted:
             return {}
-        found = self._table.search().where(_is_in("source", sources)).select(["text", "vector"]).to_arrow()
+        where = f"key IN ({', '.join(map(str, wanted))})" if self._has_keys else _is_in("text", set(texts))
+        with self._reading() as table:
+            found = table.search().where(where).select(["text", "vector"]).to_arrow()
         vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(len(found), self.settings.dimension)
-        return dict(zip(found["text"].to_pylist(), vectors, strict=True))
+        held = set(texts)
+        return {text: vector for text, vector in zip(found["text"].to_pylist(), vectors, strict=True) if text in held}
+
+    def _holds(self, key: int) -> bool:
+        """Whether there may be a passage with this key: asked in memory (8 bytes a passage), as most are new."""
+        import numpy as np
+
+        if self._old_keys is None:
+            with self._reading() as table:
+                self._old_keys = np.sort(table.search().select(["key"]).to_arrow()["key"].to_numpy())
+        place = int(np.searchsorted(self._old_keys, key))
+        return key in self._new_keys or (place < len(self._old_keys) and int(self._old_keys[place]) == key)
+
+    def refresh(self) -> None:
+        """Forget what was read: another process may have written since."""
+        self._old_keys, self._new_keys = None, set()
+
+    def search(
+        self,
+        vector: np.ndarray | None,
+        top: int,
+        source: str | Iterable[str] | None = None,
+        *,
+        text: str = "",
+        mode: Mode = "dense",
+    ) -> list[Hit]:
+        """The best passages, best first; the settings are those of `Library.search`."""
+        with self._reading() as table:
+            return find(table, mode, text, vector, top, matches(source) if source else None)
 
     def passages(self, sources: Collection[str]) -> dict[str, list[Passage]]:
         """All passages of some sources, in order, by source; a source that isn't there has none."""
         if not sources:
             return {}
         columns = ["source", "position", "text", "title", "line"]
-        found = self._table.search().where(_is_in("source", sources)).select(columns).to_list()
+        with self._reading() as table:
+            if "page" in table.schema.names:
+                columns.append("page")
+            found = table.search().where(_is_in("source", sources)).select(columns).to_list()
         passages: dict[str, list[Passage]] = {}
         for row in sorted(found, key=lambda row: row["position"]):
-            passage = Passage(row["text"], row["source"], row["title"], row["line"])
+            passage = Passage(row["text"], row["source"], row["title"], row["line"], row.get("page"))
             passages.setdefault(row["source"], []).append(passage)
         return passages
+
+    # ---- writing -----------------------------------------------------------------------------------------------------
 
     def write(self, rows: list[dict[str, Any]], vectors: np.ndarray, replaced: Collection[str]) -> None:
         """Add whole documents, and take away what was there of them.
 
         Args:
-            rows: the passages: all columns but the vector.
+            rows: the passages: all columns but the vector and the key.
             vectors: float32 (passages, dimension).
             replaced: sources among the rows that may have passages already.
         """
         data = self._arrow(rows, vectors)
         if replaced:
+            self._taken_out = True
             merge = self._table.merge_insert(["source", "position"])
             merge = merge.when_matched_update_all().when_not_matched_insert_all()
             merge.when_not_matched_by_source_delete(_is_in("source", replaced)).execute(data)
         else:
             self._table.add(data)
+        if self._has_keys:
+            self._new_keys.update(data["key"].to_pylist())
         self._commits += 1
-        if self._commits % COMMITS_PER_TIDY == 0:
+        self._untidy += len(rows)
+        # Joining rewrites the table, so it comes the more seldom the larger the table is.
+        if self._commits >= COMMITS_PER_TIDY and self._untidy * 10 >= self._table.count_rows():
             self.tidy()
 
     def remove(self, sources: Collection[str]) -> None:
         """Take away all passages of some sources."""
         if sources:
+            self._taken_out = True
             self._table.delete(_is_in("source", sources))
 
-    def tidy(self) -> None:
-        """Join the small files that many commits leave behind."""
-        self._table.optimize()
+    def begin(self) -> None:
+        """Note that writing goes on. It comes before the first write of a run, and `end` after the last."""
+        self._taken_out = False
+        self.mark({_UNFINISHED: ""})
 
-    def search(self, vector: np.ndarray, top: int, source: str | None) -> list[Hit]:
-        """The passages with the greatest cosine, best first; `source` as `Library.search` explains it."""
-        query = self._table.search(vector).metric("cosine").limit(top)  # type: ignore[attr-defined]
-        if source:
-            query = query.where(_matches(source), prefilter=True)
-        hits = [
-            Hit(row["text"], row["source"], row["title"], row["line"], 1.0 - row["_distance"])
-            for row in query.select(["text", "source", "title", "line", "_distance"]).to_list()
-        ]
-        return sorted(hits, key=lambda hit: (-hit.score, hit.source, hit.line))
+    def end(self) -> None:
+        """Put the table in order after a run's writes, and those of a run before that was killed."""
+        self.tidy(anew=(self._taken_out or self._unfinished) and len(self) <= _INDEXED_ANEW)
+        self.unmark([_UNFINISHED])
+        self._unfinished = False
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a run wrote to the table and didn't come to its `end`; `marks` must have been asked."""
+        return self._unfinished
+
+    def tidy(self, *, anew: bool = False) -> None:
+        """Join the small files that many commits leave behind, and bring the index of words up to date.
+
+        Args:
+            anew: make the index of words anew; else passages that were taken out go on counting in its statistics.
+        """
+        from lancedb.index import FTS
+
+        if anew or not self._table.list_indices():
+            # Words of languages without spaces are found too; names in code are cut at points and underscores.
+            words = FTS(base_tokenizer="icu/split", custom_stop_words=_STOP_WORDS)
+            self._table.create_index("text", config=words, replace=True)
+        self._table.optimize(cleanup_older_than=_KEPT)
+        self._commits = self._untidy = 0
+        if self._marks is not None:
+            self._marks.optimize(cleanup_older_than=_KEPT)
 
     def _arrow(self, rows: list[dict[str, Any]], vectors: np.ndarray) -> pa.Table:
         import pyarrow as pa
 
         schema = self._table.schema
-        columns = [
-            pa.array([row[field.name] for row in rows], type=field.type) for field in schema if field.name != "vector"
-        ]
-        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), self.settings.dimension))
-        return pa.table(columns, schema=schema)
+        columns: dict[str, Any] = {
+            "key": pa.array([text_key(row["text"]) for row in rows], type=pa.int64()),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), self.settings.dimension),
+        }
+        for field in schema:
+            if field.name not in columns:
+                columns[field.name] = pa.array([row[field.name] for row in rows], type=field.type)
+        return pa.table([columns[name] for name in schema.names], schema=schema)
+
+    # ---- files that were read to their end ---------------------------------------------------------------------------
+
+    def marks(self) -> dict[str, str]:
+        """The content of each file that was read to its end; such a file need not be parsed again."""
+        with _telling(self._uri):
+            self._marks = _open_table(self._database, _MARKS)
+            if self._marks is None:
+                return {}
+            rows = self._marks.search().select(["file", "content"]).to_arrow().to_pydict()
+        marks = dict(zip(rows["file"], rows["content"], strict=True))
+        self._unfinished = marks.pop(_UNFINISHED, None) is not None
+        return marks
+
+    def mark(self, contents: Mapping[str, str]) -> None:
+        """Note files as read to their end. All of their documents must have been written."""
+        import pyarrow as pa
+
+        if not contents:
+            return
+        schema = pa.schema([("file", pa.string()), ("content", pa.string())])
+        rows = pa.table([list(contents), list(contents.values())], schema=schema)
+        if self._marks is None:
+            self._marks = self._database.create_table(_MARKS, schema=schema, exist_ok=True)
+        self._marks.merge_insert("file").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+
+    def unmark(self, files: Collection[str]) -> None:
+        """Forget that files were read. This must come before any passage of theirs is changed."""
+        if files and self._marks is not None:
+            self._marks.delete(_is_in("file", files))
 
 
-def _is_remote(uri: str) -> bool:
-    return "://" in uri
+def text_key(text: str) -> int:
+    """64 bits that tell a passage's text from others."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
+def _settings(table: Table, uri: str) -> Settings:
+    stored = (table.schema.metadata or {}).get(_METADATA_KEY)
+    settings = json.loads(stored) if stored else {}
+    version = settings.get("version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise LlamoryError(
+            f"The library at {uri} was made by a later llamory (format {version}; this one knows up to "
+            f"{FORMAT_VERSION}); upgrade llamory to use it."
+        )
+    if version not in _READABLE_VERSIONS:
+        raise LlamoryError(
+            f"{uri} is not a library that this version of llamory can read; make it again with `llamory index`."
+        )
+    return Settings(**{field.name: settings[field.name] for field in fields(Settings)})
+
+
+@contextmanager
+def _telling(uri: str) -> Iterator[None]:
+    """Say in a sentence that a library can't be read."""
+    try:
+        yield
+    except (LlamoryError, OSError):
+        raise
+    except Exception as error:  # LanceDB raises ValueError and RuntimeError for what is missing or broken
+        reason = " ".join(str(error).split())[:300]
+        raise LlamoryError(
+            f"The library at {uri} can't be read: it is damaged or out of reach ({reason}); restore it, or make it "
+            "again with `llamory index` in another place."
+        ) from error
+
+
+def _open_table(database: DBConnection, name: str) -> Table | None:
+    try:
+        return database.open_table(name)
+    except ValueError as error:
+        if "was not found" not in str(error):
+            raise
+        return None
 
 
 def _is_in(column: str, values: Collection[str]) -> str:
-    return f"{column} IN ({', '.join(map(_quoted, sorted(values)))})"
-
-
-def _matches(source: str) -> str:
-    """SQL for a prefix or a pattern of sources; a relative one may begin after any folder."""
-    pattern = "".join({"*": ".*", "?": "."}.get(letter) or re.escape(letter) for letter in source)
-    start = "^" if source.startswith("/") or _is_remote(source) or Path(source).is_absolute() else r"(^|[/\\])"
-    end = "$" if "*" in source or "?" in source else ""
-    expression = _quoted(f"(?s){start}{pattern}{end}")
-    return f"(regexp_like(source, {expression}) OR regexp_like(file, {expression}))"
+    return f"{column} IN ({', '.join(map(quoted, sorted(values)))})"
