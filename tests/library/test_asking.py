@@ -303,6 +303,14 @@ def test_memory_ahead_stays_within_the_budget_and_drives_nothing_out(make_librar
     assert (again.read, again.there, again.left, read) == (0, report.read, report.left, [])
 
 
+def test_a_library_says_what_its_memories_take(make_library, reader_folder) -> None:
+    library = make_library()
+    assert "memory" not in library.info()
+    ask(library, documents=["*"])
+    size = sum(path.stat().st_size for path in memories(library))
+    assert library.info()["memory"] == {"memories": 3, "bytes": size, "reader": str(reader_folder)}
+
+
 def test_asking_works_however_small_the_budget(make_library) -> None:
     wanted = ask(make_library(), documents=["*"]).text
     for path in memories(make_library()):

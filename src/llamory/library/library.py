@@ -82,7 +82,7 @@ class Library(Readable):
         return 0 if self._store is None else len(self._store)
 
     def info(self) -> dict[str, Any]:
-        """The library's settings and its numbers of documents and passages.
+        """The library's settings and its numbers of documents and passages; with memories, what they take.
 
         Raises:
             LlamoryError: nothing was added yet.
@@ -93,6 +93,7 @@ class Library(Readable):
             "documents": len(store.documents()),
             "passages": len(store),
             **asdict(store.settings),
+            **({"memory": memory} if (memory := self.memory_info()) else {}),
         }
 
     # ---- adding and removing -----------------------------------------------------------------------------------------

@@ -98,6 +98,15 @@ class Readable:
         self._desk.progress = progress
         return self._desk
 
+    def memory_info(self) -> dict[str, Any]:
+        """What memories take: their number, `bytes` and `reader` (None for the default); empty if there are none."""
+        from llamory.library.reader import noted_reader
+        from llamory.library.shelf import Shelf
+
+        shelf = Shelf(memory_folder(self.path))
+        names = shelf.names()
+        return {"memories": len(names), "bytes": shelf.nbytes, "reader": noted_reader(shelf.folder)} if names else {}
+
     def _drop_stale_memories(self) -> None:
         folder = memory_folder(self.path)
         if folder.is_dir():

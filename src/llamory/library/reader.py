@@ -128,6 +128,12 @@ def is_noted(folder: Path) -> bool:
     return (folder / _NOTED).exists()
 
 
+def noted_reader(folder: Path) -> str | None:
+    """The reader that a library's memory folder names; None if it is the default, or none is noted."""
+    noted = _Noted.load(folder)
+    return None if noted is None else noted.reader
+
+
 class Reader:
     """A model that reads documents, with the shelf that their memories are kept on.
 
