@@ -57,6 +57,7 @@ def test_pages_take_no_more_than_is_said(make_file) -> None:
         bank = MemoryBank.load(file)
         save_pages(bank, file.with_suffix(".pages"))
         said = page_bytes(bank, tokens)
+        assert file.with_suffix(".pages").stat().st_mode == file.stat().st_mode
         assert 0.8 * said < file.with_suffix(".pages").stat().st_size < said + 4096
 
 

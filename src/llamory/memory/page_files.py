@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from llamory.memory.bank import MemoryBank
@@ -39,7 +39,8 @@ def save_pages(bank: MemoryBank, path: Path) -> None:
             tensors |= {f"layers.{layer}.{name}": part for name, part in zip(_PARTS, joined, strict=True)}
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, beside, {"pages": _identity(bank)})
+        # Not safetensors' own file, which only its writer may read.
+        beside.write_bytes(save(tensors, {"pages": _identity(bank)}))
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
