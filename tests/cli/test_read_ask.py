@@ -125,9 +125,9 @@ def test_streaming_reaches_the_reader_before_the_end(read, texts, book, monkeypa
         def flush(self) -> None:
             flushed.append(None)
 
-    from llamory.cli import ask
+    from llamory.cli import asking_options
 
-    ask._write(Out(), "Ein Fluß\x1b[31m\n")  # type: ignore[arg-type]
+    asking_options.write_text(Out(), "Ein Fluß\x1b[31m\n")  # type: ignore[arg-type]
     assert flushed == ["Ein Flu? [31m\n", None]
 
 

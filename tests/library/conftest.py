@@ -6,6 +6,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from keyword_models import keyword_model
+from tiny_models import save_llama
 
 KNOWN_WORDS = ["cat", "dog", "river", "money"]
 
@@ -26,6 +27,14 @@ def model_folder(tmp_path_factory) -> Path:
 def other_model_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "reversed"
     keyword_model([*KNOWN_WORDS[::-1], "tree"]).save(str(folder), create_model_card=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reader_folder(tmp_path_factory) -> Path:
+    """A tiny LLaMA with strong weights, so that what it reads makes a difference; memory in both layers."""
+    folder = tmp_path_factory.mktemp("models") / "reader"
+    save_llama(folder, ["cat dog river money the a sat with met ran home"], initializer_range=0.3)
     return folder
 
 

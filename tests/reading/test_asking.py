@@ -108,8 +108,8 @@ def test_the_chat_template_goes_around_the_question_alone(books, model_folder, t
         "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}[answer]{% endif %}"
     )
-    prompt = OpenMemory(books[0], tokenizer=tokenizer)._prompt(QUESTION)
-    assert tokenizer.decode(prompt[0]) == f"[user] {QUESTION}\n[answer]"
+    prompt = OpenMemory(books[0], tokenizer=tokenizer).speaker.first_prompt(QUESTION)
+    assert tokenizer.decode(prompt) == f"[user] {QUESTION}\n[answer]"
 
 
 def test_sampling_differs_by_seed_and_only_by_seed(books) -> None:
@@ -121,7 +121,9 @@ def test_sampling_differs_by_seed_and_only_by_seed(books) -> None:
 def test_an_answer_ends_where_the_tokenizer_says(books, model_folder) -> None:
     opened = OpenMemory(books[0])
     said = opened.model.generate(
-        opened._prompt(QUESTION), past_key_values=opened.model.memory_cache(opened.memory), max_new_tokens=1
+        torch.tensor([opened.speaker.first_prompt(QUESTION)]),
+        past_key_values=opened.model.memory_cache(opened.memory),
+        max_new_tokens=1,
     )[0, -1]
     opened.tokenizer.eos_token = opened.tokenizer.convert_ids_to_tokens(int(said))
     assert opened.ask(QUESTION, max_new_tokens=12).answer_tokens == 1

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from llamory.errors import LlamoryError
 from llamory.longllama.loading import load_long_model
 from llamory.memory import MemoryBank
-from llamory.reading import partial, reading
+from llamory.reading import partial, passes, reading
 from small_texts import CONTEXT, SETTINGS, sentence
 
 
@@ -214,7 +214,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_in_one_go(read, book, texts, model_
 @pytest.mark.parametrize("windows", [1, 3, 4, 6, 9, 12])
 def test_a_run_stopped_anywhere_loses_no_whole_window(read, book, texts, monkeypatch, dtype, windows) -> None:
     (texts / "f.txt").write_text(sentence(3, 150))
-    monkeypatch.setattr(reading, "ROWS_TOGETHER", 1)  # so that a window is a step
+    monkeypatch.setattr(passes, "ROWS_TOGETHER", 1)  # so that a window is a step
     read(texts, mem_dtype=dtype)
     wanted = tensors(book, dtype)
     book.unlink()

@@ -46,6 +46,26 @@ def sight(prompt: int, more: int, context: int, last: int) -> Sight:
     return Sight(local, memory, places, places.clamp(max=context - 1))
 
 
+def mounted_sight(documents: list[int], asked: int, context: int) -> Sight:
+    """Documents of so many tokens, each read alone in windows, then tokens that see all of them as memory."""
+    window, owner, position = [], [], []
+    for number, length in enumerate([*documents, asked]):
+        last = number == len(documents)
+        window += [(number, 0 if last else token // context) for token in range(length)]
+        position += [token if last else token % context for token in range(length)]
+        owner += [number] * length
+    total = len(owner)
+    local = torch.zeros(total, total, dtype=torch.bool)
+    memory = torch.zeros(total, total, dtype=torch.bool)
+    for query in range(total):
+        for key in range(query + 1):
+            local[query, key] = window[query] == window[key]
+            asks = owner[query] == len(documents)
+            memory[query, key] = not local[query, key] and (asks or owner[query] == owner[key])
+    places = torch.tensor(position)
+    return Sight(local, memory, places, places.clamp(max=context - 1))
+
+
 def rotated(x: Tensor, position: Tensor, theta: float) -> Tensor:
     """(heads, n, d) turned to its position, pair (i, i + d/2) by position / theta^(2i/d)."""
     half = x.shape[-1] // 2
@@ -57,9 +77,14 @@ def rotated(x: Tensor, position: Tensor, theta: float) -> Tensor:
 
 @torch.no_grad()
 def logits(
-    model: LlamaForCausalLM, ids: Tensor, seen: Sight, mem_layers: list[int], positionals: bool = True
+    model: LlamaForCausalLM,
+    ids: Tensor,
+    seen: Sight,
+    mem_layers: list[int],
+    positionals: bool = True,
+    attention: dict[int, Tensor] | None = None,
 ) -> Tensor:
-    """Logits (n, vocabulary) in float64 of one row's real tokens."""
+    """Logits (n, vocabulary) in float64 of one row's real tokens; each layer's probabilities go into `attention`."""
     config = model.config
     theta = config.rope_parameters["rope_theta"]
     weights = {name: value.double() for name, value in model.state_dict().items()}
@@ -85,6 +110,8 @@ def logits(
             score = torch.where(seen.memory, far_query @ key.transpose(1, 2), score)
         visible = seen.local | seen.memory if layer in mem_layers else seen.local
         score = (score / math.sqrt(config.head_dim)).masked_fill(~visible, -math.inf)
+        if attention is not None:
+            attention[layer] = score.softmax(-1)
         mixed = (score.softmax(-1) @ value).transpose(0, 1).reshape(len(ids), -1)
         hidden = hidden + mixed @ weights[prefix + "self_attn.o_proj.weight"].T
         x = norm(hidden, prefix + "post_attention_layernorm.weight")

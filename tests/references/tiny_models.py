@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,3 +33,33 @@ def make_long_llama(**changes: Any) -> LongLlamaForCausalLM:
         "eos_token_id": 2,
     }
     return LongLlamaForCausalLM(LongLlamaConfig(**settings | changes)).eval()
+
+
+def save_llama(folder: Path, texts: Iterable[str], **changes: Any) -> None:
+    """Save a random two-layer LLaMA without a template and its byte-level tokenizer, as transformers does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {
+        "vocab_size": len(fast),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 0,
+        "bos_token_id": None,
+    }
+    LlamaForCausalLM(LlamaConfig(**settings | changes)).save_pretrained(folder)
+    fast.save_pretrained(folder)

@@ -10,7 +10,7 @@ import typer
 from typer.main import get_command
 
 from llamory import __version__
-from llamory.cli import ask, dataset, evaluate, export, index, info, read, search, train
+from llamory.cli import ask, chat, dataset, evaluate, export, index, info, read, search, train
 from llamory.cli.errors import INTERRUPTED, debugging, discard_output, say
 from llamory.cli.output import quieten_libraries
 
@@ -28,6 +28,7 @@ app.command(name="index")(index.index)
 app.command(name="search")(search.search)
 app.command(name="read")(read.read)
 app.command(name="ask")(ask.ask)
+app.command(name="chat")(chat.chat)
 app.command(name="info")(info.info)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(dataset.app, name="dataset")

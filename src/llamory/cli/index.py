@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from llamory.cli import asking_options as options
+from llamory.cli.memory_options import show_size
 from llamory.cli.output import Json, Quiet, print_json, printable, working
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
     from llamory.documents import Failure
     from llamory.library import AddReport
+    from llamory.library.ahead import MemoryReport
 
 _LISTED = 20
 
@@ -43,6 +46,14 @@ def index(
     ray_address: Annotated[
         str | None, typer.Option(help="Ray cluster; by default one is started on this machine.", show_default=False)
     ] = None,
+    memory: Annotated[
+        Literal["lazy", "eager"], typer.Option(help="Read documents into memory when they are asked, or now.")
+    ] = "lazy",
+    reader: options.ReaderName = None,
+    mem_layers: options.MemLayers = None,
+    context_length: options.ContextLength = None,
+    mem_dtype: options.MemDtype = None,
+    memory_budget: options.Budget = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -53,7 +64,8 @@ def index(
     with working(quiet=quiet):
         from llamory.library import Library
 
-        opened = Library(library, model=model, bf16=bf16)
+        reading = options.reading_settings(locals())
+        opened = Library(library, model=model, bf16=bf16, **reading)
         if remove:
             report = opened.remove(paths, wait=wait)
         else:
@@ -68,10 +80,15 @@ def index(
                 ray_address=ray_address,
                 **sizes,
             )
+        read = opened.read_ahead() if memory == "eager" and not remove and len(opened) else None
+        if read is None and reading and len(opened):
+            opened.desk().note_reader(change=True)
     if as_json:
-        print_json({"library": library, **asdict(report)})
+        print_json({"library": library, **asdict(report)} | ({} if read is None else {"memory": asdict(read)}))
     else:
         _print_report(library, report)
+        if read is not None:
+            _print_memory(read)
     if report.failed and not (report.documents or report.removed):
         raise LlamoryError("Nothing could be indexed; mend what is listed, or give other files.")
 
@@ -83,6 +100,14 @@ def _print_report(library: str, report: AddReport) -> None:
     )
     _print_list("could not be read", report.failed)
     _print_list("passed over", report.skipped)
+
+
+def _print_memory(read: MemoryReport) -> None:
+    left = f", {read.left} left as the budget is full" if read.left else ""
+    typer.echo(
+        f"Memory: {read.read} read, {read.there} there{left}; {read.tokens:,} tokens read; "
+        f"{show_size(read.bytes)} of {show_size(read.budget)} taken."
+    )
 
 
 def _print_list(what: str, failures: Iterable[Failure]) -> None:

@@ -14,6 +14,8 @@ from llamory.errors import LlamoryError
 from llamory.library.embedding import embed_query, fingerprint, passage_length_for
 from llamory.library.engine import Engine, LocalEngine, Recipe
 from llamory.library.locking import writing
+from llamory.library.readable import Readable
+from llamory.library.reader import ReaderSettings
 from llamory.library.searching import Hit, Mode, check_mode
 from llamory.library.store import PassageStore, Settings
 from llamory.library.updating import AddReport, Update, is_under, take_out
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from llamory.documents import Survey
+    from llamory.longllama import LongLlamaForCausalLM
 
 # Reading a text file takes some twelve times its size in memory.
 MAX_FILE_MIB = 64
@@ -31,7 +34,7 @@ PathLike = str | os.PathLike[str]
 EngineName = Literal["local", "ray"]
 
 
-class Library:
+class Library(Readable):
     """A folder (or object-store URI) of passages with their vectors.
 
     Args:
@@ -39,7 +42,13 @@ class Library:
         model: the embedding model: a LLARA checkpoint, a Sentence Transformers folder, a hub id, or a loaded model.
             An existing library knows its own.
         device: a torch device for the model; by default the best there is.
-        bf16: embed passages in bfloat16, which is faster and a little less exact.
+        bf16: compute in bfloat16, which is faster and a little less exact.
+        reader: the LongLLaMA that reads documents and answers (`ask`, `chat`, `read_ahead`): a folder, `.gguf` file,
+            hub id, "default" or a loaded model. By default the one that was noted when the library was first asked,
+            else "default".
+        reading: how it reads: `mem_layers`, `context_length`, `mem_dtype` ("int8", "bfloat16"), `memory_budget`
+            ("10GB"), `mem_search`, `mem_top_k`, `last_context_length`, and a loaded reader's `tokenizer`; see
+            `llamory.library.reader.ReaderSettings`.
 
     Raises:
         LlamoryError: there is no library at `path`, and no model to make one with.
@@ -52,6 +61,8 @@ class Library:
         *,
         device: str | None = None,
         bf16: bool = False,
+        reader: PathLike | LongLlamaForCausalLM | None = None,
+        **reading: Any,
     ) -> None:
         self.path = os.fspath(path)
         self._model = os.fspath(model) if isinstance(model, str | os.PathLike) else model
@@ -60,6 +71,7 @@ class Library:
         self._loaded: SentenceTransformer | None = None
         self._checked = False  # whether the model was seen to be the library's
         self._new_length = 0  # passage length of a library that is being made
+        self._reading = ReaderSettings(os.fspath(reader) if isinstance(reader, os.PathLike) else reader, **reading)
         self._store = PassageStore.open(self.path)
         if self._store is None and model is None:
             raise LlamoryError(
@@ -71,7 +83,7 @@ class Library:
         return 0 if self._store is None else len(self._store)
 
     def info(self) -> dict[str, Any]:
-        """The library's settings and its numbers of documents and passages.
+        """The library's settings and its numbers of documents and passages; with memories, what they take.
 
         Raises:
             LlamoryError: nothing was added yet.
@@ -82,6 +94,7 @@ class Library:
             "documents": len(store.documents()),
             "passages": len(store),
             **asdict(store.settings),
+            **({"memory": memory} if (memory := self.memory_info()) else {}),
         }
 
     # ---- adding and removing -----------------------------------------------------------------------------------------
@@ -154,6 +167,8 @@ class Library:
                         update.take(batch)
                         bar.files_done(batch.files)
                 report = update.finish()
+        if report.updated or report.removed:
+            self._drop_stale_memories()
         report.failed = found.failed + report.failed
         report.skipped = found.skipped
         if self._store is None and not report.failed:
@@ -187,6 +202,7 @@ class Library:
             store.begin()
             take_out(store, gone, known)
             store.end()
+        self._drop_stale_memories()
         return AddReport(removed=len(gone))
 
     @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from llamory.documents import Passage
 from llamory.errors import LlamoryError
 from llamory.library.locking import local_folder
 from llamory.library.searching import Hit, Mode, find, matches, quoted
@@ -179,6 +180,21 @@ class PassageStore:
         """The best passages, best first; the settings are those of `Library.search`."""
         with self._reading() as table:
             return find(table, mode, text, vector, top, matches(source) if source else None)
+
+    def passages(self, sources: Collection[str]) -> dict[str, list[Passage]]:
+        """All passages of some sources, in order, by source; a source that isn't there has none."""
+        if not sources:
+            return {}
+        columns = ["source", "position", "text", "title", "line"]
+        with self._reading() as table:
+            if "page" in table.schema.names:
+                columns.append("page")
+            found = table.search().where(_is_in("source", sources)).select(columns).to_list()
+        passages: dict[str, list[Passage]] = {}
+        for row in sorted(found, key=lambda row: row["position"]):
+            passage = Passage(row["text"], row["source"], row["title"], row["line"], row.get("page"))
+            passages.setdefault(row["source"], []).append(passage)
+        return passages
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 

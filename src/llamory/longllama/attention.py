@@ -176,7 +176,7 @@ class LongLlamaAttention(LlamaAttention):
             causal = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()[None, None]
             return self._one_softmax([(query, key, value, causal)], query, window)
         local = flash(query, key, value, scaling=self.scaling, causal=True)
-        return _merged([local, self._attend_memory(query, window)])
+        return self._merged([local, self._attend_memory(query, window)], query, window)
 
     def _keep(self, key: Tensor | None, value: Tensor, raw_key: Tensor, window: Window) -> None:
         """Put a first window where it belongs: the local context, or memory."""
@@ -225,7 +225,7 @@ class LongLlamaAttention(LlamaAttention):
             ]
             if any(bank.length(self.layer_idx) for bank in window.banks):
                 parts.append(self._attend_memory(to_memory, window))
-            output = _merged(parts)
+            output = self._merged(parts, to_memory, window)
         self._leave(chunk.leaves_after, local, window)
         return output
 
@@ -253,6 +253,14 @@ class LongLlamaAttention(LlamaAttention):
         ]
         outputs, log_sums = zip(*parts, strict=True)
         return (outputs[0], log_sums[0]) if len(parts) == 1 else (torch.cat(outputs, 2), torch.cat(log_sums, 2))
+
+    def _merged(self, parts: list[tuple[Tensor, Tensor]], to_memory: Tensor, window: Window) -> Tensor:
+        """One attention from its parts, (rows, width, heads, head_dim)."""
+        outputs, log_sums = zip(*parts, strict=True)
+        output, log_sum = merge(outputs, log_sums)
+        if window.cache.observer is not None:
+            window.cache.observer(self.layer_idx, to_memory, log_sum)
+        return output.transpose(1, 2)
 
     def _one_softmax(
         self, near: list[tuple[Tensor, Tensor, Tensor, Tensor | None]], to_memory: Tensor, window: Window
@@ -327,9 +335,3 @@ def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
     if mask is None:
         return None
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, float("-inf"))
-
-
-def _merged(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """One attention from its parts, (rows, width, heads, head_dim)."""
-    outputs, log_sums = zip(*parts, strict=True)
-    return merge(outputs, log_sums)[0].transpose(1, 2)

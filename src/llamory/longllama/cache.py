@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,10 @@ class LongLlamaCache(Cache):
     Args:
         config: the model's configuration.
         memory: one bank for all rows (each row gets a fork of its own), or one bank per row, used as they are.
+
+    Attributes:
+        observer: if set, is told by each memory layer of each step: its index, the queries to memory (rows, heads,
+            width, head_dim) and the log-sum-exp of all that they see, local and in memory, (rows, heads, width).
     """
 
     def __init__(self, config: LongLlamaConfig, memory: MemoryBank | Sequence[MemoryBank] | None = None):
@@ -111,6 +115,7 @@ class LongLlamaCache(Cache):
         super().__init__(layers=layers)
         self.slots = self._empty_slots(0)
         self.columns = 0
+        self.observer: Callable[[int, Tensor, Tensor], None] | None = None
         self._mounted = memory if isinstance(memory, MemoryBank) else None
         self.memory: list[MemoryBank] = [] if memory is None or isinstance(memory, MemoryBank) else list(memory)
 

@@ -75,6 +75,13 @@ def stretch_of(block: Block, start: int, stop: int) -> Stretch:
     return known[start, stop]
 
 
+def know(block: Block, start: int, stop: int, stretch: Stretch) -> None:
+    """Take over a stretch that was made before, of a block of the same content and capacity."""
+    known = block.summaries.setdefault("stretches", {})
+    assert isinstance(known, dict)
+    known[start, stop] = stretch
+
+
 def _make(block: Block, start: int, stop: int) -> Stretch:
     span = Span(block, start, stop)
     keys = span.keys(torch.float32)

@@ -2,57 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from transformers import TextStreamer
-
-from llamory.backbone import begins_with
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.memory import MemoryBank
 from llamory.reading import room
+from llamory.reading.answering import ADVICE, MAX_NEW_TOKENS, Answer, Manner, Speaker
 from llamory.reading.books import Book, PathLike, check_maker, load_model_for, noted_name
+from llamory.reading.chatting import Chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-MAX_NEW_TOKENS = 256
-
-_ADVICE = "choose a smaller model, fewer documents or a shorter answer."
-# For a model that was never told how to chat.
-_PLAIN = "Question: {question}\nAnswer:"
 _NAMES_SHOWN = 5
-
-
-@dataclass
-class Answer:
-    """What was asked and answered.
-
-    Attributes:
-        question: as it was asked.
-        answer: without blank space around it.
-        documents: names of the documents in memory.
-        memory_tokens: tokens in memory.
-        question_tokens: tokens of the question with the prompt around it.
-        answer_tokens: tokens of the answer.
-        seconds_to_first_token: from the question to the answer's first token.
-        seconds: from the question to the answer's end.
-    """
-
-    question: str
-    answer: str
-    documents: list[str]
-    memory_tokens: int
-    question_tokens: int
-    answer_tokens: int
-    seconds_to_first_token: float
-    seconds: float
 
 
 def ask(question: str, memory: PathLike | Sequence[PathLike], **settings: Any) -> Answer:
@@ -102,7 +67,7 @@ class OpenMemory:
     ):
         from llamory.backbone import load_tokenizer
 
-        with room.told_if_memory_is_short(_ADVICE):
+        with room.told_if_memory_is_short(ADVICE):
             books = [Book(path) for path in _each_once(memory)]
             if not any(book.segments for book in books):
                 raise LlamoryError(
@@ -116,8 +81,9 @@ class OpenMemory:
                 name = str(model or books[0].model or "default")
                 self.model = load_model_for(books, None if model is None else name, **settings)
             self.tokenizer = load_tokenizer(name) if tokenizer is None else tokenizer
-            self.memory = self._mount(books, documents)
             self.name = noted_name(name)
+            self.speaker = Speaker(self.model, self.tokenizer, self.name)
+            self.memory = self._mount(books, documents)
 
     @property
     def documents(self) -> tuple[str, ...]:
@@ -147,59 +113,25 @@ class OpenMemory:
         Raises:
             LlamoryError: the question is blank or longer than `max_question_tokens`, or memory is short.
         """
-        if not question.strip():
-            raise LlamoryError("The question is blank; ask something.")
-        if max_new_tokens < 1 or temperature < 0:
-            raise LlamoryError("An answer needs max_new_tokens of at least 1 and a temperature of at least 0.")
-        prompt = self._prompt(question)
-        if max_question_tokens is not None and prompt.shape[1] > max_question_tokens:
-            raise LlamoryError(
-                f"The question has {prompt.shape[1]:,} tokens with the prompt around it, more than the limit of "
-                f"{max_question_tokens:,}: raise the limit, or ask a shorter question."
-            )
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature}
-            if seed is not None:
-                torch.manual_seed(seed)
-        ends = _ends(self.model, self.tokenizer)
-        streamer = _Streamer(self.tokenizer, on_text)
-        started = time.perf_counter()
-        with room.told_if_memory_is_short(_ADVICE):
-            found = self.model.generate(
-                prompt.to(self.model.device),
-                attention_mask=torch.ones_like(prompt).to(self.model.device),
-                past_key_values=self.model.memory_cache(self.memory),
-                max_new_tokens=max_new_tokens,
-                eos_token_id=ends or None,
-                pad_token_id=ends[0] if ends else 0,
-                streamer=streamer,
-                **sampling,
-            )
-        finished = time.perf_counter()
-        tokens = found[0, prompt.shape[1] :]
+        manner = Manner(max_new_tokens, temperature, seed, max_question_tokens, on_text)
+        prompt = self.speaker.first_prompt(question, max_question_tokens)
+        with room.told_if_memory_is_short(ADVICE):
+            cache = self.model.memory_cache(self.memory)
+        said = self.speaker.answer(prompt, cache, manner)
         return Answer(
             question=question,
-            answer=str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
+            answer=said.text,
             documents=list(self.documents),
             memory_tokens=self.memory.length(),
-            question_tokens=prompt.shape[1],
-            answer_tokens=len(tokens),
-            seconds_to_first_token=(streamer.first or finished) - started,
-            seconds=finished - started,
+            question_tokens=len(prompt),
+            answer_tokens=len(said.tokens),
+            seconds_to_first_token=said.seconds_to_first_token,
+            seconds=said.seconds,
         )
 
-    def _prompt(self, question: str) -> Tensor:
-        """(1, tokens)."""
-        if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-            )
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        else:
-            ids = self.tokenizer(_PLAIN.format(question=question), add_special_tokens=False)["input_ids"]
-            ids = [*begins_with(self.tokenizer), *ids]
-        return torch.tensor([ids])
+    def chat(self) -> Chat:
+        """A conversation with this memory, which itself stays as it is: what is said is added to the chat's own."""
+        return Chat(self.speaker, self.memory)
 
     def _mount(self, books: Sequence[Book], documents: Sequence[str] | None) -> MemoryBank:
         """One memory of all that is asked for."""
@@ -253,32 +185,3 @@ def _each_once(memory: PathLike | Sequence[PathLike]) -> list[PathLike]:
     if not paths:
         raise LlamoryError("No memory was given; name at least one file that documents were read into.")
     return list({Path(path).resolve(): path for path in paths}.values())
-
-
-def _ends(model: LongLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: what the model says, and what the tokenizer says, which may know of chats."""
-    known = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = [known] if isinstance(known, int) else list(known or [])
-    return list(dict.fromkeys([*ends, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
-
-
-class _Streamer(TextStreamer):
-    """Hands on text as it comes, and notes when the first token came."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text, self._begun = on_text, False
-        self.first: float | None = None
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt, then token by token."""
-        if self.first is None and not self.next_tokens_are_prompt:
-            self.first = time.perf_counter()
-        super().put(value)
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
-        """Hand on whole words, without blank space in front of the first."""
-        text = text if self._begun else text.lstrip()
-        if text and self._on_text is not None:
-            self._begun = True
-            self._on_text(text)

@@ -11,26 +11,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
-from llamory.longllama.cache import LongLlamaCache
 from llamory.memory import MemoryBank
 from llamory.reading import room
 from llamory.reading.books import Book, check_maker, load_model_for, noted_name, partial_path
 from llamory.reading.manuscripts import Manuscript, PathLike, prepare
 from llamory.reading.partial import Partial, facts_of
+from llamory.reading.passes import groups, read_window, token_bytes
 from llamory.reading.plan import Plan, make_plan
 from llamory.reading.progress import ReadingBar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Documents of one window at most are read together: one by one, a processor waits for memory more than it computes.
-ROWS_TOGETHER, TOKENS_TOGETHER = 16, 4096
 
 _ADVICE = (
     "keep the memory as int8, choose fewer memory layers or a smaller model, or read fewer documents at once; "
@@ -186,7 +182,7 @@ class _Reading:
         # A run that goes on makes the same groups of what is left, as they are made and kept in this order; then
         # what it reads equals what one go would have read, to the bit.
         short = [each for each in waiting if len(each.ids) <= self.context]
-        for group in _groups(sorted(short, key=lambda each: len(each.ids))):
+        for group in groups(short, lambda each: len(each.ids)):
             self._read_group(group, bar)
         for manuscript in waiting:
             if len(manuscript.ids) > self.context:
@@ -213,21 +209,8 @@ class _Reading:
         self.partial.finish()
         self.partial.save_if_due()
 
-    @torch.no_grad()
     def _window(self, rows: Sequence[Tensor], banks: list[MemoryBank]) -> None:
-        """Read one window of each row into its bank; the rows see nothing of one another."""
-        room.need(2 * sum(map(len, rows)) * _token_bytes(banks[0]))
-        ids = torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True)
-        lengths = torch.tensor([len(row) for row in rows])
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]
-        self.model.model(
-            ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            past_key_values=LongLlamaCache(self.model.config, banks),
-            use_cache=False,
-            last_context_length=self.context,
-            logits_to_keep=None,
-        )
+        read_window(self.model, rows, banks)
 
     def _advance(self, bar: ReadingBar, manuscript: Manuscript, tokens: int) -> None:
         self.report.tokens += tokens
@@ -255,7 +238,7 @@ class _Reading:
     def _check_disk(self, tokens: int) -> None:
         """The partial file and the new one, which is written beside the old one, must fit."""
         held = self.bank.nbytes
-        needed = (2 * tokens * _token_bytes(self.bank) + held) if tokens else 0
+        needed = (2 * tokens * token_bytes(self.bank) + held) if tokens else 0
         free = shutil.disk_usage(self.memory.absolute().parent).free
         if needed > free:
             raise LlamoryError(
@@ -275,24 +258,6 @@ class _Reading:
         self.partial.drop(plan.read.values())
         report.documents, report.memory_tokens = len(self.bank.segments), self.bank.length()
         report.bytes = self.memory.stat().st_size
-
-
-def _groups(manuscripts: Iterable[Manuscript]) -> Iterator[list[Manuscript]]:
-    """Documents to read together, of rising length."""
-    group: list[Manuscript] = []
-    for manuscript in manuscripts:
-        if group and (len(group) == ROWS_TOGETHER or (len(group) + 1) * len(manuscript.ids) > TOKENS_TOGETHER):
-            yield group
-            group = []
-        group.append(manuscript)
-    if group:
-        yield group
-
-
-def _token_bytes(bank: MemoryBank) -> int:
-    """What a token takes in all layers of a memory."""
-    scale = torch.float32.itemsize if bank.dtype == torch.int8 else 0
-    return len(bank.layers) * bank.kv_heads * 2 * (bank.head_dim * bank.dtype.itemsize + scale)
 
 
 @contextmanager

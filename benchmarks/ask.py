@@ -1,0 +1,249 @@
+"""How soon does an answer begin: all documents in the prompt, read into memory, or their memories mounted?
+
+    python benchmarks/ask.py [--json FILE] [--documents 10] [--tokens 4000] [--lengths 1000 4000 16000]
+
+Time to first token of one question over so many documents of so many tokens (source text of the standard library), in
+one run, without loading the models:
+
+(a) stock: the stock model with all text in its prompt and its full cache;
+(b) reading: ours, with nothing in memory: every document is read, its memory is written down, then the answer begins;
+(c) mounting: ours, with the memories in their files: from the disk (the files are put out of the system's cache first),
+    from the system's cache (a new process's first question), and open (a process's next question).
+
+(b) and (c) read memory exactly; then both again with pages, for documents of each of `--lengths`. The goals: (c) at
+least 20 times faster than (a); with pages, from the shortest to the longest documents, within a factor of 1.5.
+
+Every way has a process of its own. (c) is repeated and its median given. The time goes from the question to the first
+token: the documents' passages looked up, their memories mounted, the question's tokens through the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamory.documents import Passage
+from measuring import available_memory, in_child, processor
+
+QUESTION = "Which function reads the lines of a file, and what does it return?"
+PASSAGE_LINES = 20
+UNLIMITED = 1 << 50  # mapped files count as a process's own memory
+
+
+class Texts:
+    """The least that a desk needs of a library: passages by source.
+
+    Args:
+        path: where memories go.
+        tokens: of each document.
+        count: how many documents.
+        model: whose tokens.
+    """
+
+    def __init__(self, path: str, tokens: int, count: int, model: str):
+        self.path = path
+        self._documents = {f"{number:02}.py": text for number, text in enumerate(texts(tokens, count, model))}
+
+    def sources(self) -> list[str]:
+        return list(self._documents)
+
+    def passages_of(self, sources: Iterable[str]) -> dict[str, list[Passage]]:
+        found = {}
+        for source in sources:
+            lines = self._documents[source].split("\n")
+            parts = ["\n".join(lines[at : at + PASSAGE_LINES]) for at in range(0, len(lines), PASSAGE_LINES)]
+            found[source] = [Passage(part, source, "", at * PASSAGE_LINES + 1) for at, part in enumerate(parts) if part]
+        return found
+
+
+def texts(tokens: int, count: int, model: str) -> list[str]:
+    """Different stretches of the standard library's source text, each of so many tokens."""
+    from llamory.backbone import load_tokenizer
+
+    tokenizer, wanted, found = load_tokenizer(model), count * tokens, list[int]()
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        found += tokenizer(path.read_text(errors="replace"), add_special_tokens=False, verbose=False)["input_ids"]
+        if len(found) >= wanted:
+            return [tokenizer.decode(found[at : at + tokens]) for at in range(0, wanted, tokens)]
+    raise SystemExit(f"The standard library has only {len(found):,} tokens, not {wanted:,}.")
+
+
+# ---- the ways, each in a process of its own --------------------------------------------------------------------------
+
+
+def stock(model: str, tokens: int, count: int) -> dict[str, Any]:
+    """(a): everything in the prompt."""
+    from llamory.backbone import load_model, load_tokenizer
+
+    loaded, tokenizer = load_model(model, dtype=torch.float32), load_tokenizer(model)
+    whole = "\n\n".join([*texts(tokens, count, model), QUESTION])
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": whole}]
+        whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    started = time.perf_counter()
+    ids = tokenizer(whole, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
+    loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)
+    return {"seconds": [time.perf_counter() - started], "prompt_tokens": ids.shape[1]}
+
+
+def reading(model: str, tokens: int, count: int, folder: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """(b): nothing is in memory yet; leaves the memories behind for (c)."""
+    desk = _desk(_reader(model, settings), Texts(folder, tokens, count, model), settings)
+    answer = _ask(desk)
+    size = desk.reader.shelf.nbytes
+    return {"seconds": [answer.seconds_to_first_token], "memory_tokens": answer.tokens_read, "bytes": size}
+
+
+def mounting(
+    model: str, tokens: int, count: int, folder: str, settings: dict[str, Any], place: str, repeats: int
+) -> dict[str, Any]:
+    """(c): all memories are there. `place` is "disk", "cache" or "open"."""
+    reader, library = _reader(model, settings), Texts(folder, tokens, count, model)
+    # The model's own first pass takes longer than any later one; no document is in it.
+    reader.model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=1, do_sample=False, pad_token_id=0)
+    desk, found = _desk(reader, library, settings), []
+    if place == "open":
+        _ask(desk)
+    for _ in range(repeats):
+        if place == "disk":
+            forget(Path(folder))
+        if place != "open":
+            desk = _desk(reader, library, settings)
+        answer = _ask(desk)
+        assert answer.tokens_read == 0, "a memory was missing"
+        found.append(answer)
+    return {
+        "seconds": [each.seconds_to_first_token for each in found],
+        "seconds_to_mount": [each.seconds_to_mount for each in found],
+        "memory_tokens": found[0].memory_tokens,
+        "bytes": desk.reader.shelf.nbytes,
+    }
+
+
+def forget(folder: Path) -> None:
+    """Put all files of a folder out of the system's cache."""
+    for path in folder.rglob("*.safetensors*"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _reader(model: str, settings: dict[str, Any]) -> Any:
+    from llamory.library.reader import Reader, ReaderSettings
+
+    return Reader(ReaderSettings(reader=model, **settings), Path(tempfile.gettempdir()))
+
+
+def _desk(reader: Any, library: Any, settings: dict[str, Any]) -> Any:
+    """A desk that knows no memory yet, with a model that is loaded."""
+    from llamory.library.asking import Desk
+    from llamory.library.reader import ReaderSettings
+
+    known = ReaderSettings(reader=reader.model, tokenizer=reader.tokenizer, memory_budget=settings["memory_budget"])
+    desk = Desk(library, known, progress=False)
+    assert desk.reader.model is reader.model
+    return desk
+
+
+def _ask(desk: Any) -> Any:
+    return desk.ask(QUESTION, documents=["*"], max_new_tokens=1, citations=0)
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure all ways and print a table."""
+    options = _options()
+    machine = f"{processor()}, {options.threads} threads, torch {torch.__version__}"
+    command = f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip()
+    print(f"{machine}; {options.documents} documents\n")
+    print(f"{'way':36}{'tokens each':>12}{'first token':>13}{'mounting':>10}{'of (a)':>9}{'memory':>10}")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        for way, tokens, result in _measurements(options, folder):
+            row = {"way": way, "tokens_each": tokens, **result}
+            if "seconds" in row:
+                row["median"] = statistics.median(row["seconds"])
+                base = next((each["median"] for each in rows if each["way"] == "(a) stock" and "median" in each), None)
+                if base and tokens == options.tokens:
+                    row["ratio"] = base / row["median"]
+            rows.append(row)
+            _print(row)
+    spread = _spread(rows)
+    for place, value in spread.items():
+        print(f"{place}: longest documents {value:.2f} times the shortest ones' time")
+    if options.json:
+        facts = {"machine": machine, "command": command, "documents": options.documents, "question": QUESTION}
+        options.json.write_text(json.dumps(facts | {"rows": rows, "spread": spread}, indent=1) + "\n")
+
+
+def _measurements(options: argparse.Namespace, folder: str) -> Iterable[tuple[str, int, dict[str, Any]]]:
+    limits = {"threads": options.threads, "seconds": options.seconds}
+    common = {"memory_budget": UNLIMITED, "mem_dtype": options.mem_dtype}
+    asked = (options.model, options.tokens, options.documents)
+    if not options.without_stock:
+        yield "(a) stock", options.tokens, in_child(stock, *asked, memory=available_memory(), **limits)
+    for search in ("exact", "pages"):
+        settings = common | {"mem_search": search}
+        for tokens in [options.tokens] if search == "exact" else options.lengths:
+            asked = (options.model, tokens, options.documents, f"{folder}/{search}-{tokens}", settings)
+            yield f"(b) reading, {search}", tokens, in_child(reading, *asked, memory=UNLIMITED, **limits)
+            for place in ("disk", "cache", "open"):
+                result = in_child(mounting, *asked, place, options.repeats, memory=UNLIMITED, **limits)
+                yield f"(c) mounting, {search}, {place}", tokens, result
+
+
+def _print(row: dict[str, Any]) -> None:
+    if "median" not in row:
+        print(f"{row['way']:36}{row['tokens_each']:>12,}  {row['skipped']}", flush=True)
+        return
+    mounting = f"{statistics.median(row['seconds_to_mount']):>8.3f} s" if "seconds_to_mount" in row else f"{'':>10}"
+    ratio = f"{row['ratio']:>8.1f}x" if "ratio" in row else f"{'':>9}"
+    size = f"{row['bytes'] / 1e6:>7.0f} MB" if "bytes" in row else ""
+    print(
+        f"{row['way']:36}{row['tokens_each']:>12,}{row['median']:>11.3f} s{mounting}{ratio}{size}",
+        flush=True,
+    )
+
+
+def _spread(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """With pages: time over the longest documents by time over the shortest, for each place."""
+    spread = {}
+    for way in dict.fromkeys(row["way"] for row in rows if row["way"].startswith("(c) mounting, pages")):
+        times = {row["tokens_each"]: row["median"] for row in rows if row["way"] == way and "median" in row}
+        if len(times) > 1:
+            spread[way] = times[max(times)] / times[min(times)]
+    return spread
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--model", default="default", help="a folder, hub id, .gguf file or 'default'")
+    parser.add_argument("--documents", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=4000, help="of each document, for (a), (b) and (c)")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 4000, 16000], help="tokens each, for pages")
+    parser.add_argument("--mem-dtype", default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=5, help="of (c)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=3600.0, help="after so many a way is stopped")
+    parser.add_argument("--folder", help="where the memories go meanwhile; some GB")
+    parser.add_argument("--without-stock", action="store_true", help="leave (a) out")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Pages that were written down are those that would be made anew."""
+
+import pytest
+import torch
+
+from llamory.memory import MemoryBank, stretches
+from llamory.memory.page_files import load_pages, page_bytes, save_pages
+from llamory.memory.pages import PagesSearch
+
+LAYERS, HEADS, SIZE = [2, 5], 2, 16
+
+
+@pytest.fixture(params=["float32", "bfloat16", "int8"])
+def make_file(tmp_path, request):
+    def make(name: str, tokens: int, seed: int = 0, fingerprint: str = "me"):
+        torch.manual_seed(seed)
+        bank = MemoryBank(LAYERS, HEADS, SIZE, dtype=request.param, fingerprint=fingerprint)
+        for layer in LAYERS:
+            bank.append(layer, torch.randn(HEADS, tokens, SIZE), torch.randn(HEADS, tokens, SIZE), segment=name)
+        bank.save(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def mounted(banks) -> MemoryBank:
+    whole = MemoryBank(LAYERS, HEADS, SIZE, dtype=banks[0].dtype, fingerprint="me")
+    for bank in banks:
+        whole.mount(bank)
+    return whole
+
+
+def found(banks) -> tuple[torch.Tensor, ...]:
+    query = torch.randn(1, 4, 3, SIZE, generator=torch.Generator().manual_seed(1)) * 3
+    search = PagesSearch(4)
+    return tuple(
+        tensor for layer in LAYERS for tensor in search.attend_and_tell(query, mounted(banks), layer, SIZE**-0.5)
+    )
+
+
+def test_pages_that_were_loaded_find_the_same_and_none_are_made(make_file, monkeypatch) -> None:
+    files = [make_file("a", 5000), make_file("b", 700, seed=1)]
+    banks = [MemoryBank.load(file) for file in files]
+    for bank, file in zip(banks, files, strict=True):
+        save_pages(bank, file.with_suffix(".pages"))
+    wanted = found([MemoryBank.load(file) for file in files])
+    again = [MemoryBank.load(file) for file in files]
+    monkeypatch.setattr(stretches, "_make", None)
+    assert all(load_pages(bank, file.with_suffix(".pages")) for bank, file in zip(again, files, strict=True))
+    for one, other in zip(found(again), wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_pages_take_no_more_than_is_said(make_file) -> None:
+    for tokens in (1024, 5000):
+        file = make_file("a", tokens)
+        bank = MemoryBank.load(file)
+        save_pages(bank, file.with_suffix(".pages"))
+        said = page_bytes(bank, tokens)
+        assert file.with_suffix(".pages").stat().st_mode == file.stat().st_mode
+        assert 0.8 * said < file.with_suffix(".pages").stat().st_size < said + 4096
+
+
+def test_a_memory_too_short_for_pages_has_none(make_file) -> None:
+    file = make_file("a", 100)
+    bank = MemoryBank.load(file)
+    save_pages(bank, file.with_suffix(".pages"))
+    assert load_pages(bank, file.with_suffix(".pages"))
+    assert "stretches" not in bank.spans(2)[0].block.summaries
+
+
+@pytest.mark.parametrize("other", [{"tokens": 1500}, {"tokens": 1024, "fingerprint": "another"}])
+def test_pages_of_another_memory_are_not_taken(make_file, other) -> None:
+    file = make_file("a", 1024)
+    save_pages(MemoryBank.load(file), file.with_suffix(".pages"))
+    bank = MemoryBank.load(make_file("b", **other))
+    assert not load_pages(bank, file.with_suffix(".pages"))
+    assert not bank.spans(2)[0].block.summaries
+
+
+def test_missing_and_broken_pages_are_none(make_file, tmp_path) -> None:
+    file = make_file("a", 1024)
+    bank, pages = MemoryBank.load(file), file.with_suffix(".pages")
+    assert not load_pages(bank, pages)
+    save_pages(bank, pages)
+    pages.write_bytes(pages.read_bytes()[:-5])
+    assert not load_pages(MemoryBank.load(file), pages)
+    pages.write_bytes(b"nothing")
+    assert not load_pages(MemoryBank.load(file), pages)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

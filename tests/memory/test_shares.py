@@ -1,0 +1,115 @@
+"""Shares of attention equal those of a dense softmax over everything that is seen."""
+
+import pytest
+import torch
+
+from llamory.longllama.cache import LongLlamaCache
+from llamory.memory import shares
+from llamory.memory.shares import DRAWN, AttentionLog
+from plain_longllama import logits, mounted_sight
+from tiny_models import CONTEXT, make_long_llama
+
+DOCUMENTS, QUESTION, ANSWER, OWN = [37, 9, 20], 8, 5, 3
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """A model, the tokens of documents and of a question with its answer, and each layer's dense probabilities."""
+    model = make_long_llama()
+    ids = torch.randint(3, 97, (sum(DOCUMENTS) + QUESTION + ANSWER,), generator=torch.Generator().manual_seed(0))
+    dense: dict[int, torch.Tensor] = {}
+    seen = mounted_sight(DOCUMENTS, QUESTION + ANSWER, CONTEXT)
+    plain = logits(model, ids, seen, list(model.config.mem_layers), attention=dense)
+    return model, ids, dense, plain
+
+
+def ask(model, ids, log):
+    """Read the documents and feed the question at once, then the answer token by token, as `generate` does."""
+    memory, first = model.new_memory(), 0
+    for number, length in enumerate(DOCUMENTS):
+        model.read(ids[first : first + length], memory, segment=str(number))
+        first += length
+    cache = model.memory_cache(memory)
+    cache.observer = log
+    rest, found = ids[first:], []
+    with torch.no_grad():
+        for part in (rest[:QUESTION], *rest[QUESTION:-1].split(1)):
+            found.append(model(part[None], past_key_values=cache).logits[0])
+    return memory, torch.cat(found)
+
+
+def mass_of(model, memory, log, segments):
+    scalings = {layer: model.model.layers[layer].self_attn.scaling for layer in memory.layers}
+    return log.mass(memory, segments, scalings, own=OWN, question=QUESTION, answer=ANSWER)
+
+
+def expected(dense, ids):
+    first = sum(DOCUMENTS)
+    given = torch.zeros(first, dtype=torch.float64)
+    drawn = torch.zeros(first, dtype=torch.float64)
+    for layer in (1, 2):
+        for head in range(4):
+            usual = sum(dense[layer][head, first + i, :first] for i in range(OWN)) / OWN
+            for column in range(OWN, QUESTION + ANSWER - 1):
+                probability = dense[layer][head, first + column, :first]
+                drawn += (probability - DRAWN * usual).clamp(min=0)
+                if column >= QUESTION - 1:
+                    given += probability
+    return given, drawn
+
+
+def test_masses_are_those_of_the_dense_softmax(asked) -> None:
+    model, ids, dense, plain = asked
+    log = AttentionLog()
+    memory, found = ask(model, ids, log)
+    torch.testing.assert_close(found.double(), plain[sum(DOCUMENTS) : -1], atol=1e-5, rtol=1e-5)
+    given, drawn = expected(dense, ids)
+    mass = mass_of(model, memory, log, ["0", "1", "2"])
+    torch.testing.assert_close(mass.given, given, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mass.drawn, drawn, atol=1e-5, rtol=1e-4)
+    assert float(drawn.max()) > 0.05
+
+
+def test_segments_come_in_the_order_asked_for_and_can_be_left_out(asked) -> None:
+    model, ids, dense, _ = asked
+    log = AttentionLog()
+    memory, _ = ask(model, ids, log)
+    given, _ = expected(dense, ids)
+    zero, _, two = given.split(DOCUMENTS)
+    mass = mass_of(model, memory, log, ["2", "0"])
+    torch.testing.assert_close(mass.given, torch.cat([two, zero]), atol=1e-5, rtol=1e-4)
+    assert mass_of(model, memory, log, []).given.shape == (0,)
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_chunks_make_no_difference(asked, monkeypatch, chunk) -> None:
+    model, ids, dense, _ = asked
+    monkeypatch.setattr(shares, "CHUNK", chunk)
+    log = AttentionLog()
+    memory, _ = ask(model, ids, log)
+    torch.testing.assert_close(
+        mass_of(model, memory, log, ["0", "1", "2"]).given, expected(dense, ids)[0], atol=1e-5, rtol=1e-4
+    )
+
+
+def test_a_long_answer_is_measured_at_some_steps_the_last_among_them(asked, monkeypatch) -> None:
+    model, ids, dense, _ = asked
+    monkeypatch.setattr(shares, "MOST_SCORES", 1)
+    monkeypatch.setattr(shares, "FEWEST_STEPS", 1)
+    log = AttentionLog()
+    memory, _ = ask(model, ids, log)
+    first = sum(DOCUMENTS)
+    last = sum(dense[layer][:, -2, :first].sum(0) for layer in (1, 2))
+    torch.testing.assert_close(mass_of(model, memory, log, ["0", "1", "2"]).given, last, atol=1e-5, rtol=1e-4)
+
+
+def test_what_was_asked_before_can_be_forgotten(asked) -> None:
+    model, ids, _, _ = asked
+    log = AttentionLog()
+    memory, _ = ask(model, ids, log)
+    wanted = mass_of(model, memory, log, ["1"]).drawn
+    log.clear()
+    memory, _ = ask(model, ids, log)
+    torch.testing.assert_close(mass_of(model, memory, log, ["1"]).drawn, wanted)
+    assert isinstance(model.memory_cache(memory), LongLlamaCache)
+    assert model.memory_cache(memory).observer is None
