@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from llamory.documents import files as documents_files
 from llamory.errors import LlamoryError
 from llamory.llara.data import LlaraCollator, load_examples
 from llamory.llara.template import PUBLISHED_TEMPLATE, LlaraTemplate
@@ -265,8 +266,8 @@ def test_work_is_done_once_until_a_file_or_a_setting_changes(load, tmp_path, mon
     path.write_text("Bees make honey.")
     load(path)
     reads = []
-    original = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda self: reads.append(self) or original(self))
+    read = documents_files.read_limited
+    monkeypatch.setattr(documents_files, "read_limited", lambda path, limit: reads.append(path) or read(path, limit))
     assert len(load(path)) == 1
     assert reads == []
     for changed in ({"languages": ("de",)}, {"max_length": 100}, {"passage_length": 5}):

@@ -13,6 +13,13 @@ import signal
 import sys
 import time
 
+# Some of these are not used here: the forked processes need not import them each for itself.
+import filelock  # noqa: F401
+import lancedb.index
+import lancedb.query  # noqa: F401
+import rich.progress  # noqa: F401
+
+import llamory.documents.folders  # noqa: F401
 import llamory.library.store as store_module
 from llamory.library import Library
 from llamory.library import engine as engine_module
