@@ -69,7 +69,10 @@ def check_ray(address: str | None = None) -> None:
 def _nocluster(address: str | None, error: Exception) -> LlamoryError:
     where = "on this machine" if address is None else f"at {address}"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return LlamoryError(f"There is no Ray cluster {where} ({reason}); check that it runs.")
+    return LlamoryError(
+        f"There is no Ray cluster {where} ({reason}); check that it runs, and that RAY_AUTH_MODE is as it "
+        "was started with."
+    )
 
 
 @dataclass
