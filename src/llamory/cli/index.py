@@ -80,7 +80,8 @@ def index(
                 ray_address=ray_address,
                 **sizes,
             )
-        read = opened.read_ahead() if memory == "eager" and not remove and len(opened) else None
+        ahead = memory == "eager" and not remove and len(opened)
+        read = opened.read_ahead(engine=engine, ray_address=ray_address) if ahead else None
         if read is None and reading and len(opened):
             opened.desk().note_reader(change=True)
     if as_json:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,9 @@ class MemoryReport:
     reader: str = ""
 
 
-def read_ahead(desk: Desk, *, progress: bool = True) -> MemoryReport:
+def read_ahead(
+    desk: Desk, *, progress: bool = True, engine: str = "local", ray_address: str | None = None
+) -> MemoryReport:
     """Read all of a library's documents that have no memory yet, as many as fit the budget.
 
     Each memory is kept as soon as it is there, so a run that was stopped goes on where it was. What makes room is what
@@ -77,7 +80,11 @@ def read_ahead(desk: Desk, *, progress: bool = True) -> MemoryReport:
             else:
                 report.there += 1
             keys.add(key)
-    with _Bar(len(waiting), shown=progress) as bar, room.told_if_memory_is_short(_ADVICE):
+    with (
+        _reading(desk, engine, ray_address) as read,
+        _Bar(len(waiting), shown=progress) as bar,
+        room.told_if_memory_is_short(_ADVICE),
+    ):
         for documents in _some(desk, list(waiting.values())):
             chosen, held = [], 0  # what is read together must fit together
             for document in documents:
@@ -85,7 +92,7 @@ def read_ahead(desk: Desk, *, progress: bool = True) -> MemoryReport:
                 if not reader.shelf.make_room(held, keep=keys):
                     break
                 chosen.append(document)
-            for document, bank in reader.read(chosen, bar.advance):
+            for document, bank in read(chosen, bar.advance):
                 report.tokens += bank.length(segment=SEGMENT)
                 reader.keep(document, bank, keys)
                 report.read += 1
@@ -95,6 +102,19 @@ def read_ahead(desk: Desk, *, progress: bool = True) -> MemoryReport:
     report.left = len(waiting) - report.read
     report.seconds, report.bytes = time.perf_counter() - started, reader.shelf.nbytes
     return report
+
+
+@contextmanager
+def _reading(desk: Desk, engine: str, address: str | None) -> Iterator[Callable[..., Any]]:
+    """Who reads: this process, or workers of a Ray cluster."""
+    if engine == "local":
+        yield desk.reader.read
+        return
+    from llamory.library.ray_memory import MemoryWriters
+
+    on_gpu = desk.reader.model.device.type == "cuda"
+    with MemoryWriters(desk.reader_maker(), address, on_gpu=on_gpu) as writers:
+        yield writers.read
 
 
 def drop_stale(library: Readable, folder: Path) -> int:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,11 @@ class Desk:
             reader = Reader(settings, self.folder, device=self._device, bf16=self._bf16)
         self.note_reader(change=False)
         return reader
+
+    def reader_maker(self) -> Callable[[], Reader]:
+        """Makes this desk's reader in another process."""
+        settings = self._given.with_noted(self.folder)
+        return partial(Reader, settings, self.folder, device=self._device, bf16=self._bf16)
 
     def note_reader(self, *, change: bool) -> None:
         """Note the reader for those who open the library later, unless (with `change`: even if) another one is."""

@@ -74,15 +74,22 @@ class Readable:
 
         return LibraryChat(self.desk(progress=progress), **settings)
 
-    def read_ahead(self, *, progress: bool = True) -> MemoryReport:
+    def read_ahead(
+        self, *, engine: str = "local", ray_address: str | None = None, progress: bool = True
+    ) -> MemoryReport:
         """Read the documents that have no memory yet, as many as the budget has room for.
+
+        Args:
+            engine: `local` reads in this process, `ray` on the workers of a Ray cluster.
+            ray_address: as for `Library.add`.
+            progress: show a progress bar on standard error.
 
         Raises:
             LlamoryError: the library is empty, or the reader can't be used.
         """
         from llamory.library.ahead import read_ahead
 
-        return read_ahead(self.desk(), progress=progress)
+        return read_ahead(self.desk(), progress=progress, engine=engine, ray_address=ray_address)
 
     def desk(self, *, progress: bool = False) -> Desk:
         """Where memories are mounted and questions answered.
