@@ -26,7 +26,7 @@ RESTARTS = 4
 D = TypeVar("D")
 
 
-class DocumentReader(Protocol):
+class DocumentReader(Protocol[D]):
     """Reads documents into memory."""
 
     def read(self, documents: Iterable[D], advance: Callable[[str, int], None]) -> Iterator[tuple[D, MemoryBank]]:
@@ -46,7 +46,9 @@ class MemoryWriters:
         LlamoryError: Ray isn't installed, or there is no such cluster.
     """
 
-    def __init__(self, make_reader: Callable[[], DocumentReader], address: str | None = None, *, on_gpu: bool = False):
+    def __init__(
+        self, make_reader: Callable[[], DocumentReader[Any]], address: str | None = None, *, on_gpu: bool = False
+    ):
         self._make_reader, self._address, self._on_gpu = make_reader, address, on_gpu
         self._stack = ExitStack()
         self._writers: list[Any] = []
@@ -116,7 +118,7 @@ class MemoryWriters:
 class MemoryWriter:
     """An actor: documents in, memory files out."""
 
-    def __init__(self, make_reader: Callable[[], DocumentReader]) -> None:
+    def __init__(self, make_reader: Callable[[], DocumentReader[Any]]) -> None:
         self._make_reader = make_reader
         self._reader: DocumentReader | None = None
 
