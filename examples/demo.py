@@ -1,8 +1,8 @@
 """The main jobs from end to end.
 
-Adapt a LLaMA to documents without labels, index them, find things in them; then read a document that is longer than the
-model's context into a memory, and ask about its start. The documents are this Python's own standard library: every
-machine has them.
+Adapt a LLaMA to documents without labels, index them, find things in them, and ask: what was found is read into memory
+once, and the answer cites it. Then read a document that is longer than the model's context, and ask about its start.
+The documents are this Python's own standard library: every machine has them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from llamory.library import Library
 
 QUESTIONS = [
     "how do I parse a date from a string",
     "run a command and read its output",
     "wrap a paragraph to a given width",
 ]
+ASKED = ["What does shlex.split do?", "What does bisect.insort_right do?", "What does bisect.insort_right do?"]
 # Modules that programs use every day: some 2,200 functions, few enough for the patience of two cores.
 MODULES = """
 argparse asyncio/base_events asyncio/events asyncio/queues asyncio/streams asyncio/tasks base64 bisect calendar
@@ -36,7 +41,7 @@ subprocess tarfile tempfile textwrap threading timeit tokenize traceback types u
 urllib/request urllib/robotparser uuid warnings wave weakref webbrowser xml/etree/ElementTree zipapp zipfile
 zoneinfo/_zoneinfo _strptime
 """.split()
-STEPS, BATCH, PASSAGE = 80, 16, 96
+STEPS, BATCH, PASSAGE = 25, 16, 96
 # Read in windows of 512 tokens, as an untrained memory does best with; the answer stands in the document's first lines.
 LONG_DOCUMENT, LONG_QUESTION = "shelve.py", "What is a shelf?"
 
@@ -122,14 +127,32 @@ def main() -> int:
         out = Console()
         for question in QUESTIONS:
             out.print(f"\n[bold]{question}?[/bold]", highlight=False)
-            for hit in library.search(question, top=3):
+            for rank, hit in enumerate(library.search(question, top=3), start=1):
                 summary = hit.text.partition("\n")[2] or hit.text
-                line = f"  {hit.score:.3f}  {hit.title}: {' '.join(summary.split())[:80]}"
+                line = f"  {rank}. {hit.title}: {' '.join(summary.split())[:80]}"
                 out.print(line, highlight=False, markup=False, soft_wrap=True)
+        say("Asking the library: what it finds is read into memory once, and mounted from then on.")
+        for question in ASKED:
+            ask(library, question, out)
         say(f"Reading {LONG_DOCUMENT} into a memory, window by window.")
         read_and_ask(Path(sysconfig.get_path("stdlib")) / LONG_DOCUMENT, folder / "book", out)
         say("Done.")
     return 0
+
+
+def ask(library: Library, question: str, out: Console) -> None:
+    """Ask the library, and show what the answer rests on."""
+    answer = library.ask(question, top=3, citations=3, max_new_tokens=40)
+    out.print(f"\n[bold]{question}[/bold]", highlight=False)
+    out.print(f"  {answer.text}", highlight=False, markup=False, soft_wrap=True)
+    for citation in answer.citations:
+        bar = "█" * round(20 * citation.share)
+        out.print(f"  {bar:<20} {citation.share:4.0%}  {citation.title}", highlight=False, markup=False, soft_wrap=True)
+    out.print(
+        f"  ({answer.memory_tokens} tokens in memory, {answer.tokens_read} of them read now; first word after "
+        f"{answer.seconds_to_first_token:.1f} s)",
+        highlight=False,
+    )
 
 
 def read_and_ask(document: Path, book: Path, out: Console) -> None:
