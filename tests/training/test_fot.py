@@ -1,6 +1,7 @@
 """FoT training: what it learns, saves, resumes, and shares among processes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from keyword_models import keyword_model
 from llamory.cli.options import read_settings
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.contexts import ContextChooser, ContextPlan
 from llamory.longllama.data import FotBatches
 from llamory.longllama.sources import DocumentStream, Source
-from llamory.training import fot, long_models
+from llamory.training import long_models
 from llamory.training.fot import train_fot
 from llamory.training.settings import FotSettings
 from training_runs import TORCHRUN, finish, kill_behind, losses, start, weights
@@ -233,20 +235,33 @@ def test_bfloat16_with_checkpointing_loses_nearly_as_float32(settings, tmp_path)
     assert losses(tmp_path / "exact") == pytest.approx(losses(tmp_path / "short"), abs=0.05)
 
 
-def test_similar_negatives_are_asked_of_the_retriever(settings, monkeypatch):
-    asked = []
+def test_similar_negatives_are_those_that_share_most_words(settings, model_folder, tmp_path, monkeypatch):
+    words = "river stone bridge winter garden letter window market silver morning harbour candle forest summer".split()
+    keyword_model(words).save(str(tmp_path / "finder"))
+    seen, real = [], ContextChooser.choose
 
-    def embedder(retriever, tokenizer, clean):
-        def embed(rows):
-            asked.append((retriever, len(rows)))
-            return torch.eye(len(rows))
+    def choose(self, step, stream, input_ids, documents):
+        contexts = real(self, step, stream, input_ids, documents)
+        seen.append((input_ids, documents, self.order(step, stream), contexts))
+        return contexts
 
-        return embed
-
-    monkeypatch.setattr(fot, "load_embedder", lambda name, device: (name, device))
-    monkeypatch.setattr(fot, "embedder", embedder)
-    train_fot(settings(negatives="similar", retriever="finder"))
-    assert asked == [(("finder", "cpu"), BATCH)] * 4
+    monkeypatch.setattr(ContextChooser, "choose", choose)
+    train_fot(settings(negatives="similar", retriever=str(tmp_path / "finder"), mix=["0+0", "0+1"]))
+    tokenizer, checked = AutoTokenizer.from_pretrained(model_folder), 0
+    for input_ids, documents, order, contexts in seen:
+        texts = [text.lower() for text in tokenizer.batch_decode(input_ids, skip_special_tokens=True)]
+        counts = torch.tensor([[sum(w == word for w in re.findall(r"\w+", text)) for word in words] for text in texts])
+        likeness = torch.nn.functional.normalize(counts.double())
+        likeness = likeness @ likeness.T
+        for row in range(BATCH // 2, BATCH):  # the half of the batch that has a negative
+            others = [o for o in range(BATCH) if documents[o] != documents[row] and order[o] < order[row]]
+            others = [other for other in others if other // PACKING != row // PACKING]
+            assert len(contexts[row]) == min(1, len(others))
+            if others:
+                best = max(float(likeness[row, other]) for other in others)
+                assert float(likeness[row, contexts[row][0]]) == pytest.approx(best, abs=1e-6)
+                checked += len({round(float(likeness[row, other]), 6) for other in others}) > 1
+    assert len(seen) == 4 and checked > 4  # rows that had a choice
 
 
 @pytest.mark.parametrize("count", [2, 4, 26, 32])
