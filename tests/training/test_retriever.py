@@ -160,7 +160,7 @@ def test_training_learns_and_leaves_a_stock_folder(settings, tmp_path, llara_fol
     expected = slot_mean(output, "where does the river run", query=True) @ slot_mean(
         output, "The river runs south.", query=False
     )
-    assert found.score == pytest.approx(float(expected), abs=1e-4)
+    assert found.cosine == pytest.approx(float(expected), abs=1e-4)
 
 
 def test_a_plain_llama_gets_slots_and_a_trained_folder_trains_on(settings, model_folder, tmp_path):
