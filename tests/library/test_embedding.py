@@ -4,31 +4,20 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llamory.errors import LlamoryError
 from llamory.library import Library
 from llamory.library.embedding import embed_passages, embed_query, fingerprint, passage_length_for
 from llamory.llara.retriever import export_sentence_transformer, load_embedder
 from llamory.llara.template import LlaraTemplate
+from tiny_models import save_llara
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A small random LLARA model that reads bytes."""
-    folder = tmp_path_factory.mktemp("models") / "llara"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        ["passage " * 9], trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False)
-    )
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    template = LlaraTemplate.from_tokenizer(wrapped)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(wrapped),
+    return save_llara(
+        tmp_path_factory.mktemp("models") / "llara",
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=1,
@@ -36,11 +25,6 @@ def checkpoint(tmp_path_factory):
         num_key_value_heads=2,
         max_position_embeddings=512,
     )
-    model = LlamaForCausalLM(config)
-    template.prepare_model(model)
-    model.save_pretrained(folder)
-    wrapped.save_pretrained(folder)
-    return folder
 
 
 def test_a_llara_checkpoint_can_be_a_librarys_model(tmp_path, checkpoint):

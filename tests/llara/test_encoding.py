@@ -5,13 +5,11 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.dense import Dense
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llamory.llara import encoding
 from llamory.llara.encoding import FlatEncoder
 from llamory.llara.retriever import load_embedder
-from llamory.llara.template import LlaraTemplate
+from tiny_models import save_llara
 
 MAX_LENGTH = 160
 TEXTS = [
@@ -28,17 +26,14 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "llara"
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False)
-    tokenizer.train_from_iterator(["passage " * 9], trainer)
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    template = LlaraTemplate.from_tokenizer(wrapped)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(wrapped),
+    def scatter(model):
+        for name, weight in model.named_parameters():
+            if "bias" in name or "norm" in name:
+                torch.nn.init.normal_(weight, mean=1.0)
+
+    return save_llara(
+        tmp_path_factory.mktemp("models") / "llara",
+        scatter,
         hidden_size=24,
         intermediate_size=40,
         num_hidden_layers=3,
@@ -48,14 +43,6 @@ def checkpoint(tmp_path_factory):
         max_position_embeddings=MAX_LENGTH,
         initializer_range=0.4,  # so that attention matters
     )
-    model = LlamaForCausalLM(config)
-    template.prepare_model(model)
-    for name, weight in model.named_parameters():
-        if "bias" in name or "norm" in name:
-            torch.nn.init.normal_(weight, mean=1.0)
-    model.save_pretrained(folder)
-    wrapped.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +63,26 @@ def save_llama(folder: Path, texts: Iterable[str], **changes: Any) -> None:
     }
     LlamaForCausalLM(LlamaConfig(**settings | changes)).save_pretrained(folder)
     fast.save_pretrained(folder)
+
+
+def save_llara(folder: Path, prepare: Callable[[Any], None] = lambda model: None, **changes: Any) -> Path:
+    """Save a random LLaMA with LLARA's template and a tokenizer of bytes; `prepare` may change its weights."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from llamory.llara.template import LlaraTemplate
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False)
+    tokenizer.train_from_iterator(["passage " * 9], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    template = LlaraTemplate.from_tokenizer(fast)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(fast), **changes))
+    template.prepare_model(model)
+    prepare(model)
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder

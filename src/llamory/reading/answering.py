@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from llamory.reading import room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from llamory.memory import MemoryBank
 
 MAX_NEW_TOKENS = 256
 ADVICE = "choose a smaller model, fewer documents or a shorter answer."
@@ -54,6 +56,20 @@ class Answer:
     answer_tokens: int
     seconds_to_first_token: float
     seconds: float
+
+    @classmethod
+    def of(cls, question: str, prompt: Sequence[int], said: Said, memory: MemoryBank, documents: Sequence[str]) -> Self:
+        """From what a model said to a prompt's tokens, with these documents in memory."""
+        return cls(
+            question=question,
+            answer=said.text,
+            documents=list(documents),
+            memory_tokens=memory.length(),
+            question_tokens=len(prompt),
+            answer_tokens=len(said.tokens),
+            seconds_to_first_token=said.seconds_to_first_token,
+            seconds=said.seconds,
+        )
 
     @property
     def text(self) -> str:

@@ -118,16 +118,7 @@ class OpenMemory:
         with room.told_if_memory_is_short(ADVICE):
             cache = self.model.memory_cache(self.memory)
         said = self.speaker.answer(prompt, cache, manner)
-        return Answer(
-            question=question,
-            answer=said.text,
-            documents=list(self.documents),
-            memory_tokens=self.memory.length(),
-            question_tokens=len(prompt),
-            answer_tokens=len(said.tokens),
-            seconds_to_first_token=said.seconds_to_first_token,
-            seconds=said.seconds,
-        )
+        return Answer.of(question, prompt, said, self.memory, self.documents)
 
     def chat(self) -> Chat:
         """A conversation with this memory, which itself stays as it is: what is said is added to the chat's own."""

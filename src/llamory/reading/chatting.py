@@ -76,16 +76,7 @@ class Chat:
             self._open_conversation()
             raise
         self._ids = [*ids, *said.tokens]
-        answer = Answer(
-            question=question,
-            answer=said.text,
-            documents=list(self.documents),
-            memory_tokens=self.memory.length(),
-            question_tokens=len(prompt),
-            answer_tokens=len(said.tokens),
-            seconds_to_first_token=said.seconds_to_first_token,
-            seconds=said.seconds,
-        )
+        answer = Answer.of(question, prompt, said, self.memory, self.documents)
         self.turns.append(answer)
         return answer
 
