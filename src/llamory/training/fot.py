@@ -127,16 +127,7 @@ class FotTrainer(StreamedTrainer):
         Rows that have no earlier chunk in their batch aren't counted.
         """
         self.model.eval()
-        sums = torch.zeros(3, device=self.args.device)
-        batches = self.eval_dataset
-        for first in range(0, len(batches), self.args.world_size):
-            mine = first + self.args.process_index
-            # All processes go through the model equally often, as shards of its weights have to come from all.
-            losses = self._losses(batches[min(mine, len(batches) - 1)])
-            sums += losses * (mine < len(batches))
-        if self.args.world_size > 1:
-            sums = self.accelerator.gather(sums[None]).sum(0)
-        together, alone, count = sums.tolist()
+        together, alone, count = self.summed(self.eval_dataset, self._losses)
         metrics = {_WITH: together / count, _WITHOUT: alone / count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

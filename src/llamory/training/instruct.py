@@ -90,21 +90,17 @@ class InstructTrainer(StreamedTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002
         """The mean loss of the answers' tokens in all held-out batches."""
         self.model.eval()
-        sums = torch.zeros(2, device=self.args.device)
-        batches = self.eval_dataset
-        for first in range(0, len(batches), self.args.world_size):
-            mine = first + self.args.process_index
-            # All processes go through the model equally often, as shards of its weights have to come from all.
-            inputs = self._prepare_inputs(dict(batches[min(mine, len(batches) - 1)]))
-            loss = self.model(**inputs, num_items_in_batch=1).loss.float()
-            sums += torch.stack([loss, (inputs["shift_labels"] != IGNORED).sum()]) * (mine < len(batches))
-        if self.args.world_size > 1:
-            sums = self.accelerator.gather(sums[None]).sum(0)
-        total, count = sums.tolist()
+        total, count = self.summed(self.eval_dataset, self._loss)
         metrics = {_EVAL: total / count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """(2,) the sum of the answers' losses, and the number of their tokens."""
+        inputs = self._prepare_inputs(dict(batch))
+        loss = self.model(**inputs, num_items_in_batch=1).loss.float()
+        return torch.stack([loss, (inputs["shift_labels"] != IGNORED).sum()])
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------

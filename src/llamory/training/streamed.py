@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,6 +104,22 @@ class StreamedTrainer(Trainer):
             counts = self.accelerator.gather(counts[None]).sum(0)
         right, asked = counts.tolist()
         return right / max(1, asked)
+
+    def summed(self, batches: Sequence[Any], measure: Callable[[Any], torch.Tensor]) -> list[float]:
+        """The sum of what is measured of each batch, shared out among the processes.
+
+        Args:
+            batches: at least one.
+            measure: of a batch, numbers (count,) that can be added.
+        """
+        total = torch.zeros((), device=self.args.device)
+        for first in range(0, len(batches), self.args.world_size):
+            mine = first + self.args.process_index
+            # All processes go through the model equally often, as shards of its weights have to come from all.
+            total = total + measure(batches[min(mine, len(batches) - 1)]) * (mine < len(batches))
+        if self.args.world_size > 1:
+            total = self.accelerator.gather(total[None]).sum(0)
+        return [float(number) for number in total]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As the Trainer's. Streams have no end, so the only epoch is the run."""
