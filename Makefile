@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv demo test test-ray lint
+.PHONY: venv demo test lint
 
 venv: $(STAMP)
 
@@ -21,11 +21,6 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
-
-# Ray is an extra; its tests start a small cluster of their own and take a few minutes.
-test-ray: $(STAMP)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[ray]'
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/library/test_ray_engine.py tests/library/test_ray_memory.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ token: the documents' passages looked up, their memories mounted, the question's
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shlex
@@ -117,9 +118,11 @@ def mounting(
     if place == "open":
         _ask(desk)
     for _ in range(repeats):
-        if place == "disk":
-            forget(Path(folder))
         if place != "open":
+            del desk  # what is mapped stays in the system's cache
+            gc.collect()
+            if place == "disk":
+                forget(Path(folder))
             desk = _desk(reader, library, settings)
         answer = _ask(desk)
         assert answer.tokens_read == 0, "a memory was missing"

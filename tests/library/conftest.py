@@ -1,5 +1,6 @@
 """Libraries of an embedding model whose vectors can be checked by hand."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,15 @@ def docs(tmp_path) -> Path:
     (folder / "pets" / "both.txt").write_text("a cat met a dog\n")
     (folder / "pets" / "dogs.md").write_text("# About dogs\n\nthe dog ran home\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Ray on this machine's two cores; whoever asks for a cluster uses what it finds."""
+    import ray
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        ray.init("local", num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()

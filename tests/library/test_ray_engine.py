@@ -1,7 +1,6 @@
-"""Indexing on Ray makes the same library as without, whatever dies meanwhile; `make test-ray` runs this."""
+"""Indexing on Ray makes the same library as without, whatever dies meanwhile."""
 
 import contextlib
-import os
 import re
 import signal
 import socket
@@ -16,23 +15,11 @@ import pytest
 from sentence_transformers.base.modules.normalize import Normalize
 
 from llamory.errors import LlamoryError
-from llamory.library import Library
+from llamory.library import Library, ray_engine
 from llamory.library.engine import Batch
-
-ray = pytest.importorskip("ray", reason="Ray isn't installed; `make test-ray` installs it and runs these tests")
-from llamory.library import ray_engine  # noqa: E402 -- after the skip
-from llamory.library.ray_engine import Embedder, Parcel, RayEngine, Reader, _Receiver  # noqa: E402
+from llamory.library.ray_engine import Embedder, Parcel, RayEngine, Reader, _Receiver
 
 FILES, DOCUMENTS = 24, 3
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Ray on this machine's two cores; the engine uses what it finds."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
-"""Memories written by workers are those that one process writes, whatever dies meanwhile; `make test-ray` runs this."""
+"""Memories written by workers are those that one process writes, whatever dies meanwhile."""
 
 import contextlib
-import os
 import time
 
 import psutil
@@ -63,15 +62,6 @@ def test_what_cant_be_read_comes_back_as_a_sentence():
 
 
 # ---- with Ray --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    ray = pytest.importorskip("ray", reason="Ray isn't installed; `make test-ray` installs it and runs these tests")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    ray.init(address="local", num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 def test_a_writer_killed_midway_loses_and_doubles_nothing(cluster, monkeypatch):

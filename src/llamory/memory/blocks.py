@@ -101,6 +101,19 @@ class Block:
                 target[:, start:stop].copy_((source.float() / scale.unsqueeze(-1)).round_())
         self.filled = stop
 
+    def take(self, span: Span) -> None:
+        """Append a span of a block of the same type as it is: int8 keeps its scales."""
+        start, stop, block = self.filled, self.filled + len(span), span.block
+        for source, target in (
+            (block.keys, self.keys),
+            (block.values, self.values),
+            (block.key_scales, self.key_scales),
+            (block.value_scales, self.value_scales),
+        ):
+            if source is not None and target is not None:
+                target[:, start:stop].copy_(source[:, span.start : span.stop])
+        self.filled = stop
+
 
 @dataclass(frozen=True)
 class Span:

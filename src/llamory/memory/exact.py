@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,13 +11,14 @@ from torch import Tensor
 
 from llamory.memory.attention import Parts, flash, nothing
 from llamory.memory.blocks import Span
+from llamory.memory.scratch import scratch
 
 if TYPE_CHECKING:
     from llamory.memory.bank import MemoryBank
 
 CHUNK = 4096  # tokens per head that are converted and read while they are in the processor's cache
 TOLERANCE = 0.1  # expected error, as a share of the values' size, from which a query reads everything after all
-EXACT_QUERIES = 16  # so many of a row's queries may at once, per key-value head,
+EXACT_QUERIES = 8  # so many of a row's queries may at once, per key-value head,
 EXACT_SHARE = 16  # or one in so many
 TRAVELLING_QUERIES = 512  # per head: more than these stay where they are, and the memory travels to them
 
@@ -171,18 +171,10 @@ def _splits(heads: int) -> int:
     return next(splits for splits in range(1, threads + 1) if heads * splits % threads == 0)
 
 
-_scratch = threading.local()
-
-
 def _converted(tensor: Tensor, scales: Tensor | None, heads: slice, tokens: slice, name: str) -> Tensor:
-    """Tokens of a block in float32, in room that is used again and again: fresh room would cost more than the copy."""
+    """Tokens of a block in float32."""
     source = tensor[heads, tokens]
-    room: Tensor | None = getattr(_scratch, name, None)
-    if room is None or room.numel() < source.numel():
-        with torch.inference_mode(False):  # else nobody outside of that mode could write into it
-            room = torch.empty(source.numel(), dtype=torch.float32)
-        setattr(_scratch, name, room)
-    target = room[: source.numel()].view(source.shape).copy_(source)
+    target = scratch(name, source.shape, torch.float32).copy_(source)
     if scales is not None:
         target *= scales[heads, tokens].unsqueeze(-1)
     return target

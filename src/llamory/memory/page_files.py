@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llamory.memory.bank import MemoryBank
 from llamory.memory.blocks import Block, Span
-from llamory.memory.stretches import CHAPTER, CHAPTER_PAGES, LENGTHS, PAGE, Stretch, cut, know, stretch_of
+from llamory.memory.stretches import CHAPTER, CHAPTER_PAGES, LENGTHS, PAGE, Stretch, cut, joined_of, know
 
 VERSION = 1
 _PARTS = ("rows", "pages", "means", "variances", "values")
@@ -33,10 +33,10 @@ def save_pages(bank: MemoryBank, path: Path) -> None:
     """
     tensors: dict[str, Tensor] = {}
     for layer, block, places in _layers(bank):
-        stretches = [stretch_of(block, *place) for place in places]
-        if stretches:
-            joined = [torch.cat(parts, 1) for parts in zip(*map(_tensors, stretches), strict=True)]
-            tensors |= {f"layers.{layer}.{name}": part for name, part in zip(_PARTS, joined, strict=True)}
+        if places:
+            whole = joined_of(block, places)
+            parts = (whole.rows, whole.pages, *whole.chapters)
+            tensors |= {f"layers.{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)}
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         # Not safetensors' own file, which only its writer may read.
@@ -66,14 +66,8 @@ def load_pages(bank: MemoryBank, path: Path) -> bool:
                 continue
             if f"layers.{layer}.rows" not in names:
                 return False
-            parts, first = [file.get_tensor(f"layers.{layer}.{name}") for name in _PARTS], 0
-            for start, stop in places:
-                pages = slice(first, first + (stop - start) // PAGE)
-                chapters = slice(pages.start // CHAPTER_PAGES, pages.stop // CHAPTER_PAGES)
-                rows, tables, *of_chapters = parts
-                joined = tuple(table[:, chapters] for table in of_chapters)
-                know(block, start, stop, Stretch(rows[:, pages], tables[:, pages], joined))
-                first = pages.stop
+            rows, pages, *chapters = (file.get_tensor(f"layers.{layer}.{name}") for name in _PARTS)
+            know(block, places, Stretch(rows, pages, tuple(chapters)))
         return True
     return False
 
@@ -95,10 +89,6 @@ def _layers(bank: MemoryBank) -> list[tuple[int, Block, list[tuple[int, int]]]]:
             span = spans[0]
             found.append((layer, span.block, cut(Span(span.block, span.start, span.stop))[0]))
     return found
-
-
-def _tensors(stretch: Stretch) -> tuple[Tensor, ...]:
-    return stretch.rows, stretch.pages, *stretch.chapters
 
 
 def _identity(bank: MemoryBank) -> str:

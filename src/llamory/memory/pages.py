@@ -19,17 +19,20 @@ from llamory.memory.blocks import Span
 from llamory.memory.estimate import log_sum_exp, potential, score_moments, shares
 from llamory.memory.exact import TOLERANCE, Found, fold, read, read_uncertain, unfold
 from llamory.memory.likeness import alike
-from llamory.memory.stretches import CHAPTER, CHAPTER_PAGES, PAGE, Volume, volume_of
+from llamory.memory.stretches import CHAPTER, CHAPTER_PAGES, PAGE
+from llamory.memory.volumes import Volume, volume_of
 
 if TYPE_CHECKING:
     from llamory.memory.bank import MemoryBank
 
 DEFAULT_PAGES = 32
 GROUP = 64  # queries of a row, at most, that share the pages they read
+QUESTION = 192  # queries that are few enough to share all they read: a question's, in heads that share keys
 EXACT_TOKENS = 8192  # up to so many, a window of queries reads everything faster than it finds pages
-GROUP_PAGES = 2  # times the pages of one query are read by a group
+GROUP_PAGES = 2  # times the pages of one query are read by a group, and twice as many by a question
 OPENED_CHAPTERS = 64  # at least
 ESTIMATES = 1 << 19  # made at once, so that they stay in the processor's cache
+TOLERATED_TOKENS = 16384  # in a memory of more, the tolerance grows in proportion
 LARGEST_RISK = 40.0  # logarithm, so that sums stay finite
 GATHERED = 1 << 21  # numbers of keys, and of values, that are gathered at once
 
@@ -39,7 +42,8 @@ class PagesSearch:
 
     Args:
         top_k: pages (of 32 tokens) that one query reads per head; a group of queries shares twice as many.
-        tolerance: expected error of the output, as a share of the values' size, from which a query reads everything.
+        tolerance: expected error of the output, as a share of the values' size, from which a query reads everything,
+            in memories of up to `TOLERATED_TOKENS` tokens. Expected is the worst, so several times the usual error.
     """
 
     def __init__(self, top_k: int | None = None, tolerance: float = TOLERANCE):
@@ -99,7 +103,9 @@ class PagesSearch:
         log_sum, read_sum, error = query.new_empty(3, heads, queries).scatter_(
             2, at.expand(3, -1, -1), sums.view(3, heads, -1)
         )
-        return read_uncertain(Found(output, log_sum, read_sum), error, self.tolerance, query, rows, spans, scaling)
+        # What reading everything costs grows with the memory; what it mends doesn't.
+        tolerance = self.tolerance * max(1.0, volume.page_count * PAGE / TOLERATED_TOKENS)
+        return read_uncertain(Found(output, log_sum, read_sum), error, tolerance, query, rows, spans, scaling)
 
     def _search(self, query: Tensor, volume: Volume, known: Tensor) -> tuple[Tensor, ...]:
         """Attention of groups of scaled queries to a volume.
@@ -114,7 +120,7 @@ class PagesSearch:
             the estimate may have, not yet divided by the whole sum.
         """
         heads, groups, size, head_dim = query.shape
-        wanted = self.top_k * min(size, GROUP_PAGES)
+        wanted = self.top_k * min(size, GROUP_PAGES if size <= GROUP else 2 * GROUP_PAGES)
         means, variances, values = volume.chapters
         count = means.shape[1]
         flat = query.reshape(heads, -1, head_dim)
@@ -125,9 +131,7 @@ class PagesSearch:
         opened = _best(risks, min(count, max(OPENED_CHAPTERS, wanted)))
         _take_out(opened, chapters, risks)
 
-        first = torch.arange(heads, device=query.device).view(-1, 1, 1) * count
-        tables = volume.pages.reshape(heads * count, -1).index_select(0, (opened + first).view(-1)).float()
-        means, variances, page_values = tables.view(heads, groups, -1, 3 * head_dim).split(head_dim, -1)
+        means, variances, page_values = volume.open(opened).split(head_dim, -1)
         mean, variance = score_moments(query, means, variances)
         pages, page_risks = log_sum_exp(mean, variance, PAGE), _relative(potential(mean, variance, PAGE), whole)
         chosen = _best(page_risks, min(pages.shape[3], wanted))
@@ -149,7 +153,7 @@ def _groups(query: Tensor, rows: int) -> Tensor:
     heads, queries, head_dim = query.shape
     per_row = queries // rows
     numbers = torch.arange(rows, device=query.device).unsqueeze(1) * per_row
-    if per_row <= GROUP:
+    if per_row <= QUESTION:
         within = torch.arange(per_row, device=query.device).expand(heads * rows, 1, -1)
     else:
         # Queries that are alike want the same pages; neighbouring ones much less so.

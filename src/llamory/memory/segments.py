@@ -90,7 +90,7 @@ def gathered(spans: Sequence[Span], block: Block, tokens: int) -> tuple[Span, ..
             first = i
         size += len(spans[i])
     for span in spans[first:]:
-        _copy(span, block)
+        block.take(span)
     return (*spans[:first], Span(block, 0, block.filled)) if block.filled else tuple(spans)
 
 
@@ -102,17 +102,3 @@ def moved(block: Block, device: torch.device) -> Block:
     there = [None if part is None else part[:, : block.filled].to(device).contiguous() for part in parts]
     assert there[0] is not None and there[1] is not None
     return Block(there[0], there[1], there[2], there[3], filled=block.filled)
-
-
-def _copy(span: Span, block: Block) -> None:
-    """Append a span to a block as it is: int8 keeps its scales."""
-    start, stop = block.filled, block.filled + len(span)
-    for source, target in (
-        (span.block.keys, block.keys),
-        (span.block.values, block.values),
-        (span.block.key_scales, block.key_scales),
-        (span.block.value_scales, block.value_scales),
-    ):
-        if source is not None and target is not None:
-            target[:, start:stop].copy_(source[:, span.start : span.stop])
-    block.filled = stop

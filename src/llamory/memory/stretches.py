@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from llamory.memory.blocks import Block, Span
-from llamory.memory.exact import converts
 from llamory.memory.likeness import alike
 
 PAGE = 32
@@ -23,8 +22,6 @@ CHAPTER = PAGE * CHAPTER_PAGES
 # Larger stretches sort better and smaller ones are ready earlier: four of one size become one of the next.
 LENGTHS = (16384, 4096, 1024, 256)
 STEP = 4096  # tokens behind the last multiple of it in a block that may still grow are read as they are
-
-KEPT_VOLUMES = 2  # of memories that begin with the same block, such as forks that went on
 
 Tables = tuple[Tensor, ...]
 
@@ -75,11 +72,40 @@ def stretch_of(block: Block, start: int, stop: int) -> Stretch:
     return known[start, stop]
 
 
-def know(block: Block, start: int, stop: int, stretch: Stretch) -> None:
-    """Take over a stretch that was made before, of a block of the same content and capacity."""
-    known = block.summaries.setdefault("stretches", {})
+def joined_of(block: Block, places: Sequence[tuple[int, int]]) -> Stretch:
+    """Stretches that lie one behind the other, as one: what single ones hold then are views of its tables."""
+    known = _joined_in(block)
+    place = places[0][0], places[-1][1]
+    if place not in known:
+        stretches = [stretch_of(block, *each) for each in places]
+        if len(stretches) == 1:
+            return stretches[0]
+        chapters = zip(*(stretch.chapters for stretch in stretches), strict=True)
+        whole = Stretch(
+            torch.cat([stretch.rows for stretch in stretches], 1),
+            torch.cat([stretch.pages for stretch in stretches], 1),
+            tuple(torch.cat(tables, 1) for tables in chapters),
+        )
+        at = 0
+        for stretch in stretches:
+            pages = slice(at, at + stretch.rows.shape[1])
+            stretch.rows, stretch.pages = whole.rows[:, pages], whole.pages[:, pages]
+            at = pages.stop
+        # A longer one takes the place of those before it, which would take as much room again.
+        known.clear()
+        known[place] = whole
+    return known[place]
+
+
+def know(block: Block, places: Sequence[tuple[int, int]], whole: Stretch) -> None:
+    """Take over, as one, stretches that were made before, of a block of the same content and capacity."""
+    _joined_in(block)[places[0][0], places[-1][1]] = whole
+
+
+def _joined_in(block: Block) -> dict[tuple[int, int], Stretch]:
+    known = block.summaries.setdefault("joined", {})
     assert isinstance(known, dict)
-    known[start, stop] = stretch
+    return known
 
 
 def _make(block: Block, start: int, stop: int) -> Stretch:
@@ -108,67 +134,6 @@ def _make(block: Block, start: int, stop: int) -> Stretch:
     return Stretch(places, torch.cat(pages, -1).to(kind), chapters)
 
 
-@dataclass
-class Volume:
-    """All stretches of a layer's memory as one: their tables joined, and what belongs to no stretch.
-
-    Attributes:
-        blocks: each block with the number of its first page and the one behind its last page.
-        rows, pages, chapters: the stretches', joined along their pages.
-        rest: tokens in no page.
-    """
-
-    blocks: list[tuple[Block, int, int]]
-    rows: Tensor
-    pages: Tensor
-    chapters: Tables
-    rest: list[Span]
-
-    @property
-    def page_count(self) -> int:
-        """Pages per head."""
-        return self.rows.shape[1]
-
-    def gather(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (pages, PAGE, head_dim) of all of these pages (kv_heads, groups, pages), one after another.
-
-        In float32 where that is faster to read, else as the memory is kept.
-        """
-        heads, total = self.rows.shape[:2]
-        first = torch.arange(heads, device=numbers.device).view(-1, 1, 1) * total
-        rows = self.rows.reshape(-1, PAGE).index_select(0, (numbers + first).view(-1))
-        if len(self.blocks) == 1:
-            return _gather([self.blocks[0][0]], rows, [0, len(rows)])
-        # Sorted by their number, the pages of each block stand together.
-        in_order, order = numbers.reshape(-1).sort()
-        rows = rows.index_select(0, order)
-        edges = torch.tensor([first for _, first, _ in self.blocks[1:]], device=numbers.device)
-        cuts = [0, *torch.searchsorted(in_order, edges).tolist(), len(order)]
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return _gather([block for block, _, _ in self.blocks], rows, cuts, back)
-
-
-def volume_of(spans: Sequence[Span]) -> tuple[Volume | None, list[Span]]:
-    """The stretches of some spans, None if they are too few tokens for one, and what is to be read besides.
-
-    The order of the spans makes no difference. Volumes are kept, beside their first block's summaries, until memory
-    has grown by a step: one new token costs nothing here.
-    """
-    settled, rest = settle(spans, CHAPTER)
-    if not settled:
-        return None, rest
-    known = settled[0].block.summaries.setdefault("volumes", {})
-    assert isinstance(known, dict)
-    # Blocks stay alive as long as a volume that holds them, so their ids name them.
-    name = tuple((id(span.block), span.start, span.stop) for span in settled)
-    if name not in known:
-        while len(known) >= KEPT_VOLUMES:
-            known.pop(next(iter(known)), None)
-        known[name] = _bind(settled)
-    volume = known[name]
-    return (volume, [*volume.rest, *rest]) if volume.page_count else (None, [*volume.rest, *rest])
-
-
 def settle(spans: Sequence[Span], least: int) -> tuple[list[Span], list[Span]]:
     """Spans as those that are settled and have at least so many tokens, and what is left of them.
 
@@ -194,69 +159,3 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
         else:
             joined.append(span)
     return joined
-
-
-def _bind(spans: Sequence[Span]) -> Volume:
-    """Join the stretches of spans; their own tables become views of the joined ones and take no memory twice."""
-    blocks: list[tuple[Block, int, int]] = []
-    stretches: list[Stretch] = []
-    rest: list[Span] = []
-    at = 0
-    for span in spans:
-        places, left = cut(span)
-        rest += left
-        stretches += [stretch_of(span.block, *place) for place in places]
-        last = sum(stop - start for start, stop in places) // PAGE + at
-        if blocks and blocks[-1][0] is span.block:
-            blocks[-1] = (span.block, blocks[-1][1], last)
-        else:
-            blocks.append((span.block, at, last))
-        at = last
-    if not stretches:
-        nothing = torch.empty(len(spans[0].block.keys), 0, 0)
-        return Volume([], nothing, nothing, (), rest)
-    volume = Volume(
-        blocks,
-        torch.cat([stretch.rows for stretch in stretches], 1),
-        torch.cat([stretch.pages for stretch in stretches], 1),
-        tuple(torch.cat(tables, 1) for tables in zip(*(s.chapters for s in stretches), strict=True)),
-        rest,
-    )
-    at = 0
-    for stretch in stretches:
-        of_pages = slice(at, at + stretch.rows.shape[1])
-        of_chapters = slice(of_pages.start // CHAPTER_PAGES, of_pages.stop // CHAPTER_PAGES)
-        stretch.rows = volume.rows[:, of_pages]
-        stretch.pages = volume.pages[:, of_pages]
-        stretch.chapters = tuple(table[:, of_chapters] for table in volume.chapters)
-        at = of_pages.stop
-    return volume
-
-
-def _gather(blocks: list[Block], rows: Tensor, cuts: list[int], order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Keys and values (pages, PAGE, head_dim) of pages whose rows (pages, PAGE) are given.
-
-    Args:
-        blocks: where the pages are.
-        rows: block after block.
-        cuts: the first page of each block, and behind the last.
-        order: to put the pages in.
-    """
-    block, flat, head_dim = blocks[0], rows.view(-1), blocks[0].keys.shape[-1]
-    kind = torch.float32 if block.key_scales is not None or converts(block.keys) else block.keys.dtype
-
-    def gathered(name: str) -> Tensor:
-        tensors = [getattr(block, name) for block in blocks]
-        target = tensors[0].new_empty(rows.numel(), *tensors[0].shape[2:])
-        for tensor, start, stop in zip(tensors, cuts, cuts[1:], strict=False):
-            if stop > start:
-                at = slice(start * PAGE, stop * PAGE)
-                torch.index_select(tensor.flatten(0, 1), 0, flat[at], out=target[at])
-        target = target.view(len(rows), -1)
-        return target if order is None else target.index_select(0, order)
-
-    keys, values = (gathered(name).to(kind).view(-1, PAGE, head_dim) for name in ("keys", "values"))
-    if block.key_scales is not None:
-        keys *= gathered("key_scales").unsqueeze(-1)
-        values *= gathered("value_scales").unsqueeze(-1)
-    return keys, values

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
-from llamory.memory import exact
+from llamory.memory import exact, scratch
 from llamory.memory.attention import attend
 from llamory.memory.blocks import Span
 from llamory.memory.search import make_search
@@ -129,7 +129,7 @@ def test_a_growing_memory_is_seen_at_every_step(memory, name):
 
 @pytest.mark.parametrize("name", ["exact", "pages", "faiss"])
 def test_a_memory_first_asked_in_inference_mode_can_be_asked_outside_of_it(memory, name, monkeypatch):
-    monkeypatch.setattr(exact, "_scratch", threading.local())
+    monkeypatch.setattr(scratch, "_rooms", threading.local())
     bank, search, query = (
         memory.filled(9000, dtype=torch.int8, capacity=8192),
         make_search(name),
