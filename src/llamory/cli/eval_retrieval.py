@@ -52,6 +52,10 @@ def retrieval(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens that a model reads of a text.", show_default=False)
     ] = None,
+    query_prompt: Annotated[
+        str | None,
+        typer.Option(help="Prompt that LLARA models give queries: prediction or summary.", show_default=False),
+    ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Embed in bfloat16: faster, a little less exact.")] = False,
     per_query: Annotated[
         Path | None,
@@ -86,7 +90,7 @@ def retrieval(
         if bm25:
             _score(report, judged, _BM25, _bm25_facts(), lambda advance: search_bm25(judged, advance), _BM25)
         for name in names:
-            _score_model(report, judged, name, shown[name], max_length=max_length, bf16=bf16)
+            _score_model(report, judged, name, shown[name], max_length, query_prompt, bf16=bf16)
         report.finish()
     if as_json:
         print_json(report.document())
@@ -128,13 +132,24 @@ def _bm25_facts() -> dict[str, Any]:
 
 
 def _score_model(
-    report: RetrievalReport, data: RetrievalSet, name: str, shown: str, *, max_length: int | None, bf16: bool
+    report: RetrievalReport,
+    data: RetrievalSet,
+    name: str,
+    shown: str,
+    max_length: int | None,
+    asked: str | None,
+    *,
+    bf16: bool,
 ) -> None:
     from llamory.evaluation.searching import search_vectors
     from llamory.library.embedding import embed_passages, embed_queries, fingerprint
-    from llamory.llara.retriever import load_embedder
+    from llamory.llara.retriever import load_embedder, query_prompt, set_query_prompt
 
     embedder = load_embedder(name, max_length=max_length)
+    prompt = query_prompt(embedder)
+    if asked is not None and prompt is not None:
+        set_query_prompt(embedder, asked)
+        prompt = asked
     limit = embedder.max_seq_length  # infinite where there is none, which JSON doesn't know
     facts = {
         "kind": "vectors",
@@ -143,6 +158,8 @@ def _score_model(
         "max_length": limit if limit is not None and math.isfinite(limit) else None,
         "bf16": bf16,
     }
+    if prompt is not None:
+        facts["query_prompt"] = prompt
 
     def search(advance: Advance) -> Ranking:
         return search_vectors(

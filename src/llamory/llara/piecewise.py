@@ -93,6 +93,11 @@ def _pre_tokenizers(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]
     return pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
 
 
+def query_prompt_line(query_prompt: str) -> str:
+    """The chat template's first line, which says what prompt queries get."""
+    return f"{{%- set query_prompt = '{query_prompt}' -%}}"
+
+
 def _chat_template(tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate) -> str:
     """Jinja that puts prefix and prompt around the messages' text, with a marker at the start of each piece."""
     slots = slot_tokens(template.slots)
@@ -103,7 +108,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate) 
     summarize = MARKER + summarize_text + "".join(slots[: template.slots])
     predict = MARKER + predict_text + "".join(slots[template.slots :])
     return (
-        "{%- set passage = namespace(text='') -%}"
+        query_prompt_line(template.query_prompt) + "{%- set passage = namespace(text='') -%}"
         "{%- for message in messages -%}"
         "{%- if message.content is string -%}{%- set passage.text = passage.text + message.content -%}"
         "{%- else -%}{%- for part in message.content -%}{%- set passage.text = passage.text + part.text -%}"
@@ -113,6 +118,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate) 
         "{{- raise_exception('A text contains ' + token + ', which only the prompts may; remove it.') -}}"
         "{%- endif -%}{%- endfor -%}"
         f"{{{{- {json.dumps(prefix)} + passage.text -}}}}"
-        f"{{%- if task is defined and task == 'query' -%}}{{{{- {json.dumps(predict)} -}}}}"
+        f"{{%- if task is defined and task == 'query' and query_prompt == 'prediction' -%}}"
+        f"{{{{- {json.dumps(predict)} -}}}}"
         f"{{%- else -%}}{{{{- {json.dumps(summarize)} -}}}}{{%- endif -%}}"
     )

@@ -1,12 +1,13 @@
 """LLARA as an embedding model: a trained checkpoint becomes a Sentence Transformers folder of stock modules.
 
 The embedding of a text is the mean of the last hidden states at the slot tokens, normalised (Li et al. 2023, section
-3.3); queries take the prediction prompt, documents the summary prompt. The folder needs nothing but Sentence
+3.3). Documents take the summary prompt, queries that or the prediction prompt. The folder needs nothing but Sentence
 Transformers: a chat template writes the prompts, and word weights of 1 for slots and 0 for all else pick the slots.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamory.errors import LlamoryError
-from llamory.llara.piecewise import MARKER, piecewise_tokenizer
+from llamory.llara.piecewise import MARKER, piecewise_tokenizer, query_prompt_line
 from llamory.llara.template import LlaraTemplate, slot_tokens
 
 if TYPE_CHECKING:
@@ -39,11 +40,16 @@ _PROBES = (
 
 
 def export_sentence_transformer(
-    model: str | Path, output: str | Path, *, max_length: int = DEFAULT_MAX_LENGTH, similarity: str = "cosine"
+    model: str | Path,
+    output: str | Path,
+    *,
+    max_length: int = DEFAULT_MAX_LENGTH,
+    similarity: str = "cosine",
+    query_prompt: str | None = None,
 ) -> Path:
     """Write a LLARA checkpoint as a Sentence Transformers folder that loads without llamory.
 
-    `encode_query` reads the prediction prompt's slots, `encode_document` and `encode` the summary prompt's.
+    `encode_document` and `encode` read the summary prompt's slots, `encode_query` those of its own prompt.
 
     Args:
         model: a checkpoint folder, as transformers saves it, with its tokenizer and its template in `config.llara`; or
@@ -51,6 +57,7 @@ def export_sentence_transformer(
         output: the folder to make; it may exist if it is empty.
         max_length: limit in tokens for a text with its prompt; longer texts are cut, the prompt never is.
         similarity: name of the similarity function that the folder declares.
+        query_prompt: "prediction" or "summary"; by default what the checkpoint says.
 
     Returns:
         The output folder.
@@ -62,6 +69,8 @@ def export_sentence_transformer(
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise LlamoryError(f"{output} already exists and isn't an empty folder; choose another output folder.")
     embedder = _assemble(str(model), max_length, device="cpu", similarity=similarity)
+    if query_prompt is not None:
+        set_query_prompt(embedder, query_prompt)
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
@@ -89,7 +98,12 @@ def check_embedder(model: str | Path) -> None:
 
 
 def load_embedder(
-    model: str | Path, *, max_length: int | None = None, device: str | None = None, **loading: Any
+    model: str | Path,
+    *,
+    max_length: int | None = None,
+    device: str | None = None,
+    query_prompt: str | None = None,
+    **loading: Any,
 ) -> SentenceTransformer:
     """Load a model that turns texts into vectors.
 
@@ -98,20 +112,29 @@ def load_embedder(
         max_length: limit in tokens for a text with its prompt; by default 512 for a LLARA checkpoint (or what it can
             read, if that is less), else what the folder says.
         device: a torch device; by default the best there is.
+        query_prompt: of a LLARA model, "prediction" or "summary"; by default what the model says.
         loading: further arguments of `from_pretrained`, such as `dtype` and `attn_implementation`.
 
     Raises:
-        LlamoryError: there is no such model, or it is a LLaMA that wasn't trained to embed.
+        LlamoryError: there is no such model, it is a LLaMA that wasn't trained to embed, or it has no such prompt.
     """
+    embedder = _load_embedder(str(model), max_length, device, loading)
+    if query_prompt is not None:
+        set_query_prompt(embedder, query_prompt)
+    return embedder
+
+
+def _load_embedder(
+    name: str, max_length: int | None, device: str | None, loading: Mapping[str, Any]
+) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import is_sentence_transformer_model
 
-    name = str(model)
     _check_folder(name)
     if not is_sentence_transformer_model(name) and _read_config(name).model_type == "llama":
         return _assemble(name, max_length, device=device, loading=loading)
     try:
-        embedder = SentenceTransformer(name, device=device, model_kwargs=loading)
+        embedder = SentenceTransformer(name, device=device, model_kwargs=dict(loading))
     except (OSError, ValueError) as error:
         raise LlamoryError(f"{name} can't be loaded as an embedding model: {_first_line(error)}.") from error
     if max_length is not None:
@@ -130,10 +153,33 @@ def save_embedder(embedder: SentenceTransformer, folder: Path) -> None:
         _check_saved(folder, embedder)
 
 
+def set_query_prompt(embedder: SentenceTransformer, query_prompt: str) -> None:
+    """Let queries take the slots of another prompt (see `LlaraTemplate.query_prompt`); documents stay as they are.
+
+    Raises:
+        LlamoryError: the model is no LLARA model, or there is no such prompt.
+    """
+    template = _template(embedder)
+    if template is None:
+        raise LlamoryError("Only a LLARA model has a query_prompt; leave it out for this one.")
+    wanted = dataclasses.replace(template, query_prompt=query_prompt)
+    embedder[0].config.llara = wanted.to_dict()
+    tokenizer: Any = embedder.tokenizer
+    written = tokenizer.chat_template.removeprefix(query_prompt_line(template.query_prompt))
+    if written == tokenizer.chat_template:
+        raise LlamoryError("This model was exported before queries could have another prompt; export it again.")
+    tokenizer.chat_template = query_prompt_line(query_prompt) + written
+
+
 def reads_slots(embedder: SentenceTransformer) -> bool:
     """Whether a model's embeddings are those of LLARA's slots."""
-    config = _llama_config(embedder)
-    return config is not None and LlaraTemplate.from_config(config) is not None
+    return _template(embedder) is not None
+
+
+def query_prompt(embedder: SentenceTransformer) -> str | None:
+    """Whose slots embed queries: "prediction" or "summary"; None for a model without slots."""
+    template = _template(embedder)
+    return None if template is None else template.query_prompt
 
 
 def hide_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[str]:
@@ -141,7 +187,7 @@ def hide_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[st
 
     For texts whose writer couldn't know of slot tokens. Other embedders get their texts unchanged.
     """
-    template = LlaraTemplate.from_config(config) if (config := _llama_config(embedder)) is not None else None
+    template = _template(embedder)
     if template is None:
         return texts
     reserved = {token: f"< {token[1:]}" for token in slot_tokens(template.slots)} | {MARKER: ""}
@@ -237,8 +283,7 @@ def _check_token_ids(
 ) -> None:
     for probe in _probes(max_length):
         for task in ("query", "document", None):
-            query = task == "query"
-            expected = template.encode(tokenizer, probe, summarize=not query, predict=query, max_length=max_length)
+            expected = template.encode(tokenizer, probe, **template.prompts(task), max_length=max_length)
             found = transformer.preprocess([probe], task=task)["input_ids"][0].tolist()
             if found != expected:
                 raise LlamoryError(
@@ -304,6 +349,6 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _llama_config(embedder: SentenceTransformer) -> Any:
-    config = getattr(embedder[0], "config", None)
-    return config if getattr(config, "model_type", None) == "llama" else None
+def _template(embedder: SentenceTransformer) -> LlaraTemplate | None:
+    config: Any = getattr(embedder[0], "config", None)
+    return LlaraTemplate.from_config(config) if getattr(config, "model_type", None) == "llama" else None

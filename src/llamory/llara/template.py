@@ -20,6 +20,7 @@ PREFIX = '"'
 _SUMMARIZE_PROMPT = '", summarize the above passage within {count} words: '
 _PREDICT_PROMPT = '", predict the following passage within {count} words: '
 BOW_WEIGHTINGS = ("fixed", "learned")
+QUERY_PROMPTS = ("prediction", "summary")
 
 _COUNT_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split() + [""] * 3 + ["sixteen"]
 # The order in which the published checkpoints added the sixteen slot tokens; a Llama-2 tokenizer gets their ids by it.
@@ -34,13 +35,15 @@ class LlaraTemplate:
     Attributes:
         prefix_ids: what stands before a passage: the tokenizer's beginning-of-sequence id, if any, and `"`.
         summarize_prompt_ids: the prompt that asks for a summary, without slots.
-        summarize_slot_ids: the slot tokens whose hidden states are a passage's embedding, in order.
+        summarize_slot_ids: the slot tokens of the summary prompt, whose hidden states are a passage's embedding.
         predict_prompt_ids: the prompt that asks for the continuation, without slots.
-        predict_slot_ids: the slot tokens whose hidden states are a query's embedding, in order.
+        predict_slot_ids: the slot tokens of the prediction prompt, in order.
         ignored_ids: ids that never count as bag-of-words targets (special tokens).
         bow_weight: factor of each bag-of-words loss; the published code divides by 10.
         prediction_sees_summary: whether the prediction block may attend to the summary block (not in the paper).
         bow_weighting: "fixed", or "learned": one uncertainty weight per head, trained with the model.
+        query_prompt: whose slots are a query's embedding: "prediction" (a question's answer follows it) or "summary"
+            (a query that is like what it looks for).
     """
 
     prefix_ids: tuple[int, ...]
@@ -52,6 +55,7 @@ class LlaraTemplate:
     bow_weight: float = 0.1
     prediction_sees_summary: bool = False
     bow_weighting: str = "fixed"
+    query_prompt: str = "prediction"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -67,6 +71,8 @@ class LlaraTemplate:
             raise LlamoryError("The slot tokens of a LLARA template must all have different ids.")
         if self.bow_weighting not in BOW_WEIGHTINGS:
             raise LlamoryError(f"bow_weighting must be one of {', '.join(BOW_WEIGHTINGS)}, not {self.bow_weighting!r}.")
+        if self.query_prompt not in QUERY_PROMPTS:
+            raise LlamoryError(f"query_prompt must be one of {', '.join(QUERY_PROMPTS)}, not {self.query_prompt!r}.")
 
     # ---- where a template comes from -------------------------------------------------------------------------------
 
@@ -77,7 +83,7 @@ class LlaraTemplate:
         Args:
             tokenizer: any LLaMA-family tokenizer.
             slots: slot tokens per prompt.
-            settings: `bow_weight`, `prediction_sees_summary`, `bow_weighting`.
+            settings: `bow_weight`, `prediction_sees_summary`, `bow_weighting`, `query_prompt`.
 
         Raises:
             LlamoryError: the tokenizer can't hold the template: a prompt is unknown to it, the two prompts read the
@@ -139,6 +145,11 @@ class LlaraTemplate:
     def slots(self) -> int:
         """Slot tokens per prompt."""
         return len(self.summarize_slot_ids)
+
+    def prompts(self, task: str | None) -> dict[str, bool]:
+        """Which prompts of `encode` a text gets to be embedded: as a "query", or as anything else."""
+        predict = task == "query" and self.query_prompt == "prediction"
+        return {"summarize": not predict, "predict": predict}
 
     @property
     def summarize_block_ids(self) -> tuple[int, ...]:

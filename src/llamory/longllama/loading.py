@@ -35,7 +35,8 @@ def load_long_model(
     """Load a LongLLaMA, or any LLaMA with memory in some of its layers, in evaluation mode.
 
     Args:
-        name: a folder, a hub id, a `.gguf` file or "default".
+        name: a folder, a hub id, a `.gguf` file, "default", "reader" (the default with the packaged adapter for
+            answers from memory) or an adapter's folder.
         mem_layers: the memory layers. By default the checkpoint's own; a plain LLaMA, which has none, gets memory in
             all but the first sixth of its layers.
         context_length: tokens of a window; by default the context of a LongLLaMA, 512 for a plain LLaMA.
@@ -61,6 +62,11 @@ def load_long_model(
     }
     if not isinstance(config, LongLlamaConfig):
         settings = _for_plain_llama(config) | {key: value for key, value in settings.items() if value is not None}
+    elif backbone.adapter_folder(name) is not None:
+        # The base model's own configuration knows nothing of memory.
+        last = settings.pop("last_context_length")
+        settings = {key: getattr(config, key) if value is None else value for key, value in settings.items()}
+        settings["last_context_length"] = last
     settings = {key: value for key, value in settings.items() if value is not None}
     window = settings.get("max_position_embeddings")
     if window is not None and not 1 <= window <= config.max_position_embeddings:

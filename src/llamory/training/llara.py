@@ -190,6 +190,7 @@ def _load(settings: LlaraSettings) -> tuple[PreLlamaModel, PreTrainedTokenizerBa
         prediction_sees_summary=settings.prediction_sees_summary,
         bow_weighting=settings.bow_weighting,
         bow_weight=settings.bow_weight,
+        query_prompt=settings.query_prompt,
     )
     template.prepare_model(model)
     return model, tokenizer

@@ -331,7 +331,9 @@ def _load(settings: RetrieverSettings, source: str, device: torch.device) -> Sen
     if settings.attn_implementation:
         loading["attn_implementation"] = settings.attn_implementation
     with mendable(f"{settings.model} can't be loaded with these settings"):
-        embedder = load_embedder(source, max_length=longest, device=str(device), **loading)
+        embedder = load_embedder(
+            source, max_length=longest, device=str(device), query_prompt=settings.query_prompt, **loading
+        )
     embedder.model_card_data.local_files_only = True
     for module in embedder:
         if isinstance(module, WordWeights):

@@ -87,6 +87,9 @@ class LlaraSettings(AdaptSettings):
         "fixed", "Weight of the bag-of-words losses: fixed or learned."
     )
     bow_weight: float = _setting(0.1, "Factor of the bag-of-words losses (the published code divides by 10).")
+    query_prompt: Literal["prediction", "summary"] = _setting(
+        "prediction", "Prompt whose slots embed queries, once the model is exported."
+    )
 
     max_length: int = _setting(1024, "Longest sequence in tokens, prompts included.")
     passage_length: int | None = _setting(None, "Longest passage cut from documents, in tokens; default: what fits.")
@@ -148,6 +151,9 @@ class RetrieverSettings(AdaptSettings):
     query_length: int | None = _setting(None, "Longest query in tokens, prompt included; default: as passages.")
     passage_length: int | None = _setting(
         None, "Longest document in tokens, prompt included; default: what the model's folder says, or 512."
+    )
+    query_prompt: Literal["prediction", "summary"] | None = _setting(
+        None, "Prompt whose slots embed queries; default: what the model says, prediction for a LLaMA without slots."
     )
     slots: int = _setting(8, "Slot tokens per prompt, for a LLaMA that has none.")
     workers: int = _setting(0, "Processes that load batches.")

@@ -1,0 +1,107 @@
+"""An adapter's folder is loaded like a model: its base with the adapter merged into it, whatever loads it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from llamory import backbone
+from llamory.errors import LlamoryError
+from llamory.longllama import LongLlamaConfig
+from llamory.longllama.loading import load_long_model
+from tiny_models import save_llama
+
+IDS = torch.arange(12)[None]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "base"
+    save_llama(folder, ["cat dog river money"], max_position_embeddings=64)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory) -> Path:
+    """LoRA matrices of which none is zero."""
+    folder = tmp_path_factory.mktemp("models") / "adapter"
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(base, adapter) -> torch.Tensor:
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).eval()
+        return model(IDS).logits
+
+
+def test_an_adapter_is_its_base_model_with_the_adapter(base, adapter, expected):
+    with torch.no_grad():
+        torch.testing.assert_close(backbone.load_model(adapter)(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+        plain = backbone.load_model(base)(IDS).logits
+    assert (plain - expected).abs().max() > 0.01
+    assert (
+        backbone.load_tokenizer(adapter)("cat dog")["input_ids"]
+        == backbone.load_tokenizer(base)("cat dog")["input_ids"]
+    )
+
+
+def test_it_reads_with_the_memory_layers_that_its_folder_names(adapter, expected, tmp_path):
+    model = load_long_model(adapter, mem_layers=[1], context_length=32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, expected, atol=1e-5, rtol=1e-5)
+    own = tmp_path / "own"
+    own.mkdir()
+    for file in adapter.iterdir():
+        (own / file.name).write_bytes(file.read_bytes())
+    config = LongLlamaConfig.from_dict(
+        backbone.load_config(adapter).to_dict(), mem_layers=[0], max_position_embeddings=16, last_context_length=8
+    )
+    config.save_pretrained(own)
+    read = load_long_model(own).config
+    assert (read.mem_layers, read.max_position_embeddings, read.last_context_length) == ([0], 16, 8)
+    read = load_long_model(own, mem_layers=[1], context_length=4).config
+    assert (read.mem_layers, read.max_position_embeddings, read.last_context_length) == ([1], 4, 4)
+
+
+def test_every_type_makes_the_same_memory(adapter):
+    exact, rounded = (
+        load_long_model(adapter, mem_layers=[1], context_length=32, dtype=dtype) for dtype in (None, torch.bfloat16)
+    )
+    assert next(rounded.parameters()).dtype == torch.bfloat16
+    assert exact.memory_fingerprint() == rounded.memory_fingerprint()
+
+
+def test_what_is_wrong_with_an_adapter_is_said(adapter, tmp_path):
+    folder = tmp_path / "nowhere"
+    folder.mkdir()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
+    with pytest.raises(LlamoryError, match="doesn't say which model it is for"):
+        backbone.load_model(folder)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(LlamoryError, match=r"The adapter of .* can't be read"):
+        backbone.load_model(folder)
+
+
+def test_the_packaged_reader_is_small_and_fits_the_default_model():
+    folder = backbone.adapter_folder("reader")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "default"
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert (folder / "adapter_model.safetensors").stat().st_size < 14e6
+    assert len(tensors) == 30 * 4 * 2 and (folder / "README.md").is_file()
+    shapes = {name.rpartition("layers.29.self_attn.")[2]: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes["q_proj.lora_A.weight"] == (8, 576) and shapes["k_proj.lora_B.weight"] == (192, 8)
