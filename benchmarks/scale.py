@@ -262,11 +262,10 @@ def _bytes(size: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    for unit, name in ((3600, "h"), (60, "min"), (1, "s")):
-        if seconds >= unit:
-            size = seconds / unit
-            return f"{size:,.0f} {name}" if size >= 100 else f"{size:.2g} {name}"
-    return f"{seconds * 1e3:.2g} ms"
+    units = ((3600, "h"), (60, "min"), (1, "s"))
+    unit, name = next((each for each in units if seconds >= each[0]), (1e-3, "ms"))
+    size = seconds / unit
+    return f"{size:,.0f} {name}" if size >= 100 else f"{size:.2g} {name}"
 
 
 def main() -> None:

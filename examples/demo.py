@@ -29,21 +29,20 @@ QUESTIONS = [
     "wrap a paragraph to a given width",
 ]
 ASKED = ["What does shlex.split do?", "What does bisect.insort_right do?", "What does bisect.insort_right do?"]
-# Modules that programs use every day: some 2,200 functions, few enough for the patience of two cores.
+# Modules that programs use every day: some 2,000 functions, few enough for the patience of two cores.
 MODULES = """
 argparse asyncio/base_events asyncio/events asyncio/queues asyncio/streams asyncio/tasks base64 bisect calendar
 collections/__init__ concurrent/futures/_base configparser contextlib copy csv datetime difflib email/message
-email/utils enum fnmatch fractions ftplib functools getpass glob gzip heapq html/__init__ html/parser http/client
-http/cookies http/server imaplib inspect ipaddress json/__init__ json/decoder json/encoder linecache locale
-logging/__init__ mailbox mimetypes multiprocessing/pool operator os pathlib pickle platform poplib posixpath pprint
-queue random re/__init__ sched secrets selectors shelve shlex shutil smtplib socket socketserver ssl statistics string
-subprocess tarfile tempfile textwrap threading timeit tokenize traceback types unittest/case urllib/parse
-urllib/request urllib/robotparser uuid warnings wave weakref webbrowser xml/etree/ElementTree zipapp zipfile
-zoneinfo/_zoneinfo _strptime
+email/utils enum fnmatch fractions functools getpass glob gzip heapq html/__init__ html/parser http/client http/server
+inspect ipaddress json/__init__ json/decoder json/encoder linecache locale logging/__init__ mimetypes
+multiprocessing/pool operator os pathlib pickle platform posixpath pprint queue random re/__init__ sched secrets
+selectors shelve shlex shutil socket socketserver statistics string subprocess tarfile tempfile textwrap threading
+timeit tokenize traceback types unittest/case urllib/parse urllib/request urllib/robotparser uuid warnings weakref
+webbrowser xml/etree/ElementTree zipapp zipfile zoneinfo/_zoneinfo _strptime
 """.split()
 STEPS, BATCH, PASSAGE = 25, 16, 96
-# Longer than the context that SmolLM2 was trained for, 8,192 tokens; the answer stands in the document's first lines. The
-# packaged adapter was never trained on it.
+# Longer than the context that SmolLM2 was trained for, 8,192 tokens; the answer stands in the document's first lines.
+# The packaged adapter was never trained on it.
 LONG_DOCUMENT, LONG_QUESTION = "http/client.py", "What does the module http.client do?"
 
 
