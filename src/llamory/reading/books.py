@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamory.backbone import PACKAGED
 from llamory.errors import LlamoryError
 from llamory.memory import peek
 
@@ -79,9 +80,9 @@ def partial_path(path: PathLike) -> Path:
 
 
 def noted_name(name: PathLike) -> str:
-    """A model's name that still fits in another folder: paths become absolute, "default" and hub ids stay."""
-    path = Path(name).expanduser()
-    return os.path.abspath(path) if path.exists() and str(name) != "default" else str(name)  # noqa: PTH100
+    """A model's name that still fits in another folder: paths become absolute; packaged models and hub ids stay."""
+    path, packaged = Path(name).expanduser(), str(name) in PACKAGED
+    return os.path.abspath(path) if path.exists() and not packaged else str(name)  # noqa: PTH100
 
 
 def load_model_for(
@@ -164,7 +165,7 @@ def check_shape(book: Book, name: str) -> None:
     try:
         config = load_config(name)
     except LlamoryError as error:
-        if name == book.model and name != "default":
+        if name == book.model and name not in PACKAGED:
             raise LlamoryError(
                 f"The model that made {book.path} isn't where it was ({str(error).rstrip('.')}); name its new place."
             ) from error

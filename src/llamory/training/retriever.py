@@ -302,7 +302,7 @@ def _lengths(embedder: SentenceTransformer, settings: RetrieverSettings) -> dict
 def _source(settings: RetrieverSettings, output: Path, *, write: bool) -> str:
     """What the embedder is loaded from: the model itself, or a folder of it with slot tokens added."""
     name = settings.model
-    if name != "default" and not name.endswith(".gguf") and is_sentence_transformer_model(name):
+    if name not in backbone.PACKAGED and not name.endswith(".gguf") and is_sentence_transformer_model(name):
         return name
     config = backbone.load_config(name)
     if config.model_type != "llama":
