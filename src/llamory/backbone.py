@@ -80,6 +80,8 @@ def adapter_folder(name: str | Path) -> Path | None:
     """
     if str(name) in ADAPTERS:
         return Path(__file__).parent / "adapters" / str(name)
+    if str(name) in PACKAGED:
+        return None
     path = Path(name).expanduser()
     return path if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")) else None
 

@@ -340,6 +340,7 @@ def test_a_query_prompt_that_isnt_possible_is_refused(exported):
     older.tokenizer.chat_template = older.tokenizer.chat_template.partition("%}")[2]
     with pytest.raises(LlamoryError, match="export it again"):
         set_query_prompt(older, "summary")
+    assert query_prompt(older) == "prediction"
     plain = keyword_model(["cat", "dog"])
     assert query_prompt(plain) is None
     with pytest.raises(LlamoryError, match="Only a LLARA model"):

@@ -163,11 +163,11 @@ def set_query_prompt(embedder: SentenceTransformer, query_prompt: str) -> None:
     if template is None:
         raise LlamoryError("Only a LLARA model has a query_prompt; leave it out for this one.")
     wanted = dataclasses.replace(template, query_prompt=query_prompt)
-    embedder[0].config.llara = wanted.to_dict()
     tokenizer: Any = embedder.tokenizer
     written = tokenizer.chat_template.removeprefix(query_prompt_line(template.query_prompt))
     if written == tokenizer.chat_template:
         raise LlamoryError("This model was exported before queries could have another prompt; export it again.")
+    embedder[0].config.llara = wanted.to_dict()
     tokenizer.chat_template = query_prompt_line(query_prompt) + written
 
 

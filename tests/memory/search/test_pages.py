@@ -118,7 +118,7 @@ def test_uncertain_queries_read_everything(memory, queries):
     bank, query = memory.filled(20000, head_dim=64, capacity=32768), memory.queries(1, 4, queries, 64)
     query[:, :, 0] *= 3
     expected = memory.expected(query, bank, 0.125)[0][:, :, 0]
-    found = PagesSearch(tolerance=0.02).attend(query, bank, 0, 0.125)[0][:, :, 0]
+    found = PagesSearch(tolerance=0.05).attend(query, bank, 0, 0.125)[0][:, :, 0]
     assert relative_error(found, expected) < 1e-4
     guessed = PagesSearch(tolerance=math.inf).attend(query, bank, 0, 0.125)[0][:, :, 0]
     assert relative_error(guessed, expected) > 0.1
