@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from contenders import Case, Likeness, Ours, Published, make
 from llamory.longllama import LongLlamaConfig
-from llamory.memory import MemoryBank, pages
+from llamory.memory import MemoryBank
+from llamory.memory.pages import PagesSearch
 from llamory.memory.search import Search, make_search
 from measuring import Peak, product_rate, read_rate
 
@@ -151,34 +151,22 @@ class Comparison:
 
     def __init__(self) -> None:
         self.exact: Search = make_search("exact")
-        self.pages: Search = make_search("pages")
+        self.pages = PagesSearch()
         self.errors: dict[int, list[Tensor]] = {}
         self.found: list[Tensor] = []
 
     def watch(self, model: Any) -> None:
         """Take the place of a model's search."""
-        model.model._search = ((model.config.mem_search, model.config.mem_top_k), self)
+        model.model._memory_search()
+        model.model._search = (model.model._search[0], self)
 
     def attend(self, query: Tensor, bank: MemoryBank, layer: int, scaling: float) -> tuple[Tensor, Tensor]:
         """See `Search.attend`."""
         output, log_sum = self.exact.attend(query, bank, layer, scaling)
-        read: list[tuple[Tensor, Tensor]] = []
-
-        def noting(queries: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-            result = read_pages(queries, *args)
-            read.append((queries, result[1]))
-            return result
-
-        # Nothing public tells what was read, so the one function that reads pages is listened to.
-        read_pages = pages._read_pages
-        with patch.object(pages, "_read_pages", noting):
-            guess, _ = self.pages.attend(query, bank, layer, scaling)
+        guess, _, read_sum = self.pages.attend_and_tell(query, bank, layer, scaling)
         error = (guess - output).float().norm(dim=-1) / output.float().norm(dim=-1)
         self.errors.setdefault(layer, []).append(error.flatten())
-        for queries, found in read:  # (kv_heads, groups, queries of a group, head_dim), scaled
-            flat = queries.reshape(1, len(queries), -1, queries.shape[-1])
-            _, whole = self.exact.attend(flat, bank, layer, 1.0)
-            self.found.append((found.reshape(whole.shape) - whole).exp().flatten())
+        self.found.append((read_sum - log_sum).exp().flatten())
         return output, log_sum
 
     def summary(self) -> dict[str, float]:
@@ -189,6 +177,5 @@ class Comparison:
             "error": errors.mean().item(),
             "error_95": errors.sort().values[int(0.95 * (len(errors) - 1))].item(),
             "error_worst_layer": max(layer.mean().item() for layer in layers),
-            # Without any pages, all was read.
-            "found": torch.cat(self.found).mean().item() if self.found else 1.0,
+            "found": torch.cat(self.found).mean().item(),
         }
