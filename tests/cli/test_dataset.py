@@ -86,3 +86,17 @@ def test_a_wrong_wish_is_one_sentence(llamory, tmp_path, arguments: list[str], s
     assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
     assert ran.err.startswith("Error: " + sentence)
     assert not (tmp_path / "set").exists()
+
+
+def test_sections_become_a_set_to_judge_with(llamory, tmp_path) -> None:
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    for i in range(40):
+        body = " ".join(f"word{i}x{j}" for j in range(30))
+        (folder / f"{i}.md").write_text(f"# Heading number{i} alpha\n\n{body}\n")
+    ran = llamory("dataset", "sections", folder, "--test-only", "--output", tmp_path / "set", "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["pairs"] == {"test": 40}
+    assert [path.name for path in (tmp_path / "set").iterdir() if path.is_dir()] == ["test"]
+    scored = llamory("eval", "retrieval", tmp_path / "set", "--json", "--quiet")
+    assert json.loads(scored.out)["runs"]["BM25"]["nDCG@10"] >= 0

@@ -82,6 +82,17 @@ def test_lora_trains_adapters_and_slots_and_nothing_else(settings, tmp_path, mod
     assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
 
 
+@pytest.mark.parametrize("learned", [["ar"], ["summarize"], ["ar", "predict"], ["summarize", "predict"]])
+def test_only_the_losses_that_are_named_are_learned(settings, tmp_path, learned):
+    whole = train_llara(settings(output=str(tmp_path / "whole"), steps=1))["losses"]
+    part = train_llara(settings(output=str(tmp_path / "part"), steps=1, losses=learned))["losses"]
+    names = {"ar": "ar_loss", "summarize": "bow_summarize_loss", "predict": "bow_predict_loss"}
+    kept = {names[name]: whole[names[name]] for name in learned}
+    bags = [value for key, value in kept.items() if key != "ar_loss"]
+    expected = kept.get("ar_loss", 0) + (sum(bags) / len(bags) if bags else 0)
+    assert part == pytest.approx(kept | {"loss": expected}, abs=1e-4)
+
+
 def test_learned_weights_are_trained_and_the_rest_still_loads_in_stock_llama(settings):
     result = train_llara(settings(bow_weighting="learned"))
     trained = weights(result["output"])
@@ -121,6 +132,8 @@ def test_settings_that_cannot_be_are_refused(settings, tmp_path):
         ({"learning_rate": 0}, "learning_rate must be greater than 0"),
         ({"eval_fraction": 1.0}, "eval_fraction"),
         ({"streaming": True, "steps": None}, "set steps"),
+        ({"losses": []}, "losses must name at least one of ar, summarize, predict"),
+        ({"losses": ["ar", "sideways"]}, "not 'sideways'"),
         ({"max_length": 20}, "leaves no room"),
         ({"scheduler": "sideways"}, "sideways"),
         ({"report_to": ["nobody"]}, "nobody"),

@@ -108,10 +108,32 @@ def functions(
     _tell(output, result, as_json=as_json)
 
 
-def _build(output: Path, pairs: Iterable[Pair], about: str) -> dict[str, Any]:
-    from llamory.evaluation.sets import split_pairs, write_set
+@app.command()
+def sections(
+    documents: Annotated[list[Path], typer.Argument(help="Files and folders of documents with headings.")],
+    output: Output,
+    test_only: Annotated[
+        bool, typer.Option("--test-only", help="Put all pairs into the test part, to judge with and never to train on.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build a set of documents of your own: a heading asks for the section that stands under it."""
+    with working(quiet=quiet):
+        from llamory.evaluation.sections import section_pairs
+        from llamory.evaluation.sets import check_free
 
-    parts = split_pairs(pairs)
+        check_free(output)
+        told = "\n".join(f"- {path.name}" for path in documents)
+        pairs = section_pairs(documents)
+        result = _build(output, pairs, _SECTIONS.format(documents=told), {"test": 1.0} if test_only else None)
+    _tell(output, result, as_json=as_json)
+
+
+def _build(output: Path, pairs: Iterable[Pair], about: str, shares: dict[str, float] | None = None) -> dict[str, Any]:
+    from llamory.evaluation.sets import PARTS, split_pairs, write_set
+
+    parts = split_pairs(pairs, shares or PARTS)
     counts = {part: len(found) for part, found in parts.pairs.items()}
     rows = "\n".join(f"| {part} | {count:,} |" for part, count in counts.items())
     left_out = f"{parts.copies:,} copies and {parts.near_copies:,} near copies were left out."
@@ -173,6 +195,15 @@ that it was taken out of.
 Sources, each under its own licence:
 
 {origins}
+"""
+
+_SECTIONS = """# Sections
+
+Headings and sections of documents, made by `llamory dataset sections`: a heading asks for the text under it.
+
+Documents, each under its own licence:
+
+{documents}
 """
 
 _PARTS = """

@@ -15,11 +15,14 @@ from llamory.cli.output import Json, Quiet, print_json, working
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
     from llamory.evaluation.judged import RetrievalSet
     from llamory.evaluation.retrieval_report import RetrievalReport
     from llamory.evaluation.searching import Advance, Ranking
 
 _BM25 = "BM25"
+_MEAN = "mean of {}"
 
 
 def retrieval(
@@ -27,7 +30,15 @@ def retrieval(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="A retriever: a LLARA checkpoint, a Sentence Transformers folder or a hub id; repeatable.",
+            help="A retriever: 'default', a LLARA checkpoint, a Sentence Transformers folder or a hub id; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    mean_pooling: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A LLaMA that wasn't trained to embed, by the mean of its last hidden states ('default' for the "
+            "packaged base model); repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -72,25 +83,43 @@ def retrieval(
     quiet: Quiet = False,
 ) -> None:
     """Score retrievers side by side with BM25: nDCG@10, MRR@10 and Recall@100, with 95% bootstrap intervals."""
-    names = _model_names(model, bm25=bm25)
+    names, plain = _model_names(model), _model_names(mean_pooling)
+    if not names and not plain and not bm25:
+        raise LlamoryError("There is nothing to score: name a --model, or leave --no-bm25 out.")
     with working(quiet=quiet):
+        from llamory.backbone import load_config
         from llamory.evaluation.judged import sample
         from llamory.evaluation.retrieval_report import RetrievalReport
         from llamory.evaluation.searching import search_bm25
-        from llamory.llara.retriever import check_embedder
+        from llamory.llara.retriever import (
+            check_embedder,
+            load_embedder,
+            mean_embedder,
+            reads_slots,
+            set_query_prompt,
+        )
 
         for name in names:
             check_embedder(name)
+        for name in plain:
+            load_config(name)
         whole = _read(data, split, ignore_identical_ids=ignore_identical_ids)
         judged = sample(whole, queries, documents)
         if per_query is not None and not per_query.parent.is_dir():
             raise LlamoryError(f"There is no folder {per_query.parent} for the per-query file.")
         report = RetrievalReport(judged, None if output is None else shared.output_folder(output), per_query)
-        shown = shared.shown_names(names)
+        shown = shared.shown_names([*names, *plain])
+        shown |= {_MEAN.format(name): _MEAN.format(shown[name]) for name in plain}
         if bm25:
             _score(report, judged, _BM25, _bm25_facts(), lambda advance: search_bm25(judged, advance), _BM25)
+        for name in plain:
+            embedder = mean_embedder(name, **({} if max_length is None else {"max_length": max_length}))
+            _score_model(report, judged, _MEAN.format(name), embedder, shown, bf16=bf16)
         for name in names:
-            _score_model(report, judged, name, shown[name], max_length, query_prompt, bf16=bf16)
+            embedder = load_embedder(name, max_length=max_length)
+            if query_prompt is not None and reads_slots(embedder):
+                set_query_prompt(embedder, query_prompt)
+            _score_model(report, judged, name, embedder, shown, bf16=bf16)
         report.finish()
     if as_json:
         print_json(report.document())
@@ -101,13 +130,11 @@ def retrieval(
             typer.echo(f"Written: {' and '.join(written)}")
 
 
-def _model_names(given: list[str] | None, *, bm25: bool) -> list[str]:
+def _model_names(given: list[str] | None) -> list[str]:
     names = given or []
     for name in names:
         if names.count(name) > 1:
             raise LlamoryError(f"The model {name} was named twice; compare it with another one.")
-    if not names and not bm25:
-        raise LlamoryError("There is nothing to score: name a --model, or leave --no-bm25 out.")
     return names
 
 
@@ -135,21 +162,16 @@ def _score_model(
     report: RetrievalReport,
     data: RetrievalSet,
     name: str,
-    shown: str,
-    max_length: int | None,
-    asked: str | None,
+    embedder: SentenceTransformer,
+    shown: dict[str, str],
     *,
     bf16: bool,
 ) -> None:
     from llamory.evaluation.searching import search_vectors
     from llamory.library.embedding import embed_passages, embed_queries, fingerprint
-    from llamory.llara.retriever import load_embedder, query_prompt, set_query_prompt
+    from llamory.llara.retriever import query_prompt
 
-    embedder = load_embedder(name, max_length=max_length)
     prompt = query_prompt(embedder)
-    if asked is not None and prompt is not None:
-        set_query_prompt(embedder, asked)
-        prompt = asked
     limit = embedder.max_seq_length  # infinite where there is none, which JSON doesn't know
     facts = {
         "kind": "vectors",
@@ -169,7 +191,7 @@ def _score_model(
             embedder.similarity,
         )
 
-    _score(report, data, name, facts, search, shown)
+    _score(report, data, name, facts, search, shown[name])
 
 
 def _score(

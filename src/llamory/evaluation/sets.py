@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import xxhash
@@ -57,20 +58,21 @@ class Parts:
     near_copies: int
 
 
-def split_pairs(pairs: Iterable[Pair]) -> Parts:
-    """Divide pairs into parts, 5/32 for test, 2/32 for dev and the rest for train, and leave copies out.
+def split_pairs(pairs: Iterable[Pair], shares: Mapping[str, float] = PARTS) -> Parts:
+    """Divide pairs into parts, by default 5/32 for test, 2/32 for dev and the rest for train, and leave copies out.
 
     The part depends on the family's words alone. Copies are told by their words, without case and punctuation. Near
     copies are texts of different parts that share half of the shorter one's runs of five words.
     """
-    by_part: dict[str, list[tuple[int, Pair]]] = {part: [] for part in PARTS}
+    by_part: dict[str, list[tuple[int, Pair]]] = {part: [] for part in shares}
+    ends = dict(zip(shares, accumulate(shares.values()), strict=True))
     for pair in pairs:
         place = _hash(pair.family) / 2**64
-        part = "test" if place < PARTS["test"] else "dev" if place < PARTS["test"] + PARTS["dev"] else "train"
+        part = next((part for part, end in ends.items() if place < end), list(shares)[-1])
         by_part[part].append((_hash(pair.query + "\n" + pair.text), pair))
-    kept: dict[str, list[Pair]] = {part: [] for part in PARTS}
+    kept: dict[str, list[Pair]] = {part: [] for part in shares}
     seen: set[tuple[str, int]] = set()
-    shingles = _Shingles()
+    texts = NearCopies()
     copies = near_copies = 0
     for part, found in by_part.items():
         taken = []
@@ -78,15 +80,15 @@ def split_pairs(pairs: Iterable[Pair]) -> Parts:
             marks = {("query", _hash(pair.query)), ("text", _hash(pair.text)), ("family", _hash(pair.family))}
             if marks & seen:
                 copies += 1
-            elif shingles.near(pair.text):
+            elif texts.near(pair.text):
                 near_copies += 1
             else:
                 seen |= marks
                 taken.append(pair)
         kept[part] = taken
-        if part != list(PARTS)[-1]:  # nothing is compared with the last part
+        if part != list(shares)[-1]:  # nothing is compared with the last part
             for pair in taken:
-                shingles.add(pair.text)
+                texts.add(pair.text)
     return Parts(kept, copies, near_copies)
 
 
@@ -152,20 +154,22 @@ def _write_part(folder: Path, part: str, pairs: list[Pair]) -> None:
     (folder / JUDGEMENTS / f"{part}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
-class _Shingles:
-    """Finds texts that share many runs of words with one that was added."""
+class NearCopies:
+    """Finds texts that share half of the shorter one's runs of five words with one that was added."""
 
     def __init__(self) -> None:
         self._holders: dict[int, list[int]] = {}
         self._sizes: list[int] = []
 
     def add(self, text: str) -> None:
+        """Take up a text."""
         found = set(_runs(text))
         for run in found:
             self._holders.setdefault(run, []).append(len(self._sizes))
         self._sizes.append(len(found))
 
     def near(self, text: str) -> bool:
+        """Whether a text is a copy or a near copy of one that was added."""
         found = set(_runs(text))
         shared = Counter(holder for run in found for holder in self._holders.get(run, ()))
         return any(count >= ALIKE * min(len(found), self._sizes[holder]) for holder, count in shared.items())

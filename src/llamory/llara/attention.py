@@ -19,6 +19,10 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 from llamory.errors import LlamoryError
 from llamory.llara.layout import SequenceLayout, Span
 
+# Up to so many tokens a segment is short: measured on CPUs, see the two places that ask.
+_SHORT = 256
+_MANY_RUNS = 4
+
 
 class LlaraAttention(LlamaAttention):
     """Llama's attention that also takes a flat batch with its `layout`; without one it is Llama's own."""
@@ -72,14 +76,19 @@ def flat_attention(module: LlamaAttention, query: Tensor, key: Tensor, value: Te
             f"LLARA has no fused attention for attn_implementation={implementation!r}; use sdpa, flash_attention_2, "
             "flash_attention_3 or flex_attention (or eager, the plain reference)."
         )
-    if query.device.type == "cpu":
+    # Many short segments of different lengths are more calls than a CPU likes; the padding of one call costs less.
+    many = len(layout.runs) > _MANY_RUNS and query.shape[2] < _SHORT * len(layout.runs)
+    if query.device.type == "cpu" and not many:
         return _sdpa_runs(module, query, key, value, layout)
     return _sdpa_padded(module, query, key, value, layout)
 
 
 def _sdpa(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """SDPA, causal where there is no mask, with fewer key/value heads than query heads."""
-    return F.scaled_dot_product_attention(
+    dtype = query.dtype
+    if query.requires_grad and key.shape[2] <= _SHORT and _slow_backward(query):
+        query, key, value = query.float(), key.float(), value.float()
+    output = F.scaled_dot_product_attention(
         query,
         key,
         value,
@@ -89,6 +98,12 @@ def _sdpa(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, mas
         scale=module.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+    return output.to(dtype)
+
+
+def _slow_backward(query: Tensor) -> bool:
+    """Whether the kernel's backward pass is slower on a type than on float32: bfloat16 without matrix tiles (AMX)."""
+    return query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
 
 
 def _sdpa_runs(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
@@ -124,7 +139,8 @@ def _sdpa_padded(module: LlamaAttention, query: Tensor, key: Tensor, value: Tens
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
 
     def gather(x: Tensor, places: Tensor) -> Tensor:
-        return x[places.clamp(max=total - 1)].transpose(1, 2)
+        # Not x[places]: the backward pass of that sorts its places, as one may stand there twice.
+        return x.index_select(0, places.clamp(max=total - 1).flatten()).unflatten(0, places.shape).transpose(1, 2)
 
     main = _places(layout.offsets, layout.lengths("main"), total)
     output = query.new_zeros(total, *q.shape[1:])

@@ -152,10 +152,14 @@ class PreLlamaModel(LlamaForCausalLM):
 
     With `bow_weighting="learned"` there is one key more, `bow_log_variance` (2,): the bag-of-words loss of head i is
     weighted by exp(-s_i) and s_i is added (Kendall et al. 2018, arXiv:1705.07115), starting from the fixed weight.
+
+    Attributes:
+        head_learns: whether the output head gets a gradient; with adapters it stays as it is, tied or not.
     """
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
+        self.head_learns = True
         self.model = NewLlamaModel(config)
         if self.template is not None:
             self.use_template(self.template)
@@ -295,7 +299,8 @@ class PreLlamaModel(LlamaForCausalLM):
                 "ids; give passages with labels or target words."
             )
         weights, penalty = self._loss_weights(counts)
-        total, losses = head_losses(hidden, self.lm_head.weight, weights, rows, wanted, counts.float(), *bags)
+        head = self.lm_head.weight if self.head_learns else self.lm_head.weight.detach()
+        total, losses = head_losses(hidden, head, weights, rows, wanted, counts.float(), *bags)
         result.loss = total + penalty
         given = (labels, summarize_ids, predict_ids)
         scaled = losses * torch.cat([weights.new_ones(1), self._bow_weights()]).detach()

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamory import backbone
 from llamory.errors import LlamoryError
 from llamory.llara.piecewise import MARKER, piecewise_tokenizer, query_prompt_line
 from llamory.llara.template import LlaraTemplate, slot_tokens
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 DEFAULT_MAX_LENGTH = 512
+PACKAGED = "retriever"  # the adapter that "default" means
 
 # Texts on which the exported tokenizer must give the template's ids; each has been a way to go wrong.
 _PROBES = (
@@ -68,7 +70,7 @@ def export_sentence_transformer(
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise LlamoryError(f"{output} already exists and isn't an empty folder; choose another output folder.")
-    embedder = _assemble(str(model), max_length, device="cpu", similarity=similarity)
+    embedder = _assemble(_named(model), max_length, device="cpu", similarity=similarity)
     if query_prompt is not None:
         set_query_prompt(embedder, query_prompt)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -89,11 +91,9 @@ def check_embedder(model: str | Path) -> None:
     Raises:
         LlamoryError: there isn't, or it doesn't.
     """
-    from sentence_transformers.util import is_sentence_transformer_model
-
-    name = str(model)
+    name = _named(model)
     _check_folder(name)
-    if not is_sentence_transformer_model(name) and (config := _read_config(name)).model_type == "llama":
+    if (config := _llama_config(name)) is not None:
         _template_of(name, config)
 
 
@@ -108,7 +108,8 @@ def load_embedder(
     """Load a model that turns texts into vectors.
 
     Args:
-        model: a LLARA checkpoint, a Sentence Transformers folder, or the hub id of either.
+        model: "default" for the packaged adapter of SmolLM2-135M, a LLARA checkpoint or an adapter of one, a Sentence
+            Transformers folder, or a hub id.
         max_length: limit in tokens for a text with its prompt; by default 512 for a LLARA checkpoint (or what it can
             read, if that is less), else what the folder says.
         device: a torch device; by default the best there is.
@@ -118,7 +119,7 @@ def load_embedder(
     Raises:
         LlamoryError: there is no such model, it is a LLaMA that wasn't trained to embed, or it has no such prompt.
     """
-    embedder = _load_embedder(str(model), max_length, device, loading)
+    embedder = _load_embedder(_named(model), max_length, device, loading)
     if query_prompt is not None:
         set_query_prompt(embedder, query_prompt)
     return embedder
@@ -128,10 +129,9 @@ def _load_embedder(
     name: str, max_length: int | None, device: str | None, loading: Mapping[str, Any]
 ) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.util import is_sentence_transformer_model
 
     _check_folder(name)
-    if not is_sentence_transformer_model(name) and _read_config(name).model_type == "llama":
+    if _llama_config(name) is not None:
         return _assemble(name, max_length, device=device, loading=loading)
     try:
         embedder = SentenceTransformer(name, device=device, model_kwargs=dict(loading))
@@ -140,6 +140,26 @@ def _load_embedder(
     if max_length is not None:
         embedder.max_seq_length = max_length
     return embedder
+
+
+def mean_embedder(model: str | Path, *, max_length: int = DEFAULT_MAX_LENGTH, **loading: Any) -> SentenceTransformer:
+    """A LLaMA that wasn't trained to embed, as it is: the mean of the last hidden states of a text's tokens.
+
+    What trained retrievers are compared with. Arguments as for `load_embedder`; the model is named as for
+    `llamory.backbone.resolve`, so that "default" is the packaged base model.
+
+    Raises:
+        LlamoryError: there is no such LLaMA.
+    """
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules.normalize import Normalize
+    from sentence_transformers.base.modules.transformer import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    config = backbone.load_config(model)
+    transformer = Transformer(str(backbone.resolve(model)), model_kwargs=loading, max_seq_length=max_length)
+    modules = [transformer, Pooling(config.hidden_size, "mean"), Normalize()]
+    return SentenceTransformer(modules=modules)  # type: ignore[arg-type]
 
 
 def save_embedder(embedder: SentenceTransformer, folder: Path) -> None:
@@ -218,6 +238,7 @@ def _assemble(
     from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
 
     _check_folder(name)
+    adapter = backbone.adapter_folder(name)
     config = _read_config(name)
     if config.model_type != "llama":
         raise LlamoryError(f"{name} is a {config.model_type} model; only LLaMA checkpoints can be LLARA retrievers.")
@@ -237,12 +258,14 @@ def _assemble(
     exported = piecewise_tokenizer(tokenizer, template, max_length)
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
     transformer = Transformer(
-        name,
+        name if adapter is None else str(backbone.resolve(name)),
         model_kwargs=dict(loading or {}),
         modality_config={"text": forward, "message": {**forward, "format": "flat"}},  # type: ignore[typeddict-item]
         module_output_name="token_embeddings",
         unpad_inputs=False,  # WordWeights reads the attention mask, which unpadded batches don't have
     )
+    if adapter is not None:
+        transformer.model = backbone.load_model(name, **dict(loading or {})).model
     transformer.processor = exported
     transformer.input_formatter = InputFormatter("llama", message_format="flat", processor=exported)
     transformer.input_formatter.supported_modalities = list(transformer.modality_config)
@@ -306,8 +329,24 @@ def _check_saved(folder: Path, embedder: SentenceTransformer) -> None:
             )
 
 
+def _named(model: str | Path) -> str:
+    return PACKAGED if str(model) == "default" else str(model)
+
+
+def _llama_config(name: str) -> Any:
+    """The config of a LLaMA or an adapter of one; None for a Sentence Transformers folder and any other model."""
+    from sentence_transformers.util import is_sentence_transformer_model
+
+    if backbone.adapter_folder(name) is None and is_sentence_transformer_model(name):
+        return None
+    config = _read_config(name)
+    return config if config.model_type == "llama" else None
+
+
 def _check_folder(name: str) -> None:
     path = Path(name)
+    if backbone.adapter_folder(name) is not None:
+        return
     if path.is_dir():
         if not any((path / marker).exists() for marker in ("modules.json", "config.json", "adapter_config.json")):
             raise LlamoryError(f"{name} holds no model (there is no config.json); give a checkpoint's folder.")
@@ -320,6 +359,8 @@ def _check_folder(name: str) -> None:
 def _read_config(name: str) -> Any:
     from transformers import AutoConfig
 
+    if backbone.adapter_folder(name) is not None:
+        return backbone.load_config(name)
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -339,6 +380,8 @@ def _template_of(name: str, config: Any) -> LlaraTemplate:
 def _read_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    if backbone.adapter_folder(name) is not None:
+        return backbone.load_tokenizer(name)
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from llamory.training.settings import LlaraSettings
 
 EMBEDDER_FOLDER = "sentence-transformers"
 _LOSSES = ("ar_loss", "bow_summarize_loss", "bow_predict_loss")
+# What each of the settings' `losses` is learned from.
+_TARGETS = {"ar": "labels", "summarize": "output_summarize_ids", "predict": "output_predict_ids"}
 
 
 def train_llara(settings: LlaraSettings) -> dict[str, Any]:
@@ -67,6 +70,7 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
             processing_class=tokenizer,
             callbacks=[MarkWhole()] + ([] if settings.quiet else [progress]),
             template=template,
+            losses=settings.losses,
         )
     trainer.remove_callback(PrinterCallback)
     run(trainer, checkpoint, progress)
@@ -76,9 +80,12 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
 class LlaraTrainer(Trainer):
     """The Trainer with LLARA's three losses, each averaged over the whole step: all passes of all processes."""
 
-    def __init__(self, *args: Any, template: LlaraTemplate, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, template: LlaraTemplate, losses: Sequence[str] = tuple(_TARGETS), **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.template = template
+        self._unlearned = [target for name, target in _TARGETS.items() if name not in losses]
         self.model_accepts_loss_kwargs = True
         self.can_return_loss = True
         self._sums: dict[str, Tensor] = {}
@@ -100,9 +107,10 @@ class LlaraTrainer(Trainer):
 
         counts = torch.zeros(3, dtype=torch.long, device=device)
         for batch in batches:
-            counts[0] += (batch["labels"] != IGNORED).sum().to(device)
-            counts[1] += passages(batch["output_summarize_ids"]).to(device)
-            counts[2] += passages(batch["output_predict_ids"]).to(device)
+            for i, target in enumerate(_TARGETS.values()):
+                if target not in self._unlearned:
+                    values = batch[target]
+                    counts[i] += ((values != IGNORED).sum() if target == "labels" else passages(values)).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return batches, counts
@@ -115,6 +123,8 @@ class LlaraTrainer(Trainer):
         """
         inputs = dict(inputs)
         examples = inputs.pop("example")
+        for target in self._unlearned:
+            inputs.pop(target)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if not torch.isfinite(loss):
             parts = ", ".join(f"{key} {float(outputs[key]):.4g}" for key in _LOSSES if outputs.get(key) is not None)
@@ -154,6 +164,9 @@ def _check(settings: LlaraSettings) -> None:
     check_settings(settings, ["max_length", "slots"])
     if not 0 <= settings.eval_fraction < 1:
         raise LlamoryError(f"eval_fraction must be at least 0 and less than 1, not {settings.eval_fraction}.")
+    if not settings.losses or (unknown := [name for name in settings.losses if name not in _TARGETS]):
+        wrong = f", not {unknown[0]!r}" if settings.losses else ""
+        raise LlamoryError(f"losses must name at least one of {', '.join(_TARGETS)}{wrong}.")
     if settings.streaming and settings.steps is None:
         raise LlamoryError("Streamed data has no known length; set steps too.")
 
@@ -175,7 +188,7 @@ def _load(settings: LlaraSettings) -> tuple[PreLlamaModel, PreTrainedTokenizerBa
     model = backbone.load_model(
         settings.model, PreLlamaModel, dtype=torch.float32, attn_implementation=settings.attn_implementation
     )
-    template = model.template
+    template = LlaraTemplate.from_config(model.config)
     if template is None:
         template = LlaraTemplate.from_tokenizer(tokenizer, settings.slots)
     else:
@@ -229,6 +242,7 @@ def _with_lora(model: PreLlamaModel, settings: LlaraSettings) -> Any:
     assert template is not None
     slots = sorted(template.summarize_slot_ids + template.predict_slot_ids)
     adapted = with_lora(model, settings, trainable_token_indices={"embed_tokens": slots})
+    model.head_learns = False  # of a tied head, too, the slots' rows alone would learn, at the price of all rows
     for name, parameter in adapted.named_parameters():
         if name.endswith("bow_log_variance"):
             parameter.requires_grad = True

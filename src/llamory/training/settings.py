@@ -83,6 +83,10 @@ class LlaraSettings(AdaptSettings):
 
     slots: int = _setting(8, "Slot tokens per prompt.")
     prediction_sees_summary: bool = _setting(False, "Let the prediction slots attend to the summary slots.")
+    losses: list[str] = _setting(
+        ["ar", "summarize", "predict"],
+        "What is learned: the next token (ar), a summary's words, a continuation's words.",
+    )
     bow_weighting: Literal["fixed", "learned"] = _setting(
         "fixed", "Weight of the bag-of-words losses: fixed or learned."
     )

@@ -1,0 +1,93 @@
+"""Makes one small adapter folder of training runs that went on from one another, as the package ships it.
+
+    python recipes/join_adapters.py OUT RUN [RUN ...]
+
+Each RUN is the output of `llamory train llara --lora` or `llamory train retriever --lora`; the first started from the
+packaged base model, each other one from the run before it. The low-rank matrices stand side by side in OUT, in
+bfloat16, so that their sum is applied at once, and the slot tokens' rows are those of the last run. What the tokenizer
+lacks and what the model's config has beyond the base model's is written beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from llamory import backbone
+from llamory.llara.template import LlaraTemplate, slot_tokens
+
+_MATRIX = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(layers\..*)\.lora_([AB])(?:\.default)?\.weight")
+_ROWS = "embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+def matrices(run: Path) -> tuple[dict[str, dict[str, Tensor]], Tensor, dict]:
+    """A run's matrices per layer, scaled (B holds the scale), its slot rows and its adapter's config."""
+    folder = run / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    found: dict[str, dict[str, Tensor]] = {}
+    rows = None
+    for name, tensor in load_file(folder / "adapter_model.safetensors").items():
+        if match := _MATRIX.fullmatch(name):
+            scale = config["lora_alpha"] / config["r"] if match[2] == "B" else 1.0
+            found.setdefault(match[1], {})[match[2]] = tensor * scale
+        elif name.endswith(_ROWS):
+            rows = tensor
+    if rows is None:
+        raise SystemExit(f"{run} trained no slot tokens.")
+    return found, rows, config
+
+
+def main() -> None:
+    """Write the folder."""
+    if len(sys.argv) < 3:
+        raise SystemExit("Give the folder to make and at least one run's output folder.")
+    output, runs = Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]]
+    parts = [matrices(run) for run in runs]
+    layers = sorted({layer for found, _, _ in parts for layer in found})
+    tensors: dict[str, Tensor] = {}
+    for layer in layers:
+        there = [found[layer] for found, _, _ in parts if layer in found]
+        name = f"base_model.model.model.{layer}"
+        tensors[f"{name}.lora_A.weight"] = torch.cat([each["A"] for each in there])
+        tensors[f"{name}.lora_B.weight"] = torch.cat([each["B"] for each in there], 1)
+    tensors[f"base_model.model.model.{_ROWS}"] = parts[-1][1]
+    rank = sum(config["r"] for _, _, config in parts)
+    output.mkdir(parents=True, exist_ok=True)
+    kept = {key: value.to(torch.bfloat16).contiguous() for key, value in tensors.items()}
+    save_file(kept, output / "adapter_model.safetensors", {"format": "pt"})
+    trained = LlamaConfig.from_pretrained(runs[-1])
+    config, template = trained.to_dict(), LlaraTemplate.from_config(trained)
+    assert template is not None
+    slots = sorted(template.summarize_slot_ids + template.predict_slot_ids)
+    adapter = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "default",
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({layer.rsplit(".", 1)[1] for layer in layers}),
+        "trainable_token_indices": {"embed_tokens": slots},
+        "inference_mode": True,
+        "task_type": "CAUSAL_LM",
+    }
+    names = dict(zip(slot_tokens(template.slots), template.summarize_slot_ids + template.predict_slot_ids, strict=True))
+    base = backbone.load_config("default").to_dict()
+    own = {key: value for key, value in config.items() if base.get(key) != value and not key.startswith("_")}
+    own |= {key: config[key] for key in ("model_type", "vocab_size", "max_position_embeddings")}
+    for file, content in (("adapter_config", adapter), ("added_tokens", names), ("config", {**base, **own})):
+        content.pop("auto_map", None)
+        (output / f"{file}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    size = sum(file.stat().st_size for file in output.iterdir())
+    sys.stdout.write(f"{output}: rank {rank}, {size / 1e6:.1f} MB\n")
+
+
+if __name__ == "__main__":
+    main()

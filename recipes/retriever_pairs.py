@@ -1,0 +1,87 @@
+"""Writes what the packaged retriever is fine-tuned on: queries with the text that answers each.
+
+    python recipes/retriever_pairs.py OUT.jsonl --set BEIR SPLIT COUNT [--set ...] [--texts DOCUMENTS COUNT]
+        --apart SET [--apart ...]
+
+Of each BEIR folder COUNT judged pairs of a split are drawn. Of DOCUMENTS, which have no queries, a sentence asks for
+the sentences around it that it was taken out of. Of each SET that is judged with no document, no query and no near copy
+of one gets in: texts that share half of the shorter one's runs of five words are passed over, and counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import sentencex
+
+from llamory.documents import find_files, read_documents
+from llamory.evaluation.sets import NearCopies, words
+from llamory.training.pairs import load_pairs
+
+AROUND = 80  # words that a sentence is taken out of
+LEAST, MOST = 6, 25  # words of such a sentence
+SEED = 42
+
+
+def sentences_and_surroundings(path: Path) -> Iterator[tuple[str, str]]:
+    """Pairs of running text, one per piece of about so many words."""
+    for document in read_documents(find_files([path]), skip_broken=True):
+        piece: list[str] = []
+        for sentence in sentencex.segment("en", document.text):
+            piece.append(" ".join(sentence.split()))
+            if sum(len(each.split()) for each in piece) >= AROUND:
+                chance = random.Random(" ".join(piece))
+                fit = [i for i, each in enumerate(piece) if LEAST <= len(words(each)) <= MOST]
+                if fit and len(piece) > 2:
+                    taken = chance.choice(fit)
+                    yield piece[taken], " ".join(piece[:taken] + piece[taken + 1 :])
+                piece = []
+
+
+def main() -> None:
+    """Write the pairs, in an order drawn with a fixed seed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--set", dest="sets", nargs=3, action="append", default=[], metavar=("BEIR", "SPLIT", "COUNT"))
+    parser.add_argument("--texts", nargs=2, action="append", default=[], metavar=("DOCUMENTS", "COUNT"))
+    parser.add_argument("--apart", type=Path, action="append", default=[], metavar="SET")
+    options = parser.parse_args()
+    chance, judged, asked = random.Random(SEED), NearCopies(), set()
+    for folder in options.apart:
+        for line in (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines():
+            judged.add(json.loads(line)["text"])
+        for line in (folder / "queries.jsonl").read_text(encoding="utf-8").splitlines():
+            asked.add(" ".join(words(json.loads(line)["text"])))
+    sources: list[tuple[str, list[tuple[str, str]], int]] = []
+    for name, split, count in options.sets:
+        examples = load_pairs([name], split=split).examples
+        sources.append((name, [(each.query, each.positives[0]) for each in examples], int(count)))
+    for name, count in options.texts:
+        sources.append((name, list(sentences_and_surroundings(Path(name))), int(count)))
+    found = []
+    for name, pairs, wanted in sources:
+        chance.shuffle(pairs)
+        taken: list[tuple[str, str]] = []
+        near = 0
+        for query, text in pairs:
+            if len(taken) == wanted:
+                break
+            if judged.near(text) or " ".join(words(query)) in asked:
+                near += 1
+            else:
+                taken.append((query, text))
+        sys.stdout.write(f"{name}: {len(taken):,} of {len(pairs):,} pairs; {near:,} near copies were passed over\n")
+        found += taken
+    chance.shuffle(found)
+    with options.output.open("w", encoding="utf-8") as file:
+        for query, text in found:
+            file.write(json.dumps({"query": query, "pos": text}, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
