@@ -1,15 +1,16 @@
 """Makes one small adapter folder of training runs that went on from one another, as the package ships it.
 
-    python recipes/join_adapters.py OUT RUN [RUN ...]
+    python recipes/join_adapters.py OUT RUN [RUN ...] [--base MODEL]
 
 Each RUN is the output of `llamory train llara --lora` or `llamory train retriever --lora`; the first started from the
-packaged base model, each other one from the run before it. The low-rank matrices stand side by side in OUT, in
-bfloat16, so that their sum is applied at once, and the slot tokens' rows are those of the last run. What the tokenizer
-lacks and what the model's config has beyond the base model's is written beside them.
+base model (the packaged one), each other one from the run before it. The low-rank matrices stand side by side in OUT,
+in bfloat16, so that their sum is applied at once, and the slot tokens' rows are those of the last run. What the
+tokenizer lacks and what the model's config has beyond the base model's is written beside them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import LlamaConfig
 
 from llamory import backbone
@@ -46,19 +48,24 @@ def matrices(run: Path) -> tuple[dict[str, dict[str, Tensor]], Tensor, dict]:
 
 def main() -> None:
     """Write the folder."""
-    if len(sys.argv) < 3:
-        raise SystemExit("Give the folder to make and at least one run's output folder.")
-    output, runs = Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--base", default="default")
+    options = parser.parse_args()
+    output, runs = options.output, options.runs
     parts = [matrices(run) for run in runs]
     layers = sorted({layer for found, _, _ in parts for layer in found})
     tensors: dict[str, Tensor] = {}
+    rank = sum(config["r"] for _, _, config in parts)
     for layer in layers:
         there = [found[layer] for found, _, _ in parts if layer in found]
-        name = f"base_model.model.model.{layer}"
-        tensors[f"{name}.lora_A.weight"] = torch.cat([each["A"] for each in there])
-        tensors[f"{name}.lora_B.weight"] = torch.cat([each["B"] for each in there], 1)
+        down, up = torch.cat([each["A"] for each in there]), torch.cat([each["B"] for each in there], 1)
+        # Zeros stand for runs that left this layer as it was: the folder has one rank.
+        name, missing = f"base_model.model.model.{layer}", rank - len(down)
+        tensors[f"{name}.lora_A.weight"] = pad(down, (0, 0, 0, missing))
+        tensors[f"{name}.lora_B.weight"] = pad(up, (0, missing))
     tensors[f"base_model.model.model.{_ROWS}"] = parts[-1][1]
-    rank = sum(config["r"] for _, _, config in parts)
     output.mkdir(parents=True, exist_ok=True)
     kept = {key: value.to(torch.bfloat16).contiguous() for key, value in tensors.items()}
     save_file(kept, output / "adapter_model.safetensors", {"format": "pt"})
@@ -68,7 +75,7 @@ def main() -> None:
     slots = sorted(template.summarize_slot_ids + template.predict_slot_ids)
     adapter = {
         "peft_type": "LORA",
-        "base_model_name_or_path": "default",
+        "base_model_name_or_path": options.base,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
@@ -79,7 +86,7 @@ def main() -> None:
         "task_type": "CAUSAL_LM",
     }
     names = dict(zip(slot_tokens(template.slots), template.summarize_slot_ids + template.predict_slot_ids, strict=True))
-    base = backbone.load_config("default").to_dict()
+    base = backbone.load_config(options.base).to_dict()
     own = {key: value for key, value in config.items() if base.get(key) != value and not key.startswith("_")}
     own |= {key: config[key] for key in ("model_type", "vocab_size", "max_position_embeddings")}
     for file, content in (("adapter_config", adapter), ("added_tokens", names), ("config", {**base, **own})):

@@ -71,7 +71,7 @@ def main() -> None:
         for query, text in pairs:
             if len(taken) == wanted:
                 break
-            if judged.near(text) or " ".join(words(query)) in asked:
+            if judged.near(text) or judged.near(query) or " ".join(words(query)) in asked:
                 near += 1
             else:
                 taken.append((query, text))

@@ -56,6 +56,10 @@ def test_an_adapter_is_its_base_model_with_the_adapter(base, adapter, expected):
     )
 
 
+def test_it_can_be_trained_on(adapter):
+    assert all(parameter.requires_grad for parameter in backbone.load_model(adapter).parameters())
+
+
 def test_it_reads_with_the_memory_layers_that_its_folder_names(adapter, expected, tmp_path):
     model = load_long_model(adapter, mem_layers=[1], context_length=32)
     with torch.no_grad():

@@ -202,6 +202,7 @@ def _adapted(model: PreTrainedModel, adapter: Path, dtype: str | torch.dtype | N
         if (adapter / "config.json").is_file():
             _extend(model, json.loads((adapter / "config.json").read_text(encoding="utf-8")))
         merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    merged.requires_grad_(True)  # peft froze it, and nobody who trains it on would know
     if dtype is None or dtype == "auto":
         return merged.eval()
     return merged.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()

@@ -25,7 +25,10 @@ _LISTED = 20
 def index(
     paths: Annotated[list[Path], typer.Argument(help="Files and folders to read.")],
     library: Annotated[str, typer.Option(help="Folder (or object-store address) of the library; made if need be.")],
-    model: Annotated[str | None, typer.Option(help="Embedding model of a new library.", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Embedding model of a new library.  [default: 'default', the packaged]", show_default=False),
+    ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Take the paths out of the library instead.")] = False,
     passage_length: Annotated[
         int | None, typer.Option(min=1, help="Longest passage, in tokens.", show_default=False)
@@ -63,8 +66,11 @@ def index(
     """
     with working(quiet=quiet):
         from llamory.library import Library
+        from llamory.library.store import PassageStore
 
         reading = options.reading_settings(locals())
+        if model is None and not remove and PassageStore.open(library) is None:
+            model = "default"
         opened = Library(library, model=model, bf16=bf16, **reading)
         if remove:
             report = opened.remove(paths, wait=wait)

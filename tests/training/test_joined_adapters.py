@@ -1,0 +1,71 @@
+"""Adapters of runs that went on from one another, joined into one small folder, embed as the last run does."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llamory import backbone
+from llamory.errors import LlamoryError
+from llamory.llara.retriever import export_sentence_transformer, load_embedder, query_prompt
+from llamory.training.llara import train_llara
+from llamory.training.retriever import train_retriever
+
+JOIN = Path(__file__).parents[2] / "recipes" / "join_adapters.py"
+TEXTS = ["River stone and water.", "A boat goes down the river.", "x = 1"]
+
+
+@pytest.fixture
+def adapter(settings, retriever_settings, model_folder, tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """The joined folder of a LLARA run and a retriever's run behind it, and that run's folder."""
+    lora = {"lora": True, "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+    first = train_llara(settings(output=str(tmp_path / "first"), query_prompt="summary", **lora))
+    more = {"model": first["output"], "output": str(tmp_path / "second"), "query_prompt": None}
+    second = train_retriever(retriever_settings(**more, **(lora | {"lora_rank": 2, "lora_targets": ["q_proj"]})))
+    folder = tmp_path / "adapter"
+    words = [str(JOIN), str(folder), first["output"], second["output"], "--base", str(model_folder)]
+    monkeypatch.setattr(sys, "argv", words)
+    runpy.run_path(str(JOIN), run_name="__main__")
+    return folder, Path(second["output"])
+
+
+def test_a_joined_adapter_embeds_as_the_last_run_does(adapter, tmp_path, model_folder):
+    folder, run = adapter
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert not any(name.endswith(("embed_tokens.weight", "lm_head.weight")) for name in tensors)
+    found, wanted = load_embedder(folder, device="cpu"), load_embedder(run, device="cpu")
+    assert query_prompt(found) == query_prompt(wanted) == "summary"
+    plain = load_embedder(tmp_path / "first", device="cpu")
+    for encode in ("encode_query", "encode_document"):
+        one, two, before = (getattr(model, encode)(TEXTS, convert_to_tensor=True) for model in (found, wanted, plain))
+        assert (one - two).abs().max() < 0.02 < (before - two).abs().max()  # bfloat16 has three digits
+    assert backbone.load_tokenizer(folder)("<s1>")["input_ids"] == found.tokenizer("<s1>")["input_ids"]
+    exported = load_embedder(export_sentence_transformer(folder, tmp_path / "exported"), device="cpu")
+    torch.testing.assert_close(
+        exported.encode_query(TEXTS, convert_to_tensor=True), found.encode_query(TEXTS, convert_to_tensor=True)
+    )
+
+
+def test_training_goes_on_from_a_joined_adapter(adapter, settings, retriever_settings, tmp_path):
+    folder, run = adapter
+    trained = train_retriever(
+        retriever_settings(model=str(folder), output=str(tmp_path / "more"), steps=1, learning_rate=1e-12)
+    )
+    one, two = (load_embedder(model, device="cpu").encode_document(TEXTS) for model in (trained["output"], run))
+    assert abs(one - two).max() < 0.02
+    again = train_llara(settings(model=str(folder), output=str(tmp_path / "again"), steps=1, learning_rate=1e-12))
+    one = load_embedder(again["output"], device="cpu").encode_document(TEXTS)
+    assert abs(one - two).max() < 0.02
+
+
+def test_tokens_that_get_other_ids_are_refused(adapter):
+    folder, _ = adapter
+    tokens = json.loads((folder / "added_tokens.json").read_text())
+    (folder / "added_tokens.json").write_text(json.dumps({name: number + 1 for name, number in tokens.items()}))
+    with pytest.raises(LlamoryError, match="another id than the adapter was trained with"):
+        backbone.load_tokenizer(folder)
