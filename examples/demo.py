@@ -1,15 +1,14 @@
 """The main jobs from end to end.
 
-Adapt a LLaMA to documents without labels, index them, find things in them, and ask: what was found is read into memory
-once, and the answer cites it. Then read a document that is longer than the model's context, and ask about its start.
-The documents are this Python's own standard library: every machine has them.
+Index documents, find things in them, and ask: what was found is read into memory once, and the answer cites it. Then
+read a document that is longer than the model's context, and ask about its start. The documents are this Python's own
+standard library: every machine has them. Nothing is trained; the package brings its adapters.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-import re
 import sys
 import sysconfig
 import tempfile
@@ -40,14 +39,14 @@ selectors shelve shlex shutil socket socketserver statistics string subprocess t
 timeit tokenize traceback types unittest/case urllib/parse urllib/request urllib/robotparser uuid warnings weakref
 webbrowser xml/etree/ElementTree zipapp zipfile zoneinfo/_zoneinfo _strptime
 """.split()
-STEPS, BATCH, PASSAGE = 25, 16, 96
+PASSAGE = 96
 # Longer than the context that SmolLM2 was trained for, 8,192 tokens; the answer stands in the document's first lines.
 # The packaged adapter was never trained on it.
 LONG_DOCUMENT, LONG_QUESTION = "http/client.py", "What does the module http.client do?"
 
 
-def functions(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Name with arguments, docstring and code of every documented function of the modules."""
+def functions(folder: Path) -> Iterator[tuple[str, str]]:
+    """Name with arguments, and docstring, of every documented function of the modules."""
     for name in MODULES:
         file = folder / f"{name}.py"
         if file.exists():
@@ -56,35 +55,24 @@ def functions(folder: Path) -> Iterator[tuple[str, str, str]]:
             )
 
 
-def _walk(node: ast.AST, scope: str) -> Iterator[tuple[str, str, str]]:
+def _walk(node: ast.AST, scope: str) -> Iterator[tuple[str, str]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             name = f"{scope}.{child.name}"
             docstring = ast.get_docstring(child)
             if docstring and not isinstance(child, ast.ClassDef):
-                code = "\n".join(ast.unparse(part) for part in child.body[1:])
-                yield f"{name}({ast.unparse(child.args)})", docstring, code
+                yield f"{name}({ast.unparse(child.args)})", docstring
             yield from _walk(child, name)
 
 
-def write_texts(folder: Path, texts: Path, examples: Path) -> int:
-    """Write what is indexed (one function a line), and the same as LLARA's examples; gives the number of functions.
-
-    A document's own order tells what follows what: after the docstring comes the code; and a docstring's first
-    sentence, which reads like a question, stands for the function that follows it.
-    """
-    count = 0
-    with texts.open("w") as text_file, examples.open("w") as example_file:
-        for signature, docstring, code in functions(folder):
-            text = f"{signature}\n{docstring}"
-            first = re.split(r"(?<=[.:])\s|\n\n", docstring, maxsplit=1)[0]
-            pairs = [(text, text, code), (first, first, text)]
-            text_file.write(json.dumps({"title": signature.split("(")[0], "text": text}) + "\n")
-            for passage, summary, following in pairs:
-                row = {"input": passage, "output_summarize": summary, "output_predict": following[:2000]}
-                example_file.write(json.dumps(row) + "\n")
-            count += 1
-    return count
+def write_texts(folder: Path, texts: Path) -> int:
+    """Write what is indexed, one function a line; gives the number of functions."""
+    lines = [
+        json.dumps({"title": signature.split("(")[0], "text": f"{signature}\n{docstring}"})
+        for signature, docstring in functions(folder)
+    ]
+    texts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(lines)
 
 
 def main() -> int:
@@ -100,28 +88,13 @@ def main() -> int:
 
     quieten_libraries()
     from llamory.library import Library
-    from llamory.training.llara import train_llara
-    from llamory.training.settings import LlaraSettings
 
     with tempfile.TemporaryDirectory(prefix="llamory-demo-") as name:
         folder = Path(name)
-        texts, examples = folder / "functions.jsonl", folder / "examples.jsonl"
-        count = write_texts(Path(sysconfig.get_path("stdlib")), texts, examples)
-        say(f"Adapting SmolLM2-135M to {count} functions of the standard library, without labels ({STEPS} steps).")
-        settings = LlaraSettings(
-            data=[str(examples)],
-            output=str(folder / "model"),
-            max_length=PASSAGE + 60,
-            batch_size=BATCH,
-            steps=STEPS,
-            learning_rate=1e-4,
-            bf16=True,
-            log_every=5,
-            save_every=10 * STEPS,
-        )
-        trained = train_llara(settings)
-        say("Loading the result as a SentenceTransformer and indexing the functions.")
-        library = Library(folder / "library", model=trained["embedder"], bf16=True)
+        texts = folder / "functions.jsonl"
+        count = write_texts(Path(sysconfig.get_path("stdlib")), texts)
+        say(f"Indexing {count} functions of the standard library with the packaged retriever.")
+        library = Library(folder / "library", model="default", bf16=True)
         report = library.add(texts, passage_length=PASSAGE)
         say(f"{report.passages} passages of {report.added} functions are indexed.")
         out = Console()

@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer, LlamaModel
 
 from keyword_models import keyword_model
 
@@ -114,6 +116,26 @@ def test_what_was_scored_is_not_scored_again(llamory, data, models, tmp_path, mo
     # A kill between the two files leaves lines of a model that the JSON file doesn't have: it is scored again.
     (tmp_path / "out" / "retrieval.json").write_text(json.dumps(first))
     assert list(json.loads(llamory(*arguments).out)["runs"]) == list(first["runs"])
+
+
+def test_a_plain_llama_stands_beside_them_by_its_mean(llamory, data, model_folder, tmp_path) -> None:
+    lines = tmp_path / "queries.jsonl"
+    ran = llamory("eval", "retrieval", data, "--mean-pooling", model_folder, "--json", "--per-query", lines, "--quiet")
+    assert ran.code == 0, ran.err
+    document = json.loads(ran.out)
+    assert list(document["runs"]) == ["BM25", f"mean of {model_folder}"]
+    model, tokenizer = LlamaModel.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
+
+    def vector(text: str) -> torch.Tensor:
+        with torch.no_grad():
+            mean = model(**tokenizer(text, return_tensors="pt")).last_hidden_state.mean(1)[0]
+        return mean / mean.norm()
+
+    documents = {key: vector(text) for key, text in DOCUMENTS.items() if text}
+    found = [entry["found"] for entry in map(json.loads, lines.read_text().splitlines()) if entry["model"] != "BM25"]
+    for (query, _), ranked in zip(QUERIES.values(), found, strict=True):
+        scores = {key: float(vector(query) @ each) for key, each in documents.items()}
+        assert [scores[key] for key in ranked] == pytest.approx(sorted(scores.values(), reverse=True), abs=1e-5)
 
 
 def test_a_smaller_sample_is_drawn(llamory, data) -> None:
