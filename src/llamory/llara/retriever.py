@@ -10,35 +10,28 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamory import backbone
 from llamory.errors import LlamoryError
-from llamory.llara.piecewise import MARKER, piecewise_tokenizer, query_prompt_line
+from llamory.llara.modules import (
+    DEFAULT_MAX_LENGTH,
+    assemble,
+    check_folder,
+    check_saved,
+    first_line,
+    llama_config,
+    template_of,
+)
+from llamory.llara.piecewise import MARKER, query_prompt_line
 from llamory.llara.template import LlaraTemplate, slot_tokens
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-DEFAULT_MAX_LENGTH = 512
 PACKAGED = "retriever"  # the adapter that "default" means
-
-# Texts on which the exported tokenizer must give the template's ids; each has been a way to go wrong.
-_PROBES = (
-    "",
-    "A plain sentence about rivers.",
-    " leading and trailing space ",
-    "\n\tlines\r\n\n",
-    "   ",
-    '"quoted", and ends with a quote"',
-    "ends with a comma,",
-    "https://example.org/picture.png",
-    "def f(x):\n    return x[0] != '\\n'  # {{ braces }} {% and %}",
-    "naïve café e\u0301 — 日本語のテキスト 🦙🏽",
-)
 
 
 def export_sentence_transformer(
@@ -70,7 +63,7 @@ def export_sentence_transformer(
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise LlamoryError(f"{output} already exists and isn't an empty folder; choose another output folder.")
-    embedder = _assemble(_named(model), max_length, device="cpu", similarity=similarity)
+    embedder = assemble(_named(model), max_length, device="cpu", similarity=similarity)
     if query_prompt is not None:
         set_query_prompt(embedder, query_prompt)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -92,9 +85,9 @@ def check_embedder(model: str | Path) -> None:
         LlamoryError: there isn't, or it doesn't.
     """
     name = _named(model)
-    _check_folder(name)
-    if (config := _llama_config(name)) is not None:
-        _template_of(name, config)
+    check_folder(name)
+    if (config := llama_config(name)) is not None:
+        template_of(name, config)
 
 
 def load_embedder(
@@ -130,13 +123,13 @@ def _load_embedder(
 ) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
-    _check_folder(name)
-    if _llama_config(name) is not None:
-        return _assemble(name, max_length, device=device, loading=loading)
+    check_folder(name)
+    if llama_config(name) is not None:
+        return assemble(name, max_length, device=device, loading=loading)
     try:
         embedder = SentenceTransformer(name, device=device, model_kwargs=dict(loading))
     except (OSError, ValueError) as error:
-        raise LlamoryError(f"{name} can't be loaded as an embedding model: {_first_line(error)}.") from error
+        raise LlamoryError(f"{name} can't be loaded as an embedding model: {first_line(error)}.") from error
     if max_length is not None:
         embedder.max_seq_length = max_length
     return embedder
@@ -170,7 +163,7 @@ def save_embedder(embedder: SentenceTransformer, folder: Path) -> None:
     """
     embedder.save(str(folder), create_model_card=False)
     if reads_slots(embedder):
-        _check_saved(folder, embedder)
+        check_saved(folder, embedder)
 
 
 def set_query_prompt(embedder: SentenceTransformer, query_prompt: str) -> None:
@@ -219,177 +212,8 @@ def hide_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[st
     return hidden
 
 
-# ---- putting the modules together ------------------------------------------------------------------------------------
-
-
-def _assemble(
-    name: str,
-    max_length: int | None,
-    *,
-    device: str | None,
-    similarity: str = "cosine",
-    loading: Mapping[str, Any] | None = None,
-) -> SentenceTransformer:
-    """Load a LLARA checkpoint as Sentence Transformers modules and make sure that they read texts as training did."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modality import InputFormatter
-    from sentence_transformers.base.modules.normalize import Normalize
-    from sentence_transformers.base.modules.transformer import Transformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
-
-    _check_folder(name)
-    adapter = backbone.adapter_folder(name)
-    config = _read_config(name)
-    if config.model_type != "llama":
-        raise LlamoryError(f"{name} is a {config.model_type} model; only LLaMA checkpoints can be LLARA retrievers.")
-    template = _template_of(name, config)
-    tokenizer = _read_tokenizer(name)
-    template.check_tokenizer(tokenizer)
-    if max_length is None:
-        max_length = min(DEFAULT_MAX_LENGTH, config.max_position_embeddings)
-    if max_length > config.max_position_embeddings:
-        raise LlamoryError(
-            f"A length of {max_length} tokens is more than the {config.max_position_embeddings} that {name} can read; "
-            "choose a smaller length."
-        )
-    template.encode(tokenizer, "", max_length=max_length, predict=False)  # raises where prompts leave no room
-    template.encode(tokenizer, "", max_length=max_length, summarize=False)
-
-    exported = piecewise_tokenizer(tokenizer, template, max_length)
-    forward = {"method": "forward", "method_output_name": "last_hidden_state"}
-    transformer = Transformer(
-        name if adapter is None else str(backbone.resolve(name)),
-        model_kwargs=dict(loading or {}),
-        modality_config={"text": forward, "message": {**forward, "format": "flat"}},  # type: ignore[typeddict-item]
-        module_output_name="token_embeddings",
-        unpad_inputs=False,  # WordWeights reads the attention mask, which unpadded batches don't have
-    )
-    if adapter is not None:
-        transformer.model = backbone.load_model(name, **dict(loading or {})).model
-    transformer.processor = exported
-    transformer.input_formatter = InputFormatter("llama", message_format="flat", processor=exported)
-    transformer.input_formatter.supported_modalities = list(transformer.modality_config)
-    _check_token_ids(transformer, tokenizer, template, max_length)
-
-    vocabulary, weights = _word_weights(exported, template, config.vocab_size)
-    modules = [
-        transformer,
-        WordWeights(vocabulary, weights, unknown_word_weight=0.0),
-        Pooling(config.hidden_size, "mean"),
-        Normalize(),
-    ]
-    return SentenceTransformer(modules=modules, device=device, similarity_fn_name=similarity)  # type: ignore[arg-type]
-
-
-def _word_weights(
-    tokenizer: PreTrainedTokenizerFast, template: LlaraTemplate, rows: int
-) -> tuple[list[str], dict[str, float]]:
-    """All tokens in the order of their ids, one per embedding row, and a weight of 1 for each slot token."""
-    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
-    vocabulary = [tokens.get(i, f"[unused {i}]") for i in range(max(rows, max(tokens) + 1))]
-    weights = {vocabulary[i]: 1.0 for i in template.summarize_slot_ids + template.predict_slot_ids}
-    # WordWeights looks a word up in lower case too, so an ordinary token <S1> must be told apart from <s1>.
-    weights |= {token: 0.0 for token in vocabulary if token not in weights and token.lower() in weights}
-    return vocabulary, weights
-
-
-# ---- checks ----------------------------------------------------------------------------------------------------------
-
-
-def _probes(max_length: int) -> Iterator[str]:
-    yield from _PROBES
-    yield "one, two; three " * max_length
-
-
-def _check_token_ids(
-    transformer: Any, tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate, max_length: int
-) -> None:
-    for probe in _probes(max_length):
-        for task in ("query", "document", None):
-            expected = template.encode(tokenizer, probe, **template.prompts(task), max_length=max_length)
-            found = transformer.preprocess([probe], task=task)["input_ids"][0].tolist()
-            if found != expected:
-                raise LlamoryError(
-                    f"This tokenizer can't be exported: with the prompts around it, {probe[:40]!r} gets other token "
-                    "ids than in training; use a checkpoint with a byte-level BPE or a Llama-2 tokenizer."
-                )
-
-
-def _check_saved(folder: Path, embedder: SentenceTransformer) -> None:
-    """Make sure that the tokenizer survived saving, as transformers rebuilds some of them when they are loaded."""
-    from transformers import AutoTokenizer
-
-    loaded = AutoTokenizer.from_pretrained(str(folder))
-    for probe in _PROBES:
-        message = [{"role": "user", "content": probe}]
-        if loaded.apply_chat_template(message) != embedder.tokenizer.apply_chat_template(message):
-            raise LlamoryError(
-                f"This tokenizer can't be exported: once saved and loaded again it reads {probe[:40]!r} differently; "
-                "use a checkpoint with a byte-level BPE or a Llama-2 tokenizer."
-            )
-
-
 def _named(model: str | Path) -> str:
     return PACKAGED if str(model) == "default" else str(model)
-
-
-def _llama_config(name: str) -> Any:
-    """The config of a LLaMA or an adapter of one; None for a Sentence Transformers folder and any other model."""
-    from sentence_transformers.util import is_sentence_transformer_model
-
-    if backbone.adapter_folder(name) is None and is_sentence_transformer_model(name):
-        return None
-    config = _read_config(name)
-    return config if config.model_type == "llama" else None
-
-
-def _check_folder(name: str) -> None:
-    path = Path(name)
-    if backbone.adapter_folder(name) is not None:
-        return
-    if path.is_dir():
-        if not any((path / marker).exists() for marker in ("modules.json", "config.json", "adapter_config.json")):
-            raise LlamoryError(f"{name} holds no model (there is no config.json); give a checkpoint's folder.")
-    elif path.exists():
-        raise LlamoryError(f"{name} is a file; give a checkpoint's folder.")
-    elif path.is_absolute() or name.startswith((".", "~")):
-        raise LlamoryError(f"There is no folder {name}; give the folder of a checkpoint.")
-
-
-def _read_config(name: str) -> Any:
-    from transformers import AutoConfig
-
-    if backbone.adapter_folder(name) is not None:
-        return backbone.load_config(name)
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise LlamoryError(f"{name} can't be loaded as a model: {_first_line(error)}.") from error
-
-
-def _template_of(name: str, config: Any) -> LlaraTemplate:
-    template = LlaraTemplate.from_config(config)
-    if template is None:
-        raise LlamoryError(
-            f"{name} is a plain LLaMA without a LLARA template in its config; train a retriever from it first with "
-            "`llamory train llara`."
-        )
-    return template
-
-
-def _read_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    if backbone.adapter_folder(name) is not None:
-        return backbone.load_tokenizer(name)
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise LlamoryError(f"The tokenizer of {name} can't be loaded: {_first_line(error)}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _template(embedder: SentenceTransformer) -> LlaraTemplate | None:
