@@ -87,10 +87,10 @@ def main() -> None:
     }
     names = dict(zip(slot_tokens(template.slots), template.summarize_slot_ids + template.predict_slot_ids, strict=True))
     base = backbone.load_config(options.base).to_dict()
-    own = {key: value for key, value in config.items() if base.get(key) != value and not key.startswith("_")}
-    own |= {key: config[key] for key in ("model_type", "vocab_size", "max_position_embeddings")}
-    for file, content in (("adapter_config", adapter), ("added_tokens", names), ("config", {**base, **own})):
-        content.pop("auto_map", None)
+    # What begins with an underscore are places on this machine.
+    own = {key: value for key, value in (base | config).items() if not key.startswith("_") and key != "auto_map"}
+    own |= {"architectures": ["LlamaForCausalLM"]}
+    for file, content in (("adapter_config", adapter), ("added_tokens", names), ("config", own)):
         (output / f"{file}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     size = sum(file.stat().st_size for file in output.iterdir())
     sys.stdout.write(f"{output}: rank {rank}, {size / 1e6:.1f} MB\n")

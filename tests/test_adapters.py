@@ -109,3 +109,24 @@ def test_the_packaged_reader_is_small_and_fits_the_default_model():
     assert len(tensors) == 30 * 4 * 2 and (folder / "README.md").is_file()
     shapes = {name.rpartition("layers.29.self_attn.")[2]: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert shapes["q_proj.lora_A.weight"] == (8, 576) and shapes["k_proj.lora_B.weight"] == (192, 8)
+
+
+def test_the_packaged_retriever_is_small_and_brings_its_slots():
+    folder = backbone.adapter_folder("retriever")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert config["base_model_name_or_path"] == "default"
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 14e6
+    rows = [tensor for name, tensor in tensors.items() if "lora_" not in name]
+    assert [tuple(tensor.shape) for tensor in rows] == [(16, 576)] and (folder / "README.md").is_file()
+    assert sorted(json.loads((folder / "added_tokens.json").read_text()).values()) == list(range(49152, 49168))
+    own = json.loads((folder / "config.json").read_text())
+    assert own["vocab_size"] == 49168 and own["llara"]["query_prompt"] == "summary"
+
+
+@pytest.mark.parametrize("name", backbone.ADAPTERS)
+def test_packaged_adapters_name_no_place_on_a_machine(name):
+    folder = backbone.adapter_folder(name)
+    for file in folder.glob("*.json"):
+        assert not any(key.startswith("_") for key in json.loads(file.read_text()))

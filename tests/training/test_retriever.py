@@ -276,7 +276,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings, llara_folder, tmp_pat
 # ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["retriever_paper", "retriever_cpu"])
+@pytest.mark.parametrize("recipe", ["retriever_paper", "retriever_cpu", "default_tuned"])
 def test_recipes_hold_settings_that_can_be(recipe, tmp_path):
     file = Path(__file__).parents[2] / "recipes" / f"{recipe}.yaml"
     read = read_settings(RetrieverSettings, file, {"data": ["x"], "output": str(tmp_path), "cpu": True})
