@@ -129,7 +129,7 @@ def test_index_reports_what_it_did(llamory, calls: list[tuple]) -> None:
     assert ran == (0, SUMMARY, "reading ...\n")
     unset = {"passage_length": None, "text_field": "text", "strict": False, "wait": True}
     unset |= {"engine": "local", "ray_address": None}
-    assert calls == [("library", "lib", {"model": None, "bf16": False}), ("add", [Path("a.md"), Path("c")], unset)]
+    assert calls == [("library", "lib", {"model": "default", "bf16": False}), ("add", [Path("a.md"), Path("c")], unset)]
 
 
 def test_index_lists_what_could_not_be_read(llamory, calls: list[tuple]) -> None:
