@@ -3,7 +3,7 @@
     python recipes/check_apart.py TRAINED.jsonl [TRAINED.jsonl ...] --apart SET [--apart ...]
 
 Every string of TRAINED's JSON lines is compared with every document and query of each SET (a BEIR folder): equal words,
-or half of the shorter text's runs of five words in common. Gives the number of each, and exit code 1 if there is one.
+or half of the shorter text's runs of five words in common. Gives their number, and exit code 1 if there is one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from llamory.evaluation.sets import NearCopies, words
+from llamory.evaluation.sets import Judged
 
 
 def strings(value: object) -> Iterator[str]:
@@ -41,15 +41,10 @@ def main() -> int:
             trained.update(dict.fromkeys(strings(json.loads(line))))
     wrong = 0
     for folder in options.apart:
-        documents, queries = NearCopies(), set()
-        for line in (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines():
-            documents.add(json.loads(line)["text"])
-        for line in (folder / "queries.jsonl").read_text(encoding="utf-8").splitlines():
-            queries.add(" ".join(words(json.loads(line)["text"])))
-        near = sum(documents.near(text) for text in trained)
-        asked = sum(" ".join(words(text)) in queries for text in trained)
-        wrong += near + asked
-        told = f"of {len(trained):,} texts {near} are near one of its documents, {asked} are one of its queries"
+        judged = Judged([folder])
+        found = sum(judged.holds(text) for text in trained)
+        wrong += found
+        told = f"of {len(trained):,} texts {found} are one of its queries or documents, or near one of its documents"
         sys.stdout.write(f"{folder}: {told}\n")
     return 1 if wrong else 0
 

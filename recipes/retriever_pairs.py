@@ -20,7 +20,7 @@ from pathlib import Path
 import sentencex
 
 from llamory.documents import find_files, read_documents
-from llamory.evaluation.sets import NearCopies, words
+from llamory.evaluation.sets import Judged, words
 from llamory.training.pairs import load_pairs
 
 AROUND = 80  # words that a sentence is taken out of
@@ -51,12 +51,7 @@ def main() -> None:
     parser.add_argument("--texts", nargs=2, action="append", default=[], metavar=("DOCUMENTS", "COUNT"))
     parser.add_argument("--apart", type=Path, action="append", default=[], metavar="SET")
     options = parser.parse_args()
-    chance, judged, asked = random.Random(SEED), NearCopies(), set()
-    for folder in options.apart:
-        for line in (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines():
-            judged.add(json.loads(line)["text"])
-        for line in (folder / "queries.jsonl").read_text(encoding="utf-8").splitlines():
-            asked.add(" ".join(words(json.loads(line)["text"])))
+    chance, judged = random.Random(SEED), Judged(options.apart)
     sources: list[tuple[str, list[tuple[str, str]], int]] = []
     for name, split, count in options.sets:
         examples = load_pairs([name], split=split).examples
@@ -71,7 +66,7 @@ def main() -> None:
         for query, text in pairs:
             if len(taken) == wanted:
                 break
-            if judged.near(text) or judged.near(query) or " ".join(words(query)) in asked:
+            if judged.holds(text) or judged.holds(query):
                 near += 1
             else:
                 taken.append((query, text))

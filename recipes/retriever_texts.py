@@ -22,7 +22,7 @@ from pathlib import Path
 import sentencex
 
 from llamory.documents import find_files, read_documents
-from llamory.evaluation.sets import NearCopies, words
+from llamory.evaluation.sets import Judged, words
 
 LONG = 70  # words of a long piece, and of what follows
 LEAST = 4  # words of a piece
@@ -83,12 +83,7 @@ def main() -> None:
     parser.add_argument("--apart", type=Path, action="append", default=[], metavar="SET")
     parser.add_argument("--examples", type=int, default=40_000)
     options = parser.parse_args()
-    chance, judged, asked = random.Random(SEED), NearCopies(), set()
-    for folder in options.apart:
-        for line in (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines():
-            judged.add(json.loads(line)["text"])
-        for line in (folder / "queries.jsonl").read_text(encoding="utf-8").splitlines():
-            asked.add(" ".join(words(json.loads(line)["text"])))
+    chance, judged = random.Random(SEED), Judged(options.apart)
     found = []
     for name, share in options.sources:
         wanted = int(options.examples * float(share))
@@ -102,7 +97,7 @@ def main() -> None:
             made = example(text, code=code, chance=chance)
             if made is None:
                 continue
-            if any(judged.near(part) or " ".join(words(part)) in asked for part in (text, *set(made.values()))):
+            if any(judged.holds(part) for part in (text, *set(made.values()))):
                 near += 1
             else:
                 taken.append(made)

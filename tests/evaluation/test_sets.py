@@ -1,5 +1,6 @@
 """The parts of a set are fixed by content, share nothing, and are written as BEIR folders."""
 
+import json
 import random
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.beir import read_beir
-from llamory.evaluation.sets import Pair, split_pairs, write_set
+from llamory.evaluation.sets import Judged, Pair, split_pairs, write_set
 
 
 def text(seed: int, count: int = 30) -> str:
@@ -104,3 +105,15 @@ def test_a_used_folder_and_too_few_pairs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LlamoryError, match="too few pairs"):
         write_set(tmp_path / "new", split_pairs([pair(1)]), "")
     assert not (tmp_path / "new").exists()
+
+
+def test_what_is_judged_with_is_known_again(tmp_path: Path) -> None:
+    write_set(tmp_path / "set", split_pairs([pair(i) for i in range(60)]), "about")
+    judged = Judged([tmp_path / "set" / "test"])
+    for part in ("test", "train"):
+        lines = (tmp_path / "set" / part / "corpus.jsonl").read_text().splitlines()
+        queries = (tmp_path / "set" / part / "queries.jsonl").read_text().splitlines()
+        texts = [json.loads(line)["text"] for line in [*lines, *queries]]
+        # Half of a document's runs are enough, and case is none of a query's words.
+        texts += [" ".join(json.loads(line)["text"].split()[:20]).upper() for line in lines]
+        assert {judged.holds(text) for text in texts} == {part == "test"}

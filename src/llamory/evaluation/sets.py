@@ -17,6 +17,7 @@ from pathlib import Path
 import xxhash
 
 from llamory.documents.beir import CORPUS, JUDGEMENTS, QUERIES
+from llamory.documents.files import read_json_lines, string_entry
 from llamory.errors import LlamoryError
 from llamory.evaluation.records import write_lines
 
@@ -173,6 +174,26 @@ class NearCopies:
         found = set(_runs(text))
         shared = Counter(holder for run in found for holder in self._holders.get(run, ()))
         return any(count >= ALIKE * min(len(found), self._sizes[holder]) for holder, count in shared.items())
+
+
+class Judged:
+    """What sets judge with, to keep it out of training: queries and documents of BEIR folders.
+
+    Args:
+        folders: parts of sets, each with its corpus and queries.
+    """
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        self._documents, self._queries = NearCopies(), set[int]()
+        for folder in folders:
+            for _, text in read_json_lines(folder / CORPUS, lambda entry: string_entry(entry, "text")):
+                self._documents.add(text)
+            for _, text in read_json_lines(folder / QUERIES, lambda entry: string_entry(entry, "text")):
+                self._queries.add(_hash(text))
+
+    def holds(self, text: str) -> bool:
+        """Whether a text is a query, a document or a near copy of a document."""
+        return _hash(text) in self._queries or self._documents.near(text)
 
 
 def _runs(text: str) -> Iterator[int]:
