@@ -27,7 +27,9 @@ def index(
     library: Annotated[str, typer.Option(help="Folder (or object-store address) of the library; made if need be.")],
     model: Annotated[
         str | None,
-        typer.Option(help="Embedding model of a new library.  [default: 'default', the packaged]", show_default=False),
+        typer.Option(
+            help="Embedding model of a new library.  [default: default, the packaged one]", show_default=False
+        ),
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Take the paths out of the library instead.")] = False,
     passage_length: Annotated[

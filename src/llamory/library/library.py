@@ -39,8 +39,8 @@ class Library(Readable):
 
     Args:
         path: where the library is, or will be once something is added.
-        model: the embedding model: a LLARA checkpoint, a Sentence Transformers folder, a hub id, or a loaded model.
-            An existing library knows its own.
+        model: the embedding model: "default" for the packaged one, a LLARA checkpoint, a Sentence Transformers folder,
+            a hub id, or a loaded model. An existing library knows its own.
         device: a torch device for the model; by default the best there is.
         bf16: compute in bfloat16, which is faster and a little less exact.
         reader: the LongLLaMA that reads documents and answers (`ask`, `chat`, `read_ahead`): a folder, `.gguf` file,

@@ -69,7 +69,7 @@ def train_retriever(settings: RetrieverSettings) -> dict[str, Any]:
         teacher = _teacher(settings, train, held_out)
         source = _source(settings, output, write=arguments.process_index == 0)
         embedder = _load(settings, source, arguments.device)
-        _leave_out_padding(embedder, settings, source)
+        _leave_out_padding(embedder, settings)
         if settings.lora:
             _add_adapters(embedder, settings)
         train = train.rewritten(lambda texts: hide_slot_tokens(embedder, texts))
@@ -349,14 +349,15 @@ def _load(settings: RetrieverSettings, source: str, device: torch.device) -> Sen
     return embedder
 
 
-def _leave_out_padding(embedder: SentenceTransformer, settings: RetrieverSettings, source: str) -> None:
+def _leave_out_padding(embedder: SentenceTransformer, settings: RetrieverSettings) -> None:
     """Let a LLARA model compute without padding while it is trained: the same vectors and gradients in less time."""
     if reads_slots(embedder) and settings.attn_implementation != "eager":
-        plain = embedder[0].auto_model
-        flat = NewLlamaModel.from_pretrained(
-            source, dtype=plain.dtype, attn_implementation=settings.attn_implementation
-        )
-        embedder[0].model = flat.to(plain.device)  # type: ignore[arg-type]
+        padded = embedder[0].auto_model
+        with torch.device("meta"):
+            flat = NewLlamaModel(padded.config)
+        flat.load_state_dict(padded.state_dict(), assign=True)
+        flat.rotary_emb = padded.rotary_emb  # its buffers are in no state dict
+        embedder[0].model = flat
 
 
 def _add_adapters(embedder: SentenceTransformer, settings: RetrieverSettings) -> None:

@@ -118,8 +118,8 @@ class RetrieverSettings(AdaptSettings):
     output: str = _required("Folder for checkpoints and the trained model, a Sentence Transformers folder.")
     model: str = _setting(
         "default",
-        "A LLARA checkpoint, a Sentence Transformers folder, or any LLaMA: folder, .gguf file, hub id, or 'default' "
-        "for the packaged SmolLM2-135M.",
+        "A LLARA checkpoint, a Sentence Transformers folder, or any LLaMA: folder, .gguf file, hub id, 'default' for "
+        "the packaged SmolLM2-135M, or 'retriever' for it as it is packaged to embed.",
     )
     eval_data: list[str] = _setting([], "Data of the same kinds whose loss is logged.")
     split: str = _setting("train", "Judgements of BEIR folders that are trained on: qrels/SPLIT.tsv.")
