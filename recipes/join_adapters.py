@@ -1,16 +1,18 @@
 """Makes one small adapter folder of training runs that went on from one another, as the package ships it.
 
-    python recipes/join_adapters.py OUT RUN [RUN ...] [--base MODEL]
+    python recipes/join_adapters.py OUT RUN [RUN ...] [--base MODEL] [--query-prompt PROMPT]
 
-Each RUN is the output of `llamory train llara --lora` or `llamory train retriever --lora`; the first started from the
-base model (the packaged one), each other one from the run before it. The low-rank matrices stand side by side in OUT,
-in bfloat16, so that their sum is applied at once, and the slot tokens' rows are those of the last run. What the
-tokenizer lacks and what the model's config has beyond the base model's is written beside them.
+Each RUN is the output of `llamory train llara --lora` or `llamory train retriever --lora`, or a checkpoint of the first
+(then --query-prompt says what queries get); the first started from the base model (the packaged one), each other one
+from the run before it. The low-rank matrices stand side by side in OUT, in bfloat16, so that their sum is applied at
+once, and the slot tokens' rows are those of the last run. What the tokenizer lacks and what the model's config has
+beyond the base model's is written beside them.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -31,7 +33,7 @@ _ROWS = "embed_tokens.token_adapter.trainable_tokens_delta"
 
 def matrices(run: Path) -> tuple[dict[str, dict[str, Tensor]], Tensor, dict]:
     """A run's matrices per layer, scaled (B holds the scale), its slot rows and its adapter's config."""
-    folder = run / "adapter"
+    folder = run / "adapter" if (run / "adapter").is_dir() else run
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     found: dict[str, dict[str, Tensor]] = {}
     rows = None
@@ -46,12 +48,25 @@ def matrices(run: Path) -> tuple[dict[str, dict[str, Tensor]], Tensor, dict]:
     return found, rows, config
 
 
+def trained_config(run: Path, base: str, slots: int, query_prompt: str) -> LlamaConfig:
+    """The config of a run's model; a checkpoint has none, but what it must be follows from the base model."""
+    if (run / "config.json").is_file():
+        return LlamaConfig.from_pretrained(run)
+    template = LlaraTemplate.from_tokenizer(backbone.load_tokenizer(base), slots)
+    config = backbone.load_config(base)
+    assert isinstance(config, LlamaConfig)
+    config.llara = dataclasses.replace(template, query_prompt=query_prompt).to_dict()
+    config.vocab_size = max(config.vocab_size, 1 + max(template.summarize_slot_ids + template.predict_slot_ids))
+    return config
+
+
 def main() -> None:
     """Write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--base", default="default")
+    parser.add_argument("--query-prompt", choices=["prediction", "summary"], default="prediction")
     options = parser.parse_args()
     output, runs = options.output, options.runs
     parts = [matrices(run) for run in runs]
@@ -69,7 +84,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     kept = {key: value.to(torch.bfloat16).contiguous() for key, value in tensors.items()}
     save_file(kept, output / "adapter_model.safetensors", {"format": "pt"})
-    trained = LlamaConfig.from_pretrained(runs[-1])
+    trained = trained_config(runs[-1], options.base, len(parts[-1][1]) // 2, options.query_prompt)
     config, template = trained.to_dict(), LlaraTemplate.from_config(trained)
     assert template is not None
     slots = sorted(template.summarize_slot_ids + template.predict_slot_ids)

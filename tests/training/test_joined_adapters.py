@@ -51,6 +51,18 @@ def test_a_joined_adapter_embeds_as_the_last_run_does(adapter, tmp_path, model_f
     )
 
 
+def test_a_checkpoint_gives_what_its_run_ended_with(settings, model_folder, tmp_path, monkeypatch):
+    run = Path(train_llara(settings(lora=True, lora_rank=4, steps=6, save_every=3, query_prompt="summary"))["output"])
+    for name, source in (("ended", run), ("checkpoint", run / "checkpoint-6")):
+        words = [str(JOIN), str(tmp_path / name), str(source), "--base", str(model_folder), "--query-prompt", "summary"]
+        monkeypatch.setattr(sys, "argv", words)
+        runpy.run_path(str(JOIN), run_name="__main__")
+    files = {name: (tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("ended", "checkpoint")}
+    assert files["ended"] == files["checkpoint"]
+    one, two = (load_embedder(tmp_path / name, device="cpu").encode_query(TEXTS) for name in files)
+    assert (one == two).all()
+
+
 def test_training_goes_on_from_a_joined_adapter(adapter, settings, retriever_settings, tmp_path):
     folder, run = adapter
     trained = train_retriever(
