@@ -1,12 +1,14 @@
 """Makes one small adapter folder of training runs that went on from one another, as the package ships it.
 
     python recipes/join_adapters.py OUT RUN [RUN ...] [--base MODEL] [--query-prompt PROMPT]
+        [--whiten UNLABELLED.jsonl | --whitening FOLDER]
 
 Each RUN is the output of `llamory train llara --lora` or `llamory train retriever --lora`, or a checkpoint of the first
 (then --query-prompt says what queries get); the first started from the base model (the packaged one), each other one
 from the run before it. The low-rank matrices stand side by side in OUT, in bfloat16, so that their sum is applied at
 once, and the slot tokens' rows are those of the last run. What the tokenizer lacks and what the model's config has
-beyond the base model's is written beside them.
+beyond the base model's is written beside them. Whitening is that of the first RUN, if it has any, or of the folder
+--whitening, as what is trained behind LLARA leaves it as it is; --whiten fits it on passages of LLARA's training text.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from torch.nn.functional import pad
 from transformers import LlamaConfig
 
 from llamory import backbone
+from llamory.llara.retriever import unlabelled_texts, whitening_on
 from llamory.llara.template import LlaraTemplate, slot_tokens
+from llamory.llara.whitening import WHITENING_FILE, Whitening
 
 _MATRIX = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(layers\..*)\.lora_([AB])(?:\.default)?\.weight")
 _ROWS = "embed_tokens.token_adapter.trainable_tokens_delta"
@@ -67,6 +71,8 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--base", default="default")
     parser.add_argument("--query-prompt", choices=["prediction", "summary"], default="prediction")
+    parser.add_argument("--whiten", type=Path)
+    parser.add_argument("--whitening", type=Path)
     options = parser.parse_args()
     output, runs = options.output, options.runs
     parts = [matrices(run) for run in runs]
@@ -107,6 +113,13 @@ def main() -> None:
     own |= {"architectures": ["LlamaForCausalLM"]}
     for file, content in (("adapter_config", adapter), ("added_tokens", names), ("config", own)):
         (output / f"{file}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (output / WHITENING_FILE).unlink(missing_ok=True)
+    if options.whiten is not None:
+        whitening = whitening_on(output, unlabelled_texts(output, options.whiten), device="cpu")
+    else:
+        whitening = Whitening.load(options.whitening or runs[0], config["hidden_size"])
+    if whitening is not None:
+        whitening.save(output, torch.bfloat16)
     size = sum(file.stat().st_size for file in output.iterdir())
     sys.stdout.write(f"{output}: rank {rank}, {size / 1e6:.1f} MB\n")
 

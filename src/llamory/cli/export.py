@@ -18,12 +18,23 @@ def export(
         str | None,
         typer.Option(help="Prompt that queries get: prediction or summary; by default what the model says."),
     ] = None,
+    whiten: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="DOCUMENTS",
+            help="Fit whitening on these files and folders, such as those that will be searched, instead of what the "
+            "model has; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a trained model as a Sentence Transformers folder."""
     with working(quiet=quiet):
-        from llamory.llara.retriever import export_sentence_transformer
+        from llamory.llara.retriever import export_sentence_transformer, unlabelled_texts
 
-        export_sentence_transformer(model, output, max_length=max_length, query_prompt=query_prompt)
-    print_result({"model": model, "output": str(output), "max_length": max_length}, as_json=as_json)
+        texts = unlabelled_texts(model, whiten, max_length=max_length) if whiten else []
+        export_sentence_transformer(model, output, max_length=max_length, query_prompt=query_prompt, whiten_on=texts)
+    result = {"model": model, "output": str(output), "max_length": max_length}
+    print_result(result | ({"whitened_on": len(texts)} if whiten else {}), as_json=as_json)

@@ -147,6 +147,26 @@ def load_examples(
         )
 
 
+def passage_texts(
+    examples: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, number: int, seed: int = 0
+) -> list[str]:
+    """The texts of some examples' passages, drawn at random; of a stream those of the first.
+
+    Args:
+        examples: of `load_examples`.
+        tokenizer: that made them.
+        number: how many, at most.
+        seed: of the draw.
+    """
+    if isinstance(examples, Dataset):
+        examples = examples.shuffle(seed=seed)
+    passages = [
+        [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
+        for row in examples.take(number)
+    ]
+    return tokenizer.batch_decode(passages, clean_up_tokenization_spaces=False)
+
+
 @dataclass(frozen=True)
 class LlaraCollator:
     """Makes one batch of examples.

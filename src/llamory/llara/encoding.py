@@ -80,7 +80,7 @@ class FlatEncoder:
         with torch.inference_mode():
             ids = self._token_ids(texts, task)
             for places in _batches([len(row) for row in ids], self._budget()):
-                parts.append(self._encode([ids[i] for i in places]).float().cpu())
+                parts.append(self._encode([ids[i] for i in places], task).float().cpu())
                 order += places
                 advance(len(places))
             vectors = torch.empty_like(joined := torch.cat(parts)).index_copy(0, torch.tensor(order), joined)
@@ -103,7 +103,7 @@ class FlatEncoder:
                 ids[i] = row[:length] if self._embedder.tokenizer.padding_side == "right" else row[-length:]
         return ids
 
-    def _encode(self, ids: list[Tensor]) -> Tensor:
+    def _encode(self, ids: list[Tensor], task: str) -> Tensor:
         """(texts, dimension) of some texts' ids: the model's part, then the modules after it on the slots alone."""
         device = self._embedder.device
         layout, flat = _layout([len(row) for row in ids], device), torch.cat(ids).to(device)
@@ -113,6 +113,7 @@ class FlatEncoder:
             "token_embeddings": slot_states(self._model, flat, layout, kept).unflatten(0, (len(ids), -1)),
             "input_ids": flat[kept].unflatten(0, (len(ids), -1)),
             "attention_mask": torch.ones(len(ids), self._slots, dtype=torch.long, device=device),
+            "task": task,  # a Router after the pooling asks for it
         }
         for module in list(self._embedder)[1:]:
             features = module(features)

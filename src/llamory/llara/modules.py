@@ -10,6 +10,7 @@ from llamory import backbone
 from llamory.errors import LlamoryError
 from llamory.llara.piecewise import piecewise_tokenizer
 from llamory.llara.template import LlaraTemplate
+from llamory.llara.whitening import Whitening
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -39,6 +40,7 @@ def assemble(
     device: str | None,
     similarity: str = "cosine",
     loading: Mapping[str, Any] | None = None,
+    whitened: bool = True,
 ) -> SentenceTransformer:
     """Load a LLARA checkpoint as Sentence Transformers modules and make sure that they read texts as training did.
 
@@ -48,6 +50,7 @@ def assemble(
         device: a torch device; by default the best there is.
         similarity: name of the similarity function.
         loading: further arguments of `from_pretrained`.
+        whitened: with the whitening that lies beside it, if there is one.
 
     Raises:
         LlamoryError: the model is no LLARA checkpoint, its tokenizer doesn't fit, or the length doesn't.
@@ -99,6 +102,8 @@ def assemble(
         Pooling(config.hidden_size, "mean"),
         Normalize(),
     ]
+    if whitened and (whitening := Whitening.load(adapter or Path(name), config.hidden_size)) is not None:
+        modules += whitening.modules(template.query_prompt)
     return SentenceTransformer(modules=modules, device=device, similarity_fn_name=similarity)  # type: ignore[arg-type]
 
 

@@ -10,12 +10,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from llamory import backbone
 from llamory.errors import LlamoryError
+from llamory.llara.data import Paths, load_examples, passage_texts
+from llamory.llara.encoding import FlatEncoder
 from llamory.llara.modules import (
     DEFAULT_MAX_LENGTH,
     assemble,
@@ -26,7 +31,8 @@ from llamory.llara.modules import (
     template_of,
 )
 from llamory.llara.piecewise import MARKER, query_prompt_line
-from llamory.llara.template import LlaraTemplate, slot_tokens
+from llamory.llara.template import QUERY_PROMPTS, LlaraTemplate, slot_tokens
+from llamory.llara.whitening import Whitening, fit_whitening, reroute, shortened, whitening_router
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -41,6 +47,7 @@ def export_sentence_transformer(
     max_length: int = DEFAULT_MAX_LENGTH,
     similarity: str = "cosine",
     query_prompt: str | None = None,
+    whiten_on: Sequence[str] = (),
 ) -> Path:
     """Write a LLARA checkpoint as a Sentence Transformers folder that loads without llamory.
 
@@ -53,6 +60,8 @@ def export_sentence_transformer(
         max_length: limit in tokens for a text with its prompt; longer texts are cut, the prompt never is.
         similarity: name of the similarity function that the folder declares.
         query_prompt: "prediction" or "summary"; by default what the checkpoint says.
+        whiten_on: texts without labels, of the kind that is to be found, that whitening is fitted on (`whitening_on`);
+            by default it is what lies beside the checkpoint, if there is any.
 
     Returns:
         The output folder.
@@ -63,7 +72,10 @@ def export_sentence_transformer(
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise LlamoryError(f"{output} already exists and isn't an empty folder; choose another output folder.")
-    embedder = assemble(_named(model), max_length, device="cpu", similarity=similarity)
+    whitening = whitening_on(model, whiten_on, max_length=max_length) if whiten_on else None
+    embedder = assemble(_named(model), max_length, device="cpu", similarity=similarity, whitened=not whiten_on)
+    if whitening is not None:
+        embedder.extend(whitening.modules(_template(embedder).query_prompt))  # type: ignore[union-attr]
     if query_prompt is not None:
         set_query_prompt(embedder, query_prompt)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +88,57 @@ def export_sentence_transformer(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return output
+
+
+def unlabelled_texts(
+    model: str | Path, paths: Paths, *, number: int = 1024, max_length: int = DEFAULT_MAX_LENGTH
+) -> list[str]:
+    """Passages of documents, drawn at random, such as `whitening_on` is fitted on.
+
+    Args:
+        model: the LLARA checkpoint, or an adapter of one, that is to read them.
+        paths: files and folders, as for `llamory.llara.data.load_examples`.
+        number: how many, at most.
+        max_length: limit in tokens for a passage with its prompt.
+
+    Raises:
+        LlamoryError: the model is no LLARA checkpoint, or the documents can't be read or have no text.
+    """
+    name = _named(model)
+    template, tokenizer = template_of(name, backbone.load_config(name)), backbone.load_tokenizer(name)
+    prompt = len(template.encode(tokenizer, "", max_length=max_length, predict=False))
+    whole = max_length - prompt + template.overhead()  # an example has both prompts
+    examples = load_examples(paths, tokenizer, template, max_length=whole, skip_broken=True, quiet=True)
+    return passage_texts(examples, tokenizer, number)
+
+
+def whitening_on(
+    model: str | Path, texts: Sequence[str], *, max_length: int | None = None, device: str | None = None
+) -> Whitening:
+    """Fit a checkpoint's whitening on texts without labels: as documents, and their first words as queries.
+
+    Args:
+        model: a LLARA checkpoint or an adapter of one, without what it may have been whitened with before.
+        texts: at least `llamory.llara.whitening.FEWEST`; some hundreds are enough.
+        max_length: limit in tokens for a text with its prompt.
+        device: a torch device; by default the best there is.
+
+    Raises:
+        LlamoryError: the model is no LLARA checkpoint, or there are too few texts.
+    """
+    embedder = assemble(_named(model), max_length, device=device, whitened=False)
+    texts = hide_slot_tokens(embedder, list(texts))
+    documents = _encoded(embedder, texts, "document")
+    queries = {}
+    for prompt in QUERY_PROMPTS:
+        set_query_prompt(embedder, prompt)
+        queries[prompt] = _encoded(embedder, shortened(texts), "query")
+    return fit_whitening(documents, queries)
+
+
+def _encoded(embedder: SentenceTransformer, texts: list[str], task: str) -> Tensor:
+    encoder = FlatEncoder.of(embedder)
+    return torch.as_tensor(embedder.encode(texts, task=task) if encoder is None else encoder.encode(texts, task))
 
 
 def check_embedder(model: str | Path) -> None:
@@ -182,6 +245,8 @@ def set_query_prompt(embedder: SentenceTransformer, query_prompt: str) -> None:
         raise LlamoryError("This model was exported before queries could have another prompt; export it again.")
     embedder[0].config.llara = wanted.to_dict()
     tokenizer.chat_template = query_prompt_line(query_prompt) + written
+    if (router := whitening_router(embedder)) is not None:
+        reroute(router, query_prompt)
 
 
 def reads_slots(embedder: SentenceTransformer) -> bool:

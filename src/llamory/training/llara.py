@@ -14,10 +14,12 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 
 from llamory import backbone
 from llamory.errors import LlamoryError
-from llamory.llara.data import LlaraCollator, load_examples
+from llamory.llara.data import LlaraCollator, load_examples, passage_texts
 from llamory.llara.losses import IGNORED
 from llamory.llara.modeling import PreLlamaModel
+from llamory.llara.retriever import export_sentence_transformer, whitening_on
 from llamory.llara.template import LlaraTemplate
+from llamory.llara.whitening import FEWEST, WHITENING_FILE
 from llamory.training.checkpoints import MarkWhole, prepare_output
 from llamory.training.progress import RichProgress
 from llamory.training.runs import (
@@ -74,7 +76,7 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
         )
     trainer.remove_callback(PrinterCallback)
     run(trainer, checkpoint, progress)
-    return _finish(trainer, settings, tokenizer)
+    return _finish(trainer, settings, tokenizer, train)
 
 
 class LlaraTrainer(Trainer):
@@ -167,6 +169,8 @@ def _check(settings: LlaraSettings) -> None:
     if not settings.losses or (unknown := [name for name in settings.losses if name not in _TARGETS]):
         wrong = f", not {unknown[0]!r}" if settings.losses else ""
         raise LlamoryError(f"losses must name at least one of {', '.join(_TARGETS)}{wrong}.")
+    if settings.whiten and settings.whiten < FEWEST:
+        raise LlamoryError(f"whiten must be 0 or at least {FEWEST} passages, not {settings.whiten}.")
     if settings.streaming and settings.steps is None:
         raise LlamoryError("Streamed data has no known length; set steps too.")
 
@@ -249,8 +253,10 @@ def _with_lora(model: PreLlamaModel, settings: LlaraSettings) -> Any:
     return adapted
 
 
-def _finish(trainer: LlaraTrainer, settings: LlaraSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Save the model and export the embedder."""
+def _finish(
+    trainer: LlaraTrainer, settings: LlaraSettings, tokenizer: PreTrainedTokenizerBase, train: Any
+) -> dict[str, Any]:
+    """Save the model with its whitening, and export the embedder."""
     output = Path(settings.output)
     result = {
         "output": str(output),
@@ -258,9 +264,13 @@ def _finish(trainer: LlaraTrainer, settings: LlaraSettings, tokenizer: PreTraine
         "losses": last_logged(trainer, "loss", *_LOSSES),
     }
     save_finished(trainer, settings, tokenizer, result)
+    if trainer.args.should_save:
+        (output / WHITENING_FILE).unlink(missing_ok=True)  # from an earlier end of the same run
+        if settings.whiten:
+            texts = passage_texts(train, tokenizer, settings.whiten, settings.seed)
+            device = str(trainer.args.device)
+            whitening_on(output, texts, max_length=settings.embed_length, device=device).save(output)
     if settings.export and trainer.args.should_save:
-        from llamory.llara.retriever import export_sentence_transformer
-
         embedder = output / EMBEDDER_FOLDER
         shutil.rmtree(embedder, ignore_errors=True)  # from an earlier end of the same run
         export_sentence_transformer(output, embedder, max_length=settings.embed_length)

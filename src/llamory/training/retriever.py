@@ -25,6 +25,7 @@ from llamory.errors import LlamoryError
 from llamory.llara.modeling import NewLlamaModel
 from llamory.llara.retriever import hide_slot_tokens, load_embedder, reads_slots, save_embedder
 from llamory.llara.template import LlaraTemplate
+from llamory.llara.whitening import Whitening, whitening_router
 from llamory.training.checkpoints import MarkWhole, prepare_output
 from llamory.training.mining import MINED, with_mined
 from llamory.training.pair_batches import POSITIVE, QUERY, DrawnGroups, NoFalseNegatives, negative_columns
@@ -327,6 +328,10 @@ def _write_start(settings: RetrieverSettings, start: Path) -> None:
     shutil.rmtree(start, ignore_errors=True)
     model.save_pretrained(start)
     tokenizer.save_pretrained(start)
+    if (adapter := backbone.adapter_folder(settings.model)) is not None:
+        whitening = Whitening.load(adapter, model.config.hidden_size)
+        if whitening is not None:
+            whitening.save(start)
 
 
 def _load(settings: RetrieverSettings, source: str, device: torch.device) -> SentenceTransformer:
@@ -342,6 +347,8 @@ def _load(settings: RetrieverSettings, source: str, device: torch.device) -> Sen
     for module in embedder:
         if isinstance(module, WordWeights):
             module.requires_grad_(False)  # they pick the slots; the library would train them
+    if reads_slots(embedder) and (router := whitening_router(embedder)) is not None:
+        router.requires_grad_(False)  # it stays as it was fitted
     dimension = embedder.get_embedding_dimension()
     if wrong := [size for size in settings.matryoshka if not 0 < size <= (dimension or size)]:
         raise LlamoryError(f"matryoshka dimensions must be from 1 to the model's {dimension}, not {wrong[0]}.")

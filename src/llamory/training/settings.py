@@ -105,6 +105,7 @@ class LlaraSettings(AdaptSettings):
     eval_fraction: float = _setting(0.0, "Share of the examples that is kept for evaluation.")
     epochs: float = _setting(1.0, "Passes over the data; steps takes precedence.")
     export: bool = _setting(True, "Write a Sentence Transformers folder when training ends.")
+    whiten: int = _setting(0, "Passages that whitening of the embeddings is fitted on when training ends; 0 for none.")
     embed_length: int = _setting(512, "Longest sequence that the exported embedder reads, prompts included.")
 
 

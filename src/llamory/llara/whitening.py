@@ -1,0 +1,161 @@
+"""Whitening: slot embeddings are centred and evened out, so that cosines say how near two texts are.
+
+The hidden states of a language model lie in a narrow cone: a few directions, and what tells short texts from long ones,
+outweigh all else (Ethayarajh 2019, arXiv:1909.00512). Whitening (Su et al. 2021, arXiv:2103.15316) takes out the mean
+and multiplies with the inverse root of the covariance. Here a query and a document have a mean each, as one is short
+and the other long and they may have been read with different prompts, and the inverse root is taken most of the way
+only, which evens directions out without making the noise of the smallest ones loud. It is fitted on texts without any
+label.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llamory.errors import LlamoryError
+from llamory.llara.template import QUERY_PROMPTS
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules.router import Router
+
+WHITENING_FILE = "whitening.safetensors"
+POWER = 0.75  # of the inverse root; 1 would whiten all the way
+SHRINKAGE = 0.1  # of the mean variance is added to each direction's
+QUERY_WORDS = (4, 14)  # a text made short, to stand for a query
+FEWEST = 16  # texts of which a mean and a covariance mean anything
+
+_MATRIX, _DOCUMENT = "matrix", "document_centre"
+
+
+@dataclass(frozen=True, eq=False)
+class Whitening:
+    """What is done to normalised embeddings: their centre is taken out, then they are multiplied with a matrix.
+
+    Attributes:
+        matrix: (dimension, dimension), symmetric.
+        document_centre: (dimension,)
+        query_centres: (dimension,) each, by query prompt.
+    """
+
+    matrix: Tensor
+    document_centre: Tensor
+    query_centres: Mapping[str, Tensor]
+
+    def modules(self, query_prompt: str) -> list[Any]:
+        """The stock modules that do it, to be put behind an embedder's own."""
+        from sentence_transformers.base.modules import Router
+        from sentence_transformers.base.modules.normalize import Normalize
+
+        centres = {f"{prompt}_query": centre for prompt, centre in self.query_centres.items()}
+        routes = {name: [self._dense(centre)] for name, centre in centres.items()}
+        routes["document"] = [self._dense(self.document_centre)]
+        mappings: Any = _mappings(query_prompt)
+        return [Router(routes, default_route="document", route_mappings=mappings), Normalize()]  # type: ignore[arg-type]
+
+    def _dense(self, centre: Tensor) -> Any:
+        from sentence_transformers.base.modules.dense import Dense
+
+        size = len(centre)
+        bias = -self.matrix.float() @ centre.float()
+        return Dense(
+            size, size, activation_function=torch.nn.Identity(), init_weight=self.matrix.float(), init_bias=bias
+        )
+
+    def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write it beside a checkpoint; the matrix in a type of its own."""
+        from safetensors.torch import save_file
+
+        centres = {_centre(prompt): centre for prompt, centre in self.query_centres.items()}
+        tensors = {_MATRIX: self.matrix.to(dtype), _DOCUMENT: self.document_centre, **centres}
+        partial = folder / f".{WHITENING_FILE}"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        partial.replace(folder / WHITENING_FILE)
+
+    @classmethod
+    def load(cls, folder: Path, dimension: int) -> Whitening | None:
+        """Read what lies beside a checkpoint; None if there is none.
+
+        Raises:
+            LlamoryError: it can't be read, or it was made for another model.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        file = folder / WHITENING_FILE
+        if not file.is_file():
+            return None
+        try:
+            tensors = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise LlamoryError(f"{file} can't be read: {error}; fit it again, or remove it.") from error
+        shapes = dict.fromkeys([_DOCUMENT, *map(_centre, QUERY_PROMPTS)], (dimension,))
+        for name, shape in (shapes | {_MATRIX: (dimension, dimension)}).items():
+            if name not in tensors or tensors[name].shape != shape or not tensors[name].isfinite().all():
+                raise LlamoryError(
+                    f"{file} was made for another model than the one beside it, which has {dimension} dimensions: its "
+                    f"{name} doesn't fit; fit it again, or remove it."
+                )
+        centres = {prompt: tensors[_centre(prompt)] for prompt in QUERY_PROMPTS}
+        return cls(tensors[_MATRIX], tensors[_DOCUMENT], centres)
+
+
+def fit_whitening(documents: Tensor, queries: Mapping[str, Tensor]) -> Whitening:
+    """Fit to normalised embeddings of unlabelled texts, computed in float64.
+
+    Args:
+        documents: (texts, dimension) of texts read as documents.
+        queries: (texts, dimension) of short texts read as queries, by query prompt.
+
+    Raises:
+        LlamoryError: there are too few texts.
+    """
+    parts = [documents.double(), *(vectors.double() for vectors in queries.values())]
+    if (fewest := min(map(len, parts))) < FEWEST:
+        raise LlamoryError(f"Whitening needs at least {FEWEST} texts, not {fewest}; add data, or set whiten to 0.")
+    # All parts count alike, whatever their number of texts.
+    covariances = [torch.cov(part.T, correction=0) for part in parts]
+    values, directions = torch.linalg.eigh(torch.stack(covariances).mean(0))
+    scales = (values.clamp(min=0) + SHRINKAGE * values.mean()).pow(-POWER / 2)
+    matrix = directions @ (scales[:, None] * directions.T)
+    return Whitening(
+        matrix=(matrix / matrix.diagonal().mean()).float(),  # cosines don't see the scale; a plain one suits bfloat16
+        document_centre=parts[0].mean(0).float(),
+        query_centres={name: part.mean(0).float() for name, part in zip(queries, parts[1:], strict=True)},
+    )
+
+
+def shortened(texts: Sequence[str], seed: int = 0) -> list[str]:
+    """Of each text some words from its start, as few as a query has."""
+    draw = random.Random(seed)
+    return [" ".join(text.split()[: draw.randint(*QUERY_WORDS)]) for text in texts]
+
+
+def whitening_router(embedder: SentenceTransformer) -> Router | None:
+    """The module of `Whitening.modules` that an embedder has, if it has one."""
+    from sentence_transformers.base.modules import Router
+
+    for module in list(embedder)[1:]:
+        if isinstance(module, Router):
+            return module
+    return None
+
+
+def reroute(router: Router, query_prompt: str) -> None:
+    """Let queries have the centre of another prompt."""
+    router.route_mappings = _mappings(query_prompt)
+
+
+def _mappings(query_prompt: str) -> dict[Any, str]:
+    return {("query", None): f"{query_prompt}_query", ("document", None): "document"}
+
+
+def _centre(prompt: str) -> str:
+    return f"{prompt}_query_centre"
