@@ -1,11 +1,10 @@
-"""How the vectors of LLARA embedders lie, and what whitening them would give: nDCG@10 on a BEIR folder.
+"""What whitening gives LLARA embedders that were trained for longer and longer: nDCG@10 on BEIR folders.
 
-    python benchmarks/whitening.py BEIR MODEL [MODEL ...] --texts UNLABELLED.jsonl [--split dev] [--json FILE]
+    python benchmarks/whitening.py MODEL [MODEL ...] --set BEIR [--set ...] --texts UNLABELLED.jsonl [--json FILE]
 
-Of each model, with the summary and with the prediction prompt for queries: as it is; centred, the mean of the queries
-and that of the documents taken out; whitened with half the power (Su et al. 2021, arXiv:2103.15316, which uses all of
-it), fitted on pieces of LLARA's own training text: the `input` of 256 long ones read as documents and 256 short ones
-read as queries, each about their own mean. Nothing of the set itself goes into the last.
+Of each LLARA checkpoint or adapter, with the summary and with the prediction prompt for queries: its vectors as they
+are; centred, the mean of the set's queries and that of its documents taken out, which nobody has in practice; and
+whitened, fitted on passages of LLARA's training text (llamory.llara.whitening), nothing of the set itself.
 """
 
 from __future__ import annotations
@@ -22,11 +21,9 @@ from llamory.evaluation.judged import RetrievalSet, sample
 from llamory.evaluation.retrieval import score_queries
 from llamory.evaluation.searching import search_vectors
 from llamory.library.embedding import embed_passages, embed_queries
-from llamory.llara.retriever import load_embedder, set_query_prompt
-
-PIECES = 256
-LONG, SHORT = 36, range(4, 15)  # words
-POWER, SHRINKAGE = 0.5, 0.1
+from llamory.llara.retriever import load_embedder, set_query_prompt, unlabelled_texts, whitening_on
+from llamory.llara.template import QUERY_PROMPTS
+from llamory.llara.whitening import whitening_router
 
 
 def ndcg(data: RetrievalSet, queries: np.ndarray, documents: np.ndarray) -> float:
@@ -40,45 +37,51 @@ def ndcg(data: RetrievalSet, queries: np.ndarray, documents: np.ndarray) -> floa
     return float(np.mean([score.values["nDCG@10"] for score in score_queries(data, ranking)]))
 
 
-def whitening(pieces: np.ndarray) -> np.ndarray:
-    """(dimension, dimension) what damps the directions in which centred pieces (pieces, dimension) differ most."""
-    values, directions = np.linalg.eigh(pieces.T @ pieces / len(pieces))
-    scale = (values + SHRINKAGE * values.mean()) ** (-POWER / 2)
-    damped: np.ndarray = directions @ (scale[:, None] * directions.T)
-    return damped
-
-
-def measure(name: str, data: RetrievalSet, texts: list[str], max_length: int) -> dict[str, dict[str, float]]:
-    """All figures of one model, by query prompt."""
+def measure(name: str, sets: dict[str, RetrievalSet], texts: Path, pieces: int, max_length: int) -> dict[str, float]:
+    """All figures of one model, named by set, query prompt and what is done to the vectors."""
     embedder = load_embedder(name, max_length=max_length)
-    long = [text for text in texts if len(text.split()) >= LONG][:PIECES]
-    short = [text for text in texts if len(text.split()) in SHORT][:PIECES]
-    documents, long_vectors = (
-        embed_passages(embedder, each, bf16=True) for each in ([text for _, text in data.read()], long)
-    )
+    if whitening_router(embedder) is not None:
+        del embedder[-1], embedder[-1]
+    whitening = whitening_on(name, unlabelled_texts(name, texts, number=pieces), max_length=max_length)
+    matrix, centre = whitening.matrix.numpy(), whitening.document_centre.numpy()
     found = {}
-    for prompt in ("summary", "prediction"):
-        set_query_prompt(embedder, prompt)
-        queries, short_vectors = (
-            embed_queries(embedder, each, bf16=True) for each in (list(data.queries.values()), short)
-        )
-        of_documents, of_queries = long_vectors.mean(0), short_vectors.mean(0)
-        matrix = whitening(np.concatenate([long_vectors - of_documents, short_vectors - of_queries]))
-        found[prompt] = {
-            "plain": ndcg(data, queries, documents),
-            "centred": ndcg(data, queries - queries.mean(0), documents - documents.mean(0)),
-            "whitened": ndcg(data, (queries - of_queries) @ matrix, (documents - of_documents) @ matrix),
-        }
+    for where, data in sets.items():
+        documents = embed_passages(embedder, [text for _, text in data.read()], bf16=True)
+        for prompt in QUERY_PROMPTS:
+            set_query_prompt(embedder, prompt)
+            queries = embed_queries(embedder, list(data.queries.values()), bf16=True)
+            of_queries = whitening.query_centres[prompt].numpy()
+            ways = {
+                "plain": (queries, documents),
+                "centred": (queries - queries.mean(0), documents - documents.mean(0)),
+                "whitened": ((queries - of_queries) @ matrix, (documents - centre) @ matrix),
+            }
+            found |= {f"{where}, {prompt}, {way}": ndcg(data, *vectors) for way, vectors in ways.items()}
     return found
+
+
+def dev_sets(folders: list[Path], queries: int, documents: int) -> dict[str, RetrievalSet]:
+    """The dev parts of folders of `llamory dataset`, drawn smaller by hash."""
+    return {folder.name: sample(read_beir(folder / "dev", "dev"), queries, documents) for folder in folders}
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """The Markdown of it, a row per model."""
+    heads = list(next(iter(results.values())))
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    lines += [
+        f"| {name} | " + " | ".join(f"{found[head]:.3f}" for head in heads) + " |" for name, found in results.items()
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
     parser.add_argument("models", nargs="+")
+    parser.add_argument("--set", type=Path, action="append", required=True)
     parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--split", default="dev")
+    parser.add_argument("--pieces", type=int, default=512)
     parser.add_argument("--queries", type=int, default=400)
     parser.add_argument("--documents", type=int, default=1000)
     parser.add_argument("--max-length", type=int, default=160)
@@ -86,19 +89,15 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    data = sample(read_beir(options.data, options.split), options.queries, options.documents)
-    texts = [json.loads(line)["input"] for line in options.texts.read_text(encoding="utf-8").splitlines()]
+    sets = dev_sets(options.set, options.queries, options.documents)
     results = {}
     for name in options.models:
-        results[Path(name).name] = found = measure(name, data, texts, options.max_length)
-        told = "; ".join(
-            f"{prompt} {', '.join(f'{way} {value:.3f}' for way, value in ways.items())}"
-            for prompt, ways in found.items()
-        )
-        print(f"{name}: {told}", flush=True)
-    if options.json:
-        settings = {"split": options.split, "queries": options.queries, "documents": options.documents}
-        options.json.write_text(json.dumps(settings | {"models": results}, indent=1) + "\n")
+        results[Path(name).name] = measure(name, sets, options.texts, options.pieces, options.max_length)
+        print(f"{name} measured", flush=True)
+        if options.json:
+            settings = {name: getattr(options, name) for name in ("queries", "documents", "pieces")}
+            options.json.write_text(json.dumps(settings | {"models": results}, indent=1) + "\n")
+    print(table(results))
 
 
 if __name__ == "__main__":
