@@ -200,7 +200,9 @@ def _adapted(model: PreTrainedModel, adapter: Path, dtype: str | torch.dtype | N
 
     with _plain_errors(adapter, "adapter"):
         if (adapter / "config.json").is_file():
-            _extend(model, json.loads((adapter / "config.json").read_text(encoding="utf-8")))
+            if (rows := _load_config(adapter, adapter).vocab_size) > model.config.vocab_size:
+                model.resize_token_embeddings(rows, mean_resizing=False)
+            take_over(model.config, adapter)
         merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.requires_grad_(True)  # peft froze it, and nobody who trains it on would know
     if dtype is None or dtype == "auto":
@@ -208,12 +210,11 @@ def _adapted(model: PreTrainedModel, adapter: Path, dtype: str | torch.dtype | N
     return merged.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
 
 
-def _extend(model: PreTrainedModel, config: dict[str, Any]) -> None:
-    """Give a model the embedding rows and the entries of its config that an adapter's own config has beyond it."""
-    if config["vocab_size"] > model.config.vocab_size:
-        model.resize_token_embeddings(config["vocab_size"], mean_resizing=False)
-    if "llara" in config:
-        model.config.llara = config["llara"]
+def take_over(config: PretrainedConfig, adapter: Path) -> None:
+    """Give a base model's config what an adapter's own has beyond it: how it embeds."""
+    own = json.loads((adapter / "config.json").read_text(encoding="utf-8"))
+    if "llara" in own:
+        config.llara = own["llara"]  # type: ignore[attr-defined]
 
 
 def _load_config(source: str | Path, name: str | Path) -> PretrainedConfig:

@@ -114,10 +114,13 @@ def fingerprint(embedder: SentenceTransformer) -> str:
     """A short hash of all that makes a model's vectors its own: weights, modules and prompts."""
     import torch
 
+    from llamory.sharing import merged
+
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     # Sums of the weights' bits: exact, the same on every device, and as fast as memory can be read.
     sums: dict[str, Any] = {}
-    for name, weight in embedder.state_dict().items():
+    for name, make in merged(embedder, embedder.state_dict().items()):
+        weight = make()
         bits = weight.detach().contiguous().reshape(-1).view(words[weight.element_size()])
         sums[name] = [list(weight.shape), int(bits.sum(dtype=torch.int64))]
     state = {

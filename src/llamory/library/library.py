@@ -288,7 +288,7 @@ class Library(Readable):
                 model = self._require_store().settings.model
             if model == "":
                 raise LlamoryError(f"The library at {self.path} doesn't know where its model is; give the model too.")
-            self._loaded = load_embedder(model, device=self._device) if isinstance(model, str) else model
+            self._loaded = load_embedder(model, device=self._device, shared=True) if isinstance(model, str) else model
         if self._store is not None and not self._checked:
             if fingerprint(self._loaded) != self._store.settings.fingerprint:
                 made_by = self._store.settings.model or "another model"

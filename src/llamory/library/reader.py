@@ -172,6 +172,7 @@ class Reader:
                 last_context_length=settings.last_context_length,
                 device=device,
                 bf16=bf16,
+                shared=True,
             )
         self.name = noted_name(name) if name else name
         self.tokenizer = load_tokenizer(name) if settings.tokenizer is None else settings.tokenizer

@@ -11,6 +11,7 @@ from llamory.errors import LlamoryError
 from llamory.llara.piecewise import piecewise_tokenizer
 from llamory.llara.template import LlaraTemplate
 from llamory.llara.whitening import Whitening
+from llamory.sharing import load_shared
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -41,6 +42,7 @@ def assemble(
     similarity: str = "cosine",
     loading: Mapping[str, Any] | None = None,
     whitened: bool = True,
+    shared: bool = False,
 ) -> SentenceTransformer:
     """Load a LLARA checkpoint as Sentence Transformers modules and make sure that they read texts as training did.
 
@@ -51,6 +53,7 @@ def assemble(
         similarity: name of the similarity function.
         loading: further arguments of `from_pretrained`.
         whitened: with the whitening that lies beside it, if there is one.
+        shared: of an adapter, with the base model's weights that are in RAM already (`llamory.sharing`), in float32.
 
     Raises:
         LlamoryError: the model is no LLARA checkpoint, its tokenizer doesn't fit, or the length doesn't.
@@ -89,7 +92,7 @@ def assemble(
         unpad_inputs=False,  # WordWeights reads the attention mask, which unpadded batches don't have
     )
     if adapter is not None:
-        transformer.model = backbone.load_model(name, **dict(loading or {})).model
+        transformer.model = _adapted(name, shared, device, dict(loading or {}))
     transformer.processor = exported
     transformer.input_formatter = InputFormatter("llama", message_format="flat", processor=exported)
     transformer.input_formatter.supported_modalities = list(transformer.modality_config)
@@ -105,6 +108,15 @@ def assemble(
     if whitened and (whitening := Whitening.load(adapter or Path(name), config.hidden_size)) is not None:
         modules += whitening.modules(template.query_prompt)
     return SentenceTransformer(modules=modules, device=device, similarity_fn_name=similarity)  # type: ignore[arg-type]
+
+
+def _adapted(name: str, shared: bool, device: str | None, loading: dict[str, Any]) -> Any:
+    if not shared:
+        return backbone.load_model(name, **loading).model
+    from sentence_transformers.util import get_device_name
+
+    loading.pop("dtype", None)
+    return load_shared(name, device=device or get_device_name(), **loading).model
 
 
 def _word_weights(

@@ -159,6 +159,7 @@ def load_embedder(
     max_length: int | None = None,
     device: str | None = None,
     query_prompt: str | None = None,
+    shared: bool = False,
     **loading: Any,
 ) -> SentenceTransformer:
     """Load a model that turns texts into vectors.
@@ -170,25 +171,27 @@ def load_embedder(
             read, if that is less), else what the folder says.
         device: a torch device; by default the best there is.
         query_prompt: of a LLARA model, "prediction" or "summary"; by default what the model says.
+        shared: of an adapter in float32, with the base model's weights that another model has that was loaded so (see
+            `llamory.sharing`): less memory, embedding takes a little longer, and it can't be trained.
         loading: further arguments of `from_pretrained`, such as `dtype` and `attn_implementation`.
 
     Raises:
         LlamoryError: there is no such model, it is a LLaMA that wasn't trained to embed, or it has no such prompt.
     """
-    embedder = _load_embedder(_named(model), max_length, device, loading)
+    embedder = _load_embedder(_named(model), max_length, device, loading, shared=shared)
     if query_prompt is not None:
         set_query_prompt(embedder, query_prompt)
     return embedder
 
 
 def _load_embedder(
-    name: str, max_length: int | None, device: str | None, loading: Mapping[str, Any]
+    name: str, max_length: int | None, device: str | None, loading: Mapping[str, Any], *, shared: bool
 ) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
     check_folder(name)
     if llama_config(name) is not None:
-        return assemble(name, max_length, device=device, loading=loading)
+        return assemble(name, max_length, device=device, loading=loading, shared=shared)
     try:
         embedder = SentenceTransformer(name, device=device, model_kwargs=dict(loading))
     except (OSError, ValueError) as error:

@@ -10,6 +10,8 @@ import torch
 import xxhash
 from torch import nn
 
+from llamory.sharing import merged
+
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 _PART = 1 << 22
 
@@ -17,11 +19,11 @@ _PART = 1 << 22
 def fingerprint(model: nn.Module) -> str:
     """The fingerprint of a LongLLaMA model: of its weights, as bfloat16, and of how it makes memory keys.
 
-    Loading the same weights as float32 or as bfloat16 gives the same fingerprint; an adapter gives another one. The
-    weights are read once, and again only if they have changed.
+    Loading the same weights as float32 or as bfloat16 gives the same fingerprint; an adapter gives another one, the
+    same one whether it is merged into the weights or beside them. The weights are read once, and again only if they
+    have changed.
     """
-    parameters = sorted(model.named_parameters(), key=lambda item: item[0])
-    versions = tuple((name, parameter.data_ptr(), parameter._version) for name, parameter in parameters)
+    versions = tuple((name, parameter.data_ptr(), parameter._version) for name, parameter in model.named_parameters())
     config: Any = model.config
     made = [config.mem_positionals, config.rope_parameters, list(config.mem_layers), config.max_position_embeddings]
     state = (versions, json.dumps(made, default=str))
@@ -29,7 +31,8 @@ def fingerprint(model: nn.Module) -> str:
     if known is not None and known[0] == state:
         return known[1]
     digest = xxhash.xxh3_128(json.dumps(made, default=str, sort_keys=True).encode())
-    for name, parameter in parameters:
+    for name, make in sorted(merged(model, model.named_parameters()), key=lambda item: item[0]):
+        parameter = make()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
         for start in range(0, len(flat), _PART):

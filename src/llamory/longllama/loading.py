@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from llamory import backbone
 from llamory.errors import LlamoryError
 from llamory.longllama.causal import LongLlamaForCausalLM
 from llamory.longllama.configuration import LongLlamaConfig
+from llamory.sharing import load_shared
 
 # A model that wasn't trained for memory finds what it read best with memory in all layers but the first few, and with
 # windows well within its context (SmolLM2-135M: layers 5 to 29 of 30, 512 tokens).
@@ -30,6 +32,7 @@ def load_long_model(
     mem_dtype: str | None = None,
     dtype: Any = None,
     device: str | None = None,
+    shared: bool = False,
     **kwargs: Any,
 ) -> LongLlamaForCausalLM:
     """Load a LongLLaMA, or any LLaMA with memory in some of its layers, in evaluation mode.
@@ -46,6 +49,8 @@ def load_long_model(
         mem_dtype: how memory is kept.
         dtype: of the weights.
         device: where the model goes.
+        shared: in float32, with the base model's weights that another model has that was loaded so (`llamory.sharing`);
+            in any other type it makes no difference.
         kwargs: passed to `from_pretrained`.
 
     Raises:
@@ -76,7 +81,10 @@ def load_long_model(
     if window is not None and isinstance(config, LongLlamaConfig):
         # A shorter window, asked for alone, brings a last window that fits.
         settings.setdefault("last_context_length", min(window, config.last_context_length or window))
-    model = backbone.load_model(name, LongLlamaForCausalLM, dtype=dtype, **settings, **kwargs)
+    if shared and dtype in (None, "float32", torch.float32):
+        model = load_shared(name, LongLlamaForCausalLM, device=device, **settings, **kwargs)
+    else:
+        model = backbone.load_model(name, LongLlamaForCausalLM, dtype=dtype, **settings, **kwargs)
     assert isinstance(model, LongLlamaForCausalLM)
     return (model.to(device) if device else model).eval()
 
