@@ -1,0 +1,131 @@
+"""Which layers find things in memory: the loss of a hidden answer's tokens, with memory in some of a model's layers.
+
+    python benchmarks/memory_layers.py TEXTS [--model default] [--tokens 3000] [--most 8] [--json FILE]
+
+Prompts of several kinds hide a needle in TEXTS (files, folders) or in the published filler. All but their ends are read
+once, in windows that don't see one another, into a memory of all layers. Then each set of layers reads only the ends
+and the answers: first each layer alone and all but each, then sets that grow by the layer that lowers the loss most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import logging
+
+from llamory.backbone import load_tokenizer
+from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, Haystack, read_haystack
+from llamory.evaluation.passkey import Needle, build_prompt
+from llamory.longllama import LongLlamaForCausalLM
+from llamory.longllama.cache import LongLlamaCache
+from llamory.longllama.loading import load_long_model
+from llamory.memory import MemoryBank
+
+NEEDLES = (
+    Needle(),
+    Needle("The secret code of the harbour office is {key}."),
+    Needle(
+        "Maria's locker at the station has the number {key}.", "Which number does Maria's locker have? It is number"
+    ),
+)
+LOCAL = 48  # tokens at a prompt's end that aren't in memory
+
+
+@dataclass
+class Hidden:
+    """A prompt whose first part is in memory."""
+
+    memory: MemoryBank
+    ids: torch.Tensor  # (1, end of the prompt and answer)
+    answer: int  # tokens of the answer
+
+
+def hide(model: LongLlamaForCausalLM, tokenizer: object, prompt: list[int], answer: list[int]) -> Hidden:
+    """Read a prompt's windows, each by itself."""
+    memory = model.new_memory()
+    read, window = prompt[:-LOCAL], model.config.max_position_embeddings
+    for start in range(0, len(read), window):
+        model.read(read[start : start + window], memory, segment=str(start))
+    return Hidden(memory, torch.tensor([prompt[-LOCAL:] + answer]), len(answer))
+
+
+@torch.no_grad()
+def loss(model: LongLlamaForCausalLM, hidden: list[Hidden], layers: list[int]) -> tuple[float, float]:
+    """Mean loss of the answers' tokens, and the share of them that the model would have said."""
+    config, losses, right = model.config, [], []
+    config.mem_layers = sorted(layers)
+    for each in hidden:
+        bank = MemoryBank(sorted(layers), config.num_key_value_heads, config.head_dim, dtype=each.memory.dtype)
+        for layer in layers:
+            bank.append(layer, each.memory.keys(layer), each.memory.values(layer), "prompt")
+        cache = LongLlamaCache(config, bank)
+        logits = model(each.ids, past_key_values=cache, logits_to_keep=each.answer + 1).logits[0, :-1].float()
+        wanted = each.ids[0, -each.answer :]
+        losses.append(torch.nn.functional.cross_entropy(logits, wanted, reduction="none"))
+        right.append(logits.argmax(-1) == wanted)
+    return float(torch.cat(losses).mean()), float(torch.cat(right).float().mean())
+
+
+def prompts(
+    tokenizer: object, haystacks: list[Haystack], tokens: int, number: int
+) -> list[tuple[list[int], list[int]]]:
+    """Prompts of all kinds at depths from start to end, with their answers."""
+    draw, made = random.Random(0), []
+    for haystack in haystacks:
+        for needle in NEEDLES:
+            for i in range(number):
+                key = str(draw.randint(1000, 49999))
+                depth = (i + 0.5) / number
+                prompt = build_prompt(tokenizer, tokens, depth, key, needle=needle, haystack=haystack)  # type: ignore[arg-type]
+                made.append((prompt.input_ids, tokenizer(f" {key}", add_special_tokens=False)["input_ids"]))  # type: ignore[operator]
+    return made
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--model", default="default")
+    parser.add_argument("--tokens", type=int, default=3000)
+    parser.add_argument("--prompts", type=int, default=3, help="of each kind")
+    parser.add_argument("--most", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    tokenizer = load_tokenizer(options.model)
+    count = load_long_model(options.model, mem_layers=[0]).config.num_hidden_layers
+    model = load_long_model(options.model, mem_layers=list(range(count)), context_length=512)
+    haystacks = [PUBLISHED_HAYSTACK, read_haystack(options.texts, 2 * options.tokens)]
+    made = prompts(tokenizer, haystacks, options.tokens, options.prompts)
+    hidden = [hide(model, tokenizer, *each) for each in made]
+    everything = list(range(count))
+    result = {"model": options.model, "tokens": options.tokens, "prompts": len(hidden), "sets": []}
+
+    def measured(layers: list[int]) -> float:
+        value, share = loss(model, hidden, layers)
+        result["sets"].append({"layers": layers, "loss": value, "right": share})  # type: ignore[union-attr]
+        sys.stdout.write(f"{layers}: loss {value:.3f}, right {share:.2f}\n")
+        sys.stdout.flush()
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return value
+
+    measured(everything)
+    for layer in everything:
+        measured([each for each in everything if each != layer])
+    chosen: list[int] = []
+    while len(chosen) < options.most:
+        losses = {layer: measured([*chosen, layer]) for layer in everything if layer not in chosen}
+        chosen.append(min(losses, key=losses.__getitem__))
+        sys.stdout.write(f"chosen: {chosen}\n")
+
+
+if __name__ == "__main__":
+    main()
