@@ -3,7 +3,8 @@
     python benchmarks/retrieval.py OUT SET [SET ...] --model NAME=MODEL [...] --mean-pooling NAME=MODEL [...]
 
 Each SET is a folder of `llamory dataset`, whose test part is asked; a MODEL is what `llamory eval retrieval` takes, and
-what it measures is kept in OUT/SET.json. A second run measures only what is new, so the table can grow.
+what it measures is kept in OUT/SET.json. A second run measures only what is new, so the table can grow. Of a set with
+fewer queries or documents than asked for all are taken.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ def evaluated(options: argparse.Namespace, data: Path, names: dict[str, str]) ->
     work = options.output / "work" / data.name
     work.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, "-m", "llamory", "eval", "retrieval", str(data / "test"), "--output", str(work), "--bf16"]
-    words += ["--queries", str(options.queries), "--documents", str(options.documents), "--json"]
-    words += ["--max-length", str(options.max_length)]
+    words += ["--max-length", str(options.max_length), "--json"]
+    for flag, file in (("queries", "queries.jsonl"), ("documents", "corpus.jsonl")):
+        there = (data / "test" / file).read_text(encoding="utf-8").count("\n")
+        words += [f"--{flag}", str(min(getattr(options, flag), there))]
     for flag, given in (("--model", options.model), ("--mean-pooling", options.mean_pooling)):
         for entry in given:
             words += [flag, entry.partition("=")[2]]
