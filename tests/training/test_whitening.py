@@ -158,6 +158,9 @@ def test_fine_tuning_goes_through_whitening_and_leaves_it_as_it_is(
 def test_what_does_not_fit_is_refused(trained, settings, tmp_path):
     with pytest.raises(LlamoryError, match="whiten must be 0 or at least 16 passages, not 3"):
         train_llara(settings(output=str(tmp_path / "other"), whiten=3))
+    (tmp_path / "few.txt").write_text("A river runs south.")
+    with pytest.raises(LlamoryError, match="needs at least 16 passages and there are 1; add data"):
+        train_llara(settings(output=str(tmp_path / "other"), data=[str(tmp_path / "few.txt")], whiten=20))
     with pytest.raises(LlamoryError, match="needs at least 16 texts, not 2"):
         whitening_on(trained, ["one", "two"], device="cpu")
     tensors = load_file(trained / WHITENING_FILE)

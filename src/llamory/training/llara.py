@@ -59,6 +59,10 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
     assert template is not None
     with arguments.main_process_first(desc="data"):
         train, evaluation = _data(settings, tokenizer, template)
+    if settings.whiten and not settings.streaming and len(train) < FEWEST:
+        raise LlamoryError(
+            f"Whitening needs at least {FEWEST} passages and there are {len(train)}; add data, or set whiten to 0."
+        )
     if settings.lora:
         model = _with_lora(model, settings)
     progress = RichProgress("LLARA pretraining")
