@@ -19,8 +19,10 @@ class Oracle:
     device = torch.device("cpu")
     dtype = torch.float32
 
-    def __init__(self, tokenizer, sees: int, says: str = " {}. Remember it.") -> None:
-        self.tokenizer, self.sees, self.says = tokenizer, sees, says
+    def __init__(
+        self, tokenizer, sees: int, says: str = " {}. Remember it.", pattern: str = r"(\d+)\D+Remember"
+    ) -> None:
+        self.tokenizer, self.sees, self.says, self.pattern = tokenizer, sees, says, pattern
         self.prompts: list[list[int]] = []
         self.options: list[dict] = []
 
@@ -29,7 +31,7 @@ class Oracle:
         self.prompts.append(input_ids[0].tolist())
         self.options.append(options)
         seen = self.tokenizer.decode(input_ids[0, -self.sees :], skip_special_tokens=True)
-        found = re.search(r"(\d+)\D+Remember", seen)
+        found = re.search(self.pattern, seen)
         answer = self.tokenizer(self.says.format(found.group(1) if found else "0"), add_special_tokens=False)
         new = torch.tensor([answer["input_ids"][: options["max_new_tokens"]]])
         return torch.cat([input_ids, new], dim=1)

@@ -1,6 +1,7 @@
 """The passkey prompt is the published one, of the length and depth asked for, and its answers are judged fairly."""
 
 import random
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.haystack import Haystack
-from llamory.evaluation.passkey import Needle, PasskeyResult, build_prompt, run_passkey, score
+from llamory.evaluation.passkey import Needle, PasskeyResult, build_prompt, run_passkey
+from llamory.evaluation.secrets import KINDS, draw, longest, score
 
 # Written by hand from the published task: five lines, the needle between two runs of the same sentences.
 PUBLISHED = """\
@@ -150,6 +152,45 @@ def test_a_needle_that_cannot_be_asked_for_is_refused(text: str, question: str |
 )
 def test_the_first_number_of_an_answer_must_be_the_whole_key(answer: str, correct: bool, digits: float) -> None:
     assert score(answer, "40123") == (correct, digits)
+
+
+@pytest.mark.parametrize(
+    ("answer", "correct", "words"),
+    [
+        (' "the TIRED clerk hid two boats". More', True, 1.0),
+        ("The tired clerk, hid two boats", True, 1.0),
+        ("The tired clerk sold two boats.", False, 5 / 6),
+        ("The tired clerk hid two boatsmen", False, 5 / 6),
+        ("the clerk hid two boats", False, 1 / 6),
+        ("", False, 0.0),
+    ],
+)
+def test_the_first_words_of_an_answer_must_be_the_text(answer: str, correct: bool, words: float) -> None:
+    assert score(answer, "The tired clerk hid two boats.", "sentence") == (correct, pytest.approx(words))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_secrets_of_all_kinds_are_hidden_and_found(kind: str, tokenizer, oracle) -> None:
+    needle = Needle.of(kind)
+    pattern = re.escape(needle.text).replace(re.escape("{key}"), "(.+?)", 1).partition(re.escape("{key}"))[0]
+    model = oracle(sees=500, says=" {}", pattern=pattern)
+    result = run_passkey(model, tokenizer, [450], [0, 1], trials=3, needle=needle)
+    assert result.accuracy == 1
+    keys = [trial.key for cell in result.cells for trial in cell.trials]
+    assert len(set(keys)) == 6
+    assert all(score(key, key, kind) == (True, 1) and len(key) <= len(longest(kind)) for key in keys)
+    assert run_passkey(oracle(sees=20), tokenizer, [450], [0], needle=needle).accuracy == 0
+    drawn = {draw(kind, random.Random(i)) for i in range(300)}
+    assert len(drawn) > 200
+
+
+def test_a_needle_of_ones_own_may_hide_a_name(tokenizer) -> None:
+    needle = Needle.of("name", "The best cook is {key}.")
+    assert needle.asked == "The best cook is"
+    with pytest.raises(LlamoryError, match=r"write \{key\} where the secret name goes"):
+        Needle.of("name", "The best cook.")
+    with pytest.raises(LlamoryError, match="must be one of number, name, date, sentence, not 'colour'"):
+        Needle.of("colour")
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------

@@ -1,11 +1,11 @@
-"""`llamory eval passkey`: hides a number in long prompts and sees whether the model finds it."""
+"""`llamory eval passkey`: hides a number, or another secret, in long prompts and sees whether the model finds it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -46,8 +46,12 @@ def passkey(
         list[Path] | None,
         typer.Option(help="File or folder whose text hides the needle, instead of the published one; repeatable."),
     ] = None,
+    key: Annotated[
+        Literal["number", "name", "date", "sentence"],
+        typer.Option(help="What the secret is; each has its own sentence."),
+    ] = "number",
     needle: Annotated[
-        str | None, typer.Option(help="What is hidden instead of the published sentence, with {key} for the number.")
+        str | None, typer.Option(help="What is hidden instead of the usual sentence, with {key} for the secret.")
     ] = None,
     question: Annotated[
         str | None, typer.Option(help="What is asked; of a needle of your own, if not given, its words up to {key}.")
@@ -63,7 +67,8 @@ def passkey(
 ) -> None:
     """Hide a number at some depths of long prompts and see whether the model finds it.
 
-    The published prompts (Mohtashami & Jaggi 2023), or ones of your own text and needle.
+    The published prompts (Mohtashami & Jaggi 2023), or ones with a name, a date or a sentence, or of your own text and
+    needle.
     """
     name = shared.model_name(model_argument, model)
     tokens = shared.entries(lengths, shared.token_count, "--lengths")
@@ -72,17 +77,19 @@ def passkey(
     with working(quiet=quiet):
         from llamory.backbone import load_model, load_tokenizer
         from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, read_haystack
-        from llamory.evaluation.passkey import LARGEST_KEY, Needle, build_prompt, check_depth, run_passkey
+        from llamory.evaluation.passkey import Needle, build_prompt, check_depth, run_passkey
         from llamory.evaluation.reports import PasskeyReport
+        from llamory.evaluation.secrets import longest
 
         for depth in places:
             check_depth(depth)
-        hidden = Needle(question=question) if needle is None else Needle(needle, question)
+        hidden = Needle.of(key, needle, question)
         hay = read_haystack(haystack, max(tokens)) if haystack else PUBLISHED_HAYSTACK
         tokenizer = load_tokenizer(name)
         # The shortest prompt is tried before the model is loaded, which takes longer.
-        build_prompt(tokenizer, min(tokens), places[0], str(LARGEST_KEY), needle=hidden, haystack=hay)
+        build_prompt(tokenizer, min(tokens), places[0], longest(key), needle=hidden, haystack=hay)
         settings = {"model": name, "needle": hidden.text, "question": hidden.asked, "trials": trials, "seed": seed}
+        settings |= {"key": key} if key != "number" else {}
         settings["haystack"] = shared.identity(haystack) if haystack else "published"
         report = PasskeyReport(shared.output_folder(output) / _JSON_FILE, settings)
 

@@ -1,4 +1,4 @@
-"""The passkey task: a number stands somewhere in a long text, and the model is asked for it at the end.
+"""The passkey task: a number, or another secret, stands in a long text, and the model is asked for it at the end.
 
 Published by Mohtashami & Jaggi 2023 (Landmark Attention, arXiv:2305.16300) and used for LongLLaMA (Tworkowski et al.
 2023, arXiv:2307.03170, section 4.2); the default texts are theirs, to the letter.
@@ -7,7 +7,6 @@ Published by Mohtashami & Jaggi 2023 (Landmark Attention, arXiv:2305.16300) and 
 from __future__ import annotations
 
 import random
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, Haystack
+from llamory.evaluation.secrets import KINDS, draw, score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,8 +28,18 @@ TASK = (
 PUBLISHED_NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 PUBLISHED_QUESTION = "What is the pass key? The pass key is"
 KEY_FIELD = "{key}"
-# Keys are drawn from 1 to this one, as published.
-LARGEST_KEY = 49999
+# What is hidden and asked for where the secret isn't a number: these are llamory's own.
+_OTHERS = {
+    "name": (
+        "The guest of honour at the dinner was {key}.",
+        "Who was the guest of honour at the dinner? The guest of honour at the dinner was",
+    ),
+    "date": ("The treaty was signed on {key}.", "When was the treaty signed? The treaty was signed on"),
+    "sentence": (
+        'The note on the door said: "{key}"',
+        'What did the note on the door say? The note on the door said: "',
+    ),
+}
 # Tokens that an answer may have besides the key: enough to see the number end, or for words around it where the
 # question is a whole sentence.
 _SPARE_TOKENS, _SPARE_TOKENS_OF_SENTENCE = 3, 16
@@ -40,27 +50,40 @@ class Needle:
     """What is hidden, and how it is asked for.
 
     Attributes:
-        text: the hidden sentence, with `{key}` where the number goes (as often as wanted).
+        text: the hidden sentence, with `{key}` where the secret goes (as often as wanted).
         question: ends the prompt. None for the published question, or for another text its first words up to the
             key, which the model then completes.
+        kind: what the secret is, one of `llamory.evaluation.secrets.KINDS`.
 
     Raises:
-        LlamoryError: the text has no `{key}`, the question gives it away, or no question can be made of the text.
+        LlamoryError: the text has no `{key}`, the question gives it away, no question can be made of the text, or there
+            is no such kind.
     """
 
     text: str = PUBLISHED_NEEDLE
     question: str | None = None
+    kind: str = "number"
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise LlamoryError(f"A secret must be one of {', '.join(KINDS)}, not {self.kind!r}.")
         if KEY_FIELD not in self.text:
             raise LlamoryError(
-                f"The needle {self.text!r} has no {KEY_FIELD}; write {KEY_FIELD} where the secret number goes."
+                f"The needle {self.text!r} has no {KEY_FIELD}; write {KEY_FIELD} where the secret {self.kind} goes."
             )
         if self.question is not None and (KEY_FIELD in self.question or not self.question.strip()):
             fault = f"holds {KEY_FIELD}, the answer itself" if self.question.strip() else "is empty"
-            raise LlamoryError(f"The question {fault}; ask for the secret number without it.")
+            raise LlamoryError(f"The question {fault}; ask for the secret {self.kind} without it.")
         if not self.asked:
             raise LlamoryError(f"The needle {self.text!r} begins with {KEY_FIELD}; give a question that asks for it.")
+
+    @classmethod
+    def of(cls, kind: str = "number", text: str | None = None, question: str | None = None) -> Needle:
+        """The usual needle of a kind of secret, the published one for numbers, or one with a text of its own."""
+        if text is not None or kind not in _OTHERS:
+            return cls(PUBLISHED_NEEDLE if text is None else text, question, kind)
+        usual, asked = _OTHERS[kind]
+        return cls(usual, asked if question is None else question, kind)
 
     @property
     def asked(self) -> str:
@@ -79,7 +102,7 @@ class Prompt:
     Attributes:
         text: the prompt.
         input_ids: its tokens, with those that the tokenizer puts in front.
-        key: the number to be found.
+        key: the secret to be found.
         sentences: how many sentences of the haystack it has.
     """
 
@@ -104,7 +127,7 @@ def build_prompt(
         tokenizer: the model's; what it puts before a text counts.
         length: tokens.
         depth: where the needle stands, from 0 (before all filler) to 1 (after it).
-        key: the number to hide.
+        key: the secret to hide.
         needle: what is hidden and asked for, the published one if None.
         haystack: the text around it.
 
@@ -161,10 +184,10 @@ class Trial:
     """One prompt and its answer.
 
     Attributes:
-        key: the number that was hidden.
+        key: the secret that was hidden.
         answer: what the model wrote.
-        correct: whether the first number of the answer is the key, whole.
-        digits: share of the key's digits that this number has in their places.
+        correct: whether the answer has it, see `llamory.evaluation.secrets.score`.
+        digits: share of the key's digits (of a text: of its words) that stand in their places.
         tokens: of the prompt.
         seconds: that `generate` took.
     """
@@ -243,13 +266,6 @@ class PasskeyResult:
         self.cells = sorted([*self.cells, cell], key=lambda each: (each.length, each.depth))
 
 
-def score(answer: str, key: str) -> tuple[bool, float]:
-    """Whether the first number in an answer is the key, and the share of the key's digits that it has in place."""
-    found = re.search(r"\d+", answer)
-    number = found.group() if found else ""
-    return number == key, sum(a == b for a, b in zip(number, key, strict=False)) / len(key)
-
-
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
@@ -297,15 +313,16 @@ def run_passkey(
     for depth in depths:
         check_depth(depth)
     result = PasskeyResult() if result is None else result
+    needle = needle or Needle()
     todo = [(length, depth) for length in sorted(set(lengths)) for depth in sorted(set(depths))]
     todo = [place for place in todo if result.cell(*place) is None]
     with CellProgress(title, [length for length, _ in todo], trials) as progress:
         for length, depth in todo:
             done = []
             for number in range(trials):
-                key = str(random.Random(f"{seed}/{length}/{depth}/{number}").randint(1, LARGEST_KEY))
+                key = draw(needle.kind, random.Random(f"{seed}/{length}/{depth}/{number}"))
                 prompt = build_prompt(tokenizer, length, depth, key, needle=needle, haystack=haystack)
-                done.append(_ask(model, tokenizer, prompt, generate or {}))
+                done.append(_ask(model, tokenizer, prompt, needle.kind, generate or {}))
                 progress.advance(length)
             cell = Cell(length, depth, tuple(done))
             result.add(cell)
@@ -316,7 +333,7 @@ def run_passkey(
 
 
 def _ask(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, options: Mapping[str, Any]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, kind: str, options: Mapping[str, Any]
 ) -> Trial:
     input_ids = torch.tensor([prompt.input_ids], device=model.device)
     key_tokens = len(tokenizer(f" {prompt.key}", add_special_tokens=False)["input_ids"])
@@ -332,5 +349,5 @@ def _ask(
     new = output[0, input_ids.shape[1] :].tolist()
     seconds = time.perf_counter() - started
     answer = tokenizer.decode(new, skip_special_tokens=True)
-    correct, digits = score(answer, prompt.key)
+    correct, digits = score(answer, prompt.key, kind)
     return Trial(prompt.key, answer, correct, digits, len(prompt.input_ids), seconds)
