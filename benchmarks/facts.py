@@ -1,0 +1,171 @@
+"""Facts that are stated once in many mounted documents: how many questions about them are answered right.
+
+    python benchmarks/facts.py TEXTS [TEXTS ...] [--model reader] [--documents 100] [--mem-search pages] [--json FILE]
+
+Each document of real text gets one sentence with a number, a name, a date or a sentence in it. Asked for it are the
+reader with the memory of all documents mounted; the stock base model with the right document in its prompt; and the
+stock model with as many documents in its prompt as its context takes. An answer is right if it holds the secret's words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, logging
+
+from llamory.backbone import document_ids, load_model, load_tokenizer
+from llamory.documents import find_files, read_file
+from llamory.evaluation.secrets import draw
+from llamory.longllama.loading import load_long_model
+from llamory.reading.answering import Manner, Speaker
+
+HOUSES = [
+    f"{name} {kind}"
+    for kind in ("House", "Hall", "Lodge")
+    for name in (
+        "Abbotsford Brinkley Carraway Dunmore Elsinore Fairbanks Greystone Hollins Inverness Juniper Kingsley Larkspur "
+        "Marlow Newbury Orchard Primrose Queensway Rosewood Saltmarsh Tamarind Upton Verbena Westbrook Yarrow Zennor "
+        "Ashdown Birchwood Cloverdale Driftwood Edgewater Foxglove Glenmore Hawthorn Ivybridge"
+    ).split()
+]
+WAYS = {
+    "number": ("The archive box of {} carries the number {}.", "Which number does the archive box of {} carry?"),
+    "name": ("The organ of {} was tuned by {}.", "Who tuned the organ of {}?"),
+    "date": ("The roof of {} was repaired on {}.", "When was the roof of {} repaired?"),
+    "sentence": ('The sign at the gate of {} reads: "{}"', "What does the sign at the gate of {} read?"),
+}
+ANSWER_TOKENS = 40
+
+
+@dataclass
+class Case:
+    """A document with a fact in it, and what is asked."""
+
+    text: str
+    question: str
+    key: str
+    kind: str
+
+
+def holds(answer: str, key: str) -> bool:
+    """Whether an answer has a secret's words, one after the other."""
+    found, wanted = (re.findall(r"\w+", text.casefold()) for text in (answer, key))
+    return any(found[i : i + len(wanted)] == wanted for i in range(len(found)))
+
+
+def cases(texts: list[Path], number: int, size: int) -> list[Case]:
+    """Documents of about so many characters, each with a fact of its own."""
+    draw_from, made = random.Random(0), []
+    kinds = list(WAYS)
+    for path in find_files(texts):
+        for document in read_file(path):
+            if len(made) == number:
+                return made
+            paragraphs: list[str] = []
+            for block in document.blocks:
+                if sum(map(len, paragraphs)) < size:
+                    paragraphs.append(block.text[:size])
+            if sum(map(len, paragraphs)) < size // 2:
+                continue
+            kind, house = kinds[len(made) % len(kinds)], HOUSES[len(made)]
+            key = draw(kind, draw_from)
+            stated, asked = WAYS[kind]
+            paragraphs.insert(draw_from.randint(0, len(paragraphs)), stated.format(house, key))
+            made.append(Case("\n\n".join(paragraphs), asked.format(house), key, kind))
+    raise SystemExit(f"{', '.join(map(str, texts))} have only {len(made)} documents of {size // 2} characters.")
+
+
+def with_memory(name: str, asked: list[Case], settings: dict[str, Any]) -> list[str]:
+    """Answers with all documents in memory."""
+    model, tokenizer = load_long_model(name, **settings), load_tokenizer(name)
+    memory = model.new_memory()
+    for number, case in enumerate(asked):
+        model.read(document_ids(case.text, tokenizer), memory, segment=str(number))
+    sys.stdout.write(f"{memory.length():,} tokens in memory\n")
+    speaker, manner = Speaker(model, tokenizer, name), Manner(max_new_tokens=ANSWER_TOKENS)
+    return [
+        speaker.answer(speaker.first_prompt(case.question), model.memory_cache(memory), manner).text for case in asked
+    ]
+
+
+def in_prompt(name: str, asked: list[Case], *, everything: bool) -> list[str]:
+    """Answers of the stock model with the right document in its prompt, or with all that its context takes."""
+    model, tokenizer = load_model(name), load_tokenizer(name)
+    room = model.config.max_position_embeddings - 2 * ANSWER_TOKENS - 100
+    whole = ""
+    if everything:
+        for case in random.Random(1).sample(asked, len(asked)):
+            longer = f"{whole}{case.text}\n\n"
+            if len(tokenizer(longer)["input_ids"]) > room:
+                break
+            whole = longer
+    answers = []
+    cache, known = DynamicCache(), 0
+    for case in asked:
+        messages = [{"role": "user", "content": f"{whole or case.text}\n\n{case.question}"}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, -room:]
+        if everything and not known:
+            known = ids.shape[1] - 80  # what all prompts share is read once
+            with torch.no_grad():
+                model(ids[:, :known], past_key_values=cache, logits_to_keep=1)
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=copy.deepcopy(cache) if known else None,
+            max_new_tokens=ANSWER_TOKENS,
+            do_sample=False,
+        )
+        answers.append(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+    return answers
+
+
+def main() -> None:
+    """Ask, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--model", default="reader")
+    parser.add_argument("--base", default="default")
+    parser.add_argument("--documents", type=int, default=100)
+    parser.add_argument("--characters", type=int, default=4000, help="of a document")
+    parser.add_argument("--mem-search")
+    parser.add_argument("--mem-top-k", type=int)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    asked = cases(options.texts, options.documents, options.characters)
+    settings = {key: value for key in ("mem_search", "mem_top_k") if (value := getattr(options, key)) is not None}
+    answers = {
+        "memory of all documents": with_memory(options.model, asked, settings),
+        "the right document in the prompt": in_prompt(options.base, asked, everything=False),
+        "all that fits in the prompt": in_prompt(options.base, asked, everything=True),
+    }
+    result: dict[str, Any] = {"model": options.model, "base": options.base, "documents": len(asked)}
+    for way, given in answers.items():
+        right = [holds(answer, case.key) for answer, case in zip(given, asked, strict=True)]
+        by_kind = {
+            kind: sum(ok for ok, case in zip(right, asked, strict=True) if case.kind == kind)
+            / sum(case.kind == kind for case in asked)
+            for kind in WAYS
+        }
+        result[way] = {"right": sum(right) / len(right), **by_kind}
+        sys.stdout.write(f"{way}: {result[way]}\n")
+    result["answers"] = [vars(case) | {way: given[i] for way, given in answers.items()} for i, case in enumerate(asked)]
+    for entry in result["answers"]:
+        del entry["text"]
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
