@@ -4,7 +4,7 @@
 
 Each document of real text gets one sentence with a number, a name, a date or a sentence in it. Asked for it are the
 reader with the memory of all documents mounted; the stock base model with the right document in its prompt; and the
-stock model with as many documents in its prompt as its context takes. An answer is right if it holds the secret's words.
+stock model with as many documents in its prompt as its context takes. An answer that holds the secret's words is right.
 """
 
 from __future__ import annotations
