@@ -182,14 +182,24 @@ def test_index_needs_something_to_read(llamory, calls: list[tuple]) -> None:
 def test_export_hands_on_the_model_and_names_the_folder(llamory, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple] = []
 
-    def export(model: str, output: Path, *, max_length: int, query_prompt: str | None) -> None:
-        asked.append((model, output, max_length, query_prompt))
+    def export(model: str, output: Path, *, max_length: int, query_prompt: str | None, whiten_on: list[str]) -> None:
+        asked.append((model, output, max_length, query_prompt, whiten_on))
 
-    monkeypatch.setitem(sys.modules, "llamory.llara.retriever", SimpleNamespace(export_sentence_transformer=export))
+    def texts(model: str, paths: list[Path], *, max_length: int) -> list[str]:
+        return [f"{path} for {model} in {max_length}" for path in paths]
+
+    module = SimpleNamespace(export_sentence_transformer=export, unlabelled_texts=texts)
+    monkeypatch.setitem(sys.modules, "llamory.llara.retriever", module)
     ran = llamory("export", "trained", "--output", "out", "--max-length", "256", "--json")
     assert json.loads(ran.out) == {"model": "trained", "output": "out", "max_length": 256}
     assert llamory("export", "trained", "--output", "out", "--query-prompt", "summary").code == 0
-    assert asked == [("trained", Path("out"), 256, None), ("trained", Path("out"), 512, "summary")]
+    ran = llamory("export", "trained", "--output", "out", "--whiten", "one", "--whiten", "two", "--json")
+    assert json.loads(ran.out)["whitened_on"] == 2
+    assert asked == [
+        ("trained", Path("out"), 256, None, []),
+        ("trained", Path("out"), 512, "summary", []),
+        ("trained", Path("out"), 512, None, ["one for trained in 512", "two for trained in 512"]),
+    ]
 
 
 # ---- train -----------------------------------------------------------------------------------------------------------
