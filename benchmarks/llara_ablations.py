@@ -8,7 +8,6 @@ one didn't reach. Kept in OUT/ablations.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from transformers import logging
 
 from llamory.training.llara import train_llara
 from llamory.training.settings import LlaraSettings
-from whitening import dev_sets, measure, table
+from whitening import arguments, dev_sets, measure, table
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "default_llara.yaml"
 RUNS: dict[str, dict[str, object]] = {
@@ -35,14 +34,9 @@ RUNS: dict[str, dict[str, object]] = {
 
 def main() -> None:
     """Train and measure what is missing, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--set", type=Path, action="append", required=True)
-    parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--pieces", type=int, default=512)
-    parser.add_argument("--queries", type=int, default=400)
-    parser.add_argument("--documents", type=int, default=1000)
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -62,7 +56,7 @@ def main() -> None:
                 **(recipe | changes), data=[str(options.texts)], output=str(folder), resume=folder.exists(), quiet=True
             )
         )
-        results[name] = measure(str(folder), sets, options.texts, options.pieces, 160)
+        results[name] = measure(str(folder), sets, options.texts, options.pieces, options.max_length)
         settings = {name: getattr(options, name) for name in ("steps", "queries", "documents", "pieces")}
         file.write_text(json.dumps(settings | {"runs": results}, indent=1) + "\n", encoding="utf-8")
         sys.stdout.write(f"{name}: {results[name]}\n")

@@ -75,16 +75,22 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+")
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser of what is measured on."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", type=Path, action="append", required=True)
     parser.add_argument("--texts", type=Path, required=True)
     parser.add_argument("--pieces", type=int, default=512)
     parser.add_argument("--queries", type=int, default=400)
     parser.add_argument("--documents", type=int, default=1000)
     parser.add_argument("--max-length", type=int, default=160)
+    return parser
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = arguments(__doc__)
+    parser.add_argument("models", nargs="+")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()

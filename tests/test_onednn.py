@@ -51,6 +51,26 @@ def test_a_module_in_place_of_a_layer_is_called(layers):
         torch.testing.assert_close(onednn.gated(doubled, second, x), F.silu(doubled(x)) * second(x))
 
 
+@pytest.mark.parametrize("kernel", [onednn._KERNEL, None], ids=["kernel", "torch"])
+def test_a_layer_with_matrices_of_low_rank_beside_it(layers, kernel, monkeypatch):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    first, _, x, other = layers
+    model = nn.ModuleDict({"q": first, "k": nn.Linear(6, 10)})
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=6, target_modules=["q"], init_lora_weights=False), model)
+    adapted = model.eval()["q"]
+    monkeypatch.setattr(onednn, "_KERNEL", kernel)
+    down, up = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
+    with torch.inference_mode():
+        expected = F.linear(x, first.weight + 3 * up @ down, first.bias)
+        torch.testing.assert_close(onednn.linear(adapted, x), expected)
+        torch.testing.assert_close(onednn.linear(adapted, x, silu=True, add=other), F.silu(expected) + other)
+        torch.testing.assert_close(onednn.gated(adapted, model["k"], x), F.silu(expected) * model["k"](x))
+        torch.testing.assert_close(onednn.gated(model["k"], adapted, x), F.silu(model["k"](x)) * expected)
+        adapted.enable_adapters(False)
+        torch.testing.assert_close(onednn.linear(adapted, x), F.linear(x, first.weight, first.bias))
+
+
 def test_other_types_and_autocast_take_torchs_way(layers):
     first, second, x, _ = layers
     with torch.inference_mode():

@@ -97,6 +97,25 @@ def test_further_rows_of_an_embedding():
     assert name == "embed.weight" and torch.equal(make(), whole.weight)
 
 
+def test_biases_count_in_what_a_model_would_be_merged():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = nn.ModuleDict({"q": nn.Linear(3, 3), "k": nn.Linear(3, 3, bias=False)})
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inject_adapter_in_model(LoraConfig(r=2, lora_alpha=4, target_modules=["q"], init_lora_weights=False), model)
+    found = {name: make() for name, make in merged(model, model.named_parameters())}
+    assert found.keys() == plain.keys()
+    delta = 2 * model["q"].lora_B["default"].weight @ model["q"].lora_A["default"].weight
+    torch.testing.assert_close(found["q.weight"], plain["q.weight"] + delta)
+    assert torch.equal(found["q.bias"], plain["q.bias"]) and torch.equal(found["k.weight"], plain["k.weight"])
+    assert torch.equal(model["q"].base_layer.weight, plain["q.weight"])
+
+
+def test_a_reader_keeps_the_type_of_its_checkpoint(tmp_path, model_folder):
+    backbone.load_model(model_folder).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert load_long_model(tmp_path, mem_layers=[0], context_length=64, shared=True).dtype == torch.bfloat16
+
+
 def test_an_adapter_that_changes_the_base_models_embeddings_is_refused(tmp_path, model_folder):
     from peft import LoraConfig, get_peft_model
 

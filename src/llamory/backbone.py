@@ -199,10 +199,10 @@ def _adapted(model: PreTrainedModel, adapter: Path, dtype: str | torch.dtype | N
     from peft import PeftModel
 
     with _plain_errors(adapter, "adapter"):
-        if (adapter / "config.json").is_file():
-            if (rows := _load_config(adapter, adapter).vocab_size) > model.config.vocab_size:
-                model.resize_token_embeddings(rows, mean_resizing=False)
-            take_over(model.config, adapter)
+        own = load_config(adapter)
+        if own.vocab_size > model.config.vocab_size:
+            model.resize_token_embeddings(own.vocab_size, mean_resizing=False)
+        take_over(model.config, own)
         merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.requires_grad_(True)  # peft froze it, and nobody who trains it on would know
     if dtype is None or dtype == "auto":
@@ -210,11 +210,10 @@ def _adapted(model: PreTrainedModel, adapter: Path, dtype: str | torch.dtype | N
     return merged.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
 
 
-def take_over(config: PretrainedConfig, adapter: Path) -> None:
+def take_over(config: PretrainedConfig, own: PretrainedConfig) -> None:
     """Give a base model's config what an adapter's own has beyond it: how it embeds."""
-    own = json.loads((adapter / "config.json").read_text(encoding="utf-8"))
-    if "llara" in own:
-        config.llara = own["llara"]  # type: ignore[attr-defined]
+    if hasattr(own, "llara"):
+        config.llara = own.llara  # type: ignore[attr-defined]
 
 
 def _load_config(source: str | Path, name: str | Path) -> PretrainedConfig:

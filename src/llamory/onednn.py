@@ -27,20 +27,12 @@ def linear(layer: Any, x: Tensor, *, silu: bool = False, add: Tensor | None = No
     Returns:
         (N, out); without a gradient where the fast kernel was used.
     """
-    base = getattr(layer, "base_layer", None)
-    if base is not None and _is_fast(base, x) and _is_plain(layer):
-        y = linear(base, x, add=None if silu else add)
-        for name in layer.active_adapters:
-            low: Any = linear(layer.lora_A[name], x)
-            y = torch.addmm(y, low, layer.lora_B[name].weight.T, alpha=layer.scaling[name])
-        y = F.silu(y) if silu else y
-        return y if add is None or not silu else y + add
     if _is_fast(layer, x):
         if add is not None and not silu:
             return _KERNEL.binary(x, add, layer.weight, layer.bias, "add")  # type: ignore[union-attr]
         y = _KERNEL(x, layer.weight, layer.bias, "swish" if silu else "none", [], "")  # type: ignore[misc]
     else:
-        y = layer(x)
+        y = _low_rank(layer, x) if _is_low_rank(layer) else layer(x)
         y = F.silu(y) if silu else y
     return y if add is None else y + add
 
@@ -53,14 +45,20 @@ def gated(gate: Any, up: Any, x: Tensor) -> Tensor:
     return y * linear(up, x)
 
 
-def _is_plain(layer: Any) -> bool:
-    """Whether peft's layer adds products of low rank, and nothing else, to what the base layer gives."""
-    names = getattr(layer, "active_adapters", ())
+def _low_rank(layer: Any, x: Tensor) -> Tensor:
+    """What peft's layer gives: its base layer's output and products of low rank."""
+    y = linear(layer.base_layer, x)
+    for name in layer.active_adapters:
+        y = y + linear(layer.lora_B[name], linear(layer.lora_A[name], x)) * layer.scaling[name]
+    return y
+
+
+def _is_low_rank(layer: Any) -> bool:
+    """Whether a layer is peft's for inference, adding products of low rank to its base layer's output, nothing else."""
     return (
-        not (layer.merged or layer.disable_adapters or layer.training)
-        and all(name in getattr(layer, "lora_A", ()) for name in names)
-        and not any(name in layer.lora_variant for name in names)
-        and all(layer.lora_A[name].weight.dtype == torch.float32 and layer.lora_B[name].bias is None for name in names)
+        hasattr(layer, "lora_A")
+        and not (layer.merged or layer.disable_adapters or layer.training)
+        and all(name in layer.lora_A and name not in layer.lora_variant for name in layer.active_adapters)
     )
 
 

@@ -22,10 +22,9 @@ from llamory.errors import LlamoryError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Parameters of loaded base models, by the model's name, their own and all that they must have in common. A parameter
-# that was changed since isn't the base model's any more, so its version is kept beside it.
+# Parameters of loaded base models, by all that they must have in common: the model's name, their own, type, device,
+# shape and version, as a parameter that was changed or moved since isn't the base model's any more.
 _KEPT: WeakValueDictionary[tuple[Any, ...], nn.Parameter] = WeakValueDictionary()
-_VERSIONS: dict[tuple[Any, ...], int] = {}
 # Of peft's files.
 _PREFIX = "base_model.model."
 _ROWS = "token_adapter.trainable_tokens_delta"
@@ -36,7 +35,7 @@ def load_shared(
 ) -> PreTrainedModel:
     """Load a model in float32 with the very weights that others of the same base have that were loaded like this.
 
-    It can't be trained, as the others would change with it.
+    It can't be trained or moved, as the others would change with it.
 
     Args:
         name: an adapter, or a base model; as for `llamory.backbone.resolve`.
@@ -74,7 +73,9 @@ def merged(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[
         if not name.startswith(inside):
             yield name, lambda tensor=tensor: tensor  # type: ignore[misc]
     for name, module in special.items():
-        yield f"{name}.weight", lambda module=module: _merged_weight(module)  # type: ignore[misc]
+        own = ["weight"] if isinstance(module, ExtendedEmbedding) else dict(_base(module).named_parameters())
+        for part in own:
+            yield f"{name}.{part}", lambda module=module, part=part: _merged(module, part)  # type: ignore[misc]
 
 
 class ExtendedEmbedding(nn.Module):
@@ -102,26 +103,34 @@ class ExtendedEmbedding(nn.Module):
         return torch.where((ids >= size)[..., None], self.rows[(ids - size).clamp(min=0)], known)
 
 
-def _merged_weight(module: nn.Module) -> Tensor:
+def _base(layer: Any) -> nn.Module:
+    base: nn.Module = layer.get_base_layer()
+    return base
+
+
+def _merged(module: nn.Module, part: str) -> Tensor:
     if isinstance(module, ExtendedEmbedding):
         return module.weight
     layer: Any = copy.deepcopy(module)  # the weight below is others' too
     if not layer.merged:
         layer.merge()
-    weight: Tensor = layer.get_base_layer().weight
-    return weight
+    return _base(layer).get_parameter(part)
 
 
 def _share(model: nn.Module, source: str) -> None:
     """Put the parameters of the same base model in place of a model's own, or keep these for those who come later."""
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        key = (source, name, parameter.dtype, str(parameter.device), tuple(parameter.shape))
+        key = _key(source, name, parameter)
         kept = _KEPT.get(key)
-        if kept is not None and kept._version == _VERSIONS[key]:
+        if kept is not None and _key(source, name, kept) == key:
             place, _, own = name.rpartition(".")
             setattr(model.get_submodule(place), own, kept)
         else:
-            _KEPT[key], _VERSIONS[key] = parameter, parameter._version
+            _KEPT[key] = parameter
+
+
+def _key(source: str, name: str, parameter: nn.Parameter) -> tuple[Any, ...]:
+    return source, name, parameter.dtype, parameter.device, parameter.shape, parameter._version
 
 
 def _attach(model: PreTrainedModel, adapter: Path) -> None:
@@ -152,5 +161,4 @@ def _attach(model: PreTrainedModel, adapter: Path) -> None:
         extended: Any = ExtendedEmbedding(embedding, rows.to(embedding.weight.device))
         model.set_input_embeddings(extended)
         model.config.vocab_size = size + len(rows)
-    if (adapter / "config.json").is_file():
-        backbone.take_over(model.config, adapter)
+    backbone.take_over(model.config, backbone.load_config(adapter))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llamory.cli import eval_options as shared
 from llamory.cli.output import Json, Quiet, print_json, working
 from llamory.errors import LlamoryError
+from llamory.evaluation.secrets import Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,10 +47,7 @@ def passkey(
         list[Path] | None,
         typer.Option(help="File or folder whose text hides the needle, instead of the published one; repeatable."),
     ] = None,
-    key: Annotated[
-        Literal["number", "name", "date", "sentence"],
-        typer.Option(help="What the secret is; each has its own sentence."),
-    ] = "number",
+    key: Annotated[Kind, typer.Option(help="What the secret is; each has its own sentence.")] = "number",
     needle: Annotated[
         str | None, typer.Option(help="What is hidden instead of the usual sentence, with {key} for the secret.")
     ] = None,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 # Numbers are drawn from 1 to this one, as published.
 LARGEST_KEY = 49999
-KINDS = ("number", "name", "date", "sentence")
+Kind = Literal["number", "name", "date", "sentence"]
+KINDS: tuple[str, ...] = get_args(Kind)
 
 _FIRST = (
     "Agnes Bernard Celia Dominic Esther Florian Gwen Harald Isobel Jasper Kamila Leopold Miriam Nikolai Ottilie Philip "
@@ -34,7 +36,7 @@ def draw(kind: str, chance: random.Random) -> str:
 
 def longest(kind: str) -> str:
     """A secret that is as long as any, in characters."""
-    return _LONGEST[kind]
+    return _MAKERS[kind](_Longest())
 
 
 def score(answer: str, key: str, kind: str = "number") -> tuple[bool, float]:
@@ -58,6 +60,16 @@ def score(answer: str, key: str, kind: str = "number") -> tuple[bool, float]:
     return right, sum(a == b for a, b in zip(found, wanted, strict=False)) / len(wanted)
 
 
+class _Longest(random.Random):
+    """Chance that always draws the longest."""
+
+    def choice(self, seq: Any) -> Any:
+        return max(seq, key=len)
+
+    def randint(self, a: int, b: int) -> int:  # noqa: ARG002
+        return b
+
+
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
@@ -72,10 +84,4 @@ _MAKERS: dict[str, Callable[[random.Random], str]] = {
     "name": lambda chance: f"{chance.choice(_FIRST)} {chance.choice(_LAST)}",
     "date": lambda chance: f"{chance.randint(1, 28)} {chance.choice(_MONTHS)} {chance.randint(1500, 1999)}",
     "sentence": _sentence,
-}
-_LONGEST = {
-    "number": str(LARGEST_KEY),
-    "name": f"{max(_FIRST, key=len)} {max(_LAST, key=len)}",
-    "date": "28 September 1999",
-    "sentence": "The stubborn violinist borrowed eleven crooked umbrellas.",
 }

@@ -111,10 +111,11 @@ def assemble(
 
 
 def _adapted(name: str, shared: bool, device: str | None, loading: dict[str, Any]) -> Any:
-    if not shared:
-        return backbone.load_model(name, **loading).model
+    import torch
     from sentence_transformers.util import get_device_name
 
+    if not shared or loading.get("dtype") not in (None, "float32", torch.float32):
+        return backbone.load_model(name, **loading).model
     loading.pop("dtype", None)
     return load_shared(name, device=device or get_device_name(), **loading).model
 

@@ -72,10 +72,10 @@ def export_sentence_transformer(
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise LlamoryError(f"{output} already exists and isn't an empty folder; choose another output folder.")
-    whitening = whitening_on(model, whiten_on, max_length=max_length) if whiten_on else None
     embedder = assemble(_named(model), max_length, device="cpu", similarity=similarity, whitened=not whiten_on)
-    if whitening is not None:
-        embedder.extend(whitening.modules(_template(embedder).query_prompt))  # type: ignore[union-attr]
+    if whiten_on:
+        own = embedder[0].config.llara["query_prompt"]
+        embedder.extend(_fitted(embedder, whiten_on).modules(own))
     if query_prompt is not None:
         set_query_prompt(embedder, query_prompt)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -126,13 +126,17 @@ def whitening_on(
     Raises:
         LlamoryError: the model is no LLARA checkpoint, or there are too few texts.
     """
-    embedder = assemble(_named(model), max_length, device=device, whitened=False)
+    return _fitted(assemble(_named(model), max_length, device=device, whitened=False), texts)
+
+
+def _fitted(embedder: SentenceTransformer, texts: Sequence[str]) -> Whitening:
     texts = hide_slot_tokens(embedder, list(texts))
-    documents = _encoded(embedder, texts, "document")
+    documents, own = _encoded(embedder, texts, "document"), query_prompt(embedder)
     queries = {}
     for prompt in QUERY_PROMPTS:
         set_query_prompt(embedder, prompt)
         queries[prompt] = _encoded(embedder, shortened(texts), "query")
+    set_query_prompt(embedder, str(own))
     return fit_whitening(documents, queries)
 
 

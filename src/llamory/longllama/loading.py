@@ -81,6 +81,8 @@ def load_long_model(
     if window is not None and isinstance(config, LongLlamaConfig):
         # A shorter window, asked for alone, brings a last window that fits.
         settings.setdefault("last_context_length", min(window, config.last_context_length or window))
+    if dtype is None and backbone.adapter_folder(name) is None:
+        dtype = config.dtype
     if shared and dtype in (None, "float32", torch.float32):
         model = load_shared(name, LongLlamaForCausalLM, device=device, **settings, **kwargs)
     else:
