@@ -1,10 +1,12 @@
-"""Writes documents of real text with facts hidden in it, and questions about them at the end: FoT's warming up.
+"""Writes documents of real text with facts hidden in it, and questions about them further on: FoT's warming up.
 
-    python recipes/hidden_facts.py FACTS.jsonl --texts DOCUMENTS [--texts ...] [--documents 2000]
+    python recipes/hidden_facts.py FACTS.jsonl --texts DOCUMENTS [--texts ...] [--documents 200]
+    python recipes/hidden_facts.py CHATS.jsonl --texts DOCUMENTS [--texts ...] [--documents 2000] --chat
 
 What stands between the facts is the text of DOCUMENTS, in order. A fact is a number, a date, a name, a word or a
-sentence that belongs to something or somebody; it is stated in one of several ways and asked for in another. The
-passkey task's own words don't occur.
+sentence that belongs to something or somebody; it is stated in one of several ways and asked for in another, 600 to
+6,500 characters further on: most often out of a row of 512 tokens, and within the three rows before it. The passkey
+task's own words don't occur.
 """
 
 from __future__ import annotations
@@ -14,11 +16,18 @@ import json
 import random
 import sys
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from llamory.documents import find_files, read_file
 
-BODY, FACTS = 7_000, (12, 24)  # characters of text with so many facts in it
+# All in characters.
+DOCUMENT = 40_000
+APART = (150, 800)  # of facts
+DISTANCE = (600, 6_500)  # of a question from its fact
+SHORTEST, LONGEST = 80, 1_500  # paragraphs
+CHAT_DOCUMENT, CHAT_FACTS, TURNS = (3_000, 16_000), (8, 30), 12
 KINDS = "old new red blue grey green broken silver northern southern eastern western upper hidden narrow round".split()
 THINGS = (
     "mill harbour bridge museum bakery lighthouse station garden library cellar workshop tower chapel brewery "
@@ -41,8 +50,8 @@ WORDS = (
 NUMBERS = ("code", "serial number", "access number", "phone extension", "room number", "combination", "ticket number")
 OFFICES = ("keeper", "owner", "builder", "inspector", "founder", "painter", "caretaker")
 
-# A fact: how it is stated, how it is asked for, and the answer.
-Fact = tuple[str, str, str]
+# A fact: how it is stated, how it is asked for, the answer, and the answer in a sentence.
+Fact = tuple[str, str, str, str]
 
 
 def thing(draw: random.Random) -> str:
@@ -59,59 +68,64 @@ def number_of(draw: random.Random) -> Fact:
     """A number of two to six digits."""
     what, whose, size = draw.choice(NUMBERS), thing(draw), draw.randint(2, 6)
     value = str(draw.randint(10 ** (size - 1), 10**size - 1))
-    stated = draw.choice(
-        [
-            f"The {what} of {whose} is {value}.",
-            f"Note that {value} is the {what} of {whose}.",
-            f"{whose}: {what} {value}.",
-        ]
-    )
-    return stated, draw.choice([f"What is the {what} of {whose}?", f"Which {what} has {whose}?"]), value
+    said = f"The {what} of {whose} is {value}."
+    stated = draw.choice([said, f"Note that {value} is the {what} of {whose}.", f"{whose}: {what} {value}."])
+    return stated, draw.choice([f"What is the {what} of {whose}?", f"Which {what} has {whose}?"]), value, said
 
 
 def date_of(draw: random.Random) -> Fact:
     """A day."""
     who, value = person(draw), f"{draw.randint(1, 28)} {draw.choice(MONTHS)} {draw.randint(1700, 2020)}"
-    what, asked = draw.choice(
-        [("was born on", "was {} born"), ("arrived on", "did {} arrive"), ("died on", "did {} die")]
-    )
-    return f"{who} {what} {value}.", f"When {asked.format(who)}?", value
+    what, asked = draw.choice([("was born", "was {} born"), ("arrived", "did {} arrive"), ("died", "did {} die")])
+    said = f"{who} {what} on {value}."
+    return draw.choice([said, f"On {value} {who} {what}."]), f"When {asked.format(who)}?", value, said
 
 
 def name_of(draw: random.Random) -> Fact:
     """Somebody who has to do with something."""
     office, whose, value = draw.choice(OFFICES), thing(draw), person(draw)
-    stated = draw.choice([f"The {office} of {whose} is {value}.", f"{value} is the {office} of {whose}."])
-    return (
-        stated,
-        draw.choice([f"Who is the {office} of {whose}?", f"What is the name of the {office} of {whose}?"]),
-        value,
-    )
+    said = f"The {office} of {whose} is {value}."
+    asked = draw.choice([f"Who is the {office} of {whose}?", f"What is the name of the {office} of {whose}?"])
+    return draw.choice([said, f"{value} is the {office} of {whose}."]), asked, value, said
 
 
 def word_of(draw: random.Random) -> Fact:
     """A password of one to three words."""
     whose, value = thing(draw), " ".join(draw.sample(WORDS, draw.randint(1, 3)))
-    return f'The password of {whose} is "{value}".', f"What is the password of {whose}?", value
+    said = f'The password of {whose} is "{value}".'
+    return said, f"What is the password of {whose}?", value, said
 
 
 def saying_of(draw: random.Random, sentences: list[str]) -> Fact:
-    """A sentence of the texts that somebody is made to say."""
+    """Words of the texts that somebody is made to say."""
     who, value = person(draw), draw.choice(sentences)
-    return f'{who} said: "{value}"', f"What did {who} say?", value
+    said = f'{who} said: "{value}"'
+    return said, f"What did {who} say?", value, said
 
 
 def fact(draw: random.Random, sentences: list[str]) -> Fact:
     """Any of them; numbers are the most frequent."""
     kind = draw.choice([number_of, number_of, number_of, date_of, name_of, word_of, None])
-    stated, asked, value = saying_of(draw, sentences) if kind is None else kind(draw)
-    return stated[0].upper() + stated[1:], asked, value
+    stated, asked, value, said = saying_of(draw, sentences) if kind is None else kind(draw)
+    return capital(stated), asked, value, capital(said)
+
+
+def capital(text: str) -> str:
+    """Begun with a capital."""
+    return text[0].upper() + text[1:]
 
 
 def asked_about(draw: random.Random, facts: list[Fact]) -> str:
     """Questions and answers, all in one of several forms."""
     form = draw.choice(["Question: {}\nAnswer: {}", "Q: {}\nA: {}", "{}\n{}", "{} {}", "- {} {}"])
-    return "\n".join(form.format(asked, value) for _, asked, value in draw.sample(facts, len(facts)))
+    whole = draw.random() < 0.3
+    return "\n".join(form.format(asked, said if whole else value) for _, asked, value, said in facts)
+
+
+def sayings(text: str) -> list[str]:
+    """The first eight words of a paragraph, if it is prose."""
+    words = text.split()
+    return [" ".join(words[:8])] if len(words) > 20 and text[0].isalpha() else []
 
 
 def paragraphs(texts: list[Path]) -> Iterator[str]:
@@ -120,22 +134,51 @@ def paragraphs(texts: list[Path]) -> Iterator[str]:
         for path in find_files(texts):
             for document in read_file(path):
                 for block in document.blocks:
-                    if len(block.text) > 80:
-                        yield block.text[:1500]
+                    if len(block.text) > SHORTEST:
+                        yield block.text[:LONGEST]
 
 
-def documents(texts: list[Path], number: int, seed: int) -> Iterator[str]:
-    """The documents."""
-    draw, source = random.Random(seed), paragraphs(texts)
-    for _ in range(number):
+def documents(source: Iterator[str], draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Long documents in which each fact is asked for so much further on."""
+    while True:
+        parts: list[str] = []
+        waiting: list[tuple[int, Fact]] = []  # and from which character on it is asked for
+        sentences = [" ".join(draw.sample(WORDS, 5))]
+        at = since = 0
+        while at < DOCUMENT or waiting:
+            text = next(source)
+            parts.append(text)
+            sentences = (sentences + sayings(text))[-20:]
+            at += len(text)
+            since += len(text)
+            while since > 0 and at < DOCUMENT:
+                new = fact(draw, sentences)
+                parts.append(new[0])
+                waiting.append((at + draw.randint(*DISTANCE), new))
+                since -= draw.randint(*APART)
+            due = [each for when, each in waiting if when <= at]
+            if due:
+                waiting = [(when, each) for when, each in waiting if when > at]
+                parts.append(asked_about(draw, draw.sample(due, len(due))))
+        yield {"text": "\n\n".join(parts)}
+
+
+def chats(source: Iterator[str], draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Documents with facts in them, and a chat about these."""
+    while True:
         body: list[str] = []
-        while sum(map(len, body)) < BODY:
+        room = draw.randint(*CHAT_DOCUMENT)
+        while sum(map(len, body)) < room:
             body.append(next(source))
-        sentences = [" ".join(text.split()[:8]) for text in body if len(text.split()) > 20 and text[0].isalpha()]
-        facts = [fact(draw, sentences) for _ in range(draw.randint(*FACTS))]
-        for stated, _, _ in facts:
+        sentences = [" ".join(draw.sample(WORDS, 5))] + [each for text in body for each in sayings(text)]
+        facts = [fact(draw, sentences) for _ in range(draw.randint(*CHAT_FACTS))]
+        for stated, *_ in facts:
             body.insert(draw.randint(0, len(body)), stated)
-        yield "\n\n".join([*body, asked_about(draw, facts)])
+        messages = []
+        for _, asked, value, said in draw.sample(facts, min(len(facts), TURNS)):
+            messages.append({"role": "user", "content": asked})
+            messages.append({"role": "assistant", "content": said if draw.random() < 0.7 else value})
+        yield {"document": "\n\n".join(body), "messages": messages}
 
 
 def main() -> None:
@@ -143,12 +186,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--texts", type=Path, action="append", required=True)
-    parser.add_argument("--documents", type=int, default=2000)
+    parser.add_argument("--documents", type=int, default=200)
+    parser.add_argument("--chat", action="store_true", help="a document and a chat about it, for instruction tuning")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    made = (chats if options.chat else documents)(paragraphs(options.texts), random.Random(options.seed))
     with options.output.open("w", encoding="utf-8") as file:
-        for text in documents(options.texts, options.documents, options.seed):
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        for entry in islice(made, options.documents):
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
     sys.stdout.write(f"{options.documents} documents in {options.output}\n")
 
 

@@ -97,6 +97,13 @@ def test_json_is_one_document_the_one_that_is_written(llamory, models, model_fol
     assert list(document["runs"]) == ["memory"]
 
 
+def test_bfloat16_is_asked_for_by_a_flag(llamory, models, model_folder, tmp_path) -> None:
+    for flags in ((), ("--bf16",)):
+        out = tmp_path / f"{len(flags)}"
+        assert llamory("eval", "passkey", model_folder, *SMALL, *flags, "--output", out).code == 0
+    assert [model.told.get("dtype") for model in models] == [None, "bfloat16"]
+
+
 def test_the_baseline_answers_the_same_prompts_also_beyond_its_context(
     llamory, models, model_folder, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

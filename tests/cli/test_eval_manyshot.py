@@ -39,7 +39,7 @@ def test_it_prints_a_table_and_writes_numbers_and_picture(llamory, model_folder,
 def test_json_is_one_document_and_what_was_run_is_not_run_again(llamory, model_folder, data, tmp_path) -> None:
     test = write_lines(tmp_path / "test.jsonl", 70, first=60)
     arguments = ("eval", "manyshot", model_folder, "--train", data, "--test", test, "--output", tmp_path / "out")
-    arguments += ("--json", "--mem-layers", "1", "--context-length", "64", "--measure", "sum")
+    arguments += ("--json", "--mem-layers", "1", "--context-length", "64", "--measure", "sum", "--bf16")
     first = llamory(*arguments, "--lengths", "100", "--seeds", "1", "--questions", "20")
     assert first.code == 0, first.err
     document = json.loads(first.out)
@@ -48,7 +48,7 @@ def test_json_is_one_document_and_what_was_run_is_not_run_again(llamory, model_f
     assert document["settings"]["measure"] == "sum"
     assert document["settings"]["template"] == "{text}\n{label}\n\n"
     run = document["runs"][str(model_folder)]
-    assert (run["mem_layers"], run["context_length"]) == ([1], 64)
+    assert (run["mem_layers"], run["context_length"], run["dtype"]) == ([1], 64, "bfloat16")
     (score,) = run["scores"]
     assert len(score["answers"]) == 10  # all of the test file
     assert score["labels"].count("cedar") == 5

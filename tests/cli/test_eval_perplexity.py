@@ -105,11 +105,12 @@ def test_a_stopped_run_goes_on(llamory, model_folder, books, tmp_path, monkeypat
 
 
 def test_settings_of_memory_reach_the_model(llamory, model_folder, books, tmp_path) -> None:
-    told = "--mem-layers 1 --context-length 128 --mem-search pages --mem-top-k 2 --local 100 --limit 1"
+    told = "--mem-layers 1 --context-length 128 --mem-search pages --mem-top-k 2 --local 100 --limit 1 --bf16"
     arguments = ("--documents", books, *SMALL, *told.split(), "--output", tmp_path / "out", "--json")
     document = json.loads(llamory("eval", "perplexity", model_folder, *arguments).out)
     run = document["runs"][str(model_folder)]
     assert (run["mem_layers"], run["context_length"], run["mem_search"], run["mem_top_k"]) == ([1], 128, "pages", 2)
+    assert run["dtype"] == "bfloat16"
     assert document["settings"]["local"] == 100
     assert document["settings"]["documents"] == [str(books / "a.txt")]
 

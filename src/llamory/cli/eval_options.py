@@ -32,6 +32,7 @@ MemSearch = Annotated[
 MemTopK = Annotated[
     int | None, typer.Option(min=1, help="Pages or neighbours that a search reads.", show_default=False)
 ]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16: faster, a little less exact.")]
 
 
 def model_name(argument: str | None, option: str | None) -> str:
@@ -59,12 +60,18 @@ def model_names(argument: str | None, option: str | None, compare: Sequence[str]
 
 
 def memory_settings(
-    mem_layers: Sequence[str] | None, context_length: int | None, mem_search: str | None, mem_top_k: int | None
+    mem_layers: Sequence[str] | None,
+    context_length: int | None,
+    mem_search: str | None,
+    mem_top_k: int | None,
+    *,
+    bf16: bool = False,
 ) -> dict[str, Any]:
     """What `load_long_model` is told."""
     layers = None if mem_layers is None else entries(mem_layers, int, "--mem-layers")
     told: dict[str, Any] = {"mem_layers": layers, "context_length": context_length, "mem_search": mem_search}
-    return told if mem_top_k is None else told | {"mem_top_k": mem_top_k}
+    told |= {} if mem_top_k is None else {"mem_top_k": mem_top_k}
+    return told | ({"dtype": "bfloat16"} if bf16 else {})
 
 
 def entries(given: Sequence[str], parse: Callable[[str], Any], flag: str) -> list[Any]:

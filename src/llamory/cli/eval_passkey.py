@@ -43,6 +43,7 @@ def passkey(
     ] = None,
     mem_search: shared.MemSearch = None,
     mem_top_k: shared.MemTopK = None,
+    bf16: shared.Bf16 = False,
     haystack: Annotated[
         list[Path] | None,
         typer.Option(help="File or folder whose text hides the needle, instead of the published one; repeatable."),
@@ -71,7 +72,7 @@ def passkey(
     name = shared.model_name(model_argument, model)
     tokens = shared.entries(lengths, shared.token_count, "--lengths")
     places = _depths(depths)
-    told = shared.memory_settings(mem_layers, context_length, mem_search, mem_top_k)
+    told = shared.memory_settings(mem_layers, context_length, mem_search, mem_top_k, bf16=bf16)
     with working(quiet=quiet):
         from llamory.backbone import load_model, load_tokenizer
         from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, read_haystack
