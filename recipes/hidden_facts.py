@@ -3,9 +3,9 @@
     python recipes/hidden_facts.py FACTS.jsonl --texts DOCUMENTS [--texts ...] [--documents 200]
     python recipes/hidden_facts.py CHATS.jsonl --texts DOCUMENTS [--texts ...] [--documents 2000] --chat
 
-What stands between the facts is the text of DOCUMENTS, in order. A fact is a number, a date, a name, a word or a
-sentence that belongs to something or somebody; it is stated in one of several ways and asked for in another, 600 to
-6,500 characters further on: most often out of a row of 512 tokens, and within the three rows before it. The passkey
+What stands between the facts is the text of one of the DOCUMENTS, in order. A fact is a number, a date, a name, a word
+or a sentence that belongs to something or somebody; it is stated in one of several ways and asked for in another, 600
+to 6,500 characters further on: most often out of a row of 512 tokens, and within the three rows before it. The passkey
 task's own words don't occur.
 """
 
@@ -128,19 +128,20 @@ def sayings(text: str) -> list[str]:
     return [" ".join(words[:8])] if len(words) > 20 and text[0].isalpha() else []
 
 
-def paragraphs(texts: list[Path]) -> Iterator[str]:
-    """Paragraphs of all documents, again and again."""
+def paragraphs(texts: Path) -> Iterator[str]:
+    """Paragraphs of all documents of a folder, again and again."""
     while True:
-        for path in find_files(texts):
+        for path in find_files([texts]):
             for document in read_file(path):
                 for block in document.blocks:
                     if len(block.text) > SHORTEST:
                         yield block.text[:LONGEST]
 
 
-def documents(source: Iterator[str], draw: random.Random) -> Iterator[dict[str, Any]]:
+def documents(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dict[str, Any]]:
     """Long documents in which each fact is asked for so much further on."""
     while True:
+        source = draw.choice(sources)
         parts: list[str] = []
         waiting: list[tuple[int, Fact]] = []  # and from which character on it is asked for
         sentences = [" ".join(draw.sample(WORDS, 5))]
@@ -163,9 +164,10 @@ def documents(source: Iterator[str], draw: random.Random) -> Iterator[dict[str, 
         yield {"text": "\n\n".join(parts)}
 
 
-def chats(source: Iterator[str], draw: random.Random) -> Iterator[dict[str, Any]]:
+def chats(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dict[str, Any]]:
     """Documents with facts in them, and a chat about these."""
     while True:
+        source = draw.choice(sources)
         body: list[str] = []
         room = draw.randint(*CHAT_DOCUMENT)
         while sum(map(len, body)) < room:
@@ -190,7 +192,7 @@ def main() -> None:
     parser.add_argument("--chat", action="store_true", help="a document and a chat about it, for instruction tuning")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    made = (chats if options.chat else documents)(paragraphs(options.texts), random.Random(options.seed))
+    made = (chats if options.chat else documents)(list(map(paragraphs, options.texts)), random.Random(options.seed))
     with options.output.open("w", encoding="utf-8") as file:
         for entry in islice(made, options.documents):
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -1,0 +1,175 @@
+"""The passkey table: the base model and the reader, reading exactly and with search, as prompts grow to 1M tokens.
+
+    python benchmarks/passkey.py OUT [--texts DOCUMENTS] [--only NAME ...] [--longest 256k] [--json FILE]
+        [--figures FOLDER]
+
+Each run is `llamory eval passkey` into OUT/NAME, cell by cell, so that a run that was stopped goes on where it was.
+What is longer than --longest waits for a later call. With --texts the other fillers and secrets are run too. All that
+OUT has is printed as a table, written as JSON and drawn: a heat map of each run on the published prompt, and shares by
+length beside the line that LongLLaMA's authors published for their 3B model (arXiv:2307.03170, section 5.2).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+mpl.rcParams["svg.hashsalt"] = "llamory"
+
+from matplotlib import pyplot as plt  # noqa: E402
+
+from llamory.cli.eval_options import token_count  # noqa: E402
+from llamory.evaluation.passkey import PasskeyResult  # noqa: E402
+from llamory.evaluation.plots import Panel, draw_heat_map  # noqa: E402
+from llamory.evaluation.reports import PasskeyReport  # noqa: E402
+
+LENGTHS = ("4k", "8k", "16k", "32k", "64k", "128k", "256k", "1M")
+OTHER_LENGTHS = ("16k", "64k")
+PUBLISHED = {18_000: 1.0, 100_000: 0.945, 256_000: 0.73}  # LongLLaMA 3B
+DEPTHS, OTHER_DEPTHS = "10", "5"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model, how it reads, and what is hidden."""
+
+    model: str
+    flags: tuple[str, ...] = ()
+    lengths: tuple[str, ...] = LENGTHS
+    depths: str = DEPTHS
+    published: bool = True
+
+
+def runs(options: argparse.Namespace) -> dict[str, Run]:
+    """All of them, by name."""
+    pages = ("--mem-search", "pages")
+    made = {
+        "base model": Run(options.base, lengths=LENGTHS[:5]),
+        "base model, pages": Run(options.base, pages, LENGTHS[:7]),
+        "reader": Run(options.reader, lengths=LENGTHS[:7]),
+        "reader, pages": Run(options.reader, pages),
+    }
+    texts = tuple(word for path in options.texts for word in ("--haystack", str(path)))
+    if texts:
+        for model in ("base", "reader"):
+            for key in ("number", "name", "date", "sentence"):
+                flags = (*pages, *texts, "--key", key)
+                name = f"{model}, real text, {key}"
+                made[name] = Run(getattr(options, model), flags, OTHER_LENGTHS, OTHER_DEPTHS, published=False)
+    return made
+
+
+def measure(name: str, run: Run, options: argparse.Namespace) -> None:
+    """Run what is missing of it."""
+    lengths = [length for length in run.lengths if token_count(length) <= token_count(options.longest)]
+    if not lengths:
+        return
+    words = [sys.executable, "-m", "llamory", "eval", "passkey", run.model, *run.flags]
+    words += ["--lengths", ",".join(lengths), "--depths", run.depths, "--trials", "1", "--bf16"]
+    words += ["--output", str(folder(name, options))]
+    done = subprocess.run(words, stdout=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def folder(name: str, options: argparse.Namespace) -> Path:
+    """Where a run is kept."""
+    place: Path = options.output / name.replace(", ", "_").replace(" ", "_")
+    return place
+
+
+def found(name: str, options: argparse.Namespace) -> PasskeyResult | None:
+    """What a run has so far."""
+    file = folder(name, options) / "passkey.json"
+    if not file.exists():
+        return None
+    document = json.loads(file.read_text(encoding="utf-8"))
+    return PasskeyReport(file, document["settings"]).results["memory"]
+
+
+def shares(result: PasskeyResult) -> dict[int, tuple[float, float, float]]:
+    """By length: keys found whole, their digits or words in place, seconds per prompt."""
+    by_length = {}
+    for length in result.lengths:
+        cells = [cell for cell in result.cells if cell.length == length]
+        figures = [(cell.accuracy, cell.digits, cell.seconds) for cell in cells]
+        found_, digits, seconds = (sum(each) / len(cells) for each in zip(*figures, strict=True))
+        by_length[length] = (found_, digits, seconds)
+    return by_length
+
+
+def table(results: dict[str, PasskeyResult]) -> str:
+    """The Markdown of it: keys found, and how long a prompt took."""
+    lengths = sorted({length for result in results.values() for length in result.lengths})
+    heads = [f"{length >> 20}M" if length >= 1 << 20 else f"{length >> 10}k" for length in lengths]
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, result in results.items():
+        measured = shares(result)
+        cells = [f"{measured[length][0]:.0%}" if length in measured else "" for length in lengths]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(results: dict[str, PasskeyResult], wanted: dict[str, Run], target: Path) -> None:
+    """The heat maps and the line plot of the published prompt."""
+    shown = {name: result for name, result in results.items() if wanted[name].published}
+    if not shown:
+        return
+    draw_heat_map(target / "passkey.png", "Passkeys found", [Panel(name, result) for name, result in shown.items()])
+    figure, axes = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
+    for name, result in shown.items():
+        points = shares(result)
+        axes.plot(list(points), [100 * each[0] for each in points.values()], marker="o", markersize=4, label=name)
+    published = [100 * share for share in PUBLISHED.values()]
+    axes.plot(list(PUBLISHED), published, "--s", color="#666666", markersize=4, label="LongLLaMA 3B, as published")
+    axes.set_xscale("log", base=2)
+    ticks = [token_count(length) for length in LENGTHS]
+    axes.set_xticks(ticks, LENGTHS)
+    axes.set(xlabel="tokens of the prompt", ylabel="passkeys found, %", ylim=(-3, 103))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(target / "passkey.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    """Measure what is missing, print, write, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--base", default="default")
+    parser.add_argument("--reader", default="reader")
+    parser.add_argument("--texts", type=Path, nargs="+", default=[])
+    parser.add_argument("--only", nargs="+")
+    parser.add_argument("--longest", default=LENGTHS[-1])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--figures", type=Path)
+    options = parser.parse_args()
+    wanted = runs(options)
+    for name, run in wanted.items():
+        if options.only is None or name in options.only:
+            measure(name, run, options)
+    results = {name: result for name in wanted if (result := found(name, options)) is not None}
+    sys.stdout.write(table(results) + "\n")
+    if options.json:
+        written: dict[str, Any] = {}
+        for name, result in results.items():
+            lines = {
+                str(length): {"found": one, "digits": two, "seconds": round(three, 1)}
+                for length, (one, two, three) in shares(result).items()
+            }
+            missed = [[cell.length, cell.depth] for cell in result.cells if cell.accuracy < 1]
+            written[name] = {"by length": lines, "missed at length and depth": missed}
+        options.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    if options.figures:
+        draw(results, wanted, options.figures)
+
+
+if __name__ == "__main__":
+    main()
