@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--model", default="default")
     parser.add_argument("--tokens", type=int, default=3000)
     parser.add_argument("--prompts", type=int, default=3, help="of each kind")
+    parser.add_argument("--layers", type=int, nargs="+", help="to begin with; default: all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -114,7 +115,7 @@ def main() -> None:
             options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return value
 
-    left = list(range(count))
+    left = sorted(options.layers or range(count))
     measured(left)
     while len(left) > 1:
         losses = {layer: measured([each for each in left if each != layer]) for layer in left}

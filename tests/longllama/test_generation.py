@@ -1,6 +1,8 @@
 """generate, in all the ways users call it, with prompts longer than the context and with mounted memory."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -270,3 +272,16 @@ def test_pipeline_streaming_and_stop_strings(model_folder):
     ended = stopped[0, ids.shape[1] :].tolist()
     assert 0 < len(ended) < 12
     assert ended == wanted[: len(ended)].tolist()
+
+
+def test_memory_is_freed_with_its_cache(make_model, ids):
+    model = make_model()
+    output = model.generate(ids(1, 60), return_dict_in_generate=True, **LONG)
+    held = weakref.ref(output.past_key_values.memory[0])
+    gc.disable()
+    try:
+        assert held() is not None
+        del output
+        assert held() is None
+    finally:
+        gc.enable()

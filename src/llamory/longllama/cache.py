@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,19 @@ from llamory.longllama.local import Slots
 from llamory.memory import MemoryBank
 
 
+@dataclass
+class Columns:
+    """What all layers of a cache share. They don't know the cache itself: a circle would keep its memory from being freed.
+
+    Attributes:
+        slots: where the local columns stand.
+        count: columns of input taken in so far.
+    """
+
+    slots: Slots
+    count: int = 0
+
+
 class LongLlamaCacheLayer(CacheLayerMixin):
     """The local context of one layer.
 
@@ -27,21 +41,21 @@ class LongLlamaCacheLayer(CacheLayerMixin):
 
     is_croppable = True
 
-    def __init__(self, cache: LongLlamaCache, layer_idx: int, has_memory: bool):
+    def __init__(self, columns: Columns, has_memory: bool):
         super().__init__()
-        self._cache, self._layer_idx, self.has_memory = cache, layer_idx, has_memory
+        self._columns, self.has_memory = columns, has_memory
         self.raw_keys: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make buffers for the cache's batch, of the kind of these (rows, kv_heads, tokens, head_dim)."""
-        shape = (self._cache.slots.batch, key_states.shape[1], self._cache.slots.capacity, key_states.shape[3])
+        shape = (self._columns.slots.batch, key_states.shape[1], self._columns.slots.capacity, key_states.shape[3])
         self.keys, self.values = key_states.new_zeros(shape), value_states.new_zeros(shape)
         self.raw_keys = key_states.new_zeros(shape) if self.has_memory else None
         self.is_initialized = True
 
     def write(self, rows: Any, slots: slice, key: Tensor, value: Tensor, raw_key: Tensor) -> None:
         """Write (rows, kv_heads, tokens, head_dim) into the given slots of these rows."""
-        if self.keys is None or self.keys.shape[2] < self._cache.slots.capacity:
+        if self.keys is None or self.keys.shape[2] < self._columns.slots.capacity:
             self.lazy_initialization(key, value)
         for buffer, new in ((self.keys, key), (self.values, value), (self.raw_keys, raw_key)):
             if buffer is not None:
@@ -77,11 +91,11 @@ class LongLlamaCacheLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Local keys that a query of this length sees, and their offset."""
-        return self._cache.local_length(self._layer_idx) + query_length, 0
+        return self._columns.slots.longest + query_length, 0
 
     def get_seq_length(self) -> int:
         """Columns of input that the cache has taken in."""
-        return self._cache.columns
+        return self._columns.count
 
     def get_max_length(self) -> int:
         """-1: what the local context can't hold leaves it, so there is no limit."""
@@ -109,15 +123,30 @@ class LongLlamaCache(Cache):
     def __init__(self, config: LongLlamaConfig, memory: MemoryBank | Sequence[MemoryBank] | None = None):
         self.config = config
         self.mem_layers = frozenset(config.mem_layers)
-        layers = [
-            LongLlamaCacheLayer(self, index, index in self.mem_layers) for index in range(config.num_hidden_layers)
-        ]
-        super().__init__(layers=layers)
-        self.slots = self._empty_slots(0)
-        self.columns = 0
+        self._columns = Columns(self._empty_slots(0))
+        indices = range(config.num_hidden_layers)
+        super().__init__(layers=[LongLlamaCacheLayer(self._columns, index in self.mem_layers) for index in indices])
         self.observer: Callable[[int, Tensor, Tensor], None] | None = None
         self._mounted = memory if isinstance(memory, MemoryBank) else None
         self.memory: list[MemoryBank] = [] if memory is None or isinstance(memory, MemoryBank) else list(memory)
+
+    @property
+    def slots(self) -> Slots:
+        """Where the local columns stand."""
+        return self._columns.slots
+
+    @slots.setter
+    def slots(self, slots: Slots) -> None:
+        self._columns.slots = slots
+
+    @property
+    def columns(self) -> int:
+        """Columns of input taken in so far."""
+        return self._columns.count
+
+    @columns.setter
+    def columns(self, count: int) -> None:
+        self._columns.count = count
 
     def memory_length(self, layer_idx: int) -> int:
         """Tokens in a layer's memory (of the row that has the most)."""
