@@ -19,7 +19,7 @@ from llamory.memory import MemoryBank
 
 @dataclass
 class Columns:
-    """What all layers of a cache share. They don't know the cache itself: a circle would keep its memory from being freed.
+    """What a cache's layers share; knowing the cache itself, they would keep its memory from being freed with it.
 
     Attributes:
         slots: where the local columns stand.
