@@ -28,7 +28,8 @@ from whitening import arguments, ndcg, table
 def judged(folder: Path, queries: int, documents: int) -> RetrievalSet:
     """The part of a set that is asked."""
     part = "dev" if (folder / "dev").exists() else "test"
-    return sample(read_beir(folder / part, part), queries, documents)
+    data = read_beir(folder / part, part)
+    return sample(data, min(queries, len(data.queries)), min(documents, len(data.ids)))
 
 
 def whitened(fitted: Whitening, prompt: str, queries: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -285,3 +285,31 @@ def test_memory_is_freed_with_its_cache(make_model, ids):
         assert held() is None
     finally:
         gc.enable()
+
+
+def test_short_documents_share_room(make_model, ids):
+    model = make_model()
+    memory = model.new_memory()
+    for number in range(5):
+        model.read(ids(10, seed=number), memory, segment=str(number))
+    for layer in memory.layers:
+        (span,) = memory.spans(layer)
+        assert len(span) == 50
+        assert [memory.length(layer, name) for name in memory.segments] == [10] * 5
+
+
+def test_an_interrupted_document_leaves_the_memory_as_it_was_and_no_trace_in_the_next(make_model, ids):
+    model = make_model()
+    memory, apart = model.read(ids(20), segment="a"), model.read(ids(24, seed=2), segment="b")
+
+    def interrupt(read: int) -> None:
+        if read > CONTEXT:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.read(ids(40, seed=1), memory, segment="b", on_window=interrupt)
+    assert memory.segments == ("a",)
+    model.read(ids(24, seed=2), memory, segment="b")
+    for layer in memory.layers:
+        assert torch.equal(memory.keys(layer, "b"), apart.keys(layer, "b"))
+        assert memory.length(layer) == 44

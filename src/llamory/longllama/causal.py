@@ -167,7 +167,7 @@ class LongLlamaForCausalLM(EveryIthCheckpointed, LlamaForCausalLM):
         self._check_memory(memory)
         ids = torch.as_tensor(input_ids, dtype=torch.long).flatten()
         # What is read stands beside until all of it is there: an interruption leaves the memory as it was.
-        alone, order = self.model.new_memory(memory.fingerprint), memory.segments
+        alone, order = memory.beside(), memory.segments
         if segment in order:
             alone.mount(memory, [segment])
         context, training = self.config.max_position_embeddings, self.training

@@ -282,6 +282,15 @@ class MemoryBank:
         twin._lengths = dict(self._lengths)
         return twin
 
+    def beside(self) -> MemoryBank:
+        """An empty bank that writes into this one's blocks, behind all that is there: mounted here, it takes no more room.
+
+        Each new document would else begin a block of its own, most of which stays empty.
+        """
+        twin = self._empty(self.device)
+        twin._tails, twin._made = self._tails, self._made
+        return twin
+
     def __deepcopy__(self, memo: dict[int, Any]) -> MemoryBank:
         return self.fork()
 
