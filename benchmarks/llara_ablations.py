@@ -12,9 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-import yaml
 from transformers import logging
 
+from llamory.cli.options import read_settings
 from llamory.training.llara import train_llara
 from llamory.training.settings import LlaraSettings
 from whitening import arguments, dev_sets, measure, table
@@ -41,7 +41,6 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     sets = dev_sets(options.set, options.queries, options.documents)
     file = options.output / "ablations.json"
     options.output.mkdir(parents=True, exist_ok=True)
@@ -51,11 +50,8 @@ def main() -> None:
             continue
         folder = options.output / name.replace(" ", "_").replace(",", "")
         changes = {"steps": options.steps, "keep_checkpoints": 2, "whiten": 0, "export": False} | RUNS[name]
-        train_llara(
-            LlaraSettings(
-                **(recipe | changes), data=[str(options.texts)], output=str(folder), resume=folder.exists(), quiet=True
-            )
-        )
+        changes |= {"data": [str(options.texts)], "output": str(folder), "resume": folder.exists(), "quiet": True}
+        train_llara(read_settings(LlaraSettings, RECIPE, changes))
         results[name] = measure(str(folder), sets, options.texts, options.pieces, options.max_length)
         settings = {name: getattr(options, name) for name in ("steps", "queries", "documents", "pieces")}
         file.write_text(json.dumps(settings | {"runs": results}, indent=1) + "\n", encoding="utf-8")

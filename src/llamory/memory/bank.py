@@ -283,9 +283,10 @@ class MemoryBank:
         return twin
 
     def beside(self) -> MemoryBank:
-        """An empty bank that writes into this one's blocks, behind all that is there: mounted here, it takes no more room.
+        """An empty bank that writes into this one's blocks, behind all that is there.
 
-        Each new document would else begin a block of its own, most of which stays empty.
+        Mounted here it takes no more room; in a bank of its own each document would begin a block of its own, most of
+        which stays empty.
         """
         twin = self._empty(self.device)
         twin._tails, twin._made = self._tails, self._made
