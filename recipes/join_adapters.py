@@ -3,12 +3,13 @@
     python recipes/join_adapters.py OUT RUN [RUN ...] [--base MODEL] [--query-prompt PROMPT]
         [--whiten UNLABELLED.jsonl | --whitening FOLDER]
 
-Each RUN is the output of `llamory train llara --lora` or `llamory train retriever --lora`, or a checkpoint of the first
-(then --query-prompt says what queries get); the first started from the base model (the packaged one), each other one
-from the run before it. The low-rank matrices stand side by side in OUT, in bfloat16, so that their sum is applied at
-once, and the slot tokens' rows are those of the last run. What the tokenizer lacks and what the model's config has
-beyond the base model's is written beside them. Whitening is that of the first RUN, if it has any, or of the folder
---whitening, as what is trained behind LLARA leaves it as it is; --whiten fits it on passages of LLARA's training text.
+Each RUN is the output of a training with --lora: llara and then retriever, or fot and then instruct. A checkpoint of
+the first will do, too (then --query-prompt says what queries get). The first started from the base model (the packaged
+one), each other one from the run before it. The low-rank matrices stand side by side in OUT, in bfloat16, so that their
+sum is applied at once, and slot tokens' rows are those of the last run. What the tokenizer lacks and what the model's
+config has beyond the base model's is written beside them. Whitening is that of the first RUN, if it has any, or of the
+folder --whitening, as what is trained behind LLARA leaves it as it is; --whiten fits it on passages of LLARA's training
+text.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from llamory import backbone
 from llamory.llara.retriever import unlabelled_texts, whitening_on
@@ -35,8 +36,8 @@ _MATRIX = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(layers\..*)\.lora_([
 _ROWS = "embed_tokens.token_adapter.trainable_tokens_delta"
 
 
-def matrices(run: Path) -> tuple[dict[str, dict[str, Tensor]], Tensor, dict]:
-    """A run's matrices per layer, scaled (B holds the scale), its slot rows and its adapter's config."""
+def matrices(run: Path) -> tuple[dict[str, dict[str, Tensor]], Tensor | None, dict]:
+    """A run's matrices per layer, scaled (B holds the scale), its slot rows if it has any, and its adapter's config."""
     folder = run / "adapter" if (run / "adapter").is_dir() else run
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     found: dict[str, dict[str, Tensor]] = {}
@@ -47,15 +48,15 @@ def matrices(run: Path) -> tuple[dict[str, dict[str, Tensor]], Tensor, dict]:
             found.setdefault(match[1], {})[match[2]] = tensor * scale
         elif name.endswith(_ROWS):
             rows = tensor
-    if rows is None:
-        raise SystemExit(f"{run} trained no slot tokens.")
     return found, rows, config
 
 
-def trained_config(run: Path, base: str, slots: int, query_prompt: str) -> LlamaConfig:
-    """The config of a run's model; a checkpoint has none, but what it must be follows from the base model."""
+def trained_config(run: Path, base: str, slots: int, query_prompt: str) -> PretrainedConfig:
+    """The config of a run's model; LLARA's checkpoints have none, but what it must be follows from the base model."""
     if (run / "config.json").is_file():
-        return LlamaConfig.from_pretrained(run)
+        return backbone.load_config(run)
+    if not slots:
+        raise SystemExit(f"{run} has no config.json; name the output folder of a run that was finished.")
     template = LlaraTemplate.from_tokenizer(backbone.load_tokenizer(base), slots)
     config = backbone.load_config(base)
     assert isinstance(config, LlamaConfig)
@@ -86,14 +87,14 @@ def main() -> None:
         name, missing = f"base_model.model.model.{layer}", rank - len(down)
         tensors[f"{name}.lora_A.weight"] = pad(down, (0, 0, 0, missing))
         tensors[f"{name}.lora_B.weight"] = pad(up, (0, missing))
-    tensors[f"base_model.model.model.{_ROWS}"] = parts[-1][1]
+    rows = parts[-1][1]
+    if rows is not None:
+        tensors[f"base_model.model.model.{_ROWS}"] = rows
     output.mkdir(parents=True, exist_ok=True)
     kept = {key: value.to(torch.bfloat16).contiguous() for key, value in tensors.items()}
     save_file(kept, output / "adapter_model.safetensors", {"format": "pt"})
-    trained = trained_config(runs[-1], options.base, len(parts[-1][1]) // 2, options.query_prompt)
-    config, template = trained.to_dict(), LlaraTemplate.from_config(trained)
-    assert template is not None
-    slots = sorted(template.summarize_slot_ids + template.predict_slot_ids)
+    trained = trained_config(runs[-1], options.base, 0 if rows is None else len(rows) // 2, options.query_prompt)
+    config = trained.to_dict()
     adapter = {
         "peft_type": "LORA",
         "base_model_name_or_path": options.base,
@@ -102,16 +103,19 @@ def main() -> None:
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted({layer.rsplit(".", 1)[1] for layer in layers}),
-        "trainable_token_indices": {"embed_tokens": slots},
         "inference_mode": True,
         "task_type": "CAUSAL_LM",
     }
-    names = dict(zip(slot_tokens(template.slots), template.summarize_slot_ids + template.predict_slot_ids, strict=True))
     base = backbone.load_config(options.base).to_dict()
     # What begins with an underscore are places on this machine.
     own = {key: value for key, value in (base | config).items() if not key.startswith("_") and key != "auto_map"}
-    own |= {"architectures": ["LlamaForCausalLM"]}
-    for file, content in (("adapter_config", adapter), ("added_tokens", names), ("config", own)):
+    files = {"adapter_config": adapter, "config": own}
+    if template := LlaraTemplate.from_config(trained):
+        ids = template.summarize_slot_ids + template.predict_slot_ids
+        adapter["trainable_token_indices"] = {"embed_tokens": sorted(ids)}
+        own["architectures"] = ["LlamaForCausalLM"]
+        files["added_tokens"] = dict(zip(slot_tokens(template.slots), ids, strict=True))
+    for file, content in files.items():
         (output / f"{file}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (output / WHITENING_FILE).unlink(missing_ok=True)
     if options.whiten is not None:
