@@ -35,6 +35,10 @@ class Part:
         """Query heads per key head."""
         return self.query.shape[1] // self.key.shape[1]
 
+    def folded(self, tensor: Tensor) -> Tensor:
+        """A query-like tensor (batch, heads, queries, …) as (batch, kv_heads, groups * queries, …)."""
+        return tensor.reshape(len(tensor), self.key.shape[1], -1, *tensor.shape[3:])
+
     def heads_of(self, tensor: Tensor) -> Iterator[Tensor]:
         """Views of a query-like tensor that have as many heads as the keys, one per query head of a group."""
         for group in range(self.groups):
@@ -55,6 +59,11 @@ def attend_part_backward(
     """
     if part.groups == 1:
         return _backward(grad, part.query, part.key, part.value, output, log_sum, part.causal, scaling)
+    if not part.causal:
+        # Heads of a group read the same keys, as in `flash`: more queries of one head.
+        folded = part.folded(grad), part.folded(part.query), part.key, part.value, part.folded(output)
+        grads = _backward(*folded, part.folded(log_sum), part.causal, scaling)
+        return grads[0].reshape(part.query.shape), grads[1], grads[2]
     grad_query, grad_key, grad_value = map(torch.zeros_like, (part.query, part.key, part.value))
     tensors = (grad, part.query, output, log_sum, grad_query)
     for heads, query, out, sums, into in zip(*map(part.heads_of, tensors), strict=True):
