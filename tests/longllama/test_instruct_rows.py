@@ -60,6 +60,41 @@ def test_a_batch_by_hand():
     assert batch["contexts"] == [[], [0], [1, 0], []]
 
 
+def test_negatives_by_hand():
+    first = CutExample([5, 6, 7, 8], [-100, -100, -100, 8], [(0, 2), (2, 4)])
+    second = CutExample([1, 2, 3, 4, 5, 6], [-100, -100, -100, 4, -100, -100], [(0, 2), (2, 4), (4, 6)])
+    batch = collate([first, second], 0, negatives=9)
+    # The last row of the second example stands behind its answer: nobody else may see it, and it asks nothing.
+    assert batch["contexts"] == [[], [0, 2], [], [2, 0], [3, 2]]
+    assert collate([first, second], 0, negatives=1)["contexts"] == [[], [0, 2], [], [2, 0], [3, 2]]
+    assert collate([first], 0, negatives=3)["contexts"] == [[], [0]]
+
+
+@pytest.mark.parametrize("wanted", [1, 2, 3])
+def test_no_row_is_told_its_own_answers(wanted):
+    talks = numbered(24)
+    for talk in talks:  # answers in their last third only, at times with something behind them
+        size = len(talk["labels"])
+        talk["labels"] = [IGNORED] * (2 * size // 3) + talk["labels"][2 * size // 3 :]
+        talk["labels"][-1] = IGNORED if size % 2 and size > 3 else talk["labels"][-1]
+    made = [batches([talks], rows=12, negatives=number, seed=3) for number in (wanted, 0)]
+    added = []
+    for _ in range(20):
+        batch, own = (next(each) for each in made)
+        answers = (batch["shift_labels"] != IGNORED).any(1).tolist()
+        for row, (contexts, earlier) in enumerate(zip(batch["contexts"], own["contexts"], strict=True)):
+            assert contexts[: len(earlier)] == earlier
+            negatives = contexts[len(earlier) :]
+            assert not negatives or answers[row]
+            added.append(len(negatives))
+            seen, waiting = set(), list(negatives)
+            while waiting:
+                seen.add(at := waiting.pop())
+                waiting += [other for other in batch["contexts"][at] if other not in seen]
+            assert not any(answers[at] for at in seen)
+    assert max(added) == wanted
+
+
 def numbered(count, longest=7, kind=0):
     """Examples whose first token tells which they are."""
     sizes = random.Random(kind)
@@ -132,6 +167,8 @@ def test_a_resumed_run_sees_the_same_batches(before, seed, stream):
 def test_rows_and_positions_that_do_not_fit_are_refused():
     with pytest.raises(LlamoryError, match="may take 3 rows, but a batch has 2"):
         batches([numbered(3)], rows=2)
+    with pytest.raises(LlamoryError, match="negatives must be at least 0"):
+        batches([numbered(3)], negatives=-1)
     with pytest.raises(LlamoryError, match="can't have 5 tokens where a row has 4"):
         MemorySplit(4, 5, 9)
     with pytest.raises(LlamoryError, match="seed"):

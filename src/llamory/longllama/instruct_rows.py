@@ -80,25 +80,43 @@ class CutExample:
     source: str = ""
 
 
-def collate(examples: Sequence[CutExample], pad_token_id: int | None) -> dict[str, Any]:
+def collate(
+    examples: Sequence[CutExample],
+    pad_token_id: int | None,
+    *,
+    negatives: int = 0,
+    chance: random.Random | None = None,
+) -> dict[str, Any]:
     """Make one batch of whole examples, padded on the right.
+
+    Args:
+        examples: the examples.
+        pad_token_id: fills up rows.
+        negatives: rows of other examples that a row with answers sees as well, where there are so many. Only rows in
+            front of all answers of their example are taken: they see nothing but such rows, so none is told its own
+            answers in a circle.
+        chance: draws the negatives; the first ones are taken without.
 
     Returns:
         `input_ids`, `attention_mask`, `shift_labels`: (rows, longest row) long; `shift_labels` is the label of the
         example's next token, be it the first of its next row, and -100 where none is asked for; `contexts`: per row,
-        the earlier rows of its example, nearest first; `sources`: per example, where it is from.
+        the earlier rows of its example, nearest first, then negatives; `sources`: per example, where it is from.
     """
     tokens: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []
     contexts: list[list[int]] = []
-    for example in examples:
+    owners: list[int] = []
+    for number, example in enumerate(examples):
         ids = torch.as_tensor(example.input_ids, dtype=torch.long)
         following = torch.as_tensor([*example.labels[1:], IGNORED], dtype=torch.long)
         first = len(tokens)
         for start, stop in example.rows:
             contexts.append(list(range(len(tokens) - 1, first - 1, -1)))
+            owners.append(number)
             tokens.append(ids[start:stop])
             targets.append(following[start:stop])
+    if negatives:
+        _add_negatives(contexts, owners, targets, negatives, chance)
     return {
         "input_ids": pad_sequence(tokens, batch_first=True, padding_value=pad_token_id or 0),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True),
@@ -106,6 +124,24 @@ def collate(examples: Sequence[CutExample], pad_token_id: int | None) -> dict[st
         "contexts": contexts,
         "sources": [example.source for example in examples],
     }
+
+
+def _add_negatives(
+    contexts: list[list[int]],
+    owners: Sequence[int],
+    targets: Sequence[torch.Tensor],
+    negatives: int,
+    chance: random.Random | None,
+) -> None:
+    answers = [bool((target != IGNORED).any()) for target in targets]
+    in_front = [
+        not answered and not any(answers[seen] for seen in contexts[row]) for row, answered in enumerate(answers)
+    ]
+    for row, answered in enumerate(answers):
+        if answered:
+            others = [at for at, plain in enumerate(in_front) if plain and owners[at] != owners[row]]
+            count = min(negatives, len(others))
+            contexts[row] += sorted(chance.sample(others, count)) if chance is not None else others[:count]
 
 
 class InstructBatches:
@@ -123,9 +159,10 @@ class InstructBatches:
         seed: of all that is drawn.
         stream: which of `streams` disjoint parts of the data this is.
         streams: how many there are.
+        negatives: rows of other examples' first parts that rows with answers see as well.
 
     Raises:
-        LlamoryError: an example may take more rows than a batch has.
+        LlamoryError: an example may take more rows than a batch has, or the number of negatives is below 0.
     """
 
     def __init__(
@@ -139,8 +176,12 @@ class InstructBatches:
         seed: int = 0,
         stream: int = 0,
         streams: int = 1,
+        negatives: int = 0,
     ) -> None:
         check_rows(split, rows)
+        if negatives < 0:
+            raise LlamoryError(f"negatives must be at least 0, not {negatives}.")
+        self.negatives = negatives
         self.datasets, self.proportions, self.split, self.rows = datasets, list(proportions), split, rows
         self.pad_token_id, self.seed, self.stream, self.streams = pad_token_id, seed, stream, streams
         self._drawn = [0] * len(datasets)
@@ -157,7 +198,8 @@ class InstructBatches:
             source, example = self._next_example()
             room -= len(example.rows)
             if room < 0:
-                return collate(examples, self.pad_token_id)
+                chance = random.Random(f"{self.seed}/{self.stream}/{sum(self._drawn)}/negatives")
+                return collate(examples, self.pad_token_id, negatives=self.negatives, chance=chance)
             examples.append(example)
             self._drawn[source] += 1
 
@@ -182,6 +224,7 @@ class InstructBatches:
             "rows": self.rows,
             "seed": self.seed,
             "stream": [self.stream, self.streams],
+            "negatives": self.negatives,
         }
 
     def _next_example(self) -> tuple[int, CutExample]:

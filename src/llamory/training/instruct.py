@@ -108,6 +108,8 @@ class InstructTrainer(StreamedTrainer):
 
 def _check(settings: InstructSettings) -> None:
     check_settings(settings, ["eval_batches"])
+    if settings.negatives < 0:
+        raise LlamoryError(f"negatives must be at least 0, not {settings.negatives}.")
     if settings.steps is None:
         raise LlamoryError("Instruction tuning's data have no end; set steps.")
     if settings.seed < 0:
@@ -160,6 +162,7 @@ def _streams(
             seed=settings.seed,
             stream=number,
             streams=streams,
+            negatives=settings.negatives,
         )
         for number in range(process * own, (process + 1) * own)
     }
@@ -173,7 +176,13 @@ def _held_out(
         return []
     dataset = _examples(settings, settings.eval_data, tokenizer)
     batches = InstructBatches(
-        [dataset], [1.0], split, rows=settings.batch_size, pad_token_id=tokenizer.pad_token_id, seed=settings.seed
+        [dataset],
+        [1.0],
+        split,
+        rows=settings.batch_size,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=settings.seed,
+        negatives=settings.negatives,
     )
     return [_arguments(batch) for batch in islice(batches, settings.eval_batches)]
 

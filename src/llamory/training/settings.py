@@ -246,6 +246,9 @@ class InstructSettings(AdaptSettings):
         "random",
         "How much of an example is in memory: at random, as much as possible, or all but the last row's length.",
     )
+    negatives: int = _setting(
+        0, "Rows of other examples (in front of their answers) that rows with answers see in memory as well."
+    )
     mem_layers: list[int] = _setting(
         [], "Layers with memory; default: the model's own, for a plain LLaMA three spread as in the published models."
     )
