@@ -32,6 +32,10 @@ MemSearch = Annotated[
 MemTopK = Annotated[
     int | None, typer.Option(min=1, help="Pages or neighbours that a search reads.", show_default=False)
 ]
+MemOnlyTopK = Annotated[
+    bool,
+    typer.Option("--mem-only-top-k", help="Read the best tokens only, as the paper does (exact: found by a scan)."),
+]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16: faster, a little less exact.")]
 
 
@@ -65,12 +69,14 @@ def memory_settings(
     mem_search: str | None,
     mem_top_k: int | None,
     *,
+    mem_only_top_k: bool = False,
     bf16: bool = False,
 ) -> dict[str, Any]:
     """What `load_long_model` is told."""
     layers = None if mem_layers is None else entries(mem_layers, int, "--mem-layers")
     told: dict[str, Any] = {"mem_layers": layers, "context_length": context_length, "mem_search": mem_search}
     told |= {} if mem_top_k is None else {"mem_top_k": mem_top_k}
+    told |= {"mem_only_top_k": True} if mem_only_top_k else {}
     return told | ({"dtype": "bfloat16"} if bf16 else {})
 
 
@@ -141,7 +147,7 @@ def memory_facts(model: Any) -> dict[str, Any]:
         "mem_dtype": config.mem_dtype,
         "mem_search": config.mem_search,
         "mem_top_k": config.mem_top_k,
-    }
+    } | ({"mem_only_top_k": True} if config.mem_only_top_k else {})
 
 
 def shown_names(names: Iterable[str]) -> dict[str, str]:

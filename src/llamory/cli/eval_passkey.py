@@ -17,7 +17,7 @@ from llamory.evaluation.secrets import Kind
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from llamory.evaluation.passkey import PasskeyResult
+    from llamory.evaluation.passkey import PasskeyResult, PromptMaker
     from llamory.evaluation.reports import PasskeyReport
 
 _TITLES = {"memory": "With memory", "baseline": "Plain model, full cache"}
@@ -43,6 +43,7 @@ def passkey(
     ] = None,
     mem_search: shared.MemSearch = None,
     mem_top_k: shared.MemTopK = None,
+    mem_only_top_k: shared.MemOnlyTopK = False,
     bf16: shared.Bf16 = False,
     haystack: Annotated[
         list[Path] | None,
@@ -55,6 +56,10 @@ def passkey(
     question: Annotated[
         str | None, typer.Option(help="What is asked; of a needle of your own, if not given, its words up to {key}.")
     ] = None,
+    apart: Annotated[
+        bool,
+        typer.Option("--apart", help="Read each window by itself, once for all prompts, and mount them together."),
+    ] = False,
     baseline: Annotated[
         bool, typer.Option("--baseline", help="Ask the plain model too, without memory, even beyond its context.")
     ] = False,
@@ -72,7 +77,9 @@ def passkey(
     name = shared.model_name(model_argument, model)
     tokens = shared.entries(lengths, shared.token_count, "--lengths")
     places = _depths(depths)
-    told = shared.memory_settings(mem_layers, context_length, mem_search, mem_top_k, bf16=bf16)
+    told = shared.memory_settings(
+        mem_layers, context_length, mem_search, mem_top_k, mem_only_top_k=mem_only_top_k, bf16=bf16
+    )
     with working(quiet=quiet):
         from llamory.backbone import load_model, load_tokenizer
         from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, read_haystack
@@ -80,6 +87,10 @@ def passkey(
         from llamory.evaluation.reports import PasskeyReport
         from llamory.evaluation.secrets import longest
 
+        if apart and baseline:
+            raise LlamoryError("The plain model has no memory to mount windows in; leave out --apart or --baseline.")
+        if apart and last_context_length is not None:
+            raise LlamoryError("With --apart only the question isn't in memory; leave out --last-context-length.")
         for depth in places:
             check_depth(depth)
         hidden = Needle.of(key, needle, question)
@@ -89,10 +100,17 @@ def passkey(
         build_prompt(tokenizer, min(tokens), places[0], longest(key), needle=hidden, haystack=hay)
         settings = {"model": name, "needle": hidden.text, "question": hidden.asked, "trials": trials, "seed": seed}
         settings |= {"key": key} if key != "number" else {}
+        settings |= {"windows": "apart"} if apart else {}
         settings["haystack"] = shared.identity(haystack) if haystack else "published"
         report = PasskeyReport(shared.output_folder(output) / _JSON_FILE, settings)
 
-        def run(kind: str, asked: PreTrainedModel, facts: dict[str, Any], options: dict[str, Any]) -> None:
+        def run(
+            kind: str,
+            asked: PreTrainedModel,
+            facts: dict[str, Any],
+            options: dict[str, Any],
+            prompts: PromptMaker | None = None,
+        ) -> None:
             result = report.result(kind, facts)
             run_passkey(
                 asked,
@@ -103,6 +121,7 @@ def passkey(
                 seed=seed,
                 needle=hidden,
                 haystack=hay,
+                prompts=prompts,
                 result=result,
                 on_cell=lambda _: report.write(),
                 title=_TITLES[kind],
@@ -114,7 +133,12 @@ def passkey(
         long = load_long_model(name, **told)
         device, dtype = long.device, long.dtype
         options = {} if last_context_length is None else {"last_context_length": last_context_length}
-        run("memory", long, shared.memory_facts(long) | options, options)
+        mounted = None
+        if apart:
+            from llamory.evaluation.mounted import MountedPrompts
+
+            mounted = MountedPrompts(long, tokenizer, needle=hidden, haystack=hay)
+        run("memory", long, shared.memory_facts(long) | options, options, mounted)
         if baseline:
             del long  # both at once may be too much
             plain = load_model(name, dtype=dtype).to(device)

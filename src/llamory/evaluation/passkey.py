@@ -104,12 +104,18 @@ class Prompt:
         input_ids: its tokens, with those that the tokenizer puts in front.
         key: the secret to be found.
         sentences: how many sentences of the haystack it has.
+        in_memory: tokens of it that are in memory already, and not in `text` and `input_ids`.
     """
 
     text: str
     input_ids: list[int]
     key: str
     sentences: int
+    in_memory: int = 0
+
+
+# Makes the prompt of a length, a depth and a key, and what `generate` needs for it besides.
+PromptMaker = Callable[[int, float, str], tuple[Prompt, Mapping[str, Any]]]
 
 
 def build_prompt(
@@ -140,7 +146,7 @@ def build_prompt(
     def prompt(sentences: int) -> Prompt:
         before, after = haystack.around(sentences, depth)
         text = "\n".join([TASK, before, needle.text.replace(KEY_FIELD, key), after, needle.asked])
-        return Prompt(text, _encode(tokenizer, text), key, sentences)
+        return Prompt(text, encode(tokenizer, text), key, sentences)
 
     best = prompt(0)
     if len(best.input_ids) > length:
@@ -170,7 +176,8 @@ def check_depth(depth: float) -> None:
         raise LlamoryError(f"The depth {depth:g} is outside 0 to 1, where 0 is the start of the text and 1 its end.")
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that goes on: with what the tokenizer puts before it, without what it puts behind."""
     ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
     # Some tokenizers close every text; an open question must stay open.
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
@@ -279,6 +286,7 @@ def run_passkey(
     seed: int = 0,
     needle: Needle | None = None,
     haystack: Haystack = PUBLISHED_HAYSTACK,
+    prompts: PromptMaker | None = None,
     result: PasskeyResult | None = None,
     on_cell: Callable[[Cell], None] | None = None,
     title: str | None = None,
@@ -298,6 +306,7 @@ def run_passkey(
         seed: of the keys.
         needle: what is hidden and asked for, the published one if None.
         haystack: the text around it.
+        prompts: makes the prompts, of this needle, instead of `build_prompt`.
         result: what a run before has found; its cells are kept and not run again.
         on_cell: called after every cell, which is then in `result`.
         title: what the progress on standard error is called; None for no progress.
@@ -321,8 +330,12 @@ def run_passkey(
             done = []
             for number in range(trials):
                 key = draw(needle.kind, random.Random(f"{seed}/{length}/{depth}/{number}"))
-                prompt = build_prompt(tokenizer, length, depth, key, needle=needle, haystack=haystack)
-                done.append(_ask(model, tokenizer, prompt, needle.kind, generate or {}))
+                if prompts is None:
+                    prompt = build_prompt(tokenizer, length, depth, key, needle=needle, haystack=haystack)
+                    options: Mapping[str, Any] = {}
+                else:
+                    prompt, options = prompts(length, depth, key)
+                done.append(_ask(model, tokenizer, prompt, needle.kind, {**(generate or {}), **options}))
                 progress.advance(length)
             cell = Cell(length, depth, tuple(done))
             result.add(cell)
@@ -350,4 +363,4 @@ def _ask(
     seconds = time.perf_counter() - started
     answer = tokenizer.decode(new, skip_special_tokens=True)
     correct, digits = score(answer, prompt.key, kind)
-    return Trial(prompt.key, answer, correct, digits, len(prompt.input_ids), seconds)
+    return Trial(prompt.key, answer, correct, digits, len(prompt.input_ids) + prompt.in_memory, seconds)

@@ -29,6 +29,7 @@ def load_long_model(
     last_context_length: int | None = None,
     mem_search: str | None = None,
     mem_top_k: int | None = None,
+    mem_only_top_k: bool | None = None,
     mem_dtype: str | None = None,
     dtype: Any = None,
     device: str | None = None,
@@ -46,6 +47,7 @@ def load_long_model(
         last_context_length: tokens of a prompt that stay local.
         mem_search: "exact", "pages" or "faiss".
         mem_top_k: pages or neighbours per query.
+        mem_only_top_k: leave out of the softmax what isn't among the `mem_top_k` best tokens, as the paper does.
         mem_dtype: how memory is kept.
         dtype: of the weights.
         device: where the model goes.
@@ -63,6 +65,7 @@ def load_long_model(
         "last_context_length": last_context_length,
         "mem_search": mem_search,
         "mem_top_k": mem_top_k,
+        "mem_only_top_k": mem_only_top_k,
         "mem_dtype": mem_dtype,
     }
     if not isinstance(config, LongLlamaConfig):
