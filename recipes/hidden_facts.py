@@ -27,7 +27,7 @@ DOCUMENT = 40_000
 APART = (150, 800)  # of facts
 DISTANCE = (600, 6_500)  # of a question from its fact
 SHORTEST, LONGEST = 80, 1_500  # paragraphs
-CHAT_DOCUMENT, CHAT_FACTS, TURNS = (3_000, 16_000), (8, 30), 12
+CHAT_DOCUMENT, CHAT_FACTS, TURNS = (1_200, 8_000), (8, 24), 12
 KINDS = "old new red blue grey green broken silver northern southern eastern western upper hidden narrow round".split()
 THINGS = (
     "mill harbour bridge museum bakery lighthouse station garden library cellar workshop tower chapel brewery "

@@ -31,6 +31,7 @@ class Rememberer:
             mem_dtype="bfloat16",
             mem_search=told["mem_search"] or "exact",
             mem_top_k=None,
+            mem_only_top_k=bool(told.get("mem_only_top_k")),
         )
 
     def memory_fingerprint(self) -> str:
@@ -149,6 +150,26 @@ def test_the_model_is_told_how_to_remember(llamory, models, model_folder, tmp_pa
     assert (memory["context_length"], memory["last_context_length"], memory["mem_layers"]) == (256, 128, [0, 1])
 
 
+def test_windows_that_are_read_apart_are_told(llamory, model_folder, tmp_path) -> None:
+    lengths = ("--lengths", "1k,2k", "--depths", "0,1", "--trials", "1", "--mem-layers", "1", "--output", tmp_path)
+    arguments = ("--apart", "--mem-only-top-k", "--mem-top-k", "8", "--context-length", "512")
+    ran = llamory("eval", "passkey", model_folder, *lengths, *arguments, "--json")
+    document = json.loads(ran.out)
+    assert document["settings"]["windows"] == "apart"
+    (run,) = document["runs"].values()
+    assert (run["mem_only_top_k"], run["mem_top_k"]) == (True, 8)
+    assert [(cell["length"], cell["depth"]) for cell in run["cells"]] == [
+        (1024, 0),
+        (1024, 1),
+        (2048, 0),
+        (2048, 1),
+    ]
+    assert all(cell["length"] - 512 < cell["tokens"] <= cell["length"] for cell in run["cells"])
+    # What was read together is another evaluation.
+    refused = llamory("eval", "passkey", model_folder, *lengths, *arguments[1:])
+    assert refused.code == 2
+
+
 def test_haystack_and_needle_can_be_ones_own(llamory, models, model_folder, tmp_path) -> None:
     text = tmp_path / "walk.md"
     text.write_text("# A walk\n\nHe went home. Then he slept! Nobody asked why.\n")
@@ -200,6 +221,8 @@ def test_depths_are_a_number_of_them_or_a_list(llamory, models, model_folder, tm
         (["--question", "Is it {key}?"], "Error: The question holds {key}"),
         (["--haystack", "nowhere.txt"], "Error: There is no file or folder nowhere.txt"),
         (["--model", "another"], "Error: Two models were named"),
+        (["--apart", "--baseline"], "Error: The plain model has no memory to mount windows in"),
+        (["--apart", "--last-context-length", "64"], "Error: With --apart only the question isn't in memory"),
     ],
 )
 def test_a_wrong_wish_is_one_sentence_before_a_model_is_loaded(
