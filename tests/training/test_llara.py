@@ -20,7 +20,7 @@ def test_training_learns_and_what_it_saves_loads_everywhere(settings, tmp_path):
         assert sum(history[-5:]) < sum(history[:5])
     assert losses(output, "eval_loss")
     tokenizer, model = AutoTokenizer.from_pretrained(output), PreLlamaModel.from_pretrained(output)
-    assert model.template == LlaraTemplate.from_tokenizer(tokenizer)
+    assert model.template == LlaraTemplate.from_tokenizer(tokenizer, query_prompt="summary")
     ids = torch.tensor([model.template.encode(tokenizer, "River stone.", predict=False)])
     wanted = model.model(ids).last_hidden_state
     torch.testing.assert_close(AutoModel.from_pretrained(output)(ids).last_hidden_state, wanted)

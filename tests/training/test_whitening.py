@@ -107,7 +107,7 @@ def test_a_whitened_export_keeps_the_prompt_it_is_given(trained, documents, tmp_
         "--output",
         str(tmp_path / "out"),
         "--query-prompt",
-        "summary",
+        "prediction",
         "--max-length",
         "90",
     ]
@@ -115,9 +115,9 @@ def test_a_whitened_export_keeps_the_prompt_it_is_given(trained, documents, tmp_
         main([*words, "--whiten", str(documents), "--quiet", "--json"])
     assert end.value.code == 0
     found, other = SentenceTransformer(str(tmp_path / "out"), device="cpu"), load_embedder(trained, device="cpu")
-    assert query_prompt(found) == "summary"
+    assert query_prompt(found) == "prediction"
     (route,) = {route for (task, _), route in found[-2].route_mappings.items() if task == "query"}
-    assert route == "summary_query"
+    assert route == "prediction_query"
     assert len(found) == len(other)  # whitened anew, not twice
     assert not np.allclose(found.encode_document(TEXTS), other.encode_document(TEXTS), atol=1e-3)
 
@@ -148,7 +148,7 @@ def test_fine_tuning_goes_through_whitening_and_leaves_it_as_it_is(
     assert sorted(counts.values()) == [8 * passes, 16 * passes]  # queries, and two documents each
     biases = {rows: module.linear.bias.detach() for module, rows in counts.items()}
     before = load_file(trained / WHITENING_FILE)
-    for rows, centre in ((8, "prediction_query_centre"), (16, "document_centre")):
+    for rows, centre in ((8, "summary_query_centre"), (16, "document_centre")):
         torch.testing.assert_close(biases[rows * passes], -before["matrix"] @ before[centre], atol=1e-5, rtol=1e-4)
     tuned = load_embedder(output, device="cpu")
     for name, weight in load_embedder(trained, device="cpu")[-2].state_dict().items():

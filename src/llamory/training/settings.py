@@ -92,7 +92,9 @@ class LlaraSettings(AdaptSettings):
     )
     bow_weight: float = _setting(0.1, "Factor of the bag-of-words losses (the published code divides by 10).")
     query_prompt: Literal["prediction", "summary"] = _setting(
-        "prediction", "Prompt whose slots embed queries, once the model is exported."
+        "summary",
+        "Prompt whose slots embed queries, once the model is exported (the paper's: prediction; without labels the "
+        "other finds more).",
     )
 
     max_length: int = _setting(1024, "Longest sequence in tokens, prompts included.")
