@@ -71,7 +71,7 @@ def merged(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[
     inside = tuple(f"{name}." for name in special)
     for name, tensor in tensors:
         if not name.startswith(inside):
-            yield name, lambda tensor=tensor: tensor  # type: ignore[misc]
+            yield name, lambda name=name, tensor=tensor: _placed(model, name, tensor)  # type: ignore[misc]
     for name, module in special.items():
         own = ["weight"] if isinstance(module, ExtendedEmbedding) else dict(_base(module).named_parameters())
         for part in own:
@@ -111,10 +111,24 @@ def _base(layer: Any) -> nn.Module:
 def _merged(module: nn.Module, part: str) -> Tensor:
     if isinstance(module, ExtendedEmbedding):
         return module.weight
-    layer: Any = copy.deepcopy(module)  # the weight below is others' too
+    hooks = [each._hf_hook for each in module.modules() if hasattr(each, "_hf_hook")]  # they know whole models
+    layer: Any = copy.deepcopy(module, {id(hook): hook for hook in hooks})  # the weight below is others' too
+    for name, parameter in module.named_parameters():
+        if parameter.is_meta:
+            place, _, own = name.rpartition(".")
+            values = _placed(module, name, parameter).clone()
+            setattr(layer.get_submodule(place), own, nn.Parameter(values, requires_grad=False))
     if not layer.merged:
         layer.merge()
     return _base(layer).get_parameter(part)
+
+
+def _placed(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A model's tensor, from where accelerate keeps it if it is offloaded: there is none in the model then."""
+    place, _, own = name.rpartition(".")
+    hook = getattr(model.get_submodule(place), "_hf_hook", None) if tensor.is_meta else None
+    offloaded: Tensor = tensor if hook is None else hook.weights_map[own]
+    return offloaded
 
 
 def _share(model: nn.Module, source: str) -> None:

@@ -37,6 +37,13 @@ class LongLlamaForCausalLM(EveryIthCheckpointed, LlamaForCausalLM):
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong, even if the first weights are offloaded: accelerate then has nothing of them here."""
+        device: torch.device = super().device
+        main = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
+        return torch.device(main) if device.type == "meta" and main is not None else device
+
     @can_return_tuple
     def forward(  # type: ignore[override]
         self,
