@@ -94,16 +94,22 @@ def _backward(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     way, aten = _way(query), torch.ops.aten
+    if way != "plain":
+        grad, query, key, value = map(_dense, (grad, query, key, value))
     if way == "cpu":
-        grad, query, key, value, output = map(_dense, (grad, query, key, value, output))
+        output = _dense(output)
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, query, key, value, output, log_sum.contiguous(), 0.0, causal, scale=scaling
         )
         return grads
     if way == "cuda":
         queries = query.shape[2]
-        room = log_sum.new_zeros(*log_sum.shape[:2], -(-queries // _CUDA_LSE_TILE) * _CUDA_LSE_TILE)
+        # Filled up with what its forward pass fills up with.
+        room = log_sum.new_full((*log_sum.shape[:2], -(-queries // _CUDA_LSE_TILE) * _CUDA_LSE_TILE), torch.inf)
         room[..., :queries] = log_sum
+        # In half precision the kernel takes the output's rows to lie heads * head_dim apart, as its forward pass left
+        # them, and doesn't look where they are.
+        output = output.transpose(1, 2).contiguous().transpose(1, 2)
         # Without dropout the kernel reads no random state, but wants to be given one.
         seed = torch.zeros((), dtype=torch.long, device=query.device)
         *grads, _ = aten._scaled_dot_product_efficient_attention_backward(

@@ -161,25 +161,25 @@ def _kernel(
     aten = torch.ops.aten
     same = key.dtype == value.dtype and key.shape == value.shape and key.dtype in KERNEL_TYPES
     device, head_dim = query.device.type, query.shape[-1]
-    if device == "cpu" and same:
-        query, bias = query.to(key.dtype), None if bias is None else bias.to(key.dtype)
-        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    if not same or device not in ("cpu", "cuda") or (device == "cuda" and head_dim % 8):
+        return _plain(query, key, value, scaling, bias, causal)
+    query = query.to(key.dtype)
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    if device == "cpu":
+        bias = None if bias is None else bias.to(key.dtype)
         return aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, causal, attn_mask=bias, scale=scaling
         )
-    if device == "cuda" and same and head_dim % 8 == 0:
-        key, value = (_repeat(tensor, query.shape[1]) for tensor in (key, value))
-        query = query.to(key.dtype)
-        if bias is not None:
-            keys = key.shape[2]
-            room = bias.new_zeros(*bias.shape[:3], -(-keys // CUDA_BIAS_TILE) * CUDA_BIAS_TILE, dtype=key.dtype)
-            room[..., :keys] = bias
-            bias = room[..., :keys].expand(*query.shape[:3], keys)
-        output, log_sum, *_ = aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, True, 0.0, causal, scale=scaling
-        )
-        return output, log_sum[..., : query.shape[2]]
-    return _plain(query, key, value, scaling, bias, causal)
+    key, value = (_repeat(tensor, query.shape[1]) for tensor in (key, value))
+    if bias is not None:
+        keys = key.shape[2]
+        room = bias.new_zeros(*bias.shape[:3], -(-keys // CUDA_BIAS_TILE) * CUDA_BIAS_TILE, dtype=key.dtype)
+        room[..., :keys] = bias
+        bias = room[..., :keys].expand(*query.shape[:3], keys)
+    output, log_sum, *_ = aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, True, 0.0, causal, scale=scaling
+    )
+    return output, log_sum[..., : query.shape[2]]
 
 
 def _plain(
