@@ -284,3 +284,24 @@ def test_saving_takes_a_small_part_of_the_time(monkeypatch, tmp_path, model_fold
     for now[0] in (50.0, 61.0):
         kept.save_if_due(within=True)
     assert saved == [41.0, 61.0]
+
+
+def test_an_unfinished_document_goes_on_with_offloaded_weights(tmp_path, model_folder) -> None:
+    from accelerate import cpu_offload
+
+    from llamory.reading.manuscripts import Manuscript
+
+    model = load_long_model(model_folder, **SETTINGS)
+    ids = torch.arange(3, 3 + 3 * CONTEXT, dtype=torch.int32) % 90
+    manuscript = Manuscript("a.txt", "/a.txt", "/a.txt", "A", "digest", ids)
+    begun = model.read(ids[:CONTEXT], segment="/a.txt")
+    read = begun.fork()
+    begun.annotate("/a.txt", **partial.facts_of(manuscript), **{partial._UNFINISHED: True})
+    cpu_offload(model, torch.device("cpu"))
+    assert all(parameter.device.type == "meta" for parameter in model.parameters())
+    kept = partial.Partial(tmp_path / "p", model, begun)
+    bank = kept.resume(manuscript, partial.facts_of(manuscript))
+    for layer in bank.layers:
+        assert bank.length(layer) == CONTEXT
+        assert torch.equal(bank.keys(layer), read.keys(layer))
+        assert torch.equal(bank.values(layer), read.values(layer))

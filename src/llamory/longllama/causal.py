@@ -41,8 +41,12 @@ class LongLlamaForCausalLM(EveryIthCheckpointed, LlamaForCausalLM):
     def device(self) -> torch.device:
         """Where inputs belong, even if the first weights are offloaded: accelerate then has nothing of them here."""
         device: torch.device = super().device
-        main = getattr(getattr(self, "_hf_hook", None), "execution_device", None)
-        return torch.device(main) if device.type == "meta" and main is not None else device
+        if device.type != "meta":
+            return device
+        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
+        places = (getattr(hook, "execution_device", None) for hook in hooks)
+        main = next((place for place in places if place is not None), None)
+        return device if main is None else torch.device(main)
 
     @can_return_tuple
     def forward(  # type: ignore[override]

@@ -31,7 +31,10 @@ def fingerprint(model: nn.Module) -> str:
     if known is not None and known[0] == state:
         return known[1]
     digest = xxhash.xxh3_128(json.dumps(made, default=str, sort_keys=True).encode())
-    for name, make in sorted(merged(model, model.named_parameters()), key=lambda item: item[0]):
+    # A tied head has a name of its own only where it is offloaded, which mustn't make another model of this one.
+    tied = getattr(model, "all_tied_weights_keys", {})
+    named = [(name, parameter) for name, parameter in model.named_parameters() if name not in tied]
+    for name, make in sorted(merged(model, named), key=lambda item: item[0]):
         parameter = make()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)

@@ -77,6 +77,8 @@ class Partial:
             # Window by window, as they came the first time: then the blocks are the same, and so are the sums that
             # attention takes over them, to the bit.
             device = self._model.model.layers[layer].self_attn.k_proj.weight.device
+            if device.type == "meta":  # offloaded: it comes to where the inputs are
+                device = self._model.device
             keys, values = (part(layer, manuscript.source).to(device) for part in (self._old.keys, self._old.values))
             for start in range(0, begun, window):
                 part = slice(start, start + window)
