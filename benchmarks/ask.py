@@ -235,7 +235,7 @@ def _spread(rows: list[dict[str, Any]]) -> dict[str, float]:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument("--model", default="default", help="a folder, hub id, .gguf file or 'default'")
+    parser.add_argument("--model", default="base", help="a folder, hub id, .gguf file or 'base'")
     parser.add_argument("--documents", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=4000, help="of each document, for (a), (b) and (c)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 4000, 16000], help="tokens each, for pages")

@@ -1,6 +1,6 @@
 """Does an answer cite the passage that it should? By what question and answer draw, and by the plain sum of attention.
 
-    python benchmarks/citations.py [--json FILE] [--model default]
+    python benchmarks/citations.py [--json FILE] [--model base]
 
 Three short documents of three passages each, and sixteen questions that one passage answers. All documents are mounted;
 for each question it is said which place the right passage has among the nine, by the share of attention that was drawn
@@ -100,7 +100,7 @@ def main() -> None:
     """Ask all questions and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
-    parser.add_argument("--model", default="default", help="a folder, hub id, .gguf file or 'default'")
+    parser.add_argument("--model", default="base", help="a folder, hub id, .gguf file or 'base'")
     parser.add_argument("--max-new-tokens", type=int, default=16)
     options = parser.parse_args()
     rows = []

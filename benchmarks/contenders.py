@@ -53,7 +53,7 @@ class Case:
         """The model as a LongLLaMA."""
         if self.real:
             model = load_long_model(
-                "default",
+                "base",
                 mem_layers=self.mem_layers,
                 context_length=self.context,
                 last_context_length=self.last,

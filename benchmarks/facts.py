@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--model", default="reader")
-    parser.add_argument("--base", default="default")
+    parser.add_argument("--base", default="base")
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--characters", type=int, default=4000, help="of a document")
     parser.add_argument("--mem-search")

@@ -90,7 +90,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path, nargs="+")
-    parser.add_argument("--model", default="default")
+    parser.add_argument("--model", default="base")
     parser.add_argument("--tokens", type=int, default=3000)
     parser.add_argument("--prompts", type=int, default=3, help="of each kind")
     parser.add_argument("--layers", type=int, nargs="+", help="to begin with; default: all")

@@ -157,7 +157,7 @@ def main() -> None:
         for way, step in (("flush", 1), ("slide", CHUNK)):
             start = time.perf_counter()
             model = load_long_model(
-                "default",
+                "base",
                 mem_layers=layers,
                 context_length=CONTEXT,
                 last_context_length=PROMPT,

@@ -143,7 +143,7 @@ def main() -> None:
     """Measure what is missing, print, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--base", default="default")
+    parser.add_argument("--base", default="base")
     parser.add_argument("--reader", default="reader")
     parser.add_argument("--texts", type=Path, nargs="+", default=[])
     parser.add_argument("--only", nargs="+")

@@ -87,7 +87,7 @@ def measure(tokens: int) -> dict[str, Any]:
                 characters += len(passage.text)
                 ids += found
     prompt = LlaraTemplate.from_tokenizer(tokenizer).overhead(predict=False)
-    model = load_long_model("default", mem_dtype="int8", dtype=torch.float32)
+    model = load_long_model("base", mem_dtype="int8", dtype=torch.float32)
     model.read(ids[: 2 * WINDOW])
     start = time.perf_counter()
     bank = model.read(ids[:tokens])

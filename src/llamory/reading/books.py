@@ -48,7 +48,9 @@ class Book:
         self.layers: list[int] = self.contents["layers"]
         self.dtype: str = self.contents["dtype"]
         self.fingerprint: str = self.contents["fingerprint"]
-        self.model: str | None = self._noted("model")
+        noted = self._noted("model")
+        # Before there was a packaged reader, "default" was the model as it is.
+        self.model: str | None = "base" if noted == "default" else noted
         self.context_length: int | None = self._noted("context_length")
 
     def _noted(self, fact: str) -> Any:
@@ -80,7 +82,10 @@ def partial_path(path: PathLike) -> Path:
 
 
 def noted_name(name: PathLike) -> str:
-    """A model's name that still fits in another folder: paths become absolute; packaged models and hub ids stay."""
+    """A model's name that still fits in another folder, and later: paths become absolute, "default" what it means."""
+    from llamory.longllama.loading import reader_name
+
+    name = reader_name(name)
     path, packaged = Path(name).expanduser(), str(name) in PACKAGED
     return os.path.abspath(path) if path.exists() and not packaged else str(name)  # noqa: PTH100
 
@@ -111,7 +116,7 @@ def load_model_for(
     """
     import torch
 
-    from llamory.longllama.loading import load_long_model
+    from llamory.longllama.loading import load_long_model, reader_name
 
     book = books[0] if books else None
     if book is not None:
@@ -120,7 +125,7 @@ def load_model_for(
         _check_settings(book, mem_layers, context_length, mem_dtype)
         mem_layers, mem_dtype = book.layers, book.dtype
         context_length = book.context_length or context_length
-    known = str(name or (book and book.model) or "default")
+    known = reader_name(name or (book and book.model) or "default")
     for each in books:
         check_shape(each, known)
     if device is None and torch.accelerator.is_available():
