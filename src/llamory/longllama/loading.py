@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ _FIRST_PART = 6
 READER = "reader"  # the packaged adapter that "default" means to whoever reads
 
 
-def reader_name(name: str | Path) -> str:
+def reader_name(name: str | os.PathLike[str]) -> str:
     """The model that a name means as a reader: "default" is the packaged one, all others are as for `backbone`."""
-    return READER if str(name) == "default" else str(name)
+    return READER if str(name) == "default" else os.fspath(name)
 
 
 def load_long_model(
