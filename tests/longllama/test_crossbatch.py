@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,37 @@ def test_any_contexts_heads_and_lengths_equal_the_plain_way(way, data):
         wanted = torch.autograd.grad((plain * cotangent).sum(), inputs)
         for got, want in zip(torch.autograd.grad((ours * cotangent).sum(), inputs), wanted, strict=True):
             torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["cpu", "plain"])
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_a_weight_of_a_whole_number_is_as_many_copies(way, data):
+    batch, seq, kv_heads, groups = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 9)), 2, 2
+    contexts = any_contexts(data.draw, batch)
+    copies = [[data.draw(st.integers(1, 4)) for _ in seen] for seen in contexts]
+    many = [
+        [other for other, count in zip(seen, counts, strict=True) for _ in range(count)]
+        for seen, counts in zip(contexts, copies, strict=True)
+    ]
+    inputs = drawn(batch, kv_heads * groups, kv_heads, seq, 8, data.draw(st.integers(0, 9)))
+    cos, sin = rotary(seq, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_way", lambda query: way)
+        ours = cross_batch_attention(*inputs, cos, sin, contexts, weights=copies)
+        plain = plain_cross_batch(*inputs, cos, sin, many)
+        torch.testing.assert_close(ours, plain, atol=1e-10, rtol=0)
+        wanted = torch.autograd.grad(plain.square().sum(), inputs)
+        for got, want in zip(torch.autograd.grad(ours.square().sum(), inputs), wanted, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("weights", [[[1], [1]], [[1], [], []], [[0], [], []], [[math.nan], [], []]], ids=str)
+def test_weights_that_cannot_be(weights):
+    inputs = drawn(3, 2, 2, 4, 8)
+    contexts = [[1], [2], []] if weights == [[1], [], []] else [[1], [], []]
+    with pytest.raises(LlamoryError, match="needs a weight, a number above 0"):
+        cross_batch_attention(*inputs, *rotary(4, 8), contexts, weights=weights)
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 4e-3)])
@@ -256,11 +288,13 @@ def test_rows_that_predict_nothing_are_only_seen(implementation):
     mask = torch.ones(5, 8, dtype=torch.long)
     mask[1, 6:] = 0
     contexts = [[], [0], [0, 1], [0], [1, 3, 2]]
-    hidden = model.model(ids, attention_mask=mask, contexts=contexts).last_hidden_state
+    seen = {"contexts": contexts, "context_weights": [[], [1], [2, 1.5], [3], [1, 7, 0.5]]}
+    hidden = model.model(ids, attention_mask=mask, **seen).last_hidden_state
     plain = torch.nn.functional.cross_entropy(model.lm_head(hidden).flatten(0, 1), targets.flatten())
     wanted = torch.autograd.grad(plain, list(model.parameters()))
-    output = model(ids, attention_mask=mask, shift_labels=targets, contexts=contexts)
+    output = model(ids, attention_mask=mask, shift_labels=targets, **seen)
     torch.testing.assert_close(output.loss, plain)
+    assert not output.loss.isclose(model(ids, attention_mask=mask, shift_labels=targets, contexts=contexts).loss)
     assert not output.hidden_states[0][[0, 1, 3]].any()
     for got, want in zip(torch.autograd.grad(output.loss, list(model.parameters())), wanted, strict=True):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
@@ -68,16 +69,34 @@ def test_negatives_by_hand():
     assert batch["contexts"] == [[], [0, 2], [], [2, 0], [3, 2]]
     assert collate([first, second], 0, negatives=1)["contexts"] == [[], [0, 2], [], [2, 0], [3, 2]]
     assert collate([first], 0, negatives=3)["contexts"] == [[], [0]]
+    assert collate([first, second], 0, negatives=9, copies=(4, 6))["context_weights"] == [
+        [],
+        [1, 4],
+        [],
+        [1, 4],
+        [1, 1],
+    ]
+    assert "context_weights" not in collate([first, second], 0, negatives=9)
+
+
+def test_copies_are_drawn_for_each_row_between_the_least_and_the_most():
+    made, drawn = batches([talks()], rows=12, negatives=3, copies=(2, 50), seed=3), []
+    for _ in range(30):
+        batch = next(made)
+        for contexts, weights in zip(batch["contexts"], batch["context_weights"], strict=True):
+            assert len(contexts) == len(weights)
+            negative = {weight for weight in weights if weight != 1}
+            assert len(negative) < 2
+            drawn += negative
+    assert 2 <= min(drawn) < 4 and 25 < max(drawn) <= 50
+    # As many below the geometric mean as above.
+    assert 0.3 < sum(weight < 10 for weight in drawn) / len(drawn) < 0.7
+    assert len(set(drawn)) > len(drawn) / 2
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 3])
 def test_no_row_is_told_its_own_answers(wanted):
-    talks = numbered(24)
-    for talk in talks:  # answers in their last third only, at times with something behind them
-        size = len(talk["labels"])
-        talk["labels"] = [IGNORED] * (2 * size // 3) + talk["labels"][2 * size // 3 :]
-        talk["labels"][-1] = IGNORED if size % 2 and size > 3 else talk["labels"][-1]
-    made = [batches([talks], rows=12, negatives=number, seed=3) for number in (wanted, 0)]
+    made = [batches([talks()], rows=12, negatives=number, seed=3) for number in (wanted, 0)]
     added = []
     for _ in range(20):
         batch, own = (next(each) for each in made)
@@ -93,6 +112,16 @@ def test_no_row_is_told_its_own_answers(wanted):
                 waiting += [other for other in batch["contexts"][at] if other not in seen]
             assert not any(answers[at] for at in seen)
     assert max(added) == wanted
+
+
+def talks():
+    """Examples with answers in their last third only, at times with something behind them."""
+    made = numbered(24)
+    for talk in made:
+        size = len(talk["labels"])
+        talk["labels"] = [IGNORED] * (2 * size // 3) + talk["labels"][2 * size // 3 :]
+        talk["labels"][-1] = IGNORED if size % 2 and size > 3 else talk["labels"][-1]
+    return made
 
 
 def numbered(count, longest=7, kind=0):
@@ -169,6 +198,9 @@ def test_rows_and_positions_that_do_not_fit_are_refused():
         batches([numbered(3)], rows=2)
     with pytest.raises(LlamoryError, match="negatives must be at least 0"):
         batches([numbered(3)], negatives=-1)
+    for copies in ((0, 3), (3, 2), (1, math.inf)):
+        with pytest.raises(LlamoryError, match="negative_copies must be two numbers above 0"):
+            batches([numbered(3)], negatives=1, copies=copies)
     with pytest.raises(LlamoryError, match="can't have 5 tokens where a row has 4"):
         MemorySplit(4, 5, 9)
     with pytest.raises(LlamoryError, match="seed"):

@@ -134,10 +134,11 @@ class LongLlamaAttention(LlamaAttention):
         """Attend to other rows, too, as training has it; in the last memory layer only the rows that are asked do."""
         rows = together.asked if together.last_layer == self.layer_idx else None
         query, key, value = self._project(hidden_states, queries=rows is None)
-        contexts = together.contexts
+        contexts, weights = together.contexts, together.weights
         if rows is not None:
             query = self._heads(self.q_proj(hidden_states[list(rows)]))
             contexts = [contexts[row] for row in rows]
+            weights = None if weights is None else [weights[row] for row in rows]
         cos, sin = (part.to(query.device) for part in rotary)
         if not self.rotates:
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
@@ -151,6 +152,7 @@ class LongLlamaAttention(LlamaAttention):
             scaling=self.scaling,
             lengths=together.lengths,
             rows=rows,
+            weights=weights,
         )
         output = output.transpose(1, 2).flatten(2)
         projected: Tensor = self.o_proj(output)

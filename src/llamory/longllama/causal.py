@@ -75,6 +75,7 @@ class LongLlamaForCausalLM(EveryIthCheckpointed, LlamaForCausalLM):
             shift_labels: (batch, length) what each place should predict, instead of `labels`, where that is the next
                 column's label.
             num_items_in_batch: what the sum of the losses is divided by.
+            kwargs: passed on, such as `context_weights`.
         """
         asked = None
         if contexts is not None:

@@ -7,6 +7,7 @@ values. Keys of other rows are encoded as if they stood at the first position of
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from llamory.longllama.kernels import Part, attend_part_backward
 from llamory.memory.attention import flash
 
 Contexts = Sequence[Sequence[int]]
+Weights = Sequence[Sequence[float]]
 
 
 def crossbatch_contexts(
@@ -73,6 +75,7 @@ def cross_batch_attention(
     scaling: float | None = None,
     lengths: Sequence[int] | None = None,
     rows: Sequence[int] | None = None,
+    weights: Weights | None = None,
 ) -> Tensor:
     """Attention of each row to its own causal context and to the contexts of other rows, in one softmax.
 
@@ -87,15 +90,17 @@ def cross_batch_attention(
         contexts: per row, the rows whose whole contexts it also sees.
         scaling: what scores are multiplied by; 1 / sqrt(head_dim) if not given.
         lengths: real tokens of each row, which stand at its front; what is behind them is seen by nobody.
-        rows: the only rows that attend, where not all do; query and contexts are then those rows' alone.
+        rows: the only rows that attend, where not all do; query, contexts and weights are then those rows' alone.
+        weights: for each of the contexts, how many of its kind it counts as in the softmax; 1 if not given. So a few
+            rows can stand for a large memory.
 
     Returns:
         The query's shape, differentiable in query, key and value. Behind a row's `lengths` it means nothing.
 
     Raises:
-        LlamoryError: contexts or lengths that don't fit the batch, or rows that begin at different positions.
+        LlamoryError: contexts, weights or lengths that don't fit the batch, or rows that begin at different positions.
     """
-    plan = plan_contexts(contexts, len(key), lengths, rows)
+    plan = plan_contexts(contexts, len(key), lengths, rows, weights)
     if lengths is not None and max(lengths, default=0) > key.shape[2]:
         raise LlamoryError(f"A row can't have {max(lengths)} tokens where the batch has {key.shape[2]} columns.")
     first_cos, first_sin = cos[:, :1], sin[:, :1]
@@ -125,12 +130,14 @@ class CrossBatch:
         lengths: real tokens of each row, at its front; None if all columns are real.
         asked: the only rows whose output is wanted; None for all. Of the others no more is computed than is seen.
         last_layer: with `asked`, the last memory layer, from which on there are only those rows.
+        weights: for each of the contexts, how many of its kind it counts as; None for 1.
     """
 
     contexts: Contexts
     lengths: tuple[int, ...] | None = None
     asked: tuple[int, ...] | None = None
     last_layer: int | None = None
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True)
@@ -141,38 +148,55 @@ class Run:
         rows: the rows that look.
         seen: the rows that are looked at.
         length: how many of their tokens are real; None for all.
+        weight: how many of their kind they count as.
     """
 
     rows: slice
     seen: slice
     length: int | None
+    weight: float = 1.0
+
+    @property
+    def shift(self) -> float:
+        """What the weight adds to scores."""
+        return math.log(self.weight)
 
 
 def plan_contexts(
-    contexts: Contexts, batch: int, lengths: Sequence[int] | None = None, rows: Sequence[int] | None = None
+    contexts: Contexts,
+    batch: int,
+    lengths: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    weights: Weights | None = None,
 ) -> list[Run]:
     """Put pairs of a row and a row it sees together where both go on in step, so that few calls do the work.
 
     Raises:
-        LlamoryError: not one list per row, a row that isn't there, that sees itself, or that is named twice.
+        LlamoryError: not one list per row, a row that isn't there, that sees itself, or that is named twice, or
+            weights that aren't one positive number for each context.
     """
     numbers = range(batch) if rows is None else rows
     if len(contexts) != len(numbers):
         raise LlamoryError(f"There are {len(numbers)} rows, but contexts for {len(contexts)}.")
     if lengths is not None and len(lengths) != batch:
         raise LlamoryError(f"There are {batch} rows, but lengths of {len(lengths)}.")
-    by_distance: dict[int, list[int]] = defaultdict(list)
+    weights = [[1.0] * len(seen) for seen in contexts] if weights is None else weights
+    if [len(each) for each in weights] != [len(seen) for seen in contexts] or any(
+        not 0 < weight < math.inf for each in weights for weight in each
+    ):
+        raise LlamoryError("Each context a row sees needs a weight, a number above 0; give as many as there are.")
+    alike: dict[tuple[int, float], list[int]] = defaultdict(list)
     for at, (number, seen) in enumerate(zip(numbers, contexts, strict=True)):
-        for other in seen:
+        for other, weight in zip(seen, weights[at], strict=True):
             if not 0 <= other < batch or other == number:
                 raise LlamoryError(
                     f"Row {number} can't see row {other}: other rows of this batch are meant, 0 to {batch - 1}."
                 )
-            by_distance[at - other].append(at)
+            alike[at - other, weight].append(at)
         if len(set(seen)) != len(seen):
             raise LlamoryError(f"Row {number} names a row twice: {list(seen)}.")
     runs = []
-    for distance, lookers in sorted(by_distance.items()):
+    for (distance, weight), lookers in sorted(alike.items()):
         start = 0
         for at in range(1, len(lookers) + 1):
             length = None if lengths is None else lengths[lookers[start] - distance]
@@ -181,7 +205,7 @@ def plan_contexts(
                 continue
             first, last = lookers[start], lookers[at - 1] + 1
             if length != 0:
-                runs.append(Run(slice(first, last), slice(first - distance, last - distance), length))
+                runs.append(Run(slice(first, last), slice(first - distance, last - distance), length, weight))
             start = at
     return runs
 
@@ -205,7 +229,7 @@ class _CrossBatch(torch.autograd.Function):
         for run in plan:
             part = _part(query, remote, value, run)
             new, new_sum = flash(part.query, part.key, part.value, scaling=scaling)
-            _merge_into(output[run.rows], log_sum[run.rows], new, new_sum)
+            _merge_into(output[run.rows], log_sum[run.rows], new, new_sum + run.shift)
         output = output.to(query.dtype)
         ctx.save_for_backward(query, local, near_value, remote, value, output, log_sum)
         ctx.plan, ctx.scaling = plan, scaling
@@ -222,7 +246,7 @@ class _CrossBatch(torch.autograd.Function):
         for run in ctx.plan:
             rows = run.rows
             part = _part(query, remote, value, run)
-            parts = attend_part_backward(grad[rows], part, output[rows], log_sum[rows], ctx.scaling)
+            parts = attend_part_backward(grad[rows], part, output[rows], log_sum[rows] - run.shift, ctx.scaling)
             grad_query[rows] += parts[0]
             grad_remote[run.seen, :, : run.length] += parts[1]
             grad_value[run.seen, :, : run.length] += parts[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -85,6 +86,7 @@ def collate(
     pad_token_id: int | None,
     *,
     negatives: int = 0,
+    copies: tuple[float, float] = (1, 1),
     chance: random.Random | None = None,
 ) -> dict[str, Any]:
     """Make one batch of whole examples, padded on the right.
@@ -95,12 +97,15 @@ def collate(
         negatives: rows of other examples that a row with answers sees as well, where there are so many. Only rows in
             front of all answers of their example are taken: they see nothing but such rows, so none is told its own
             answers in a circle.
-        chance: draws the negatives; the first ones are taken without.
+        copies: how many of its kind a negative counts as in the softmax, the least and the most; each row draws one
+            number, evenly on a logarithmic scale, so that a few rows stand for memories of all sizes.
+        chance: draws negatives and copies; without, the first ones are taken, and the least.
 
     Returns:
         `input_ids`, `attention_mask`, `shift_labels`: (rows, longest row) long; `shift_labels` is the label of the
         example's next token, be it the first of its next row, and -100 where none is asked for; `contexts`: per row,
-        the earlier rows of its example, nearest first, then negatives; `sources`: per example, where it is from.
+        the earlier rows of its example, nearest first, then negatives; `context_weights`, with copies: what each of
+        these counts as; `sources`: per example, where it is from.
     """
     tokens: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []
@@ -115,13 +120,16 @@ def collate(
             owners.append(number)
             tokens.append(ids[start:stop])
             targets.append(following[start:stop])
+    more: dict[str, Any] = {}
     if negatives:
-        _add_negatives(contexts, owners, targets, negatives, chance)
+        weights = _add_negatives(contexts, owners, targets, negatives, copies, chance)
+        more = {"context_weights": weights} if copies != (1, 1) else {}
     return {
         "input_ids": pad_sequence(tokens, batch_first=True, padding_value=pad_token_id or 0),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True),
         "shift_labels": pad_sequence(targets, batch_first=True, padding_value=IGNORED),
         "contexts": contexts,
+        **more,
         "sources": [example.source for example in examples],
     }
 
@@ -131,8 +139,11 @@ def _add_negatives(
     owners: Sequence[int],
     targets: Sequence[torch.Tensor],
     negatives: int,
+    copies: tuple[float, float],
     chance: random.Random | None,
-) -> None:
+) -> list[list[float]]:
+    """Add negatives to the contexts; gives the weight of each context."""
+    weights = [[1.0] * len(seen) for seen in contexts]
     answers = [bool((target != IGNORED).any()) for target in targets]
     in_front = [
         not answered and not any(answers[seen] for seen in contexts[row]) for row, answered in enumerate(answers)
@@ -142,6 +153,9 @@ def _add_negatives(
             others = [at for at, plain in enumerate(in_front) if plain and owners[at] != owners[row]]
             count = min(negatives, len(others))
             contexts[row] += sorted(chance.sample(others, count)) if chance is not None else others[:count]
+            draw = chance.random() if chance is not None else 0.0
+            weights[row] += [copies[0] * (copies[1] / copies[0]) ** draw] * count
+    return weights
 
 
 class InstructBatches:
@@ -160,9 +174,11 @@ class InstructBatches:
         stream: which of `streams` disjoint parts of the data this is.
         streams: how many there are.
         negatives: rows of other examples' first parts that rows with answers see as well.
+        copies: how many of its kind each of these counts as, the least and the most; see `collate`.
 
     Raises:
-        LlamoryError: an example may take more rows than a batch has, or the number of negatives is below 0.
+        LlamoryError: an example may take more rows than a batch has, the number of negatives is below 0, or copies
+            aren't two numbers above 0, the smaller one first.
     """
 
     def __init__(
@@ -177,11 +193,13 @@ class InstructBatches:
         stream: int = 0,
         streams: int = 1,
         negatives: int = 0,
+        copies: tuple[float, float] = (1, 1),
     ) -> None:
         check_rows(split, rows)
         if negatives < 0:
             raise LlamoryError(f"negatives must be at least 0, not {negatives}.")
-        self.negatives = negatives
+        check_copies(copies)
+        self.negatives, self.copies = negatives, copies
         self.datasets, self.proportions, self.split, self.rows = datasets, list(proportions), split, rows
         self.pad_token_id, self.seed, self.stream, self.streams = pad_token_id, seed, stream, streams
         self._drawn = [0] * len(datasets)
@@ -199,7 +217,7 @@ class InstructBatches:
             room -= len(example.rows)
             if room < 0:
                 chance = random.Random(f"{self.seed}/{self.stream}/{sum(self._drawn)}/negatives")
-                return collate(examples, self.pad_token_id, negatives=self.negatives, chance=chance)
+                return collate(examples, self.pad_token_id, negatives=self.negatives, copies=self.copies, chance=chance)
             examples.append(example)
             self._drawn[source] += 1
 
@@ -225,6 +243,7 @@ class InstructBatches:
             "seed": self.seed,
             "stream": [self.stream, self.streams],
             "negatives": self.negatives,
+            **({"copies": list(self.copies)} if self.copies != (1, 1) else {}),
         }
 
     def _next_example(self) -> tuple[int, CutExample]:
@@ -239,6 +258,12 @@ class InstructBatches:
 
     def _shuffled(self, source: int, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, source, epoch]).permutation(len(self.datasets[source]))
+
+
+def check_copies(copies: Sequence[float]) -> None:
+    """Raise LlamoryError unless these are the least and the most copies of a negative."""
+    if len(copies) != 2 or not 0 < copies[0] <= copies[1] < math.inf:
+        raise LlamoryError(f"negative_copies must be two numbers above 0, the least and the most, not {list(copies)}.")
 
 
 def check_rows(split: MemorySplit, rows: int) -> None:

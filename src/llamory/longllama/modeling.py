@@ -17,7 +17,7 @@ from llamory.errors import LlamoryError
 from llamory.longllama.attention import LongLlamaAttention, LongLlamaDecoderLayer, Window
 from llamory.longllama.cache import LongLlamaCache
 from llamory.longllama.configuration import LongLlamaConfig, check_last_context, check_memory
-from llamory.longllama.crossbatch import Contexts, CrossBatch
+from llamory.longllama.crossbatch import Contexts, CrossBatch, Weights
 from llamory.longllama.windows import RealTokens, Step, cut_continuation, cut_prompt
 from llamory.memory import MemoryBank
 from llamory.memory.search import Search, make_search
@@ -69,6 +69,7 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
         return_dict: bool | None = None,
         contexts: Contexts | None = None,
         asked: Sequence[int] | None = None,
+        context_weights: Weights | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Read a batch of any length, or, with `contexts`, rows of one window each that see one another (training).
@@ -89,6 +90,7 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
                 (section 3.2). Nothing is kept then, and padding stands on the right.
             asked: with `contexts`, the only rows whose hidden states are wanted; those of the others are zeros, and no
                 more of them is computed than is seen.
+            context_weights: for each of the contexts, how many of its kind it counts as; see `cross_batch_attention`.
             kwargs: passed on to the layers.
 
         Returns:
@@ -103,7 +105,8 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
         assert source is not None
         batch, length = source.shape[:2]
         if contexts is not None:
-            output = self._read_together(source, attention_mask, contexts, asked, kwargs)
+            together = CrossBatch(contexts, asked=None if asked is None else tuple(asked), weights=context_weights)
+            output = self._read_together(source, attention_mask, together, kwargs)
             return output if return_dict is not False else output.to_tuple()
         use_cache = self._uses_cache(use_cache)
         output_hidden_states = (
@@ -202,8 +205,7 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
         self,
         source: Tensor,
         attention_mask: Tensor | None,
-        contexts: Contexts,
-        asked: Sequence[int] | None,
+        together: CrossBatch,
         kwargs: dict[str, Any],
     ) -> BaseModelOutputWithPast:
         """Rows that see one another's contexts in memory layers."""
@@ -215,9 +217,9 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
             )
         hidden = source if source.is_floating_point() else self.embed_tokens(source)
         lengths = _lengths(_own_columns(attention_mask, batch, width))
-        together = CrossBatch(contexts, lengths)
-        if asked and len(asked) < batch and self.config.mem_layers:
-            together = CrossBatch(contexts, lengths, tuple(asked), max(self.config.mem_layers))
+        few = together.asked and len(together.asked) < batch and self.config.mem_layers
+        last = max(self.config.mem_layers) if few else None
+        together = replace(together, lengths=lengths, asked=together.asked if few else None, last_layer=last)
         position_ids = torch.arange(width, device=hidden.device)[None]
         # Padding stands behind what is real, where causal attention doesn't look.
         mask = self._causal_mask(hidden, position_ids)

@@ -14,7 +14,7 @@ from llamory import backbone
 from llamory.errors import LlamoryError
 from llamory.longllama.configuration import DEFAULT_LAST_CONTEXT
 from llamory.longllama.instruct import InstructFormat, Lengths, load_instructions
-from llamory.longllama.instruct_rows import InstructBatches, MemorySplit, check_rows
+from llamory.longllama.instruct_rows import InstructBatches, MemorySplit, check_copies, check_rows
 from llamory.longllama.losses import IGNORED
 from llamory.longllama.sources import make_sources
 from llamory.training.long_models import load_long, memory_changes, trained_part
@@ -114,8 +114,15 @@ def _check(settings: InstructSettings) -> None:
         raise LlamoryError("Instruction tuning's data have no end; set steps.")
     if settings.seed < 0:
         raise LlamoryError(f"seed must be at least 0, not {settings.seed}.")
+    _copies(settings)
     _lengths(settings)
     make_sources(settings.data, settings.proportions or None)
+
+
+def _copies(settings: InstructSettings) -> tuple[float, float]:
+    copies = settings.negative_copies or [1.0, 1.0]
+    check_copies(copies)
+    return copies[0], copies[1]
 
 
 def _lengths(settings: InstructSettings) -> Lengths:
@@ -163,6 +170,7 @@ def _streams(
             stream=number,
             streams=streams,
             negatives=settings.negatives,
+            copies=_copies(settings),
         )
         for number in range(process * own, (process + 1) * own)
     }
@@ -183,6 +191,7 @@ def _held_out(
         pad_token_id=tokenizer.pad_token_id,
         seed=settings.seed,
         negatives=settings.negatives,
+        copies=_copies(settings),
     )
     return [_arguments(batch) for batch in islice(batches, settings.eval_batches)]
 

@@ -251,6 +251,11 @@ class InstructSettings(AdaptSettings):
     negatives: int = _setting(
         0, "Rows of other examples (in front of their answers) that rows with answers see in memory as well."
     )
+    negative_copies: list[float] = _setting(
+        [],
+        "Least and most of its kind that each of these counts as in the softmax (drawn for each row, evenly on a "
+        "logarithmic scale), so that they stand for a large memory; default: 1.",
+    )
     mem_layers: list[int] = _setting(
         [], "Layers with memory; default: the model's own, for a plain LLaMA three spread as in the published models."
     )
