@@ -15,7 +15,7 @@ from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.instruct import load_instructions
 from llamory.longllama.instruct_rows import InstructBatches, MemorySplit
 from llamory.longllama.losses import IGNORED
-from llamory.training.instruct import train_instruct
+from llamory.training.instruct import InstructFeed, train_instruct
 from llamory.training.settings import InstructSettings
 from training_runs import TORCHRUN, finish, kill_behind, losses, start, weights
 
@@ -119,6 +119,7 @@ def test_the_loss_is_the_mean_over_all_answers_of_all_passes(settings, model_fol
 
 def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path):
     changes = {"steps": 12, "save_every": 2, "lora_dropout": 0.1, "lora": True, "accumulation": 2}
+    changes |= {"negatives": 2, "negative_copies": [1, 9], "copies_grow": 0.5}
     train_instruct(settings(**changes, output=str(tmp_path / "whole")))
     broken = settings(**changes, output=str(tmp_path / "broken"))
     kill_behind("instruct", broken, 4)
@@ -127,6 +128,21 @@ def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path):
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
+
+
+def test_copies_grow_evenly_on_a_logarithmic_scale():
+    class Stream:
+        grown = 0.0
+
+        def __next__(self):
+            return {"grown": self.grown}
+
+    feed = InstructFeed({0: Stream(), 1: Stream()}, 8)
+    for step, grown in ((0, 0), (2, 0.25), (8, 1), (11, 1)):
+        assert feed.passes(step) == [{"grown": grown}] * 2
+    assert InstructFeed({0: Stream()}).passes(0) == [{"grown": 1}]
+    batches = InstructBatches([], [1.0], MemorySplit(3, 2, 7), rows=6, negatives=1, copies=(2, 8))
+    assert [batches.most_copies(grown) for grown in (0, 0.5, 1)] == pytest.approx([2, 4, 8])
 
 
 def test_two_processes_lose_as_one_with_two_passes(settings, tmp_path):
@@ -162,6 +178,9 @@ def test_a_checkpoint_of_other_settings_or_data_is_refused(settings, data):
     ("changes", "sentence"),
     [
         ({"steps": None}, "set steps"),
+        ({"negatives": -1}, "negatives must be at least 0"),
+        ({"negative_copies": [2]}, "must be two numbers above 0"),
+        ({"copies_grow": 1.5}, "a share of the steps"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"input_length": 0}, "input_length must be at least 1"),
         ({"proportions": [0.5, 0.4]}, "add up to 1"),

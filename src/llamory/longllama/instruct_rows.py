@@ -200,6 +200,7 @@ class InstructBatches:
             raise LlamoryError(f"negatives must be at least 0, not {negatives}.")
         check_copies(copies)
         self.negatives, self.copies = negatives, copies
+        self.grown = 1.0  # how far, on a logarithmic scale, the most copies have grown from the least
         self.datasets, self.proportions, self.split, self.rows = datasets, list(proportions), split, rows
         self.pad_token_id, self.seed, self.stream, self.streams = pad_token_id, seed, stream, streams
         self._drawn = [0] * len(datasets)
@@ -217,9 +218,15 @@ class InstructBatches:
             room -= len(example.rows)
             if room < 0:
                 chance = random.Random(f"{self.seed}/{self.stream}/{sum(self._drawn)}/negatives")
-                return collate(examples, self.pad_token_id, negatives=self.negatives, copies=self.copies, chance=chance)
+                copies = self.copies[0], self.most_copies(self.grown)
+                return collate(examples, self.pad_token_id, negatives=self.negatives, copies=copies, chance=chance)
             examples.append(example)
             self._drawn[source] += 1
+
+    def most_copies(self, grown: float) -> float:
+        """The most copies of a negative once they have grown so far, from 0 to 1, from the least."""
+        least, most = self.copies
+        return float(least * (most / least) ** grown)
 
     def state_dict(self) -> dict[str, Any]:
         """The position: examples drawn of each dataset, and what they were drawn from."""

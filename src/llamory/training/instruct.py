@@ -50,13 +50,14 @@ def train_instruct(settings: InstructSettings) -> dict[str, Any]:
     tokenizer = backbone.load_tokenizer(settings.model)
     with arguments.main_process_first(desc="data"):
         streams = _streams(settings, split, tokenizer, arguments.process_index, arguments.world_size)
+        growing = round(settings.copies_grow * (settings.steps or 0))
         held_out = _held_out(settings, split, tokenizer)
     model = trained_part(load_long(settings, changes), settings, only_memory=settings.trained == "memory_layers")
     return begun.finish(
         InstructTrainer,
         "Instruction tuning",
         model=model,
-        feed=InstructFeed(streams),
+        feed=InstructFeed(streams, growing),
         tokenizer=tokenizer,
         held_out=held_out,
         shown=("loss", _EVAL),
@@ -64,13 +65,20 @@ def train_instruct(settings: InstructSettings) -> dict[str, Any]:
 
 
 class InstructFeed:
-    """The batches of one process's streams."""
+    """The batches of one process's streams.
 
-    def __init__(self, streams: Mapping[int, InstructBatches]) -> None:
-        self.streams = dict(streams)
+    Args:
+        streams: by number.
+        growing: steps over which the most copies of a negative grow from the least, evenly on a logarithmic scale.
+    """
 
-    def passes(self, step: int) -> list[dict[str, Any]]:  # noqa: ARG002
+    def __init__(self, streams: Mapping[int, InstructBatches], growing: int = 0) -> None:
+        self.streams, self.growing = dict(streams), growing
+
+    def passes(self, step: int) -> list[dict[str, Any]]:
         """A batch of each stream."""
+        for batches in self.streams.values():
+            batches.grown = min(1.0, step / self.growing) if self.growing else 1.0
         return [_arguments(next(batches)) for batches in self.streams.values()]
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,6 +118,8 @@ def _check(settings: InstructSettings) -> None:
     check_settings(settings, ["eval_batches"])
     if settings.negatives < 0:
         raise LlamoryError(f"negatives must be at least 0, not {settings.negatives}.")
+    if not 0 <= settings.copies_grow <= 1:
+        raise LlamoryError(f"copies_grow must be a share of the steps, from 0 to 1, not {settings.copies_grow}.")
     if settings.steps is None:
         raise LlamoryError("Instruction tuning's data have no end; set steps.")
     if settings.seed < 0:

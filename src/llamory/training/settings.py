@@ -256,6 +256,7 @@ class InstructSettings(AdaptSettings):
         "Least and most of its kind that each of these counts as in the softmax (drawn for each row, evenly on a "
         "logarithmic scale), so that they stand for a large memory; default: 1.",
     )
+    copies_grow: float = _setting(0.0, "Share of the steps over which the most copies grow from the least.")
     mem_layers: list[int] = _setting(
         [], "Layers with memory; default: the model's own, for a plain LLaMA three spread as in the published models."
     )
