@@ -4,9 +4,11 @@
         [--figures FOLDER]
 
 Each run is `llamory eval passkey` into OUT/NAME, cell by cell, so that a run that was stopped goes on where it was.
-What is longer than --longest waits for a later call. With --texts the other fillers and secrets are run too. All that
-OUT has is printed as a table, written as JSON and drawn: a heat map of each run on the published prompt, and shares by
-length beside the line that LongLLaMA's authors published for their 3B model (arXiv:2307.03170, section 5.2).
+What is longer than --longest waits for a later call. Windows are read by themselves and mounted (--apart), but for the
+run "in order", in which each sees those before it, as the paper's do. With --texts the other fillers and secrets are
+run too. All that OUT has is printed as a table, written as JSON and drawn: a heat map of each run on the published
+prompt, and shares by length beside the line that LongLLaMA's authors published for their 3B model (arXiv:2307.03170,
+section 5.2).
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from llamory.evaluation.plots import Panel, draw_heat_map  # noqa: E402
 from llamory.evaluation.reports import PasskeyReport  # noqa: E402
 
 LENGTHS = ("4k", "8k", "16k", "32k", "64k", "128k", "256k", "1M")
-OTHER_LENGTHS = ("16k", "64k")
+OTHER_LENGTHS = ("4k", "16k", "64k")
 PUBLISHED = {18_000: 1.0, 100_000: 0.945, 256_000: 0.73}  # LongLLaMA 3B
 DEPTHS, OTHER_DEPTHS = "10", "5"
 
@@ -46,24 +48,27 @@ class Run:
     lengths: tuple[str, ...] = LENGTHS
     depths: str = DEPTHS
     published: bool = True
+    apart: bool = True
 
 
 def runs(options: argparse.Namespace) -> dict[str, Run]:
     """All of them, by name."""
-    pages = ("--mem-search", "pages")
+    best = ("--mem-search", "faiss", "--mem-only-top-k", "--mem-top-k", "128")
     made = {
         "base model": Run(options.base, lengths=LENGTHS[:5]),
-        "base model, pages": Run(options.base, pages, LENGTHS[:7]),
-        "reader": Run(options.reader, lengths=LENGTHS[:7]),
-        "reader, pages": Run(options.reader, pages),
+        "reader, exact": Run(options.reader),
+        "reader, pages": Run(options.reader, ("--mem-search", "pages")),
+        "reader, 128 best": Run(options.reader, best),
+        "reader, in order": Run(options.reader, lengths=LENGTHS[:4], depths=OTHER_DEPTHS, apart=False),
     }
     texts = tuple(word for path in options.texts for word in ("--haystack", str(path)))
     if texts:
         for model in ("base", "reader"):
+            lengths = OTHER_LENGTHS[: None if model == "reader" else 1]
             for key in ("number", "name", "date", "sentence"):
-                flags = (*pages, *texts, "--key", key)
+                flags = (*texts, "--key", key)
                 name = f"{model}, real text, {key}"
-                made[name] = Run(getattr(options, model), flags, OTHER_LENGTHS, OTHER_DEPTHS, published=False)
+                made[name] = Run(getattr(options, model), flags, lengths, OTHER_DEPTHS, published=False)
     return made
 
 
@@ -73,6 +78,7 @@ def measure(name: str, run: Run, options: argparse.Namespace) -> None:
     if not lengths:
         return
     words = [sys.executable, "-m", "llamory", "eval", "passkey", run.model, *run.flags]
+    words += ["--apart"] if run.apart else []
     words += ["--lengths", ",".join(lengths), "--depths", run.depths, "--trials", "1", "--bf16"]
     words += ["--output", str(folder(name, options))]
     done = subprocess.run(words, stdout=subprocess.DEVNULL, check=False)

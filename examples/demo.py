@@ -1,14 +1,16 @@
 """The main jobs from end to end.
 
 Index documents, find things in them, and ask: what was found is read into memory once, and the answer cites it. Then
-read a document that is longer than the model's context, and ask about its start. The documents are this Python's own
-standard library: every machine has them. Nothing is trained; the package brings its adapters.
+read a document that is longer than the model's context, and ask about its start. Last, find a number that stands in the
+middle of 65,536 tokens. The documents are this Python's own standard library: every machine has them. Nothing is
+trained; the package brings its adapters.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import resource
 import sys
 import sysconfig
 import tempfile
@@ -39,6 +41,9 @@ PASSAGE = 96
 # Longer than the context that SmolLM2 was trained for, 8,192 tokens; the answer stands in the document's first lines.
 # The packaged adapter was never trained on it.
 LONG_DOCUMENT, LONG_QUESTION = "http/client.py", "What does the module http.client do?"
+
+# Tokens of the passkey prompt.
+PROMPT = 65_536
 
 
 def functions(folder: Path) -> Iterator[tuple[str, str]]:
@@ -105,6 +110,8 @@ def main() -> int:
             ask(library, question, out)
         say(f"Reading {LONG_DOCUMENT} into a memory, window by window.")
         read_and_ask(Path(sysconfig.get_path("stdlib")) / LONG_DOCUMENT, folder / "book", out)
+        say(f"Looking for the pass key in the middle of {PROMPT:,} tokens.")
+        find_passkey(out)
         say("Done.")
     return 0
 
@@ -142,6 +149,30 @@ def read_and_ask(document: Path, book: Path, out: Console) -> None:
     out.print(f"[bold]{LONG_QUESTION}[/bold]", highlight=False)
     out.print(f"  {answer.answer}", highlight=False, markup=False, soft_wrap=True)
     out.print(f"  ({answer.seconds:.1f} s, without reading it again)", highlight=False)
+
+
+def find_passkey(out: Console) -> None:
+    """Find the key of the published passkey prompt, whose windows are read each by itself and mounted."""
+    import torch
+
+    from llamory.backbone import load_tokenizer
+    from llamory.evaluation.mounted import MountedPrompts
+    from llamory.evaluation.passkey import run_passkey
+    from llamory.longllama.loading import load_long_model
+
+    start = time.perf_counter()
+    model, tokenizer = load_long_model("reader", dtype=torch.bfloat16), load_tokenizer("reader")
+    prompts = MountedPrompts(model, tokenizer)
+    found = run_passkey(model, tokenizer, [PROMPT], [0.5], trials=1, prompts=prompts).cells[0].trials[0]
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)
+    out.print(f"\n[bold]The pass key is {found.key}. Remember it.[/bold] … What is the pass key?", highlight=False)
+    out.print(f"  {found.answer.strip()}", highlight=False, markup=False, soft_wrap=True)
+    out.print(
+        f"  ({found.tokens:,} tokens; {seconds:.0f} s with loading, reading and answering; the whole demo took "
+        f"{peak:.1f} GiB of memory at most)",
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":

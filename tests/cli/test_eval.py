@@ -32,6 +32,7 @@ class Rememberer:
             mem_search=told["mem_search"] or "exact",
             mem_top_k=None,
             mem_only_top_k=bool(told.get("mem_only_top_k")),
+            mem_log_scale=told.get("mem_log_scale") or 0.0,
         )
 
     def memory_fingerprint(self) -> str:

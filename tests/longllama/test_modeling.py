@@ -9,6 +9,7 @@ from llamory.longllama import LongLlamaForCausalLM
 from plain_longllama import logits, sight
 
 CONTEXT, LAST = 16, 8
+SHARP = {"mem_log_scale": 0.7, "mem_log_start": 11}
 
 
 def expected(model, row, prompt, last=LAST):
@@ -27,7 +28,7 @@ def no_grad():
 
 
 @pytest.mark.parametrize("prompt", [3, 8, 9, 16, 24, 25, 61])
-@pytest.mark.parametrize("changes", [{}, {"mem_positionals": False}, {"mem_layers": [0]}, {"mem_layers": []}])
+@pytest.mark.parametrize("changes", [{}, {"mem_positionals": False}, {"mem_layers": [0]}, {"mem_layers": []}, SHARP])
 def test_prompt_in_windows(make_model, ids, prompt, changes):
     model = make_model(**changes)
     last = LAST if model.config.mem_layers or prompt > CONTEXT else CONTEXT
@@ -37,8 +38,9 @@ def test_prompt_in_windows(make_model, ids, prompt, changes):
 
 @pytest.mark.parametrize("steps", [[1] * 40, [5] * 8, [40], [3, 1, 20, 1, 15], [16, 16, 8]])
 @pytest.mark.parametrize("prompt", [5, 8, 37])
-def test_local_context_slides(make_model, ids, prompt, steps):
-    model = make_model()
+@pytest.mark.parametrize("changes", [{}, SHARP])
+def test_local_context_slides(make_model, ids, prompt, steps, changes):
+    model = make_model(**changes)
     row = ids(prompt + 40)
     cache = model(row[None, :prompt]).past_key_values
     found, start = [], prompt
@@ -52,8 +54,9 @@ def test_local_context_slides(make_model, ids, prompt, steps):
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_padding_and_batch_change_nothing(make_model, ids, side):
-    model = make_model()
+@pytest.mark.parametrize("changes", [{}, SHARP])
+def test_padding_and_batch_change_nothing(make_model, ids, side, changes):
+    model = make_model(**changes)
     lengths, more = [50, 5, 0, 23, 8], 30
     width = max(lengths) + 4
     prompts = [ids(length, seed=length) for length in lengths]

@@ -109,6 +109,9 @@ def logits(
         if layer in mem_layers:
             score = torch.where(seen.memory, far_query @ key.transpose(1, 2), score)
         visible = seen.local | seen.memory if layer in mem_layers else seen.local
+        if layer in mem_layers and config.mem_log_scale:
+            counts = (seen.memory.sum(-1, keepdim=True) / config.mem_log_start).clamp(min=1)
+            score = score * (1 + config.mem_log_scale * counts.log())
         score = (score / math.sqrt(config.head_dim)).masked_fill(~visible, -math.inf)
         if attention is not None:
             attention[layer] = score.softmax(-1)

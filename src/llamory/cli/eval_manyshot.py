@@ -53,6 +53,7 @@ def manyshot(
     context_length: shared.ContextLength = None,
     mem_search: shared.MemSearch = None,
     mem_top_k: shared.MemTopK = None,
+    mem_log_scale: shared.MemLogScale = None,
     bf16: shared.Bf16 = False,
     output: Annotated[
         Path, typer.Option(help=f"Folder for {_JSON_FILE} and {_PICTURE}; a run that was stopped goes on in it.")
@@ -69,7 +70,9 @@ def manyshot(
     if train is None:
         raise LlamoryError("--train is missing: name a JSON lines file of labelled texts.")
     tokens = shared.token_counts(lengths, "--lengths")
-    told = shared.memory_settings(mem_layers, context_length, mem_search, mem_top_k, bf16=bf16)
+    told = shared.memory_settings(
+        mem_layers, context_length, mem_search, mem_top_k, mem_log_scale=mem_log_scale, bf16=bf16
+    )
     with working(quiet=quiet):
         from llamory.backbone import load_tokenizer
         from llamory.evaluation.demonstrations import Wording, label_set, plan_manyshot, read_examples

@@ -36,6 +36,12 @@ MemOnlyTopK = Annotated[
     bool,
     typer.Option("--mem-only-top-k", help="Read the best tokens only, as the paper does (exact: found by a scan)."),
 ]
+MemLogScale = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="How much sharper attention gets as memory grows; default: the model's own.", show_default=False
+    ),
+]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16: faster, a little less exact.")]
 
 
@@ -70,6 +76,7 @@ def memory_settings(
     mem_top_k: int | None,
     *,
     mem_only_top_k: bool = False,
+    mem_log_scale: float | None = None,
     bf16: bool = False,
 ) -> dict[str, Any]:
     """What `load_long_model` is told."""
@@ -77,6 +84,7 @@ def memory_settings(
     told: dict[str, Any] = {"mem_layers": layers, "context_length": context_length, "mem_search": mem_search}
     told |= {} if mem_top_k is None else {"mem_top_k": mem_top_k}
     told |= {"mem_only_top_k": True} if mem_only_top_k else {}
+    told |= {} if mem_log_scale is None else {"mem_log_scale": mem_log_scale}
     return told | ({"dtype": "bfloat16"} if bf16 else {})
 
 
@@ -147,7 +155,9 @@ def memory_facts(model: Any) -> dict[str, Any]:
         "mem_dtype": config.mem_dtype,
         "mem_search": config.mem_search,
         "mem_top_k": config.mem_top_k,
-    } | ({"mem_only_top_k": True} if config.mem_only_top_k else {})
+        **({"mem_only_top_k": True} if config.mem_only_top_k else {}),
+        **({"mem_log_scale": config.mem_log_scale} if config.mem_log_scale else {}),
+    }
 
 
 def shown_names(names: Iterable[str]) -> dict[str, str]:

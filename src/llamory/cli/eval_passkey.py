@@ -44,6 +44,7 @@ def passkey(
     mem_search: shared.MemSearch = None,
     mem_top_k: shared.MemTopK = None,
     mem_only_top_k: shared.MemOnlyTopK = False,
+    mem_log_scale: shared.MemLogScale = None,
     bf16: shared.Bf16 = False,
     haystack: Annotated[
         list[Path] | None,
@@ -78,7 +79,13 @@ def passkey(
     tokens = shared.entries(lengths, shared.token_count, "--lengths")
     places = _depths(depths)
     told = shared.memory_settings(
-        mem_layers, context_length, mem_search, mem_top_k, mem_only_top_k=mem_only_top_k, bf16=bf16
+        mem_layers,
+        context_length,
+        mem_search,
+        mem_top_k,
+        mem_only_top_k=mem_only_top_k,
+        mem_log_scale=mem_log_scale,
+        bf16=bf16,
     )
     with working(quiet=quiet):
         from llamory.backbone import load_model, load_tokenizer

@@ -173,6 +173,7 @@ class LongLlamaAttention(LlamaAttention):
             )
             dropout = self.attention_dropout if self.training else 0.0
             return function(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)[0]
+        (query,) = self._sharpened([query], window)
         if _needs_gradient(query, key, value):
             width = query.shape[2]
             causal = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()[None, None]
@@ -211,6 +212,7 @@ class LongLlamaAttention(LlamaAttention):
                 rotated, keys, values, attn_mask=mask, scale=self.scaling, enable_gqa=self.num_key_value_groups > 1
             )
             return output.transpose(1, 2)
+        query, rotated = self._sharpened([query, rotated], window, chunk.leaving_mask)
         to_memory = rotated
         if window.memory_rotary is not None and self.rotates:
             to_memory, _ = self._rotate(query, raw_key, window.memory_rotary)
@@ -292,6 +294,18 @@ class LongLlamaAttention(LlamaAttention):
             weights = torch.cat(scores, -1).softmax(-1).to(to_memory.dtype)
             outputs.append(weights @ torch.cat(values, 1))
         return torch.stack(outputs).transpose(1, 2)
+
+    def _sharpened(self, queries: list[Tensor], window: Window, leaving: Tensor | None = None) -> list[Tensor]:
+        """Queries, times what `mem_log_scale` says: each by the memory that it sees, with what is `leaving` for it."""
+        if not self.config.mem_log_scale:
+            return queries
+        spans = self._memory_spans(window) if window.chunk is None else self._spans_now(window)
+        counts = torch.tensor([sum(map(len, past)) for past in spans], dtype=torch.float32, device=queries[0].device)
+        counts = counts[:, None, None, None]
+        if leaving is not None:
+            counts = counts + leaving.to(counts.device).sum(-1, keepdim=True)
+        factor = 1 + self.config.mem_log_scale * (counts / self.config.mem_log_start).clamp(min=1).log()
+        return [query * factor.to(query.dtype) for query in queries]
 
     def _memory_spans(self, window: Window) -> list[list[Span]]:
         """Per row what memory held when the step began."""

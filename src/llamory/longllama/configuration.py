@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import import_module
 from typing import Any
 
@@ -65,6 +66,10 @@ class LongLlamaConfig(LlamaConfig):
         mem_top_k: pages, or neighbours, that each query reads (None for the way's own default).
         mem_only_top_k: leave out what isn't among the `mem_top_k` best tokens of memory (32 if not given), as the
             paper's inference does, instead of estimating it ("exact" or "faiss").
+        mem_log_scale: in memory layers, scores are multiplied by 1 + `mem_log_scale` · ln(memory / `mem_log_start`)
+            once memory has more tokens than `mem_log_start`, so that the right key isn't drowned by the number of
+            others (log-n scaling: Chiang & Cholak 2022, arXiv:2202.12172; not in LongLLaMA's paper). 0 for never.
+        mem_log_start: tokens of memory up to which scores stay as they are.
         mem_device: where memory is kept; None for where its layer is.
 
     Raises:
@@ -84,6 +89,8 @@ class LongLlamaConfig(LlamaConfig):
     mem_search: str = "exact"
     mem_top_k: int | None = None
     mem_only_top_k: bool = False
+    mem_log_scale: float = 0.0
+    mem_log_start: int = 8192
     mem_device: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -163,6 +170,11 @@ def check_memory(config: LongLlamaConfig) -> None:
         raise LlamoryError("mem_only_top_k needs mem_search exact or faiss, as pages are read whole.")
     if config.mem_top_k is not None and config.mem_top_k < 1:
         raise LlamoryError(f"mem_top_k is {config.mem_top_k}, but it must be at least 1.")
+    if not 0 <= config.mem_log_scale < math.inf or config.mem_log_start < 1:
+        raise LlamoryError(
+            f"mem_log_scale must be a number from 0 on and mem_log_start at least 1, not {config.mem_log_scale} and "
+            f"{config.mem_log_start}."
+        )
     if config.gradient_checkpoint_every_ith < 1:
         raise LlamoryError(
             f"gradient_checkpoint_every_ith is {config.gradient_checkpoint_every_ith}, but it must be at least 1."

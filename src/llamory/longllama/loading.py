@@ -37,6 +37,7 @@ def load_long_model(
     mem_search: str | None = None,
     mem_top_k: int | None = None,
     mem_only_top_k: bool | None = None,
+    mem_log_scale: float | None = None,
     mem_dtype: str | None = None,
     dtype: Any = None,
     device: str | None = None,
@@ -55,6 +56,7 @@ def load_long_model(
         mem_search: "exact", "pages" or "faiss".
         mem_top_k: pages or neighbours per query.
         mem_only_top_k: leave out of the softmax what isn't among the `mem_top_k` best tokens, as the paper does.
+        mem_log_scale: how much sharper attention gets as memory grows; see `LongLlamaConfig`.
         mem_dtype: how memory is kept.
         dtype: of the weights.
         device: where the model goes.
@@ -74,6 +76,7 @@ def load_long_model(
         "mem_search": mem_search,
         "mem_top_k": mem_top_k,
         "mem_only_top_k": mem_only_top_k,
+        "mem_log_scale": mem_log_scale,
         "mem_dtype": mem_dtype,
     }
     if not isinstance(config, LongLlamaConfig):
