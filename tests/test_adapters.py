@@ -11,8 +11,11 @@ from transformers import LlamaForCausalLM
 
 from llamory import backbone
 from llamory.errors import LlamoryError
-from llamory.longllama import LongLlamaConfig
+from llamory.longllama import LongLlamaConfig, LongLlamaForCausalLM
 from llamory.longllama.loading import load_long_model
+from llamory.sharing import load_shared
+from llamory.training.long_models import trained_part
+from llamory.training.settings import InstructSettings
 from tiny_models import save_llama
 
 IDS = torch.arange(12)[None]
@@ -54,6 +57,24 @@ def test_an_adapter_is_its_base_model_with_the_adapter(base, adapter, expected):
         backbone.load_tokenizer(adapter)("cat dog")["input_ids"]
         == backbone.load_tokenizer(base)("cat dog")["input_ids"]
     )
+
+
+def test_an_adapter_of_an_adapter_has_both(base, adapter, expected, tmp_path):
+    settings = InstructSettings(data=[], output="", model=str(adapter), lora=True, lora_rank=2, lora_dropout=0.0)
+    config = LongLlamaConfig.from_dict(backbone.load_config(adapter).to_dict(), mem_layers=[1])
+    below = LongLlamaForCausalLM.from_pretrained(base, config=config)
+    below.load_state_dict(backbone.load_model(adapter).state_dict())
+    second = trained_part(below, settings, only_memory=False)
+    with torch.no_grad():
+        for name, parameter in second.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        wanted = second.eval()(IDS).logits
+    second.save_pretrained(tmp_path / "second")
+    assert (wanted - expected).abs().max() > 0.01
+    for load in (backbone.load_model, load_shared):
+        with torch.no_grad():
+            torch.testing.assert_close(load(tmp_path / "second")(IDS).logits, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_it_can_be_trained_on(adapter):

@@ -58,7 +58,7 @@ def resolve(name: str | Path = "default") -> str | Path:
         return _converted(_packaged_gguf())
     adapter = adapter_folder(name)
     if adapter is not None:
-        return resolve(_base_of(adapter))
+        return resolve(base_of(adapter))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -76,9 +76,9 @@ def resolve(name: str | Path = "default") -> str | Path:
 def adapter_folder(name: str | Path) -> Path | None:
     """The folder of the adapter that a name means: one of `ADAPTERS`, or a folder as peft saves it; None if it is none.
 
-    An adapter stands for its base model with the adapter merged into it. Its folder may hold a `config.json` of its
-    own, such as the memory layers that it was trained for, and an `added_tokens.json`: tokens and their ids that the
-    base model's tokenizer lacks.
+    An adapter stands for its base model, which may be an adapter too, with the adapter merged into it. Its folder may
+    hold a `config.json` of its own, such as the memory layers that it was trained for, and an `added_tokens.json`:
+    tokens and their ids that the base model's tokenizer lacks.
     """
     if str(name) in ADAPTERS:
         return Path(__file__).parent / "adapters" / str(name)
@@ -95,9 +95,9 @@ def load_config(name: str | Path = "default") -> PretrainedConfig:
         LlamoryError: there is no such model, or it is not a LLaMA-like one.
     """
     adapter = adapter_folder(name)
-    if adapter is not None and (adapter / "config.json").is_file():
-        return _load_config(adapter, name)
-    return _load_config(resolve(name), name)
+    if adapter is None:
+        return _load_config(resolve(name), name)
+    return _load_config(adapter, name) if (adapter / "config.json").is_file() else load_config(base_of(adapter))
 
 
 def load_tokenizer(name: str | Path = "default") -> PreTrainedTokenizerBase:
@@ -165,15 +165,17 @@ def load_model(
     Raises:
         LlamoryError: there is no such model, it is not a LLaMA-like one, or its weights are broken or incomplete.
     """
+    if (adapter := adapter_folder(name)) is not None:
+        # Rounded before and not after, the sum would depend on the type that is asked for.
+        base = load_model(
+            base_of(adapter), model_class, dtype="float32", attn_implementation=attn_implementation, **kwargs
+        )
+        return _adapted(base, adapter, dtype)
     source = resolve(name)
     _load_config(source, name)
     from transformers import LlamaForCausalLM
 
     model_class = model_class or LlamaForCausalLM
-    adapter, wanted = adapter_folder(name), dtype
-    if adapter is not None:
-        # Rounded before and not after, the sum would depend on the type that is asked for.
-        dtype = "float32"
     settings = {"dtype": dtype, "attn_implementation": attn_implementation}
     kwargs.update({key: value for key, value in settings.items() if value is not None})
     with _plain_errors(name, "weights"):
@@ -183,10 +185,15 @@ def load_model(
         raise LlamoryError(
             f"The weights of {name} are incomplete: {len(lacking)} parameters are missing, the first is {lacking[0]}."
         )
-    return model if adapter is None else _adapted(model, adapter, wanted)
+    return model
 
 
-def _base_of(adapter: Path) -> str:
+def base_of(adapter: Path) -> str:
+    """The model that an adapter is for.
+
+    Raises:
+        LlamoryError: its folder doesn't say it.
+    """
     with _plain_errors(adapter, "adapter_config.json"):
         base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:

@@ -46,7 +46,10 @@ def load_shared(
     Raises:
         LlamoryError: there is no such model, or the adapter isn't one of low rank.
     """
-    source, adapter = backbone.resolve(name), backbone.adapter_folder(name)
+    adapter = backbone.adapter_folder(name)
+    source: str | Path = name if adapter is None else backbone.base_of(adapter)
+    if backbone.adapter_folder(source) is None:
+        source = backbone.resolve(source)
     model = backbone.load_model(source, model_class, dtype=torch.float32, **kwargs)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]

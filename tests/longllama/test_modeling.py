@@ -165,8 +165,9 @@ def test_without_memory_layers_it_is_llama(make_model, ids, implementation):
         close(ours(token[:, None], past_key_values=cache).logits, wanted)
 
 
-def test_gradients_reach_all_weights_and_are_one_softmax(make_model, ids):
-    model = make_model()
+@pytest.mark.parametrize("changes", [{}, SHARP])
+def test_gradients_reach_all_weights_and_are_one_softmax(make_model, ids, changes):
+    model = make_model(**changes)
     row = ids(2, 40)
     with torch.enable_grad():
         trained = model.train()(row, labels=row)
@@ -175,10 +176,11 @@ def test_gradients_reach_all_weights_and_are_one_softmax(make_model, ids):
     close(trained.logits.detach(), model.eval()(row).logits)
 
 
-def test_gradient_checkpointing_changes_nothing(make_model, ids):
+@pytest.mark.parametrize("changes", [{}, SHARP])
+def test_gradient_checkpointing_changes_nothing(make_model, ids, changes):
     gradients = []
     for every in (None, 1, 2):
-        model = make_model(gradient_checkpoint_every_ith=every or 1).train()
+        model = make_model(gradient_checkpoint_every_ith=every or 1, **changes).train()
         if every:
             model.activation_checkpointing_enable()
             assert [layer.gradient_checkpointing for layer in model.model.layers] == [

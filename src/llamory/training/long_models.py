@@ -82,7 +82,13 @@ def trained_part(model: LongLlamaForCausalLM, settings: AdaptSettings, *, only_m
         LlamoryError: adapters that don't fit the model.
     """
     if settings.lora:
-        return with_lora(model, settings, layers_to_transform=list(model.config.mem_layers) if only_memory else None)
+        adapted = with_lora(model, settings, layers_to_transform=list(model.config.mem_layers) if only_memory else None)
+        if (below := backbone.adapter_folder(settings.model)) is not None:
+            # peft takes the name of the model below that one, as if there were no other adapter.
+            adapted.peft_config["default"].base_model_name_or_path = (
+                settings.model if settings.model in backbone.PACKAGED else str(below.absolute())
+            )
+        return adapted
     if only_memory:
         model.requires_grad_(False)
         for layer in model.config.mem_layers:
