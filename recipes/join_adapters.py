@@ -1,7 +1,7 @@
 """Makes one small adapter folder of training runs that went on from one another, as the package ships it.
 
     python recipes/join_adapters.py OUT RUN [RUN ...] [--base MODEL] [--query-prompt PROMPT]
-        [--whiten UNLABELLED.jsonl | --whitening FOLDER]
+        [--whiten UNLABELLED.jsonl | --whitening FOLDER] [--mem-log-scale SCALE]
 
 Each RUN is the output of a training with --lora: llara and then retriever, or fot and then instruct. A checkpoint of
 the first will do, too (then --query-prompt says what queries get). The first started from the base model (the packaged
@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--query-prompt", choices=["prediction", "summary"], default="prediction")
     parser.add_argument("--whiten", type=Path)
     parser.add_argument("--whitening", type=Path)
+    parser.add_argument("--mem-log-scale", type=float, help="what a reader's configuration says of it")
     options = parser.parse_args()
     output, runs = options.output, options.runs
     parts = [matrices(run) for run in runs]
@@ -94,7 +95,7 @@ def main() -> None:
     kept = {key: value.to(torch.bfloat16).contiguous() for key, value in tensors.items()}
     save_file(kept, output / "adapter_model.safetensors", {"format": "pt"})
     trained = trained_config(runs[-1], options.base, 0 if rows is None else len(rows) // 2, options.query_prompt)
-    config = trained.to_dict()
+    config = trained.to_dict() | ({} if options.mem_log_scale is None else {"mem_log_scale": options.mem_log_scale})
     adapter = {
         "peft_type": "LORA",
         "base_model_name_or_path": options.base,
@@ -107,6 +108,9 @@ def main() -> None:
         "task_type": "CAUSAL_LM",
     }
     base = backbone.load_config(options.base).to_dict()
+    numbers = sorted({int(layer.split(".")[1]) for layer in layers})
+    if len(numbers) < base["num_hidden_layers"]:
+        adapter["layers_to_transform"] = numbers
     # What begins with an underscore are places on this machine.
     own = {key: value for key, value in (base | config).items() if not key.startswith("_") and key != "auto_map"}
     files = {"adapter_config": adapter, "config": own}

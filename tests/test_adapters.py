@@ -127,9 +127,12 @@ def test_the_packaged_reader_is_small_and_fits_the_default_model():
     tensors = load_file(folder / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert (folder / "adapter_model.safetensors").stat().st_size < 14e6
-    assert len(tensors) == 30 * 4 * 2 and (folder / "README.md").is_file()
-    shapes = {name.rpartition("layers.29.self_attn.")[2]: tuple(tensor.shape) for name, tensor in tensors.items()}
-    assert shapes["q_proj.lora_A.weight"] == (8, 576) and shapes["k_proj.lora_B.weight"] == (192, 8)
+    layers = json.loads((folder / "config.json").read_text())["mem_layers"]
+    assert config["layers_to_transform"] == layers
+    assert len(tensors) == len(layers) * 4 * 2 and (folder / "README.md").is_file()
+    rank, last = config["r"], f"layers.{layers[-1]}.self_attn."
+    shapes = {name.rpartition(last)[2]: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert shapes["q_proj.lora_A.weight"] == (rank, 576) and shapes["k_proj.lora_B.weight"] == (192, rank)
 
 
 def test_the_packaged_retriever_is_small_and_brings_its_slots():

@@ -38,6 +38,7 @@ def load_long_model(
     mem_top_k: int | None = None,
     mem_only_top_k: bool | None = None,
     mem_log_scale: float | None = None,
+    mem_log_start: int | None = None,
     mem_dtype: str | None = None,
     dtype: Any = None,
     device: str | None = None,
@@ -56,7 +57,7 @@ def load_long_model(
         mem_search: "exact", "pages" or "faiss".
         mem_top_k: pages or neighbours per query.
         mem_only_top_k: leave out of the softmax what isn't among the `mem_top_k` best tokens, as the paper does.
-        mem_log_scale: how much sharper attention gets as memory grows; see `LongLlamaConfig`.
+        mem_log_scale, mem_log_start: how much sharper attention gets as memory grows; see `LongLlamaConfig`.
         mem_dtype: how memory is kept.
         dtype: of the weights.
         device: where the model goes.
@@ -77,6 +78,7 @@ def load_long_model(
         "mem_top_k": mem_top_k,
         "mem_only_top_k": mem_only_top_k,
         "mem_log_scale": mem_log_scale,
+        "mem_log_start": mem_log_start,
         "mem_dtype": mem_dtype,
     }
     if not isinstance(config, LongLlamaConfig):
