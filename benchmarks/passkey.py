@@ -5,7 +5,7 @@
 
 Each run is `llamory eval passkey` into OUT/NAME, cell by cell, so that a run that was stopped goes on where it was.
 What is longer than --longest waits for a later call. Windows are read by themselves and mounted (--apart), but for the
-run "in order", in which each sees those before it, as the paper's do. With --texts the other fillers and secrets are
+runs "in order", in which each sees those before it, as the paper's do. With --texts the other fillers and secrets are
 run too. All that OUT has is printed as a table, written as JSON and drawn: a heat map of each run on the published
 prompt, and shares by length beside the line that LongLLaMA's authors published for their 3B model (arXiv:2307.03170,
 section 5.2).
@@ -59,7 +59,10 @@ def runs(options: argparse.Namespace) -> dict[str, Run]:
         "reader, exact": Run(options.reader),
         "reader, pages": Run(options.reader, ("--mem-search", "pages")),
         "reader, 128 best": Run(options.reader, best),
-        "reader, in order": Run(options.reader, lengths=LENGTHS[:4], depths=OTHER_DEPTHS, apart=False),
+        "base model, in order": Run(
+            options.base, lengths=LENGTHS[:2], depths=OTHER_DEPTHS, apart=False, published=False
+        ),
+        "reader, in order": Run(options.reader, lengths=LENGTHS[:3], depths=OTHER_DEPTHS, apart=False, published=False),
     }
     texts = tuple(word for path in options.texts for word in ("--haystack", str(path)))
     if texts:
