@@ -40,7 +40,7 @@ string subprocess tempfile textwrap threading timeit traceback urllib/parse urll
 PASSAGE = 96
 # Longer than the context that SmolLM2 was trained for, 8,192 tokens; the answer stands in the document's first lines.
 # The packaged adapter was never trained on it.
-LONG_DOCUMENT, LONG_QUESTION = "http/client.py", "What does the module http.client do?"
+LONG_DOCUMENT, LONG_QUESTION = "http/client.py", "What is the value of _MAXHEADERS?"
 
 # Tokens of the passkey prompt.
 PROMPT = 65_536
