@@ -144,6 +144,7 @@ def read_and_ask(document: Path, book: Path, out: Console) -> None:
         f"{report.seconds:.0f} s in windows of {memory.model.config.max_position_embeddings}; kept in "
         f"{report.bytes / 1e6:.0f} MB.",
         highlight=False,
+        soft_wrap=True,
     )
     answer = memory.ask(LONG_QUESTION, max_new_tokens=16)
     out.print(f"[bold]{LONG_QUESTION}[/bold]", highlight=False)
@@ -172,6 +173,7 @@ def find_passkey(out: Console) -> None:
         f"  ({found.tokens:,} tokens; {seconds:.0f} s with loading, reading and answering; the whole demo took "
         f"{peak:.1f} GiB of memory at most)",
         highlight=False,
+        soft_wrap=True,
     )
 
 
