@@ -145,13 +145,15 @@ def main() -> None:
     logging.disable_progress_bar()
     asked = cases(options.texts, options.documents, options.characters)
     settings = {key: value for key in ("mem_search", "mem_top_k") if (value := getattr(options, key)) is not None}
-    answers = {
-        "memory of all documents": with_memory(options.model, asked, settings),
-        "the right document in the prompt": in_prompt(options.base, asked, everything=False),
-        "all that fits in the prompt": in_prompt(options.base, asked, everything=True),
+    ways = {
+        "memory of all documents": lambda: with_memory(options.model, asked, settings),
+        "the right document in the prompt": lambda: in_prompt(options.base, asked, everything=False),
+        "all that fits in the prompt": lambda: in_prompt(options.base, asked, everything=True),
     }
+    answers: dict[str, list[str]] = {}
     result: dict[str, Any] = {"model": options.model, "base": options.base, "documents": len(asked)}
-    for way, given in answers.items():
+    for way, make in ways.items():
+        answers[way] = given = make()
         right = [holds(answer, case.key) for answer, case in zip(given, asked, strict=True)]
         by_kind = {
             kind: sum(ok for ok, case in zip(right, asked, strict=True) if case.kind == kind)
@@ -160,6 +162,7 @@ def main() -> None:
         }
         result[way] = {"right": sum(right) / len(right), **by_kind}
         sys.stdout.write(f"{way}: {result[way]}\n")
+        sys.stdout.flush()
     result["answers"] = [vars(case) | {way: given[i] for way, given in answers.items()} for i, case in enumerate(asked)]
     for entry in result["answers"]:
         del entry["text"]
