@@ -105,10 +105,12 @@ def found(name: str, options: argparse.Namespace) -> PasskeyResult | None:
 
 
 def shares(result: PasskeyResult) -> dict[int, tuple[float, float, float]]:
-    """By length: keys found whole, their digits or words in place, seconds per prompt."""
+    """By length, where all depths were run: keys found whole, digits or words in place, seconds per prompt."""
     by_length = {}
     for length in result.lengths:
         cells = [cell for cell in result.cells if cell.length == length]
+        if len(cells) < len(result.depths):
+            continue
         figures = [(cell.accuracy, cell.digits, cell.seconds) for cell in cells]
         found_, digits, seconds = (sum(each) / len(cells) for each in zip(*figures, strict=True))
         by_length[length] = (found_, digits, seconds)

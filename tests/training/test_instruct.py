@@ -13,7 +13,7 @@ from llamory.cli.options import read_settings
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.instruct import load_instructions
-from llamory.longllama.instruct_rows import InstructBatches, MemorySplit
+from llamory.longllama.instruct_rows import InstructBatches, MemorySplit, between
 from llamory.longllama.losses import IGNORED
 from llamory.training.instruct import InstructFeed, train_instruct
 from llamory.training.settings import InstructSettings
@@ -141,8 +141,7 @@ def test_copies_grow_evenly_on_a_logarithmic_scale():
     for step, grown in ((0, 0), (2, 0.25), (8, 1), (11, 1)):
         assert feed.passes(step) == [{"grown": grown}] * 2
     assert InstructFeed({0: Stream()}).passes(0) == [{"grown": 1}]
-    batches = InstructBatches([], [1.0], MemorySplit(3, 2, 7), rows=6, negatives=1, copies=(2, 8))
-    assert [batches.most_copies(grown) for grown in (0, 0.5, 1)] == pytest.approx([2, 4, 8])
+    assert [between((2, 8), grown) for grown in (0, 0.5, 1)] == pytest.approx([2, 4, 8])
 
 
 def test_two_processes_lose_as_one_with_two_passes(settings, tmp_path):

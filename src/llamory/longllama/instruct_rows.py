@@ -154,7 +154,7 @@ def _add_negatives(
             count = min(negatives, len(others))
             contexts[row] += sorted(chance.sample(others, count)) if chance is not None else others[:count]
             draw = chance.random() if chance is not None else 0.0
-            weights[row] += [copies[0] * (copies[1] / copies[0]) ** draw] * count
+            weights[row] += [between(copies, draw)] * count
     return weights
 
 
@@ -218,15 +218,10 @@ class InstructBatches:
             room -= len(example.rows)
             if room < 0:
                 chance = random.Random(f"{self.seed}/{self.stream}/{sum(self._drawn)}/negatives")
-                copies = self.copies[0], self.most_copies(self.grown)
+                copies = self.copies[0], between(self.copies, self.grown)
                 return collate(examples, self.pad_token_id, negatives=self.negatives, copies=copies, chance=chance)
             examples.append(example)
             self._drawn[source] += 1
-
-    def most_copies(self, grown: float) -> float:
-        """The most copies of a negative once they have grown so far, from 0 to 1, from the least."""
-        least, most = self.copies
-        return float(least * (most / least) ** grown)
 
     def state_dict(self) -> dict[str, Any]:
         """The position: examples drawn of each dataset, and what they were drawn from."""
@@ -265,6 +260,12 @@ class InstructBatches:
 
     def _shuffled(self, source: int, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, source, epoch]).permutation(len(self.datasets[source]))
+
+
+def between(copies: tuple[float, float], share: float) -> float:
+    """The number that lies so far, from 0 to 1, between the least and the most copies on a logarithmic scale."""
+    least, most = copies
+    return float(least * (most / least) ** share)
 
 
 def check_copies(copies: Sequence[float]) -> None:
