@@ -56,6 +56,25 @@ WORDS = (
 ).split()
 NUMBERS = ("code", "serial number", "access number", "phone extension", "room number", "combination", "ticket number")
 OFFICES = ("keeper", "owner", "builder", "inspector", "founder", "painter", "caretaker")
+ROLES = (
+    "winner,author,captain,judge,first speaker,witness,teacher,surgeon,sculptor,patron,ambassador,driver,leader,chair,"
+    "secretary,treasurer,translator,composer,pilot,editor,hostess,interpreter,runner-up,landlord,conductor,hero,"
+    "last visitor,youngest member,best man,new mayor"
+).split(",")
+OCCASIONS = (
+    "of the chess tournament,of the preface,of the steamer,at the county fair,of the meeting,at the trial,of the "
+    "evening class,on duty that night,of the marble statue,of the orchestra,to the northern court,of the night bus,of "
+    "the expedition,of the budget committee,of the rowing club,of the anthem,of the balloon,of the newspaper,at the "
+    "wedding,of the regatta,in the play,of the choir,of the council,of the spring race,at the parish hall"
+).split(",")
+DONE = (
+    "painted by,sold to,written by,rented from,designed by,lent to,bought by,guarded by,named after,discovered by,"
+    "inherited by,repaired by,photographed by,opened by,given to"
+).split(",")
+SYLLABLES = "bal cor den fel gar hol jun kes lam mor nev ost pel quin ras sel tor ul vas wen yar zim".split()
+ENDINGS = "ski son wick ley ard ette ov man berg stead ino well er ton".split()
+AMOUNTS = "windows,steps,rooms,members,seats,horses,lamps,shelves,beds,workers".split(",")
+WRITTEN = (("label on", "says"), ("motto of", "is"), ("inscription over", "reads"), ("letter from", "begins"))
 
 # What stands before a question and before its answer.
 FORMS = [("Question: ", "\nAnswer: "), ("Q: ", "\nA: "), ("", "\n"), ("", " "), ("- ", " ")]
@@ -70,8 +89,9 @@ def thing(draw: random.Random) -> str:
 
 
 def person(draw: random.Random) -> str:
-    """Somebody."""
-    return f"{draw.choice(FIRST)} {draw.choice(LAST)}"
+    """Somebody; half of them have a name that nobody has."""
+    last = draw.choice(LAST) if draw.random() < 0.5 else capital(draw.choice(SYLLABLES) + draw.choice(ENDINGS))
+    return f"{draw.choice(FIRST)} {last}"
 
 
 def number_of(draw: random.Random) -> Fact:
@@ -99,6 +119,37 @@ def name_of(draw: random.Random) -> Fact:
     return draw.choice([said, f"{value} is the {office} of {whose}."]), asked, value, said
 
 
+def role_of(draw: random.Random) -> Fact:
+    """Somebody who was something on some occasion."""
+    what, value = f"the {draw.choice(ROLES)} {draw.choice(OCCASIONS)}", person(draw)
+    verb = draw.choice(["was", "was", "is", "will be"])
+    said = f"{what} {verb} {value}."
+    asked = draw.choice([f"Who {verb} {what}?", f"Who {verb} {what}?", f"What is the name of {what}?"])
+    return draw.choice([said, f"{value} {verb} {what}."]), asked, value, said
+
+
+def done_by(draw: random.Random) -> Fact:
+    """Somebody who did something, or whom something was done to."""
+    whose, what, value = thing(draw), draw.choice(DONE), person(draw)
+    verb, preposition = what.split()
+    said = f"{whose} was {what} {value}."
+    return said, f"{'Who' if preposition == 'by' else 'Whom'} was {whose} {verb} {preposition}?", value, said
+
+
+def amount_of(draw: random.Random) -> Fact:
+    """How many there are of something."""
+    whose, what, value = thing(draw), draw.choice(AMOUNTS), str(draw.randint(2, 9999))
+    said = f"{whose} has {value} {what}."
+    return said, f"How many {what} does {whose} have?", value, said
+
+
+def writing_on(draw: random.Random, sentences: list[str]) -> Fact:
+    """Words of the texts that are written on something."""
+    (what, verb), whose, value = draw.choice(WRITTEN), thing(draw), draw.choice(sentences)
+    said = f'The {what} {whose} {verb}: "{value}"'
+    return said, f"What does the {what} {whose} say?", value, said
+
+
 def word_of(draw: random.Random) -> Fact:
     """A password of one to three words."""
     whose, value = thing(draw), " ".join(draw.sample(WORDS, draw.randint(1, 3)))
@@ -115,8 +166,10 @@ def saying_of(draw: random.Random, sentences: list[str]) -> Fact:
 
 def fact(draw: random.Random, sentences: list[str]) -> Fact:
     """Any of them; numbers are the most frequent."""
-    kind = draw.choice([number_of, number_of, number_of, date_of, name_of, word_of, None])
-    stated, asked, value, said = saying_of(draw, sentences) if kind is None else kind(draw)
+    kinds = [number_of, number_of, number_of, date_of, word_of, amount_of]
+    quotes = [saying_of, writing_on]
+    chosen = draw.choice([*kinds, *quotes, name_of, role_of, role_of, done_by])
+    stated, asked, value, said = chosen(draw, sentences) if chosen in quotes else chosen(draw)
     return capital(stated), asked, value, capital(said)
 
 
@@ -184,7 +237,8 @@ def with_facts(sources: list[Iterator[str]], draw: random.Random) -> Iterator[tu
         while sum(map(len, body)) < room:
             body += again or [next(source)]
         sentences = [" ".join(draw.sample(WORDS, 5))] + [each for text in body for each in sayings(text)]
-        facts = [fact(draw, sentences) for _ in range(draw.randint(*CHAT_FACTS))]
+        drawn = (fact(draw, sentences) for _ in range(draw.randint(*CHAT_FACTS)))
+        facts = list({each[1]: each for each in drawn}.values())  # each question has one answer
         for stated, *_ in facts:
             body.insert(draw.randint(0, len(body)), stated)
         yield "\n\n".join(body), draw.sample(facts, min(len(facts), TURNS))

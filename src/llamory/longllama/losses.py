@@ -1,4 +1,4 @@
-"""The next-token loss, computed chunk by chunk so that (length × vocabulary) logits are never held."""
+"""The next-token loss, chunk by chunk so that (length × vocabulary) logits are never held, and a teacher's."""
 
 from __future__ import annotations
 
@@ -30,6 +30,20 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, count: Tens
     return total / (max(1, len(rows)) if count is None else count)
 
 
+def teacher_loss(logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
+    """Mean KL divergence of a model's next-token distributions from a teacher's, in nats (Hinton et al. 2015).
+
+    Args:
+        logits: (batch, columns, vocabulary) the model's.
+        teacher_logits: the same shape, without gradient.
+        mask: (batch, columns) true where a distribution counts.
+    """
+    total = logits.new_zeros((), dtype=torch.float32)
+    for row, teacher, real in zip(logits, teacher_logits, mask.bool(), strict=True):
+        total = total + checkpoint(_divergence, row[real], teacher[real], use_reentrant=False)
+    return total / mask.sum().clamp(min=1)
+
+
 @torch.no_grad()
 def correct_tokens(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """How many of the targets are the model's first choice; arguments as `next_token_loss`."""
@@ -52,3 +66,8 @@ def _rows_at_once(weight: Tensor) -> int:
 
 def _chunk_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
+def _divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    own, wanted = logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+    return F.kl_div(own, wanted, reduction="sum", log_target=True)

@@ -27,6 +27,7 @@ from llamory.training.runs import (
 )
 from llamory.training.settings import FotSettings
 from llamory.training.streamed import StreamedTrainer, begin
+from llamory.training.teachers import check_teacher, load_teacher
 
 CURVE_FILE = "curve.json"
 _WITH, _WITHOUT = "eval_loss", "eval_loss_without_memory"
@@ -53,6 +54,7 @@ def train_fot(settings: FotSettings) -> dict[str, Any]:
     chooser = _chooser(settings, plan, tokenizer, str(arguments.device))
     feed = FotFeed(_streams(settings, tokenizer, arguments.process_index, arguments.world_size), chooser)
     held_out = _held_out(settings, tokenizer)
+    teacher = load_teacher(settings, config)
     model = trained_part(load_long(settings, changes), settings, only_memory=settings.trained == "memory_layers")
     return begun.finish(
         FotTrainer,
@@ -62,6 +64,8 @@ def train_fot(settings: FotSettings) -> dict[str, Any]:
         tokenizer=tokenizer,
         held_out=held_out,
         shown=("loss", _WITH, _WITHOUT),
+        teacher=teacher,
+        teacher_weight=settings.teacher_weight,
         settings=settings,
         chooser=chooser,
     )
@@ -176,6 +180,7 @@ def _earlier_chunks(batch_size: int, dataset_packing: int) -> list[list[int]]:
 
 def _check(settings: FotSettings) -> ContextPlan:
     check_settings(settings, ["dataset_packing", "eval_batches"])
+    check_teacher(settings)
     if settings.steps is None:
         raise LlamoryError("FoT training's data have no end; set steps.")
     if settings.row_length < 2:

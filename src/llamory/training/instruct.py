@@ -21,6 +21,7 @@ from llamory.training.long_models import load_long, memory_changes, trained_part
 from llamory.training.runs import check_settings
 from llamory.training.settings import InstructSettings
 from llamory.training.streamed import StreamedTrainer, begin
+from llamory.training.teachers import check_teacher, load_teacher
 
 _EVAL = "eval_loss"
 
@@ -52,6 +53,7 @@ def train_instruct(settings: InstructSettings) -> dict[str, Any]:
         streams = _streams(settings, split, tokenizer, arguments.process_index, arguments.world_size)
         growing = round(settings.copies_grow * (settings.steps or 0))
         held_out = _held_out(settings, split, tokenizer)
+    teacher = load_teacher(settings, config)
     model = trained_part(load_long(settings, changes), settings, only_memory=settings.trained == "memory_layers")
     return begun.finish(
         InstructTrainer,
@@ -61,6 +63,8 @@ def train_instruct(settings: InstructSettings) -> dict[str, Any]:
         tokenizer=tokenizer,
         held_out=held_out,
         shown=("loss", _EVAL),
+        teacher=teacher,
+        teacher_weight=settings.teacher_weight,
     )
 
 
@@ -120,6 +124,7 @@ def _check(settings: InstructSettings) -> None:
         raise LlamoryError(f"negatives must be at least 0, not {settings.negatives}.")
     if not 0 <= settings.copies_grow <= 1:
         raise LlamoryError(f"copies_grow must be a share of the steps, from 0 to 1, not {settings.copies_grow}.")
+    check_teacher(settings)
     if settings.steps is None:
         raise LlamoryError("Instruction tuning's data have no end; set steps.")
     if settings.seed < 0:

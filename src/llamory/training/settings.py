@@ -167,7 +167,20 @@ class RetrieverSettings(AdaptSettings):
 
 
 @dataclass(kw_only=True)
-class FotSettings(AdaptSettings):
+class TaughtSettings(AdaptSettings):
+    """Settings of runs that may keep what a teacher predicts without memory."""
+
+    teacher: str | None = _setting(
+        None,
+        "Model whose predictions in rows without memory are kept, so that short contexts don't get worse: the one that "
+        "training began with, say; none: nothing is kept.",
+    )
+    teacher_weight: float = _setting(1.0, "Weight of the divergence from the teacher beside the next-token loss.")
+    teacher_rows: int = _setting(4, "Rows of each pass that are read without memory for it, in turns.")
+
+
+@dataclass(kw_only=True)
+class FotSettings(TaughtSettings):
     """Settings of FoT training. The defaults are the published 3B model's (Tworkowski et al. 2023) where there are any.
 
     The data are as many independent streams of batches as a step has passes (accumulation × processes).
@@ -219,7 +232,7 @@ class FotSettings(AdaptSettings):
 
 
 @dataclass(kw_only=True)
-class InstructSettings(AdaptSettings):
+class InstructSettings(TaughtSettings):
     """Settings of instruction tuning. The defaults are those of the published LongLLaMA-Instruct-3Bv1.1.
 
     The data are as many independent streams of batches as a step has passes (accumulation × processes).

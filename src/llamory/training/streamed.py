@@ -18,6 +18,7 @@ from llamory.training.checkpoints import MarkWhole, prepare_output
 from llamory.training.progress import RichProgress
 from llamory.training.runs import last_logged, mendable, run, save_finished, training_arguments
 from llamory.training.settings import RunSettings
+from llamory.training.teachers import Teacher
 
 _KIND = "kind of run"
 # What a resumed run may have otherwise than the run that wrote the checkpoint. The streams know their data themselves.
@@ -51,12 +52,22 @@ class StreamedTrainer(Trainer):
 
     control: Any  # the Trainer's, which has no annotation there
 
-    def __init__(self, *args: Any, feed: Feed, recipe: Mapping[str, Any], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        feed: Feed,
+        recipe: Mapping[str, Any],
+        teacher: Teacher | None = None,
+        teacher_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.feed, self.recipe = feed, dict(recipe)
+        self.teacher, self.teacher_weight = teacher, teacher_weight
         self.model_accepts_loss_kwargs = True
         self.can_return_loss = True
         self._counts: list[torch.Tensor] = []
+        self._divergences: list[float] = []  # since the last were logged
 
     def get_train_dataloader(self) -> Any:
         """Nothing that could be sharded or looked ahead in: `get_batch_samples` asks the feed."""
@@ -74,18 +85,29 @@ class StreamedTrainer(Trainer):
         return passes, count
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The model's own loss.
+        """The model's own loss, and what it has moved away from a teacher.
 
         Raises:
             LlamoryError: it isn't finite.
         """
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if self.teacher is not None and model.training:
+            loss = loss + self._moved_away(self.teacher, model, inputs)
         if not torch.isfinite(loss):
             raise LlamoryError(
                 f"The loss of step {self.state.global_step + 1} isn't finite ({float(loss):.4g}); lower the learning "
                 "rate or look at the model's weights."
             )
         return (loss, outputs) if return_outputs else loss
+
+    def _moved_away(self, teacher: Teacher, model: Any, inputs: Any) -> torch.Tensor:
+        """The teacher's part of a pass's loss."""
+        passes = self.args.gradient_accumulation_steps
+        turn = self.state.global_step * passes + len(self._divergences) % passes
+        with self.accelerator.autocast():
+            divergence = teacher.loss(model, inputs, turn)
+        self._divergences.append(float(divergence.detach()))
+        return self.teacher_weight * divergence / passes
 
     def step_accuracy(self, hidden: torch.Tensor, targets: torch.Tensor) -> float | None:
         """Count a pass's right tokens; after a step's last pass, the accuracy of the step in all processes.
@@ -122,7 +144,10 @@ class StreamedTrainer(Trainer):
         return [float(number) for number in total]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's. Streams have no end, so the only epoch is the run."""
+        """As the Trainer's, with the divergence from a teacher. Streams have no end, so the only epoch is the run."""
+        if "loss" in logs and self._divergences:
+            logs |= {"teacher_loss": sum(self._divergences) / len(self._divergences)}
+            self._divergences = []
         self.state.epoch = self.state.global_step / max(1, self.state.max_steps)
         super().log(logs, *args, **kwargs)
 
