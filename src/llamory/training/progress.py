@@ -15,6 +15,7 @@ _SHOWN = (
     "ar_loss",
     "bow_summarize_loss",
     "bow_predict_loss",
+    "teacher_loss",
     "accuracy",
     "lines",
     "contexts",
