@@ -3,8 +3,9 @@
     python benchmarks/facts.py TEXTS [TEXTS ...] [--model reader] [--documents 100] [--mem-search pages] [--json FILE]
 
 Each document of real text gets one sentence with a number, a name, a date or a sentence in it. Asked for it are the
-reader with the memory of all documents mounted; the stock base model with the right document in its prompt; and the
-stock model with as many documents in its prompt as its context takes. An answer that holds the secret's words is right.
+reader with all documents mounted, each read by itself as a library reads them; the stock base model with the right
+document in its prompt; and the stock model with as many documents in its prompt as its context takes. An answer that
+holds the secret's words is right. All in bfloat16. What FILE has already isn't asked again.
 """
 
 from __future__ import annotations
@@ -86,10 +87,12 @@ def cases(texts: list[Path], number: int, size: int) -> list[Case]:
 
 def with_memory(name: str, asked: list[Case], settings: dict[str, Any]) -> list[str]:
     """Answers with all documents in memory."""
-    model, tokenizer = load_long_model(name, **settings), load_tokenizer(name)
+    model, tokenizer = load_long_model(name, dtype=torch.bfloat16, **settings), load_tokenizer(name)
     memory = model.new_memory()
     for number, case in enumerate(asked):
-        model.read(document_ids(case.text, tokenizer), memory, segment=str(number))
+        read = model.new_memory()
+        model.read(document_ids(case.text, tokenizer), read, segment=str(number))
+        memory.mount(read)
     sys.stdout.write(f"{memory.length():,} tokens in memory\n")
     speaker, manner = Speaker(model, tokenizer, name), Manner(max_new_tokens=ANSWER_TOKENS)
     return [
@@ -99,7 +102,7 @@ def with_memory(name: str, asked: list[Case], settings: dict[str, Any]) -> list[
 
 def in_prompt(name: str, asked: list[Case], *, everything: bool) -> list[str]:
     """Answers of the stock model with the right document in its prompt, or with all that its context takes."""
-    model, tokenizer = load_model(name), load_tokenizer(name)
+    model, tokenizer = load_model(name, dtype=torch.bfloat16), load_tokenizer(name)
     room = model.config.max_position_embeddings - 2 * ANSWER_TOKENS - 100
     whole = ""
     if everything:
@@ -150,24 +153,39 @@ def main() -> None:
         "the right document in the prompt": lambda: in_prompt(options.base, asked, everything=False),
         "all that fits in the prompt": lambda: in_prompt(options.base, asked, everything=True),
     }
-    answers: dict[str, list[str]] = {}
-    result: dict[str, Any] = {"model": options.model, "base": options.base, "documents": len(asked)}
+    about: dict[str, Any] = {"model": options.model, "base": options.base, "documents": len(asked)}
+    about |= {"characters": options.characters, **settings}
+    answers = known(options.json, about)
     for way, make in ways.items():
-        answers[way] = given = make()
-        right = [holds(answer, case.key) for answer, case in zip(given, asked, strict=True)]
-        by_kind = {
-            kind: sum(ok for ok, case in zip(right, asked, strict=True) if case.kind == kind)
-            / sum(case.kind == kind for case in asked)
-            for kind in WAYS
-        }
-        result[way] = {"right": sum(right) / len(right), **by_kind}
-        sys.stdout.write(f"{way}: {result[way]}\n")
+        answers[way] = answers.get(way) or make()
+        sys.stdout.write(f"{way}: {shares(answers[way], asked)}\n")
         sys.stdout.flush()
-    result["answers"] = [vars(case) | {way: given[i] for way, given in answers.items()} for i, case in enumerate(asked)]
-    for entry in result["answers"]:
-        del entry["text"]
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if options.json:
+            told = [
+                {"question": case.question, "key": case.key, "kind": case.kind}
+                | {way: given[number] for way, given in answers.items()}
+                for number, case in enumerate(asked)
+            ]
+            right = {way: shares(given, asked) for way, given in answers.items()}
+            whole = {"about": about, "right": right, "answers": told}
+            options.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def known(file: Path | None, about: dict[str, Any]) -> dict[str, list[str]]:
+    """The answers that an earlier call has written."""
+    if file is None or not file.exists():
+        return {}
+    then = json.loads(file.read_text(encoding="utf-8"))
+    if then["about"] != about:
+        raise SystemExit(f"{file} has answers of another call, {then['about']}; give another file.")
+    return {way: [each[way] for each in then["answers"]] for way in then["right"]}
+
+
+def shares(answers: list[str], asked: list[Case]) -> dict[str, float]:
+    """The share of right answers, of all and of each kind."""
+    right = [(case.kind, holds(answer, case.key)) for answer, case in zip(answers, asked, strict=True)]
+    by_kind = {kind: [ok for one, ok in right if one == kind] for kind in WAYS}
+    return {"all": sum(ok for _, ok in right) / len(right)} | {kind: sum(ok) / len(ok) for kind, ok in by_kind.items()}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Makes one small adapter folder of training runs that went on from one another, as the package ships it.
 
     python recipes/join_adapters.py OUT RUN [RUN ...] [--base MODEL] [--query-prompt PROMPT]
-        [--whiten UNLABELLED.jsonl | --whitening FOLDER] [--mem-log-scale SCALE]
+        [--whiten UNLABELLED.jsonl | --whitening FOLDER] [--mem-log-scale SCALE] [--factor FACTOR ...]
 
 Each RUN is the output of a training with --lora: llara and then retriever, or fot and then instruct. A checkpoint of
 the first will do, too (then --query-prompt says what queries get). The first started from the base model (the packaged
@@ -9,7 +9,7 @@ one), each other one from the run before it. The low-rank matrices stand side by
 sum is applied at once, and slot tokens' rows are those of the last run. What the tokenizer lacks and what the model's
 config has beyond the base model's is written beside them. Whitening is that of the first RUN, if it has any, or of the
 folder --whitening, as what is trained behind LLARA leaves it as it is; --whiten fits it on passages of LLARA's training
-text.
+text. With a --factor for each RUN so much of its change counts: less than 1 leads back to the base model.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _MATRIX = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(layers\..*)\.lora_([
 _ROWS = "embed_tokens.token_adapter.trainable_tokens_delta"
 
 
-def matrices(run: Path) -> tuple[dict[str, dict[str, Tensor]], Tensor | None, dict]:
-    """A run's matrices per layer, scaled (B holds the scale), its slot rows if it has any, and its adapter's config."""
+def matrices(run: Path, factor: float) -> tuple[dict[str, dict[str, Tensor]], Tensor | None, dict]:
+    """A run's matrices per layer, scaled (B holds scale and factor), its slot rows or None, its adapter's config."""
     folder = run / "adapter" if (run / "adapter").is_dir() else run
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     found: dict[str, dict[str, Tensor]] = {}
     rows = None
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
         if match := _MATRIX.fullmatch(name):
-            scale = config["lora_alpha"] / config["r"] if match[2] == "B" else 1.0
+            scale = factor * config["lora_alpha"] / config["r"] if match[2] == "B" else 1.0
             found.setdefault(match[1], {})[match[2]] = tensor * scale
         elif name.endswith(_ROWS):
             rows = tensor
@@ -75,9 +75,13 @@ def main() -> None:
     parser.add_argument("--whiten", type=Path)
     parser.add_argument("--whitening", type=Path)
     parser.add_argument("--mem-log-scale", type=float, help="what a reader's configuration says of it")
+    parser.add_argument("--factor", type=float, action="append", default=[], help="one for each run; default: 1")
     options = parser.parse_args()
     output, runs = options.output, options.runs
-    parts = [matrices(run) for run in runs]
+    factors = options.factor or [1.0] * len(runs)
+    if len(factors) != len(runs):
+        parser.error(f"{len(factors)} factors for {len(runs)} runs; give one --factor for each run, or none.")
+    parts = [matrices(run, factor) for run, factor in zip(runs, factors, strict=True)]
     layers = sorted({layer for found, _, _ in parts for layer in found})
     tensors: dict[str, Tensor] = {}
     rank = sum(config["r"] for _, _, config in parts)

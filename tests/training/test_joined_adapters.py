@@ -64,6 +64,34 @@ def test_a_checkpoint_gives_what_its_run_ended_with(settings, model_folder, tmp_
     assert (one == two).all()
 
 
+def test_factors_say_how_much_of_each_run_counts(adapter, tmp_path, monkeypatch, capsys):
+    folder, run = adapter
+    runs = [str(tmp_path / "first"), str(run)]
+    words = [
+        str(JOIN),
+        str(tmp_path / "less"),
+        *runs,
+        "--base",
+        json_of(folder, "adapter_config")["base_model_name_or_path"],
+    ]
+    monkeypatch.setattr(sys, "argv", [*words, "--factor", "0.5", "--factor", "0"])
+    runpy.run_path(str(JOIN), run_name="__main__")
+    whole, less = (load_file(each / "adapter_model.safetensors") for each in (folder, tmp_path / "less"))
+    layer = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+    change, part = ((each[layer.format("B")] @ each[layer.format("A")]).float() for each in (whole, less))
+    first = (whole[layer.format("B")][:, :4] @ whole[layer.format("A")][:4]).float()
+    assert change.abs().max() > first.abs().max() * 0.1
+    torch.testing.assert_close(part, first / 2, atol=0, rtol=0.01)
+    monkeypatch.setattr(sys, "argv", [*words, "--factor", "0.5"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(JOIN), run_name="__main__")
+    assert "1 factors for 2 runs" in capsys.readouterr().err
+
+
+def json_of(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
 def test_training_goes_on_from_a_joined_adapter(adapter, settings, retriever_settings, tmp_path):
     folder, run = adapter
     trained = train_retriever(
