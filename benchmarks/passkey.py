@@ -5,8 +5,8 @@
 
 Each run is `llamory eval passkey` into OUT/NAME, cell by cell, so that a run that was stopped goes on where it was.
 What is longer than --longest waits for a later call. Windows are read by themselves and mounted (--apart), but for the
-runs "in order", in which each sees those before it, as the paper's do. With --texts the other fillers and secrets are
-run too. All that OUT has is printed as a table, written as JSON and drawn: a heat map of each run on the published
+runs "in order", in which each sees those before it, as the paper's do. Searches with other budgets have five depths.
+With --texts the other fillers and secrets are run too. All that OUT has is printed as a table, written as JSON and drawn: a heat map of each run on the published
 prompt, and shares by length beside the line that LongLLaMA's authors published for their 3B model (arXiv:2307.03170,
 section 5.2).
 """
@@ -35,6 +35,7 @@ from llamory.evaluation.reports import PasskeyReport  # noqa: E402
 
 LENGTHS = ("4k", "8k", "16k", "32k", "64k", "128k", "256k", "1M")
 OTHER_LENGTHS = ("4k", "16k", "64k")
+BUDGET_LENGTHS = ("16k", "64k", "256k")
 PUBLISHED = {18_000: 1.0, 100_000: 0.945, 256_000: 0.73}  # LongLLaMA 3B
 DEPTHS, OTHER_DEPTHS = "10", "5"
 
@@ -53,17 +54,21 @@ class Run:
 
 def runs(options: argparse.Namespace) -> dict[str, Run]:
     """All of them, by name."""
-    best = ("--mem-search", "faiss", "--mem-only-top-k", "--mem-top-k", "128")
     made = {
         "base model": Run(options.base, lengths=LENGTHS[:5]),
         "reader, exact": Run(options.reader),
         "reader, pages": Run(options.reader, ("--mem-search", "pages")),
-        "reader, 128 best": Run(options.reader, best),
+        "reader, 128 best": Run(options.reader, best(128)),
         "base model, in order": Run(
             options.base, lengths=LENGTHS[:2], depths=OTHER_DEPTHS, apart=False, published=False
         ),
         "reader, in order": Run(options.reader, lengths=LENGTHS[:3], depths=OTHER_DEPTHS, apart=False, published=False),
     }
+    budgets = {f"reader, {tokens} best": best(tokens) for tokens in (8, 32, 512, 2048)}
+    for pages in (2, 8):
+        budgets[f"reader, {pages} pages"] = ("--mem-search", "pages", "--mem-top-k", str(pages))
+    for name, flags in budgets.items():
+        made[name] = Run(options.reader, flags, BUDGET_LENGTHS, OTHER_DEPTHS, published=False)
     texts = tuple(word for path in options.texts for word in ("--haystack", str(path)))
     if texts:
         for model in ("base", "reader"):
@@ -73,6 +78,11 @@ def runs(options: argparse.Namespace) -> dict[str, Run]:
                 name = f"{model}, real text, {key}"
                 made[name] = Run(getattr(options, model), flags, lengths, OTHER_DEPTHS, published=False)
     return made
+
+
+def best(tokens: int) -> tuple[str, ...]:
+    """Flags for reading so many of the best tokens of memory only, as in the paper."""
+    return ("--mem-search", "faiss", "--mem-only-top-k", "--mem-top-k", str(tokens))
 
 
 def measure(name: str, run: Run, options: argparse.Namespace) -> None:
