@@ -6,9 +6,9 @@
 Each run is `llamory eval passkey` into OUT/NAME, cell by cell, so that a run that was stopped goes on where it was.
 What is longer than --longest waits for a later call. Windows are read by themselves and mounted (--apart), but for the
 runs "in order", in which each sees those before it, as the paper's do. Searches with other budgets have five depths.
-With --texts the other fillers and secrets are run too. All that OUT has is printed as a table, written as JSON and drawn: a heat map of each run on the published
-prompt, and shares by length beside the line that LongLLaMA's authors published for their 3B model (arXiv:2307.03170,
-section 5.2).
+With --texts the other fillers and secrets are run too. All that OUT has is printed as a table, written as JSON and
+drawn: a heat map of each run on the published prompt, and shares by length beside the line that LongLLaMA's authors
+published for their 3B model (arXiv:2307.03170, section 5.2).
 """
 
 from __future__ import annotations
