@@ -168,7 +168,7 @@ def fact(draw: random.Random, sentences: list[str]) -> Fact:
     """Any of them; numbers are the most frequent."""
     kinds = [number_of, number_of, number_of, date_of, word_of, amount_of]
     quotes = [saying_of, writing_on]
-    chosen = draw.choice([*kinds, *quotes, name_of, role_of, role_of, done_by])
+    chosen = draw.choice([*kinds, *quotes, name_of, *[role_of] * 4, done_by])
     stated, asked, value, said = chosen(draw, sentences) if chosen in quotes else chosen(draw)
     return capital(stated), asked, value, capital(said)
 
@@ -258,10 +258,8 @@ def plain(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dict[st
     """A document with facts in it, and questions about these in plain text, most of them with the answer begun."""
     for document, facts in with_facts(sources, draw):
         turns = [{"from": "human", "value": document + "\n"}]
-        before, between = draw.choice(
-            [("Question: ", "\nAnswer: "), ("Q: ", "\nA: "), ("", "\n"), ("", " "), ("- ", " ")]
-        )
-        often = draw.random()
+        before, between = draw.choice([*FORMS, ("", " ")])
+        often = max(draw.random(), draw.random())
         for _, asked, value, said in facts:
             begun = said[: said.rfind(value)] if draw.random() < often else ""
             text = f"\n{before}{asked}{between}{begun}"

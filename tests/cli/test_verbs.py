@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamory.documents import Failure
@@ -285,6 +286,17 @@ def test_info_describes_a_model(llamory, tmp_path: Path) -> None:
     assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert facts["hidden_size"] == 16
     assert facts["llara"] == "no template"
+
+
+def test_info_describes_a_packaged_adapter(llamory) -> None:
+    facts = json.loads(llamory("info", "reader", "--json").out)
+    folder = Path(facts["adapter"])
+    assert folder.parts[-2:] == ("adapters", "reader")
+    assert facts["mem_layers"] == json.loads((folder / "config.json").read_text())["mem_layers"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert facts["adapter parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert "adapter" not in (base := json.loads(llamory("info", "default", "--json").out))
+    assert "'reader' to what reads" in base["note"]
 
 
 def test_info_describes_a_library(llamory, calls: list[tuple], tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def _print_memory(facts: dict[str, Any]) -> None:
 
 
 def _model(name: str) -> dict[str, Any]:
-    from llamory.backbone import load_config, resolve
+    from llamory.backbone import adapter_folder, load_config, resolve
     from llamory.llara import LlaraTemplate
 
     source = resolve(name)
@@ -111,9 +111,15 @@ def _model(name: str) -> dict[str, Any]:
     if isinstance(source, Path):
         facts["format"] = "sentence-transformers" if (source / "modules.json").exists() else "transformers"
         facts["parameters"] = _parameters(source)
+    if (adapter := adapter_folder(name)) is not None:
+        facts |= {"adapter": str(adapter), "adapter parameters": _parameters(adapter)}
     for key in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"):
         facts[key] = getattr(config, key)
+    if layers := getattr(config, "mem_layers", None):
+        facts["mem_layers"] = list(layers)
     facts["llara"] = "no template" if template is None else f"{template.slots} summary and {template.slots} query slots"
+    if name == "default":
+        facts["note"] = "'default' means 'retriever' to what embeds and 'reader' to what reads; training starts here."
     return facts
 
 
