@@ -60,6 +60,17 @@ def test_it_prints_a_table_and_writes_numbers_and_picture(llamory, model_folder,
     assert f"{model_folder.name} 6/6: 600 tokens in memory, {books / 'b.txt'}: loss " in ran.err
 
 
+def test_windows_can_be_read_apart(llamory, model_folder, books, tmp_path):
+    arguments = ("eval", "perplexity", model_folder, "--documents", books, *SMALL, "--json")
+    apart, in_order = (
+        json.loads(llamory(*arguments, "--output", tmp_path / name, *flags).out)
+        for name, flags in (("apart", ["--apart"]), ("in_order", []))
+    )
+    assert apart["settings"]["windows"] == "apart" and "windows" not in in_order["settings"]
+    losses = [[score["loss"] for score in next(iter(each["runs"].values()))["scores"]] for each in (apart, in_order)]
+    assert len(losses[0]) == len(losses[1]) and losses[0] != losses[1]
+
+
 def test_json_is_one_document_with_a_run_per_model(llamory, model_folder, other_model, books, tmp_path) -> None:
     arguments = ("--documents", books, *SMALL, "--output", tmp_path / "out", "--json", "--quiet")
     ran = llamory("eval", "perplexity", "--model", model_folder, "--compare", other_model, *arguments)

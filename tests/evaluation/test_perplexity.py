@@ -71,6 +71,38 @@ def test_with_memory_it_is_one_reading_of_so_many_tokens_and_the_window(model, m
     assert abs(without - wanted) > 1e-3  # else the comparison would say nothing
 
 
+@pytest.mark.parametrize("memory", [1, 15, 16, 40, 64])
+def test_windows_apart_are_segments_of_their_own(model, memory) -> None:
+    ids, local = text(90), 5
+    windows = model.new_memory()
+    known = tail_loss(model, ids.tolist(), 48, tokens=TOKENS, local=local, windows=windows)
+    found = tail_loss(model, ids.tolist(), memory, tokens=TOKENS, local=local, windows=windows)
+    start = len(ids) - TOKENS - local
+    memories = model.new_memory()
+    for number, end in enumerate(range(start, start - memory, -CONTEXT)):
+        model.read(ids[max(end - CONTEXT, start - memory) : end], memories, segment=f"window {number}")
+    with torch.no_grad():
+        cache = model.memory_cache(memories)
+        predicted = model(ids[None, start:], past_key_values=cache, last_context_length=TOKENS + local).logits[0]
+    end = ids[start:]
+    assert found == pytest.approx(mean_loss(predicted, end), abs=1e-5)
+    assert windows.length() == max(48, memory // CONTEXT * CONTEXT)
+    if memory > CONTEXT:
+        in_order = tail_loss(model, ids.tolist(), memory, tokens=TOKENS, local=local)
+        assert abs(found - in_order) > 1e-5
+    assert known != found
+
+
+def test_a_run_with_windows_apart_reads_each_document_by_itself(model) -> None:
+    texts = [LongText(name, tuple(text(90, seed).tolist())) for name, seed in (("a", 0), ("b", 1))]
+    scores = run_perplexity(model, texts, [0, 20, 40], tokens=TOKENS, apart=True)
+    assert [(score.source, score.memory) for score in scores] == [(n, m) for n in "ab" for m in (0, 20, 40)]
+    for score in scores:
+        ids = dict(zip("ab", (each.input_ids for each in texts), strict=True))[score.source]
+        alone = tail_loss(model, ids, score.memory, tokens=TOKENS, windows=model.new_memory())
+        assert score.loss == pytest.approx(alone, abs=1e-6)
+
+
 def test_what_stands_before_the_memory_plays_no_part(model) -> None:
     ids = text(90).tolist()
     whole = tail_loss(model, ids, 32, tokens=TOKENS)

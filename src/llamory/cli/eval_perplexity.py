@@ -33,6 +33,10 @@ def perplexity(
     local: Annotated[
         int, typer.Option(min=1, help="Tokens before the scored ones that stay in the local context.")
     ] = 1,
+    apart: Annotated[
+        bool,
+        typer.Option("--apart", help="Read each window by itself, once for all lengths, and mount them together."),
+    ] = False,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -55,7 +59,7 @@ def perplexity(
     """Score the last tokens of long documents as memory of what stands before them grows.
 
     Only documents that are long enough for the longest memory are taken, and the same tokens are scored at every
-    length. Every memory is read anew, by itself.
+    length. Every memory is read anew, by itself; with --apart every window.
     """
     names = shared.model_names(model_argument, model, compare)
     if not documents:
@@ -72,6 +76,7 @@ def perplexity(
             check_window(tokens, local, context_length)
         texts = _texts(names, documents, max(memories) + tokens + local, limit=limit, text_field=text_field)
         settings: dict[str, Any] = {"files": shared.identity(documents), "tokens": tokens, "local": local}
+        settings |= {"windows": "apart"} if apart else {}
         settings["documents"] = [text.source for text in texts]
         record = Record(shared.output_folder(output) / _JSON_FILE, "perplexity", settings, Score, perplexity_curve)
         from llamory.longllama.loading import load_long_model
@@ -85,6 +90,7 @@ def perplexity(
                 memories,
                 tokens=tokens,
                 local=local,
+                apart=apart,
                 scores=record.run(name, shared.memory_facts(long)),
                 on_score=lambda _: record.write(),
                 title=shown[name],

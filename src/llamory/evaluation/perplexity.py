@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llamory.longllama import LongLlamaForCausalLM
+    from llamory.memory import MemoryBank
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,13 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, document: Document, length: int)
 
 @torch.no_grad()
 def tail_loss(
-    model: LongLlamaForCausalLM, input_ids: Sequence[int], memory: int, *, tokens: int = 256, local: int = 1
+    model: LongLlamaForCausalLM,
+    input_ids: Sequence[int],
+    memory: int,
+    *,
+    tokens: int = 256,
+    local: int = 1,
+    windows: MemoryBank | None = None,
 ) -> float:
     """The loss of a text's last tokens, with some of the text before them in memory.
 
@@ -147,6 +154,8 @@ def tail_loss(
         memory: tokens to read into memory; 0 for none.
         tokens: how many of the last tokens are scored.
         local: tokens before them that stay local; at least 1, which the first scored one is predicted from.
+        windows: windows of this text that were read apart, to which others are added: with it each window of the
+            memory is read by itself, counted from the last one back, and they are mounted together.
 
     Returns:
         The mean negative log-probability of the scored tokens, in nats, computed in float32.
@@ -154,7 +163,11 @@ def tail_loss(
     ids = torch.as_tensor(input_ids, dtype=torch.long)
     start = len(ids) - tokens - local
     assert memory >= 0 and tokens >= 1 and local >= 1 and start >= memory
-    cache = model.memory_cache(model.read(ids[start - memory : start])) if memory else None
+    cache = None
+    if memory:
+        before = ids[start - memory : start]
+        read = model.read(before) if windows is None else _mounted(model, before, windows)
+        cache = model.memory_cache(read)
     window = ids[None, start:-1].to(model.device)
     output = model(
         input_ids=window,
@@ -167,6 +180,21 @@ def tail_loss(
     return F.cross_entropy(output.logits[0].float(), ids[-tokens:].to(output.logits.device)).item()
 
 
+def _mounted(model: LongLlamaForCausalLM, ids: torch.Tensor, windows: MemoryBank) -> MemoryBank:
+    """A memory of these tokens' windows, each by itself; whole ones are taken from `windows`, or read into it."""
+    context = model.config.max_position_embeddings
+    whole = [str(number) for number in range(len(ids) // context)]
+    for number, name in enumerate(whole):
+        if name not in windows.segments:
+            end = len(ids) - number * context
+            model.read(ids[end - context : end], windows, segment=name)
+    memory = model.new_memory()
+    memory.mount(windows, whole[::-1])
+    if rest := len(ids) % context:
+        model.read(ids[:rest], memory, segment="rest")
+    return memory
+
+
 def run_perplexity(
     model: LongLlamaForCausalLM,
     texts: Sequence[LongText],
@@ -174,6 +202,7 @@ def run_perplexity(
     *,
     tokens: int = 256,
     local: int = 1,
+    apart: bool = False,
     scores: list[Score] | None = None,
     on_score: Callable[[Score], None] | None = None,
     title: str | None = None,
@@ -189,6 +218,7 @@ def run_perplexity(
         memories: tokens in memory.
         tokens: how many of the last tokens are scored.
         local: tokens before them that stay in the local context.
+        apart: read each window of a document by itself, once for all lengths, document by document.
         scores: what a run before has scored; it is kept, not done again, and filled.
         on_score: called after every score, which is then in `scores`.
         title: what the progress on standard error is called; None for no progress.
@@ -205,10 +235,16 @@ def run_perplexity(
     done = {(score.memory, score.source) for score in scores}
     todo = [(memory, text) for memory in sorted(set(memories)) for text in texts]
     todo = [(memory, text) for memory, text in todo if (memory, text.source) not in done]
+    if apart:
+        places = {text.source: place for place, text in enumerate(texts)}
+        todo.sort(key=lambda each: places[each[1].source])
+    windows, whose = None, None
     with StepProgress(title, [memory + tokens for memory, _ in todo], 1) as progress:
         for memory, text in todo:
             started = time.perf_counter()
-            loss = tail_loss(model, text.input_ids, memory, tokens=tokens, local=local)
+            if apart and whose is not text:
+                windows, whose = model.new_memory(), text
+            loss = tail_loss(model, text.input_ids, memory, tokens=tokens, local=local, windows=windows)
             score = Score(memory, text.source, loss, time.perf_counter() - started)
             scores.append(score)
             progress.step(
