@@ -90,9 +90,7 @@ def with_memory(name: str, asked: list[Case], settings: dict[str, Any]) -> list[
     model, tokenizer = load_long_model(name, dtype=torch.bfloat16, **settings), load_tokenizer(name)
     memory = model.new_memory()
     for number, case in enumerate(asked):
-        read = model.new_memory()
-        model.read(document_ids(case.text, tokenizer), read, segment=str(number))
-        memory.mount(read)
+        model.read(document_ids(case.text, tokenizer), memory, segment=str(number))  # sees no other segment
     sys.stdout.write(f"{memory.length():,} tokens in memory\n")
     speaker, manner = Speaker(model, tokenizer, name), Manner(max_new_tokens=ANSWER_TOKENS)
     return [
