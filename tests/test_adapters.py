@@ -64,7 +64,7 @@ def test_an_adapter_of_an_adapter_has_both(base, adapter, expected, tmp_path):
     config = LongLlamaConfig.from_dict(backbone.load_config(adapter).to_dict(), mem_layers=[1])
     below = LongLlamaForCausalLM.from_pretrained(base, config=config)
     below.load_state_dict(backbone.load_model(adapter).state_dict())
-    second = trained_part(below, settings, only_memory=False)
+    second = trained_part(below, settings, "all")
     with torch.no_grad():
         for name, parameter in second.named_parameters():
             if "lora_" in name:

@@ -211,11 +211,18 @@ def _adapted(model: PreTrainedModel, adapter: Path, dtype: str | torch.dtype | N
         if own.vocab_size > model.config.vocab_size:
             model.resize_token_embeddings(own.vocab_size, mean_resizing=False)
         take_over(model.config, own)
-        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        merged = model
+        if not only_for_memory(own, model.config):
+            merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.requires_grad_(True)  # peft froze it, and nobody who trains it on would know
     if dtype is None or dtype == "auto":
         return merged.eval()
     return merged.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
+
+
+def only_for_memory(own: PretrainedConfig, config: PretrainedConfig) -> bool:
+    """Whether an adapter is all in projections for memory, which a model loaded as a plain LLaMA doesn't have."""
+    return getattr(own, "mem_projections", False) and not getattr(config, "mem_projections", False)
 
 
 def take_over(config: PretrainedConfig, own: PretrainedConfig) -> None:

@@ -144,6 +144,13 @@ def _share(model: nn.Module, source: str) -> None:
             setattr(model.get_submodule(place), own, kept)
         else:
             _KEPT[key] = parameter
+    # Projections for memory start as the layer's own, and a base model has no others.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        like = parameters.get(name.replace(".mem_", "."))
+        if like is not None and like is not parameter and torch.equal(like, parameter):
+            place, _, own = name.rpartition(".")
+            setattr(model.get_submodule(place), own, like)
 
 
 def _key(source: str, name: str, parameter: nn.Parameter) -> tuple[Any, ...]:
@@ -158,6 +165,8 @@ def _attach(model: PreTrainedModel, adapter: Path) -> None:
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, LoraConfig):
         raise LlamoryError(f"The adapter {adapter} isn't one of low rank; load it merged.")
+    if backbone.only_for_memory(backbone.load_config(adapter), model.config):
+        return
     trained, config.trainable_token_indices = config.trainable_token_indices or {}, None
     inject_adapter_in_model(config, model)
     state, rows = {}, None

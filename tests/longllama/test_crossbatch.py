@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
 from llamory.longllama import crossbatch, kernels
-from llamory.longllama.crossbatch import cross_batch_attention, crossbatch_contexts, plan_contexts
+from llamory.longllama.crossbatch import (
+    cross_batch_attention,
+    cross_batch_parts,
+    crossbatch_contexts,
+    plan_contexts,
+)
 from plain_crossbatch import plain_cross_batch
 from tiny_models import make_long_llama
 
@@ -83,6 +88,51 @@ def test_any_contexts_heads_and_lengths_equal_the_plain_way(way, data):
         wanted = torch.autograd.grad((plain * cotangent).sum(), inputs)
         for got, want in zip(torch.autograd.grad((ours * cotangent).sum(), inputs), wanted, strict=True):
             torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["cpu", "plain"])
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_other_rows_seen_by_projections_of_their_own(way, data):
+    batch, seq = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9))
+    kv_heads, groups = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3))
+    contexts = any_contexts(data.draw, batch)
+    lengths = data.draw(st.none() | st.lists(st.integers(1, seq), min_size=batch, max_size=batch))
+    seed = data.draw(st.integers(0, 9))
+    near, far = (drawn(batch, kv_heads * groups, kv_heads, seq, 8, seed + more) for more in (0, 100))
+    cos, sin = rotary(seq, 8, first=data.draw(st.sampled_from([0, 3])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_way", lambda query: way)
+        ours = cross_batch_parts(tuple(near), tuple(far), cos, sin, contexts, lengths=lengths)
+        plain = plain_cross_batch(*near, cos, sin, contexts, lengths=lengths, far=far)
+        real = torch.ones(batch, 1, seq, 1, dtype=torch.float64)
+        for row, length in enumerate(lengths or []):
+            real[row, :, length:] = 0
+        for got, want in zip(ours, plain, strict=True):
+            torch.testing.assert_close(got * real, want * real, atol=1e-10, rtol=0)
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(ours[0].shape, dtype=torch.float64, generator=generator) * real for _ in range(2)]
+        losses = (sum((each * w).sum() for each, w in zip(outputs, weights, strict=True)) for outputs in (ours, plain))
+        found, wanted = (torch.autograd.grad(loss, [*near, *far], materialize_grads=True) for loss in losses)
+        for got, want in zip(found, wanted, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+def test_projections_of_their_own_in_other_types(dtype, close):
+    near, far = drawn(4, 6, 2, 40, 16), drawn(4, 6, 2, 40, 16, seed=5)
+    cos, sin = rotary(40, 16)
+    contexts = crossbatch_contexts(4, 3)
+    wanted = plain_cross_batch(*near, cos, sin, contexts, far=far)
+    low = [tensor.detach().to(dtype).requires_grad_() for tensor in (*near, *far)]
+    got = cross_batch_parts(tuple(low[:3]), tuple(low[3:]), cos.to(dtype), sin.to(dtype), contexts)
+    losses = (each[0].double().square().sum() + 3 * each[1].double().square().sum() for each in (got, wanted))
+    grads, expected = (
+        torch.autograd.grad(loss, inputs) for loss, inputs in zip(losses, (low, [*near, *far]), strict=True)
+    )
+    for ours, theirs in zip((*got, *grads), (*wanted, *expected), strict=True):
+        assert ours.dtype == dtype
+        assert (ours.double() - theirs).norm() < close * theirs.norm()
 
 
 @pytest.mark.parametrize("way", ["cpu", "plain"])
@@ -216,7 +266,9 @@ def test_peak_memory_counts_no_copies(monkeypatch):
 # ---- in the model --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"mem_positionals": False}, {"num_key_value_heads": 4}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"mem_positionals": False}, {"num_key_value_heads": 4}, {"mem_projections": True}], ids=str
+)
 def test_chunks_that_see_all_earlier_ones_are_windows_read_one_by_one(changes):
     """What training computes in one pass is what reading computes window by window, in all layers."""
     context, chunks = 8, 4
@@ -229,8 +281,9 @@ def test_chunks_that_see_all_earlier_ones_are_windows_read_one_by_one(changes):
     torch.testing.assert_close(together.view(1, -1, together.shape[-1]), one_by_one, atol=2e-5, rtol=0)
 
 
-def test_loss_and_gradients_equal_those_through_whole_logits_with_checkpointing_too():
-    model = make_long_llama(max_position_embeddings=8, last_context_length=8).train()
+@pytest.mark.parametrize("own", [False, True])
+def test_loss_and_gradients_equal_those_through_whole_logits_with_checkpointing_too(own):
+    model = make_long_llama(max_position_embeddings=8, last_context_length=8, mem_projections=own).train()
     ids = torch.randint(5, 60, (4, 8), generator=torch.Generator().manual_seed(3))
     targets = torch.randint(5, 60, (4, 8), generator=torch.Generator().manual_seed(4))
     targets[1, 2:5] = -100
@@ -276,11 +329,16 @@ def test_a_row_longer_than_the_context_is_refused():
         model(torch.ones(2, 9, dtype=torch.long), contexts=[[], [0]])
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_rows_that_predict_nothing_are_only_seen(implementation):
+def test_rows_that_predict_nothing_are_only_seen(implementation, own):
     """Leaving out what nobody sees of them changes neither the loss nor any gradient."""
     model = make_long_llama(
-        max_position_embeddings=8, last_context_length=8, mem_layers=[0, 1], attn_implementation=implementation
+        max_position_embeddings=8,
+        last_context_length=8,
+        mem_layers=[0, 1],
+        mem_projections=own,
+        attn_implementation=implementation,
     ).train()
     ids = torch.randint(5, 60, (5, 8), generator=torch.Generator().manual_seed(3))
     targets = torch.randint(5, 60, (5, 8), generator=torch.Generator().manual_seed(4))

@@ -477,20 +477,24 @@ def test_the_backward_kernel(gpu, calls, kind, causal, kv_heads):
     assert calls is None or calls[f"{EFFICIENT}_backward"] == (2 if causal and kv_heads == 2 else 1)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_cross_batch_attention_and_its_gradients(gpu, calls, kind):
+def test_cross_batch_attention_and_its_gradients(gpu, calls, kind, apart):
     """The function's two passes, called as autograd calls them."""
     rows, lengths = [[1], [0, 2], []], (20, 14, 20)
     plan = crossbatch.plan_contexts(rows, 3, lengths)
-    tensors = [drawn(3, 4 if each == 0 else 2, 20, 8, seed=each).to(kind) for each in range(5)]
-    grad = drawn(3, 4, 20, 8, seed=9).to(kind)
+    tensors = [drawn(3, 2 if each % 3 else 4, 20, 8, seed=each).to(kind) for each in range(6)]
+    if not apart:
+        tensors[3] = tensors[0]
+    grad, grad_found = drawn(3, 4, 20, 8, seed=9).to(kind), drawn(3, 4, 20, 8, seed=10).to(kind)
 
     def work(device, wide):
         context = SimpleNamespace(save_for_backward=lambda *saved: setattr(context, "saved_tensors", saved))
         given = [one.to(device=device, dtype=wide) for one in tensors]
-        output = crossbatch._CrossBatch.forward(context, *given, plan, 0.3)
-        grads = crossbatch._CrossBatch.backward(context, grad.to(device=device, dtype=wide))
-        return [output, *grads[:5]]
+        outputs = crossbatch._CrossBatch.forward(context, *given, plan, 0.3, apart)
+        grads = (grad.to(device=device, dtype=wide), grad_found.to(device=device, dtype=wide) if apart else None)
+        found = [*outputs, *crossbatch._CrossBatch.backward(context, *grads)[:6]]
+        return [each for each in found if each is not None]
 
     for found, wanted in zip(work(gpu, kind), work("cpu", torch.float32), strict=True):
         assert found.device == gpu

@@ -10,6 +10,7 @@ from plain_longllama import logits, sight
 
 CONTEXT, LAST = 16, 8
 SHARP = {"mem_log_scale": 0.7, "mem_log_start": 11}
+OWN = {"mem_projections": True}
 
 
 def expected(model, row, prompt, last=LAST):
@@ -28,7 +29,9 @@ def no_grad():
 
 
 @pytest.mark.parametrize("prompt", [3, 8, 9, 16, 24, 25, 61])
-@pytest.mark.parametrize("changes", [{}, {"mem_positionals": False}, {"mem_layers": [0]}, {"mem_layers": []}, SHARP])
+@pytest.mark.parametrize(
+    "changes", [{}, {"mem_positionals": False}, {"mem_layers": [0]}, {"mem_layers": []}, SHARP, OWN, OWN | SHARP]
+)
 def test_prompt_in_windows(make_model, ids, prompt, changes):
     model = make_model(**changes)
     last = LAST if model.config.mem_layers or prompt > CONTEXT else CONTEXT
@@ -38,7 +41,7 @@ def test_prompt_in_windows(make_model, ids, prompt, changes):
 
 @pytest.mark.parametrize("steps", [[1] * 40, [5] * 8, [40], [3, 1, 20, 1, 15], [16, 16, 8]])
 @pytest.mark.parametrize("prompt", [5, 8, 37])
-@pytest.mark.parametrize("changes", [{}, SHARP])
+@pytest.mark.parametrize("changes", [{}, SHARP, OWN])
 def test_local_context_slides(make_model, ids, prompt, steps, changes):
     model = make_model(**changes)
     row = ids(prompt + 40)
@@ -54,7 +57,7 @@ def test_local_context_slides(make_model, ids, prompt, steps, changes):
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-@pytest.mark.parametrize("changes", [{}, SHARP])
+@pytest.mark.parametrize("changes", [{}, SHARP, OWN])
 def test_padding_and_batch_change_nothing(make_model, ids, side, changes):
     model = make_model(**changes)
     lengths, more = [50, 5, 0, 23, 8], 30
@@ -165,18 +168,20 @@ def test_without_memory_layers_it_is_llama(make_model, ids, implementation):
         close(ours(token[:, None], past_key_values=cache).logits, wanted)
 
 
-@pytest.mark.parametrize("changes", [{}, SHARP])
+@pytest.mark.parametrize("changes", [{}, SHARP, OWN])
 def test_gradients_reach_all_weights_and_are_one_softmax(make_model, ids, changes):
     model = make_model(**changes)
     row = ids(2, 40)
     with torch.enable_grad():
         trained = model.train()(row, labels=row)
         trained.loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    # Memory is a constant here, so what alone makes its keys and values gets no gradient.
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert without == {name for name, _ in model.named_parameters() if "mem_k_proj" in name or "mem_v_proj" in name}
     close(trained.logits.detach(), model.eval()(row).logits)
 
 
-@pytest.mark.parametrize("changes", [{}, SHARP])
+@pytest.mark.parametrize("changes", [{}, SHARP, OWN])
 def test_gradient_checkpointing_changes_nothing(make_model, ids, changes):
     gradients = []
     for every in (None, 1, 2):
@@ -232,6 +237,36 @@ def test_saved_folder_loads_as_stock_llama(make_model, ids, tmp_path):
     assert again.config.mem_layers == [1, 2]
     long = ids(1, 50)
     close(again(long).logits, model(long).logits)
+
+
+def test_projections_of_memory_leave_what_is_read_without_it(make_model, ids, tmp_path):
+    model = make_model(**OWN)
+    stock = make_model(mem_layers=[])
+    stock.load_state_dict({name: value for name, value in model.state_dict().items() if ".mem_" not in name})
+    row = ids(2, LAST)
+    assert torch.equal(model(row).logits, stock(row).logits)
+    # A folder without them begins with the layer's own, and then they change nothing.
+    make_model().save_pretrained(tmp_path / "without")
+    begun, report = LongLlamaForCausalLM.from_pretrained(tmp_path / "without", output_loading_info=True, **OWN)
+    assert not report["missing_keys"]
+    long = ids(2, 50)
+    close(begun(long).logits, make_model()(long).logits)
+    model.save_pretrained(tmp_path / "with")
+    again = LongLlamaForCausalLM.from_pretrained(tmp_path / "with")
+    assert torch.equal(again(long).logits, model(long).logits)
+    close(LlamaForCausalLM.from_pretrained(tmp_path / "with")(row).logits, model(row).logits)
+    fingerprints = {each.memory_fingerprint() for each in (model, again, begun, make_model())}
+    assert len(fingerprints) == 3
+
+
+def test_the_bias_of_an_output_projection_counts_once(make_model, ids):
+    model, row = make_model(attention_bias=True), ids(2, 50)
+    for parameter in model.parameters():
+        parameter += 0.01
+    own = make_model(attention_bias=True, **OWN)
+    state = model.state_dict()
+    own.load_state_dict({name: state[name.replace(".mem_", ".")] for name in own.state_dict()})
+    close(own(row).logits, model(row).logits)
 
 
 @pytest.mark.parametrize("search", ["pages", "faiss"])

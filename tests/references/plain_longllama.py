@@ -99,15 +99,18 @@ def logits(
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         x = norm(hidden, prefix + "input_layernorm.weight")
+        own = layer in mem_layers and f"{prefix}self_attn.mem_q_proj.weight" in weights
         query, key, value = (heads(x, f"{prefix}self_attn.{name}_proj.weight") for name in "qkv")
+        kind = "mem_" if own else ""
+        far = [heads(x, f"{prefix}self_attn.{kind}{name}_proj.weight") for name in "qkv"]
         groups = len(query) // len(key)
-        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
+        key, value, *far[1:] = (part.repeat_interleave(groups, 0) for part in (key, value, *far[1:]))
         turns = positionals or layer not in mem_layers
         near = [rotated(part, seen.position, theta) if turns else part for part in (query, key)]
-        far_query = rotated(query, seen.memory_position, theta) if turns else query
+        far_query = rotated(far[0], seen.memory_position, theta) if turns else far[0]
         score = near[0] @ near[1].transpose(1, 2)
         if layer in mem_layers:
-            score = torch.where(seen.memory, far_query @ key.transpose(1, 2), score)
+            score = torch.where(seen.memory, far_query @ far[1].transpose(1, 2), score)
         visible = seen.local | seen.memory if layer in mem_layers else seen.local
         if layer in mem_layers and config.mem_log_scale:
             counts = (seen.memory.sum(-1, keepdim=True) / config.mem_log_start).clamp(min=1)
@@ -115,8 +118,11 @@ def logits(
         score = (score / math.sqrt(config.head_dim)).masked_fill(~visible, -math.inf)
         if attention is not None:
             attention[layer] = score.softmax(-1)
-        mixed = (score.softmax(-1) @ value).transpose(0, 1).reshape(len(ids), -1)
-        hidden = hidden + mixed @ weights[prefix + "self_attn.o_proj.weight"].T
+        shares = score.softmax(-1)
+        found = seen.memory & ~seen.local if layer in mem_layers else torch.zeros_like(seen.local)
+        for part, kind, values in ((~found, "", value), (found, "mem_" if own else "", far[2])):
+            mixed = ((shares * part) @ values).transpose(0, 1).reshape(len(ids), -1)
+            hidden = hidden + mixed @ weights[f"{prefix}self_attn.{kind}o_proj.weight"].T
         x = norm(hidden, prefix + "post_attention_layernorm.weight")
         gate, up, down = (weights[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
         hidden = hidden + (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T

@@ -14,7 +14,10 @@ CONTEXT, LAST = 16, 8
 
 
 def make_long_llama(**changes: Any) -> LongLlamaForCausalLM:
-    """3 layers, 4 heads over 2 key/value heads, context 16, last context 8, memory of two layers in float32."""
+    """3 layers, 4 heads over 2 key/value heads, context 16, last context 8, memory of two layers in float32.
+
+    Projections for memory, where there are any, are unlike the layer's own.
+    """
     torch.manual_seed(0)
     settings: dict[str, Any] = {
         "vocab_size": 97,
@@ -32,7 +35,12 @@ def make_long_llama(**changes: Any) -> LongLlamaForCausalLM:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    return LongLlamaForCausalLM(LongLlamaConfig(**settings | changes)).eval()
+    model = LongLlamaForCausalLM(LongLlamaConfig(**settings | changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mem_" in name:
+                parameter.normal_(std=settings["initializer_range"])
+    return model
 
 
 def save_llama(folder: Path, texts: Iterable[str], **changes: Any) -> None:

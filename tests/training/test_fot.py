@@ -221,6 +221,18 @@ def test_only_the_attention_of_memory_layers_may_be_trained(settings, model_fold
     assert changed(weights(model_folder), weights(result["output"])) == names
 
 
+@pytest.mark.parametrize("lora", [{}, {"lora": True, "lora_rank": 2, "lora_dropout": 0.0}], ids=["all", "lora"])
+def test_what_is_read_without_memory_stays_where_only_projections_for_it_are_trained(settings, model_folder, lora):
+    result = train_fot(settings(**lora, trained="memory_projections", gradient_checkpointing=True))
+    before, after = weights(model_folder), weights(result["output"])
+    assert {key for key in before if not torch.equal(before[key], after.pop(key))} == set()
+    assert after.keys() == {f"model.layers.1.self_attn.mem_{part}_proj.weight" for part in "qkvo"}
+    same = {key for key in after if torch.equal(after[key], before[key.replace("mem_", "")])}
+    assert same == set()
+    more = train_fot(settings(model=result["output"], output=f"{result['output']}_2", trained="memory_layers"))
+    assert weights(more["output"]).keys() == weights(result["output"]).keys()
+
+
 def test_adapters_are_merged_and_kept_beside(settings, model_folder):
     lora = {"lora": True, "lora_rank": 2, "lora_targets": ["q_proj", "up_proj"]}
     result = train_fot(settings(**lora, trained="memory_layers", gradient_checkpointing=True))

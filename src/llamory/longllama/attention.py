@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -18,12 +19,35 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from llamory.longllama.cache import LongLlamaCache, LongLlamaCacheLayer
-from llamory.longllama.crossbatch import CrossBatch, cross_batch_attention
+from llamory.longllama.crossbatch import CrossBatch, cross_batch_attention, cross_batch_parts
 from llamory.longllama.local import Chunk
 from llamory.memory import MemoryBank
 from llamory.memory.attention import attend, flash, merge
 from llamory.memory.blocks import Span
 from llamory.memory.search import Search
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Queries, keys and values of a part of the attention, and where a query may look (None: everywhere).
+_Near = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+class MemoryProjection(nn.Linear):
+    """A projection for memory, which starts as the layer's own.
+
+    Args:
+        own: the layer's.
+        bias: whether it has a bias, too.
+    """
+
+    def __init__(self, own: nn.Linear, bias: bool):
+        super().__init__(own.in_features, own.out_features, bias, own.weight.device, own.weight.dtype)
+        self._own = (own,)  # in a tuple, as it isn't a part of this one
+        self.start()
+
+    def start(self) -> None:
+        """Take the weights of the layer's own, unless these were loaded."""
+        for name, parameter in self.named_parameters():
+            init.copy_(parameter, getattr(self._own[0], name))
 
 
 @dataclass
@@ -84,12 +108,29 @@ class LongLlamaDecoderLayer(LlamaDecoderLayer):
 
 
 class LongLlamaAttention(LlamaAttention):
-    """Llama's attention that goes on from a local context and, in memory layers, attends to memory as well."""
+    """Llama's attention that goes on from a local context and, in memory layers, attends to memory as well.
+
+    With `mem_projections` queries to memory, its keys and values, and what was found in it have projections of their
+    own, `mem_q_proj` to `mem_o_proj`; local context and memory still share one softmax. What is read without memory is
+    then computed from the layer's own weights alone, whatever was trained for memory.
+    """
 
     @property
     def has_memory(self) -> bool:
         """Whether this is a memory layer."""
         return self.layer_idx in self.config.mem_layers
+
+    @property
+    def has_projections(self) -> bool:
+        """Whether memory has projections of its own here."""
+        return bool(self.config.mem_projections) and self.has_memory
+
+    def add_projections(self) -> None:
+        """Give memory projections of its own, which start as the layer's."""
+        for name in PROJECTIONS:
+            # What is found in memory is added to the local output, which has that projection's bias already.
+            own = getattr(self, name)
+            setattr(self, f"mem_{name}", MemoryProjection(own, bias=own.bias is not None and name != "o_proj"))
 
     @property
     def rotates(self) -> bool:
@@ -116,120 +157,137 @@ class LongLlamaAttention(LlamaAttention):
         if window is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         assert position_embeddings is not None
-        query, raw_key, value = self._project(hidden_states)
-        rotated, key = self._rotate(query, raw_key, position_embeddings)
-        if window.chunk is None:
-            output = self._first_window(rotated, key, value, attention_mask, window, **kwargs)
-            self._keep(key, value, raw_key, window)
-        else:
-            output = self._go_on(query, rotated, key, value, raw_key, window)
-        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
+        query, key, value = self._project(hidden_states)
+        far = (query, key, value)
+        if self.has_projections:
+            far = self._project(hidden_states, "mem_", queries=window.chunk is not None or self._sees_memory(window))
+        kept = (self._memory_key(far[1], window), far[2])
+        query, key = self._rotate(query, key, position_embeddings)
+        to_memory = query
+        if self.has_memory and (self.has_projections or window.memory_rotary is not None):
+            to_memory, _ = self._rotate(far[0], far[0][:, :1], window.memory_rotary or position_embeddings)
+        if window.chunk is not None:
+            return self._go_on((query, key, value), to_memory, kept, window), None
+        output = self._first_window((query, key, value), to_memory, attention_mask, window, **kwargs)
+        self._keep(key, value, kept, window)
+        return output, None
 
     def remember(self, hidden_states: Tensor, window: Window) -> None:
         """Write a window into memory without attending."""
-        _, raw_key, value = self._project(hidden_states, queries=False)
-        self._keep(None, value, raw_key, window)
+        _, key, value = self._project(hidden_states, "mem_" if self.has_projections else "", queries=False)
+        self._keep(None, None, (self._memory_key(key, window), value), window)
 
     def attend_together(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], together: CrossBatch) -> Tensor:
         """Attend to other rows, too, as training has it; in the last memory layer only the rows that are asked do."""
         rows = together.asked if together.last_layer == self.layer_idx else None
-        query, key, value = self._project(hidden_states, queries=rows is None)
         contexts, weights = together.contexts, together.weights
+        looking = hidden_states
         if rows is not None:
-            query = self._heads(self.q_proj(hidden_states[list(rows)]))
+            looking = hidden_states[list(rows)]
             contexts = [contexts[row] for row in rows]
             weights = None if weights is None else [weights[row] for row in rows]
+        query = self._heads(self.q_proj(looking))
+        _, key, value = self._project(hidden_states, queries=False)
         cos, sin = (part.to(query.device) for part in rotary)
         if not self.rotates:
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
-        output = cross_batch_attention(
-            query,
-            key,
-            value,
-            cos,
-            sin,
-            contexts,
-            scaling=self.scaling,
-            lengths=together.lengths,
-            rows=rows,
-            weights=weights,
-        )
-        output = output.transpose(1, 2).flatten(2)
-        projected: Tensor = self.o_proj(output)
-        return projected
+        settings: dict[str, Any] = {"scaling": self.scaling, "lengths": together.lengths, "rows": rows}
+        settings["weights"] = weights
+        if not self.has_projections:
+            output = cross_batch_attention(query, key, value, cos, sin, contexts, **settings)
+            return self._projected(output)
+        far = self._heads(self.mem_q_proj(looking)), *self._project(hidden_states, "mem_", queries=False)[1:]
+        near, found = cross_batch_parts((query, key, value), far, cos, sin, contexts, **settings)
+        return self._projected(near, found)
 
     # ---- a first window ------------------------------------------------------------------------------------------
 
     def _first_window(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, window: Window, **kwargs: Any
+        self,
+        near: tuple[Tensor, Tensor, Tensor],
+        to_memory: Tensor,
+        attention_mask: Tensor | None,
+        window: Window,
+        **kwargs: Any,
     ) -> Tensor:
-        """Causal attention in the window, and all of memory. Gives (rows, width, heads, head_dim).
+        """Causal attention in the window, and all of memory. Gives the layer's output, (rows, width, hidden).
 
         Rows are filled up behind their tokens, where causal attention doesn't look, so no mask is needed.
         """
-        if not (self.has_memory and any(self._memory_spans(window))):
+        query, key, value = near
+        if not self._sees_memory(window):
             function: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
                 self.config._attn_implementation, eager_attention_forward
             )
             dropout = self.attention_dropout if self.training else 0.0
-            return function(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)[0]
-        (query,) = self._sharpened([query], window)
+            output = function(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+            return self._projected(output[0].transpose(1, 2))
+        query, to_memory = self._sharpened(query, to_memory, window)
         if _needs_gradient(query, key, value):
             width = query.shape[2]
             causal = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()[None, None]
-            return self._one_softmax([(query, key, value, causal)], query, window)
+            return self._one_softmax([(query, key, value, causal)], to_memory, window)
         local = flash(query, key, value, scaling=self.scaling, causal=True)
-        return self._merged([local, self._attend_memory(query, window)], query, window)
+        return self._merged(local, [self._attend_memory(to_memory, window)], to_memory, window)
 
-    def _keep(self, key: Tensor | None, value: Tensor, raw_key: Tensor, window: Window) -> None:
+    def _keep(self, key: Tensor | None, value: Tensor | None, kept: tuple[Tensor, Tensor], window: Window) -> None:
         """Put a first window where it belongs: the local context, or memory."""
-        raw_key = self._memory_key(raw_key, window)
         if window.stays:
-            assert window.slots is not None and key is not None
-            self._local(window).write(window.chosen, window.slots, key, value, raw_key)
+            assert window.slots is not None and key is not None and value is not None
+            self._local(window).write(window.chosen, window.slots, key, value, *kept)
         elif self.has_memory:
             before = self._memory_spans(window)
             for row, (bank, length) in enumerate(zip(window.banks, window.lengths, strict=True)):
                 # A layer that gradient checkpointing computes once more must not write once more.
                 if bank.length(self.layer_idx) == sum(map(len, before[row])):
-                    bank.append(self.layer_idx, raw_key[row, :, :length].detach(), value[row, :, :length].detach())
+                    keys, values = (part[row, :, :length].detach() for part in kept)
+                    bank.append(self.layer_idx, keys, values)
 
     # ---- going on from a local context ---------------------------------------------------------------------------
 
     def _go_on(
-        self, query: Tensor, rotated: Tensor, key: Tensor, value: Tensor, raw_key: Tensor, window: Window
+        self,
+        new: tuple[Tensor, Tensor, Tensor],
+        to_memory: Tensor,
+        kept: tuple[Tensor, Tensor],
+        window: Window,
     ) -> Tensor:
-        """Attend to the local context, what is leaving it, and memory. Gives (rows, width, heads, head_dim)."""
+        """Attend to the local context, what is leaving it, and memory. Gives the layer's output, (rows, width, hidden).
+
+        Args:
+            new: the step's queries, keys and values.
+            to_memory: its queries to memory.
+            kept: the keys and values that memory will keep of it.
+            window: the step.
+        """
         chunk, local = window.chunk, self._local(window)
         assert chunk is not None
-        local.write(window.chosen, chunk.write, key, value, self._memory_key(raw_key, window))
+        query = new[0]
+        local.write(window.chosen, chunk.write, *new[1:], *kept)
         if self.has_memory:
             self._leave(chunk.leaves_first, local, window)
         keys, values = local.read(window.chosen, chunk.seen)
         mask = None if chunk.mask is None else chunk.mask.to(query.device)
         if not self.has_memory:
             output = F.scaled_dot_product_attention(
-                rotated, keys, values, attn_mask=mask, scale=self.scaling, enable_gqa=self.num_key_value_groups > 1
+                query, keys, values, attn_mask=mask, scale=self.scaling, enable_gqa=self.num_key_value_groups > 1
             )
-            return output.transpose(1, 2)
-        query, rotated = self._sharpened([query, rotated], window, chunk.leaving_mask)
-        to_memory = rotated
-        if window.memory_rotary is not None and self.rotates:
-            to_memory, _ = self._rotate(query, raw_key, window.memory_rotary)
-        near = [(rotated, keys, values, mask)]
+            return self._projected(output)
+        query, to_memory = self._sharpened(query, to_memory, window, chunk.leaving_mask)
+        near: list[_Near] = [(query, keys, values, mask)]
         if chunk.leaving is not None and chunk.leaving_mask is not None:
             leaving = local.read(window.chosen, chunk.leaving, raw=True)
             near.append((to_memory, *leaving, chunk.leaving_mask.to(query.device)))
-        if _needs_gradient(query, key, value):
+        if _needs_gradient(*new):
             output = self._one_softmax(near, to_memory, window)
         else:
-            parts = [
+            first, *parts = [
                 flash(part, keys, values, scaling=self.scaling, mask=_additive(mask, part))
                 for part, keys, values, mask in near
             ]
             if any(bank.length(self.layer_idx) for bank in window.banks):
                 parts.append(self._attend_memory(to_memory, window))
-            output = self._merged(parts, to_memory, window)
+            output = self._merged(first, parts, to_memory, window)
         self._leave(chunk.leaves_after, local, window)
         return output
 
@@ -258,27 +316,38 @@ class LongLlamaAttention(LlamaAttention):
         outputs, log_sums = zip(*parts, strict=True)
         return (outputs[0], log_sums[0]) if len(parts) == 1 else (torch.cat(outputs, 2), torch.cat(log_sums, 2))
 
-    def _merged(self, parts: list[tuple[Tensor, Tensor]], to_memory: Tensor, window: Window) -> Tensor:
-        """One attention from its parts, (rows, width, heads, head_dim)."""
-        outputs, log_sums = zip(*parts, strict=True)
-        output, log_sum = merge(outputs, log_sums)
+    def _merged(
+        self, local: tuple[Tensor, Tensor], found: list[tuple[Tensor, Tensor]], to_memory: Tensor, window: Window
+    ) -> Tensor:
+        """The layer's output from the attention over its parts, under one softmax; (rows, width, hidden)."""
+        if found and self.has_projections:
+            memory, memory_sum = merge(*zip(*found, strict=True))
+            output, local_sum = local[0], local[1].float()
+            log_sum = torch.logaddexp(local_sum, memory_sum).clamp_min(torch.finfo(torch.float32).min)
+            output, memory = (
+                part * (part_sum - log_sum).exp().unsqueeze(-1).to(part.dtype)
+                for part, part_sum in ((output, local_sum), (memory, memory_sum))
+            )
+            projected = self._projected(output, memory)
+        else:
+            output, log_sum = merge(*zip(local, *found, strict=True))
+            projected = self._projected(output)
         if window.cache.observer is not None:
             window.cache.observer(self.layer_idx, to_memory, log_sum)
-        return output.transpose(1, 2)
+        return projected
 
-    def _one_softmax(
-        self, near: list[tuple[Tensor, Tensor, Tensor, Tensor | None]], to_memory: Tensor, window: Window
-    ) -> Tensor:
+    def _one_softmax(self, near: list[_Near], to_memory: Tensor, window: Window) -> Tensor:
         """The same in plain steps, as fused kernels give no gradient through the log-sum-exp.
 
         Memory is a constant here: no gradient reaches what was read before.
 
         Args:
-            near: queries, keys, values and masks (True where a query may look) of what isn't memory yet.
+            near: queries, keys, values and masks (True where a query may look) of the local context, and of what is
+                leaving it.
             to_memory: queries to memory, (rows, heads, width, head_dim).
             window: the step, with the memory as it was when the step began.
         """
-        outputs = []
+        outputs, found = [], []
         spans = self._memory_spans(window) if window.chunk is None else self._spans_now(window)
         for row, past in enumerate(spans):
             parts = [(q[row], k[row], v[row], m) for q, k, v, m in near]
@@ -291,21 +360,29 @@ class LongLlamaAttention(LlamaAttention):
                     score = score.masked_fill(~mask[row if len(mask) > 1 else 0], float("-inf"))
                 scores.append(score)
                 values.append(value)
-            weights = torch.cat(scores, -1).softmax(-1).to(to_memory.dtype)
-            outputs.append(weights @ torch.cat(values, 1))
-        return torch.stack(outputs).transpose(1, 2)
+            shares = torch.cat(scores, -1).softmax(-1).to(to_memory.dtype).split([s.shape[-1] for s in scores], -1)
+            local, *others = [share @ value for share, value in zip(shares, values, strict=True)]
+            outputs.append(local)
+            found.append(sum(others, torch.zeros_like(local)))
+        output, memory = torch.stack(outputs), torch.stack(found)
+        return self._projected(output, memory) if self.has_projections else self._projected(output + memory)
 
-    def _sharpened(self, queries: list[Tensor], window: Window, leaving: Tensor | None = None) -> list[Tensor]:
+    def _sharpened(
+        self, query: Tensor, to_memory: Tensor, window: Window, leaving: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Queries, times what `mem_log_scale` says: each by the memory that it sees, with what is `leaving` for it."""
         if not self.config.mem_log_scale:
-            return queries
+            return query, to_memory
         spans = self._memory_spans(window) if window.chunk is None else self._spans_now(window)
-        counts = torch.tensor([sum(map(len, past)) for past in spans], dtype=torch.float32, device=queries[0].device)
+        counts = torch.tensor([sum(map(len, past)) for past in spans], dtype=torch.float32, device=query.device)
         counts = counts[:, None, None, None]
         if leaving is not None:
             counts = counts + leaving.to(counts.device).sum(-1, keepdim=True)
         factor = 1 + self.config.mem_log_scale * (counts / self.config.mem_log_start).clamp(min=1).log()
-        return [query * factor.to(query.dtype) for query in queries]
+        return query * factor.to(query.dtype), to_memory * factor.to(query.dtype)
+
+    def _sees_memory(self, window: Window) -> bool:
+        return self.has_memory and any(self._memory_spans(window))
 
     def _memory_spans(self, window: Window) -> list[list[Span]]:
         """Per row what memory held when the step began."""
@@ -318,11 +395,19 @@ class LongLlamaAttention(LlamaAttention):
 
     # ---- projections ---------------------------------------------------------------------------------------------
 
-    def _project(self, hidden_states: Tensor, queries: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, (rows, heads or kv_heads, width, head_dim), before the rotary embedding."""
-        key, value = (self._heads(layer(hidden_states)) for layer in (self.k_proj, self.v_proj))
-        query = self._heads(self.q_proj(hidden_states)) if queries else key
+    def _project(self, hidden_states: Tensor, kind: str = "", queries: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, (rows, heads or kv_heads, width, head_dim), before the rotary embedding.
+
+        Those for memory are of the `kind` "mem_". Without `queries` the first is the key once more.
+        """
+        key, value = (self._heads(getattr(self, f"{kind}{name}_proj")(hidden_states)) for name in "kv")
+        query = self._heads(getattr(self, f"{kind}q_proj")(hidden_states)) if queries else key
         return query, key, value
+
+    def _projected(self, output: Tensor, found: Tensor | None = None) -> Tensor:
+        """Attention's output (rows, heads, width, head_dim) as the layer's, and what was `found` in memory with it."""
+        projected: Tensor = self.o_proj(output.transpose(1, 2).flatten(2))
+        return projected if found is None else projected + self.mem_o_proj(found.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor) -> Tensor:
         """(rows, width, heads * head_dim) as (rows, heads, width, head_dim)."""

@@ -36,42 +36,49 @@ class LongLlamaCacheLayer(CacheLayerMixin):
     Attributes:
         keys: (batch, kv_heads, capacity, head_dim), rotated.
         values: the same shape.
-        raw_keys: the keys before the rotary embedding, which memory keeps; None in layers without memory.
+        raw_keys: the keys that memory keeps, without the rotary embedding; None in layers without memory.
+        raw_values: the values that memory keeps, where they aren't the local ones.
     """
 
     is_croppable = True
 
-    def __init__(self, columns: Columns, has_memory: bool):
+    BUFFERS = ("keys", "values", "raw_keys", "raw_values")
+
+    def __init__(self, columns: Columns, has_memory: bool, has_projections: bool = False):
         super().__init__()
-        self._columns, self.has_memory = columns, has_memory
+        self._columns, self.has_memory, self.has_projections = columns, has_memory, has_projections
         self.raw_keys: Tensor | None = None
+        self.raw_values: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make buffers for the cache's batch, of the kind of these (rows, kv_heads, tokens, head_dim)."""
         shape = (self._columns.slots.batch, key_states.shape[1], self._columns.slots.capacity, key_states.shape[3])
         self.keys, self.values = key_states.new_zeros(shape), value_states.new_zeros(shape)
         self.raw_keys = key_states.new_zeros(shape) if self.has_memory else None
+        self.raw_values = value_states.new_zeros(shape) if self.has_memory and self.has_projections else None
         self.is_initialized = True
 
-    def write(self, rows: Any, slots: slice, key: Tensor, value: Tensor, raw_key: Tensor) -> None:
+    def write(self, rows: Any, slots: slice, key: Tensor, value: Tensor, raw_key: Tensor, raw_value: Tensor) -> None:
         """Write (rows, kv_heads, tokens, head_dim) into the given slots of these rows."""
         if self.keys is None or self.keys.shape[2] < self._columns.slots.capacity:
             self.lazy_initialization(key, value)
-        for buffer, new in ((self.keys, key), (self.values, value), (self.raw_keys, raw_key)):
+        for name, new in zip(self.BUFFERS, (key, value, raw_key, raw_value), strict=True):
+            buffer = getattr(self, name)
             if buffer is not None:
                 buffer[rows, :, slots] = new.detach()
 
     def read(self, rows: Any, slots: Any, raw: bool = False) -> tuple[Tensor, Tensor]:
-        """Keys and values of these rows and slots; the keys as memory keeps them with `raw`."""
+        """Keys and values of these rows and slots; as memory keeps them with `raw`."""
         keys = self.raw_keys if raw else self.keys
-        assert keys is not None and self.values is not None
+        values = self.raw_values if raw and self.has_projections else self.values
+        assert keys is not None and values is not None
         if isinstance(rows, Tensor):
-            return keys[rows][:, :, slots], self.values[rows][:, :, slots]
-        return keys[rows][..., slots, :], self.values[rows][..., slots, :]
+            return keys[rows][:, :, slots], values[rows][:, :, slots]
+        return keys[rows][..., slots, :], values[rows][..., slots, :]
 
     def move(self, kept: slice, capacity: int) -> None:
         """Move what is kept to the front of buffers of another capacity."""
-        for name in ("keys", "values", "raw_keys"):
+        for name in self.BUFFERS:
             old = getattr(self, name)
             if old is not None:
                 new = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))
@@ -80,7 +87,7 @@ class LongLlamaCacheLayer(CacheLayerMixin):
 
     def select(self, indices: Tensor) -> None:
         """Keep these rows, in this order."""
-        for name in ("keys", "values", "raw_keys"):
+        for name in self.BUFFERS:
             old = getattr(self, name)
             if old is not None:
                 setattr(self, name, old.index_select(0, indices.to(old.device)))
@@ -125,7 +132,10 @@ class LongLlamaCache(Cache):
         self.mem_layers = frozenset(config.mem_layers)
         self._columns = Columns(self._empty_slots(0))
         indices = range(config.num_hidden_layers)
-        super().__init__(layers=[LongLlamaCacheLayer(self._columns, index in self.mem_layers) for index in indices])
+        own = config.mem_projections
+        super().__init__(
+            layers=[LongLlamaCacheLayer(self._columns, index in self.mem_layers, own) for index in indices]
+        )
         self.observer: Callable[[int, Tensor, Tensor], None] | None = None
         self._mounted = memory if isinstance(memory, MemoryBank) else None
         self.memory: list[MemoryBank] = [] if memory is None or isinstance(memory, MemoryBank) else list(memory)
@@ -256,7 +266,7 @@ class LongLlamaCache(Cache):
         self.columns = 0
         self.memory = []
         for layer in self.layers:
-            layer.keys = layer.values = layer.raw_keys = None
+            layer.keys = layer.values = layer.raw_keys = layer.raw_values = None
 
     def _empty_slots(self, batch: int) -> Slots:
         return Slots(batch, self.config.max_position_embeddings, self.config.local_cache_overflow == "flush")

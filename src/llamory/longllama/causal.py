@@ -18,11 +18,11 @@ from llamory.longllama.configuration import LongLlamaConfig
 from llamory.longllama.crossbatch import Contexts
 from llamory.longllama.fingerprint import fingerprint
 from llamory.longllama.losses import IGNORED, next_token_loss
-from llamory.longllama.modeling import EveryIthCheckpointed, LongLlamaModel
+from llamory.longllama.modeling import LongLlamaModel, LongLlamaPreTrained
 from llamory.memory import MemoryBank, checks
 
 
-class LongLlamaForCausalLM(EveryIthCheckpointed, LlamaForCausalLM):
+class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
     """A language model that reads and answers with memory; a drop-in for `LlamaForCausalLM`, with the same weights."""
 
     config_class = LongLlamaConfig

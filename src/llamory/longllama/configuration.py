@@ -54,6 +54,9 @@ class LongLlamaConfig(LlamaConfig):
     Args:
         mem_layers: indices of the layers with memory; with none the model is a plain LLaMA up to its context.
         mem_positionals: whether memory layers use the rotary embedding (memory keys are then at position 0).
+        mem_projections: whether memory layers have projections of their own for memory (`mem_q_proj`, `mem_k_proj`,
+            `mem_v_proj`, `mem_o_proj`), which start as the layer's where a checkpoint has none. Training these alone
+            changes nothing of what is read without memory (not in LongLLaMA's paper, whose layers have one kind).
         mem_dtype: how memory is kept: "float32", "bfloat16", "float16" or "int8" (one scale per token and head).
         mem_attention_grouping: (heads, queries), at most so many attend to memory at once; None for no limit.
         torch_attention: published key, kept for its files; attention is always a fused kernel here.
@@ -80,6 +83,7 @@ class LongLlamaConfig(LlamaConfig):
 
     mem_layers: list[int] | tuple[int, ...] = ()
     mem_positionals: bool = True
+    mem_projections: bool = False
     mem_dtype: str = "bfloat16"
     mem_attention_grouping: list[int] | tuple[int, ...] | None = None
     torch_attention: bool = False

@@ -100,25 +100,75 @@ def cross_batch_attention(
     Raises:
         LlamoryError: contexts, weights or lengths that don't fit the batch, or rows that begin at different positions.
     """
+    settings: dict[str, Any] = {"scaling": scaling, "lengths": lengths, "rows": rows, "weights": weights}
+    # One projection for all, so what is found anywhere is one output.
+    tensors, plan, scaling = _prepared((query, key, value), (query, key, value), cos, sin, contexts, **settings)
+    output: Tensor = _CrossBatch.apply(*tensors, plan, scaling, False)[0]  # type: ignore[no-untyped-call]
+    return output
+
+
+def cross_batch_parts(
+    near: tuple[Tensor, Tensor, Tensor],
+    far: tuple[Tensor, Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    contexts: Contexts,
+    *,
+    scaling: float | None = None,
+    lengths: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    weights: Weights | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`cross_batch_attention` where other rows are seen by projections of their own.
+
+    Args:
+        near: query, key and value for a row's own context.
+        far: of the same shapes, for what it sees of other rows.
+        cos, sin, contexts, scaling, lengths, rows, weights: as there.
+
+    Returns:
+        Of one softmax over both, what was found in a row's own context and what in others; their sum is the output.
+    """
+    settings: dict[str, Any] = {"scaling": scaling, "lengths": lengths, "rows": rows, "weights": weights}
+    tensors, plan, scaling = _prepared(near, far, cos, sin, contexts, **settings)
+    outputs: tuple[Tensor, Tensor] = _CrossBatch.apply(*tensors, plan, scaling, True)  # type: ignore[no-untyped-call]
+    return outputs
+
+
+def _prepared(
+    near: tuple[Tensor, Tensor, Tensor],
+    far: tuple[Tensor, Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    contexts: Contexts,
+    *,
+    scaling: float | None,
+    lengths: Sequence[int] | None,
+    rows: Sequence[int] | None,
+    weights: Weights | None,
+) -> tuple[list[Tensor], list[Run], float]:
+    """Rotated queries, keys and values, those for other rows behind, with the plan and the scaling."""
+    query, key, value = near
     plan = plan_contexts(contexts, len(key), lengths, rows, weights)
     if lengths is not None and max(lengths, default=0) > key.shape[2]:
         raise LlamoryError(f"A row can't have {max(lengths)} tokens where the batch has {key.shape[2]} columns.")
     first_cos, first_sin = cos[:, :1], sin[:, :1]
     if len(first_cos) > 1 and plan and not torch.equal(first_cos, first_cos[:1].expand_as(first_cos)):
         raise LlamoryError("All rows must begin at the same position, as they read one another's keys at it.")
-    near_key, near_value = key, value
+    near_value = value
     if rows is not None:
         chosen = torch.tensor(rows, device=key.device)
-        near_key, near_value = key[chosen], value[chosen]
+        key, near_value = key[chosen], value[chosen]
         cos, sin = (part if len(part) == 1 else part[chosen] for part in (cos, sin))
-    rotated, local = apply_rotary_pos_emb(query, near_key, cos, sin)
+    rotated, local = apply_rotary_pos_emb(query, key, cos, sin)
+    to_others = rotated
+    if far[0] is not query:
+        to_others, _ = apply_rotary_pos_emb(far[0], far[0][:, :1], cos, sin)
     # At position 0 this leaves keys as they are, but for the factor that some rotary embeddings put on all positions.
-    _, remote = apply_rotary_pos_emb(query[:1, :, :1], key, first_cos[:1], first_sin[:1])
+    _, remote = apply_rotary_pos_emb(query[:1, :, :1], far[1], first_cos[:1], first_sin[:1])
     # Under autocast the rotary embedding leaves queries and keys in float32, values in the shorter type.
-    rotated, local, remote = (part.to(value.dtype) for part in (rotated, local, remote))
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output: Tensor = _CrossBatch.apply(rotated, local, near_value, remote, value, plan, scaling)  # type: ignore[no-untyped-call]
-    return output
+    tensors = [part.to(value.dtype) for part in (rotated, local, near_value, to_others, remote, far[2])]
+    return tensors, plan, query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
 @dataclass(frozen=True)
@@ -211,7 +261,10 @@ def plan_contexts(
 
 
 class _CrossBatch(torch.autograd.Function):
-    """Flash attention part by part; the parts' gradients need nothing but the output and log-sum-exp of the whole."""
+    """Flash attention part by part; the parts' gradients need nothing but the output and log-sum-exp of the whole.
+
+    Gives the output and None, or, `apart`, what was found near and what far.
+    """
 
     @staticmethod
     def forward(
@@ -219,38 +272,57 @@ class _CrossBatch(torch.autograd.Function):
         query: Tensor,
         local: Tensor,
         near_value: Tensor,
+        to_others: Tensor,
         remote: Tensor,
         value: Tensor,
         plan: list[Run],
         scaling: float,
-    ) -> Tensor:
+        apart: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         output, log_sum = flash(query, local, near_value, scaling=scaling, causal=True)
         output = output.to(torch.promote_types(output.dtype, torch.float32))
+        found, found_sum = output, log_sum
+        if apart:
+            found, found_sum = torch.zeros_like(output), torch.full_like(log_sum, -torch.inf)
         for run in plan:
-            part = _part(query, remote, value, run)
+            part = _part(to_others, remote, value, run)
             new, new_sum = flash(part.query, part.key, part.value, scaling=scaling)
-            _merge_into(output[run.rows], log_sum[run.rows], new, new_sum + run.shift)
-        output = output.to(query.dtype)
-        ctx.save_for_backward(query, local, near_value, remote, value, output, log_sum)
-        ctx.plan, ctx.scaling = plan, scaling
-        return output
+            _merge_into(found[run.rows], found_sum[run.rows], new, new_sum + run.shift)
+        if apart:
+            whole = torch.logaddexp(log_sum, found_sum)
+            output *= (log_sum - whole).exp().unsqueeze(-1)
+            found *= (found_sum - whole).exp().unsqueeze(-1)
+            log_sum = whole
+        output, found = output.to(query.dtype), found.to(query.dtype)
+        ctx.save_for_backward(query, local, near_value, to_others, remote, value, output, found, log_sum)
+        ctx.plan, ctx.scaling, ctx.apart = plan, scaling, apart
+        return output, found if apart else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, local, near_value, remote, value, output, log_sum = ctx.saved_tensors
-        grad_query, grad_local, grad_near = attend_part_backward(
-            grad, Part(query, local, near_value, causal=True), output, log_sum, ctx.scaling
-        )
+    def backward(ctx: Any, grad: Tensor, grad_found: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, local, near_value, to_others, remote, value, output, found, log_sum = ctx.saved_tensors
+        delta = None
+        if ctx.apart:
+            assert grad_found is not None
+            delta = (grad.float() * output + grad_found.float() * found).sum(-1)
+        else:
+            grad_found = grad
+        near = Part(query, local, near_value, causal=True)
+        grad_query, grad_local, grad_near = attend_part_backward(grad, near, output, log_sum, ctx.scaling, delta)
+        # Where all is one output, queries to others are the same ones, and so is their gradient.
+        grad_others = torch.zeros_like(to_others) if ctx.apart else grad_query
         grad_remote, grad_value = torch.zeros_like(remote), torch.zeros_like(value)
         for run in ctx.plan:
             rows = run.rows
-            part = _part(query, remote, value, run)
-            parts = attend_part_backward(grad[rows], part, output[rows], log_sum[rows] - run.shift, ctx.scaling)
-            grad_query[rows] += parts[0]
+            part = _part(to_others, remote, value, run)
+            sums, own_delta = log_sum[rows] - run.shift, None if delta is None else delta[rows]
+            parts = attend_part_backward(grad_found[rows], part, found[rows], sums, ctx.scaling, own_delta)
+            grad_others[rows] += parts[0]
             grad_remote[run.seen, :, : run.length] += parts[1]
             grad_value[run.seen, :, : run.length] += parts[2]
-        return grad_query, grad_local, grad_near, grad_remote, grad_value, None, None
+        asked = (grad_query, grad_local, grad_near, grad_others if ctx.apart else None, grad_remote, grad_value)
+        return *asked, None, None, None
 
 
 def _part(query: Tensor, remote: Tensor, value: Tensor, run: Run) -> Part:

@@ -33,7 +33,9 @@ def fingerprint(model: nn.Module) -> str:
     digest = xxhash.xxh3_128(json.dumps(made, default=str, sort_keys=True).encode())
     # A tied head has a name of its own only where it is offloaded, which mustn't make another model of this one.
     tied = getattr(model, "all_tied_weights_keys", {})
-    named = [(name, parameter) for name, parameter in model.named_parameters() if name not in tied]
+    # Shared ones count under each of their names, as models whose weights aren't shared have them.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    named = [(name, parameter) for name, parameter in parameters.items() if name not in tied]
     for name, make in sorted(merged(model, named), key=lambda item: item[0]):
         parameter = make()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())

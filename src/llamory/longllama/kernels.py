@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 PLAIN_SCORES = 1 << 22  # scores that the plain way holds at once
 _CUDA_LSE_TILE = 32  # the memory-efficient kernel wants its log-sum-exp filled up to a multiple of this
+_MORE = 8  # dimensions: kernels want multiples of 8
 _CPU_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -46,7 +48,7 @@ class Part:
 
 
 def attend_part_backward(
-    grad: Tensor, part: Part, output: Tensor, log_sum: Tensor, scaling: float
+    grad: Tensor, part: Part, output: Tensor, log_sum: Tensor, scaling: float, delta: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a part's query, key and value.
 
@@ -56,7 +58,11 @@ def attend_part_backward(
         output: of the whole attention, over this part and all others.
         log_sum: of the whole attention, (batch, heads, queries).
         scaling: what scores are multiplied by.
+        delta: the sum over head_dim of gradient times output, (batch, heads, queries), where other parts' outputs have
+            gradients of their own; worked out from `grad` and `output` if not given.
     """
+    if delta is not None:
+        return _with_delta(grad, part, log_sum, scaling, delta)
     if part.groups == 1:
         return _backward(grad, part.query, part.key, part.value, output, log_sum, part.causal, scaling)
     if not part.causal:
@@ -72,6 +78,24 @@ def attend_part_backward(
         grad_key += grads[1]
         grad_value += grads[2]
     return grad_query, grad_key, grad_value
+
+
+def _with_delta(
+    grad: Tensor, part: Part, log_sum: Tensor, scaling: float, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients for a given `delta`, which kernels work out themselves, from the output and its gradient.
+
+    So both get more dimensions, where the gradient is 1, the values are 0, and the output is delta (in two terms, what
+    a short type rounds off being the second): their product is then delta, and nothing else changes.
+    """
+    (*shape, width), dtype = grad.shape, grad.dtype
+    first = delta.to(dtype)
+    output = grad.new_zeros(*shape, width + _MORE)
+    output[..., width], output[..., width + 1] = first, (delta - first.float()).to(dtype)
+    query, key, value, more = (pad(tensor, (0, _MORE)) for tensor in (part.query, part.key, part.value, grad))
+    more[..., width : width + 2] = 1
+    grads = attend_part_backward(more, Part(query, key, value, part.causal), output, log_sum, scaling)
+    return grads[0][..., :width], grads[1][..., :width], grads[2][..., :width]
 
 
 def _way(query: Tensor) -> str:

@@ -32,6 +32,7 @@ def load_long_model(
     name: str | Path = "default",
     *,
     mem_layers: Sequence[int] | None = None,
+    mem_projections: bool | None = None,
     context_length: int | None = None,
     last_context_length: int | None = None,
     mem_search: str | None = None,
@@ -52,6 +53,7 @@ def load_long_model(
             packaged adapter for answers from memory, or "base" for SmolLM2-135M as it is.
         mem_layers: the memory layers. By default the checkpoint's own; a plain LLaMA, which has none, gets memory in
             all but the first sixth of its layers.
+        mem_projections: whether memory has projections of its own; see `LongLlamaConfig`.
         context_length: tokens of a window; by default the context of a LongLLaMA, 512 for a plain LLaMA.
         last_context_length: tokens of a prompt that stay local.
         mem_search: "exact", "pages" or "faiss".
@@ -72,6 +74,7 @@ def load_long_model(
     config = backbone.load_config(name)
     settings: dict[str, Any] = {
         "mem_layers": list(mem_layers) if mem_layers is not None else None,
+        "mem_projections": mem_projections,
         "max_position_embeddings": context_length,
         "last_context_length": last_context_length,
         "mem_search": mem_search,
@@ -86,6 +89,11 @@ def load_long_model(
     elif backbone.adapter_folder(name) is not None:
         # The base model's own configuration knows nothing of memory.
         last = settings.pop("last_context_length")
+        if config.mem_projections and mem_layers is not None and set(mem_layers) != set(config.mem_layers):
+            layers = ", ".join(map(str, config.mem_layers))
+            raise LlamoryError(
+                f"{name} has projections for the memory of layers {layers}; leave mem_layers out, or give these."
+            )
         settings = {key: getattr(config, key) if value is None else value for key, value in settings.items()}
         settings["last_context_length"] = last
     settings = {key: value for key, value in settings.items() if value is not None}

@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, LlamaModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llamory.errors import LlamoryError
-from llamory.longllama.attention import LongLlamaAttention, LongLlamaDecoderLayer, Window
+from llamory.longllama.attention import LongLlamaAttention, LongLlamaDecoderLayer, MemoryProjection, Window
 from llamory.longllama.cache import LongLlamaCache
 from llamory.longllama.configuration import LongLlamaConfig, check_last_context, check_memory
 from llamory.longllama.crossbatch import Contexts, CrossBatch, Weights
@@ -26,8 +26,20 @@ from llamory.memory.search import Search, make_search
 CHUNK = 512
 
 
-class EveryIthCheckpointed(PreTrainedModel):
-    """Gradient checkpointing of every i-th layer, as the configuration says."""
+class LongLlamaPreTrained(PreTrainedModel):
+    """What the decoder and the language model have in common.
+
+    Gradient checkpointing of every i-th layer, as the configuration says, and projections for memory that start as the
+    layer's own where a checkpoint has none.
+    """
+
+    _keys_to_ignore_on_load_missing = [r"\.mem_[qkvo]_proj\."]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, MemoryProjection):
+            module.start()
+        else:
+            super()._init_weights(module)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int | None = None, **kwargs: Any
@@ -37,7 +49,7 @@ class EveryIthCheckpointed(PreTrainedModel):
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, every, **kwargs)
 
 
-class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
+class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
     """A LlamaModel that reads inputs of any length in windows, with a memory in some of its layers."""
 
     config_class = LongLlamaConfig
@@ -52,6 +64,8 @@ class LongLlamaModel(EveryIthCheckpointed, LlamaModel):
             # The same weights under the same names, only the forward pass is ours; so nothing is built twice.
             layer.__class__ = LongLlamaDecoderLayer
             layer.self_attn.__class__ = LongLlamaAttention
+            if layer.self_attn.has_projections:
+                layer.self_attn.add_projections()
         self._search: tuple[Any, Search] | None = None
         self.post_init()
 

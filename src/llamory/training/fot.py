@@ -49,13 +49,19 @@ def train_fot(settings: FotSettings) -> dict[str, Any]:
     begun = begin(settings, evaluates=bool(settings.eval_data))
     arguments = begun.arguments
     config = backbone.load_config(settings.model)
-    changes = memory_changes(config, settings.model, mem_layers=settings.mem_layers, row_length=settings.row_length)
+    changes = memory_changes(
+        config,
+        settings.model,
+        mem_layers=settings.mem_layers,
+        row_length=settings.row_length,
+        mem_projections=settings.trained == "memory_projections",
+    )
     tokenizer = backbone.load_tokenizer(settings.model)
     chooser = _chooser(settings, plan, tokenizer, str(arguments.device))
     feed = FotFeed(_streams(settings, tokenizer, arguments.process_index, arguments.world_size), chooser)
     held_out = _held_out(settings, tokenizer)
     teacher = load_teacher(settings, config)
-    model = trained_part(load_long(settings, changes), settings, only_memory=settings.trained == "memory_layers")
+    model = trained_part(load_long(settings, changes), settings, settings.trained)
     return begun.finish(
         FotTrainer,
         "FoT training",

@@ -47,6 +47,7 @@ def train_instruct(settings: InstructSettings) -> dict[str, Any]:
         mem_layers=settings.mem_layers,
         row_length=split.row_length,
         last_context_length=split.last_context_length,
+        mem_projections=settings.trained == "memory_projections",
     )
     tokenizer = backbone.load_tokenizer(settings.model)
     with arguments.main_process_first(desc="data"):
@@ -54,7 +55,7 @@ def train_instruct(settings: InstructSettings) -> dict[str, Any]:
         growing = round(settings.copies_grow * (settings.steps or 0))
         held_out = _held_out(settings, split, tokenizer)
     teacher = load_teacher(settings, config)
-    model = trained_part(load_long(settings, changes), settings, only_memory=settings.trained == "memory_layers")
+    model = trained_part(load_long(settings, changes), settings, settings.trained)
     return begun.finish(
         InstructTrainer,
         "Instruction tuning",

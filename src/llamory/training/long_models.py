@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from llamory import backbone
 from llamory.errors import LlamoryError
+from llamory.longllama.attention import PROJECTIONS
 from llamory.longllama.causal import LongLlamaForCausalLM
 from llamory.longllama.configuration import LongLlamaConfig
 from llamory.training.runs import with_lora
@@ -23,6 +24,7 @@ def memory_changes(
     mem_layers: Sequence[int],
     row_length: int,
     last_context_length: int | None = None,
+    mem_projections: bool = False,
 ) -> dict[str, Any]:
     """What a model's configuration becomes: its memory layers, and rows as its context.
 
@@ -32,6 +34,7 @@ def memory_changes(
         mem_layers: layers with memory; the model's own if empty, for a plain LLaMA three of them.
         row_length: tokens of a row.
         last_context_length: tokens of the last window; the model's own, within a row, if not given.
+        mem_projections: whether memory is to have projections of its own; it keeps those that it has.
 
     Raises:
         LlamoryError: the model has no such layers, or a shorter context.
@@ -44,6 +47,7 @@ def memory_changes(
     layers = list(mem_layers) or list(getattr(config, "mem_layers", ())) or _spread(config.num_hidden_layers)
     last = last_context_length or getattr(config, "last_context_length", None)
     changes: dict[str, Any] = {"mem_layers": layers, "max_position_embeddings": row_length}
+    changes["mem_projections"] = mem_projections or getattr(config, "mem_projections", False)
     if last is not None:
         changes["last_context_length"] = min(last, row_length)
     LongLlamaConfig.from_dict(config.to_dict(), **changes)
@@ -75,22 +79,34 @@ def load_long(settings: AdaptSettings, changes: Mapping[str, Any]) -> LongLlamaF
     return model
 
 
-def trained_part(model: LongLlamaForCausalLM, settings: AdaptSettings, *, only_memory: bool) -> Any:
+def trained_part(model: LongLlamaForCausalLM, settings: AdaptSettings, trained: str) -> Any:
     """The model with adapters, or with those weights frozen that aren't trained.
+
+    Args:
+        model: the whole.
+        settings: of the run.
+        trained: "all", "memory_layers" or "memory_projections", which the model must have then.
 
     Raises:
         LlamoryError: adapters that don't fit the model.
     """
     if settings.lora:
-        adapted = with_lora(model, settings, layers_to_transform=list(model.config.mem_layers) if only_memory else None)
+        only: dict[str, Any] = {}
+        if trained != "all":
+            only["layers_to_transform"] = list(model.config.mem_layers)
+        if trained == "memory_projections":
+            only["target_modules"] = [f"mem_{name}" for name in PROJECTIONS if name in settings.lora_targets]
+        adapted = with_lora(model, settings, **only)
         if (below := backbone.adapter_folder(settings.model)) is not None:
             # peft takes the name of the model below that one, as if there were no other adapter.
             adapted.peft_config["default"].base_model_name_or_path = (
                 settings.model if settings.model in backbone.PACKAGED else str(below.absolute())
             )
         return adapted
-    if only_memory:
+    if trained != "all":
         model.requires_grad_(False)
         for layer in model.config.mem_layers:
-            model.model.layers[layer].self_attn.requires_grad_(True)
+            attention = model.model.layers[layer].self_attn
+            for name, module in attention.named_children():
+                module.requires_grad_(trained == "memory_layers" or name.startswith("mem_"))
     return model

@@ -122,9 +122,8 @@ def lora_config(settings: AdaptSettings, **more: Any) -> Any:
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_targets,
         modules_to_save=None,
-        **more,
+        **{"target_modules": settings.lora_targets} | more,
     )
 
 

@@ -179,6 +179,12 @@ class TaughtSettings(AdaptSettings):
     teacher_rows: int = _setting(4, "Rows of each pass that are read without memory for it, in turns.")
 
 
+_TRAINED = (
+    "Train all layers, only the attention of memory layers, or only projections that memory gets for itself there, "
+    "which leaves what is read without memory as it was; with lora the adapters are there."
+)
+
+
 @dataclass(kw_only=True)
 class FotSettings(TaughtSettings):
     """Settings of FoT training. The defaults are the published 3B model's (Tworkowski et al. 2023) where there are any.
@@ -225,9 +231,7 @@ class FotSettings(TaughtSettings):
     retriever: str | None = _setting(
         None, "Model that finds similar negatives: Sentence Transformers or LLARA, folder or hub id."
     )
-    trained: Literal["all", "memory_layers"] = _setting(
-        "all", "Train all layers, or only the attention of memory layers (with lora: adapters in memory layers)."
-    )
+    trained: Literal["all", "memory_layers", "memory_projections"] = _setting("all", _TRAINED)
     eval_batches: int = _setting(8, "Batches of eval_data that are evaluated.")
 
 
@@ -273,9 +277,7 @@ class InstructSettings(TaughtSettings):
     mem_layers: list[int] = _setting(
         [], "Layers with memory; default: the model's own, for a plain LLaMA three spread as in the published models."
     )
-    trained: Literal["all", "memory_layers"] = _setting(
-        "all", "Train all layers, or only the attention of memory layers (with lora: adapters in memory layers)."
-    )
+    trained: Literal["all", "memory_layers", "memory_projections"] = _setting("all", _TRAINED)
     eval_batches: int = _setting(8, "Batches of eval_data that are evaluated.")
     num_proc: int | None = _setting(None, "Processes that tokenise.")
 
