@@ -1,6 +1,7 @@
 """Facts that are stated once in many mounted documents: how many questions about them are answered right.
 
-    python benchmarks/facts.py TEXTS [TEXTS ...] [--model reader] [--documents 100] [--mem-search pages] [--json FILE]
+    python benchmarks/facts.py TEXTS [TEXTS ...] [--model reader] [--documents 100] [--questions 100]
+        [--mem-search pages] [--json FILE]
 
 Each document of real text gets one sentence with a number, a name, a date or a sentence in it. Asked for it are the
 reader with all documents mounted, each read by itself as a library reads them; the stock base model with the right
@@ -85,33 +86,34 @@ def cases(texts: list[Path], number: int, size: int) -> list[Case]:
     raise SystemExit(f"{', '.join(map(str, texts))} have only {len(made)} documents of {size // 2} characters.")
 
 
-def with_memory(name: str, asked: list[Case], settings: dict[str, Any]) -> list[str]:
-    """Answers with all documents in memory."""
+def with_memory(name: str, documents: list[Case], questions: int, settings: dict[str, Any]) -> list[str]:
+    """Answers about the first documents, with all in memory."""
     model, tokenizer = load_long_model(name, dtype=torch.bfloat16, **settings), load_tokenizer(name)
     memory = model.new_memory()
-    for number, case in enumerate(asked):
+    for number, case in enumerate(documents):
         model.read(document_ids(case.text, tokenizer), memory, segment=str(number))  # sees no other segment
     sys.stdout.write(f"{memory.length():,} tokens in memory\n")
     speaker, manner = Speaker(model, tokenizer, name), Manner(max_new_tokens=ANSWER_TOKENS)
     return [
-        speaker.answer(speaker.first_prompt(case.question), model.memory_cache(memory), manner).text for case in asked
+        speaker.answer(speaker.first_prompt(case.question), model.memory_cache(memory), manner).text
+        for case in documents[:questions]
     ]
 
 
-def in_prompt(name: str, asked: list[Case], *, everything: bool) -> list[str]:
+def in_prompt(name: str, documents: list[Case], questions: int, *, everything: bool) -> list[str]:
     """Answers of the stock model with the right document in its prompt, or with all that its context takes."""
     model, tokenizer = load_model(name, dtype=torch.bfloat16), load_tokenizer(name)
     room = model.config.max_position_embeddings - 2 * ANSWER_TOKENS - 100
     whole = ""
     if everything:
-        for case in random.Random(1).sample(asked, len(asked)):
+        for case in random.Random(1).sample(documents, len(documents)):
             longer = f"{whole}{case.text}\n\n"
             if len(tokenizer(longer)["input_ids"]) > room:
                 break
             whole = longer
     answers = []
     cache, known = DynamicCache(), 0
-    for case in asked:
+    for case in documents[:questions]:
         messages = [{"role": "user", "content": f"{whole or case.text}\n\n{case.question}"}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, -room:]
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--model", default="reader")
     parser.add_argument("--base", default="base")
     parser.add_argument("--documents", type=int, default=100)
+    parser.add_argument("--questions", type=int, help="about so many of them; default: about each")
     parser.add_argument("--characters", type=int, default=4000, help="of a document")
     parser.add_argument("--mem-search")
     parser.add_argument("--mem-top-k", type=int)
@@ -144,15 +147,17 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    asked = cases(options.texts, options.documents, options.characters)
+    documents = cases(options.texts, options.documents, options.characters)
+    number = options.questions or len(documents)
+    asked = documents[:number]
     settings = {key: value for key in ("mem_search", "mem_top_k") if (value := getattr(options, key)) is not None}
     ways = {
-        "memory of all documents": lambda: with_memory(options.model, asked, settings),
-        "the right document in the prompt": lambda: in_prompt(options.base, asked, everything=False),
-        "all that fits in the prompt": lambda: in_prompt(options.base, asked, everything=True),
+        "memory of all documents": lambda: with_memory(options.model, documents, number, settings),
+        "the right document in the prompt": lambda: in_prompt(options.base, documents, number, everything=False),
+        "all that fits in the prompt": lambda: in_prompt(options.base, documents, number, everything=True),
     }
-    about: dict[str, Any] = {"model": options.model, "base": options.base, "documents": len(asked)}
-    about |= {"characters": options.characters, **settings}
+    about: dict[str, Any] = {"model": options.model, "base": options.base, "documents": len(documents)}
+    about |= {"questions": number, "characters": options.characters, **settings}
     answers = known(options.json, about)
     for way, make in ways.items():
         answers[way] = answers.get(way) or make()

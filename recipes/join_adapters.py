@@ -1,7 +1,7 @@
 """Makes one small adapter folder of training runs that went on from one another, as the package ships it.
 
     python recipes/join_adapters.py OUT RUN [RUN ...] [--base MODEL] [--query-prompt PROMPT]
-        [--whiten UNLABELLED.jsonl | --whitening FOLDER] [--mem-log-scale SCALE] [--factor FACTOR ...]
+        [--whiten UNLABELLED.jsonl | --whitening FOLDER] [--mem-log-scale SCALE] [--for-memory] [--factor FACTOR ...]
 
 Each RUN is the output of a training with --lora: llara and then retriever, or fot and then instruct. A checkpoint of
 the first will do, too (then --query-prompt says what queries get). The first started from the base model (the packaged
@@ -9,7 +9,9 @@ one), each other one from the run before it. The low-rank matrices stand side by
 sum is applied at once, and slot tokens' rows are those of the last run. What the tokenizer lacks and what the model's
 config has beyond the base model's is written beside them. Whitening is that of the first RUN, if it has any, or of the
 folder --whitening, as what is trained behind LLARA leaves it as it is; --whiten fits it on passages of LLARA's training
-text. With a --factor for each RUN so much of its change counts: less than 1 leads back to the base model.
+text. With a --factor for each RUN so much of its change counts: less than 1 leads back to the base model. With
+--for-memory what changed a memory layer's projections changes those that memory has for itself (mem_projections), and
+the layer's stay the base model's.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from llamory.llara.template import LlaraTemplate, slot_tokens
 from llamory.llara.whitening import WHITENING_FILE, Whitening
 
 _MATRIX = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(layers\..*)\.lora_([AB])(?:\.default)?\.weight")
+_SHARED = re.compile(r"\.self_attn\.([qkvo]_proj)$")
 _ROWS = "embed_tokens.token_adapter.trainable_tokens_delta"
 
 
@@ -75,6 +78,7 @@ def main() -> None:
     parser.add_argument("--whiten", type=Path)
     parser.add_argument("--whitening", type=Path)
     parser.add_argument("--mem-log-scale", type=float, help="what a reader's configuration says of it")
+    parser.add_argument("--for-memory", action="store_true", help="change the projections that memory has for itself")
     parser.add_argument("--factor", type=float, action="append", default=[], help="one for each run; default: 1")
     options = parser.parse_args()
     output, runs = options.output, options.runs
@@ -82,6 +86,11 @@ def main() -> None:
     if len(factors) != len(runs):
         parser.error(f"{len(factors)} factors for {len(runs)} runs; give one --factor for each run, or none.")
     parts = [matrices(run, factor) for run, factor in zip(runs, factors, strict=True)]
+    if options.for_memory:
+        parts = [
+            ({_SHARED.sub(r".self_attn.mem_\1", layer): pair for layer, pair in found.items()}, *more)
+            for found, *more in parts
+        ]
     layers = sorted({layer for found, _, _ in parts for layer in found})
     tensors: dict[str, Tensor] = {}
     rank = sum(config["r"] for _, _, config in parts)
@@ -98,8 +107,13 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     kept = {key: value.to(torch.bfloat16).contiguous() for key, value in tensors.items()}
     save_file(kept, output / "adapter_model.safetensors", {"format": "pt"})
-    trained = trained_config(runs[-1], options.base, 0 if rows is None else len(rows) // 2, options.query_prompt)
+    # A reader's checkpoint has the memory of the run that it went on from.
+    last = (
+        runs[-1] if rows is not None else next((run for run in runs[::-1] if (run / "config.json").is_file()), runs[-1])
+    )
+    trained = trained_config(last, options.base, 0 if rows is None else len(rows) // 2, options.query_prompt)
     config = trained.to_dict() | ({} if options.mem_log_scale is None else {"mem_log_scale": options.mem_log_scale})
+    config |= {"mem_projections": True} if options.for_memory else {}
     adapter = {
         "peft_type": "LORA",
         "base_model_name_or_path": options.base,

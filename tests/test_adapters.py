@@ -99,6 +99,33 @@ def test_it_reads_with_the_memory_layers_that_its_folder_names(adapter, expected
     assert (read.mem_layers, read.max_position_embeddings, read.last_context_length) == ([1], 4, 4)
 
 
+def test_an_adapter_of_projections_for_memory_changes_nothing_without_memory(base, tmp_path):
+    settings = InstructSettings(data=[], output="", model=str(base), lora=True, lora_rank=2, lora_dropout=0.0)
+    changes = {"mem_layers": [1], "max_position_embeddings": 16, "last_context_length": 8, "mem_projections": True}
+    model = LongLlamaForCausalLM.from_pretrained(base, **changes)
+    config = model.config.to_dict()
+    model = trained_part(model, settings, "memory_projections")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.5)
+        wanted = model.eval()(torch.arange(40)[None]).logits
+    own = tmp_path / "own"
+    model.save_pretrained(own)
+    LongLlamaConfig.from_dict(config).save_pretrained(own)
+    for shared in (False, True):
+        read = load_long_model(own, mem_layers=[1], shared=shared)
+        with torch.no_grad():
+            torch.testing.assert_close(read(torch.arange(40)[None]).logits, wanted, atol=2e-5, rtol=1e-5)
+            plain = backbone.load_model(base)(IDS[:, :8]).logits
+            assert torch.equal(read(IDS[:, :8]).logits, plain)
+    for load in (backbone.load_model, load_shared):
+        with torch.no_grad():
+            assert torch.equal(load(own)(IDS[:, :8]).logits, plain)
+    with pytest.raises(LlamoryError, match=r"own has projections for the memory of layers 1; leave mem_layers out"):
+        load_long_model(own, mem_layers=[0])
+
+
 def test_every_type_makes_the_same_memory(adapter):
     exact, rounded = (
         load_long_model(adapter, mem_layers=[1], context_length=32, dtype=dtype) for dtype in (None, torch.bfloat16)

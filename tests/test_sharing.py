@@ -16,7 +16,7 @@ from llamory.longllama.loading import load_long_model
 from llamory.sharing import ExtendedEmbedding, load_shared, merged
 
 TEXTS = ["River stone and water.", "a boat goes down the river in winter, and up", "x = 1"]
-SETTINGS = {"mem_layers": [10, 20], "context_length": 64}
+SETTINGS = {"mem_layers": [5, 8, 17, 18, 22, 23], "context_length": 64}
 
 
 @pytest.fixture(scope="module")

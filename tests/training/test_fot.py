@@ -2,6 +2,8 @@
 
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.contexts import ContextChooser, ContextPlan
 from llamory.longllama.data import FotBatches
+from llamory.longllama.loading import load_long_model
 from llamory.longllama.sources import DocumentStream, Source
 from llamory.training import long_models
 from llamory.training.fot import train_fot
@@ -22,6 +25,7 @@ from llamory.training.settings import FotSettings
 from training_runs import TORCHRUN, finish, kill_behind, losses, start, weights
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+JOIN = RECIPES / "join_adapters.py"
 ROW, BATCH, PACKING, SEED = 16, 8, 2, 42
 
 
@@ -231,6 +235,22 @@ def test_what_is_read_without_memory_stays_where_only_projections_for_it_are_tra
     assert same == set()
     more = train_fot(settings(model=result["output"], output=f"{result['output']}_2", trained="memory_layers"))
     assert weights(more["output"]).keys() == weights(result["output"]).keys()
+
+
+def test_a_joined_adapter_may_change_the_projections_for_memory_instead(settings, model_folder, tmp_path, monkeypatch):
+    lora = {"lora": True, "lora_rank": 2, "lora_dropout": 0.0, "lora_targets": ["q_proj", "o_proj"]}
+    run = train_fot(settings(**lora, trained="memory_layers"))["output"]
+    read = {}
+    for name, flags in (("same", []), ("apart", ["--for-memory"])):
+        monkeypatch.setattr(sys, "argv", [str(JOIN), str(tmp_path / name), run, "--base", str(model_folder), *flags])
+        runpy.run_path(str(JOIN), run_name="__main__")
+        read[name] = load_long_model(tmp_path / name).model.layers[1].self_attn
+    before = weights(model_folder)
+    for part in "qkvo":
+        own, same = (getattr(each, f"{part}_proj").weight for each in (read["apart"], read["same"]))
+        assert torch.equal(own, before[f"model.layers.1.self_attn.{part}_proj.weight"])
+        assert torch.equal(getattr(read["apart"], f"mem_{part}_proj").weight, same)
+        assert torch.equal(own, same) == (part in "kv")
 
 
 def test_adapters_are_merged_and_kept_beside(settings, model_folder):
