@@ -217,7 +217,12 @@ def _adapted(model: PreTrainedModel, adapter: Path, dtype: str | torch.dtype | N
     merged.requires_grad_(True)  # peft froze it, and nobody who trains it on would know
     if dtype is None or dtype == "auto":
         return merged.eval()
-    return merged.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype).eval()
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    # Weights only: frequencies of the rotary embedding stay in float32, as `from_pretrained` leaves them.
+    for parameter in merged.parameters():
+        parameter.data = parameter.data.to(kind)
+    merged.config.dtype = kind
+    return merged.eval()
 
 
 def only_for_memory(own: PretrainedConfig, config: PretrainedConfig) -> bool:
