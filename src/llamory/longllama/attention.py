@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -18,74 +16,15 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from llamory.longllama.cache import LongLlamaCache, LongLlamaCacheLayer
+from llamory.longllama.cache import LongLlamaCacheLayer
 from llamory.longllama.crossbatch import CrossBatch, cross_batch_attention, cross_batch_parts
-from llamory.longllama.local import Chunk
-from llamory.memory import MemoryBank
+from llamory.longllama.projections import PROJECTIONS, MemoryProjection
+from llamory.longllama.step import Window
 from llamory.memory.attention import attend, flash, merge
 from llamory.memory.blocks import Span
-from llamory.memory.search import Search
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Queries, keys and values of a part of the attention, and where a query may look (None: everywhere).
 _Near = tuple[Tensor, Tensor, Tensor, Tensor | None]
-
-
-class MemoryProjection(nn.Linear):
-    """A projection for memory, which starts as the layer's own.
-
-    Args:
-        own: the layer's.
-        bias: whether it has a bias, too.
-    """
-
-    def __init__(self, own: nn.Linear, bias: bool):
-        super().__init__(own.in_features, own.out_features, bias, own.weight.device, own.weight.dtype)
-        self._own = (own,)  # in a tuple, as it isn't a part of this one
-        self.start()
-
-    def start(self) -> None:
-        """Take the weights of the layer's own, unless these were loaded."""
-        for name, parameter in self.named_parameters():
-            init.copy_(parameter, getattr(self._own[0], name))
-
-
-@dataclass
-class Window:
-    """What the layers need to know of the step that they compute.
-
-    Attributes:
-        cache: where keys and values go.
-        rows: the batch's rows that take part, None for all.
-        lengths: real tokens per row; what stands behind them is filling.
-        banks: the memory of each row.
-        search: how memory is searched.
-        stays: whether the tokens stay in the local context, or go into memory.
-        slots: where a first window that stays is written.
-        chunk: how the step goes on from a local context; None for a first window.
-        memory_rotary: cosine and sine for queries to memory, where they differ from the local ones.
-        key_scale: what the rotary embedding multiplies keys with at position 0 (1 but for yarn's).
-        last_layer: with a window of which nothing but memory is wanted, the last layer to compute.
-        spans: per layer what was in memory when the step began; a recomputed layer must see the same.
-    """
-
-    cache: LongLlamaCache
-    rows: Tensor | None
-    lengths: tuple[int, ...]
-    banks: list[MemoryBank]
-    search: Search
-    stays: bool
-    slots: slice | None = None
-    chunk: Chunk | None = None
-    memory_rotary: tuple[Tensor, Tensor] | None = None
-    key_scale: float = 1.0
-    last_layer: int | None = None
-    spans: dict[int, list[list[Span]]] = field(default_factory=dict)
-
-    @property
-    def chosen(self) -> Any:
-        """What picks the window's rows of the local buffers."""
-        return slice(None) if self.rows is None else self.rows
 
 
 class LongLlamaDecoderLayer(LlamaDecoderLayer):

@@ -100,9 +100,10 @@ def cross_batch_attention(
     Raises:
         LlamoryError: contexts, weights or lengths that don't fit the batch, or rows that begin at different positions.
     """
-    settings: dict[str, Any] = {"scaling": scaling, "lengths": lengths, "rows": rows, "weights": weights}
     # One projection for all, so what is found anywhere is one output.
-    tensors, plan, scaling = _prepared((query, key, value), (query, key, value), cos, sin, contexts, **settings)
+    given = (query, key, value)
+    settings: dict[str, Any] = {"scaling": scaling, "lengths": lengths, "rows": rows, "weights": weights}
+    tensors, plan, scaling = _prepared(given, given, cos, sin, contexts, **settings)
     output: Tensor = _CrossBatch.apply(*tensors, plan, scaling, False)[0]  # type: ignore[no-untyped-call]
     return output
 
@@ -113,23 +114,18 @@ def cross_batch_parts(
     cos: Tensor,
     sin: Tensor,
     contexts: Contexts,
-    *,
-    scaling: float | None = None,
-    lengths: Sequence[int] | None = None,
-    rows: Sequence[int] | None = None,
-    weights: Weights | None = None,
+    **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """`cross_batch_attention` where other rows are seen by projections of their own.
 
     Args:
         near: query, key and value for a row's own context.
         far: of the same shapes, for what it sees of other rows.
-        cos, sin, contexts, scaling, lengths, rows, weights: as there.
+        cos, sin, contexts, settings: as there.
 
     Returns:
         Of one softmax over both, what was found in a row's own context and what in others; their sum is the output.
     """
-    settings: dict[str, Any] = {"scaling": scaling, "lengths": lengths, "rows": rows, "weights": weights}
     tensors, plan, scaling = _prepared(near, far, cos, sin, contexts, **settings)
     outputs: tuple[Tensor, Tensor] = _CrossBatch.apply(*tensors, plan, scaling, True)  # type: ignore[no-untyped-call]
     return outputs
@@ -142,10 +138,10 @@ def _prepared(
     sin: Tensor,
     contexts: Contexts,
     *,
-    scaling: float | None,
-    lengths: Sequence[int] | None,
-    rows: Sequence[int] | None,
-    weights: Weights | None,
+    scaling: float | None = None,
+    lengths: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    weights: Weights | None = None,
 ) -> tuple[list[Tensor], list[Run], float]:
     """Rotated queries, keys and values, those for other rows behind, with the plan and the scaling."""
     query, key, value = near

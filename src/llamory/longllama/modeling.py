@@ -14,10 +14,12 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llamory.errors import LlamoryError
-from llamory.longllama.attention import LongLlamaAttention, LongLlamaDecoderLayer, MemoryProjection, Window
+from llamory.longllama.attention import LongLlamaAttention, LongLlamaDecoderLayer
 from llamory.longllama.cache import LongLlamaCache
 from llamory.longllama.configuration import LongLlamaConfig, check_last_context, check_memory
 from llamory.longllama.crossbatch import Contexts, CrossBatch, Weights
+from llamory.longllama.projections import MemoryProjection
+from llamory.longllama.step import Window
 from llamory.longllama.windows import RealTokens, Step, cut_continuation, cut_prompt
 from llamory.memory import MemoryBank
 from llamory.memory.search import Search, make_search

@@ -10,9 +10,9 @@ from transformers import PretrainedConfig
 
 from llamory import backbone
 from llamory.errors import LlamoryError
-from llamory.longllama.attention import PROJECTIONS
 from llamory.longllama.causal import LongLlamaForCausalLM
 from llamory.longllama.configuration import LongLlamaConfig
+from llamory.longllama.projections import PROJECTIONS
 from llamory.training.runs import with_lora
 from llamory.training.settings import AdaptSettings
 

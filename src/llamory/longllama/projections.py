@@ -1,0 +1,27 @@
+"""The projections that memory may have for itself, beside a layer's own."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import initialization as init
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class MemoryProjection(nn.Linear):
+    """A projection for memory, which starts as the layer's own.
+
+    Args:
+        own: the layer's.
+        bias: whether it has a bias, too.
+    """
+
+    def __init__(self, own: nn.Linear, bias: bool):
+        super().__init__(own.in_features, own.out_features, bias, own.weight.device, own.weight.dtype)
+        self._own = (own,)  # in a tuple, as it isn't a part of this one
+        self.start()
+
+    def start(self) -> None:
+        """Take the weights of the layer's own, unless these were loaded."""
+        for name, parameter in self.named_parameters():
+            init.copy_(parameter, getattr(self._own[0], name))
