@@ -165,7 +165,8 @@ def _attach(model: PreTrainedModel, adapter: Path) -> None:
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, LoraConfig):
         raise LlamoryError(f"The adapter {adapter} isn't one of low rank; load it merged.")
-    if backbone.only_for_memory(backbone.load_config(adapter), model.config):
+    own_config = backbone.load_config(adapter)
+    if backbone.only_for_memory(own_config, model.config):
         return
     trained, config.trainable_token_indices = config.trainable_token_indices or {}, None
     inject_adapter_in_model(config, model)
@@ -187,4 +188,4 @@ def _attach(model: PreTrainedModel, adapter: Path) -> None:
         extended: Any = ExtendedEmbedding(embedding, rows.to(embedding.weight.device))
         model.set_input_embeddings(extended)
         model.config.vocab_size = size + len(rows)
-    backbone.take_over(model.config, backbone.load_config(adapter))
+    backbone.take_over(model.config, own_config)

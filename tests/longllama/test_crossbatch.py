@@ -115,7 +115,7 @@ def test_other_rows_seen_by_projections_of_their_own(way, data):
         losses = (sum((each * w).sum() for each, w in zip(outputs, weights, strict=True)) for outputs in (ours, plain))
         found, wanted = (torch.autograd.grad(loss, [*near, *far], materialize_grads=True) for loss in losses)
         for got, want in zip(found, wanted, strict=True):
-            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])

@@ -235,6 +235,10 @@ def test_what_is_read_without_memory_stays_where_only_projections_for_it_are_tra
     assert same == set()
     more = train_fot(settings(model=result["output"], output=f"{result['output']}_2", trained="memory_layers"))
     assert weights(more["output"]).keys() == weights(result["output"]).keys()
+    with pytest.raises(LlamoryError, match="has projections for the memory of layers 1; leave mem_layers out"):
+        train_fot(settings(model=result["output"], output=f"{result['output']}_3", mem_layers=[0]))
+    with pytest.raises(LlamoryError, match="has projections for the memory of layers 1"):
+        load_long_model(result["output"], mem_layers=[0])
 
 
 def test_a_joined_adapter_may_change_the_projections_for_memory_instead(settings, model_folder, tmp_path, monkeypatch):

@@ -98,12 +98,13 @@ class LongLlamaAttention(LlamaAttention):
         assert position_embeddings is not None
         query, key, value = self._project(hidden_states)
         far = (query, key, value)
+        asks = self.has_projections and (window.chunk is not None or self._sees_memory(window))
         if self.has_projections:
-            far = self._project(hidden_states, "mem_", queries=window.chunk is not None or self._sees_memory(window))
+            far = self._project(hidden_states, "mem_", queries=asks)
         kept = (self._memory_key(far[1], window), far[2])
         query, key = self._rotate(query, key, position_embeddings)
         to_memory = query
-        if self.has_memory and (self.has_projections or window.memory_rotary is not None):
+        if asks or (self.has_memory and window.memory_rotary is not None):
             to_memory, _ = self._rotate(far[0], far[0][:, :1], window.memory_rotary or position_embeddings)
         if window.chunk is not None:
             return self._go_on((query, key, value), to_memory, kept, window), None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from llamory.errors import LlamoryError
 from llamory.memory.blocks import DTYPES
@@ -147,6 +149,27 @@ def check_last_context(length: int, context: int) -> int:
             "(max_position_embeddings)."
         )
     return length
+
+
+def check_projections(config: PretrainedConfig, name: str | os.PathLike[str], mem_layers: Sequence[int]) -> None:
+    """Check that a model which has projections for memory is given memory where it has them.
+
+    Args:
+        config: the model's own.
+        name: the model's, for what is told.
+        mem_layers: the layers that are asked for; none for the model's own.
+
+    Raises:
+        LlamoryError: other layers.
+    """
+    if not getattr(config, "mem_projections", False) or not mem_layers:
+        return
+    own: list[int] = config.mem_layers  # type: ignore[attr-defined]
+    if set(mem_layers) != set(own):
+        layers = ", ".join(map(str, own))
+        raise LlamoryError(
+            f"{name} has projections for the memory of layers {layers}; leave mem_layers out, or give these."
+        )
 
 
 def check_memory(config: LongLlamaConfig) -> None:

@@ -301,7 +301,8 @@ class _CrossBatch(torch.autograd.Function):
         delta = None
         if ctx.apart:
             assert grad_found is not None
-            delta = (grad.float() * output + grad_found.float() * found).sum(-1)
+            exact = torch.promote_types(grad.dtype, torch.float32)
+            delta = (grad.to(exact) * output + grad_found.to(exact) * found).sum(-1)
         else:
             grad_found = grad
         near = Part(query, local, near_value, causal=True)

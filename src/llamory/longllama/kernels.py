@@ -91,7 +91,7 @@ def _with_delta(
     (*shape, width), dtype = grad.shape, grad.dtype
     first = delta.to(dtype)
     output = grad.new_zeros(*shape, width + _MORE)
-    output[..., width], output[..., width + 1] = first, (delta - first.float()).to(dtype)
+    output[..., width], output[..., width + 1] = first, (delta - first.to(delta.dtype)).to(dtype)
     query, key, value, more = (pad(tensor, (0, _MORE)) for tensor in (part.query, part.key, part.value, grad))
     more[..., width : width + 2] = 1
     grads = attend_part_backward(more, Part(query, key, value, part.causal), output, log_sum, scaling)

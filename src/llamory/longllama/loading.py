@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from llamory import backbone
 from llamory.errors import LlamoryError
 from llamory.longllama.causal import LongLlamaForCausalLM
-from llamory.longllama.configuration import LongLlamaConfig
+from llamory.longllama.configuration import LongLlamaConfig, check_projections
 from llamory.sharing import load_shared
 
 # A model that wasn't trained for memory finds what it read best with memory in all layers but the first few, and with
@@ -72,6 +72,7 @@ def load_long_model(
     """
     name = reader_name(name)
     config = backbone.load_config(name)
+    check_projections(config, name, mem_layers or ())
     settings: dict[str, Any] = {
         "mem_layers": list(mem_layers) if mem_layers is not None else None,
         "mem_projections": mem_projections,
@@ -89,11 +90,6 @@ def load_long_model(
     elif backbone.adapter_folder(name) is not None:
         # The base model's own configuration knows nothing of memory.
         last = settings.pop("last_context_length")
-        if config.mem_projections and mem_layers is not None and set(mem_layers) != set(config.mem_layers):
-            layers = ", ".join(map(str, config.mem_layers))
-            raise LlamoryError(
-                f"{name} has projections for the memory of layers {layers}; leave mem_layers out, or give these."
-            )
         settings = {key: getattr(config, key) if value is None else value for key, value in settings.items()}
         settings["last_context_length"] = last
     settings = {key: value for key, value in settings.items() if value is not None}

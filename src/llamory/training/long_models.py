@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from llamory import backbone
 from llamory.errors import LlamoryError
 from llamory.longllama.causal import LongLlamaForCausalLM
-from llamory.longllama.configuration import LongLlamaConfig
+from llamory.longllama.configuration import LongLlamaConfig, check_projections
 from llamory.longllama.projections import PROJECTIONS
 from llamory.training.runs import with_lora
 from llamory.training.settings import AdaptSettings
@@ -37,13 +37,14 @@ def memory_changes(
         mem_projections: whether memory is to have projections of its own; it keeps those that it has.
 
     Raises:
-        LlamoryError: the model has no such layers, or a shorter context.
+        LlamoryError: the model has no such layers, projections for the memory of others, or a shorter context.
     """
     if row_length > config.max_position_embeddings:
         raise LlamoryError(
             f"Rows of {row_length} tokens are longer than the context of {name}, {config.max_position_embeddings} "
             "tokens; choose a smaller row_length."
         )
+    check_projections(config, name, mem_layers)
     layers = list(mem_layers) or list(getattr(config, "mem_layers", ())) or _spread(config.num_hidden_layers)
     last = last_context_length or getattr(config, "last_context_length", None)
     changes: dict[str, Any] = {"mem_layers": layers, "max_position_embeddings": row_length}
