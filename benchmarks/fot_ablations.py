@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import logging
 
@@ -28,7 +29,9 @@ from memory_layers import hide, loss, prompts
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "default_fot.yaml"
 HALF = {"batch_size": 8, "mix": ["3+0", "3+4"]}
+UNTRAINED = "before training"
 RUNS: dict[str, dict[str, object]] = {
+    UNTRAINED: {},
     "the recipe": {},
     "without negatives": {"mix": ["3+0"]},
     "similar negatives": {"negatives": "similar", "retriever": "default"},
@@ -40,9 +43,9 @@ RUNS: dict[str, dict[str, object]] = {
 }
 
 
-def measure(model: str, texts: list[Path], lengths: list[int], number: int) -> dict[str, float]:
+def measure(model: str, texts: list[Path], lengths: list[int], number: int, **changes: Any) -> dict[str, float]:
     """Loss and share of right tokens at each length of the prompts."""
-    tokenizer, loaded = load_tokenizer(model), load_long_model(model)
+    tokenizer, loaded = load_tokenizer(model), load_long_model(model, **changes)
     found = {}
     for length in lengths:
         haystacks = [PUBLISHED_HAYSTACK, read_haystack(texts, 2 * length)]
@@ -84,8 +87,13 @@ def main() -> None:
         folder = options.output / name.replace(" ", "_").replace(",", "")
         changes: dict[str, object] = {"steps": options.steps, "keep_checkpoints": 2} | HALF | RUNS[name]
         changes |= {"data": options.data, "proportions": options.proportions, "output": str(folder)}
-        train_fot(read_settings(FotSettings, RECIPE, changes | {"resume": folder.exists(), "quiet": True}))
-        results[name] = measure(str(folder), options.texts, lengths, options.prompts)
+        recipe = read_settings(FotSettings, RECIPE, changes | {"resume": folder.exists(), "quiet": True})
+        model, more = str(folder), {}
+        if name == UNTRAINED:
+            model, more = recipe.model, {"mem_layers": recipe.mem_layers, "context_length": recipe.row_length}
+        else:
+            train_fot(recipe)
+        results[name] = measure(model, options.texts, lengths, options.prompts, **more)
         settings = {"steps": options.steps, "prompts": options.prompts}
         file.write_text(json.dumps(settings | {"runs": results}, indent=1) + "\n", encoding="utf-8")
         sys.stdout.write(f"{name}: {results[name]}\n")

@@ -11,7 +11,7 @@ to 6,500 characters further on: most often out of a row of 512 tokens, and withi
 task's own words don't occur.
 
 For instruction tuning: chats ask for the facts of a document through the chat template, plain ones in one of several
-forms of plain text, continuations ask for nothing but the next 300 to 1,000 tokens of a text.
+forms of plain text, continuations ask for nothing but how a text goes on.
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ ENDINGS = "ski son wick ley ard ette ov man berg stead ino well er ton".split()
 AMOUNTS = "windows,steps,rooms,members,seats,horses,lamps,shelves,beds,workers".split(",")
 WRITTEN = (("label on", "says"), ("motto of", "is"), ("inscription over", "reads"), ("letter from", "begins"))
 
+PLACES = "Farm,Manor,Cottage,Castle,Priory,Grange,Court,Park,Villa,Abbey,Inn,Wharf,Street,Square".split(",")
+CHANGED = "opened,closed,sold,rebuilt,founded,flooded,painted,insured,measured".split(",")
+
 # What stands before a question and before its answer.
 FORMS = [("Question: ", "\nAnswer: "), ("Q: ", "\nA: "), ("", "\n"), ("", " "), ("- ", " ")]
 
@@ -83,18 +86,48 @@ FORMS = [("Question: ", "\nAnswer: "), ("Q: ", "\nA: "), ("", "\n"), ("", " "), 
 Fact = tuple[str, str, str, str]
 
 
-def thing(draw: random.Random) -> str:
+class Draw(random.Random):
+    """Draws.
+
+    Attributes:
+        new_names: how often a name is one that nobody has, and a thing a place with a name.
+        alike: what all things have in common but their owner; nothing if empty.
+        read, continued: characters of a text, and of how it goes on.
+    """
+
+    new_names = 0.0
+    alike = ""
+    read, continued = READ, CONTINUED
+
+    def often(self, share: float) -> bool:
+        """True that often; where it is never, nothing is drawn."""
+        return share > 0 and self.random() < share
+
+    def new_name(self) -> str:
+        """One that nobody has."""
+        return capital("".join(self.choices(SYLLABLES, k=self.randint(1, 2))) + self.choice(ENDINGS))
+
+    def owner(self) -> str:
+        """Somebody's last name."""
+        return self.new_name() if self.often(self.new_names) else self.choice(LAST)
+
+
+def thing(draw: Draw) -> str:
     """Something that there is only one of in a document."""
-    return f"the {draw.choice(KINDS)} {draw.choice(THINGS)} of {draw.choice(LAST)}"
+    if draw.alike:
+        return f"{draw.alike} {draw.owner()}" if draw.alike.startswith("the ") else f"{draw.owner()} {draw.alike}"
+    if draw.often(draw.new_names):
+        return f"{draw.owner()} {draw.choice(PLACES)}"
+    return f"the {draw.choice(KINDS)} {draw.choice(THINGS)} of {draw.owner()}"
 
 
-def person(draw: random.Random) -> str:
+def person(draw: Draw) -> str:
     """Somebody; half of them have a name that nobody has."""
     last = draw.choice(LAST) if draw.random() < 0.5 else capital(draw.choice(SYLLABLES) + draw.choice(ENDINGS))
     return f"{draw.choice(FIRST)} {last}"
 
 
-def number_of(draw: random.Random) -> Fact:
+def number_of(draw: Draw) -> Fact:
     """A number of two to six digits."""
     what, whose, size = draw.choice(NUMBERS), thing(draw), draw.randint(2, 6)
     value = str(draw.randint(10 ** (size - 1), 10**size - 1))
@@ -103,15 +136,15 @@ def number_of(draw: random.Random) -> Fact:
     return stated, draw.choice([f"What is the {what} of {whose}?", f"Which {what} has {whose}?"]), value, said
 
 
-def date_of(draw: random.Random) -> Fact:
+def date_of(draw: Draw) -> Fact:
     """A day."""
-    who, value = person(draw), f"{draw.randint(1, 28)} {draw.choice(MONTHS)} {draw.randint(1700, 2020)}"
+    who, value = person(draw), day_of(draw)
     what, asked = draw.choice([("was born", "was {} born"), ("arrived", "did {} arrive"), ("died", "did {} die")])
     said = f"{who} {what} on {value}."
     return draw.choice([said, f"On {value} {who} {what}."]), f"When {asked.format(who)}?", value, said
 
 
-def name_of(draw: random.Random) -> Fact:
+def name_of(draw: Draw) -> Fact:
     """Somebody who has to do with something."""
     office, whose, value = draw.choice(OFFICES), thing(draw), person(draw)
     said = f"The {office} of {whose} is {value}."
@@ -119,16 +152,18 @@ def name_of(draw: random.Random) -> Fact:
     return draw.choice([said, f"{value} is the {office} of {whose}."]), asked, value, said
 
 
-def role_of(draw: random.Random) -> Fact:
+def role_of(draw: Draw) -> Fact:
     """Somebody who was something on some occasion."""
     what, value = f"the {draw.choice(ROLES)} {draw.choice(OCCASIONS)}", person(draw)
+    if draw.often(draw.new_names):
+        what += f" in {draw.new_name()}"
     verb = draw.choice(["was", "was", "is", "will be"])
     said = f"{what} {verb} {value}."
     asked = draw.choice([f"Who {verb} {what}?", f"Who {verb} {what}?", f"What is the name of {what}?"])
     return draw.choice([said, f"{value} {verb} {what}."]), asked, value, said
 
 
-def done_by(draw: random.Random) -> Fact:
+def done_by(draw: Draw) -> Fact:
     """Somebody who did something, or whom something was done to."""
     whose, what, value = thing(draw), draw.choice(DONE), person(draw)
     verb, preposition = what.split()
@@ -136,35 +171,47 @@ def done_by(draw: random.Random) -> Fact:
     return said, f"{'Who' if preposition == 'by' else 'Whom'} was {whose} {verb} {preposition}?", value, said
 
 
-def amount_of(draw: random.Random) -> Fact:
+def changed_on(draw: Draw) -> Fact:
+    """A day on which something was done to something."""
+    whose, what, day = thing(draw), draw.choice(CHANGED), day_of(draw)
+    said = f"{whose} was {what} on {day}."
+    return draw.choice([said, f"On {day} {whose} was {what}."]), f"When was {whose} {what}?", day, said
+
+
+def day_of(draw: Draw) -> str:
+    """Any day of some centuries."""
+    return f"{draw.randint(1, 28)} {draw.choice(MONTHS)} {draw.randint(1700, 2020)}"
+
+
+def amount_of(draw: Draw) -> Fact:
     """How many there are of something."""
     whose, what, value = thing(draw), draw.choice(AMOUNTS), str(draw.randint(2, 9999))
     said = f"{whose} has {value} {what}."
     return said, f"How many {what} does {whose} have?", value, said
 
 
-def writing_on(draw: random.Random, sentences: list[str]) -> Fact:
+def writing_on(draw: Draw, sentences: list[str]) -> Fact:
     """Words of the texts that are written on something."""
     (what, verb), whose, value = draw.choice(WRITTEN), thing(draw), draw.choice(sentences)
     said = f'The {what} {whose} {verb}: "{value}"'
     return said, f"What does the {what} {whose} say?", value, said
 
 
-def word_of(draw: random.Random) -> Fact:
+def word_of(draw: Draw) -> Fact:
     """A password of one to three words."""
     whose, value = thing(draw), " ".join(draw.sample(WORDS, draw.randint(1, 3)))
     said = f'The password of {whose} is "{value}".'
     return said, f"What is the password of {whose}?", value, said
 
 
-def saying_of(draw: random.Random, sentences: list[str]) -> Fact:
+def saying_of(draw: Draw, sentences: list[str]) -> Fact:
     """Words of the texts that somebody is made to say."""
     who, value = person(draw), draw.choice(sentences)
     said = f'{who} said: "{value}"'
     return said, f"What did {who} say?", value, said
 
 
-def fact(draw: random.Random, sentences: list[str]) -> Fact:
+def fact(draw: Draw, sentences: list[str]) -> Fact:
     """Any of them; numbers are the most frequent."""
     kinds = [number_of, number_of, number_of, date_of, word_of, amount_of]
     quotes = [saying_of, writing_on]
@@ -178,7 +225,7 @@ def capital(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def asked_about(draw: random.Random, facts: list[Fact]) -> str:
+def asked_about(draw: Draw, facts: list[Fact]) -> str:
     """Questions and answers, all in one of several forms."""
     before, between = draw.choice(FORMS)
     whole = draw.random() < 0.3
@@ -201,7 +248,7 @@ def paragraphs(texts: Path) -> Iterator[str]:
                         yield block.text[:LONGEST]
 
 
-def documents(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dict[str, Any]]:
+def documents(sources: list[Iterator[str]], draw: Draw) -> Iterator[dict[str, Any]]:
     """Long documents in which each fact is asked for so much further on."""
     while True:
         source = draw.choice(sources)
@@ -227,7 +274,7 @@ def documents(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dic
         yield {"text": "\n\n".join(parts)}
 
 
-def with_facts(sources: list[Iterator[str]], draw: random.Random) -> Iterator[tuple[str, list[Fact]]]:
+def with_facts(sources: list[Iterator[str]], draw: Draw) -> Iterator[tuple[str, list[Fact]]]:
     """Documents with facts in them, and those of them that are asked for."""
     while True:
         source = draw.choice(sources)
@@ -244,7 +291,7 @@ def with_facts(sources: list[Iterator[str]], draw: random.Random) -> Iterator[tu
         yield "\n\n".join(body), draw.sample(facts, min(len(facts), TURNS))
 
 
-def chats(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dict[str, Any]]:
+def chats(sources: list[Iterator[str]], draw: Draw) -> Iterator[dict[str, Any]]:
     """A document with facts in it, and a chat about these."""
     for document, facts in with_facts(sources, draw):
         messages = []
@@ -254,7 +301,7 @@ def chats(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dict[st
         yield {"document": document, "messages": messages}
 
 
-def plain(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dict[str, Any]]:
+def plain(sources: list[Iterator[str]], draw: Draw) -> Iterator[dict[str, Any]]:
     """A document with facts in it, and questions about these in plain text, most of them with the answer begun."""
     for document, facts in with_facts(sources, draw):
         turns = [{"from": "human", "value": document + "\n"}]
@@ -272,13 +319,13 @@ def plain(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dict[st
         yield {"conversations": turns[:-1]}
 
 
-def continuations(sources: list[Iterator[str]], draw: random.Random) -> Iterator[dict[str, Any]]:
+def continuations(sources: list[Iterator[str]], draw: Draw) -> Iterator[dict[str, Any]]:
     """The beginning of a text, and how it goes on."""
     while True:
         source, text = draw.choice(sources), ""
-        while len(text) < READ + CONTINUED:
+        while len(text) < draw.read + draw.continued:
             text += next(source) + "\n\n"
-        turns = [{"from": "human", "value": text[:READ]}, {"from": "gpt", "value": text[READ:]}]
+        turns = [{"from": "human", "value": text[: draw.read]}, {"from": "gpt", "value": text[draw.read :]}]
         yield {"conversations": turns}
 
 
@@ -291,8 +338,12 @@ def main() -> None:
     kinds = {"documents": documents, "chats": chats, "plain": plain, "continuations": continuations}
     parser.add_argument("--as", dest="kind", choices=kinds, default="documents")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--read", type=int, default=READ, help="characters before a continuation")
+    parser.add_argument("--continued", type=int, default=CONTINUED, help="characters of it")
     options = parser.parse_args()
-    made = kinds[options.kind](list(map(paragraphs, options.texts)), random.Random(options.seed))
+    draw = Draw(options.seed)
+    draw.read, draw.continued = options.read, options.continued
+    made = kinds[options.kind](list(map(paragraphs, options.texts)), draw)
     with options.output.open("w", encoding="utf-8") as file:
         for entry in islice(made, options.documents):
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -228,3 +228,42 @@ def test_files_and_tokenizers_that_do_not_do(load, tokenizer, documents, model_f
         load({"question": "?", "response": "!"}, tokenizer=endless)
     with pytest.raises(LlamoryError, match="output_length must be at least 1"):
         Lengths(output=0)
+
+
+def test_each_chat_and_question_about_a_document_is_an_example(load, tokenizer):
+    asked = [{"question": "Q: what?\n", "response": " This."}, {"question": "Why? Because", "response": " so."}]
+    examples = load(
+        {"document": "A text.", "chats": [messages(TURNS[:2])["messages"], messages(TURNS[2:])["messages"]]},
+        {"document": "Another one.", "questions": asked},
+        {"messages": messages()["messages"]},
+        format=InstructFormat(post_question_text=""),
+    )
+    assert [each.rsplit(":", 1)[1] for each in examples["source"]] == ["1", "1", "2", "2", "3"]
+    documents = ["A text.", "A text.", "Another one.", "Another one.", ""]
+    for example, document in zip(examples, documents, strict=True):
+        read = tokenizer(document)["input_ids"] if document else []
+        assert example["document"] == len(read)
+        assert example["input_ids"][: len(read)] == read
+        assert set(example["labels"][: len(read)]) <= {IGNORED}
+    for number, turns in ((0, TURNS[:2]), (1, TURNS[2:])):
+        alone = load(messages(turns))[0]
+        assert examples[number]["input_ids"][examples[number]["document"] :] == alone["input_ids"]
+        assert examples[number]["labels"][examples[number]["document"] :] == alone["labels"]
+    for number, each in ((2, asked[0]), (3, asked[1])):
+        example = examples[number]
+        assert tokenizer.decode(example["input_ids"][example["document"] :]) == "".join(each.values()) + "<|end|>"
+        assert tokenizer.decode([i for i in example["labels"] if i != IGNORED]) == each["response"] + "<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("entry", "sentence"),
+    [
+        ({"document": "A", "chats": [{"role": "user", "content": "?"}]}, "'chats' should be a list of lists"),
+        ({"document": "A", "chats": []}, "'chats' should be a list"),
+        ({"document": "A", "questions": ["?"]}, "'questions' should be a list of objects"),
+        ({"document": "A", "questions": [{"question": "?"}]}, "response"),
+    ],
+)
+def test_chats_and_questions_that_are_none_are_refused(load, entry, sentence):
+    with pytest.raises(LlamoryError, match=sentence):
+        load(entry)

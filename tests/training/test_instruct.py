@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llamory.cli.options import read_settings
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
-from llamory.longllama.instruct import load_instructions
+from llamory.longllama.instruct import InstructFormat, Lengths, load_instructions
 from llamory.longllama.instruct_rows import InstructBatches, MemorySplit, between
 from llamory.longllama.losses import IGNORED
+from llamory.longllama.mounted_rows import MountedBatches
 from llamory.training.instruct import InstructFeed, train_instruct
 from llamory.training.settings import InstructSettings
 from training_runs import TORCHRUN, finish, kill_behind, losses, start, weights
@@ -195,6 +196,92 @@ def test_a_checkpoint_of_other_settings_or_data_is_refused(settings, data):
 def test_settings_that_cannot_be_are_refused(settings, changes, sentence):
     with pytest.raises(LlamoryError, match=sentence):
         train_instruct(settings(**changes))
+
+
+# ---- apart ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def apart(settings, tmp_path):
+    """Settings of a run on documents read apart, with questions about each."""
+    chance, file = random.Random(1), tmp_path / "documents.jsonl"
+    words = "river stone bridge winter garden letter".split()
+    with file.open("w") as out:
+        for _ in range(12):
+            told = {f"w{number}": chance.choice(words) for number in range(3)}
+            document = " ".join(f"{key} {value}" for key, value in told.items())
+            asked = [{"question": f"{key}", "response": f" {value}"} for key, value in told.items()]
+            out.write(json.dumps({"document": document, "questions": asked}) + "\n")
+
+    def make(**changes):
+        values = {"data": [str(file)], "proportions": [], "apart": True, "asked_tokens": 96, "negatives": 2}
+        values |= {"trained": "memory_projections", "total_length": 60, "split": "memory", "post_question_text": ""}
+        return settings(**(values | changes))
+
+    return make
+
+
+def test_apart_trains_what_rows_of_one_batch_would(apart, model_folder):
+    result = train_instruct(apart(steps=25, save_every=25, negative_copies=[1, 5], kept_rows=8))
+    history = losses(Path(result["output"]))
+    assert sum(history[-5:]) < sum(history[:5]) - 0.5
+    before, after = weights(model_folder), weights(result["output"])
+    own = {f"model.layers.1.self_attn.mem_{part}_proj.weight" for part in "qkvo"}
+    assert after.keys() - before.keys() == own
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    # The first step's loss, with the rows that are seen in one batch with those that see them.
+    made = apart()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    examples = load_instructions(made.data, tokenizer, InstructFormat(post_question_text=""), Lengths(total=60))
+    split = MemorySplit(ROW, LAST, 60, "memory")
+    batch = next(
+        MountedBatches([examples], [1.0], split, rows=ROWS, seed=made.seed, negatives=2, copies=(1, 5), most_asked=96)
+    )
+    model = LongLlamaForCausalLM.from_pretrained(
+        model_folder, mem_layers=[1], max_position_embeddings=ROW, dtype=torch.float32
+    ).eval()
+    losses_of: list[torch.Tensor] = []
+    for row, (seen, many) in enumerate(zip(batch["contexts"], batch["context_weights"], strict=True)):
+        read = [batch["context_ids"][at, : batch["context_lengths"][at]] for at in seen]
+        asked = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        rows = torch.nn.utils.rnn.pad_sequence([*read, asked], batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(each) for each in [*read, asked]], batch_first=True)
+        contexts = [[]] * len(read) + [list(range(len(read)))]
+        hidden = model(
+            rows, attention_mask=mask, contexts=contexts, context_weights=[[]] * len(read) + [many]
+        ).hidden_states[0][-1, : len(asked)]
+        targets = batch["shift_labels"][row][: len(asked)]
+        kept = targets != IGNORED
+        losses_of.append(cross_entropy(hidden[kept] @ model.lm_head.weight.T, targets[kept], reduction="none"))
+    assert history[0] == pytest.approx(float(torch.cat(losses_of).detach().mean()), abs=1e-4)
+
+
+def test_a_killed_run_apart_resumes_to_the_same_bits_and_is_evaluated(apart, tmp_path):
+    changes = {"steps": 8, "save_every": 2, "lora": True, "kept_rows": 4, "eval_batches": 2, "eval_every": 4}
+    changes["eval_data"] = apart().data
+    train_instruct(apart(**changes, output=str(tmp_path / "whole")))
+    broken = apart(**changes, output=str(tmp_path / "broken"))
+    kill_behind("instruct", broken, 4)
+    broken.resume = True
+    train_instruct(broken)
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    held_out = losses(tmp_path / "whole", "eval_loss")
+    assert len(held_out) == 3 and held_out[-1] != held_out[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"trained": "all"}, "needs trained: memory_projections"),
+        ({"kept_rows": -1}, "kept_rows must be at least 0"),
+        ({"asked_tokens": 0}, "at least 1 token"),
+        ({"batch_size": 2}, "but a batch has 2"),
+    ],
+)
+def test_settings_that_cannot_be_apart_are_refused(apart, changes, sentence):
+    with pytest.raises(LlamoryError, match=sentence):
+        train_instruct(apart(**changes))
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("instruct_*.yaml")), ids=lambda file: file.stem)

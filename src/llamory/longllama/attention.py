@@ -133,6 +133,12 @@ class LongLlamaAttention(LlamaAttention):
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         settings: dict[str, Any] = {"scaling": self.scaling, "lengths": together.lengths, "rows": rows}
         settings["weights"] = weights
+        if together.outside is not None:
+            kind = "mem_" if self.has_projections else ""
+            far_query = self._heads(getattr(self, f"{kind}q_proj")(looking)) if kind else query
+            far = far_query, *self._project(together.outside[self.layer_idx], kind, queries=False)[1:]
+            near, found = cross_batch_parts((query, key, value), far, cos, sin, contexts, **settings, outside=True)
+            return self._projected(near, found) if kind else self._projected(near + found)
         if not self.has_projections:
             output = cross_batch_attention(query, key, value, cos, sin, contexts, **settings)
             return self._projected(output)

@@ -7,9 +7,7 @@ values. Keys of other rows are encoded as if they stood at the first position of
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +17,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llamory.errors import LlamoryError
 from llamory.longllama.kernels import Part, attend_part_backward
+from llamory.longllama.plans import Contexts, Look, Run, Weights, plan_contexts, plan_outside
 from llamory.memory.attention import flash
-
-Contexts = Sequence[Sequence[int]]
-Weights = Sequence[Sequence[float]]
 
 
 def crossbatch_contexts(
@@ -120,7 +116,8 @@ def cross_batch_parts(
 
     Args:
         near: query, key and value for a row's own context.
-        far: of the same shapes, for what it sees of other rows.
+        far: of the same shapes, for what it sees of other rows; with `outside` keys and values are of rows that aren't
+            in the batch, which `contexts` and `lengths` then mean.
         cos, sin, contexts, settings: as there.
 
     Returns:
@@ -142,12 +139,17 @@ def _prepared(
     lengths: Sequence[int] | None = None,
     rows: Sequence[int] | None = None,
     weights: Weights | None = None,
-) -> tuple[list[Tensor], list[Run], float]:
+    outside: bool = False,
+) -> tuple[list[Tensor], Sequence[Run | Look], float]:
     """Rotated queries, keys and values, those for other rows behind, with the plan and the scaling."""
     query, key, value = near
-    plan = plan_contexts(contexts, len(key), lengths, rows, weights)
-    if lengths is not None and max(lengths, default=0) > key.shape[2]:
-        raise LlamoryError(f"A row can't have {max(lengths)} tokens where the batch has {key.shape[2]} columns.")
+    plan: Sequence[Run | Look]
+    if outside:
+        plan = plan_outside(contexts, len(key), len(far[1]), lengths, weights)
+    else:
+        plan = plan_contexts(contexts, len(key), lengths, rows, weights)
+    if lengths is not None and max(lengths, default=0) > far[1].shape[2]:
+        raise LlamoryError(f"A row can't have {max(lengths)} tokens where the batch has {far[1].shape[2]} columns.")
     first_cos, first_sin = cos[:, :1], sin[:, :1]
     if len(first_cos) > 1 and plan and not torch.equal(first_cos, first_cos[:1].expand_as(first_cos)):
         raise LlamoryError("All rows must begin at the same position, as they read one another's keys at it.")
@@ -177,6 +179,8 @@ class CrossBatch:
         asked: the only rows whose output is wanted; None for all. Of the others no more is computed than is seen.
         last_layer: with `asked`, the last memory layer, from which on there are only those rows.
         weights: for each of the contexts, how many of its kind it counts as; None for 1.
+        outside: per memory layer, what it gets of rows that were read apart, (rows, width, hidden); `contexts` and
+            `lengths` then mean those.
     """
 
     contexts: Contexts
@@ -184,76 +188,7 @@ class CrossBatch:
     asked: tuple[int, ...] | None = None
     last_layer: int | None = None
     weights: Weights | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """Consecutive rows that see as many consecutive rows, one each.
-
-    Attributes:
-        rows: the rows that look.
-        seen: the rows that are looked at.
-        length: how many of their tokens are real; None for all.
-        weight: how many of their kind they count as.
-    """
-
-    rows: slice
-    seen: slice
-    length: int | None
-    weight: float = 1.0
-
-    @property
-    def shift(self) -> float:
-        """What the weight adds to scores."""
-        return math.log(self.weight)
-
-
-def plan_contexts(
-    contexts: Contexts,
-    batch: int,
-    lengths: Sequence[int] | None = None,
-    rows: Sequence[int] | None = None,
-    weights: Weights | None = None,
-) -> list[Run]:
-    """Put pairs of a row and a row it sees together where both go on in step, so that few calls do the work.
-
-    Raises:
-        LlamoryError: not one list per row, a row that isn't there, that sees itself, or that is named twice, or
-            weights that aren't one positive number for each context.
-    """
-    numbers = range(batch) if rows is None else rows
-    if len(contexts) != len(numbers):
-        raise LlamoryError(f"There are {len(numbers)} rows, but contexts for {len(contexts)}.")
-    if lengths is not None and len(lengths) != batch:
-        raise LlamoryError(f"There are {batch} rows, but lengths of {len(lengths)}.")
-    weights = [[1.0] * len(seen) for seen in contexts] if weights is None else weights
-    if [len(each) for each in weights] != [len(seen) for seen in contexts] or any(
-        not 0 < weight < math.inf for each in weights for weight in each
-    ):
-        raise LlamoryError("Each context a row sees needs a weight, a number above 0; give as many as there are.")
-    alike: dict[tuple[int, float], list[int]] = defaultdict(list)
-    for at, (number, seen) in enumerate(zip(numbers, contexts, strict=True)):
-        for other, weight in zip(seen, weights[at], strict=True):
-            if not 0 <= other < batch or other == number:
-                raise LlamoryError(
-                    f"Row {number} can't see row {other}: other rows of this batch are meant, 0 to {batch - 1}."
-                )
-            alike[at - other, weight].append(at)
-        if len(set(seen)) != len(seen):
-            raise LlamoryError(f"Row {number} names a row twice: {list(seen)}.")
-    runs = []
-    for (distance, weight), lookers in sorted(alike.items()):
-        start = 0
-        for at in range(1, len(lookers) + 1):
-            length = None if lengths is None else lengths[lookers[start] - distance]
-            goes_on = at < len(lookers) and lookers[at] == lookers[at - 1] + 1
-            if goes_on and (lengths is None or lengths[lookers[at] - distance] == length):
-                continue
-            first, last = lookers[start], lookers[at - 1] + 1
-            if length != 0:
-                runs.append(Run(slice(first, last), slice(first - distance, last - distance), length, weight))
-            start = at
-    return runs
+    outside: Mapping[int, Tensor] | None = None
 
 
 class _CrossBatch(torch.autograd.Function):
@@ -271,7 +206,7 @@ class _CrossBatch(torch.autograd.Function):
         to_others: Tensor,
         remote: Tensor,
         value: Tensor,
-        plan: list[Run],
+        plan: Sequence[Run | Look],
         scaling: float,
         apart: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -281,8 +216,8 @@ class _CrossBatch(torch.autograd.Function):
         if apart:
             found, found_sum = torch.zeros_like(output), torch.full_like(log_sum, -torch.inf)
         for run in plan:
-            part = _part(to_others, remote, value, run)
-            new, new_sum = flash(part.query, part.key, part.value, scaling=scaling)
+            part = run.part(to_others, remote, value)
+            new, new_sum = map(run.back, flash(part.query, part.key, part.value, scaling=scaling))
             _merge_into(found[run.rows], found_sum[run.rows], new, new_sum + run.shift)
         if apart:
             whole = torch.logaddexp(log_sum, found_sum)
@@ -311,19 +246,14 @@ class _CrossBatch(torch.autograd.Function):
         grad_others = torch.zeros_like(to_others) if ctx.apart else grad_query
         grad_remote, grad_value = torch.zeros_like(remote), torch.zeros_like(value)
         for run in ctx.plan:
-            rows = run.rows
-            part = _part(to_others, remote, value, run)
-            sums, own_delta = log_sum[rows] - run.shift, None if delta is None else delta[rows]
-            parts = attend_part_backward(grad_found[rows], part, found[rows], sums, ctx.scaling, own_delta)
-            grad_others[rows] += parts[0]
-            grad_remote[run.seen, :, : run.length] += parts[1]
-            grad_value[run.seen, :, : run.length] += parts[2]
+            part = run.part(to_others, remote, value)
+            sums, own_delta = run.of(log_sum) - run.shift, None if delta is None else run.of(delta)
+            parts = attend_part_backward(run.of(grad_found), part, run.of(found), sums, ctx.scaling, own_delta)
+            grad_others[run.rows] += run.back(parts[0])
+            run.add(grad_remote, parts[1])
+            run.add(grad_value, parts[2])
         asked = (grad_query, grad_local, grad_near, grad_others if ctx.apart else None, grad_remote, grad_value)
         return *asked, None, None, None
-
-
-def _part(query: Tensor, remote: Tensor, value: Tensor, run: Run) -> Part:
-    return Part(query[run.rows], remote[run.seen, :, : run.length], value[run.seen, :, : run.length], causal=False)
 
 
 def _merge_into(output: Tensor, log_sum: Tensor, new: Tensor, new_sum: Tensor) -> None:

@@ -28,8 +28,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MESSAGES, DOCUMENT = "messages", "document"
-FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "source": Value("string")})
+MESSAGES, DOCUMENT, CHATS, QUESTIONS = "messages", "document", "chats", "questions"
+FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "source": Value("string"),
+        "document": Value("int32"),
+    }
+)
 _ROWS = Features(
     {
         "kind": Value("string"),
@@ -49,8 +56,9 @@ class InstructFormat:
     """What the objects of the JSON lines hold; names and defaults are the published code's.
 
     An object with `messages` is a chat for the tokenizer's template, about its `document` if there is one; one with
-    `chat_conversations_field` a chat as published; any other an instruction: prompt (if `prompt_field` is given),
-    question, response, each between its two fixed texts.
+    `document` and `chats` or `questions` is several examples, each a chat or an instruction about that document; one
+    with `chat_conversations_field` is a chat as published; any other an instruction: prompt (if `prompt_field` is
+    given), question, response, each between its two fixed texts.
     """
 
     prompt_field: str | None = None
@@ -69,6 +77,17 @@ class InstructFormat:
     chat_initial_prompt: str = "You are a helpful ASSISTANT.\n\n"
     chat_model_response_prefix: str = "\nASSISTANT: "
     chat_human_response_prefix: str = "\nUSER: "
+
+    def read_all(self, entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[Piece]]]:
+        """The examples of an object, kind and texts of each; errors as of `read`."""
+        document = (string_entry(entry, DOCUMENT), False) if DOCUMENT in entry else None
+        if document is not None and CHATS in entry:
+            return [
+                self.read({MESSAGES: chat, DOCUMENT: document[0]}, tokenizer) for chat in _listed(entry, CHATS, list)
+            ]
+        if document is not None and QUESTIONS in entry:
+            return [(QUESTIONS, [document, *self._instruction(each)]) for each in _listed(entry, QUESTIONS)]
+        return [self.read(entry, tokenizer)]
 
     def read(self, entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Piece]]:
         """The kind of an object (instruction, chat, messages or document) and its texts.
@@ -161,7 +180,8 @@ def load_instructions(
         cache_dir: folder for the examples.
 
     Returns:
-        a dataset of `input_ids` and `labels` (the same ids in answers, -100 elsewhere), and `source` (`path:line`).
+        a dataset of `input_ids` and `labels` (the same ids in answers, -100 elsewhere), `source` (`path:line`), and
+        `document`, how many of the first tokens are a document that the rest asks about.
 
     Raises:
         LlamoryError: no such file, a broken line, a tokenizer that doesn't do, or no example with an answer.
@@ -216,24 +236,24 @@ class _Recipe:
         names = [self.tokenizer.chat_template, self.tokenizer.special_tokens_map]
         settings = [asdict(self.format), asdict(self.lengths), self.skip_broken]
         stats = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path in files]
-        whole = [llamory.__version__, "instruct", step, tokenizer, names, settings, stats]
+        whole = [llamory.__version__, "instruct", list(FEATURES), step, tokenizer, names, settings, stats]
         return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
     def rows(self, files: list[str]) -> Iterator[dict[str, Any]]:
         """The texts of each object."""
 
-        def read(entry: dict[str, Any]) -> tuple[str, list[Piece]]:
-            return self.format.read(entry, self.tokenizer)
+        def read(entry: dict[str, Any]) -> list[tuple[str, list[Piece]]]:
+            return self.format.read_all(entry, self.tokenizer)
 
-        for path in map(Path, files):
-            for line, (kind, pieces) in read_json_lines(path, read, skip_broken=self.skip_broken):
-                if not pieces:
-                    raise LlamoryError(
-                        f"{path}:{line} has messages, but the tokenizer of this model has no chat template; choose a "
-                        f"model with one, or write the chats as {self.format.chat_conversations_field!r}."
-                    )
-                texts, answers = zip(*pieces, strict=True)
-                yield {"kind": kind, "texts": list(texts), "answers": list(answers), "source": f"{path}:{line}"}
+        lines = (each for path in files for each in _examples_of(path, read, self.skip_broken))
+        for path, line, kind, pieces in lines:
+            if not pieces:
+                raise LlamoryError(
+                    f"{path}:{line} has messages, but the tokenizer of this model has no chat template; choose a "
+                    f"model with one, or write the chats as {self.format.chat_conversations_field!r}."
+                )
+            texts, answers = zip(*pieces, strict=True)
+            yield {"kind": kind, "texts": list(texts), "answers": list(answers), "source": f"{path}:{line}"}
 
     def examples(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Tokenise a batch of rows; those without an answer within the length are left out."""
@@ -243,6 +263,7 @@ class _Recipe:
             "chat": self._chat,
             MESSAGES: self._messages,
             DOCUMENT: self._document,
+            QUESTIONS: self._questions,
         }
         for kind, texts, answers, source in zip(*(rows[name] for name in _ROWS), strict=True):
             ids, asked = ways[kind](texts, answers)
@@ -251,7 +272,11 @@ class _Recipe:
                 found["input_ids"].append(ids)
                 found["labels"].append([i if a else IGNORED for i, a in zip(ids, asked, strict=True)])
                 found["source"].append(source)
+                found["document"].append(self._document_tokens(kind, texts))
         return found
+
+    def _document_tokens(self, kind: str, texts: list[str]) -> int:
+        return len(document_ids(texts[0], self.tokenizer)) if kind in (DOCUMENT, QUESTIONS) else 0
 
     def _instruction(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:  # noqa: ARG002
         question, response = self._encode(texts)
@@ -276,6 +301,12 @@ class _Recipe:
         read = document_ids(texts[0], self.tokenizer)
         ids, asked = self._messages(texts[1:], answers[1:])
         return read + ids, [False] * len(read) + asked
+
+    def _questions(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:  # noqa: ARG002
+        read = document_ids(texts[0], self.tokenizer)
+        question, response = self._encode(texts[1:])
+        response = [*response, *self._eos][: self.lengths.output]
+        return read + question + response, [False] * (len(read) + len(question)) + [True] * len(response)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -307,11 +338,19 @@ def _cached_rows(recipe: _Recipe, files: list[str], paths: Sequence[object], cac
         raise
 
 
-def _listed(entry: dict[str, Any], field: str) -> list[dict[str, Any]]:
+def _listed(entry: dict[str, Any], field: str, of: type = dict) -> list[Any]:
     turns = entry[field]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise LlamoryError(f"{field!r} should be a list of objects, one a turn")
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, of) for turn in turns):
+        what = "objects, one a turn" if of is dict else "lists of messages, one a chat"
+        raise LlamoryError(f"{field!r} should be a list of {what}")
     return turns
+
+
+def _examples_of(path: str, read: Any, skip_broken: bool) -> Iterator[tuple[str, int, str, list[Piece]]]:
+    """File, line, kind and texts of each example of a file."""
+    for line, examples in read_json_lines(Path(path), read, skip_broken=skip_broken):
+        for kind, pieces in examples:
+            yield path, line, kind, pieces
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, str]:

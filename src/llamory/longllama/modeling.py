@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,6 +86,8 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         contexts: Contexts | None = None,
         asked: Sequence[int] | None = None,
         context_weights: Weights | None = None,
+        context_states: Mapping[int, Tensor] | None = None,
+        context_lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
         """Read a batch of any length, or, with `contexts`, rows of one window each that see one another (training).
@@ -107,6 +109,8 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
             asked: with `contexts`, the only rows whose hidden states are wanted; those of the others are zeros, and no
                 more of them is computed than is seen.
             context_weights: for each of the contexts, how many of its kind it counts as; see `cross_batch_attention`.
+            context_states: what `layer_inputs` gave of rows that were read apart; `contexts` then means those.
+            context_lengths: real tokens of each of these rows, at its front; all of them if not given.
             kwargs: passed on to the layers.
 
         Returns:
@@ -122,6 +126,9 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         batch, length = source.shape[:2]
         if contexts is not None:
             together = CrossBatch(contexts, asked=None if asked is None else tuple(asked), weights=context_weights)
+            if context_states is not None:
+                lengths = None if context_lengths is None else tuple(context_lengths)
+                together = CrossBatch(contexts, lengths, weights=context_weights, outside=context_states)
             output = self._read_together(source, attention_mask, together, kwargs)
             return output if return_dict is not False else output.to_tuple()
         use_cache = self._uses_cache(use_cache)
@@ -233,6 +240,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
             )
         hidden = source if source.is_floating_point() else self.embed_tokens(source)
         lengths = _lengths(_own_columns(attention_mask, batch, width))
+        lengths = together.lengths if together.outside is not None else lengths
         few = together.asked and len(together.asked) < batch and self.config.mem_layers
         last = max(self.config.mem_layers) if few else None
         together = replace(together, lengths=lengths, asked=together.asked if few else None, last_layer=last)
@@ -249,6 +257,29 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
             states = hidden.new_zeros(batch, *hidden.shape[1:])
             hidden = states.index_copy(0, torch.tensor(together.asked, device=hidden.device), hidden)
         return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    @torch.no_grad()
+    def layer_inputs(self, input_ids: Tensor) -> dict[int, Tensor]:
+        """What memory layers make keys and values of, for rows that are read by themselves.
+
+        Args:
+            input_ids: (rows, width) of one window each, padded on the right.
+
+        Returns:
+            Per memory layer (rows, width, hidden), without gradient.
+        """
+        hidden, found = self.embed_tokens(input_ids), {}
+        position_ids = torch.arange(input_ids.shape[1], device=hidden.device)[None]
+        mask, rotary = self._causal_mask(hidden, position_ids), self.rotary_emb(hidden, position_ids)
+        last = max(self.config.mem_layers, default=-1)
+        # Memory layers without positions aren't Llama's layers.
+        alone = {} if self.config.mem_positionals else {"cross_batch": CrossBatch([[]] * len(input_ids))}
+        for layer in self.layers[: last + 1]:
+            if layer.self_attn.has_memory:
+                found[layer.self_attn.layer_idx] = layer.input_layernorm(hidden)
+            if layer.self_attn.layer_idx < last:
+                hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, **alone)
+        return found
 
     def _causal_mask(self, hidden: Tensor, position_ids: Tensor) -> Tensor | None:
         """Only some implementations (eager) need it spelt out that a window is causal."""

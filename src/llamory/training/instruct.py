@@ -15,7 +15,9 @@ from llamory.errors import LlamoryError
 from llamory.longllama.configuration import DEFAULT_LAST_CONTEXT
 from llamory.longllama.instruct import InstructFormat, Lengths, load_instructions
 from llamory.longllama.instruct_rows import InstructBatches, MemorySplit, check_copies, check_rows
+from llamory.longllama.layer_states import LayerStates
 from llamory.longllama.losses import IGNORED
+from llamory.longllama.mounted_rows import MountedBatches
 from llamory.longllama.sources import make_sources
 from llamory.training.long_models import load_long, memory_changes, trained_part
 from llamory.training.runs import check_settings
@@ -66,6 +68,7 @@ def train_instruct(settings: InstructSettings) -> dict[str, Any]:
         shown=("loss", _EVAL),
         teacher=teacher,
         teacher_weight=settings.teacher_weight,
+        states=LayerStates(settings.kept_rows),
     )
 
 
@@ -97,7 +100,21 @@ class InstructFeed:
 
 
 class InstructTrainer(StreamedTrainer):
-    """Evaluates on a list of batches."""
+    """Evaluates on a list of batches, and reads contexts that are read apart before the model is called."""
+
+    def __init__(self, *args: Any, states: LayerStates, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.states = states
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if "context_ids" in inputs:
+            model = self.accelerator.unwrap_model(self.model)
+            model = model.get_base_model() if hasattr(model, "get_base_model") else model
+            with self.accelerator.autocast():
+                read = self.states.of(model.model, inputs.pop("context_ids"), inputs["context_lengths"])
+            inputs["context_states"] = read
+        return inputs
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002
@@ -126,6 +143,12 @@ def _check(settings: InstructSettings) -> None:
     if not 0 <= settings.copies_grow <= 1:
         raise LlamoryError(f"copies_grow must be a share of the steps, from 0 to 1, not {settings.copies_grow}.")
     check_teacher(settings)
+    if settings.apart and (settings.trained != "memory_projections" or settings.fsdp):
+        raise LlamoryError(
+            "What is read apart is read without gradient: it needs trained: memory_projections, and no fsdp."
+        )
+    if settings.kept_rows < 0:
+        raise LlamoryError(f"kept_rows must be at least 0, not {settings.kept_rows}.")
     if settings.steps is None:
         raise LlamoryError("Instruction tuning's data have no end; set steps.")
     if settings.seed < 0:
@@ -176,18 +199,7 @@ def _streams(
     proportions = [source.proportion for source in sources]
     own, streams = settings.accumulation, settings.accumulation * processes
     return {
-        number: InstructBatches(
-            datasets,
-            proportions,
-            split,
-            rows=settings.batch_size,
-            pad_token_id=tokenizer.pad_token_id,
-            seed=settings.seed,
-            stream=number,
-            streams=streams,
-            negatives=settings.negatives,
-            copies=_copies(settings),
-        )
+        number: _batches(settings, split, tokenizer, datasets, proportions, stream=number, streams=streams)
         for number in range(process * own, (process + 1) * own)
     }
 
@@ -199,17 +211,28 @@ def _held_out(
     if not settings.eval_data:
         return []
     dataset = _examples(settings, settings.eval_data, tokenizer)
-    batches = InstructBatches(
-        [dataset],
-        [1.0],
-        split,
-        rows=settings.batch_size,
-        pad_token_id=tokenizer.pad_token_id,
-        seed=settings.seed,
-        negatives=settings.negatives,
-        copies=_copies(settings),
-    )
+    batches = _batches(settings, split, tokenizer, [dataset], [1.0])
     return [_arguments(batch) for batch in islice(batches, settings.eval_batches)]
+
+
+def _batches(
+    settings: InstructSettings,
+    split: MemorySplit,
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: list[Any],
+    proportions: list[float],
+    **stream: Any,
+) -> InstructBatches:
+    shared: dict[str, Any] = {
+        "rows": settings.batch_size,
+        "pad_token_id": tokenizer.pad_token_id,
+        "seed": settings.seed,
+        "negatives": settings.negatives,
+        "copies": _copies(settings),
+    }
+    if settings.apart:
+        return MountedBatches(datasets, proportions, split, most_asked=settings.asked_tokens, **shared, **stream)
+    return InstructBatches(datasets, proportions, split, **shared, **stream)
 
 
 def _examples(settings: InstructSettings, paths: Any, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -274,6 +274,13 @@ class InstructSettings(TaughtSettings):
         "logarithmic scale), so that they stand for a large memory; default: 1.",
     )
     copies_grow: float = _setting(0.0, "Share of the steps over which the most copies grow from the least.")
+    apart: bool = _setting(
+        False,
+        "Read the rows in memory by themselves, without gradient, once for all questions about them (trained: "
+        "memory_projections); batch_size is then the number of these rows.",
+    )
+    asked_tokens: int = _setting(4096, "With apart: tokens of a pass's questions and answers, padding and all.")
+    kept_rows: int = _setting(0, "With apart: rows whose hidden states are kept in RAM from step to step.")
     mem_layers: list[int] = _setting(
         [], "Layers with memory; default: the model's own, for a plain LLaMA three spread as in the published models."
     )
