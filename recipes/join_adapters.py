@@ -1,7 +1,8 @@
 """Makes one small adapter folder of training runs that went on from one another, as the package ships it.
 
     python recipes/join_adapters.py OUT RUN [RUN ...] [--base MODEL] [--query-prompt PROMPT]
-        [--whiten UNLABELLED.jsonl | --whitening FOLDER] [--mem-log-scale SCALE] [--for-memory] [--factor FACTOR ...]
+        [--whiten UNLABELLED.jsonl | --whitening FOLDER] [--mem-log-scale SCALE] [--mem-log-bias BIAS] [--for-memory]
+        [--factor FACTOR ...]
 
 Each RUN is the output of a training with --lora: llara and then retriever, or fot and then instruct. A checkpoint of
 the first will do, too (then --query-prompt says what queries get). The first started from the base model (the packaged
@@ -36,6 +37,7 @@ from llamory.llara.whitening import WHITENING_FILE, Whitening
 
 _MATRIX = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(layers\..*)\.lora_([AB])(?:\.default)?\.weight")
 _SHARED = re.compile(r"\.self_attn\.([qkvo]_proj)$")
+MEMORY_SETTINGS = {"mem_log_scale": float, "mem_log_start": int, "mem_log_bias": float, "mem_log_bias_start": int}
 _ROWS = "embed_tokens.token_adapter.trainable_tokens_delta"
 
 
@@ -77,7 +79,9 @@ def main() -> None:
     parser.add_argument("--query-prompt", choices=["prediction", "summary"], default="prediction")
     parser.add_argument("--whiten", type=Path)
     parser.add_argument("--whitening", type=Path)
-    parser.add_argument("--mem-log-scale", type=float, help="what a reader's configuration says of it")
+    for name, kind in MEMORY_SETTINGS.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, type=kind, help="what a reader's configuration says of it; default: the last run's")
     parser.add_argument("--for-memory", action="store_true", help="change the projections that memory has for itself")
     parser.add_argument("--factor", type=float, action="append", default=[], help="one for each run; default: 1")
     options = parser.parse_args()
@@ -112,7 +116,8 @@ def main() -> None:
         runs[-1] if rows is not None else next((run for run in runs[::-1] if (run / "config.json").is_file()), runs[-1])
     )
     trained = trained_config(last, options.base, 0 if rows is None else len(rows) // 2, options.query_prompt)
-    config = trained.to_dict() | ({} if options.mem_log_scale is None else {"mem_log_scale": options.mem_log_scale})
+    told = {name: getattr(options, name) for name in MEMORY_SETTINGS}
+    config = trained.to_dict() | {name: value for name, value in told.items() if value is not None}
     config |= {"mem_projections": True} if options.for_memory else {}
     adapter = {
         "peft_type": "LORA",

@@ -267,7 +267,16 @@ def test_peak_memory_counts_no_copies(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"mem_positionals": False}, {"num_key_value_heads": 4}, {"mem_projections": True}], ids=str
+    "changes",
+    [
+        {},
+        {"mem_positionals": False},
+        {"num_key_value_heads": 4},
+        {"mem_projections": True},
+        {"mem_log_bias": 1.0, "mem_log_bias_start": 10},
+        {"mem_projections": True, "mem_log_bias": 0.6, "mem_log_bias_start": 3},
+    ],
+    ids=str,
 )
 def test_chunks_that_see_all_earlier_ones_are_windows_read_one_by_one(changes):
     """What training computes in one pass is what reading computes window by window, in all layers."""

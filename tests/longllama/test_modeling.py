@@ -11,6 +11,7 @@ from plain_longllama import logits, sight
 CONTEXT, LAST = 16, 8
 SHARP = {"mem_log_scale": 0.7, "mem_log_start": 11}
 OWN = {"mem_projections": True}
+LESS = {"mem_log_bias": 0.8, "mem_log_bias_start": 5}
 
 
 def expected(model, row, prompt, last=LAST):
@@ -30,7 +31,18 @@ def no_grad():
 
 @pytest.mark.parametrize("prompt", [3, 8, 9, 16, 24, 25, 61])
 @pytest.mark.parametrize(
-    "changes", [{}, {"mem_positionals": False}, {"mem_layers": [0]}, {"mem_layers": []}, SHARP, OWN, OWN | SHARP]
+    "changes",
+    [
+        {},
+        {"mem_positionals": False},
+        {"mem_layers": [0]},
+        {"mem_layers": []},
+        SHARP,
+        OWN,
+        OWN | SHARP,
+        LESS,
+        OWN | SHARP | LESS,
+    ],
 )
 def test_prompt_in_windows(make_model, ids, prompt, changes):
     model = make_model(**changes)
@@ -41,7 +53,7 @@ def test_prompt_in_windows(make_model, ids, prompt, changes):
 
 @pytest.mark.parametrize("steps", [[1] * 40, [5] * 8, [40], [3, 1, 20, 1, 15], [16, 16, 8]])
 @pytest.mark.parametrize("prompt", [5, 8, 37])
-@pytest.mark.parametrize("changes", [{}, SHARP, OWN])
+@pytest.mark.parametrize("changes", [{}, SHARP, OWN, LESS, OWN | LESS])
 def test_local_context_slides(make_model, ids, prompt, steps, changes):
     model = make_model(**changes)
     row = ids(prompt + 40)
@@ -57,7 +69,7 @@ def test_local_context_slides(make_model, ids, prompt, steps, changes):
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-@pytest.mark.parametrize("changes", [{}, SHARP, OWN])
+@pytest.mark.parametrize("changes", [{}, SHARP, OWN, LESS, OWN | LESS])
 def test_padding_and_batch_change_nothing(make_model, ids, side, changes):
     model = make_model(**changes)
     lengths, more = [50, 5, 0, 23, 8], 30
@@ -168,7 +180,7 @@ def test_without_memory_layers_it_is_llama(make_model, ids, implementation):
         close(ours(token[:, None], past_key_values=cache).logits, wanted)
 
 
-@pytest.mark.parametrize("changes", [{}, SHARP, OWN])
+@pytest.mark.parametrize("changes", [{}, SHARP, OWN, LESS, OWN | LESS])
 def test_gradients_reach_all_weights_and_are_one_softmax(make_model, ids, changes):
     model = make_model(**changes)
     row = ids(2, 40)
@@ -181,7 +193,7 @@ def test_gradients_reach_all_weights_and_are_one_softmax(make_model, ids, change
     close(trained.logits.detach(), model.eval()(row).logits)
 
 
-@pytest.mark.parametrize("changes", [{}, SHARP, OWN])
+@pytest.mark.parametrize("changes", [{}, SHARP, OWN, LESS, OWN | LESS])
 def test_gradient_checkpointing_changes_nothing(make_model, ids, changes):
     gradients = []
     for every in (None, 1, 2):

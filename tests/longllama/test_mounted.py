@@ -92,7 +92,15 @@ def test_rows_that_see_the_same_are_looked_for_at_once():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"mem_projections": True}, {"mem_positionals": False}, {"attn_implementation": "eager"}], ids=str
+    "changes",
+    [
+        {},
+        {"mem_projections": True},
+        {"mem_positionals": False},
+        {"attn_implementation": "eager"},
+        {"mem_projections": True, "mem_log_bias": 0.6, "mem_log_bias_start": 7},
+    ],
+    ids=str,
 )
 def test_a_question_to_rows_read_apart_is_one_to_a_memory_with_each_mounted(changes):
     model = make_long_llama(max_position_embeddings=8, last_context_length=8, **changes)

@@ -12,10 +12,10 @@ from tiny_models import CONTEXT, make_long_llama
 DOCUMENTS, QUESTION, ANSWER, OWN = [37, 9, 20], 8, 5, 3
 
 
-@pytest.fixture(scope="module")
-def asked():
+@pytest.fixture(scope="module", params=[{}, {"mem_log_bias": 0.7, "mem_log_bias_start": 9}], ids=str)
+def asked(request):
     """A model, the tokens of documents and of a question with its answer, and each layer's dense probabilities."""
-    model = make_long_llama()
+    model = make_long_llama(**request.param)
     ids = torch.randint(3, 97, (sum(DOCUMENTS) + QUESTION + ANSWER,), generator=torch.Generator().manual_seed(0))
     dense: dict[int, torch.Tensor] = {}
     seen = mounted_sight(DOCUMENTS, QUESTION + ANSWER, CONTEXT)

@@ -115,7 +115,11 @@ def logits(
         if layer in mem_layers and config.mem_log_scale:
             counts = (seen.memory.sum(-1, keepdim=True) / config.mem_log_start).clamp(min=1)
             score = score * (1 + config.mem_log_scale * counts.log())
-        score = (score / math.sqrt(config.head_dim)).masked_fill(~visible, -math.inf)
+        score = score / math.sqrt(config.head_dim)
+        if layer in mem_layers and config.mem_log_bias:
+            counts = (seen.memory.sum(-1, keepdim=True) / config.mem_log_bias_start).clamp(min=1)
+            score = torch.where(seen.memory & ~seen.local, score - config.mem_log_bias * counts.log(), score)
+        score = score.masked_fill(~visible, -math.inf)
         if attention is not None:
             attention[layer] = score.softmax(-1)
         shares = score.softmax(-1)

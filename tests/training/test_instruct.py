@@ -221,8 +221,11 @@ def apart(settings, tmp_path):
     return make
 
 
-def test_apart_trains_what_rows_of_one_batch_would(apart, model_folder):
-    result = train_instruct(apart(steps=25, save_every=25, negative_copies=[1, 5], kept_rows=8))
+@pytest.mark.parametrize("bias", [0.0, 0.7])
+def test_apart_trains_what_rows_of_one_batch_would(apart, model_folder, bias):
+    changes = {"steps": 25, "save_every": 25, "negative_copies": [1, 5], "kept_rows": 8}
+    result = train_instruct(apart(**changes, mem_log_bias=bias))
+    assert json.loads((Path(result["output"]) / "config.json").read_text())["mem_log_bias"] == bias
     history = losses(Path(result["output"]))
     assert sum(history[-5:]) < sum(history[:5]) - 0.5
     before, after = weights(model_folder), weights(result["output"])
@@ -237,8 +240,9 @@ def test_apart_trains_what_rows_of_one_batch_would(apart, model_folder):
     batch = next(
         MountedBatches([examples], [1.0], split, rows=ROWS, seed=made.seed, negatives=2, copies=(1, 5), most_asked=96)
     )
+    more = {"mem_log_bias": bias, "dtype": torch.float32}
     model = LongLlamaForCausalLM.from_pretrained(
-        model_folder, mem_layers=[1], max_position_embeddings=ROW, dtype=torch.float32
+        model_folder, mem_layers=[1], max_position_embeddings=ROW, **more
     ).eval()
     losses_of: list[torch.Tensor] = []
     for row, (seen, many) in enumerate(zip(batch["contexts"], batch["context_weights"], strict=True)):

@@ -54,6 +54,7 @@ def manyshot(
     mem_search: shared.MemSearch = None,
     mem_top_k: shared.MemTopK = None,
     mem_log_scale: shared.MemLogScale = None,
+    mem_log_bias: shared.MemLogBias = None,
     bf16: shared.Bf16 = False,
     output: Annotated[
         Path, typer.Option(help=f"Folder for {_JSON_FILE} and {_PICTURE}; a run that was stopped goes on in it.")
@@ -71,7 +72,13 @@ def manyshot(
         raise LlamoryError("--train is missing: name a JSON lines file of labelled texts.")
     tokens = shared.token_counts(lengths, "--lengths")
     told = shared.memory_settings(
-        mem_layers, context_length, mem_search, mem_top_k, mem_log_scale=mem_log_scale, bf16=bf16
+        mem_layers,
+        context_length,
+        mem_search,
+        mem_top_k,
+        mem_log_scale=mem_log_scale,
+        mem_log_bias=mem_log_bias,
+        bf16=bf16,
     )
     with working(quiet=quiet):
         from llamory.backbone import load_tokenizer

@@ -42,6 +42,12 @@ MemLogScale = Annotated[
         min=0, help="How much sharper attention gets as memory grows; default: the model's own.", show_default=False
     ),
 ]
+MemLogBias = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="How much of memory's growth is taken off its weight; default: the model's own.", show_default=False
+    ),
+]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16: faster, a little less exact.")]
 
 
@@ -77,6 +83,7 @@ def memory_settings(
     *,
     mem_only_top_k: bool = False,
     mem_log_scale: float | None = None,
+    mem_log_bias: float | None = None,
     bf16: bool = False,
 ) -> dict[str, Any]:
     """What `load_long_model` is told."""
@@ -85,6 +92,7 @@ def memory_settings(
     told |= {} if mem_top_k is None else {"mem_top_k": mem_top_k}
     told |= {"mem_only_top_k": True} if mem_only_top_k else {}
     told |= {} if mem_log_scale is None else {"mem_log_scale": mem_log_scale}
+    told |= {} if mem_log_bias is None else {"mem_log_bias": mem_log_bias}
     return told | ({"dtype": "bfloat16"} if bf16 else {})
 
 
@@ -156,7 +164,7 @@ def memory_facts(model: Any) -> dict[str, Any]:
         "mem_search": config.mem_search,
         "mem_top_k": config.mem_top_k,
         **({"mem_only_top_k": True} if config.mem_only_top_k else {}),
-        **({"mem_log_scale": config.mem_log_scale} if config.mem_log_scale else {}),
+        **{name: getattr(config, name) for name in ("mem_log_scale", "mem_log_bias") if getattr(config, name)},
     }
 
 

@@ -45,6 +45,7 @@ def passkey(
     mem_top_k: shared.MemTopK = None,
     mem_only_top_k: shared.MemOnlyTopK = False,
     mem_log_scale: shared.MemLogScale = None,
+    mem_log_bias: shared.MemLogBias = None,
     bf16: shared.Bf16 = False,
     haystack: Annotated[
         list[Path] | None,
@@ -85,6 +86,7 @@ def passkey(
         mem_top_k,
         mem_only_top_k=mem_only_top_k,
         mem_log_scale=mem_log_scale,
+        mem_log_bias=mem_log_bias,
         bf16=bf16,
     )
     with working(quiet=quiet):

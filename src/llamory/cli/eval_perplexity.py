@@ -49,6 +49,7 @@ def perplexity(
     mem_search: shared.MemSearch = None,
     mem_top_k: shared.MemTopK = None,
     mem_log_scale: shared.MemLogScale = None,
+    mem_log_bias: shared.MemLogBias = None,
     bf16: shared.Bf16 = False,
     output: Annotated[
         Path, typer.Option(help=f"Folder for {_JSON_FILE} and {_PICTURE}; a run that was stopped goes on in it.")
@@ -66,7 +67,13 @@ def perplexity(
         raise LlamoryError("--documents is missing: name a file or folder of long documents.")
     memories = shared.token_counts(memory or [_MEMORY], "--memory")
     told = shared.memory_settings(
-        mem_layers, context_length, mem_search, mem_top_k, mem_log_scale=mem_log_scale, bf16=bf16
+        mem_layers,
+        context_length,
+        mem_search,
+        mem_top_k,
+        mem_log_scale=mem_log_scale,
+        mem_log_bias=mem_log_bias,
+        bf16=bf16,
     )
     with working(quiet=quiet):
         from llamory.evaluation.perplexity import Score, check_window, perplexity_curve, run_perplexity

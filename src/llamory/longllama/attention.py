@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import (
 
 from llamory.longllama.cache import LongLlamaCacheLayer
 from llamory.longllama.crossbatch import CrossBatch, cross_batch_attention, cross_batch_parts
+from llamory.longllama.memory_size import seen_tokens, sharpened, taken_off
 from llamory.longllama.projections import PROJECTIONS, MemoryProjection
 from llamory.longllama.step import Window
 from llamory.memory.attention import attend, flash, merge
@@ -168,13 +169,13 @@ class LongLlamaAttention(LlamaAttention):
             dropout = self.attention_dropout if self.training else 0.0
             output = function(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
             return self._projected(output[0].transpose(1, 2))
-        query, to_memory = self._sharpened(query, to_memory, window)
+        query, to_memory, less = self._by_size(query, to_memory, window)
         if _needs_gradient(query, key, value):
             width = query.shape[2]
             causal = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()[None, None]
-            return self._one_softmax([(query, key, value, causal)], to_memory, window)
+            return self._one_softmax([(query, key, value, causal)], to_memory, window, less)
         local = flash(query, key, value, scaling=self.scaling, causal=True)
-        return self._merged(local, [self._attend_memory(to_memory, window)], to_memory, window)
+        return self._merged(local, [self._attend_memory(to_memory, window)], to_memory, window, less)
 
     def _keep(self, key: Tensor | None, value: Tensor | None, kept: tuple[Tensor, Tensor], window: Window) -> None:
         """Put a first window where it belongs: the local context, or memory."""
@@ -219,13 +220,13 @@ class LongLlamaAttention(LlamaAttention):
                 query, keys, values, attn_mask=mask, scale=self.scaling, enable_gqa=self.num_key_value_groups > 1
             )
             return self._projected(output)
-        query, to_memory = self._sharpened(query, to_memory, window, chunk.leaving_mask)
+        query, to_memory, less = self._by_size(query, to_memory, window, chunk.leaving_mask)
         near: list[_Near] = [(query, keys, values, mask)]
         if chunk.leaving is not None and chunk.leaving_mask is not None:
             leaving = local.read(window.chosen, chunk.leaving, raw=True)
             near.append((to_memory, *leaving, chunk.leaving_mask.to(query.device)))
         if _needs_gradient(*new):
-            output = self._one_softmax(near, to_memory, window)
+            output = self._one_softmax(near, to_memory, window, less)
         else:
             first, *parts = [
                 flash(part, keys, values, scaling=self.scaling, mask=_additive(mask, part))
@@ -233,7 +234,7 @@ class LongLlamaAttention(LlamaAttention):
             ]
             if any(bank.length(self.layer_idx) for bank in window.banks):
                 parts.append(self._attend_memory(to_memory, window))
-            output = self._merged(first, parts, to_memory, window)
+            output = self._merged(first, parts, to_memory, window, less)
         self._leave(chunk.leaves_after, local, window)
         return output
 
@@ -263,9 +264,19 @@ class LongLlamaAttention(LlamaAttention):
         return (outputs[0], log_sums[0]) if len(parts) == 1 else (torch.cat(outputs, 2), torch.cat(log_sums, 2))
 
     def _merged(
-        self, local: tuple[Tensor, Tensor], found: list[tuple[Tensor, Tensor]], to_memory: Tensor, window: Window
+        self,
+        local: tuple[Tensor, Tensor],
+        found: list[tuple[Tensor, Tensor]],
+        to_memory: Tensor,
+        window: Window,
+        less: Tensor | None,
     ) -> Tensor:
-        """The layer's output from the attention over its parts, under one softmax; (rows, width, hidden)."""
+        """The layer's output from the attention over its parts, under one softmax; (rows, width, hidden).
+
+        `less` is taken off all scores of what was `found` in memory.
+        """
+        if less is not None:
+            found = [(output, log_sum.float() - less) for output, log_sum in found]
         if found and self.has_projections:
             memory, memory_sum = merge(*zip(*found, strict=True))
             output, local_sum = local[0], local[1].float()
@@ -279,10 +290,10 @@ class LongLlamaAttention(LlamaAttention):
             output, log_sum = merge(*zip(local, *found, strict=True))
             projected = self._projected(output)
         if window.cache.observer is not None:
-            window.cache.observer(self.layer_idx, to_memory, log_sum)
+            window.cache.observer(self.layer_idx, to_memory, log_sum if less is None else log_sum + less)
         return projected
 
-    def _one_softmax(self, near: list[_Near], to_memory: Tensor, window: Window) -> Tensor:
+    def _one_softmax(self, near: list[_Near], to_memory: Tensor, window: Window, less: Tensor | None) -> Tensor:
         """The same in plain steps, as fused kernels give no gradient through the log-sum-exp.
 
         Memory is a constant here: no gradient reaches what was read before.
@@ -292,16 +303,20 @@ class LongLlamaAttention(LlamaAttention):
                 leaving it.
             to_memory: queries to memory, (rows, heads, width, head_dim).
             window: the step, with the memory as it was when the step began.
+            less: what is taken off all scores but the local context's.
         """
         outputs, found = [], []
         spans = self._memory_spans(window) if window.chunk is None else self._spans_now(window)
         for row, past in enumerate(spans):
             parts = [(q[row], k[row], v[row], m) for q, k, v, m in near]
             parts += [(to_memory[row], span.keys().to(to_memory), span.values().to(to_memory), None) for span in past]
-            scores, values = [], []
+            scores: list[Tensor] = []
+            values = []
             for query, key, value, mask in parts:
                 key, value = (part.repeat_interleave(self.num_key_value_groups, 0) for part in (key, value))
                 score = (query @ key.transpose(1, 2)).float() * self.scaling
+                if scores and less is not None:
+                    score = score - less[row, :, :, None]
                 if mask is not None:
                     score = score.masked_fill(~mask[row if len(mask) > 1 else 0], float("-inf"))
                 scores.append(score)
@@ -313,19 +328,17 @@ class LongLlamaAttention(LlamaAttention):
         output, memory = torch.stack(outputs), torch.stack(found)
         return self._projected(output, memory) if self.has_projections else self._projected(output + memory)
 
-    def _sharpened(
+    def _by_size(
         self, query: Tensor, to_memory: Tensor, window: Window, leaving: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Queries, times what `mem_log_scale` says: each by the memory that it sees, with what is `leaving` for it."""
-        if not self.config.mem_log_scale:
-            return query, to_memory
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries, sharpened by the memory that each sees, with what is `leaving` for it, and what its scores lose."""
+        if not self.config.mem_log_scale and not self.config.mem_log_bias:
+            return query, to_memory, None
         spans = self._memory_spans(window) if window.chunk is None else self._spans_now(window)
-        counts = torch.tensor([sum(map(len, past)) for past in spans], dtype=torch.float32, device=query.device)
-        counts = counts[:, None, None, None]
-        if leaving is not None:
-            counts = counts + leaving.to(counts.device).sum(-1, keepdim=True)
-        factor = 1 + self.config.mem_log_scale * (counts / self.config.mem_log_start).clamp(min=1).log()
-        return query * factor.to(query.dtype), to_memory * factor.to(query.dtype)
+        seen = seen_tokens(spans, leaving, query.device)
+        if self.config.mem_log_scale:
+            query, to_memory = sharpened(self.config, (query, to_memory), seen)
+        return query, to_memory, taken_off(self.config, seen) if self.config.mem_log_bias else None
 
     def _sees_memory(self, window: Window) -> bool:
         return self.has_memory and any(self._memory_spans(window))

@@ -124,7 +124,8 @@ class LongLlamaCache(Cache):
 
     Attributes:
         observer: if set, is told by each memory layer of each step: its index, the queries to memory (rows, heads,
-            width, head_dim) and the log-sum-exp of all that they see, local and in memory, (rows, heads, width).
+            width, head_dim) and the log-sum-exp of all that they see, local and in memory, (rows, heads, width), plus
+            what is taken off scores of memory (`mem_log_bias`): a score less that is a share's logarithm.
     """
 
     def __init__(self, config: LongLlamaConfig, memory: MemoryBank | Sequence[MemoryBank] | None = None):

@@ -75,6 +75,10 @@ class LongLlamaConfig(LlamaConfig):
             once memory has more tokens than `mem_log_start`, so that the right key isn't drowned by the number of
             others (log-n scaling: Chiang & Cholak 2022, arXiv:2202.12172; not in LongLLaMA's paper). 0 for never.
         mem_log_start: tokens of memory up to which scores stay as they are.
+        mem_log_bias: from scores of memory `mem_log_bias` · ln(memory / `mem_log_bias_start`) is taken off once memory
+            has more tokens than `mem_log_bias_start`. With 1 all of memory weighs as much as that many of its tokens,
+            so that what stands near isn't drowned by what is far (not in LongLLaMA's paper). 0 for never.
+        mem_log_bias_start: tokens of memory up to which nothing is taken off.
         mem_device: where memory is kept; None for where its layer is.
 
     Raises:
@@ -97,6 +101,8 @@ class LongLlamaConfig(LlamaConfig):
     mem_only_top_k: bool = False
     mem_log_scale: float = 0.0
     mem_log_start: int = 8192
+    mem_log_bias: float = 0.0
+    mem_log_bias_start: int = 2048
     mem_device: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -197,11 +203,11 @@ def check_memory(config: LongLlamaConfig) -> None:
         raise LlamoryError("mem_only_top_k needs mem_search exact or faiss, as pages are read whole.")
     if config.mem_top_k is not None and config.mem_top_k < 1:
         raise LlamoryError(f"mem_top_k is {config.mem_top_k}, but it must be at least 1.")
-    if not 0 <= config.mem_log_scale < math.inf or config.mem_log_start < 1:
-        raise LlamoryError(
-            f"mem_log_scale must be a number from 0 on and mem_log_start at least 1, not {config.mem_log_scale} and "
-            f"{config.mem_log_start}."
-        )
+    for name in ("mem_log_scale", "mem_log_bias"):
+        start = name.removesuffix("_scale") + "_start"
+        value, first = getattr(config, name), getattr(config, start)
+        if not 0 <= value < math.inf or first < 1:
+            raise LlamoryError(f"{name} must be a number from 0 on and {start} at least 1, not {value} and {first}.")
     if config.gradient_checkpoint_every_ith < 1:
         raise LlamoryError(
             f"gradient_checkpoint_every_ith is {config.gradient_checkpoint_every_ith}, but it must be at least 1."

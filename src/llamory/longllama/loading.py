@@ -40,6 +40,8 @@ def load_long_model(
     mem_only_top_k: bool | None = None,
     mem_log_scale: float | None = None,
     mem_log_start: int | None = None,
+    mem_log_bias: float | None = None,
+    mem_log_bias_start: int | None = None,
     mem_dtype: str | None = None,
     dtype: Any = None,
     device: str | None = None,
@@ -60,6 +62,7 @@ def load_long_model(
         mem_top_k: pages or neighbours per query.
         mem_only_top_k: leave out of the softmax what isn't among the `mem_top_k` best tokens, as the paper does.
         mem_log_scale, mem_log_start: how much sharper attention gets as memory grows; see `LongLlamaConfig`.
+        mem_log_bias, mem_log_bias_start: how much of its growth is taken off memory's scores; see there.
         mem_dtype: how memory is kept.
         dtype: of the weights.
         device: where the model goes.
@@ -83,6 +86,8 @@ def load_long_model(
         "mem_only_top_k": mem_only_top_k,
         "mem_log_scale": mem_log_scale,
         "mem_log_start": mem_log_start,
+        "mem_log_bias": mem_log_bias,
+        "mem_log_bias_start": mem_log_bias_start,
         "mem_dtype": mem_dtype,
     }
     if not isinstance(config, LongLlamaConfig):

@@ -18,6 +18,7 @@ from llamory.longllama.attention import LongLlamaAttention, LongLlamaDecoderLaye
 from llamory.longllama.cache import LongLlamaCache
 from llamory.longllama.configuration import LongLlamaConfig, check_last_context, check_memory
 from llamory.longllama.crossbatch import Contexts, CrossBatch, Weights
+from llamory.longllama.memory_size import less_weights
 from llamory.longllama.projections import MemoryProjection
 from llamory.longllama.step import Window
 from llamory.longllama.windows import RealTokens, Step, cut_continuation, cut_prompt
@@ -244,6 +245,12 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         few = together.asked and len(together.asked) < batch and self.config.mem_layers
         last = max(self.config.mem_layers) if few else None
         together = replace(together, lengths=lengths, asked=together.asked if few else None, last_layer=last)
+        if self.config.mem_log_bias:
+            outside = together.outside or {}
+            most = next((states.shape[1] for states in outside.values()), width)
+            real = [[most if lengths is None else lengths[row] for row in seen] for seen in together.contexts]
+            weights = together.weights or [[1.0] * len(seen) for seen in real]
+            together = replace(together, weights=less_weights(self.config, weights, real))
         position_ids = torch.arange(width, device=hidden.device)[None]
         # Padding stands behind what is real, where causal attention doesn't look.
         mask = self._causal_mask(hidden, position_ids)

@@ -55,6 +55,7 @@ def train_fot(settings: FotSettings) -> dict[str, Any]:
         mem_layers=settings.mem_layers,
         row_length=settings.row_length,
         mem_projections=settings.trained == "memory_projections",
+        mem_log_bias=settings.mem_log_bias,
     )
     tokenizer = backbone.load_tokenizer(settings.model)
     chooser = _chooser(settings, plan, tokenizer, str(arguments.device))

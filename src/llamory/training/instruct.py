@@ -50,6 +50,7 @@ def train_instruct(settings: InstructSettings) -> dict[str, Any]:
         row_length=split.row_length,
         last_context_length=split.last_context_length,
         mem_projections=settings.trained == "memory_projections",
+        mem_log_bias=settings.mem_log_bias,
     )
     tokenizer = backbone.load_tokenizer(settings.model)
     with arguments.main_process_first(desc="data"):

@@ -16,6 +16,8 @@ from llamory.longllama.projections import PROJECTIONS
 from llamory.training.runs import with_lora
 from llamory.training.settings import AdaptSettings
 
+_LOG = ("mem_log_scale", "mem_log_start", "mem_log_bias", "mem_log_bias_start")
+
 
 def memory_changes(
     config: PretrainedConfig,
@@ -25,6 +27,7 @@ def memory_changes(
     row_length: int,
     last_context_length: int | None = None,
     mem_projections: bool = False,
+    mem_log_bias: float | None = None,
 ) -> dict[str, Any]:
     """What a model's configuration becomes: its memory layers, and rows as its context.
 
@@ -35,6 +38,7 @@ def memory_changes(
         row_length: tokens of a row.
         last_context_length: tokens of the last window; the model's own, within a row, if not given.
         mem_projections: whether memory is to have projections of its own; it keeps those that it has.
+        mem_log_bias: see `LongLlamaConfig`; the model's own if not given.
 
     Raises:
         LlamoryError: the model has no such layers, projections for the memory of others, or a shorter context.
@@ -49,6 +53,9 @@ def memory_changes(
     last = last_context_length or getattr(config, "last_context_length", None)
     changes: dict[str, Any] = {"mem_layers": layers, "max_position_embeddings": row_length}
     changes["mem_projections"] = mem_projections or getattr(config, "mem_projections", False)
+    # An adapter's settings, of which the model below it knows nothing.
+    changes |= {name: getattr(config, name) for name in _LOG if hasattr(config, name)}
+    changes |= {} if mem_log_bias is None else {"mem_log_bias": mem_log_bias}
     if last is not None:
         changes["last_context_length"] = min(last, row_length)
     LongLlamaConfig.from_dict(config.to_dict(), **changes)

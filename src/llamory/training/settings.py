@@ -231,6 +231,9 @@ class FotSettings(TaughtSettings):
     retriever: str | None = _setting(
         None, "Model that finds similar negatives: Sentence Transformers or LLARA, folder or hub id."
     )
+    mem_log_bias: float | None = _setting(
+        None, "How much of memory's growth is taken off its scores, 0 to 1; default: the model's own, or 0."
+    )
     trained: Literal["all", "memory_layers", "memory_projections"] = _setting("all", _TRAINED)
     eval_batches: int = _setting(8, "Batches of eval_data that are evaluated.")
 
@@ -283,6 +286,9 @@ class InstructSettings(TaughtSettings):
     kept_rows: int = _setting(0, "With apart: rows whose hidden states are kept in RAM from step to step.")
     mem_layers: list[int] = _setting(
         [], "Layers with memory; default: the model's own, for a plain LLaMA three spread as in the published models."
+    )
+    mem_log_bias: float | None = _setting(
+        None, "How much of memory's growth is taken off its scores, 0 to 1; default: the model's own, or 0."
     )
     trained: Literal["all", "memory_layers", "memory_projections"] = _setting("all", _TRAINED)
     eval_batches: int = _setting(8, "Batches of eval_data that are evaluated.")
