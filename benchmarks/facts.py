@@ -4,9 +4,10 @@
         [--mem-search pages] [--json FILE]
 
 Each document of real text gets one sentence with a number, a name, a date or a sentence in it. Asked for it are the
-reader with all documents mounted, each read by itself as a library reads them; the stock base model with the right
-document in its prompt; and the stock model with as many documents in its prompt as its context takes. An answer that
-holds the secret's words is right. All in bfloat16. What FILE has already isn't asked again.
+reader with all documents mounted, each read by itself as a library reads them; a library of all of them, which finds
+some by the packaged retriever and mounts those; the stock base model with the right document in its prompt; and the
+stock model with as many documents in its prompt as its context takes. An answer that holds the secret's words is right.
+All in bfloat16 (the library's reader in float32). What FILE has already isn't asked again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import random
 import re
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from transformers import DynamicCache, logging
 from llamory.backbone import document_ids, load_model, load_tokenizer
 from llamory.documents import find_files, read_file
 from llamory.evaluation.secrets import draw
+from llamory.library import Library
 from llamory.longllama.loading import load_long_model
 from llamory.reading.answering import Manner, Speaker
 
@@ -132,6 +135,19 @@ def in_prompt(name: str, documents: list[Case], questions: int, *, everything: b
     return answers
 
 
+def found_first(name: str, documents: list[Case], questions: int, top: int) -> list[str]:
+    """Answers about the first documents, with those in memory that the packaged retriever finds for each question."""
+    with tempfile.TemporaryDirectory() as folder:
+        texts = Path(folder) / "texts"
+        texts.mkdir()
+        for number, case in enumerate(documents):
+            (texts / f"{number}.txt").write_text(case.text, encoding="utf-8")
+        library = Library(Path(folder) / "library", "default", bf16=True, reader=name)
+        library.add(texts, progress=False)
+        manner = {"top": top, "citations": 0, "max_new_tokens": ANSWER_TOKENS}
+        return [library.ask(case.question, **manner).text for case in documents[:questions]]
+
+
 def main() -> None:
     """Ask, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,6 +157,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--questions", type=int, help="about so many of them; default: about each")
     parser.add_argument("--characters", type=int, default=4000, help="of a document")
+    parser.add_argument("--top", type=int, default=3, help="documents that are found for a question")
     parser.add_argument("--mem-search")
     parser.add_argument("--mem-top-k", type=int)
     parser.add_argument("--json", type=Path)
@@ -153,11 +170,12 @@ def main() -> None:
     settings = {key: value for key in ("mem_search", "mem_top_k") if (value := getattr(options, key)) is not None}
     ways = {
         "memory of all documents": lambda: with_memory(options.model, documents, number, settings),
+        "memory of those found, of all documents": lambda: found_first(options.model, documents, number, options.top),
         "the right document in the prompt": lambda: in_prompt(options.base, documents, number, everything=False),
         "all that fits in the prompt": lambda: in_prompt(options.base, documents, number, everything=True),
     }
     about: dict[str, Any] = {"model": options.model, "base": options.base, "documents": len(documents)}
-    about |= {"questions": number, "characters": options.characters, **settings}
+    about |= {"questions": number, "characters": options.characters, "top": options.top, **settings}
     answers = known(options.json, about)
     for way, make in ways.items():
         answers[way] = answers.get(way) or make()
