@@ -1,7 +1,7 @@
 """Facts that are stated once in many mounted documents: how many questions about them are answered right.
 
     python benchmarks/facts.py TEXTS [TEXTS ...] [--model reader] [--documents 100] [--questions 100]
-        [--mem-search pages] [--json FILE]
+        [--mem-search pages] [--only WAY ...] [--json FILE]
 
 Each document of real text gets one sentence with a number, a name, a date or a sentence in it. Asked for it are the
 reader with all documents mounted, each read by itself as a library reads them; a library of all of them, which finds
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=3, help="documents that are found for a question")
     parser.add_argument("--mem-search")
     parser.add_argument("--mem-top-k", type=int)
+    parser.add_argument("--only", nargs="+", default=[], help="of the ways, by their names; default: all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -177,7 +178,11 @@ def main() -> None:
     about: dict[str, Any] = {"model": options.model, "base": options.base, "documents": len(documents)}
     about |= {"questions": number, "characters": options.characters, "top": options.top, **settings}
     answers = known(options.json, about)
+    if unknown := set(options.only) - set(ways):
+        parser.error(f"there is no way {', '.join(sorted(unknown))}; choose of {', '.join(ways)}")
     for way, make in ways.items():
+        if options.only and way not in options.only:
+            continue
         answers[way] = answers.get(way) or make()
         sys.stdout.write(f"{way}: {shares(answers[way], asked)}\n")
         sys.stdout.flush()
