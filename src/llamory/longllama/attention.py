@@ -134,18 +134,15 @@ class LongLlamaAttention(LlamaAttention):
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         settings: dict[str, Any] = {"scaling": self.scaling, "lengths": together.lengths, "rows": rows}
         settings["weights"] = weights
-        if together.outside is not None:
-            kind = "mem_" if self.has_projections else ""
-            far_query = self._heads(getattr(self, f"{kind}q_proj")(looking)) if kind else query
-            far = far_query, *self._project(together.outside[self.layer_idx], kind, queries=False)[1:]
-            near, found = cross_batch_parts((query, key, value), far, cos, sin, contexts, **settings, outside=True)
-            return self._projected(near, found) if kind else self._projected(near + found)
-        if not self.has_projections:
-            output = cross_batch_attention(query, key, value, cos, sin, contexts, **settings)
-            return self._projected(output)
-        far = self._heads(self.mem_q_proj(looking)), *self._project(hidden_states, "mem_", queries=False)[1:]
+        kind, outside = "mem_" if self.has_projections else "", together.outside
+        if not kind and outside is None:
+            return self._projected(cross_batch_attention(query, key, value, cos, sin, contexts, **settings))
+        to_others = self._heads(self.mem_q_proj(looking)) if kind else query
+        seen = hidden_states if outside is None else outside[self.layer_idx]
+        far = to_others, *self._project(seen, kind, queries=False)[1:]
+        settings["outside"] = outside is not None
         near, found = cross_batch_parts((query, key, value), far, cos, sin, contexts, **settings)
-        return self._projected(near, found)
+        return self._projected(near, found) if kind else self._projected(near + found)
 
     # ---- a first window ------------------------------------------------------------------------------------------
 

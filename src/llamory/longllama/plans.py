@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ Weights = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
-class Run:
-    """Consecutive rows that see as many consecutive rows, one each.
+class _Looking:
+    """Consecutive rows that look at others.
 
     Attributes:
         rows: the rows that look.
@@ -29,7 +30,7 @@ class Run:
     """
 
     rows: slice
-    seen: slice
+    seen: Any
     length: int | None
     weight: float = 1.0
 
@@ -37,6 +38,13 @@ class Run:
     def shift(self) -> float:
         """What the weight adds to scores."""
         return math.log(self.weight)
+
+
+@dataclass(frozen=True)
+class Run(_Looking):
+    """Consecutive rows that see as many consecutive rows, one each: `seen` is a slice."""
+
+    seen: slice
 
     def part(self, query: Tensor, key: Tensor, value: Tensor) -> Part:
         """The queries, keys and values of it, out of all."""
@@ -56,25 +64,10 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Look:
-    """Consecutive rows that all see the same rows, as one long row that sees one long row.
+class Look(_Looking):
+    """Consecutive rows that all see the same rows, as one long row that sees one long row: `seen` are numbers."""
 
-    Attributes:
-        rows: the rows that look.
-        seen: the rows that are looked at.
-        length: how many of their tokens are real; None for all.
-        weight: how many of their kind they count as.
-    """
-
-    rows: slice
     seen: tuple[int, ...]
-    length: int | None
-    weight: float = 1.0
-
-    @property
-    def shift(self) -> float:
-        """What the weight adds to scores."""
-        return math.log(self.weight)
 
     def part(self, query: Tensor, key: Tensor, value: Tensor) -> Part:
         """The queries, keys and values of it, out of all."""
