@@ -33,7 +33,9 @@ class Rememberer:
             mem_top_k=None,
             mem_only_top_k=bool(told.get("mem_only_top_k")),
             mem_log_scale=told.get("mem_log_scale") or 0.0,
+            mem_log_start=8192,
             mem_log_bias=told.get("mem_log_bias") or 0.0,
+            mem_log_bias_start=2048,
         )
 
     def memory_fingerprint(self) -> str:

@@ -164,7 +164,14 @@ def memory_facts(model: Any) -> dict[str, Any]:
         "mem_search": config.mem_search,
         "mem_top_k": config.mem_top_k,
         **({"mem_only_top_k": True} if config.mem_only_top_k else {}),
-        **{name: getattr(config, name) for name in ("mem_log_scale", "mem_log_bias") if getattr(config, name)},
+        **(
+            {name: getattr(config, name) for name in ("mem_log_scale", "mem_log_start")} if config.mem_log_scale else {}
+        ),
+        **(
+            {name: getattr(config, name) for name in ("mem_log_bias", "mem_log_bias_start")}
+            if config.mem_log_bias
+            else {}
+        ),
     }
 
 

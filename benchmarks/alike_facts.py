@@ -1,0 +1,80 @@
+"""Facts that are alike: the loss of answers about documents that hold many, and the share that is right to the end.
+
+    python recipes/mounted_facts.py MOUNTED.jsonl --texts DOCUMENTS --documents 12
+    python benchmarks/alike_facts.py MOUNTED.jsonl [--model reader] [--rows 40] [--copies 1 30]
+
+Every question is asked by itself, with its document in memory, row by row as it was read apart: alone, and beside rows
+of the other documents, each of which counts as so many of its kind in the softmax.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import logging
+
+from llamory.backbone import load_tokenizer
+from llamory.longllama.instruct import InstructFormat, Lengths, load_instructions
+from llamory.longllama.instruct_rows import MemorySplit
+from llamory.longllama.layer_states import LayerStates
+from llamory.longllama.loading import load_long_model
+from llamory.longllama.losses import IGNORED
+from llamory.longllama.mounted_rows import Documents, collate_mounted, mount
+
+LONGEST, ALL = 16_384, 1 << 40  # tokens
+
+
+@torch.no_grad()
+def measure(model: Any, batch: dict[str, Any], states: LayerStates) -> tuple[float, float]:
+    """Mean loss of the answers' tokens, and the share of answers whose tokens are all the likeliest."""
+    read = states.of(model.model, batch["context_ids"], batch["context_lengths"])
+    hidden = model.model(
+        batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        contexts=batch["contexts"],
+        context_weights=batch.get("context_weights"),
+        context_states=read,
+        context_lengths=batch["context_lengths"],
+    ).last_hidden_state
+    losses, right = [], []
+    for row, targets in zip(hidden, batch["shift_labels"], strict=True):
+        asked = targets != IGNORED
+        logits = model.lm_head(row[asked]).float()
+        losses.append(cross_entropy(logits, targets[asked], reduction="none"))
+        right.append(bool((logits.argmax(-1) == targets[asked]).all()))
+    return float(torch.cat(losses).mean()), sum(right) / len(right)
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--model", default="reader")
+    parser.add_argument("--rows", type=int, default=40, help="of other documents")
+    parser.add_argument("--copies", type=float, nargs="+", default=[1, 30], help="what each of these counts as")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    tokenizer = load_tokenizer(options.model)
+    model = load_long_model(options.model, dtype=torch.bfloat16)
+    window = model.config.max_position_embeddings
+    form, lengths = InstructFormat(post_question_text=""), Lengths(LONGEST, LONGEST, LONGEST)
+    examples = Documents(load_instructions(options.data, tokenizer, form, lengths))
+    split = MemorySplit(window, window, LONGEST, "memory")
+    documents = [mount(examples[number], split, random.Random(0)) for number in range(len(examples))]
+    states = LayerStates(sum(len(each.rows) for each in documents))
+    for rows, copies in [(0, 1.0), *((options.rows, copies) for copies in options.copies)]:
+        settings: dict[str, Any] = {"most_asked": ALL, "negatives": rows, "copies": (copies, copies)}
+        batch = collate_mounted(documents, tokenizer.pad_token_id, **settings, chance=random.Random(0))
+        loss, share = measure(model, batch, states)
+        sys.stdout.write(f"{rows} other rows, counting {copies:g} times: loss {loss:.2f}, right {share:.0%}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
