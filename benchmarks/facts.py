@@ -4,9 +4,10 @@
         [--mem-search pages] [--only WAY ...] [--json FILE]
 
 Each document of real text gets one sentence with a number, a name, a date or a sentence in it. Asked for it are the
-reader with all documents mounted, each read by itself as a library reads them; a library of all of them, which finds
-some by the packaged retriever and mounts those; the stock base model with the right document in its prompt; and the
-stock model with as many documents in its prompt as its context takes. An answer that holds the secret's words is right.
+reader with all documents mounted, each read by itself as a library reads them, which answers from those that make the
+question likeliest (`focus`, as `llamory ask` does), or from all at once; a library of all of them, which finds some by
+the packaged retriever and mounts those; the stock base model with the right document in its prompt; and the stock model
+with as many documents in its prompt as its context takes. An answer that holds the secret's words is right.
 All in bfloat16 (the library's reader in float32). What FILE has already isn't asked again.
 """
 
@@ -32,6 +33,7 @@ from llamory.evaluation.secrets import draw
 from llamory.library import Library
 from llamory.longllama.loading import load_long_model
 from llamory.reading.answering import Manner, Speaker
+from llamory.reading.choosing import DEFAULT_FOCUS, only
 
 HOUSES = [
     f"{name} {kind}"
@@ -89,18 +91,20 @@ def cases(texts: list[Path], number: int, size: int) -> list[Case]:
     raise SystemExit(f"{', '.join(map(str, texts))} have only {len(made)} documents of {size // 2} characters.")
 
 
-def with_memory(name: str, documents: list[Case], questions: int, settings: dict[str, Any]) -> list[str]:
-    """Answers about the first documents, with all in memory."""
+def with_memory(
+    name: str, documents: list[Case], asked: list[Case], focus: float, settings: dict[str, Any]
+) -> list[str]:
+    """Answers to what is asked, with all documents in memory."""
     model, tokenizer = load_long_model(name, dtype=torch.bfloat16, **settings), load_tokenizer(name)
     memory = model.new_memory()
     for number, case in enumerate(documents):
         model.read(document_ids(case.text, tokenizer), memory, segment=str(number))  # sees no other segment
     sys.stdout.write(f"{memory.length():,} tokens in memory\n")
-    speaker, manner = Speaker(model, tokenizer, name), Manner(max_new_tokens=ANSWER_TOKENS)
-    return [
-        speaker.answer(speaker.first_prompt(case.question), model.memory_cache(memory), manner).text
-        for case in documents[:questions]
-    ]
+    speaker, manner, answers = Speaker(model, tokenizer, name), Manner(max_new_tokens=ANSWER_TOKENS), []
+    for case in asked:
+        chosen = only(memory, speaker.choose(case.question, memory, memory.segments, focus))
+        answers.append(speaker.answer(speaker.first_prompt(case.question), model.memory_cache(chosen), manner).text)
+    return answers
 
 
 def in_prompt(name: str, documents: list[Case], questions: int, *, everything: bool) -> list[str]:
@@ -157,7 +161,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=100)
     parser.add_argument("--questions", type=int, help="about so many of them; default: about each")
     parser.add_argument("--characters", type=int, default=4000, help="of a document")
-    parser.add_argument("--top", type=int, default=3, help="documents that are found for a question")
+    parser.add_argument("--top", type=int, default=20, help="documents that are found for a question")
     parser.add_argument("--mem-search")
     parser.add_argument("--mem-top-k", type=int)
     parser.add_argument("--only", nargs="+", default=[], help="of the ways, by their names; default: all")
@@ -170,7 +174,8 @@ def main() -> None:
     asked = documents[:number]
     settings = {key: value for key in ("mem_search", "mem_top_k") if (value := getattr(options, key)) is not None}
     ways = {
-        "memory of all documents": lambda: with_memory(options.model, documents, number, settings),
+        "memory of all documents": lambda: with_memory(options.model, documents, asked, DEFAULT_FOCUS, settings),
+        "memory of all documents, all at once": lambda: with_memory(options.model, documents, asked, 0, settings),
         "memory of those found, of all documents": lambda: found_first(options.model, documents, number, options.top),
         "the right document in the prompt": lambda: in_prompt(options.base, documents, number, everything=False),
         "all that fits in the prompt": lambda: in_prompt(options.base, documents, number, everything=True),

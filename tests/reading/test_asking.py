@@ -68,7 +68,7 @@ def test_the_answer_comes_while_it_is_made(books, monkeypatch) -> None:
     monkeypatch.setattr(type(opened.model), "forward", counted)
     # A random model has no words in its answers; with another tokenizer each token is one.
     monkeypatch.setattr(opened.tokenizer, "decode", lambda ids, **_: "".join(f"{int(i)} " for i in ids))
-    answer = opened.ask(QUESTION, max_new_tokens=8, on_text=log.append)
+    answer = opened.ask(QUESTION, max_new_tokens=8, on_text=log.append, focus=0)
     texts = [entry for entry in log if entry is not None]
     assert "".join(texts).strip() == answer.answer
     assert len(texts) == answer.answer_tokens

@@ -32,6 +32,7 @@ def ask(
     mem_top_k: TopK = None,
     max_new_tokens: options.MaxNewTokens = 256,
     max_question_tokens: options.MaxQuestionTokens = None,
+    focus: options.Focus = None,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = None,
     last_context_length: options.LastContext = None,

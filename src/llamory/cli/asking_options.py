@@ -83,6 +83,16 @@ MaxQuestionTokens = Annotated[
     typer.Option("--max-question-tokens", min=1, help="Refuse a question of more tokens.", show_default=False),
 ]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="Sample the answer; 0 takes the likeliest.")]
+Focus = Annotated[
+    float | None,
+    typer.Option(
+        "--focus",
+        min=0.0,
+        help="Leave out documents in memory that make the question so many times less likely than the best one does, "
+        "100 if nothing is said; 0 answers from all.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed for sampling.", show_default=False)]
 LastContext = Annotated[
     int | None,
@@ -134,7 +144,7 @@ class Asked:
             some("mem_search", "mem_top_k", "last_context_length", "bf16", "device"),
             reading_settings(given),
             some("top", "source", "mode", "citations"),
-            some("max_new_tokens", "max_question_tokens", "temperature", "seed") | {"on_text": on_text},
+            some("max_new_tokens", "max_question_tokens", "temperature", "seed", "focus") | {"on_text": on_text},
         )
         if bool(asked.library) == bool(asked.memory):
             raise LlamoryError("Give either --library DIR or --memory FILE, to say what is asked.")

@@ -315,13 +315,14 @@ class LibraryChat:
         self._log.clear()
         answer = self._chat.say(question, **manner)
         own = reader.speaker.own_words(question, first=len(self._chat.turns) == 1)
+        used = [document for document in self._mounted if document.source in answer.documents]
         cited = CitedAnswer(
             **vars(answer)
             | {
                 "seconds_to_first_token": ready - started + answer.seconds_to_first_token,
                 "seconds": ready - started + answer.seconds,
             },
-            citations=self._desk.cite(self._log, self._mounted, self._chat.memory, own, answer, self._citations),
+            citations=self._desk.cite(self._log, used, self._chat.memory, own, answer, self._citations),
             tokens_read=tokens_read,
             seconds_to_find=found - started,
             seconds_to_mount=ready - found,

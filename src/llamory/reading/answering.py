@@ -16,6 +16,7 @@ from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.cache import LongLlamaCache
 from llamory.reading import room
+from llamory.reading.choosing import DEFAULT_FOCUS, choose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,8 +41,8 @@ class Answer:
     Attributes:
         question: as it was asked.
         answer: without blank space around it.
-        documents: names of the documents in memory.
-        memory_tokens: tokens in memory.
+        documents: names of the documents that it is from.
+        memory_tokens: their tokens in memory.
         question_tokens: tokens of the question with the prompt around it.
         answer_tokens: tokens of the answer.
         seconds_to_first_token: from the question to the answer's first token.
@@ -58,8 +59,17 @@ class Answer:
     seconds: float
 
     @classmethod
-    def of(cls, question: str, prompt: Sequence[int], said: Said, memory: MemoryBank, documents: Sequence[str]) -> Self:
-        """From what a model said to a prompt's tokens, with these documents in memory."""
+    def of(
+        cls,
+        question: str,
+        prompt: Sequence[int],
+        said: Said,
+        memory: MemoryBank,
+        documents: Sequence[str],
+        *,
+        waited: float = 0.0,
+    ) -> Self:
+        """From what a model said, with these documents in memory, `waited` seconds after it was asked."""
         return cls(
             question=question,
             answer=said.text,
@@ -67,8 +77,8 @@ class Answer:
             memory_tokens=memory.length(),
             question_tokens=len(prompt),
             answer_tokens=len(said.tokens),
-            seconds_to_first_token=said.seconds_to_first_token,
-            seconds=said.seconds,
+            seconds_to_first_token=waited + said.seconds_to_first_token,
+            seconds=waited + said.seconds,
         )
 
     @property
@@ -87,6 +97,8 @@ class Manner:
         seed: for sampling.
         max_question_tokens: the most tokens that the question may have, with the template.
         on_text: called with each piece of the answer as it comes.
+        focus: documents in memory that make the question so many times less likely than the best one does are left out
+            (see `llamory.reading.choosing`); 0 answers from all.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -94,10 +106,13 @@ class Manner:
     seed: int | None = None
     max_question_tokens: int | None = None
     on_text: Callable[[str], None] | None = None
+    focus: float = DEFAULT_FOCUS
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0:
             raise LlamoryError("An answer needs max_new_tokens of at least 1 and a temperature of at least 0.")
+        if self.focus and not self.focus >= 1:
+            raise LlamoryError(f"A focus is a factor of at least 1, or 0 for none, not {self.focus:g}.")
 
 
 @dataclass(frozen=True)
@@ -160,6 +175,12 @@ class Speaker:
         other_question = next(each for each in _NO_QUESTIONS if not question.startswith(each))
         pairs = zip(prompt(question), prompt(other_question), strict=False)
         return next((count for count, (one, other) in enumerate(pairs) if one != other), 0)
+
+    def choose(self, question: str, memory: MemoryBank, documents: Sequence[str], focus: float) -> list[str]:
+        """The documents in memory that a question is about; see `llamory.reading.choosing.choose`."""
+        ids = [*begins_with(self.tokenizer), *self._tokens(question)]
+        with room.told_if_memory_is_short(ADVICE):
+            return choose(self.model, ids, memory, documents, focus)
 
     def answer(self, ids: list[int], cache: LongLlamaCache, manner: Manner) -> Said:
         """What the model says after these tokens.

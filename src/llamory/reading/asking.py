@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from llamory.reading import room
 from llamory.reading.answering import ADVICE, MAX_NEW_TOKENS, Answer, Manner, Speaker
 from llamory.reading.books import Book, PathLike, check_maker, load_model_for, noted_name
 from llamory.reading.chatting import Chat
+from llamory.reading.choosing import DEFAULT_FOCUS, only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,6 +101,7 @@ class OpenMemory:
         seed: int | None = None,
         max_question_tokens: int | None = None,
         on_text: Callable[[str], None] | None = None,
+        focus: float = DEFAULT_FOCUS,
     ) -> Answer:
         """Ask a question; the memory stays as it is.
 
@@ -109,16 +112,23 @@ class OpenMemory:
             seed: for sampling.
             max_question_tokens: the most tokens that the question may have, with the template.
             on_text: called with each piece of the answer as it comes.
+            focus: documents that make the question so many times less likely than the best one does are left out (see
+                `llamory.reading.choosing`); 0 answers from all.
 
         Raises:
-            LlamoryError: the question is blank or longer than `max_question_tokens`, or memory is short.
+            LlamoryError: the question is blank or longer than `max_question_tokens`, a setting isn't possible, or
+                memory is short.
         """
-        manner = Manner(max_new_tokens, temperature, seed, max_question_tokens, on_text)
+        manner = Manner(max_new_tokens, temperature, seed, max_question_tokens, on_text, focus)
         prompt = self.speaker.first_prompt(question, max_question_tokens)
+        started = time.perf_counter()
+        chosen = self.speaker.choose(question, self.memory, self.documents, focus)
+        memory = self.memory if len(chosen) == len(self.documents) else only(self.memory, chosen)
         with room.told_if_memory_is_short(ADVICE):
-            cache = self.model.memory_cache(self.memory)
+            cache = self.model.memory_cache(memory)
+        waited = time.perf_counter() - started
         said = self.speaker.answer(prompt, cache, manner)
-        return Answer.of(question, prompt, said, self.memory, self.documents)
+        return Answer.of(question, prompt, said, memory, chosen, waited=waited)
 
     def chat(self) -> Chat:
         """A conversation with this memory, which itself stays as it is: what is said is added to the chat's own."""
@@ -163,12 +173,7 @@ def _only(bank: MemoryBank, documents: Sequence[str]) -> MemoryBank:
             what = f"There is no document {document} in memory" if not found else f"{document} may be several documents"
             raise LlamoryError(f"{what}; give one of these names: {shown}.")
         wanted[found[0]] = None
-    chosen = bank.fork()
-    for name in bank.segments:
-        if name not in wanted:
-            chosen.drop(name)
-    chosen.reorder(list(wanted))
-    return chosen
+    return only(bank, list(wanted))
 
 
 def _each_once(memory: PathLike | Sequence[PathLike]) -> list[PathLike]:

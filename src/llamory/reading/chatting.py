@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ class Chat:
 
     Attributes:
         turns: the answers so far.
+        memory: what the last answer was from: documents, and what was said.
     """
 
     def __init__(
@@ -39,21 +41,21 @@ class Chat:
         self._segment = _unique(CONVERSATION, memory.segments)
         self._ids: list[int] = []
         speaker.model.memory_cache(memory)  # says what is wrong if the memory is another model's
-        self.memory = memory.fork()
+        self.memory, self._known = memory.fork(), memory.fork()
+        self._new = list(self._known.segments)  # since the last answer
         self._observer = observer
         self._open_conversation()
         self.turns: list[Answer] = []
 
     @property
     def documents(self) -> tuple[str, ...]:
-        """Names of the documents in memory."""
-        return tuple(name for name in self.memory.segments if name != self._segment)
+        """Names of the documents that questions may be about."""
+        return self._known.segments
 
     def mount(self, memory: MemoryBank, documents: Sequence[str]) -> None:
         """Take more documents into the chat's memory, from now on."""
-        self.memory.mount(memory, documents)
-        # What slides out of the local context goes to the last segment.
-        self.memory.reorder([*self.documents, self._segment])
+        self._known.mount(memory, documents)
+        self._new += documents
 
     def say(self, question: str, **manner: Any) -> Answer:
         """Ask the next question.
@@ -67,6 +69,10 @@ class Chat:
         """
         how = Manner(**manner)
         prompt, ids = self._prompt(question, how)
+        started = time.perf_counter()
+        chosen = self._choose(question, how.focus)
+        self._turn_to(chosen)
+        waited = time.perf_counter() - started
         try:
             with room.told_if_memory_is_short(ADVICE):
                 said = self._speaker.answer(ids, self._cache, how)
@@ -76,8 +82,9 @@ class Chat:
             self._open_conversation()
             raise
         self._ids = [*ids, *said.tokens]
-        answer = Answer.of(question, prompt, said, self.memory, self.documents)
+        answer = Answer.of(question, prompt, said, self.memory, chosen, waited=waited)
         self.turns.append(answer)
+        self._new = []
         return answer
 
     def save(self, path: PathLike) -> None:
@@ -86,8 +93,7 @@ class Chat:
         Args:
             path: the file; it is written beside and renamed, so it may be one that is mounted.
         """
-        kept = self.memory.fork()
-        kept.drop(self._segment)
+        kept = self._known.fork()
         if self._ids:
             self._speaker.model.read(torch.tensor(self._ids), kept, segment=self._segment)
             facts = {"title": CONVERSATION, "source": self._segment, "tokens": len(self._ids)}
@@ -105,6 +111,27 @@ class Chat:
         # last token, so it can be taken back.
         said = self._ids[:-1] if self._ids[-1] in self._speaker.ends() else self._ids
         return prompt, [*said, *prompt]
+
+    def _choose(self, question: str, focus: float) -> list[str]:
+        """The documents that a question is about."""
+        chosen = self._speaker.choose(question, self._known, self.documents, focus)
+        last = self.turns[-1].documents if self.turns else []
+        if focus and any(name in last for name in chosen):
+            # "And when?" is likely everywhere: the conversation doesn't go back to what the last answer left out.
+            chosen = [name for name in chosen if name in last or name in self._new]
+        return chosen
+
+    def _turn_to(self, documents: Sequence[str]) -> None:
+        """Have these documents in memory, and what was said."""
+        there = [name for name in self.memory.segments if name != self._segment]
+        if there == list(documents):
+            return
+        for name in there:
+            if name not in documents:
+                self.memory.drop(name)
+        self.memory.mount(self._known, [name for name in documents if name not in there])
+        # What slides out of the local context goes to the last segment.
+        self.memory.reorder([*documents, self._segment])
 
     def _open_conversation(self) -> None:
         """Nothing is read yet: an empty segment at the end, so that no document grows by what is said."""

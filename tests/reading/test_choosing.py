@@ -1,0 +1,131 @@
+"""Questions are answered from the documents that make them likeliest, and from all where that says nothing."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from llamory.errors import LlamoryError
+from llamory.library import Library
+from llamory.reading import choosing
+from llamory.reading.asking import OpenMemory
+from llamory.reading.choosing import choose, question_likelihoods
+from llamory.reading.reading import read_documents_into
+from plain_longllama import logits, mounted_sight
+from tiny_models import make_long_llama
+
+LAYERS, CONTEXT = [0, 1], 16
+HOUSES = ("Abbotsford House", "Marlow Lodge", "Quarry Hall")
+YEARS = ("1532", "1788", "1915")
+FILLER = "The committee met in the afternoon and spoke about the weather and the garden. "
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A random model, and a memory of three documents of it."""
+    model = make_long_llama(mem_layers=LAYERS, max_position_embeddings=CONTEXT, mem_dtype="float32").eval()
+    memory, documents = model.new_memory(), {}
+    for number, length in enumerate((5, 40, 17)):
+        documents[str(number)] = torch.randint(
+            0, model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(number)
+        )
+        model.read(documents[str(number)], memory, segment=str(number))
+    return model, memory, documents
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 16])
+def test_likelihoods_are_those_of_a_dense_model_with_one_document(tiny, monkeypatch, at_once) -> None:
+    model, memory, documents = tiny
+    monkeypatch.setattr(choosing, "_AT_ONCE", at_once)
+    question = torch.tensor([3, 30, 9, 12, 7])
+    found = question_likelihoods(model, question.tolist(), memory, ["2", "0", "1"])
+    for value, name in zip(found, ("2", "0", "1"), strict=True):
+        ids = torch.cat([documents[name], question])
+        plain = logits(model, ids, mounted_sight([len(documents[name])], len(question), CONTEXT), LAYERS)
+        each = plain[-len(question) : -1].double().log_softmax(-1)[range(len(question) - 1), question[1:]]
+        assert float(value) == pytest.approx(float(each.sum()), abs=1e-4)
+
+
+def test_what_makes_a_question_too_unlikely_is_left_out(tiny, monkeypatch) -> None:
+    model, memory, _ = tiny
+    given = torch.tensor([-30.0, -30 - math.log(99), -30 - math.log(101)])
+    monkeypatch.setattr(choosing, "question_likelihoods", lambda *_: given)
+
+    def chosen(focus: float) -> list[str]:
+        return choose(model, [1, 2, 3], memory, ["0", "1", "2"], focus)
+
+    assert chosen(100) == ["0", "1"]
+    assert chosen(102) == chosen(0) == ["0", "1", "2"]
+    assert chosen(1) == ["0"]
+
+
+def test_one_document_or_one_token_is_nothing_to_choose_by(tiny, monkeypatch) -> None:
+    model, memory, _ = tiny
+    monkeypatch.setattr(choosing, "question_likelihoods", lambda *_: pytest.fail("there is nothing to choose"))
+    assert choose(model, [1, 2, 3], memory, ["1"], 100) == ["1"]
+    assert choose(model, [1], memory, ["0", "1"], 100) == ["0", "1"]
+
+
+def test_choosing_leaves_the_memory_as_it_is(tiny) -> None:
+    model, memory, _ = tiny
+    lengths = [memory.length(segment=name) for name in memory.segments]
+    choose(model, list(range(1, 40)), memory, memory.segments, 100)  # longer than the context
+    assert [memory.length(segment=name) for name in memory.segments] == lengths
+
+
+# ---- with the packaged reader ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("houses")
+    for house, year in zip(HOUSES, YEARS, strict=True):
+        (folder / f"{house}.txt").write_text(f"{FILLER * 3}The roof of {house} was repaired in {year}. {FILLER * 3}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(texts, tmp_path_factory) -> OpenMemory:
+    book = tmp_path_factory.mktemp("book") / "book"
+    read_documents_into(book, [texts], model="reader", progress=False)
+    return OpenMemory(book)
+
+
+def test_facts_of_one_kind_are_told_apart(opened) -> None:
+    for house, year in zip(HOUSES, YEARS, strict=True):
+        answer = opened.ask(f"When was the roof of {house} repaired?", max_new_tokens=16)
+        assert [Path(name).stem for name in answer.documents] == [house]
+        assert year in answer.text
+        assert answer.memory_tokens == opened.memory.length(segment=answer.documents[0])
+        assert answer.seconds >= answer.seconds_to_first_token > 0
+    everything = opened.ask("When was the roof of Quarry Hall repaired?", max_new_tokens=1, focus=0)
+    assert len(everything.documents) == 3
+    assert everything.memory_tokens == opened.memory.length()
+
+
+def test_a_chat_turns_from_one_document_to_another(opened, tmp_path) -> None:
+    chat = opened.chat()
+    for house, year in zip(HOUSES, YEARS, strict=True):
+        answer = chat.say(f"When was the roof of {house} repaired?", max_new_tokens=16)
+        assert [Path(name).stem for name in answer.documents] == [house]
+        assert year in answer.text
+    assert [Path(name).stem for name in chat.say("And when?", max_new_tokens=2).documents] == [HOUSES[-1]]
+    assert chat.documents == opened.documents
+    chat.save(tmp_path / "saved")
+    assert OpenMemory(tmp_path / "saved").documents == (*opened.documents, "conversation")
+
+
+def test_a_library_cites_what_it_answers_from(texts, tmp_path) -> None:
+    library = Library(tmp_path / "lib", "default", reader="reader")
+    library.add(texts, progress=False)
+    answer = library.ask("When was the roof of Marlow Lodge repaired?", max_new_tokens=16)
+    assert [Path(name).stem for name in answer.documents] == ["Marlow Lodge"]
+    assert "1788" in answer.text
+    assert {Path(citation.source).stem for citation in answer.citations} == {"Marlow Lodge"}
+
+
+@pytest.mark.parametrize("focus", [0.5, -1.0, float("nan")])
+def test_a_focus_below_one_is_refused(opened, focus) -> None:
+    with pytest.raises(LlamoryError, match="A focus is a factor of at least 1, or 0 for none"):
+        opened.ask("when", focus=focus)
