@@ -161,7 +161,7 @@ def _desk(reader: Any, library: Any, settings: dict[str, Any]) -> Any:
 
 
 def _ask(desk: Any) -> Any:
-    return desk.ask(QUESTION, documents=["*"], max_new_tokens=1, citations=0)
+    return desk.ask(QUESTION, documents=["*"], max_new_tokens=1, citations=0, focus=0)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------

@@ -106,15 +106,18 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         desk = Desk(Texts(folder), ReaderSettings(reader=options.model), progress=False)
+        everything = desk.mount(list(DOCUMENTS)).memory
         print(f"{'question':52}{'drawn':>6}{'plain':>6}  answer")
         for question, document, part in QUESTIONS:
             chat = LibraryChat(desk, documents=["*"], citations=9)
             chat._log = FirstTokens()
-            answer = chat.say(question, max_new_tokens=options.max_new_tokens)
+            answer = chat.say(question, max_new_tokens=options.max_new_tokens, focus=0)
             right = f"{document}:{part}"
+            likeliest = desk.reader.speaker.choose(question, everything, everything.segments, focus=1)
             drawn = [each.place for each in answer.citations]
             plain = [each.place for each in sorted(answer.citations, key=lambda each: -each.attention)]
             row = {"question": question, "drawn": _place(right, drawn), "plain": _place(right, plain)}
+            row |= {"document": likeliest == [document]}
             rows.append(row | {"answer": answer.text, "first_tokens": FirstTokens.shares[-1]})
             print(f"{question:52}{row['drawn']:>6}{row['plain']:>6}  {answer.text[:60]!r}", flush=True)
     totals = {
@@ -124,6 +127,8 @@ def main() -> None:
     totals["first_tokens"] = sum(row["first_tokens"] for row in rows) / len(rows)
     for way in ("drawn", "plain"):
         print(f"{way}: {totals[way]['first']} of {len(rows)} in the first place, mean {totals[way]['mean_place']:.2f}")
+    totals["documents"] = sum(row["document"] for row in rows)
+    print(f"{totals['documents']} of {len(rows)} questions are likeliest with the right document in memory")
     print(f"the three first tokens get {totals['first_tokens']:.0%} of the answers' attention to memory")
     if options.json:
         machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

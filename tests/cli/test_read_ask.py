@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from llamory.cli.memory_options import parse_layers, show_layers, show_size
 from llamory.errors import LlamoryError
@@ -111,6 +112,14 @@ def _model_of(book: Path) -> str:
     return str(bank.describe(bank.segments[0])["model"])
 
 
+def test_ask_focuses_as_it_is_told(read, llamory, texts, book, monkeypatch) -> None:
+    read(texts)
+    monkeypatch.setattr("llamory.reading.choosing.question_likelihoods", lambda *_: torch.tensor([-9.0, -3.0]))
+    for focus, documents in (([], 1), (["--focus", "500"], 2), (["--focus", "0"], 2), (["--focus", "400"], 1)):
+        ran = llamory("ask", "which river", "--memory", book, "--max-new-tokens", "2", "--json", *focus)
+        assert len(json.loads(ran.out)["documents"]) == documents
+
+
 def test_streaming_reaches_the_reader_before_the_end(read, texts, book, monkeypatch, llamory) -> None:
     """Each piece is flushed, so that a pipe has it at once."""
     read(texts)
@@ -158,6 +167,7 @@ def test_wrong_input_is_one_sentence_and_code_2(read, llamory, texts, book, make
     refused(llamory(*ask, "--max-question-tokens", "2"), "limit of 2")
     refused(llamory(*ask, "--documents", "none.txt"), "none.txt", "texts/rivers.txt")
     refused(llamory("ask", "", "--memory", book), "blank")
+    refused(llamory(*ask, "--focus", "0.5"), "factor of at least 1, or 0", "0.5")
     assert book.read_bytes() == before
     assert sorted(path.name for path in book.parent.iterdir()) == ["book", "texts"]
     book.write_bytes(before[:-20])
