@@ -117,7 +117,7 @@ def main() -> None:
             drawn = [each.place for each in answer.citations]
             plain = [each.place for each in sorted(answer.citations, key=lambda each: -each.attention)]
             row = {"question": question, "drawn": _place(right, drawn), "plain": _place(right, plain)}
-            row |= {"document": likeliest == [document]}
+            row |= {"document": [piece.segment for piece in likeliest] == [document]}
             rows.append(row | {"answer": answer.text, "first_tokens": FirstTokens.shares[-1]})
             print(f"{question:52}{row['drawn']:>6}{row['plain']:>6}  {answer.text[:60]!r}", flush=True)
     totals = {

@@ -33,7 +33,7 @@ from llamory.evaluation.secrets import draw
 from llamory.library import Library
 from llamory.longllama.loading import load_long_model
 from llamory.reading.answering import Manner, Speaker
-from llamory.reading.choosing import DEFAULT_FOCUS, only
+from llamory.reading.choosing import DEFAULT_FOCUS
 
 HOUSES = [
     f"{name} {kind}"
@@ -102,7 +102,7 @@ def with_memory(
     sys.stdout.write(f"{memory.length():,} tokens in memory\n")
     speaker, manner, answers = Speaker(model, tokenizer, name), Manner(max_new_tokens=ANSWER_TOKENS), []
     for case in asked:
-        chosen = only(memory, speaker.choose(case.question, memory, memory.segments, focus))
+        chosen = memory.excerpt(speaker.choose(case.question, memory, memory.segments, focus))
         answers.append(speaker.answer(speaker.first_prompt(case.question), model.memory_cache(chosen), manner).text)
     return answers
 

@@ -131,6 +131,20 @@ class BankMachine(RuleBasedStateMachine):
         twin = {"fork": made.fork, "deepcopy": lambda: copy.deepcopy(made), "to": lambda: made.to("cpu")}[way]()
         self.pairs.append((twin, {name: dict(each) for name, each in plain.items()}))
 
+    @precondition(lambda self: len(self.pairs) < 4)
+    @rule(data=st.data())
+    def excerpt(self, data):
+        made, plain = self.pairs[self.pick(data)]
+        pieces, parts = [], {}
+        for name in data.draw(st.lists(st.sampled_from(list(plain)), max_size=4) if plain else st.just([])):
+            start = data.draw(st.integers(0, 40))
+            pieces.append((name, start, data.draw(st.integers(start, start + 40))))
+            own = parts.setdefault(name, nothing())
+            for layer in LAYERS:
+                taken = [tensor[:, start : pieces[-1][2]] for tensor in plain[name][layer]]
+                own[layer] = tuple(torch.cat(pair, 1) for pair in zip(own[layer], taken, strict=True))
+        self.pairs.append((made.excerpt(pieces), parts))
+
     @rule(data=st.data())
     def save_and_load(self, data):
         i = self.pick(data)

@@ -1,16 +1,20 @@
 """Questions are answered from the documents that make them likeliest, and from all where that says nothing."""
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
 from llamory.library import Library
+from llamory.memory import Piece
 from llamory.reading import choosing
 from llamory.reading.asking import OpenMemory
-from llamory.reading.choosing import choose, question_likelihoods
+from llamory.reading.choosing import STRETCH, WINDOW, choose, cut, question_likelihoods
 from llamory.reading.reading import read_documents_into
 from plain_longllama import logits, mounted_sight
 from tiny_models import make_long_llama
@@ -39,10 +43,13 @@ def test_likelihoods_are_those_of_a_dense_model_with_one_document(tiny, monkeypa
     model, memory, documents = tiny
     monkeypatch.setattr(choosing, "_AT_ONCE", at_once)
     question = torch.tensor([3, 30, 9, 12, 7])
-    found = question_likelihoods(model, question.tolist(), memory, ["2", "0", "1"])
-    for value, name in zip(found, ("2", "0", "1"), strict=True):
-        ids = torch.cat([documents[name], question])
-        plain = logits(model, ids, mounted_sight([len(documents[name])], len(question), CONTEXT), LAYERS)
+    units = [("2",), ("0",), ("1",), ("0", "2")]
+    pieces = [[Piece(name, 0, len(documents[name])) for name in names] for names in units]
+    found = question_likelihoods(model, question.tolist(), memory, pieces)
+    for value, names in zip(found, units, strict=True):
+        ids = torch.cat([*(documents[name] for name in names), question])
+        seen = mounted_sight([len(documents[name]) for name in names], len(question), CONTEXT)
+        plain = logits(model, ids, seen, LAYERS)
         each = plain[-len(question) : -1].double().log_softmax(-1)[range(len(question) - 1), question[1:]]
         assert float(value) == pytest.approx(float(each.sum()), abs=1e-4)
 
@@ -53,7 +60,7 @@ def test_what_makes_a_question_too_unlikely_is_left_out(tiny, monkeypatch) -> No
     monkeypatch.setattr(choosing, "question_likelihoods", lambda *_: given)
 
     def chosen(focus: float) -> list[str]:
-        return choose(model, [1, 2, 3], memory, ["0", "1", "2"], focus)
+        return [piece.segment for piece in choose(model, [1, 2, 3], memory, ["0", "1", "2"], focus)]
 
     assert chosen(100) == ["0", "1"]
     assert chosen(102) == chosen(0) == ["0", "1", "2"]
@@ -63,8 +70,8 @@ def test_what_makes_a_question_too_unlikely_is_left_out(tiny, monkeypatch) -> No
 def test_one_document_or_one_token_is_nothing_to_choose_by(tiny, monkeypatch) -> None:
     model, memory, _ = tiny
     monkeypatch.setattr(choosing, "question_likelihoods", lambda *_: pytest.fail("there is nothing to choose"))
-    assert choose(model, [1, 2, 3], memory, ["1"], 100) == ["1"]
-    assert choose(model, [1], memory, ["0", "1"], 100) == ["0", "1"]
+    assert choose(model, [1, 2, 3], memory, ["1"], 100) == [("1", 0, 40)]
+    assert choose(model, [1], memory, ["0", "1"], 100) == [("0", 0, 5), ("1", 0, 40)]
 
 
 def test_choosing_leaves_the_memory_as_it_is(tiny) -> None:
@@ -72,6 +79,81 @@ def test_choosing_leaves_the_memory_as_it_is(tiny) -> None:
     lengths = [memory.length(segment=name) for name in memory.segments]
     choose(model, list(range(1, 40)), memory, memory.segments, 100)  # longer than the context
     assert [memory.length(segment=name) for name in memory.segments] == lengths
+
+
+# ---- long documents --------------------------------------------------------------------------------------------------
+
+
+lengths = st.lists(st.sampled_from([0, 1, 3, 300, 2048, 2049, 5000, 70_000]), min_size=1, max_size=40)
+
+
+@given(lengths, st.sampled_from([WINDOW, STRETCH, 4 * STRETCH, 64 * STRETCH]))
+def test_units_hold_every_token_once_and_are_of_about_one_size(lengths, size) -> None:
+    whole = [Piece(str(number), 0, length) for number, length in enumerate(lengths)]
+    short = {piece.segment for piece in whole if piece.stop <= STRETCH}
+    units = cut(whole, size, short)
+    pieces = [piece for unit in units for piece in unit]
+    assert list(dict.fromkeys(piece.segment for piece in pieces)) == [piece.segment for piece in whole]
+    for name, _, length in whole:
+        own = [piece for piece in pieces if piece.segment == name]
+        assert (own[0].start, own[-1].stop) == (0, length)
+        assert all(one.stop == other.start for one, other in pairwise(own))
+        assert name not in short or len(own) == 1
+    for unit in units:
+        tokens = sum(stop - start for _, start, stop in unit)
+        assert tokens <= size or unit[0].segment in short
+        assert len(unit) == 1 or size > STRETCH
+
+
+@pytest.fixture
+def long(monkeypatch):
+    """Chooses in documents of so many tokens, one of which is what is asked for; tells how many units it looked at."""
+
+    def run(lengths: list[int], place: tuple[str, int], least: float = -30.0) -> tuple[list[Piece], int]:
+        looked: list[int] = []
+
+        def likelihoods(model, question, memory, units) -> torch.Tensor:
+            looked.append(len(units))
+            holds = [any(n == place[0] and start <= place[1] < stop for n, start, stop in unit) for unit in units]
+            return torch.tensor([-10.0 if each else least for each in holds])
+
+        monkeypatch.setattr(choosing, "question_likelihoods", likelihoods)
+        model = make_long_llama(mem_layers=LAYERS, max_position_embeddings=CONTEXT)
+        memory = model.new_memory()
+        for number, length in enumerate(lengths):
+            for layer in LAYERS:
+                memory.append(layer, torch.zeros(2, length, 8), torch.zeros(2, length, 8), segment=str(number))
+        return choose(model, [1, 2, 3], memory, memory.segments, 100), sum(looked)
+
+    return run
+
+
+@pytest.mark.parametrize("at", [0, 511, 700, 20_480, 59_999])
+def test_of_a_long_document_the_window_and_what_stands_around_it_is_left(long, at) -> None:
+    found, looked = long([900, 60_000, 30], ("1", at))
+    assert [name for name, _, _ in found] == ["1"]
+    ((_, start, stop),) = found
+    assert max(0, at - 64) >= start
+    assert min(60_000, at + 64) <= stop
+    assert stop - start <= 512 + 2 * 64
+    assert looked < 2 + 60_000 / 2048 + 1 + 4 + 1
+
+
+def test_a_short_document_is_never_cut(long) -> None:
+    assert long([900, 60_000, 2000], ("2", 5))[0] == [("2", 0, 2000)]
+
+
+@pytest.mark.parametrize("lengths", [[1_000_000], [500] * 1500, [0, *[3] * 1000, 600_000]])
+def test_much_memory_is_looked_at_in_large_parts_first(long, lengths) -> None:
+    found, looked = long(lengths, (str(len(lengths) - 1), 400 if lengths[-1] == 500 else 300_000))
+    assert len(found) == 1
+    assert found[0].segment == str(len(lengths) - 1)
+    assert looked < 300
+
+
+def test_a_question_that_is_likely_everywhere_is_answered_from_all(long) -> None:
+    found, _ = long([900, 5000, 2000], ("2", 5), least=-11.0)
+    assert found == [("0", 0, 900), ("1", 0, 5000), ("2", 0, 2000)]
 
 
 # ---- with the packaged reader ----------------------------------------------------------------------------------------

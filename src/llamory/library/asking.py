@@ -218,7 +218,7 @@ class Desk:
         self,
         log: AttentionLog,
         mounted: Sequence[StoredDocument],
-        memory: MemoryBank,
+        chat: Chat,
         own: int,
         answer: Answer,
         most: int,
@@ -228,7 +228,7 @@ class Desk:
         Args:
             log: what was noted of question and answer.
             mounted: the documents in memory.
-            memory: with a segment for each of them.
+            chat: which answered from them, or from pieces of them.
             own: tokens of the prompt that are the same for every question.
             answer: what was asked and answered.
             most: so many at most.
@@ -237,19 +237,24 @@ class Desk:
             return []
         model = self.reader.model.model
         mass = log.mass(
-            memory,
-            [document.source for document in mounted],
-            {layer: model.layers[layer].self_attn.scaling for layer in memory.layers},
+            chat.memory,
+            answer.documents,
+            {layer: model.layers[layer].self_attn.scaling for layer in chat.memory.layers},
             own=own,
             question=answer.question_tokens,
             answer=answer.answer_tokens,
         )
-        per_document = torch.stack(mass).split([memory.length(segment=each.source) for each in mounted], dim=1)
-        masses = [
-            passage_masses(tokens, memory.describe(document.source)["starts"])
-            for document, tokens in zip(mounted, per_document, strict=True)
-        ]
-        return cite([passage for document in mounted for passage in document.passages], torch.cat(masses), most)
+        whole = {
+            name: torch.zeros(2, chat.known.length(segment=name), dtype=torch.float64) for name in answer.documents
+        }
+        # As in `chat.memory`: pieces of one document follow one another.
+        pieces = [piece for name in answer.documents for piece in chat.pieces if piece.segment == name]
+        lengths = [piece.stop - piece.start for piece in pieces]
+        for (name, start, stop), tokens in zip(pieces, torch.stack(mass).split(lengths, dim=1), strict=True):
+            whole[name][:, start:stop] = tokens
+        used = [document for document in mounted if document.source in whole]
+        masses = [passage_masses(whole[each.source], chat.known.describe(each.source)["starts"]) for each in used]
+        return cite([passage for document in used for passage in document.passages], torch.cat(masses), most)
 
 
 class LibraryChat:
@@ -315,14 +320,13 @@ class LibraryChat:
         self._log.clear()
         answer = self._chat.say(question, **manner)
         own = reader.speaker.own_words(question, first=len(self._chat.turns) == 1)
-        used = [document for document in self._mounted if document.source in answer.documents]
         cited = CitedAnswer(
             **vars(answer)
             | {
                 "seconds_to_first_token": ready - started + answer.seconds_to_first_token,
                 "seconds": ready - started + answer.seconds,
             },
-            citations=self._desk.cite(self._log, used, self._chat.memory, own, answer, self._citations),
+            citations=self._desk.cite(self._log, self._mounted, self._chat, own, answer, self._citations),
             tokens_read=tokens_read,
             seconds_to_find=found - started,
             seconds_to_mount=ready - found,

@@ -2,5 +2,6 @@
 
 from llamory.memory.bank import MemoryBank
 from llamory.memory.files import peek
+from llamory.memory.segments import Piece
 
-__all__ = ["MemoryBank", "peek"]
+__all__ = ["MemoryBank", "Piece", "peek"]

@@ -16,12 +16,14 @@ from llamory.memory import checks, files
 from llamory.memory.blocks import Block, Span, memory_dtype
 from llamory.memory.segments import (
     LARGEST_BLOCK,
+    Piece,
     Segment,
     capacity_for,
     concatenated,
     gathered,
     joined,
     moved,
+    sliced,
     stored_segments,
 )
 
@@ -274,6 +276,27 @@ class MemoryBank:
         self.fingerprint = self.fingerprint or other.fingerprint
         for name, segment in zip(names, mounted, strict=True):
             self._add(name, segment)
+
+    def excerpt(self, pieces: Sequence[Piece]) -> MemoryBank:
+        """A bank with pieces of this one's segments, whose blocks it shares.
+
+        Args:
+            pieces: which tokens of which segments, (segment, start, stop). Several of one segment are put together;
+                the segments' facts, which are of all their tokens, are left out.
+
+        Raises:
+            LlamoryError: there is no such segment.
+        """
+        twin, segments = self._empty(self.device), dict[str, Segment]()
+        for name, start, stop in pieces:
+            spans, target = self._segment(name).spans, segments.setdefault(name, Segment())
+            for layer in self.layers:
+                target.spans[layer] = tuple(
+                    joined(sliced(spans.get(layer, ()), start, stop), target.spans.get(layer, ()))
+                )
+        for name, segment in segments.items():
+            twin._add(name, segment)
+        return twin
 
     def fork(self) -> MemoryBank:
         """A bank of the same content that shares all blocks; what is done to either isn't seen by the other."""

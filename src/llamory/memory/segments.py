@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,25 @@ class Segment:
     def copy(self) -> Segment:
         """The same content, for another bank; both may append to theirs."""
         return Segment(dict(self.spans), self.facts)
+
+
+class Piece(NamedTuple):
+    """Tokens `start` to `stop` (not included) of a segment."""
+
+    segment: str
+    start: int
+    stop: int
+
+
+def sliced(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
+    """The spans of tokens `start` to `stop` of all that the spans hold."""
+    result, at = [], 0
+    for span in spans:
+        first, last = max(start - at, 0), min(stop - at, len(span))
+        if first < last:
+            result.append(Span(span.block, span.start + first, span.start + last))
+        at += len(span)
+    return result
 
 
 def joined(spans: Iterable[Span], before: Sequence[Span] = ()) -> list[Span]:

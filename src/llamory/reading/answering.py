@@ -21,7 +21,7 @@ from llamory.reading.choosing import DEFAULT_FOCUS, choose
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llamory.memory import MemoryBank
+    from llamory.memory import MemoryBank, Piece
 
 MAX_NEW_TOKENS = 256
 ADVICE = "choose a smaller model, fewer documents or a shorter answer."
@@ -65,15 +65,15 @@ class Answer:
         prompt: Sequence[int],
         said: Said,
         memory: MemoryBank,
-        documents: Sequence[str],
+        pieces: Sequence[Piece],
         *,
         waited: float = 0.0,
     ) -> Self:
-        """From what a model said, with these documents in memory, `waited` seconds after it was asked."""
+        """From what a model said, with these pieces of documents in memory, `waited` seconds after it was asked."""
         return cls(
             question=question,
             answer=said.text,
-            documents=list(documents),
+            documents=list(dict.fromkeys(piece.segment for piece in pieces)),
             memory_tokens=memory.length(),
             question_tokens=len(prompt),
             answer_tokens=len(said.tokens),
@@ -97,8 +97,8 @@ class Manner:
         seed: for sampling.
         max_question_tokens: the most tokens that the question may have, with the template.
         on_text: called with each piece of the answer as it comes.
-        focus: documents in memory that make the question so many times less likely than the best one does are left out
-            (see `llamory.reading.choosing`); 0 answers from all.
+        focus: what in memory makes the question so many times less likely than the best does is left out (see
+            `llamory.reading.choosing`); 0 answers from all.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -176,8 +176,8 @@ class Speaker:
         pairs = zip(prompt(question), prompt(other_question), strict=False)
         return next((count for count, (one, other) in enumerate(pairs) if one != other), 0)
 
-    def choose(self, question: str, memory: MemoryBank, documents: Sequence[str], focus: float) -> list[str]:
-        """The documents in memory that a question is about; see `llamory.reading.choosing.choose`."""
+    def choose(self, question: str, memory: MemoryBank, documents: Sequence[str], focus: float) -> list[Piece]:
+        """What in memory a question is about; see `llamory.reading.choosing.choose`."""
         ids = [*begins_with(self.tokenizer), *self._tokens(question)]
         with room.told_if_memory_is_short(ADVICE):
             return choose(self.model, ids, memory, documents, focus)

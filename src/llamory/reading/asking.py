@@ -14,7 +14,7 @@ from llamory.reading import room
 from llamory.reading.answering import ADVICE, MAX_NEW_TOKENS, Answer, Manner, Speaker
 from llamory.reading.books import Book, PathLike, check_maker, load_model_for, noted_name
 from llamory.reading.chatting import Chat
-from llamory.reading.choosing import DEFAULT_FOCUS, only
+from llamory.reading.choosing import DEFAULT_FOCUS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,8 +112,8 @@ class OpenMemory:
             seed: for sampling.
             max_question_tokens: the most tokens that the question may have, with the template.
             on_text: called with each piece of the answer as it comes.
-            focus: documents that make the question so many times less likely than the best one does are left out (see
-                `llamory.reading.choosing`); 0 answers from all.
+            focus: documents, and stretches of long ones, that make the question so many times less likely than the best
+                does are left out (see `llamory.reading.choosing`); 0 answers from all.
 
         Raises:
             LlamoryError: the question is blank or longer than `max_question_tokens`, a setting isn't possible, or
@@ -123,7 +123,7 @@ class OpenMemory:
         prompt = self.speaker.first_prompt(question, max_question_tokens)
         started = time.perf_counter()
         chosen = self.speaker.choose(question, self.memory, self.documents, focus)
-        memory = self.memory if len(chosen) == len(self.documents) else only(self.memory, chosen)
+        memory = self.memory.excerpt(chosen)
         with room.told_if_memory_is_short(ADVICE):
             cache = self.model.memory_cache(memory)
         waited = time.perf_counter() - started
@@ -173,7 +173,12 @@ def _only(bank: MemoryBank, documents: Sequence[str]) -> MemoryBank:
             what = f"There is no document {document} in memory" if not found else f"{document} may be several documents"
             raise LlamoryError(f"{what}; give one of these names: {shown}.")
         wanted[found[0]] = None
-    return only(bank, list(wanted))
+    chosen = bank.fork()
+    for name in bank.segments:
+        if name not in wanted:
+            chosen.drop(name)
+    chosen.reorder(list(wanted))
+    return chosen
 
 
 def _each_once(memory: PathLike | Sequence[PathLike]) -> list[PathLike]:

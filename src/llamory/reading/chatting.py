@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llamory.longllama.cache import LongLlamaCache
-from llamory.memory import MemoryBank
+from llamory.memory import MemoryBank, Piece
 from llamory.reading import room
 from llamory.reading.answering import ADVICE, Answer, Manner, Speaker
 from llamory.reading.books import PathLike
@@ -31,7 +31,9 @@ class Chat:
 
     Attributes:
         turns: the answers so far.
-        memory: what the last answer was from: documents, and what was said.
+        known: all documents.
+        pieces: the parts of these that the last answer was from.
+        memory: those parts, and what was said and isn't local any more.
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class Chat:
         self._segment = _unique(CONVERSATION, memory.segments)
         self._ids: list[int] = []
         speaker.model.memory_cache(memory)  # says what is wrong if the memory is another model's
-        self.memory, self._known = memory.fork(), memory.fork()
-        self._new = list(self._known.segments)  # since the last answer
+        self.memory, self.known = memory.fork(), memory.fork()
+        self.pieces = [Piece(name, 0, memory.length(segment=name)) for name in memory.segments]
+        self._new = list(memory.segments)  # since the last answer
         self._observer = observer
         self._open_conversation()
         self.turns: list[Answer] = []
@@ -50,11 +53,11 @@ class Chat:
     @property
     def documents(self) -> tuple[str, ...]:
         """Names of the documents that questions may be about."""
-        return self._known.segments
+        return self.known.segments
 
     def mount(self, memory: MemoryBank, documents: Sequence[str]) -> None:
         """Take more documents into the chat's memory, from now on."""
-        self._known.mount(memory, documents)
+        self.known.mount(memory, documents)
         self._new += documents
 
     def say(self, question: str, **manner: Any) -> Answer:
@@ -93,7 +96,7 @@ class Chat:
         Args:
             path: the file; it is written beside and renamed, so it may be one that is mounted.
         """
-        kept = self._known.fork()
+        kept = self.known.fork()
         if self._ids:
             self._speaker.model.read(torch.tensor(self._ids), kept, segment=self._segment)
             facts = {"title": CONVERSATION, "source": self._segment, "tokens": len(self._ids)}
@@ -112,26 +115,24 @@ class Chat:
         said = self._ids[:-1] if self._ids[-1] in self._speaker.ends() else self._ids
         return prompt, [*said, *prompt]
 
-    def _choose(self, question: str, focus: float) -> list[str]:
-        """The documents that a question is about."""
-        chosen = self._speaker.choose(question, self._known, self.documents, focus)
-        last = self.turns[-1].documents if self.turns else []
-        if focus and any(name in last for name in chosen):
+    def _choose(self, question: str, focus: float) -> list[Piece]:
+        """What in memory a question is about."""
+        chosen = self._speaker.choose(question, self.known, self.documents, focus)
+        last = [piece for piece in self.pieces if any(_covers(each, piece) for each in chosen)] if self.turns else []
+        if focus and last:
             # "And when?" is likely everywhere: the conversation doesn't go back to what the last answer left out.
-            chosen = [name for name in chosen if name in last or name in self._new]
+            chosen = last + [piece for piece in chosen if piece.segment in self._new]
         return chosen
 
-    def _turn_to(self, documents: Sequence[str]) -> None:
-        """Have these documents in memory, and what was said."""
-        there = [name for name in self.memory.segments if name != self._segment]
-        if there == list(documents):
-            return
-        for name in there:
-            if name not in documents:
+    def _turn_to(self, pieces: list[Piece]) -> None:
+        """Have this in memory, and what was said."""
+        if pieces != self.pieces:
+            for name in {piece.segment for piece in self.pieces}:
                 self.memory.drop(name)
-        self.memory.mount(self._known, [name for name in documents if name not in there])
-        # What slides out of the local context goes to the last segment.
-        self.memory.reorder([*documents, self._segment])
+            self.memory.mount(self.known.excerpt(pieces))
+            # What slides out of the local context goes to the last segment.
+            self.memory.reorder([name for name in self.memory.segments if name != self._segment] + [self._segment])
+            self.pieces = pieces
 
     def _open_conversation(self) -> None:
         """Nothing is read yet: an empty segment at the end, so that no document grows by what is said."""
@@ -140,6 +141,10 @@ class Chat:
             self.memory.append(layer, torch.zeros(shape), torch.zeros(shape), segment=self._segment)
         self._cache = LongLlamaCache(self._speaker.model.config, [self.memory])
         self._cache.observer = self._observer
+
+
+def _covers(one: Piece, other: Piece) -> bool:
+    return one.segment == other.segment and one.start <= other.start and other.stop <= one.stop
 
 
 def _unique(name: str, taken: Sequence[str]) -> str:

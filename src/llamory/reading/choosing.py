@@ -1,86 +1,123 @@
-"""Which documents in memory a question is about: those in whose memory the question itself is likeliest.
+"""What in memory a question is about: the documents, and of long ones the stretches, that make the question likeliest.
 
 Query likelihood (Ponte and Croft 1998; with a language model Sachan et al. 2022, arXiv:2204.07496), from memories: no
-token of a document is read again. A reader with many documents in one softmax may take another document's fact of the
-same kind for the one that is asked for; the names in a question tell the documents apart long before the answer does.
+token of a document is read again. A reader with much in one softmax may take another fact of the same kind for the one
+that is asked for; the names in a question tell places apart long before the answer does.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from llamory.longllama.cache import LongLlamaCache
-from llamory.memory import MemoryBank
+from llamory.memory import MemoryBank, Piece
 
 if TYPE_CHECKING:
     from llamory.longllama import LongLlamaForCausalLM
 
-# Documents whose question is so many times less likely than the best one's aren't answered from.
+# What makes the question so many times less likely than the best does isn't answered from.
 DEFAULT_FOCUS = 100.0
+# Tokens: documents of at most STRETCH are looked at whole, longer ones by stretches of that, then of WINDOW.
+STRETCH, WINDOW = 2048, 512
+MARGIN = 64
+# Of more than MOST, larger ones are looked at first, and the FEWEST best of these are cut further at least.
+MOST, FEWEST, FACTOR = 128, 8, 4
 _AT_ONCE = 16
+
+Unit = tuple[Piece, ...]  # what is looked at together: a part of a document, or several documents
 
 
 @torch.no_grad()
 def question_likelihoods(
-    model: LongLlamaForCausalLM, question: Sequence[int], memory: MemoryBank, documents: Sequence[str]
+    model: LongLlamaForCausalLM, question: Sequence[int], memory: MemoryBank, units: Sequence[Sequence[Piece]]
 ) -> Tensor:
-    """Log-likelihood of a question's tokens with one document at a time in memory.
+    """Log-likelihood of a question's tokens with one unit at a time in memory.
 
     Args:
         model: the model.
         question: its tokens; the first one isn't predicted.
-        memory: with a segment for each of the documents.
-        documents: their names.
+        memory: with the segments that the units are of.
+        units: pieces of memory, each unit's together.
 
     Returns:
-        (documents,) in float64, in nats: the sum of ln p(token | tokens before, document).
+        (units,) in float64, in nats: the sum of ln p(token | tokens before, unit).
     """
     found = []
-    for start in range(0, len(documents), _AT_ONCE):
-        names = documents[start : start + _AT_ONCE]
-        ids = torch.tensor([list(question)] * len(names), device=model.device)
-        cache = LongLlamaCache(model.config, [only(memory, [name]) for name in names])
-        logits = model(ids, past_key_values=cache).logits[:, :-1].float()
+    for start in range(0, len(units), _AT_ONCE):
+        banks = [memory.excerpt(unit) for unit in units[start : start + _AT_ONCE]]
+        ids = torch.tensor([list(question)] * len(banks), device=model.device)
+        logits = model(ids, past_key_values=LongLlamaCache(model.config, banks)).logits[:, :-1].float()
         tokens = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        found.append(-tokens.view(len(names), -1).double().sum(1).cpu())
+        found.append(-tokens.view(len(banks), -1).double().sum(1).cpu())
     return torch.cat(found)
 
 
 def choose(
-    model: LongLlamaForCausalLM,
-    question: Sequence[int],
-    memory: MemoryBank,
-    documents: Sequence[str],
-    focus: float,
-) -> list[str]:
-    """The documents to answer from, in their order.
+    model: LongLlamaForCausalLM, question: Sequence[int], memory: MemoryBank, documents: Sequence[str], focus: float
+) -> list[Piece]:
+    """What to answer from: documents in their order, whole or in pieces.
 
     Args:
-        model, question, memory, documents: as for `question_likelihoods`.
-        focus: left out is what makes the question so many times less likely than the best document does; 0: nothing.
+        model, question: as for `question_likelihoods`.
+        memory: with a segment for each of the documents.
+        documents: their names.
+        focus: left out is what makes the question so many times less likely than the best does; 0: nothing.
     """
     question = list(question)[-model.config.max_position_embeddings :]
-    if not focus or len(documents) < 2 or len(question) < 2:
-        return list(documents)
-    likelihoods = question_likelihoods(model, question, memory, documents)
-    least = float(likelihoods.max()) - math.log(focus)
-    return [name for name, each in zip(documents, likelihoods.tolist(), strict=True) if each >= least]
+    whole = [Piece(name, 0, memory.length(segment=name)) for name in documents]
+    if not focus or len(question) < 2:
+        return whole
+    short = {piece.segment for piece in whole if piece.stop <= STRETCH}
+    sizes, kept, seen = [WINDOW, STRETCH], whole, list[Unit]()
+    while len(cut(whole, sizes[-1], short)) > MOST:
+        sizes.append(sizes[-1] * FACTOR)
+    for size in reversed(sizes):
+        units = cut(kept, size, short)
+        if len(units) < 2 or units == seen:
+            continue
+        likelihoods = question_likelihoods(model, question, memory, units)
+        likely = likelihoods >= likelihoods.max() - math.log(focus)
+        if size > STRETCH:
+            likely[likelihoods.topk(min(FEWEST, len(units))).indices] = True
+        seen = [unit for unit, each in zip(units, likely.tolist(), strict=True) if each]
+        kept = [piece for unit in seen for piece in unit]
+    return _widened(kept, whole)
 
 
-def only(memory: MemoryBank, documents: Sequence[str]) -> MemoryBank:
-    """A bank with these documents of a memory, in this order; it shares their blocks."""
-    bank = MemoryBank(
-        memory.layers,
-        memory.kv_heads,
-        memory.head_dim,
-        dtype=memory.dtype,
-        device=memory.device,
-        fingerprint=memory.fingerprint,
-    )
-    bank.mount(memory, documents)
-    return bank
+def cut(pieces: Sequence[Piece], size: int, short: Container[str]) -> list[Unit]:
+    """Pieces as units of about `size` tokens.
+
+    Larger ones are cut into equal parts, short documents never. Where `size` is more than STRETCH, neighbours are put
+    together as long as they fit.
+    """
+    units: list[list[Piece]] = []
+    room = -1
+    for name, start, stop in pieces:
+        length = stop - start
+        if length <= room:
+            units[-1].append(Piece(name, start, stop))
+            room -= length
+            continue
+        parts = 1 if name in short else max(1, math.ceil(length / size))
+        edges = [start + length * part // parts for part in range(parts + 1)]
+        units += [[Piece(name, *each)] for each in pairwise(edges)]
+        room = size - length if parts == 1 and size > STRETCH else -1
+    return [tuple(unit) for unit in units]
+
+
+def _widened(pieces: Sequence[Piece], whole: Sequence[Piece]) -> list[Piece]:
+    """Parts of documents with MARGIN tokens more at both ends, as sentences don't end where windows do."""
+    lengths = {piece.segment: piece.stop for piece in whole}
+    result: list[Piece] = []
+    for name, start, stop in pieces:
+        start, stop = max(0, start - MARGIN), min(lengths[name], stop + MARGIN)
+        if result and result[-1].segment == name and start <= result[-1].stop:
+            start = result.pop().start
+        result.append(Piece(name, start, stop))
+    return result
