@@ -31,9 +31,9 @@ from llamory.backbone import document_ids, load_model, load_tokenizer
 from llamory.documents import find_files, read_file
 from llamory.evaluation.secrets import draw
 from llamory.library import Library
+from llamory.longllama.choosing import DEFAULT_FOCUS
 from llamory.longllama.loading import load_long_model
 from llamory.reading.answering import Manner, Speaker
-from llamory.reading.choosing import DEFAULT_FOCUS
 
 HOUSES = [
     f"{name} {kind}"

@@ -6,9 +6,9 @@
 Each run is `llamory eval passkey` into OUT/NAME, cell by cell, so that a run that was stopped goes on where it was.
 What is longer than --longest waits for a later call. Windows are read by themselves and mounted (--apart), but for the
 runs "in order", in which each sees those before it, as the paper's do. Searches with other budgets have five depths.
-With --texts the other fillers and secrets are run too. All that OUT has is printed as a table, written as JSON and
-drawn: a heat map of each run on the published prompt, and shares by length beside the line that LongLLaMA's authors
-published for their 3B model (arXiv:2307.03170, section 5.2).
+With --texts the other fillers and secrets are run too, of all that is in memory and focused, as `llamory ask` answers.
+All that OUT has is printed as a table, written as JSON and drawn: a heat map of each run on the published prompt, and
+shares by length beside the line that LongLLaMA's authors published for their 3B model (arXiv:2307.03170, section 5.2).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ def runs(options: argparse.Namespace) -> dict[str, Run]:
                 flags = (*texts, "--key", key)
                 name = f"{model}, real text, {key}"
                 made[name] = Run(getattr(options, model), flags, lengths, OTHER_DEPTHS, published=False)
+                if model == "reader":
+                    made[f"{name}, focused"] = replace(made[name], flags=(*flags, "--focus", "100"))
     return made
 
 

@@ -227,6 +227,8 @@ def test_depths_are_a_number_of_them_or_a_list(llamory, models, model_folder, tm
         (["--model", "another"], "Error: Two models were named"),
         (["--apart", "--baseline"], "Error: The plain model has no memory to mount windows in"),
         (["--apart", "--last-context-length", "64"], "Error: With --apart only the question isn't in memory"),
+        (["--focus", "100"], "Error: Windows are left out only where they are read by themselves; add --apart"),
+        (["--apart", "--focus", "0.5"], "Error: A focus is a factor of at least 1, or 0 for none, not 0.5."),
     ],
 )
 def test_a_wrong_wish_is_one_sentence_before_a_model_is_loaded(

@@ -114,7 +114,7 @@ def _model_of(book: Path) -> str:
 
 def test_ask_focuses_as_it_is_told(read, llamory, texts, book, monkeypatch) -> None:
     read(texts)
-    monkeypatch.setattr("llamory.reading.choosing.question_likelihoods", lambda *_: torch.tensor([-9.0, -3.0]))
+    monkeypatch.setattr("llamory.longllama.choosing.question_likelihoods", lambda *_: torch.tensor([-9.0, -3.0]))
     for focus, documents in (([], 1), (["--focus", "500"], 2), (["--focus", "0"], 2), (["--focus", "400"], 1)):
         ran = llamory("ask", "which river", "--memory", book, "--max-new-tokens", "2", "--json", *focus)
         assert len(json.loads(ran.out)["documents"]) == documents

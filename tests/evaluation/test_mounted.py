@@ -129,3 +129,17 @@ def test_what_does_not_fit_is_refused(tokenizer, model) -> None:
         MountedPrompts(model, tokenizer)(900, 2, "1")
     with pytest.raises(LlamoryError, match=f"don't fit into a window of {WINDOW} tokens"):
         MountedPrompts(model, tokenizer, needle=Needle("word " * 90 + "{key}"))
+
+
+def test_a_focused_question_is_asked_of_the_likeliest_windows(tokenizer, model, monkeypatch) -> None:
+    def likelihoods(_, question, memory, units):
+        assert question == encode(tokenizer, Needle().asked)
+        return torch.tensor([-3.0 if unit[0].segment == "needle" else -30.0 for unit in units])
+
+    monkeypatch.setattr("llamory.longllama.choosing.question_likelihoods", likelihoods)
+    prompt, options = MountedPrompts(model, tokenizer, haystack=TEXT, focus=100)(900, 0.5, "12345")
+    whole, everything = MountedPrompts(model, tokenizer, haystack=TEXT)(900, 0.5, "12345")
+    assert mounted(model, options).segments == ("needle",)
+    window = mounted(model, everything)
+    assert torch.equal(mounted(model, options).keys(1), window.keys(1, "needle"))
+    assert prompt.in_memory == whole.in_memory == window.length()

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
 from llamory.library import Library
+from llamory.longllama import choosing
+from llamory.longllama.choosing import STRETCH, WINDOW, choose, cut, question_likelihoods
 from llamory.memory import Piece
-from llamory.reading import choosing
 from llamory.reading.asking import OpenMemory
-from llamory.reading.choosing import STRETCH, WINDOW, choose, cut, question_likelihoods
 from llamory.reading.reading import read_documents_into
 from plain_longllama import logits, mounted_sight
 from tiny_models import make_long_llama

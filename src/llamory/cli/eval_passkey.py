@@ -62,6 +62,14 @@ def passkey(
         bool,
         typer.Option("--apart", help="Read each window by itself, once for all prompts, and mount them together."),
     ] = False,
+    focus: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="With --apart: leave out windows that make the question so many times less likely than the best does, "
+            "as llamory ask does (100 there); 0 leaves none out.",
+        ),
+    ] = 0.0,
     baseline: Annotated[
         bool, typer.Option("--baseline", help="Ask the plain model too, without memory, even beyond its context.")
     ] = False,
@@ -95,11 +103,15 @@ def passkey(
         from llamory.evaluation.passkey import Needle, build_prompt, check_depth, run_passkey
         from llamory.evaluation.reports import PasskeyReport
         from llamory.evaluation.secrets import longest
+        from llamory.longllama.choosing import check_focus
 
         if apart and baseline:
             raise LlamoryError("The plain model has no memory to mount windows in; leave out --apart or --baseline.")
         if apart and last_context_length is not None:
             raise LlamoryError("With --apart only the question isn't in memory; leave out --last-context-length.")
+        check_focus(focus)
+        if focus and not apart:
+            raise LlamoryError("Windows are left out only where they are read by themselves; add --apart to --focus.")
         for depth in places:
             check_depth(depth)
         hidden = Needle.of(key, needle, question)
@@ -110,6 +122,7 @@ def passkey(
         settings = {"model": name, "needle": hidden.text, "question": hidden.asked, "trials": trials, "seed": seed}
         settings |= {"key": key} if key != "number" else {}
         settings |= {"windows": "apart"} if apart else {}
+        settings |= {"focus": focus} if focus else {}
         settings["haystack"] = shared.identity(haystack) if haystack else "published"
         report = PasskeyReport(shared.output_folder(output) / _JSON_FILE, settings)
 
@@ -146,7 +159,7 @@ def passkey(
         if apart:
             from llamory.evaluation.mounted import MountedPrompts
 
-            mounted = MountedPrompts(long, tokenizer, needle=hidden, haystack=hay)
+            mounted = MountedPrompts(long, tokenizer, needle=hidden, haystack=hay, focus=focus)
         run("memory", long, shared.memory_facts(long) | options, options, mounted)
         if baseline:
             del long  # both at once may be too much

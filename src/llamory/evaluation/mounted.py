@@ -15,6 +15,7 @@ from llamory.errors import LlamoryError
 from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, Haystack
 from llamory.evaluation.passkey import KEY_FIELD, TASK, Needle, Prompt, check_depth, encode
 from llamory.evaluation.secrets import longest
+from llamory.longllama.choosing import choose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,8 @@ class MountedPrompts:
         tokenizer: its tokenizer.
         needle: what is hidden and asked for, the published one if None.
         haystack: the text around it.
+        focus: windows that make the question so many times less likely than the best does are left out, as `llamory
+            ask` does (see `llamory.longllama.choosing`); 0: none.
 
     Raises:
         LlamoryError: the needle doesn't fit into a window with the task and a sentence.
@@ -47,9 +50,10 @@ class MountedPrompts:
         *,
         needle: Needle | None = None,
         haystack: Haystack = PUBLISHED_HAYSTACK,
+        focus: float = 0.0,
     ) -> None:
         self.model, self.tokenizer, self.needle = model, tokenizer, needle or Needle()
-        self.context = model.config.max_position_embeddings
+        self.context, self.focus = model.config.max_position_embeddings, focus
         self._question = encode(tokenizer, self.needle.asked)
         most = len(encode(tokenizer, self._said(longest(self.needle.kind))))
         self._room = self.context - most
@@ -88,7 +92,8 @@ class MountedPrompts:
         memory = self.model.new_memory()
         memory.mount(self._memory, [str(other) for other in range(count) if other != at])
         self.model.read(encode(self.tokenizer, text.strip()), memory, segment=_NEEDLE)
-        options = {"past_key_values": self.model.memory_cache(memory)}
+        chosen = choose(self.model, self._question, memory, memory.segments, self.focus)
+        options = {"past_key_values": self.model.memory_cache(memory.excerpt(chosen))}
         return Prompt(self.needle.asked, self._question, key, sentences, memory.length()), options
 
     def _said(self, key: str) -> str:

@@ -15,8 +15,8 @@ from llamory.backbone import begins_with
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.cache import LongLlamaCache
+from llamory.longllama.choosing import DEFAULT_FOCUS, check_focus, choose
 from llamory.reading import room
-from llamory.reading.choosing import DEFAULT_FOCUS, choose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,7 +98,7 @@ class Manner:
         max_question_tokens: the most tokens that the question may have, with the template.
         on_text: called with each piece of the answer as it comes.
         focus: what in memory makes the question so many times less likely than the best does is left out (see
-            `llamory.reading.choosing`); 0 answers from all.
+            `llamory.longllama.choosing`); 0 answers from all.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -111,8 +111,7 @@ class Manner:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0:
             raise LlamoryError("An answer needs max_new_tokens of at least 1 and a temperature of at least 0.")
-        if self.focus and not self.focus >= 1:
-            raise LlamoryError(f"A focus is a factor of at least 1, or 0 for none, not {self.focus:g}.")
+        check_focus(self.focus)
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ class Speaker:
         return next((count for count, (one, other) in enumerate(pairs) if one != other), 0)
 
     def choose(self, question: str, memory: MemoryBank, documents: Sequence[str], focus: float) -> list[Piece]:
-        """What in memory a question is about; see `llamory.reading.choosing.choose`."""
+        """What in memory a question is about; see `llamory.longllama.choosing.choose`."""
         ids = [*begins_with(self.tokenizer), *self._tokens(question)]
         with room.told_if_memory_is_short(ADVICE):
             return choose(self.model, ids, memory, documents, focus)

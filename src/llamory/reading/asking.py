@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
+from llamory.longllama.choosing import DEFAULT_FOCUS
 from llamory.memory import MemoryBank
 from llamory.reading import room
 from llamory.reading.answering import ADVICE, MAX_NEW_TOKENS, Answer, Manner, Speaker
 from llamory.reading.books import Book, PathLike, check_maker, load_model_for, noted_name
 from llamory.reading.chatting import Chat
-from llamory.reading.choosing import DEFAULT_FOCUS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,7 +113,7 @@ class OpenMemory:
             max_question_tokens: the most tokens that the question may have, with the template.
             on_text: called with each piece of the answer as it comes.
             focus: documents, and stretches of long ones, that make the question so many times less likely than the best
-                does are left out (see `llamory.reading.choosing`); 0 answers from all.
+                does are left out (see `llamory.longllama.choosing`); 0 answers from all.
 
         Raises:
             LlamoryError: the question is blank or longer than `max_question_tokens`, a setting isn't possible, or

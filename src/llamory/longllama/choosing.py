@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from llamory.errors import LlamoryError
 from llamory.longllama.cache import LongLlamaCache
 from llamory.memory import MemoryBank, Piece
 
 if TYPE_CHECKING:
-    from llamory.longllama import LongLlamaForCausalLM
+    from llamory.longllama.causal import LongLlamaForCausalLM
 
 # What makes the question so many times less likely than the best does isn't answered from.
 DEFAULT_FOCUS = 100.0
@@ -69,6 +70,7 @@ def choose(
         documents: their names.
         focus: left out is what makes the question so many times less likely than the best does; 0: nothing.
     """
+    check_focus(focus)
     question = list(question)[-model.config.max_position_embeddings :]
     whole = [Piece(name, 0, memory.length(segment=name)) for name in documents]
     if not focus or len(question) < 2:
@@ -88,6 +90,12 @@ def choose(
         seen = [unit for unit, each in zip(units, likely.tolist(), strict=True) if each]
         kept = [piece for unit in seen for piece in unit]
     return _widened(kept, whole)
+
+
+def check_focus(focus: float) -> None:
+    """Raise LlamoryError for a focus that would leave out everything."""
+    if focus and not focus >= 1:
+        raise LlamoryError(f"A focus is a factor of at least 1, or 0 for none, not {focus:g}.")
 
 
 def cut(pieces: Sequence[Piece], size: int, short: Container[str]) -> list[Unit]:
