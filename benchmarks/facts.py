@@ -5,10 +5,11 @@
 
 Each document of real text gets one sentence with a number, a name, a date or a sentence in it. Asked for it are the
 reader with all documents mounted, each read by itself as a library reads them, which answers from those that make the
-question likeliest (`focus`, as `llamory ask` does), or from all at once; a library of all of them, which finds some by
-the packaged retriever and mounts those; the stock base model with the right document in its prompt; and the stock model
-with as many documents in its prompt as its context takes. An answer that holds the secret's words is right.
-All in bfloat16 (the library's reader in float32). What FILE has already isn't asked again.
+question likeliest (`focus`, as `llamory ask` does), or from all at once; the reader with one document of all the texts;
+a library of all of them, which finds some by the packaged retriever and mounts those; the stock base model with the
+right document in its prompt; and the stock model with as many documents in its prompt as its context takes. An answer
+that holds the secret's words is right. All in bfloat16 (the library's reader in float32). What FILE has already isn't
+asked again.
 """
 
 from __future__ import annotations
@@ -92,13 +93,13 @@ def cases(texts: list[Path], number: int, size: int) -> list[Case]:
 
 
 def with_memory(
-    name: str, documents: list[Case], asked: list[Case], focus: float, settings: dict[str, Any]
+    name: str, texts: list[str], asked: list[Case], settings: dict[str, Any], focus: float = DEFAULT_FOCUS
 ) -> list[str]:
-    """Answers to what is asked, with all documents in memory."""
+    """Answers to what is asked, with all texts in memory, each read by itself."""
     model, tokenizer = load_long_model(name, dtype=torch.bfloat16, **settings), load_tokenizer(name)
     memory = model.new_memory()
-    for number, case in enumerate(documents):
-        model.read(document_ids(case.text, tokenizer), memory, segment=str(number))  # sees no other segment
+    for number, text in enumerate(texts):
+        model.read(document_ids(text, tokenizer), memory, segment=str(number))
     sys.stdout.write(f"{memory.length():,} tokens in memory\n")
     speaker, manner, answers = Speaker(model, tokenizer, name), Manner(max_new_tokens=ANSWER_TOKENS), []
     for case in asked:
@@ -171,11 +172,13 @@ def main() -> None:
     logging.disable_progress_bar()
     documents = cases(options.texts, options.documents, options.characters)
     number = options.questions or len(documents)
-    asked = documents[:number]
+    asked, texts = documents[:number], [case.text for case in documents]
+    joined = "\n\n".join(texts)
     settings = {key: value for key in ("mem_search", "mem_top_k") if (value := getattr(options, key)) is not None}
     ways = {
-        "memory of all documents": lambda: with_memory(options.model, documents, asked, DEFAULT_FOCUS, settings),
-        "memory of all documents, all at once": lambda: with_memory(options.model, documents, asked, 0, settings),
+        "memory of all documents": lambda: with_memory(options.model, texts, asked, settings),
+        "memory of one document of all texts": lambda: with_memory(options.model, [joined], asked, settings),
+        "memory of all documents, all at once": lambda: with_memory(options.model, texts, asked, settings, focus=0),
         "memory of those found, of all documents": lambda: found_first(options.model, documents, number, options.top),
         "the right document in the prompt": lambda: in_prompt(options.base, documents, number, everything=False),
         "all that fits in the prompt": lambda: in_prompt(options.base, documents, number, everything=True),
