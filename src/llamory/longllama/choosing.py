@@ -8,7 +8,7 @@ that is asked for; the names in a question tell places apart long before the ans
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # What makes the question so many times less likely than the best does isn't answered from.
 DEFAULT_FOCUS = 100.0
-# Tokens: documents of at most STRETCH are looked at whole, longer ones by stretches of that, then of WINDOW.
+# Tokens: documents are looked at by stretches of at most STRETCH, the likeliest of these by windows of at most WINDOW.
 STRETCH, WINDOW = 2048, 512
 MARGIN = 64
 # Of more than MOST, larger ones are looked at first, and the FEWEST best of these are cut further at least.
@@ -75,12 +75,11 @@ def choose(
     whole = [Piece(name, 0, memory.length(segment=name)) for name in documents]
     if not focus or len(question) < 2:
         return whole
-    short = {piece.segment for piece in whole if piece.stop <= STRETCH}
     sizes, kept, seen = [WINDOW, STRETCH], whole, list[Unit]()
-    while len(cut(whole, sizes[-1], short)) > MOST:
+    while len(cut(whole, sizes[-1])) > MOST:
         sizes.append(sizes[-1] * FACTOR)
     for size in reversed(sizes):
-        units = cut(kept, size, short)
+        units = cut(kept, size)
         if len(units) < 2 or units == seen:
             continue
         likelihoods = question_likelihoods(model, question, memory, units)
@@ -98,11 +97,11 @@ def check_focus(focus: float) -> None:
         raise LlamoryError(f"A focus is a factor of at least 1, or 0 for none, not {focus:g}.")
 
 
-def cut(pieces: Sequence[Piece], size: int, short: Container[str]) -> list[Unit]:
-    """Pieces as units of about `size` tokens.
+def cut(pieces: Sequence[Piece], size: int) -> list[Unit]:
+    """Pieces as units of at most `size` tokens.
 
-    Larger ones are cut into equal parts, short documents never. Where `size` is more than STRETCH, neighbours are put
-    together as long as they fit.
+    Larger ones are cut into equal parts. Where `size` is more than STRETCH, neighbours are put together as long as they
+    fit.
     """
     units: list[list[Piece]] = []
     room = -1
@@ -112,7 +111,7 @@ def cut(pieces: Sequence[Piece], size: int, short: Container[str]) -> list[Unit]
             units[-1].append(Piece(name, start, stop))
             room -= length
             continue
-        parts = 1 if name in short else max(1, math.ceil(length / size))
+        parts = max(1, math.ceil(length / size))
         edges = [start + length * part // parts for part in range(parts + 1)]
         units += [[Piece(name, *each)] for each in pairwise(edges)]
         room = size - length if parts == 1 and size > STRETCH else -1
