@@ -12,7 +12,7 @@ from llamory.library import Library
 from llamory.library.asking import LibraryChat
 from llamory.library.reader import Reader
 from llamory.longllama.loading import load_long_model
-from llamory.memory import MemoryBank, stretches
+from llamory.memory import MemoryBank, Piece, stretches
 from llamory.memory.shares import DRAWN
 from plain_longllama import logits, mounted_sight
 
@@ -178,7 +178,14 @@ def test_documents_of_the_same_text_share_one_memory(make_library, files, model_
 # ---- citations -------------------------------------------------------------------------------------------------------
 
 
-def test_citations_are_the_dense_attention_of_question_and_answer(make_library) -> None:
+@pytest.mark.parametrize("left_out", [0, 5])
+def test_citations_are_the_dense_attention_of_question_and_answer(make_library, monkeypatch, left_out) -> None:
+    if left_out:  # tokens of the first document
+
+        def chosen(_, question, memory, names, focus):
+            return [Piece(name, left_out * (not i), memory.length(segment=name)) for i, name in enumerate(names)]
+
+        monkeypatch.setattr("llamory.reading.answering.choose", chosen)
     library = make_library(context_length=64)
     chat = LibraryChat(library.desk(), documents=["cats.md", "dogs.md"], citations=9)
     answer = chat.say(QUESTION, max_new_tokens=6)
@@ -195,6 +202,7 @@ def test_citations_are_the_dense_attention_of_question_and_answer(make_library) 
     dense: dict[int, torch.Tensor] = {}
     lengths = [len(reading.ids) for reading in readings]
     seen = mounted_sight(lengths, len(columns), 64)
+    seen.memory[sum(lengths) :, :left_out] = False
     logits(model, ids, seen, READING["mem_layers"], attention=dense)
     first = sum(lengths)
     given, drawn = torch.zeros(first, dtype=torch.float64), torch.zeros(first, dtype=torch.float64)
