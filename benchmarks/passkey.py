@@ -64,8 +64,8 @@ def runs(options: argparse.Namespace) -> dict[str, Run]:
         ),
         "reader, in order": Run(options.reader, lengths=LENGTHS[:3], depths=OTHER_DEPTHS, apart=False, published=False),
     }
-    budgets = {f"reader, {tokens} best": best(tokens) for tokens in (8, 32, 512, 2048)}
-    for pages in (2, 8):
+    budgets = {f"reader, {tokens} best": best(tokens) for tokens in (1, 2, 8, 32, 512, 2048)}
+    for pages in (1, 2, 8):
         budgets[f"reader, {pages} pages"] = ("--mem-search", "pages", "--mem-top-k", str(pages))
     for name, flags in budgets.items():
         made[name] = Run(options.reader, flags, BUDGET_LENGTHS, OTHER_DEPTHS, published=False)
