@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llamory.errors import LlamoryError
 from llamory.library import Library
 from llamory.longllama import choosing
-from llamory.longllama.choosing import STRETCH, WINDOW, choose, cut, question_likelihoods
+from llamory.longllama.choosing import STRETCH, WINDOW, choose, cut, question_likelihoods, search_of
 from llamory.memory import Piece
 from llamory.reading.asking import OpenMemory
 from llamory.reading.reading import read_documents_into
@@ -152,6 +152,31 @@ def test_much_memory_is_looked_at_in_large_parts_first(long, lengths) -> None:
 def test_a_question_that_is_likely_everywhere_is_answered_from_all(long) -> None:
     found, _ = long([900, 5000, 2000], ("2", 5), least=-11.0)
     assert found == [("0", 0, 900), ("1", 0, 5000), ("2", 0, 2000)]
+
+
+def test_no_pages_are_made_for_a_question(tiny, monkeypatch) -> None:
+    model, memory, _ = tiny
+    monkeypatch.setattr(model.config, "mem_search", "pages")
+    monkeypatch.setattr("llamory.memory.pages.PagesSearch.attend", lambda *_: pytest.fail("pages were searched"))
+    choose(model, [1, 2, 3, 4], memory, memory.segments, 100)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "only_top_k", "exact"),
+    [
+        ([("1", 3, 30)], False, True),
+        ([("0", 0, 5), ("1", 3, 30)], False, True),
+        ([("0", 0, 5), ("1", 0, 40)], False, False),  # whole documents have pages of their own
+        ([("1", 3, 30)], True, False),
+    ],
+)
+def test_few_tokens_of_parts_of_documents_are_read_exactly(tiny, monkeypatch, pieces, only_top_k, exact) -> None:
+    model, memory, _ = tiny
+    monkeypatch.setattr(model.config, "mem_only_top_k", only_top_k)
+    found = search_of(model, memory, [Piece(*each) for each in pieces])
+    assert (found is not None) == exact
+    monkeypatch.setattr(choosing, "MOST_EXACT", 20)
+    assert search_of(model, memory, [Piece("1", 3, 30)]) is None
 
 
 # ---- with the packaged reader ----------------------------------------------------------------------------------------

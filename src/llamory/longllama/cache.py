@@ -15,6 +15,7 @@ from llamory.errors import LlamoryError
 from llamory.longllama.configuration import LongLlamaConfig
 from llamory.longllama.local import Slots
 from llamory.memory import MemoryBank
+from llamory.memory.search import Search
 
 
 @dataclass
@@ -126,6 +127,7 @@ class LongLlamaCache(Cache):
         observer: if set, is told by each memory layer of each step: its index, the queries to memory (rows, heads,
             width, head_dim) and the log-sum-exp of all that they see, local and in memory, (rows, heads, width), plus
             what is taken off scores of memory (`mem_log_bias`): a score less that is a share's logarithm.
+        search: how memory is searched, where that isn't the configuration's way.
     """
 
     def __init__(self, config: LongLlamaConfig, memory: MemoryBank | Sequence[MemoryBank] | None = None):
@@ -138,6 +140,7 @@ class LongLlamaCache(Cache):
             layers=[LongLlamaCacheLayer(self._columns, index in self.mem_layers, own) for index in indices]
         )
         self.observer: Callable[[int, Tensor, Tensor], None] | None = None
+        self.search: Search | None = None
         self._mounted = memory if isinstance(memory, MemoryBank) else None
         self.memory: list[MemoryBank] = [] if memory is None or isinstance(memory, MemoryBank) else list(memory)
 
@@ -195,7 +198,9 @@ class LongLlamaCache(Cache):
 
     def unread(self) -> LongLlamaCache:
         """A cache of its own with the same mounted memory and nothing read."""
-        return LongLlamaCache(self.config, self._mounted)
+        twin = LongLlamaCache(self.config, self._mounted)
+        twin.search = self.search
+        return twin
 
     def make_room(self, width: int) -> None:
         """Make room for `width` more columns in all layers."""

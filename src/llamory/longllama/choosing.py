@@ -18,6 +18,8 @@ from torch import Tensor
 from llamory.errors import LlamoryError
 from llamory.longllama.cache import LongLlamaCache
 from llamory.memory import MemoryBank, Piece
+from llamory.memory.exact import ExactSearch
+from llamory.memory.search import Search
 
 if TYPE_CHECKING:
     from llamory.longllama.causal import LongLlamaForCausalLM
@@ -30,6 +32,7 @@ MARGIN = 64
 # Of more than MOST, larger ones are looked at first, and the FEWEST best of these are cut further at least.
 MOST, FEWEST, FACTOR = 128, 8, 4
 _AT_ONCE = 16
+MOST_EXACT = 8192  # tokens of pieces: making pages of these takes longer than reading them all
 
 Unit = tuple[Piece, ...]  # what is looked at together: a part of a document, or several documents
 
@@ -53,7 +56,9 @@ def question_likelihoods(
     for start in range(0, len(units), _AT_ONCE):
         banks = [memory.excerpt(unit) for unit in units[start : start + _AT_ONCE]]
         ids = torch.tensor([list(question)] * len(banks), device=model.device)
-        logits = model(ids, past_key_values=LongLlamaCache(model.config, banks)).logits[:, :-1].float()
+        cache = LongLlamaCache(model.config, banks)
+        cache.search = ExactSearch()  # pages or an index of a unit would be made for this question only
+        logits = model(ids, past_key_values=cache).logits[:, :-1].float()
         tokens = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         found.append(-tokens.view(len(banks), -1).double().sum(1).cpu())
     return torch.cat(found)
@@ -89,6 +94,13 @@ def choose(
         seen = [unit for unit, each in zip(units, likely.tolist(), strict=True) if each]
         kept = [piece for unit in seen for piece in unit]
     return _widened(kept, whole)
+
+
+def search_of(model: LongLlamaForCausalLM, memory: MemoryBank, pieces: Sequence[Piece]) -> Search | None:
+    """How these pieces are searched: few tokens of parts of documents exactly, else as the model is set (None)."""
+    parts = any(stop - start < memory.length(segment=name) for name, start, stop in pieces)
+    few = sum(stop - start for _, start, stop in pieces) <= MOST_EXACT
+    return ExactSearch() if parts and few and not model.config.mem_only_top_k else None
 
 
 def check_focus(focus: float) -> None:

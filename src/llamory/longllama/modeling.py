@@ -192,7 +192,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
             rows=None if everybody else torch.tensor(step.rows, device=hidden.device),
             lengths=step.lengths,
             banks=[cache.memory[row] for row in step.rows] if self.config.mem_layers else [],
-            search=self._memory_search(),
+            search=cache.search or self._memory_search(),
             stays=step.stays,
             key_scale=float(self.rotary_emb.attention_scaling),
             last_layer=None if wanted or step.stays else max(self.config.mem_layers),

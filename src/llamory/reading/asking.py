@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
-from llamory.longllama.choosing import DEFAULT_FOCUS
+from llamory.longllama.choosing import DEFAULT_FOCUS, search_of
 from llamory.memory import MemoryBank
 from llamory.reading import room
 from llamory.reading.answering import ADVICE, MAX_NEW_TOKENS, Answer, Manner, Speaker
@@ -126,6 +126,7 @@ class OpenMemory:
         memory = self.memory.excerpt(chosen)
         with room.told_if_memory_is_short(ADVICE):
             cache = self.model.memory_cache(memory)
+            cache.search = search_of(self.model, self.memory, chosen)
         waited = time.perf_counter() - started
         said = self.speaker.answer(prompt, cache, manner)
         return Answer.of(question, prompt, said, memory, chosen, waited=waited)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llamory.longllama.cache import LongLlamaCache
+from llamory.longllama.choosing import search_of
 from llamory.memory import MemoryBank, Piece
 from llamory.reading import room
 from llamory.reading.answering import ADVICE, Answer, Manner, Speaker
@@ -133,6 +134,7 @@ class Chat:
             # What slides out of the local context goes to the last segment.
             self.memory.reorder([name for name in self.memory.segments if name != self._segment] + [self._segment])
             self.pieces = pieces
+            self._cache.search = search_of(self._speaker.model, self.known, pieces)
 
     def _open_conversation(self) -> None:
         """Nothing is read yet: an empty segment at the end, so that no document grows by what is said."""
@@ -141,6 +143,7 @@ class Chat:
             self.memory.append(layer, torch.zeros(shape), torch.zeros(shape), segment=self._segment)
         self._cache = LongLlamaCache(self._speaker.model.config, [self.memory])
         self._cache.observer = self._observer
+        self._cache.search = search_of(self._speaker.model, self.known, self.pieces)
 
 
 def _covers(one: Piece, other: Piece) -> bool:
