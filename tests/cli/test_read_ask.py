@@ -117,7 +117,9 @@ def test_ask_focuses_as_it_is_told(read, llamory, texts, book, monkeypatch) -> N
     monkeypatch.setattr("llamory.longllama.choosing.question_likelihoods", lambda *_: torch.tensor([-9.0, -3.0]))
     for focus, documents in (([], 1), (["--focus", "500"], 2), (["--focus", "0"], 2), (["--focus", "400"], 1)):
         ran = llamory("ask", "which river", "--memory", book, "--max-new-tokens", "2", "--json", *focus)
-        assert len(json.loads(ran.out)["documents"]) == documents
+        answer = json.loads(ran.out)
+        assert (len(answer["used_documents"]), len(answer["documents"])) == (documents, 2)
+        assert (answer["used_tokens"] < answer["memory_tokens"]) == (documents == 1)
 
 
 def test_streaming_reaches_the_reader_before_the_end(read, texts, book, monkeypatch, llamory) -> None:

@@ -200,22 +200,22 @@ def opened(texts, tmp_path_factory) -> OpenMemory:
 def test_facts_of_one_kind_are_told_apart(opened) -> None:
     for house, year in zip(HOUSES, YEARS, strict=True):
         answer = opened.ask(f"When was the roof of {house} repaired?", max_new_tokens=16)
-        assert [Path(name).stem for name in answer.documents] == [house]
+        assert [Path(name).stem for name in answer.used_documents] == [house]
         assert year in answer.text
-        assert answer.memory_tokens == opened.memory.length(segment=answer.documents[0])
+        assert answer.used_tokens == opened.memory.length(segment=answer.used_documents[0])
         assert answer.seconds >= answer.seconds_to_first_token > 0
     everything = opened.ask("When was the roof of Quarry Hall repaired?", max_new_tokens=1, focus=0)
-    assert len(everything.documents) == 3
-    assert everything.memory_tokens == opened.memory.length()
+    assert len(everything.used_documents) == len(answer.documents) == 3
+    assert everything.used_tokens == answer.memory_tokens == opened.memory.length()
 
 
 def test_a_chat_turns_from_one_document_to_another(opened, tmp_path) -> None:
     chat = opened.chat()
     for house, year in zip(HOUSES, YEARS, strict=True):
         answer = chat.say(f"When was the roof of {house} repaired?", max_new_tokens=16)
-        assert [Path(name).stem for name in answer.documents] == [house]
+        assert [Path(name).stem for name in answer.used_documents] == [house]
         assert year in answer.text
-    assert [Path(name).stem for name in chat.say("And when?", max_new_tokens=2).documents] == [HOUSES[-1]]
+    assert [Path(name).stem for name in chat.say("And when?", max_new_tokens=2).used_documents] == [HOUSES[-1]]
     assert chat.documents == opened.documents
     chat.save(tmp_path / "saved")
     assert OpenMemory(tmp_path / "saved").documents == (*opened.documents, "conversation")
@@ -225,7 +225,7 @@ def test_a_library_cites_what_it_answers_from(texts, tmp_path) -> None:
     library = Library(tmp_path / "lib", "default", reader="reader")
     library.add(texts, progress=False)
     answer = library.ask("When was the roof of Marlow Lodge repaired?", max_new_tokens=16)
-    assert [Path(name).stem for name in answer.documents] == ["Marlow Lodge"]
+    assert [Path(name).stem for name in answer.used_documents] == ["Marlow Lodge"]
     assert "1788" in answer.text
     assert {Path(citation.source).stem for citation in answer.citations} == {"Marlow Lodge"}
 

@@ -238,17 +238,17 @@ class Desk:
         model = self.reader.model.model
         mass = log.mass(
             chat.memory,
-            answer.documents,
+            answer.used_documents,
             {layer: model.layers[layer].self_attn.scaling for layer in chat.memory.layers},
             own=own,
             question=answer.question_tokens,
             answer=answer.answer_tokens,
         )
         whole = {
-            name: torch.zeros(2, chat.known.length(segment=name), dtype=torch.float64) for name in answer.documents
+            name: torch.zeros(2, chat.known.length(segment=name), dtype=torch.float64) for name in answer.used_documents
         }
         # As in `chat.memory`: pieces of one document follow one another.
-        pieces = [piece for name in answer.documents for piece in chat.pieces if piece.segment == name]
+        pieces = [piece for name in answer.used_documents for piece in chat.pieces if piece.segment == name]
         lengths = [piece.stop - piece.start for piece in pieces]
         for (name, start, stop), tokens in zip(pieces, torch.stack(mass).split(lengths, dim=1), strict=True):
             whole[name][:, start:stop] = tokens

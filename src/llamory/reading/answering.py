@@ -41,12 +41,14 @@ class Answer:
     Attributes:
         question: as it was asked.
         answer: without blank space around it.
-        documents: names of the documents that it is from.
-        memory_tokens: their tokens in memory.
+        documents: names of the documents in memory.
+        memory_tokens: tokens in memory.
         question_tokens: tokens of the question with the prompt around it.
         answer_tokens: tokens of the answer.
         seconds_to_first_token: from the question to the answer's first token.
         seconds: from the question to the answer's end.
+        used_documents: names of the documents that the answer is from (`focus`).
+        used_tokens: tokens of these in memory, of long ones those of the stretches that it is from.
     """
 
     question: str
@@ -57,6 +59,8 @@ class Answer:
     answer_tokens: int
     seconds_to_first_token: float
     seconds: float
+    used_documents: list[str]
+    used_tokens: int
 
     @classmethod
     def of(
@@ -64,21 +68,24 @@ class Answer:
         question: str,
         prompt: Sequence[int],
         said: Said,
-        memory: MemoryBank,
+        documents: Sequence[str],
         pieces: Sequence[Piece],
         *,
-        waited: float = 0.0,
+        memory_tokens: int,
+        waited: float,
     ) -> Self:
-        """From what a model said, with these pieces of documents in memory, `waited` seconds after it was asked."""
+        """From what a model said, of these pieces of the documents in memory, `waited` seconds after it was asked."""
         return cls(
             question=question,
             answer=said.text,
-            documents=list(dict.fromkeys(piece.segment for piece in pieces)),
-            memory_tokens=memory.length(),
+            documents=list(documents),
+            memory_tokens=memory_tokens,
             question_tokens=len(prompt),
             answer_tokens=len(said.tokens),
             seconds_to_first_token=waited + said.seconds_to_first_token,
             seconds=waited + said.seconds,
+            used_documents=list(dict.fromkeys(piece.segment for piece in pieces)),
+            used_tokens=sum(stop - start for _, start, stop in pieces),
         )
 
     @property

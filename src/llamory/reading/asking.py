@@ -129,7 +129,8 @@ class OpenMemory:
             cache.search = search_of(self.model, self.memory, chosen)
         waited = time.perf_counter() - started
         said = self.speaker.answer(prompt, cache, manner)
-        return Answer.of(question, prompt, said, memory, chosen, waited=waited)
+        tokens = self.memory.length()
+        return Answer.of(question, prompt, said, self.documents, chosen, memory_tokens=tokens, waited=waited)
 
     def chat(self) -> Chat:
         """A conversation with this memory, which itself stays as it is: what is said is added to the chat's own."""

@@ -86,7 +86,8 @@ class Chat:
             self._open_conversation()
             raise
         self._ids = [*ids, *said.tokens]
-        answer = Answer.of(question, prompt, said, self.memory, chosen, waited=waited)
+        tokens = self.known.length() + self.memory.length(segment=self._segment)
+        answer = Answer.of(question, prompt, said, self.documents, chosen, memory_tokens=tokens, waited=waited)
         self.turns.append(answer)
         self._new = []
         return answer
