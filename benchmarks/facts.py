@@ -21,6 +21,7 @@ import random
 import re
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,13 @@ def with_memory(
         model.read(document_ids(text, tokenizer), memory, segment=str(number))
     sys.stdout.write(f"{memory.length():,} tokens in memory\n")
     speaker, manner, answers = Speaker(model, tokenizer, name), Manner(max_new_tokens=ANSWER_TOKENS), []
+    choosing = 0.0
     for case in asked:
+        started = time.perf_counter()
         chosen = memory.excerpt(speaker.choose(case.question, memory, memory.segments, focus))
+        choosing += time.perf_counter() - started
         answers.append(speaker.answer(speaker.first_prompt(case.question), model.memory_cache(chosen), manner).text)
+    sys.stdout.write(f"{choosing / len(asked):.2f} s to choose what a question is about\n")
     return answers
 
 

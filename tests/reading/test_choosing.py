@@ -38,10 +38,11 @@ def tiny():
     return model, memory, documents
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 16])
-def test_likelihoods_are_those_of_a_dense_model_with_one_document(tiny, monkeypatch, at_once) -> None:
+@pytest.mark.parametrize(("at_once", "tokens"), [(1, 99), (2, 99), (16, 99), (16, 11), (16, 3)])
+def test_likelihoods_are_those_of_a_dense_model_with_one_document(tiny, monkeypatch, at_once, tokens) -> None:
     model, memory, documents = tiny
     monkeypatch.setattr(choosing, "_AT_ONCE", at_once)
+    monkeypatch.setattr(choosing, "_TOKENS_AT_ONCE", tokens)
     question = torch.tensor([3, 30, 9, 12, 7])
     units = [("2",), ("0",), ("1",), ("0", "2")]
     pieces = [[Piece(name, 0, len(documents[name])) for name in names] for names in units]
@@ -65,6 +66,19 @@ def test_what_makes_a_question_too_unlikely_is_left_out(tiny, monkeypatch) -> No
     assert chosen(100) == ["0", "1"]
     assert chosen(102) == chosen(0) == ["0", "1", "2"]
     assert chosen(1) == ["0"]
+
+
+def test_of_a_long_question_the_end_is_looked_for(monkeypatch) -> None:
+    model = make_long_llama(mem_layers=LAYERS, max_position_embeddings=512)
+    memory, given = model.new_memory(), []
+    for name in "ab":
+        model.read([1, 2, 3], memory, segment=name)
+    monkeypatch.setattr(
+        choosing, "question_likelihoods", lambda _, question, *__: given.append(question) or torch.ones(2)
+    )
+    question = [i % 90 for i in range(400)]
+    choose(model, question, memory, "ab", 100)
+    assert given == [question[-128:]]
 
 
 def test_one_document_or_one_token_is_nothing_to_choose_by(tiny, monkeypatch) -> None:

@@ -88,8 +88,8 @@ Focus = Annotated[
     typer.Option(
         "--focus",
         min=0.0,
-        help="Leave out documents in memory that make the question so many times less likely than the best one does, "
-        "100 if nothing is said; 0 answers from all.",
+        help="Leave out documents, and stretches of long ones, that make the question so many times less likely than "
+        "the best does; 100 if nothing is said, 0 answers from all.",
         show_default=False,
     ),
 ]

@@ -57,7 +57,7 @@ class Readable:
             settings: `documents` (names, instead of finding them), `top` (documents to find, 5), `source` and
                 `mode` (as for `search`), `citations` (the most passages to cite, 5), `max_new_tokens`, `temperature`,
                 `seed`, `max_question_tokens`, `on_text` (called with each piece of the answer as it comes) and `focus`
-                (which documents are left out, as for `llamory.reading.asking.OpenMemory.ask`).
+                (what in memory is left out, as for `llamory.reading.asking.OpenMemory.ask`).
 
         Raises:
             LlamoryError: the library is empty, nothing was found, the reader can't be used, or the question is blank.

@@ -31,7 +31,8 @@ STRETCH, WINDOW = 2048, 512
 MARGIN = 64
 # Of more than MOST, larger ones are looked at first, and the FEWEST best of these are cut further at least.
 MOST, FEWEST, FACTOR = 128, 8, 4
-_AT_ONCE = 16
+_AT_ONCE, _TOKENS_AT_ONCE = 16, 1024  # units, and tokens of the question with all of them: each has logits
+MOST_OF_QUESTION = 128  # tokens: a longer question is looked for by its end, or it would be read like a document
 MOST_EXACT = 8192  # tokens of pieces: making pages of these takes longer than reading them all
 
 Unit = tuple[Piece, ...]  # what is looked at together: a part of a document, or several documents
@@ -52,9 +53,9 @@ def question_likelihoods(
     Returns:
         (units,) in float64, in nats: the sum of ln p(token | tokens before, unit).
     """
-    found = []
-    for start in range(0, len(units), _AT_ONCE):
-        banks = [memory.excerpt(unit) for unit in units[start : start + _AT_ONCE]]
+    found, rows = [], max(1, min(_AT_ONCE, _TOKENS_AT_ONCE // len(question)))
+    for start in range(0, len(units), rows):
+        banks = [memory.excerpt(unit) for unit in units[start : start + rows]]
         ids = torch.tensor([list(question)] * len(banks), device=model.device)
         cache = LongLlamaCache(model.config, banks)
         cache.search = ExactSearch()  # pages or an index of a unit would be made for this question only
@@ -76,7 +77,7 @@ def choose(
         focus: left out is what makes the question so many times less likely than the best does; 0: nothing.
     """
     check_focus(focus)
-    question = list(question)[-model.config.max_position_embeddings :]
+    question = list(question)[-min(MOST_OF_QUESTION, model.config.max_position_embeddings) :]
     whole = [Piece(name, 0, memory.length(segment=name)) for name in documents]
     if not focus or len(question) < 2:
         return whole
