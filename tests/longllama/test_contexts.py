@@ -190,6 +190,24 @@ def test_a_step_can_be_made_again_alone():
     assert [other.choose(step, stream) for step in range(6) for stream in range(3)] != forwards
 
 
+def test_negatives_count_as_many_drawn_evenly_on_a_logarithmic_scale_and_positives_once():
+    chooser = ContextChooser(ContextPlan(mix=[(1, 3)], copies=(2, 200)), 8, 2, seed=3)
+    draws = []
+    for step in range(500):
+        contexts = chooser.choose(step, 1)
+        weights = chooser.weights(contexts, step, 1)
+        assert chooser.weights(contexts, step, 1) == weights
+        for row, (seen, counted) in enumerate(zip(contexts, weights, strict=True)):
+            assert [count == 1 for count in counted] == [other // 2 == row // 2 for other in seen]
+            negatives = {count for count in counted if count != 1}
+            assert len(negatives) <= 1  # one number for all that a row sees
+            draws += negatives
+    assert min(draws) >= 2 and max(draws) <= 200 and len(set(draws)) == len(draws)
+    fourths = np.histogram(np.log(np.array(draws) / 2) / np.log(100), 4, (0, 1))[0]
+    assert sum((count - len(draws) / 4) ** 2 / (len(draws) / 4) for count in fourths) < 16.3  # 3 degrees, 1 in 1000
+    assert ContextChooser(ContextPlan(mix=[(1, 3)]), 8, 2).weights(contexts, 0) is None
+
+
 # ---- range and schedules ---------------------------------------------------------------------------------------------
 
 
@@ -338,6 +356,7 @@ def test_rows_that_see_one_another_would_be_told_their_next_tokens():
         ({"mix": [(0, 1)], "negatives": "hard"}, "can't be 'hard'"),
         ({"cross_batch_range": 1, "negatives": "similar"}, "chosen for a mix"),
         ({"mix": [(0, 1)], "stepping": True}, "goes with a cross_batch_range"),
+        ({"mix": [(0, 1)], "copies": (3, 2)}, "negative_copies must be two numbers above 0"),
         ({"mix": [(0, 1)], "grow_at": 0.0}, "above 0 and up to 1"),
         ({"mix": [(0, 1)], "grow_at": 1.5}, "above 0 and up to 1"),
         ({"mix": [(0, 1)], "grow_at": float("nan")}, "above 0 and up to 1"),

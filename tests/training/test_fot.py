@@ -79,9 +79,9 @@ def batches(model_folder, documents, **changes):
 
 
 @torch.no_grad()
-def token_losses(model, batch, contexts):
+def token_losses(model, batch, contexts, **more):
     """(batch, length) each token's loss, by way of all logits."""
-    hidden = model(batch["input_ids"], contexts=contexts).hidden_states[0]
+    hidden = model(batch["input_ids"], contexts=contexts, **more).hidden_states[0]
     logits = hidden @ model.lm_head.weight.T
     return cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten(), reduction="none").view(BATCH, ROW)
 
@@ -125,6 +125,17 @@ def test_a_range_and_a_mixture_of_sources_give_the_first_loss_that_they_should(s
     assert losses(settings().output)[0] == pytest.approx(float(wanted), abs=1e-5)
 
 
+def test_negatives_that_count_as_fifty_give_the_first_loss_that_they_should(settings, model_folder, documents):
+    train_fot(settings(mix=["1+4"], negative_copies=[50, 50]))
+    model, batch = load(model_folder).eval(), next(batches(model_folder, documents))
+    chooser = ContextChooser(ContextPlan(mix=[(1, 4)]), BATCH, PACKING, SEED)
+    contexts = chooser.choose(0, 0, batch["input_ids"], batch["documents"])
+    weights = [[1 if other // PACKING == row // PACKING else 50 for other in seen] for row, seen in enumerate(contexts)]
+    wanted = token_losses(model, batch, contexts, context_weights=weights).mean()
+    assert losses(settings().output)[0] == pytest.approx(float(wanted), abs=1e-5)
+    assert abs(float(wanted - token_losses(model, batch, contexts).mean())) > 1e-4
+
+
 KILLED = {
     # The number of contexts grows after step 10 and only if what the steps before said is in the checkpoint.
     "full": {"schedule": "grown", "sizes": [1, 3], "grow_at": 1e-6},
@@ -149,9 +160,13 @@ def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path, documents, ch
     assert curves[0] == curves[1]
 
 
-@pytest.mark.parametrize("fsdp", [False, True], ids=["DDP", "FSDP"])
-def test_two_processes_lose_as_one_does_in_two_passes(settings, tmp_path, documents, fsdp):
-    evaluated = {"eval_data": [str(documents)], "eval_every": 2, "eval_batches": 3}
+@pytest.mark.parametrize(
+    ("fsdp", "changes"),
+    [(False, {}), (True, {}), (True, {"trained": "memory_projections", "negative_copies": [1, 9]})],
+    ids=["DDP", "FSDP", "FSDP-projections"],
+)
+def test_two_processes_lose_as_one_does_in_two_passes(settings, tmp_path, documents, fsdp, changes):
+    evaluated = {"eval_data": [str(documents)], "eval_every": 2, "eval_batches": 3} | changes
     train_fot(settings(output=str(tmp_path / "one"), accumulation=2, **evaluated))
     shared = settings(output=str(tmp_path / "two"), fsdp=fsdp, **evaluated)
     finish(start("fot", shared, *TORCHRUN))
@@ -326,6 +341,7 @@ def test_settings_that_cannot_be_are_refused(settings, tmp_path, documents):
         ({"cross_batch_range": 2}, "either a mix"),
         ({"mix": ["some"]}, r"POSITIVES\+NEGATIVES"),
         ({"mix": []}, "earlier chunks"),
+        ({"negative_copies": [2]}, "must be two numbers above 0"),
         ({"data": [str(documents)] * 2, "proportions": [0.5, 0.6]}, "add up to 1"),
         ({"proportions": [0.5, 0.5]}, "1 sources of documents but 2 proportions"),
         ({"schedule": "grown"}, "needs sizes"),

@@ -10,6 +10,7 @@ which the chunks of a place stay in theirs, and no row sees one behind it. In a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -38,7 +39,7 @@ SCHEDULES = ("constant", "sampled", "grown")
 NEGATIVES = ("random", "similar")
 
 # Draws that mustn't depend on one another.
-_SIZE, _ROWS = 0, 1
+_SIZE, _ROWS, _COPIES = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class ContextPlan:
         sizes: numbers of contexts, with a range none above it, and for "grown" from small to large.
         grow_at: the running mean of training accuracy, above 0 and up to 1, at which the number grows.
         negatives: "random", or "similar": the closest ones by a retriever.
+        copies: how many of its kind a negative counts as in the softmax, the least and the most; each row draws one
+            number, evenly on a logarithmic scale, so that a few rows stand for memories of all sizes. Not in the paper.
 
     Raises:
         LlamoryError: settings that can't be, or can't be together.
@@ -67,6 +70,7 @@ class ContextPlan:
     sizes: Sequence[int] = ()
     grow_at: float = 0.98
     negatives: str = "random"
+    copies: Sequence[float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
         if self.mix is not None:
@@ -101,6 +105,7 @@ class ContextPlan:
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int) or number < 0:
                 raise LlamoryError(f"A number of contexts is a whole number from 0 on, not {number!r}.")
+        check_copies(self.copies)
         if not 0 < self.grow_at <= 1:
             raise LlamoryError(f"grow_at is an accuracy above 0 and up to 1, not {self.grow_at}.")
 
@@ -257,6 +262,24 @@ class ContextChooser:
             contexts.append([row - back for back in range(1, min(positives, chunk) + 1)] + others.tolist())
         return contexts
 
+    def weights(self, contexts: Sequence[Sequence[int]], step: int, stream: int = 0) -> list[list[float]] | None:
+        """What each of the chosen contexts counts as in the softmax: positives once; None where all do.
+
+        Args:
+            contexts: what `choose` gave for this step and stream.
+            step: of the training, from 0 on.
+            stream: which of the step's batches.
+        """
+        least, most = self.plan.copies
+        if least == most == 1:
+            return None
+        draws = self._random(_COPIES, step, stream).random(self.batch_size)
+        copies = [between((least, most), float(draw)) for draw in draws]
+        return [
+            [1.0 if self._place[other] == self._place[row] else copies[row] for other in seen]
+            for row, seen in enumerate(contexts)
+        ]
+
     def order(self, step: int, stream: int = 0) -> list[int]:
         """Where each row stands in the order of a step's mix: it sees no row behind it. With a range, as they come."""
         if self.plan.mix is None:
@@ -338,3 +361,15 @@ def embedder(
         return vectors
 
     return embed
+
+
+def between(copies: tuple[float, float], share: float) -> float:
+    """The number that lies so far, from 0 to 1, between the least and the most copies on a logarithmic scale."""
+    least, most = copies
+    return float(least * (most / least) ** share)
+
+
+def check_copies(copies: Sequence[float]) -> None:
+    """Raise LlamoryError unless these are the least and the most copies of a negative."""
+    if len(copies) != 2 or not 0 < copies[0] <= copies[1] < math.inf:
+        raise LlamoryError(f"negative_copies must be two numbers above 0, the least and the most, not {list(copies)}.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from llamory.errors import LlamoryError
+from llamory.longllama.contexts import between, check_copies
 from llamory.longllama.losses import IGNORED
 from llamory.longllama.sources import refuse_other_settings
 
@@ -260,18 +260,6 @@ class InstructBatches:
 
     def _shuffled(self, source: int, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, source, epoch]).permutation(len(self.datasets[source]))
-
-
-def between(copies: tuple[float, float], share: float) -> float:
-    """The number that lies so far, from 0 to 1, between the least and the most copies on a logarithmic scale."""
-    least, most = copies
-    return float(least * (most / least) ** share)
-
-
-def check_copies(copies: Sequence[float]) -> None:
-    """Raise LlamoryError unless these are the least and the most copies of a negative."""
-    if len(copies) != 2 or not 0 < copies[0] <= copies[1] < math.inf:
-        raise LlamoryError(f"negative_copies must be two numbers above 0, the least and the most, not {list(copies)}.")
 
 
 def check_rows(split: MemorySplit, rows: int) -> None:

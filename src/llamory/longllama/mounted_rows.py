@@ -12,7 +12,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from llamory.errors import LlamoryError
-from llamory.longllama.instruct_rows import InstructBatches, MemorySplit, between
+from llamory.longllama.contexts import between
+from llamory.longllama.instruct_rows import InstructBatches, MemorySplit
 from llamory.longllama.losses import IGNORED
 
 

@@ -91,7 +91,8 @@ class FotFeed:
     def _pass(self, step: int, number: int, batches: FotBatches) -> dict[str, Any]:
         batch = next(batches)
         contexts = self.chooser.choose(step, number, batch["input_ids"], batch.pop("documents"))
-        return batch | {"contexts": contexts}
+        weights = self.chooser.weights(contexts, step, number)
+        return batch | {"contexts": contexts} | ({} if weights is None else {"context_weights": weights})
 
     def state_dict(self) -> dict[str, Any]:
         """Where the streams stand and how far the number of contexts has grown."""
@@ -206,6 +207,7 @@ def _check(settings: FotSettings) -> ContextPlan:
         sizes=settings.sizes,
         grow_at=settings.grow_at,
         negatives=settings.negatives,
+        copies=settings.negative_copies or (1.0, 1.0),
     )
     # It checks the plan against the batch; the retriever is loaded later.
     ContextChooser(

@@ -13,8 +13,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from llamory import backbone
 from llamory.errors import LlamoryError
 from llamory.longllama.configuration import DEFAULT_LAST_CONTEXT
+from llamory.longllama.contexts import check_copies
 from llamory.longllama.instruct import InstructFormat, Lengths, load_instructions
-from llamory.longllama.instruct_rows import InstructBatches, MemorySplit, check_copies, check_rows
+from llamory.longllama.instruct_rows import InstructBatches, MemorySplit, check_rows
 from llamory.longllama.layer_states import LayerStates
 from llamory.longllama.losses import IGNORED
 from llamory.longllama.mounted_rows import MountedBatches

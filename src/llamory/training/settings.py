@@ -231,6 +231,11 @@ class FotSettings(TaughtSettings):
     retriever: str | None = _setting(
         None, "Model that finds similar negatives: Sentence Transformers or LLARA, folder or hub id."
     )
+    negative_copies: list[float] = _setting(
+        [],
+        "Least and most of its kind that a negative counts as in the softmax (drawn for each row, evenly on a "
+        "logarithmic scale), so that a few rows stand for a large memory; default: 1.",
+    )
     mem_log_bias: float | None = _setting(
         None, "How much of memory's growth is taken off its scores, 0 to 1; default: the model's own, or 0."
     )
