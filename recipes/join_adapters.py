@@ -7,12 +7,13 @@
 Each RUN is the output of a training with --lora: llara and then retriever, or fot and then instruct. A checkpoint of
 the first will do, too (then --query-prompt says what queries get). The first started from the base model (the packaged
 one), each other one from the run before it. The low-rank matrices stand side by side in OUT, in bfloat16, so that their
-sum is applied at once, and slot tokens' rows are those of the last run. What the tokenizer lacks and what the model's
-config has beyond the base model's is written beside them. Whitening is that of the first RUN, if it has any, or of the
-folder --whitening, as what is trained behind LLARA leaves it as it is; --whiten fits it on passages of LLARA's training
-text. With a --factor for each RUN so much of its change counts: less than 1 leads back to the base model. With
---for-memory what changed a memory layer's projections changes those that memory has for itself (mem_projections), and
-the layer's stay the base model's.
+sum is applied at once; where they would be more than a projection has inputs or outputs, they become as many with the
+same product. Slot tokens' rows are those of the last run. What the tokenizer lacks and what the model's config has
+beyond the base model's is written beside them. Whitening is that of the first RUN, if it has any, or of the folder
+--whitening, as what is trained behind LLARA leaves it as it is; --whiten fits it on passages of LLARA's training text.
+With a --factor for each RUN so much of its change counts: less than 1 leads back to the base model. With --for-memory
+what changed a memory layer's projections changes those that memory has for itself (mem_projections), and the layer's
+stay the base model's.
 """
 
 from __future__ import annotations
@@ -56,6 +57,13 @@ def matrices(run: Path, factor: float) -> tuple[dict[str, dict[str, Tensor]], Te
     return found, rows, config
 
 
+def fewest(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product of no more rows and columns than its rank can be, the smaller of its sides."""
+    left, values, right = torch.linalg.svd(up.double() @ down.double(), full_matrices=False)
+    root = values.sqrt()
+    return (root[:, None] * right).to(down.dtype), (left * root).to(up.dtype)
+
+
 def trained_config(run: Path, base: str, slots: int, query_prompt: str) -> PretrainedConfig:
     """The config of a run's model; LLARA's checkpoints have none, but what it must be follows from the base model."""
     if (run / "config.json").is_file():
@@ -97,12 +105,17 @@ def main() -> None:
         ]
     layers = sorted({layer for found, _, _ in parts for layer in found})
     tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
     rank = sum(config["r"] for _, _, config in parts)
     for layer in layers:
         there = [found[layer] for found, _, _ in parts if layer in found]
         down, up = torch.cat([each["A"] for each in there]), torch.cat([each["B"] for each in there], 1)
-        # Zeros stand for runs that left this layer as it was: the folder has one rank.
-        name, missing = f"base_model.model.model.{layer}", rank - len(down)
+        most = min(len(up), down.shape[1])
+        if most < rank:
+            down, up = fewest(down, up)
+            ranks[layer.rsplit(".", 1)[1]] = most
+        # Zeros stand for runs that left this layer as it was: a projection has one rank in all layers.
+        name, missing = f"base_model.model.model.{layer}", min(rank, most) - len(down)
         tensors[f"{name}.lora_A.weight"] = pad(down, (0, 0, 0, missing))
         tensors[f"{name}.lora_B.weight"] = pad(up, (0, missing))
     rows = parts[-1][1]
@@ -130,6 +143,9 @@ def main() -> None:
         "inference_mode": True,
         "task_type": "CAUSAL_LM",
     }
+    if ranks:
+        # PEFT divides alpha by the rank: where that is smaller, so is alpha.
+        adapter |= {"rank_pattern": ranks, "alpha_pattern": ranks}
     base = backbone.load_config(options.base).to_dict()
     numbers = sorted({int(layer.split(".")[1]) for layer in layers})
     if len(numbers) < base["num_hidden_layers"]:

@@ -88,6 +88,32 @@ def test_factors_say_how_much_of_each_run_counts(adapter, tmp_path, monkeypatch,
     assert "1 factors for 2 runs" in capsys.readouterr().err
 
 
+def test_ranks_above_a_projections_sides_are_put_together(
+    settings, retriever_settings, model_folder, tmp_path, monkeypatch
+):
+    lora = {"lora": True, "lora_alpha": 40, "lora_dropout": 0.0, "lora_targets": ["q_proj", "k_proj"]}
+    first = train_llara(settings(output=str(tmp_path / "first"), lora_rank=4, query_prompt="summary", **lora))["output"]
+    more = {"model": first, "output": str(tmp_path / "second"), "query_prompt": None, "lora_rank": 14}
+    second = train_retriever(retriever_settings(**more, **lora))["output"]
+    folder = tmp_path / "adapter"
+    monkeypatch.setattr(sys, "argv", [str(JOIN), str(folder), first, second, "--base", str(model_folder)])
+    runpy.run_path(str(JOIN), run_name="__main__")
+    config = json_of(folder, "adapter_config")
+    assert config["r"] == 18 and config["rank_pattern"] == config["alpha_pattern"] == {"k_proj": 16}  # of 32 x 16
+    joined = load_file(folder / "adapter_model.safetensors")
+    runs = [(Path(run) / "adapter", 40 / rank) for run, rank in ((first, 4), (second, 14))]
+    for layer in ("layers.0.self_attn.q_proj", "layers.1.self_attn.k_proj"):
+        wanted = torch.zeros(())
+        for run, scale in runs:
+            found = load_file(run / "adapter_model.safetensors")
+            a, b = (next(found[name] for name in found if f"{layer}.lora_{side}" in name) for side in "AB")
+            wanted = wanted + scale * b @ a
+        a, b = (joined[f"base_model.model.model.{layer}.lora_{side}.weight"].float() for side in "AB")
+        torch.testing.assert_close(b @ a, wanted, atol=0.01 * float(wanted.abs().max()), rtol=0)
+    one, two = (load_embedder(model, device="cpu").encode_document(TEXTS) for model in (folder, second))
+    assert abs(one - two).max() < 0.02
+
+
 def json_of(folder: Path, name: str) -> dict:
     return json.loads((folder / f"{name}.json").read_text())
 
