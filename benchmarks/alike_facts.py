@@ -19,13 +19,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import logging
 
-from llamory.backbone import load_tokenizer
-from llamory.longllama.instruct import InstructFormat, Lengths, load_instructions
-from llamory.longllama.instruct_rows import MemorySplit
-from llamory.longllama.layer_states import LayerStates
 from llamory.longllama.loading import load_long_model
 from llamory.longllama.losses import IGNORED
-from llamory.longllama.mounted_rows import Documents, collate_mounted, mount
+from llamory.models.base import load_tokenizer
+from llamory.training.instruct.cached_rows import Documents, collate_mounted, mount
+from llamory.training.instruct.dataset import InstructFormat, Lengths, load_instructions
+from llamory.training.instruct.hidden_state_cache import LayerStates
+from llamory.training.instruct.rows import MemorySplit
 
 LONGEST, ALL = 16_384, 1 << 40  # tokens
 

@@ -71,7 +71,7 @@ class Texts:
 
 def texts(tokens: int, count: int, model: str) -> list[str]:
     """Different stretches of the standard library's source text, each of so many tokens."""
-    from llamory.backbone import load_tokenizer
+    from llamory.models.base import load_tokenizer
 
     tokenizer, wanted, found = load_tokenizer(model), count * tokens, list[int]()
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
@@ -86,7 +86,7 @@ def texts(tokens: int, count: int, model: str) -> list[str]:
 
 def stock(model: str, tokens: int, count: int) -> dict[str, Any]:
     """(a): everything in the prompt."""
-    from llamory.backbone import load_model, load_tokenizer
+    from llamory.models.base import load_model, load_tokenizer
 
     loaded, tokenizer = load_model(model, dtype=torch.float32), load_tokenizer(model)
     whole = "\n\n".join([*texts(tokens, count, model), QUESTION])
@@ -151,7 +151,7 @@ def _reader(model: str, settings: dict[str, Any]) -> Any:
 
 def _desk(reader: Any, library: Any, settings: dict[str, Any]) -> Any:
     """A desk that knows no memory yet, with a model that is loaded."""
-    from llamory.library.asking import Desk
+    from llamory.library.qa import Desk
     from llamory.library.reader import ReaderSettings
 
     known = ReaderSettings(reader=reader.model, tokenizer=reader.tokenizer, memory_budget=settings["memory_budget"])

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from llamory.documents import Passage
-from llamory.library.asking import Desk, LibraryChat
+from llamory.library.qa import Desk, LibraryChat
 from llamory.library.reader import ReaderSettings
-from llamory.memory.shares import AttentionLog
+from llamory.qa.attribution import AttentionLog
 from measuring import processor
 
 DOCUMENTS = {

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from llamory.backbone import load_model, load_tokenizer
 from llamory.longllama import LongLlamaCache, LongLlamaConfig, LongLlamaForCausalLM
 from llamory.longllama.loading import load_long_model
+from llamory.models.base import load_model, load_tokenizer
 from published_way import Kept, PublishedWay
 
 WAYS = {

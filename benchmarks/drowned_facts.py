@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from llamory.backbone import load_config, load_tokenizer
-from llamory.longllama.instruct import InstructFormat, Lengths, load_instructions
-from llamory.longllama.instruct_rows import CutExample, collate
 from llamory.longllama.loading import load_long_model
 from llamory.longllama.losses import IGNORED
+from llamory.models.base import load_config, load_tokenizer
+from llamory.training.instruct.dataset import InstructFormat, Lengths, load_instructions
+from llamory.training.instruct.rows import CutExample, collate
 
 ROW, MOST = 512, 3072
 TOGETHER = 4  # examples of a pass, which are one another's negatives

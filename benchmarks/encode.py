@@ -33,7 +33,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from llamory.library.embedding import embed_passages, passage_tokenizer
+from llamory.embedding.library_encoder import embed_passages, passage_tokenizer
 from measuring import processor
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ EQUAL = (32, 128, 448)
 
 def load(name: str, layers: int | None) -> SentenceTransformer:
     """A LLARA embedder in float32 on the CPU; a model without slot tokens gets untrained ones."""
-    from llamory.backbone import load_model, load_tokenizer
-    from llamory.llara.retriever import load_embedder
+    from llamory.embedding.pipeline import load_embedder
     from llamory.llara.template import LlaraTemplate
+    from llamory.models.base import load_model, load_tokenizer
 
     if name != "default" and (Path(name) / "modules.json").exists():
         return load_embedder(name, device="cpu").float()
@@ -116,7 +116,7 @@ def compare(embedder: SentenceTransformer, texts: list[str], rounds: int) -> dic
     """Time the contenders in turns."""
 
     def other_kernels() -> np.ndarray:
-        with mock.patch("llamory.onednn._KERNEL", None):
+        with mock.patch("llamory.embedding.cpu_kernels._KERNEL", None):
             return embed_passages(embedder, texts)
 
     contenders: dict[str, Callable[[], np.ndarray]] = {

@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache, logging
 
-from llamory.backbone import document_ids, load_model, load_tokenizer
 from llamory.documents import find_files, read_file
 from llamory.evaluation.secrets import draw
 from llamory.library import Library
-from llamory.longllama.choosing import DEFAULT_FOCUS
 from llamory.longllama.loading import load_long_model
-from llamory.reading.answering import Manner, Speaker
+from llamory.models.base import document_ids, load_model, load_tokenizer
+from llamory.qa.evidence import DEFAULT_FOCUS
+from llamory.qa.generation import Manner, Speaker
 
 HOUSES = [
     f"{name} {kind}"

@@ -18,12 +18,12 @@ from typing import Any
 
 from transformers import logging
 
-from llamory.backbone import load_tokenizer
 from llamory.cli.eval_options import token_count
 from llamory.cli.options import read_settings
 from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, read_haystack
 from llamory.longllama.loading import load_long_model
-from llamory.training.fot import train_fot
+from llamory.models.base import load_tokenizer
+from llamory.training.fot.train import train_fot
 from llamory.training.settings import FotSettings
 from memory_layers import hide, loss, prompts
 

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from transformers import logging
 
-from llamory.backbone import load_tokenizer
 from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, Haystack, read_haystack
 from llamory.evaluation.passkey import Needle, build_prompt
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.cache import LongLlamaCache
 from llamory.longllama.loading import load_long_model
 from llamory.memory import MemoryBank
+from llamory.models.base import load_tokenizer
 
 NEEDLES = (
     Needle(),

@@ -12,8 +12,8 @@ from torch import Tensor
 from contenders import Case, Likeness, Ours, Published, make
 from llamory.longllama import LongLlamaConfig
 from llamory.memory import MemoryBank
-from llamory.memory.pages import PagesSearch
-from llamory.memory.search import Search, make_search
+from llamory.memory.search.base import Search, make_search
+from llamory.memory.search.pages import PagesSearch
 from measuring import Peak, product_rate, read_rate
 
 WARM_STEPS = 2

@@ -31,8 +31,8 @@ from pathlib import Path
 import torch
 
 from llamory.memory.blocks import Block, Span
-from llamory.memory.exact import ExactSearch
-from llamory.memory.search import make_search
+from llamory.memory.search.base import make_search
+from llamory.memory.search.exact import ExactSearch
 
 WINDOW = 512
 ALONE = 16  # queries asked one at a time
@@ -68,7 +68,7 @@ def real_cases(tokens: int) -> Iterator[Case]:
     """The base model's own keys, values and queries."""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    from llamory.backbone import load_model, load_tokenizer
+    from llamory.models.base import load_model, load_tokenizer
 
     model, library = load_model("default", dtype=torch.float32), Path(sysconfig.get_path("stdlib"))
     text = "\n".join((library / f"{name}.py").read_text() for name in MODULES)

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
-from llamory.backbone import load_model, load_tokenizer
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.loading import load_long_model
+from llamory.models.base import load_model, load_tokenizer
 from llara_step import processor
 
 # Long entries that don't contain each other.

@@ -30,8 +30,8 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 from llamory.cli.eval_options import token_count  # noqa: E402
 from llamory.evaluation.passkey import PasskeyResult  # noqa: E402
+from llamory.evaluation.passkey_results import PasskeyReport  # noqa: E402
 from llamory.evaluation.plots import Panel, draw_heat_map  # noqa: E402
-from llamory.evaluation.reports import PasskeyReport  # noqa: E402
 
 LENGTHS = ("4k", "8k", "16k", "32k", "64k", "128k", "256k", "1M")
 OTHER_LENGTHS = ("4k", "16k", "64k")

@@ -3,7 +3,7 @@
     python benchmarks/prompts.py MODEL --set BEIR [--set ...] --texts UNLABELLED.jsonl [--json FILE]
 
 Queries and documents are read with the summary or the prediction prompt, all four ways; each way has a whitening of its
-own, fitted on passages of LLARA's training text and on their first words (llamory.llara.whitening). The dev part of a
+own, fitted on passages of LLARA's training text and on their first words (embedding.whitening). The dev part of a
 set is asked, or its test part if it has no other.
 """
 
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from transformers import logging
 
+from llamory.embedding.library_encoder import embed_queries
+from llamory.embedding.pipeline import load_embedder, set_query_prompt, unlabelled_texts
+from llamory.embedding.whitening import Whitening, fit_whitening, shortened, whitening_router
 from llamory.evaluation.beir import read_beir
-from llamory.evaluation.judged import RetrievalSet, sample
-from llamory.library.embedding import embed_queries
-from llamory.llara.retriever import load_embedder, set_query_prompt, unlabelled_texts
+from llamory.evaluation.qrels import RetrievalSet, sample
 from llamory.llara.template import QUERY_PROMPTS
-from llamory.llara.whitening import Whitening, fit_whitening, shortened, whitening_router
 from whitening import arguments, ndcg, table
 
 

@@ -69,10 +69,10 @@ def measure(tokens: int) -> dict[str, Any]:
     """Passages of the standard library in numbers, and the base model reading into memory."""
     import torch
 
-    from llamory.backbone import load_tokenizer
     from llamory.documents import read_file, split_passages
     from llamory.llara.template import LlaraTemplate
     from llamory.longllama.loading import load_long_model
+    from llamory.models.base import load_tokenizer
     from measuring import processor
 
     tokenizer = load_tokenizer("default")

@@ -4,7 +4,7 @@
 
 Of each LLARA checkpoint or adapter, with the summary and with the prediction prompt for queries: its vectors as they
 are; centred, the mean of the set's queries and that of its documents taken out, which nobody has in practice; and
-whitened, fitted on passages of LLARA's training text (llamory.llara.whitening), nothing of the set itself.
+whitened, fitted on passages of LLARA's training text (llamory.embedding.whitening), nothing of the set itself.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 from transformers import logging
 
+from llamory.embedding.library_encoder import embed_passages, embed_queries
+from llamory.embedding.pipeline import load_embedder, set_query_prompt, unlabelled_texts, whitening_on
+from llamory.embedding.whitening import whitening_router
 from llamory.evaluation.beir import read_beir
-from llamory.evaluation.judged import RetrievalSet, sample
+from llamory.evaluation.qrels import RetrievalSet, sample
 from llamory.evaluation.retrieval import score_queries
-from llamory.evaluation.searching import search_vectors
-from llamory.library.embedding import embed_passages, embed_queries
-from llamory.llara.retriever import load_embedder, set_query_prompt, unlabelled_texts, whitening_on
+from llamory.evaluation.retrieval_systems import search_vectors
 from llamory.llara.template import QUERY_PROMPTS
-from llamory.llara.whitening import whitening_router
 
 
 def ndcg(data: RetrievalSet, queries: np.ndarray, documents: np.ndarray) -> float:

@@ -133,8 +133,9 @@ def ask(library: Library, question: str, out: Console) -> None:
 
 def read_and_ask(document: Path, book: Path, out: Console) -> None:
     """Read a document into a memory and ask about its start."""
-    from llamory.backbone import load_config
-    from llamory.reading import OpenMemory, read_documents_into
+    from llamory.ingest.encode import read_documents_into
+    from llamory.models.base import load_config
+    from llamory.qa.open_memory import OpenMemory
 
     report = read_documents_into(book, document, model="reader", bf16=True)
     memory = OpenMemory(book, bf16=True)
@@ -156,10 +157,10 @@ def find_passkey(out: Console) -> None:
     """Find the key of the published passkey prompt, whose windows are read each by itself and mounted."""
     import torch
 
-    from llamory.backbone import load_tokenizer
-    from llamory.evaluation.mounted import MountedPrompts
+    from llamory.evaluation.loaded_documents import MountedPrompts
     from llamory.evaluation.passkey import run_passkey
     from llamory.longllama.loading import load_long_model
+    from llamory.models.base import load_tokenizer
 
     start = time.perf_counter()
     model, tokenizer = load_long_model("reader", dtype=torch.bfloat16), load_tokenizer("reader")

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from llamory.evaluation.sets import Judged
+from llamory.evaluation.datasets.builder import Judged
 
 
 def strings(value: object) -> Iterator[str]:

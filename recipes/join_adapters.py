@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import LlamaConfig, PretrainedConfig
 
-from llamory import backbone
-from llamory.llara.retriever import unlabelled_texts, whitening_on
+from llamory.embedding.pipeline import unlabelled_texts, whitening_on
+from llamory.embedding.whitening import WHITENING_FILE, Whitening
 from llamory.llara.template import LlaraTemplate, slot_tokens
-from llamory.llara.whitening import WHITENING_FILE, Whitening
+from llamory.models import base as backbone
 
 _MATRIX = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(layers\..*)\.lora_([AB])(?:\.default)?\.weight")
 _SHARED = re.compile(r"\.self_attn\.([qkvo]_proj)$")

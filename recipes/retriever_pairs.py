@@ -20,7 +20,7 @@ from pathlib import Path
 import sentencex
 
 from llamory.documents import find_files, read_documents
-from llamory.evaluation.sets import Judged, words
+from llamory.evaluation.datasets.builder import Judged, words
 from llamory.training.pairs import load_pairs
 
 AROUND = 80  # words that a sentence is taken out of

@@ -9,11 +9,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from llamory import backbone
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaConfig, LongLlamaForCausalLM
 from llamory.longllama.loading import load_long_model
-from llamory.sharing import load_shared
+from llamory.models import base as backbone
+from llamory.models.adapters import load_shared
 from llamory.training.long_models import trained_part
 from llamory.training.settings import InstructSettings
 from tiny_models import save_llama

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from llamory import backbone
 from llamory.errors import LlamoryError
+from llamory.models import base as backbone
 
 IDS = torch.tensor([[5, 9, 40, 3, 77, 21, 60]])
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from llamory.documents import Block, Document, find_files, read_documents, split_passages
-from llamory.documents import passages as passages_module
+from llamory.documents import chunking as passages_module
 from llamory.errors import LlamoryError
 
 

@@ -19,7 +19,7 @@ def modules_after(code: str) -> set[str]:
     "code",
     [
         "import llamory",
-        "import llamory.backbone",
+        "import llamory.models.base",
         "import llamory.cli",
         "from llamory.llara import LlaraTemplate",
     ],

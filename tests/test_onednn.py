@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llamory import onednn
+from llamory.embedding import cpu_kernels as onednn
 
 
 @pytest.fixture

@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from llamory import backbone, sharing
+from llamory.embedding.library_encoder import embed_passages, embed_queries, fingerprint
+from llamory.embedding.pipeline import load_embedder
 from llamory.errors import LlamoryError
 from llamory.library import Library
-from llamory.library.embedding import embed_passages, embed_queries, fingerprint
-from llamory.llara.retriever import load_embedder
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.loading import load_long_model
-from llamory.sharing import ExtendedEmbedding, load_shared, merged
+from llamory.models import adapters as sharing
+from llamory.models import base as backbone
+from llamory.models.adapters import ExtendedEmbedding, load_shared, merged
 
 TEXTS = ["River stone and water.", "a boat goes down the river in winter, and up", "x = 1"]
 SETTINGS = {"mem_layers": [5, 8, 17, 18, 22, 23], "context_length": 64}

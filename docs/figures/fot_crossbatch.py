@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llamory.longllama.contexts import ContextChooser, ContextPlan
+from llamory.training.fot.batches import ContextChooser, ContextPlan
 
 BATCH, PACKING, MIX = 12, 3, [(0, 0), (1, 1), (2, 1), (2, 2)]
 CELL, LEFT, TOP = 40, 250, 96

@@ -1,6 +1,6 @@
 """llamory: retrieval and long-term memory for LLaMA-family models."""
 
-from llamory.registration import register as _register
+from llamory.models.registration import register as _register
 
 __version__ = "0.1.0"
 

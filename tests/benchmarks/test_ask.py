@@ -1,8 +1,8 @@
 """The benchmark of asking gives documents of the lengths that it says, and compares what it should."""
 
 import ask
-from llamory.backbone import load_tokenizer
-from llamory.library.texts import StoredDocument, tokenized
+from llamory.ingest.stored_documents import StoredDocument, tokenized
+from llamory.models.base import load_tokenizer
 
 
 def test_documents_have_about_the_tokens_that_are_said(model_folder) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from llamory.cli.asking_options import bar
+from llamory.cli.ask_options import bar
 from llamory.memory import MemoryBank
 
 READING = ("--mem-layers", "0-1", "--context-length", "16")

@@ -21,7 +21,7 @@ class Rememberer:
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self, name: str, **told: object) -> None:
-        from llamory.backbone import load_tokenizer
+        from llamory.models.base import load_tokenizer
 
         self.tokenizer, self.told, self.asked = load_tokenizer(name), told, []
         self.config = SimpleNamespace(

@@ -57,7 +57,7 @@ def test_read_says_what_it_did(read, llamory, texts, book) -> None:
 
 
 def test_read_shows_speed_and_time_left(read, texts, monkeypatch) -> None:
-    monkeypatch.setattr("llamory.reading.progress._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("llamory.ingest.progress._SECONDS_BETWEEN_LINES", 0.0)
     lines = [line for line in read(texts).err.splitlines() if "tokens/s" in line]
     assert lines
     assert lines[-1].startswith("texts/rivers.txt: ")
@@ -114,7 +114,7 @@ def _model_of(book: Path) -> str:
 
 def test_ask_focuses_as_it_is_told(read, llamory, texts, book, monkeypatch) -> None:
     read(texts)
-    monkeypatch.setattr("llamory.longllama.choosing.question_likelihoods", lambda *_: torch.tensor([-9.0, -3.0]))
+    monkeypatch.setattr("llamory.qa.evidence.question_likelihoods", lambda *_: torch.tensor([-9.0, -3.0]))
     for focus, documents in (([], 1), (["--focus", "500"], 2), (["--focus", "0"], 2), (["--focus", "400"], 1)):
         ran = llamory("ask", "which river", "--memory", book, "--max-new-tokens", "2", "--json", *focus)
         answer = json.loads(ran.out)
@@ -136,7 +136,7 @@ def test_streaming_reaches_the_reader_before_the_end(read, texts, book, monkeypa
         def flush(self) -> None:
             flushed.append(None)
 
-    from llamory.cli import asking_options
+    from llamory.cli import ask_options as asking_options
 
     asking_options.write_text(Out(), "Ein Fluß\x1b[31m\n")  # type: ignore[arg-type]
     assert flushed == ["Ein Flu? [31m\n", None]

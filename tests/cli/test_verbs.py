@@ -190,7 +190,7 @@ def test_export_hands_on_the_model_and_names_the_folder(llamory, monkeypatch: py
         return [f"{path} for {model} in {max_length}" for path in paths]
 
     module = SimpleNamespace(export_sentence_transformer=export, unlabelled_texts=texts)
-    monkeypatch.setitem(sys.modules, "llamory.llara.retriever", module)
+    monkeypatch.setitem(sys.modules, "llamory.embedding.pipeline", module)
     ran = llamory("export", "trained", "--output", "out", "--max-length", "256", "--json")
     assert json.loads(ran.out) == {"model": "trained", "output": "out", "max_length": 256}
     assert llamory("export", "trained", "--output", "out", "--query-prompt", "summary").code == 0

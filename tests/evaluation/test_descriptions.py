@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.descriptions import about_lists, description_pairs, fetched_lists
+from llamory.evaluation.datasets.descriptions import about_lists, description_pairs, fetched_lists
 
 TRANSLATION = """\
 Package: river-tools

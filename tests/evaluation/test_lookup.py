@@ -5,7 +5,7 @@ import torch
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.lookup import run_lookup
-from llamory.longllama.lookup import Dictionaries, LookupTask
+from llamory.evaluation.lookup_data import Dictionaries, LookupTask
 from tiny_models import make_long_llama
 
 TASK = LookupTask(vocabulary=20, key_length=2, value_length=2, half=20)

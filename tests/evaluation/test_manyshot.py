@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.demonstrations import Example, Plan, Wording, label_set, plan_manyshot, read_examples
 from llamory.evaluation.manyshot import Trial, label_scores, manyshot_curve, run_manyshot
+from llamory.evaluation.prompt_templates import Example, Plan, Wording, label_set, plan_manyshot, read_examples
 from plain_longllama import logits, sight
 from tiny_models import CONTEXT, make_long_llama
 

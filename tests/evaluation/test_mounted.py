@@ -7,7 +7,7 @@ import torch
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, Haystack
-from llamory.evaluation.mounted import MountedPrompts
+from llamory.evaluation.loaded_documents import MountedPrompts
 from llamory.evaluation.passkey import TASK, Needle, encode, run_passkey
 from llamory.longllama import LongLlamaConfig, LongLlamaForCausalLM
 
@@ -136,7 +136,7 @@ def test_a_focused_question_is_asked_of_the_likeliest_windows(tokenizer, model, 
         assert question == encode(tokenizer, Needle().asked)
         return torch.tensor([-3.0 if unit[0].segment == "needle" else -30.0 for unit in units])
 
-    monkeypatch.setattr("llamory.longllama.choosing.question_likelihoods", likelihoods)
+    monkeypatch.setattr("llamory.qa.evidence.question_likelihoods", likelihoods)
     prompt, options = MountedPrompts(model, tokenizer, haystack=TEXT, focus=100)(900, 0.5, "12345")
     whole, everything = MountedPrompts(model, tokenizer, haystack=TEXT)(900, 0.5, "12345")
     assert mounted(model, options).segments == ("needle",)

@@ -69,7 +69,7 @@ def test_scores_are_mtebs_own(registry: dict) -> None:
     from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask
 
     from llamory.evaluation.retrieval import score_queries, summarise
-    from llamory.evaluation.searching import search_vectors
+    from llamory.evaluation.retrieval_systems import search_vectors
 
     words = "river stone bridge winter garden letter window market silver morning harbour candle forest".split()
 

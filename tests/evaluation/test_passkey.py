@@ -273,7 +273,7 @@ def test_progress_is_told_on_standard_error_only_if_wanted(tokenizer, oracle, ca
 
 
 def test_a_real_model_answers(model_folder) -> None:
-    from llamory.backbone import load_model, load_tokenizer
+    from llamory.models.base import load_model, load_tokenizer
 
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
     result = run_passkey(model, tokenizer, [600], [0.5], trials=1)

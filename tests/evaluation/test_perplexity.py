@@ -19,7 +19,7 @@ from llamory.evaluation.perplexity import (
     run_perplexity,
     tail_loss,
 )
-from llamory.evaluation.records import Record
+from llamory.evaluation.results import Record
 from plain_longllama import logits, sight
 from tiny_models import CONTEXT, make_long_llama
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.python_functions import (
+from llamory.evaluation.datasets.functions import (
     USUAL,
     documented_functions,
     first_paragraph,

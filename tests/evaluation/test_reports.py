@@ -7,7 +7,7 @@ import pytest
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.passkey import run_passkey
-from llamory.evaluation.reports import PasskeyReport
+from llamory.evaluation.passkey_results import PasskeyReport
 
 SETTINGS = {"model": "tiny", "trials": 2, "seed": 0}
 FACTS = {"context_length": 500, "mem_layers": (0, 1)}
@@ -108,7 +108,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, cell, monkeypatc
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("llamory.evaluation.reports.json.dump", full)
+    monkeypatch.setattr("llamory.evaluation.passkey_results.json.dump", full)
     with pytest.raises(OSError, match="No space"):
         report.write()
     assert file.read_bytes() == before

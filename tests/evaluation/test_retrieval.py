@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
-from llamory.evaluation import searching
-from llamory.evaluation.judged import RetrievalSet, sample
+from llamory.evaluation import retrieval_systems as searching
+from llamory.evaluation.qrels import RetrievalSet, sample
 from llamory.evaluation.retrieval import differences, interval, score_queries, summarise
-from llamory.evaluation.searching import search_bm25, search_vectors
+from llamory.evaluation.retrieval_systems import search_bm25, search_vectors
 
 
 def make_set(queries: dict[str, str], judgements: dict[str, dict[str, int]], documents: dict[str, str], **more):

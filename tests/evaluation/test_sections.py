@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llamory.evaluation.sections import plain_heading, section_pairs
+from llamory.evaluation.datasets.sections import plain_heading, section_pairs
 
 BODY = "This section has enough words to say something about {}, which its heading does not say in so many words."
 

@@ -8,7 +8,7 @@ import pytest
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.beir import read_beir
-from llamory.evaluation.sets import Judged, Pair, split_pairs, write_set
+from llamory.evaluation.datasets.builder import Judged, Pair, split_pairs, write_set
 
 
 def text(seed: int, count: int = 30) -> str:

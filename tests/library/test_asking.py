@@ -9,11 +9,12 @@ from transformers import AutoTokenizer
 
 from llamory.errors import LlamoryError
 from llamory.library import Library
-from llamory.library.asking import LibraryChat
+from llamory.library.qa import LibraryChat
 from llamory.library.reader import Reader
 from llamory.longllama.loading import load_long_model
-from llamory.memory import MemoryBank, Piece, stretches
-from llamory.memory.shares import DRAWN
+from llamory.memory import MemoryBank, Piece
+from llamory.memory.search.base import page_segments as stretches
+from llamory.qa.attribution import DRAWN
 from plain_longllama import logits, mounted_sight
 
 READING = {"mem_layers": [0, 1], "context_length": 16, "mem_dtype": "float32"}
@@ -185,7 +186,7 @@ def test_citations_are_the_dense_attention_of_question_and_answer(make_library, 
         def chosen(_, question, memory, names, focus):
             return [Piece(name, left_out * (not i), memory.length(segment=name)) for i, name in enumerate(names)]
 
-        monkeypatch.setattr("llamory.reading.answering.choose", chosen)
+        monkeypatch.setattr("llamory.qa.generation.choose", chosen)
     library = make_library(context_length=64)
     chat = LibraryChat(library.desk(), documents=["cats.md", "dogs.md"], citations=9)
     answer = chat.say(QUESTION, max_new_tokens=6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llamory.documents import Passage
-from llamory.library.citing import cite, passage_masses
+from llamory.library.citations import cite, passage_masses
 
 PASSAGES = [Passage(text, "a.md", text.title(), line) for line, text in enumerate("one two three".split(), start=1)]
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
+from llamory.embedding.library_encoder import embed_passages, embed_query, fingerprint, passage_length_for
+from llamory.embedding.pipeline import export_sentence_transformer, load_embedder
 from llamory.errors import LlamoryError
 from llamory.library import Library
-from llamory.library.embedding import embed_passages, embed_query, fingerprint, passage_length_for
-from llamory.llara.retriever import export_sentence_transformer, load_embedder
 from llamory.llara.template import LlaraTemplate
 from tiny_models import save_llara
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from llamory.library import AddReport, Library
-from llamory.library import engine as engine_module
-from llamory.library.engine import FileTask, Recipe, prepare
+from llamory.library import indexer as engine_module
+from llamory.library.indexer import FileTask, Recipe, prepare
 
 
 def add(library: Library, *paths: Path, **settings) -> AddReport:

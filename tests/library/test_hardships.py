@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llamory.documents import Failure
-from llamory.documents import opening as opening_module
+from llamory.documents import storage as opening_module
 from llamory.errors import LlamoryError
 from llamory.library import AddReport, Library
 
@@ -70,12 +70,12 @@ def test_only_broken_files_are_a_report_and_no_library(tmp_path, library):
 
 
 def test_any_error_of_a_parser_is_one_files_alone(docs, library, monkeypatch):
-    from llamory.documents import formats
+    from llamory.documents.formats import text as formats
 
     def failing(text: str, name: str):
         raise RecursionError("too deep")
 
-    monkeypatch.setitem(sys.modules["llamory.documents.files"]._READERS, ".md", failing)
+    monkeypatch.setitem(sys.modules["llamory.documents.readers"]._READERS, ".md", failing)
     assert formats.read_markdown is not failing
     report = add(library, docs)
     assert (report.added, report.failed[0].reason) == (2, "it can't be read (RecursionError: too deep)")

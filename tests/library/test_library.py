@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from llamory.errors import LlamoryError
 from llamory.library import AddReport, Library
-from llamory.library import engine as engine_module
+from llamory.library import indexer as engine_module
 from llamory.library import store as store_module
 
 

@@ -15,9 +15,10 @@ import pytest
 from sentence_transformers.base.modules.normalize import Normalize
 
 from llamory.errors import LlamoryError
-from llamory.library import Library, ray_engine
-from llamory.library.engine import Batch
-from llamory.library.ray_engine import Embedder, Parcel, RayEngine, Reader, _Receiver
+from llamory.library import Library
+from llamory.library import ray as ray_engine
+from llamory.library.indexer import Batch
+from llamory.library.ray import Embedder, Parcel, RayEngine, Reader, _Receiver
 
 FILES, DOCUMENTS = 24, 3
 
@@ -125,7 +126,7 @@ def test_a_run_whose_own_process_is_killed_is_finished_by_the_next(tmp_path, fol
     script = (
         "import sys, time\n"
         "from llamory.library import Library, ray_engine\n"
-        "from llamory.library.updating import Update\n"
+        "from llamory.library.update import Update\n"
         "ray_engine.FILES_PER_CALL, take = 2, Update.take\n"
         "def slowly(self, batch):\n"
         "    take(self, batch); print('written', flush=True); time.sleep(0.3)\n"
@@ -195,8 +196,8 @@ def test_parcels_that_arrive_twice_count_once():
 def test_an_embedder_uses_what_the_library_holds(tmp_path, folder, model_folder, expected, embedder):
     import pickle
 
-    from llamory.library.embedding import fingerprint, passage_tokenizer
-    from llamory.library.engine import FileTask, Recipe
+    from llamory.embedding.library_encoder import fingerprint, passage_tokenizer
+    from llamory.library.indexer import FileTask, Recipe
 
     recipe = Recipe(passage_length=256)
     reader = Reader(recipe, passage_tokenizer(embedder))

@@ -87,7 +87,7 @@ def test_words_are_found(library, query, expected):
 
 
 def test_words_are_found_without_a_model(library, monkeypatch):
-    from llamory.llara import retriever
+    from llamory.embedding import pipeline as retriever
 
     monkeypatch.setattr(retriever, "load_embedder", None)
     hit = Library(library.path).search("bank figures", mode="bm25", top=1)[0]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from llamory.common.locks import lock_path, writing
+from llamory.embedding import pipeline as retriever_module
 from llamory.errors import LlamoryError
 from llamory.library import AddReport, Library
-from llamory.library import engine as engine_module
+from llamory.library import indexer as engine_module
 from llamory.library import store as store_module
-from llamory.library.locking import lock_path, writing
-from llamory.llara import retriever as retriever_module
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_files_that_did_not_change_are_not_parsed_again(docs, library, monkeypat
 
 HOLDER = """
 import sys
-from llamory.library.locking import writing
+from llamory.common.locks import writing
 with writing(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.readline()

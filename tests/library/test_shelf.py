@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
-from llamory.library.shelf import ABANDONED_SECONDS, Shelf, parse_size
+from llamory.library.memory_cache import ABANDONED_SECONDS, Shelf, parse_size
 from llamory.memory import MemoryBank
 from processes import heed_interrupts
 
@@ -104,7 +104,7 @@ def test_what_is_larger_than_the_budget_is_not_kept_and_drives_nothing_out(tmp_p
 def test_what_others_put_is_seen_in_time(tmp_path, monkeypatch) -> None:
     one, folder = size_of_one(tmp_path), tmp_path / "shelf"
     mine, others = Shelf(folder, 4 * one), Shelf(folder, 4 * one)
-    monkeypatch.setattr("llamory.library.shelf.TRUSTED_TIMES", 2)
+    monkeypatch.setattr("llamory.library.memory_cache.TRUSTED_TIMES", 2)
     for key in "abcdef":
         put(mine, key)
         put(others, key.upper())
@@ -170,7 +170,7 @@ KILLED = """
     import sys
     from pathlib import Path
     import torch
-    from llamory.library.shelf import Shelf
+    from llamory.library.memory_cache import Shelf
     from llamory.memory import MemoryBank
 
     shelf = Shelf(Path(sys.argv[1]), 10**7)

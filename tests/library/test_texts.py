@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llamory.documents import Passage
-from llamory.library.texts import StoredDocument, tokenized
+from llamory.ingest.stored_documents import StoredDocument, tokenized
 
 
 def document(*texts: str, title: str = "") -> StoredDocument:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llamory.documents import files as documents_files
+from llamory.documents import readers as documents_files
 from llamory.errors import LlamoryError
 from llamory.llara.data import LlaraCollator, load_examples
 from llamory.llara.template import PUBLISHED_TEMPLATE, LlaraTemplate

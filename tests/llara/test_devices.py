@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from llamory.llara.encoding import FlatEncoder
-from llamory.llara.retriever import load_embedder
+from llamory.embedding.encoder import FlatEncoder
+from llamory.embedding.pipeline import load_embedder
 from pretend_device import can_pretend, pretended_cuda
 from tiny_models import save_llara
 

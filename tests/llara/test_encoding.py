@@ -6,9 +6,9 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules.dense import Dense
 
-from llamory.llara import encoding
-from llamory.llara.encoding import FlatEncoder
-from llamory.llara.retriever import load_embedder
+from llamory.embedding import encoder as encoding
+from llamory.embedding.encoder import FlatEncoder
+from llamory.embedding.pipeline import load_embedder
 from tiny_models import save_llara
 
 MAX_LENGTH = 160
@@ -78,7 +78,7 @@ def test_every_text_is_told_once(embedder, monkeypatch):
 
 
 def test_where_the_fast_kernel_is_missing_the_vectors_are_the_same(embedder, monkeypatch):
-    monkeypatch.setattr("llamory.onednn._KERNEL", None)
+    monkeypatch.setattr("llamory.embedding.cpu_kernels._KERNEL", None)
     np.testing.assert_allclose(flat(embedder).encode(TEXTS), embedder.encode_document(TEXTS), atol=1e-5)
 
 

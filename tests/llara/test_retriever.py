@@ -25,14 +25,14 @@ from transformers import (
 )
 
 from keyword_models import keyword_model
-from llamory.errors import LlamoryError
-from llamory.llara.retriever import (
+from llamory.embedding.pipeline import (
     export_sentence_transformer,
     hide_slot_tokens,
     load_embedder,
     query_prompt,
     set_query_prompt,
 )
+from llamory.errors import LlamoryError
 from llamory.llara.template import LlaraTemplate
 
 CORPUS = [

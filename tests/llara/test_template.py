@@ -8,10 +8,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llamory import backbone
 from llamory.errors import LlamoryError
 from llamory.llara import LlaraTemplate, PreLlamaModel
 from llamory.llara.template import PUBLISHED_TEMPLATE, slot_tokens
+from llamory.models import base as backbone
 
 TEXT = ["Summarize the above passage within eight words, or predict the following passage.", "A river runs south."]
 LLAMA2 = Path(__file__).parents[3] / "shared" / "tokenizers" / "llama2_tokenizer.json"

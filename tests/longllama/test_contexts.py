@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
-from llamory.longllama.contexts import PUBLISHED_MIXES, ContextChooser, ContextPlan
 from llamory.longllama.crossbatch import cross_batch_attention, crossbatch_contexts
+from llamory.training.fot.batches import PUBLISHED_MIXES, ContextChooser, ContextPlan
 
 
 def first_token_vectors(rows):

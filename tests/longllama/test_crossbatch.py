@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
-from llamory.longllama import crossbatch, kernels
+from llamory.longllama import crossbatch
+from llamory.longllama import flash_backward as kernels
 from llamory.longllama.crossbatch import (
     cross_batch_attention,
     cross_batch_parts,

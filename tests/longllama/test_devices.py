@@ -12,10 +12,14 @@ import torch
 
 import cuda_kernels
 from llamory.longllama import LongLlamaForCausalLM, crossbatch
-from llamory.longllama.kernels import Part, attend_part_backward
-from llamory.memory import MemoryBank, exact, faiss_index, faiss_parts, nearest, pages, stretches
+from llamory.longllama.flash_backward import Part, attend_part_backward
+from llamory.memory import MemoryBank
 from llamory.memory.attention import flash
-from llamory.memory.shares import AttentionLog
+from llamory.memory.search import exact, faiss_parts, pages
+from llamory.memory.search import faiss as faiss_index
+from llamory.memory.search import topk as nearest
+from llamory.memory.search.base import page_segments as stretches
+from llamory.qa.attribution import AttentionLog
 from pretend_device import can_pretend, pretended_cuda
 
 SHORT = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llamory.errors import LlamoryError
-from llamory.longllama.data import FotBatches
-from llamory.longllama.sources import DocumentStream, Source, make_sources
+from llamory.training.corpus import DocumentStream, Source, make_sources
+from llamory.training.fot.data import FotBatches
 
 BOS, EOS, FIRST = 1, 2, 3
 

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llamory.errors import LlamoryError
-from llamory.longllama.instruct import InstructFormat, Lengths, _Recipe, load_instructions
+from llamory.ingest.documents import prepare
 from llamory.longllama.losses import IGNORED
-from llamory.reading.manuscripts import prepare
+from llamory.training.instruct.dataset import InstructFormat, Lengths, _Recipe, load_instructions
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
-from llamory.longllama.instruct_rows import CutExample, InstructBatches, MemorySplit, collate
 from llamory.longllama.losses import IGNORED
+from llamory.training.instruct.rows import CutExample, InstructBatches, MemorySplit, collate
 from tiny_models import CONTEXT, LAST, make_long_llama
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

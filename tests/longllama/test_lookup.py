@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llamory.errors import LlamoryError
-from llamory.longllama.lookup import ANSWER, ASK, BOS, DEFINE, VALUE, LookupTask
+from llamory.evaluation.lookup_data import ANSWER, ASK, BOS, DEFINE, VALUE, LookupTask
 
 
 def lines_of(row, first, second, task):

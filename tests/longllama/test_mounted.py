@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
-from llamory.longllama import kernels
+from llamory.longllama import flash_backward as kernels
 from llamory.longllama.crossbatch import cross_batch_parts
-from llamory.longllama.instruct_rows import MemorySplit
-from llamory.longllama.layer_states import LayerStates
+from llamory.longllama.crossbatch_plan import plan_outside
 from llamory.longllama.losses import IGNORED
-from llamory.longllama.mounted_rows import Documents, MountedBatches, collate_mounted, mount
-from llamory.longllama.plans import plan_outside
+from llamory.training.instruct.cached_rows import Documents, MountedBatches, collate_mounted, mount
+from llamory.training.instruct.hidden_state_cache import LayerStates
+from llamory.training.instruct.rows import MemorySplit
 from plain_crossbatch import plain_cross_batch
 from tiny_models import make_long_llama
 

@@ -12,9 +12,9 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llamory.embedding.pipeline import export_sentence_transformer, hide_slot_tokens, load_embedder
 from llamory.llara import LlaraTemplate
-from llamory.llara.retriever import export_sentence_transformer, hide_slot_tokens, load_embedder
-from llamory.longllama.contexts import ContextChooser, ContextPlan, embedder
+from llamory.training.fot.batches import ContextChooser, ContextPlan, embedder
 
 WORDS = ["river", "money", "cat", "dog"]
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from llamory.memory import MemoryBank, stretches
-from llamory.memory.page_files import load_pages, page_bytes, save_pages
-from llamory.memory.pages import PagesSearch
+from llamory.memory import MemoryBank
+from llamory.memory.search.base import page_segments as stretches
+from llamory.memory.search.page_files import load_pages, page_bytes, save_pages
+from llamory.memory.search.pages import PagesSearch
 
 LAYERS, HEADS, SIZE = [2, 5], 2, 16
 

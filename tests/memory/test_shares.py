@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from llamory.longllama.cache import LongLlamaCache
-from llamory.memory import shares
-from llamory.memory.shares import DRAWN, AttentionLog
+from llamory.qa import attribution as shares
+from llamory.qa.attribution import DRAWN, AttentionLog
 from plain_longllama import logits, mounted_sight
 from tiny_models import CONTEXT, make_long_llama
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llamory.reading.reading import ReadReport, read_documents_into
+from llamory.ingest.encode import ReadReport, read_documents_into
 from small_texts import SETTINGS, sentence
 
 

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoTokenizer
 
 from llamory.errors import LlamoryError
+from llamory.ingest.encode import read_documents_into
 from llamory.longllama.loading import load_long_model
 from llamory.memory import MemoryBank
-from llamory.reading import asking
-from llamory.reading.asking import OpenMemory, ask
-from llamory.reading.reading import read_documents_into
+from llamory.qa import open_memory as asking
+from llamory.qa.open_memory import OpenMemory, ask
 from tiny_models import make_long_llama
 
 SETTINGS = {"mem_layers": [0, 1], "context_length": 16, "mem_dtype": "float32"}

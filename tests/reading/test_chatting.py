@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llamory.errors import LlamoryError
+from llamory.ingest.encode import read_documents_into
 from llamory.memory import MemoryBank
-from llamory.reading.asking import OpenMemory
-from llamory.reading.reading import read_documents_into
+from llamory.qa.open_memory import OpenMemory
 
 SETTINGS = {"mem_layers": [0, 1], "mem_dtype": "float32"}
 QUESTIONS = ["which river", "and which bridge", "why"]

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
+from llamory.ingest.encode import read_documents_into
 from llamory.library import Library
-from llamory.longllama import choosing
-from llamory.longllama.choosing import STRETCH, WINDOW, choose, cut, question_likelihoods, search_of
 from llamory.memory import Piece
-from llamory.reading.asking import OpenMemory
-from llamory.reading.reading import read_documents_into
+from llamory.qa import evidence as choosing
+from llamory.qa.evidence import STRETCH, WINDOW, choose, cut, question_likelihoods, search_of
+from llamory.qa.open_memory import OpenMemory
 from plain_longllama import logits, mounted_sight
 from tiny_models import make_long_llama
 
@@ -171,7 +171,7 @@ def test_a_question_that_is_likely_everywhere_is_answered_from_all(long) -> None
 def test_no_pages_are_made_for_a_question(tiny, monkeypatch) -> None:
     model, memory, _ = tiny
     monkeypatch.setattr(model.config, "mem_search", "pages")
-    monkeypatch.setattr("llamory.memory.pages.PagesSearch.attend", lambda *_: pytest.fail("pages were searched"))
+    monkeypatch.setattr("llamory.memory.search.pages.PagesSearch.attend", lambda *_: pytest.fail("pages were searched"))
     choose(model, [1, 2, 3, 4], memory, memory.segments, 100)
 
 

@@ -13,9 +13,11 @@ import torch
 from transformers import AutoTokenizer
 
 from llamory.errors import LlamoryError
+from llamory.ingest import batching as passes
+from llamory.ingest import checkpoint as partial
+from llamory.ingest import encode as reading
 from llamory.longllama.loading import load_long_model
 from llamory.memory import MemoryBank
-from llamory.reading import partial, passes, reading
 from small_texts import CONTEXT, SETTINGS, sentence
 
 
@@ -174,8 +176,9 @@ def test_a_folder_that_was_moved_is_known_again(read, book, texts, tmp_path) -> 
 
 KILLED = """
 import os, signal, sys
-from llamory.reading import partial, reading
-from llamory.reading.progress import ReadingBar
+from llamory.ingest import checkpoint as partial
+from llamory.ingest import encode as reading
+from llamory.ingest.progress import ReadingBar
 
 partial.SAVE_EVERY = partial._SHARE = 0
 windows = 0
@@ -289,7 +292,7 @@ def test_saving_takes_a_small_part_of_the_time(monkeypatch, tmp_path, model_fold
 def test_an_unfinished_document_goes_on_with_offloaded_weights(tmp_path, model_folder) -> None:
     from accelerate import cpu_offload
 
-    from llamory.reading.manuscripts import Manuscript
+    from llamory.ingest.documents import Manuscript
 
     model = load_long_model(model_folder, **SETTINGS)
     ids = torch.arange(3, 3 + 3 * CONTEXT, dtype=torch.int32) % 90

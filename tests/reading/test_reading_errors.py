@@ -10,9 +10,10 @@ import pytest
 import torch
 from filelock import FileLock
 
+from llamory.common import ram as room
 from llamory.errors import LlamoryError
+from llamory.ingest import encode as reading
 from llamory.memory import MemoryBank
-from llamory.reading import reading, room
 
 
 @pytest.fixture

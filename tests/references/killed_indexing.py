@@ -19,11 +19,11 @@ import lancedb.index
 import lancedb.query  # noqa: F401
 import rich.progress  # noqa: F401
 
-import llamory.documents.folders  # noqa: F401
+import llamory.documents.scan  # noqa: F401
 import llamory.library.store as store_module
+from llamory.embedding.pipeline import load_embedder
 from llamory.library import Library
-from llamory.library import engine as engine_module
-from llamory.llara.retriever import load_embedder
+from llamory.library import indexer as engine_module
 
 engine_module.PASSAGES_PER_BATCH = 4
 store_module.COMMITS_PER_TIDY = 3

@@ -15,12 +15,12 @@ from keyword_models import keyword_model
 from llamory.cli.options import read_settings
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
-from llamory.longllama.contexts import ContextChooser, ContextPlan
-from llamory.longllama.data import FotBatches
 from llamory.longllama.loading import load_long_model
-from llamory.longllama.sources import DocumentStream, Source
 from llamory.training import long_models
-from llamory.training.fot import train_fot
+from llamory.training.corpus import DocumentStream, Source
+from llamory.training.fot.batches import ContextChooser, ContextPlan
+from llamory.training.fot.data import FotBatches
+from llamory.training.fot.train import train_fot
 from llamory.training.settings import FotSettings
 from training_runs import TORCHRUN, finish, kill_behind, losses, start, weights
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llamory.cli.options import read_settings
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
-from llamory.longllama.instruct import InstructFormat, Lengths, load_instructions
-from llamory.longllama.instruct_rows import InstructBatches, MemorySplit, between
 from llamory.longllama.losses import IGNORED
-from llamory.longllama.mounted_rows import MountedBatches
-from llamory.training.instruct import InstructFeed, train_instruct
+from llamory.training.instruct.cached_rows import MountedBatches
+from llamory.training.instruct.dataset import InstructFormat, Lengths, load_instructions
+from llamory.training.instruct.rows import InstructBatches, MemorySplit, between
+from llamory.training.instruct.train import InstructFeed, train_instruct
 from llamory.training.settings import InstructSettings
 from training_runs import TORCHRUN, finish, kill_behind, losses, start, weights
 

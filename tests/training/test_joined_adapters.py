@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llamory import backbone
+from llamory.embedding.pipeline import export_sentence_transformer, load_embedder, query_prompt
 from llamory.errors import LlamoryError
-from llamory.llara.retriever import export_sentence_transformer, load_embedder, query_prompt
+from llamory.models import base as backbone
 from llamory.training.llara import train_llara
 from llamory.training.retriever import train_retriever
 

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from llamory.errors import LlamoryError
+from llamory.evaluation.lookup_data import LookupTask, task_of
 from llamory.longllama import LongLlamaForCausalLM
-from llamory.longllama.growth import Growth
-from llamory.longllama.lookup import LookupTask, task_of
+from llamory.training.curriculum import Growth
 from llamory.training.lookup import LookupFeed, train_lookup
 from llamory.training.settings import LookupSettings
 

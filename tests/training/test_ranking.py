@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, normalize
 
-from llamory.llara.retriever import load_embedder
+from llamory.embedding.pipeline import load_embedder
 from llamory.training.pair_batches import DrawnGroups
 from llamory.training.pairs import Example, Pairs
 from llamory.training.ranking import ranking_loss

@@ -12,11 +12,11 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM, LlamaModel
 
 from llamory.cli.options import read_settings
+from llamory.embedding.pipeline import load_embedder
 from llamory.errors import LlamoryError
 from llamory.library import Library
 from llamory.llara import LlaraTemplate
 from llamory.llara.modeling import NewLlamaModel
-from llamory.llara.retriever import load_embedder
 from llamory.training.retriever import _arguments, _check, _columns, train_retriever
 from llamory.training.settings import RetrieverSettings
 from toy_pairs import WORDS, write_pairs

@@ -12,8 +12,8 @@ from transformers import LlamaForCausalLM
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.losses import teacher_loss
-from llamory.training.fot import train_fot
-from llamory.training.instruct import train_instruct
+from llamory.training.fot.train import train_fot
+from llamory.training.instruct.train import train_instruct
 from llamory.training.settings import FotSettings, InstructSettings
 from llamory.training.teachers import Teacher
 from training_runs import losses

@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from llamory.cli import main
-from llamory.errors import LlamoryError
-from llamory.library.embedding import embed_passages, embed_queries
-from llamory.llara.retriever import (
+from llamory.embedding.library_encoder import embed_passages, embed_queries
+from llamory.embedding.pipeline import (
     export_sentence_transformer,
     load_embedder,
     query_prompt,
@@ -20,7 +19,8 @@ from llamory.llara.retriever import (
     unlabelled_texts,
     whitening_on,
 )
-from llamory.llara.whitening import WHITENING_FILE, fit_whitening, shortened
+from llamory.embedding.whitening import WHITENING_FILE, fit_whitening, shortened
+from llamory.errors import LlamoryError
 from llamory.training.llara import train_llara
 from llamory.training.retriever import train_retriever
 

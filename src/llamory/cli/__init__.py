@@ -10,7 +10,8 @@ import typer
 from typer.main import get_command
 
 from llamory import __version__
-from llamory.cli import ask, chat, dataset, evaluate, export, index, info, read, search, train
+from llamory.cli import ask, chat, dataset, export, index, info, read, search, train
+from llamory.cli import eval as evaluate
 from llamory.cli.errors import INTERRUPTED, debugging, discard_output, say
 from llamory.cli.output import quieten_libraries
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llamory.cli import asking_options as options
+from llamory.cli import ask_options as options
 from llamory.cli.memory_options import Bf16, Device, Search, TopK
 from llamory.cli.output import Json, Quiet, print_json, working
 

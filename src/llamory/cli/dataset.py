@@ -13,8 +13,8 @@ from llamory.cli.output import Json, Quiet, print_json, working
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
-    from llamory.evaluation.python_functions import Origin
-    from llamory.evaluation.sets import Pair
+    from llamory.evaluation.datasets.builder import Pair
+    from llamory.evaluation.datasets.functions import Origin
 
 app = typer.Typer(help="Build real retrieval sets, to train and to judge with.", rich_markup_mode=None)
 
@@ -42,8 +42,8 @@ def descriptions(
 ) -> None:
     """Build the set of package descriptions: a Debian package's title asks for its long description."""
     with working(quiet=quiet):
-        from llamory.evaluation.descriptions import about_lists, description_pairs, fetched_lists
-        from llamory.evaluation.sets import check_free
+        from llamory.evaluation.datasets.builder import check_free
+        from llamory.evaluation.datasets.descriptions import about_lists, description_pairs, fetched_lists
 
         check_free(output)
         for path in source or ():
@@ -81,14 +81,14 @@ def functions(
 ) -> None:
     """Build the set of Python functions: a docstring asks for the function it was taken out of."""
     with working(quiet=quiet):
-        from llamory.evaluation.python_functions import (
+        from llamory.evaluation.datasets.builder import check_free
+        from llamory.evaluation.datasets.functions import (
             folder_origin,
             function_pairs,
             installed_packages,
             standard_library,
             usual_packages,
         )
-        from llamory.evaluation.sets import check_free
 
         if package and source:
             raise LlamoryError("--package can't be given with --source; give one of them.")
@@ -120,8 +120,8 @@ def sections(
 ) -> None:
     """Build a set of documents of your own: a heading asks for the section that stands under it."""
     with working(quiet=quiet):
-        from llamory.evaluation.sections import section_pairs
-        from llamory.evaluation.sets import check_free
+        from llamory.evaluation.datasets.builder import check_free
+        from llamory.evaluation.datasets.sections import section_pairs
 
         check_free(output)
         told = "\n".join(f"- {path.name}" for path in documents)
@@ -131,7 +131,7 @@ def sections(
 
 
 def _build(output: Path, pairs: Iterable[Pair], about: str, shares: dict[str, float] | None = None) -> dict[str, Any]:
-    from llamory.evaluation.sets import PARTS, split_pairs, write_set
+    from llamory.evaluation.datasets.builder import PARTS, split_pairs, write_set
 
     parts = split_pairs(pairs, shares or PARTS)
     counts = {part: len(found) for part, found in parts.pairs.items()}

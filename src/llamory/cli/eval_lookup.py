@@ -13,7 +13,7 @@ from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
     from llamory.evaluation.lookup import LookupCell
-    from llamory.evaluation.records import Record
+    from llamory.evaluation.results import Record
 
 _JSON_FILE, _PICTURE = "lookup.json", "lookup.png"
 _MEMORY = "4k,16k,64k,256k,1M,4M,16M"
@@ -55,10 +55,10 @@ def lookup(
     lengths = shared.token_counts(memory or [_MEMORY], "--memory")
     with working(quiet=quiet):
         from llamory.evaluation.lookup import LookupCell, peak_memory, run_lookup
-        from llamory.evaluation.records import Record
+        from llamory.evaluation.lookup_data import task_of
+        from llamory.evaluation.results import Record
         from llamory.evaluation.steps import StepProgress
         from llamory.longllama.loading import load_long_model
-        from llamory.longllama.lookup import task_of
 
         settings: dict[str, Any] = {"documents": documents, "seed": seed}
         record = Record(shared.output_folder(output) / _JSON_FILE, "lookup", settings, LookupCell, list)

@@ -13,7 +13,7 @@ from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
     from llamory.evaluation.manyshot import Trial
-    from llamory.evaluation.records import Record
+    from llamory.evaluation.results import Record
 
 _JSON_FILE, _PICTURE = "manyshot.json", "manyshot.png"
 
@@ -81,10 +81,10 @@ def manyshot(
         bf16=bf16,
     )
     with working(quiet=quiet):
-        from llamory.backbone import load_tokenizer
-        from llamory.evaluation.demonstrations import Wording, label_set, plan_manyshot, read_examples
         from llamory.evaluation.manyshot import Trial, manyshot_curve, run_manyshot
-        from llamory.evaluation.records import Record
+        from llamory.evaluation.prompt_templates import Wording, label_set, plan_manyshot, read_examples
+        from llamory.evaluation.results import Record
+        from llamory.models.base import load_tokenizer
 
         fields = {"text_field": text_field, "label_field": label_field}
         shown_examples = read_examples(train, **fields)

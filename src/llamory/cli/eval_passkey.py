@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llamory.evaluation.passkey import PasskeyResult, PromptMaker
-    from llamory.evaluation.reports import PasskeyReport
+    from llamory.evaluation.passkey_results import PasskeyReport
 
 _TITLES = {"memory": "With memory", "baseline": "Plain model, full cache"}
 _JSON_FILE, _PICTURE = "passkey.json", "passkey.png"
@@ -98,12 +98,12 @@ def passkey(
         bf16=bf16,
     )
     with working(quiet=quiet):
-        from llamory.backbone import load_model, load_tokenizer
         from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, read_haystack
         from llamory.evaluation.passkey import Needle, build_prompt, check_depth, run_passkey
-        from llamory.evaluation.reports import PasskeyReport
+        from llamory.evaluation.passkey_results import PasskeyReport
         from llamory.evaluation.secrets import longest
-        from llamory.longllama.choosing import check_focus
+        from llamory.models.base import load_model, load_tokenizer
+        from llamory.qa.evidence import check_focus
 
         if apart and baseline:
             raise LlamoryError("The plain model has no memory to mount windows in; leave out --apart or --baseline.")
@@ -157,7 +157,7 @@ def passkey(
         options = {} if last_context_length is None else {"last_context_length": last_context_length}
         mounted = None
         if apart:
-            from llamory.evaluation.mounted import MountedPrompts
+            from llamory.evaluation.loaded_documents import MountedPrompts
 
             mounted = MountedPrompts(long, tokenizer, needle=hidden, haystack=hay, focus=focus)
         run("memory", long, shared.memory_facts(long) | options, options, mounted)

@@ -13,7 +13,7 @@ from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
     from llamory.evaluation.perplexity import LongText, Score
-    from llamory.evaluation.records import Record
+    from llamory.evaluation.results import Record
 
 _JSON_FILE, _PICTURE = "perplexity.json", "perplexity.png"
 _MEMORY = "0,2k,4k,8k,16k,32k,64k"
@@ -77,7 +77,7 @@ def perplexity(
     )
     with working(quiet=quiet):
         from llamory.evaluation.perplexity import Score, check_window, perplexity_curve, run_perplexity
-        from llamory.evaluation.records import Record
+        from llamory.evaluation.results import Record
 
         if context_length is not None:
             check_window(tokens, local, context_length)
@@ -114,8 +114,8 @@ def perplexity(
 
 def _texts(names: list[str], data: list[Path], length: int, *, limit: int | None, text_field: str) -> list[LongText]:
     """The documents' ends as tokens, which must be the same tokens for all models."""
-    from llamory.backbone import load_tokenizer
     from llamory.evaluation.perplexity import read_long_texts
+    from llamory.models.base import load_tokenizer
 
     texts: list[LongText] | None = None
     for name in names:

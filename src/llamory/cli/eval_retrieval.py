@@ -17,9 +17,9 @@ from llamory.errors import LlamoryError
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from llamory.evaluation.judged import RetrievalSet
-    from llamory.evaluation.retrieval_report import RetrievalReport
-    from llamory.evaluation.searching import Advance, Ranking
+    from llamory.evaluation.qrels import RetrievalSet
+    from llamory.evaluation.retrieval_results import RetrievalReport
+    from llamory.evaluation.retrieval_systems import Advance, Ranking
 
 _BM25 = "BM25"
 _MEAN = "mean of {}"
@@ -87,17 +87,17 @@ def retrieval(
     if not names and not plain and not bm25:
         raise LlamoryError("There is nothing to score: name a --model, or leave --no-bm25 out.")
     with working(quiet=quiet):
-        from llamory.backbone import load_config
-        from llamory.evaluation.judged import sample
-        from llamory.evaluation.retrieval_report import RetrievalReport
-        from llamory.evaluation.searching import search_bm25
-        from llamory.llara.retriever import (
+        from llamory.embedding.pipeline import (
             check_embedder,
             load_embedder,
             mean_embedder,
             reads_slots,
             set_query_prompt,
         )
+        from llamory.evaluation.qrels import sample
+        from llamory.evaluation.retrieval_results import RetrievalReport
+        from llamory.evaluation.retrieval_systems import search_bm25
+        from llamory.models.base import load_config
 
         for name in names:
             check_embedder(name)
@@ -167,9 +167,9 @@ def _score_model(
     *,
     bf16: bool,
 ) -> None:
-    from llamory.evaluation.searching import search_vectors
-    from llamory.library.embedding import embed_passages, embed_queries, fingerprint
-    from llamory.llara.retriever import query_prompt
+    from llamory.embedding.library_encoder import embed_passages, embed_queries, fingerprint
+    from llamory.embedding.pipeline import query_prompt
+    from llamory.evaluation.retrieval_systems import search_vectors
 
     prompt = query_prompt(embedder)
     limit = embedder.max_seq_length  # infinite where there is none, which JSON doesn't know

@@ -32,7 +32,7 @@ def export(
 ) -> None:
     """Write a trained model as a Sentence Transformers folder."""
     with working(quiet=quiet):
-        from llamory.llara.retriever import export_sentence_transformer, unlabelled_texts
+        from llamory.embedding.pipeline import export_sentence_transformer, unlabelled_texts
 
         texts = unlabelled_texts(model, whiten, max_length=max_length) if whiten else []
         export_sentence_transformer(model, output, max_length=max_length, query_prompt=query_prompt, whiten_on=texts)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from llamory.cli import asking_options as options
+from llamory.cli import ask_options as options
 from llamory.cli.memory_options import show_size
 from llamory.cli.output import Json, Quiet, print_json, printable, working
 from llamory.errors import LlamoryError
@@ -17,7 +17,7 @@ from llamory.errors import LlamoryError
 if TYPE_CHECKING:
     from llamory.documents import Failure
     from llamory.library import AddReport
-    from llamory.library.ahead import MemoryReport
+    from llamory.library.prefill import MemoryReport
 
 _LISTED = 20
 

@@ -41,7 +41,7 @@ def info(
 def _machine() -> dict[str, Any]:
     import torch
 
-    from llamory.backbone import cache_folder
+    from llamory.models.base import cache_folder
 
     facts: dict[str, Any] = {"llamory": __version__, "python": sys.version.split()[0]}
     for package in _PACKAGES:
@@ -75,7 +75,7 @@ def _may_be_memory(path: str) -> bool:
 
 
 def _memory(path: str) -> dict[str, Any]:
-    from llamory.reading.books import Book
+    from llamory.ingest.memory_file import Book
 
     return Book(path).summary()
 
@@ -101,8 +101,8 @@ def _print_memory(facts: dict[str, Any]) -> None:
 
 
 def _model(name: str) -> dict[str, Any]:
-    from llamory.backbone import adapter_folder, load_config, resolve
     from llamory.llara import LlaraTemplate
+    from llamory.models.base import adapter_folder, load_config, resolve
 
     source = resolve(name)
     config = load_config(name)

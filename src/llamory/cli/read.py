@@ -44,7 +44,7 @@ def read(
     """Read documents into a memory, or bring it up to date with them. A run that was stopped goes on."""
     with working(quiet=quiet):
         layers = parse_layers(mem_layers)
-        from llamory.reading.reading import read_documents_into
+        from llamory.ingest.encode import read_documents_into
 
         report = read_documents_into(
             memory,

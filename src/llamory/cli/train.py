@@ -31,13 +31,13 @@ def _retriever(settings: RetrieverSettings) -> Mapping[str, Any]:
 
 
 def _fot(settings: FotSettings) -> Mapping[str, Any]:
-    from llamory.training.fot import train_fot
+    from llamory.training.fot.train import train_fot
 
     return train_fot(settings)
 
 
 def _instruct(settings: InstructSettings) -> Mapping[str, Any]:
-    from llamory.training.instruct import train_instruct
+    from llamory.training.instruct.train import train_instruct
 
     return train_instruct(settings)
 

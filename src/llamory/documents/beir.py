@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llamory.documents.files import read_json_lines, string_entry
+from llamory.documents.readers import read_json_lines, string_entry
 from llamory.errors import LlamoryError
 
 CORPUS, QUERIES, JUDGEMENTS = "corpus.jsonl", "queries.jsonl", "qrels"

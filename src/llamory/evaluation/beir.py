@@ -16,9 +16,9 @@ from llamory.documents.beir import (
     query_entry,
     title_and_text,
 )
-from llamory.documents.files import read_json_lines
+from llamory.documents.readers import read_json_lines
 from llamory.errors import LlamoryError
-from llamory.evaluation.judged import RetrievalSet, judged_queries
+from llamory.evaluation.qrels import RetrievalSet, judged_queries
 
 T = TypeVar("T", bound=tuple[str, ...])
 

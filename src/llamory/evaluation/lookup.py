@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from llamory.errors import LlamoryError
+from llamory.evaluation.lookup_data import Dictionaries, LookupTask
 from llamory.longllama import LongLlamaCache, LongLlamaForCausalLM
-from llamory.longllama.lookup import Dictionaries, LookupTask
 from llamory.longllama.losses import IGNORED
 from llamory.memory import MemoryBank
 

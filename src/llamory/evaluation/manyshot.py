@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from llamory.evaluation.demonstrations import Plan, Wording
+from llamory.evaluation.prompt_templates import Plan, Wording
 from llamory.evaluation.steps import StepProgress
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.judged import RetrievalSet, judged_queries
+from llamory.evaluation.qrels import RetrievalSet, judged_queries
 
 
 def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalSet:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from llamory.evaluation.judged import RetrievalSet
-from llamory.evaluation.searching import Ranking
+from llamory.evaluation.qrels import RetrievalSet
+from llamory.evaluation.retrieval_systems import Ranking
 
 METRICS = ("nDCG@10", "MRR@10", "Recall@100")
 SHOWN = 10  # documents that a query's line names; MRR and nDCG see these

@@ -10,22 +10,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from llamory.common.locks import writing
+from llamory.embedding.library_encoder import embed_query, fingerprint, passage_length_for
 from llamory.errors import LlamoryError
-from llamory.library.embedding import embed_query, fingerprint, passage_length_for
-from llamory.library.engine import Engine, LocalEngine, Recipe
-from llamory.library.locking import writing
+from llamory.library.indexer import Engine, LocalEngine, Recipe
 from llamory.library.readable import Readable
 from llamory.library.reader import ReaderSettings
-from llamory.library.searching import Hit, Mode, check_mode
+from llamory.library.search import Hit, Mode, check_mode
 from llamory.library.store import PassageStore, Settings
-from llamory.library.updating import AddReport, Update, is_under, take_out
+from llamory.library.update import AddReport, Update, is_under, take_out
 
 if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SentenceTransformer
 
     from llamory.documents import Survey
-    from llamory.library.asking import Desk
+    from llamory.library.qa import Desk
     from llamory.longllama import LongLlamaForCausalLM
 
 # Reading a text file takes some twelve times its size in memory.
@@ -138,7 +138,7 @@ class Library(Readable):
                 asked for and isn't there.
         """
         from llamory.documents import survey
-        from llamory.documents.folders import real_roots
+        from llamory.documents.scan import real_roots
 
         if max_file_size <= 0:
             raise LlamoryError(f"The largest file size must be more than 0 MiB, not {max_file_size}.")
@@ -227,7 +227,7 @@ class Library(Readable):
     ) -> Engine:
         if name == "local":
             return LocalEngine(recipe, embedder, self._held, bar.embedded)
-        from llamory.library.ray_engine import RayEngine
+        from llamory.library.ray import RayEngine
 
         model = self._require_store().settings.model if self._model is None else self._model
         model = _name(model) if isinstance(model, str) else ""
@@ -290,7 +290,7 @@ class Library(Readable):
     def _embedder(self, *, merged: bool = False) -> SentenceTransformer:
         """The model; if it isn't loaded yet and nothing reads, `merged` loads it as it embeds fastest."""
         if self._loaded is None:
-            from llamory.llara.retriever import load_embedder
+            from llamory.embedding.pipeline import load_embedder
 
             model = self._model
             if model is None:
@@ -365,7 +365,7 @@ def _check_engine(name: str, address: str | None) -> None:
     if name not in get_args(EngineName):
         raise LlamoryError(f"An engine is one of {', '.join(get_args(EngineName))}, not {name!r}.")
     if name == "ray":
-        from llamory.library.ray_engine import check_ray
+        from llamory.library.ray import check_ray
 
         check_ray(address)
     elif address is not None:
@@ -387,7 +387,7 @@ def _listed(paths: Iterable[Path]) -> str:
 
 
 def _nothing_in(roots: Sequence[Path], found: Survey) -> str:
-    from llamory.documents.files import kinds
+    from llamory.documents.readers import kinds
 
     if found.failed:
         return f"{found.failed[0].path}: {found.failed[0].reason}."

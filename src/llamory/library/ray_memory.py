@@ -54,7 +54,7 @@ class MemoryWriters:
         self._writers: list[Any] = []
 
     def __enter__(self) -> MemoryWriters:
-        from llamory.library.ray_engine import check_ray, cluster
+        from llamory.library.ray import check_ray, cluster
 
         check_ray(self._address)
         self._stack.enter_context(cluster(self._address))

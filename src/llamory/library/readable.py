@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from llamory.library.folders import memory_folder
+from llamory.library.paths import memory_folder
 
 if TYPE_CHECKING:
     from llamory.documents import Passage
-    from llamory.library.ahead import MemoryReport
-    from llamory.library.asking import CitedAnswer, Desk, LibraryChat
+    from llamory.library.prefill import MemoryReport
+    from llamory.library.qa import CitedAnswer, Desk, LibraryChat
     from llamory.library.reader import ReaderSettings
-    from llamory.library.searching import Hit, Mode
+    from llamory.library.search import Hit, Mode
     from llamory.library.store import PassageStore
 
 
@@ -57,7 +57,7 @@ class Readable:
             settings: `documents` (names, instead of finding them), `top` (documents to find, 5), `source` and
                 `mode` (as for `search`), `citations` (the most passages to cite, 5), `max_new_tokens`, `temperature`,
                 `seed`, `max_question_tokens`, `on_text` (called with each piece of the answer as it comes) and `focus`
-                (what in memory is left out, as for `llamory.reading.asking.OpenMemory.ask`).
+                (what in memory is left out, as for `llamory.qa.open_memory.OpenMemory.ask`).
 
         Raises:
             LlamoryError: the library is empty, nothing was found, the reader can't be used, or the question is blank.
@@ -71,7 +71,7 @@ class Readable:
             progress: as for `ask`.
             settings: `documents`, `top`, `source`, `mode` and `citations`, as for `ask`.
         """
-        from llamory.library.asking import LibraryChat
+        from llamory.library.qa import LibraryChat
 
         return LibraryChat(self.desk(progress=progress), **settings)
 
@@ -88,7 +88,7 @@ class Readable:
         Raises:
             LlamoryError: the library is empty, or the reader can't be used.
         """
-        from llamory.library.ahead import read_ahead
+        from llamory.library.prefill import read_ahead
 
         return read_ahead(self.desk(), progress=progress, engine=engine, ray_address=ray_address)
 
@@ -98,7 +98,7 @@ class Readable:
         Args:
             progress: show on standard error how far reading has come.
         """
-        from llamory.library.asking import Desk
+        from llamory.library.qa import Desk
 
         self._require_store()
         if self._desk is None:
@@ -108,8 +108,8 @@ class Readable:
 
     def memory_info(self) -> dict[str, Any]:
         """What memories take: their number, `bytes` and `reader` (None for the default); empty if there are none."""
+        from llamory.library.memory_cache import Shelf
         from llamory.library.reader import noted_reader
-        from llamory.library.shelf import Shelf
 
         shelf = Shelf(memory_folder(self.path))
         names = shelf.names()
@@ -118,7 +118,7 @@ class Readable:
     def _drop_stale_memories(self) -> None:
         folder = memory_folder(self.path)
         if folder.is_dir():
-            from llamory.library.ahead import drop_stale
+            from llamory.library.prefill import drop_stale
 
             drop_stale(self, folder)
 

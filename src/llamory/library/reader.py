@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamory.errors import LlamoryError
-from llamory.library.shelf import DEFAULT_BUDGET, Shelf, parse_size
-from llamory.library.texts import Reading, StoredDocument, tokenized
+from llamory.ingest.stored_documents import Reading, StoredDocument, tokenized
+from llamory.library.memory_cache import DEFAULT_BUDGET, Shelf, parse_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ class ReaderSettings:
 
     def _name(self) -> str | None:
         """The reader's name as it is noted."""
-        from llamory.reading.books import noted_name
+        from llamory.ingest.memory_file import noted_name
 
         if self.reader is None:
             return None
@@ -147,10 +147,10 @@ class Reader:
     """
 
     def __init__(self, settings: ReaderSettings, folder: Path, *, device: str | None = None, bf16: bool = False):
-        from llamory.backbone import begins_with, load_tokenizer
+        from llamory.ingest.memory_file import load_model_for, noted_name
         from llamory.longllama import LongLlamaForCausalLM
-        from llamory.reading.answering import Speaker
-        from llamory.reading.books import load_model_for, noted_name
+        from llamory.models.base import begins_with, load_tokenizer
+        from llamory.qa.generation import Speaker
 
         budget = DEFAULT_BUDGET if settings.memory_budget is None else parse_size(settings.memory_budget)
         self.shelf = Shelf(folder, budget)
@@ -216,8 +216,8 @@ class Reader:
 
     def size(self, reading: Reading) -> int:
         """Bytes that a document's memory takes on the disk, at most."""
-        from llamory.memory.page_files import page_bytes
-        from llamory.reading.passes import token_bytes
+        from llamory.ingest.batching import token_bytes
+        from llamory.memory.search.page_files import page_bytes
 
         bank = self.model.new_memory()
         size = len(reading.ids) * token_bytes(bank) + HEADER_BYTES
@@ -234,7 +234,7 @@ class Reader:
             documents: what to read.
             advance: is told the document's source and how many tokens of it were read now.
         """
-        from llamory.reading.passes import groups, read_window
+        from llamory.ingest.batching import groups, read_window
 
         waiting = [(document, self.tokenize(document)) for document in documents]
         training = self.model.training
@@ -279,7 +279,7 @@ class Reader:
         """Have a memory's pages ready, and write them down if they weren't there, as sorting takes its time."""
         if not self._in_pages:
             return
-        from llamory.memory.page_files import load_pages, save_pages
+        from llamory.memory.search.page_files import load_pages, save_pages
 
         path = self.shelf.pages_path(key)
         if not load_pages(bank, path):

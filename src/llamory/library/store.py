@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from llamory.common.locks import local_folder
 from llamory.documents import Passage
 from llamory.errors import LlamoryError
-from llamory.library.locking import local_folder
-from llamory.library.searching import Hit, Mode, find, matches, quoted
+from llamory.library.search import Hit, Mode, find, matches, quoted
 
 if TYPE_CHECKING:
     import numpy as np

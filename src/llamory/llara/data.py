@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import llamory
 from llamory.documents import Document, Passage, find_files, read_file, read_json_lines, split_passages
-from llamory.documents.files import string_entry
+from llamory.documents.readers import string_entry
 from llamory.errors import LlamoryError
 from llamory.llara.losses import IGNORED
 from llamory.llara.template import LlaraTemplate

@@ -18,9 +18,9 @@ from transformers.models.llama.modeling_llama import (
 
 from llamory.longllama.cache import LongLlamaCacheLayer
 from llamory.longllama.crossbatch import CrossBatch, cross_batch_attention, cross_batch_parts
-from llamory.longllama.memory_size import seen_tokens, sharpened, taken_off
+from llamory.longllama.forward_context import Window
+from llamory.longllama.memory_scaling import seen_tokens, sharpened, taken_off
 from llamory.longllama.projections import PROJECTIONS, MemoryProjection
-from llamory.longllama.step import Window
 from llamory.memory.attention import attend, flash, merge
 from llamory.memory.blocks import Span
 

@@ -13,9 +13,9 @@ from transformers.models.llama.modeling_llama import rotate_half
 
 from llamory.errors import LlamoryError
 from llamory.longllama.configuration import LongLlamaConfig
-from llamory.longllama.local import Slots
+from llamory.longllama.local_context import Slots
 from llamory.memory import MemoryBank
-from llamory.memory.search import Search
+from llamory.memory.search.base import Search
 
 
 @dataclass

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llamory.errors import LlamoryError
-from llamory.longllama.kernels import Part, attend_part_backward
-from llamory.longllama.plans import Contexts, Look, Run, Weights, plan_contexts, plan_outside
+from llamory.longllama.crossbatch_plan import Contexts, Look, Run, Weights, plan_contexts, plan_outside
+from llamory.longllama.flash_backward import Part, attend_part_backward
 from llamory.memory.attention import flash
 
 

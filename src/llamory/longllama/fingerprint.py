@@ -10,7 +10,7 @@ import torch
 import xxhash
 from torch import nn
 
-from llamory.sharing import merged
+from llamory.models.adapters import merged
 
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 _PART = 1 << 22

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from llamory import backbone
 from llamory.errors import LlamoryError
 from llamory.longllama.causal import LongLlamaForCausalLM
 from llamory.longllama.configuration import LongLlamaConfig, check_projections
-from llamory.sharing import load_shared
+from llamory.models import base as backbone
+from llamory.models.adapters import load_shared
 
 # A model that wasn't trained for memory finds what it read best with memory in all layers but the first few, and with
 # windows well within its context (SmolLM2-135M: layers 5 to 29 of 30, 512 tokens).
@@ -66,7 +66,7 @@ def load_long_model(
         mem_dtype: how memory is kept.
         dtype: of the weights.
         device: where the model goes.
-        shared: in float32, with the base model's weights that another model has that was loaded so (`llamory.sharing`);
+        shared: in float32, with the base model's weights that another model has that was loaded so (`models.adapters`);
             in any other type it makes no difference.
         kwargs: passed to `from_pretrained`.
 

@@ -18,12 +18,12 @@ from llamory.longllama.attention import LongLlamaAttention, LongLlamaDecoderLaye
 from llamory.longllama.cache import LongLlamaCache
 from llamory.longllama.configuration import LongLlamaConfig, check_last_context, check_memory
 from llamory.longllama.crossbatch import Contexts, CrossBatch, Weights
-from llamory.longllama.memory_size import less_weights
+from llamory.longllama.forward_context import Window
+from llamory.longllama.memory_scaling import less_weights
 from llamory.longllama.projections import MemoryProjection
-from llamory.longllama.step import Window
 from llamory.longllama.windows import RealTokens, Step, cut_continuation, cut_prompt
 from llamory.memory import MemoryBank
-from llamory.memory.search import Search, make_search
+from llamory.memory.search.base import Search, make_search
 
 # Tokens at once that go on from a local context. Each sees its own part of it; the mask for that sets the limit.
 CHUNK = 512

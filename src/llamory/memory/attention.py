@@ -10,7 +10,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from llamory.memory.bank import MemoryBank
-    from llamory.memory.search import Search
+    from llamory.memory.search.base import Search
 
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 CUDA_LSE_TILE = 32  # the memory-efficient kernel pads its log-sum-exp to a multiple of this many queries

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from llamory import backbone
+from llamory.embedding.pipeline import export_sentence_transformer, whitening_on
+from llamory.embedding.whitening import FEWEST, WHITENING_FILE
 from llamory.errors import LlamoryError
 from llamory.llara.data import LlaraCollator, load_examples, passage_texts
 from llamory.llara.losses import IGNORED
 from llamory.llara.modeling import PreLlamaModel
-from llamory.llara.retriever import export_sentence_transformer, whitening_on
 from llamory.llara.template import LlaraTemplate
-from llamory.llara.whitening import FEWEST, WHITENING_FILE
+from llamory.models import base as backbone
 from llamory.training.checkpoints import MarkWhole, prepare_output
 from llamory.training.progress import RichProgress
-from llamory.training.runs import (
+from llamory.training.run import (
     check_settings,
     last_logged,
     mendable,

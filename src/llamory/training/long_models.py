@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from llamory import backbone
 from llamory.errors import LlamoryError
 from llamory.longllama.causal import LongLlamaForCausalLM
 from llamory.longllama.configuration import LongLlamaConfig, check_projections
 from llamory.longllama.projections import PROJECTIONS
-from llamory.training.runs import with_lora
+from llamory.models import base as backbone
+from llamory.training.run import with_lora
 from llamory.training.settings import AdaptSettings
 
 _LOG = ("mem_log_scale", "mem_log_start", "mem_log_bias", "mem_log_bias_start")

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from llamory.errors import LlamoryError
+from llamory.evaluation.lookup_data import BOS, EOS, LookupTask, note_task
 from llamory.longllama.causal import LongLlamaForCausalLM
 from llamory.longllama.configuration import LongLlamaConfig
-from llamory.longllama.growth import Growth
-from llamory.longllama.lookup import BOS, EOS, LookupTask, note_task
 from llamory.longllama.losses import IGNORED
-from llamory.training.runs import check_settings
+from llamory.training.curriculum import Growth
+from llamory.training.run import check_settings
 from llamory.training.settings import LookupSettings
-from llamory.training.streamed import StreamedTrainer, begin
+from llamory.training.streaming import StreamedTrainer, begin
 
 _INIT = 0.05  # of the weights: small models start faster than with the usual 0.02
 

@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
-from llamory.documents.files import read_json_lines
+from llamory.documents.readers import read_json_lines
 from llamory.errors import LlamoryError
 from llamory.training.pairs import Pairs
-from llamory.training.runs import mendable
+from llamory.training.run import mendable
 from llamory.training.settings import RetrieverSettings
 
 MINED = "mined.jsonl"

@@ -20,19 +20,19 @@ from sentence_transformers.util import is_sentence_transformer_model
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, set_seed
 
-from llamory import backbone
+from llamory.embedding.pipeline import hide_slot_tokens, load_embedder, reads_slots, save_embedder
+from llamory.embedding.whitening import Whitening, whitening_router
 from llamory.errors import LlamoryError
 from llamory.llara.modeling import NewLlamaModel
-from llamory.llara.retriever import hide_slot_tokens, load_embedder, reads_slots, save_embedder
 from llamory.llara.template import LlaraTemplate
-from llamory.llara.whitening import Whitening, whitening_router
+from llamory.models import base as backbone
 from llamory.training.checkpoints import MarkWhole, prepare_output
 from llamory.training.mining import MINED, with_mined
 from llamory.training.pair_batches import POSITIVE, QUERY, DrawnGroups, NoFalseNegatives, negative_columns
 from llamory.training.pairs import Pairs, load_pairs
 from llamory.training.progress import RichProgress
 from llamory.training.ranking import ranking_loss
-from llamory.training.runs import (
+from llamory.training.run import (
     check_settings,
     last_logged,
     lora_config,

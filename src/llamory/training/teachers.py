@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llamory import backbone
 from llamory.errors import LlamoryError
 from llamory.longllama.losses import teacher_loss
+from llamory.models import base as backbone
 from llamory.training.settings import TaughtSettings
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from llamory.errors import LlamoryError
-from llamory.memory import faiss_parts
-from llamory.memory.faiss_index import FaissSearch
-from llamory.memory.search import make_search
+from llamory.memory.search import faiss_parts
+from llamory.memory.search.base import make_search
+from llamory.memory.search.faiss import FaissSearch
 
 
 def close(found, expected, tolerance=1e-5):

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from llamory.errors import LlamoryError
-from llamory.memory import faiss_parts, nearest
-from llamory.memory.search import make_search
+from llamory.memory.search import faiss_parts
+from llamory.memory.search import topk as nearest
+from llamory.memory.search.base import make_search
 
 
 def best_only(query, bank, scaling, top_k):

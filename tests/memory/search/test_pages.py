@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamory.memory import pages, stretches
 from llamory.memory.blocks import Block, Span
-from llamory.memory.likeness import alike
-from llamory.memory.pages import PagesSearch
-from llamory.memory.search import make_search
+from llamory.memory.search.base import make_search, pages
+from llamory.memory.search.base import page_segments as stretches
+from llamory.memory.search.clustering import alike
+from llamory.memory.search.pages import PagesSearch
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,1 @@
+"""Document formats: one module per kind of file."""

@@ -1,0 +1,1 @@
+"""A LLARA checkpoint as an embedding model in the format of Sentence Transformers."""

@@ -1,0 +1,1 @@
+"""Builders of retrieval test sets from public texts."""

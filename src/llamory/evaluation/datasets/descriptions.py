@@ -1,0 +1,128 @@
+"""Package descriptions as a retrieval set: a Debian package's one-line title asks for its long description."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+from llamory.errors import LlamoryError
+from llamory.evaluation.datasets.builder import Pair, words
+
+LEAST = 10  # words of a description that says something
+_LATER = ("-security", "-updates", "-backports", "-proposed")  # of a release, which change from day to day
+
+
+@contextmanager
+def fetched_lists() -> Iterator[list[Path]]:
+    """Descriptions of all packages of this machine's Debian release, fetched by apt-get into a folder of its own.
+
+    Needs no rights and changes nothing of the system's. The files are gone afterwards.
+
+    Raises:
+        LlamoryError: apt-get isn't there, fails, or gives no descriptions.
+    """
+    apt = shutil.which("apt-get")
+    if apt is None:
+        raise LlamoryError(
+            "Package descriptions are fetched with apt-get, which isn't here; give --source FILE, a Debian "
+            "Translation-en file (dists/*/main/i18n of a mirror)."
+        )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)  # apt-get fetches as another user
+        (folder / "lists" / "partial").mkdir(parents=True)
+        options = {
+            "Acquire::Languages": "en",
+            "Acquire::GzipIndexes": "false",
+            "Dir::State::Lists": folder / "lists",
+            "Dir::Cache": folder / "cache",
+        }
+        command = [apt, *(part for key, value in options.items() for part in ("-o", f"{key}={value}")), "update"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = sorted((folder / "lists").glob("*Translation-en"))
+        base = [path for path in found if not any(later in path.name for later in _LATER)]
+        if not base:
+            reason = (done.stderr.strip().splitlines() or ["it gave no Translation-en file"])[-1]
+            raise LlamoryError(f"apt-get couldn't fetch package descriptions: {reason.rstrip('.')}.")
+        yield base
+
+
+def description_pairs(files: Iterable[Path]) -> Iterator[Pair]:
+    """Title and long description of each package.
+
+    Packages of one project begin with the same paragraph: they are a family, and only one of them is kept.
+
+    Args:
+        files: Translation-en or Packages files, `apt-cache dumpavail`, or /var/lib/dpkg/status.
+
+    Raises:
+        LlamoryError: a file isn't there or isn't UTF-8.
+    """
+    for path in files:
+        for package, title, text in _stanzas(path):
+            first = text.split("\n\n", 1)[0]
+            if len(words(text)) >= LEAST and len(words(title)) > 1:
+                yield Pair(title, text, first, package)
+
+
+def about_lists(files: Iterable[Path]) -> str:
+    """What the README says of the sources."""
+    lines = []
+    for path in files:
+        with path.open("rb") as file:
+            lines.append(f"- {path.name}, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}{_release(path)}")
+    return "\n".join(lines)
+
+
+def _release(path: Path) -> str:
+    """Name, version and date of the release that a fetched list belongs to."""
+    release = path.with_name(path.name.split("_main_")[0] + "_InRelease")
+    if not release.exists():
+        return ""
+    head = release.read_text(encoding="utf-8", errors="replace").splitlines()[:20]
+    fields = dict(line.split(": ", 1) for line in head if ": " in line)
+    told = [fields[key] for key in ("Origin", "Codename", "Version", "Date") if key in fields]
+    return f" ({', '.join(told)})" if told else ""
+
+
+def _stanzas(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Package, title and long description of each stanza that has one."""
+    package, title, lines, inside = "", "", list[str](), False
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in chain(file, "\n"):
+                if not line.strip():
+                    if lines:
+                        yield package, title, _unfold(lines)
+                    package, title, lines, inside = "", "", [], False
+                elif line[0] in " \t":
+                    if inside:
+                        lines.append(line.rstrip()[1:])
+                else:
+                    name, _, value = line.partition(":")
+                    inside = name in ("Description", "Description-en")
+                    if inside:
+                        title = value.strip()
+                    elif name == "Package":
+                        package = value.strip()
+    except UnicodeDecodeError as error:
+        raise LlamoryError(f"{path} is not UTF-8 text; give an uncompressed Translation-en file.") from error
+
+
+def _unfold(lines: list[str]) -> str:
+    """Paragraphs as one line each; what is indented more, such as a list, stays as it is (Debian policy 5.6.13)."""
+    paragraphs: list[list[str]] = [[]]
+    for line in lines:
+        if line.strip() == ".":
+            paragraphs.append([])
+        elif line[:1] in " \t" or not paragraphs[-1]:
+            paragraphs[-1].append(line)
+        else:
+            paragraphs[-1][-1] += f" {line}"
+    return "\n\n".join("\n".join(paragraph) for paragraph in paragraphs if paragraph).strip()

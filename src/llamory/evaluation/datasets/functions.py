@@ -1,0 +1,270 @@
+"""Python functions as a retrieval set: a docstring's first paragraph asks for the function it was taken out of."""
+
+from __future__ import annotations
+
+import ast
+import platform
+import re
+import sysconfig
+import textwrap
+import tokenize
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from llamory.errors import LlamoryError
+from llamory.evaluation.datasets.builder import Pair, words
+
+LEAST_WORDS, MOST_WORDS = 3, 100  # of a query
+LEAST_LINES, MOST_LINES = 3, 200  # of a function without its docstring
+# Packages that come with every installation of this one and have many documented functions: sets made of them are alike
+# on machines that have the same versions.
+USUAL = tuple(
+    "accelerate anyio click datasets dill fonttools fsspec huggingface-hub jinja2 joblib lancedb markdown-it-py "
+    "matplotlib mpmath narwhals networkx numpy packaging pandas peft pillow pydantic pygments rich scikit-learn scipy "
+    "sentence-transformers sympy torch transformers typer urllib3".split()
+)
+_LEFT_OUT = {
+    *("test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data"),
+    *("_vendor", "vendor", "vendored", "_vendored", "extern", "externals", "third_party"),  # of other licences
+}
+
+# Licences under which a text may be passed on and trained on with no more than their notice, in SPDX's names and in
+# those of the older classifiers.
+_SPDX = re.compile(
+    r"(MIT|MIT-0|MIT-CMU|BSD|BSD-[23]-Clause|0BSD|Apache|Apache-2\.0|ISC|PSF|PSF-2\.0|Python-2\.0(\.1)?|Unlicense|Zlib|"
+    r"CC0-1\.0|HPND|BSL-1\.0|Apache-2\.0 WITH LLVM-exception)",
+    re.IGNORECASE,
+)
+_CLASSIFIERS = (
+    "Apache Software License",
+    "BSD License",
+    "ISC License (ISCL)",
+    "MIT License",
+    "MIT No Attribution",
+    "Python Software Foundation License",
+    "The Unlicense",
+    "Historical Permission Notice and Disclaimer (HPND)",
+)
+_FREE_WORDS = re.compile(
+    r"(the )?(new |modified |simplified |2-clause |3-clause )?(mit|bsd|apache|isc|psf)( software)?([- ]?licen[sc]e)?"
+    r"([ ,-]*(version )?2(\.0)?|[ -][23]-clause)?( licen[sc]e)?",
+    re.IGNORECASE,
+)
+
+
+_SIGNATURE = re.compile(r"[\w.]+ ?\(.*\)( *->.*)?")
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+# Where the words of a docstring end and a list begins, in Google's, numpydoc's and Sphinx' ways of writing.
+_SECTION = re.compile(
+    r"\s*((Args|Arguments|Parameters|Params|Attributes|Returns?|Yields?|Raises|Examples?|Notes?|Usage|Warning)\s*:?\s*$"
+    r"|[-=~]{3,}\s*$|[:@](param|type|return|raise)|>>> |\.\. )"
+)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where functions come from.
+
+    Attributes:
+        name: of the package, with its version.
+        licence: as it says itself.
+        files: its Python files.
+        root: the folder that modules are named from.
+    """
+
+    name: str
+    licence: str
+    files: Sequence[Path]
+    root: Path
+
+
+def standard_library() -> Origin:
+    """The standard library of this Python, without its tests."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return Origin(f"python {platform.python_version()}", "PSF-2.0", _python_files(root), root)
+
+
+def usual_packages() -> list[Origin]:
+    """The installed ones of `USUAL`."""
+    return [origin for origin in installed_packages() if origin.name.split()[0] in USUAL]
+
+
+def installed_packages(names: Sequence[str] | None = None) -> list[Origin]:
+    """Installed packages whose licence is a permissive one.
+
+    Args:
+        names: of packages; None takes all that are installed.
+
+    Raises:
+        LlamoryError: a named package isn't installed, or its licence isn't one of those.
+    """
+    found = {}
+    for package in metadata.distributions():
+        name = _canonical(package.metadata["Name"] or "")
+        if name and name not in found and (names is None or name in map(_canonical, names)):
+            found[name] = package
+    missing = [name for name in names or () if _canonical(name) not in found]
+    if missing:
+        raise LlamoryError(f"The package {missing[0]} isn't installed; install it, or leave it out.")
+    origins = []
+    for name, package in sorted(found.items()):
+        licence = permissive_licence(package.metadata)
+        if licence is not None and (files := _package_files(package)):
+            origins.append(Origin(f"{name} {package.version}", licence, files, Path(str(package.locate_file("")))))
+        elif licence is None and names is not None:
+            raise LlamoryError(f"The licence of the package {name} isn't a permissive one that is known; leave it out.")
+    return origins
+
+
+def folder_origin(folder: Path) -> Origin:
+    """A folder of one's own.
+
+    Raises:
+        LlamoryError: there is no such folder, or it has no Python files.
+    """
+    files = _python_files(folder) if folder.is_dir() else []
+    if not files:
+        raise LlamoryError(f"{folder} is no folder with Python files.")
+    return Origin(folder.resolve().name, "your own", files, folder)
+
+
+def permissive_licence(package: metadata.PackageMetadata) -> str | None:
+    """The licence that a package names, if it allows passing its text on with no more than a notice; else None.
+
+    An expression must allow it in all its parts, or, where no parentheses group them, in one of those that `OR` joins.
+    """
+    expression = _field(package, "License-Expression")
+    if expression:
+        choices = [expression] if "(" in expression else re.split(r"\bOR\b", expression)
+        return expression if any(map(_all_known, choices)) else None
+    named = [
+        entry.rsplit(" :: ", 1)[1] for entry in package.get_all("Classifier") or [] if entry.startswith("License ")
+    ]
+    named = [entry for entry in named if entry != "OSI Approved"]
+    if named:
+        return ", ".join(named) if all(entry in _CLASSIFIERS for entry in named) else None
+    free = _field(package, "License")
+    return free if _all_known(free) or _FREE_WORDS.fullmatch(free) else None
+
+
+def function_pairs(origins: Iterable[Origin], on_file: Callable[[], None] = lambda: None) -> Iterator[Pair]:
+    """Docstring and function of each documented function and method, but tests' and those with names such as `__len__`.
+
+    The query is the docstring's first paragraph, 3 to 100 words; the text is the source without the docstring, 3 to
+    200 lines of it. `on_file` is called before every file.
+    """
+    for origin in origins:
+        for path in origin.files:
+            on_file()
+            module = ".".join(path.relative_to(origin.root).with_suffix("").parts)
+            for name, query, text in documented_functions(_source(path)):
+                if LEAST_WORDS <= len(words(query)) <= MOST_WORDS:
+                    yield Pair(query, text, text, f"{origin.name}: {module}.{name}")
+
+
+def documented_functions(source: str) -> Iterator[tuple[str, str, str]]:
+    """Name, first paragraph of the docstring, and source without the docstring, of a module's functions and methods."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return  # another Python's, or a template
+    lines = [line + "\n" for line in source.split("\n")]  # str.splitlines knows more line ends than Python's own
+    for name, node in _functions(tree.body):
+        text = _without_docstring(node, lines)
+        docstring = ast.get_docstring(node)
+        if docstring and text is not None and not _is_test(node.name):
+            yield name, first_paragraph(docstring), text
+
+
+def first_paragraph(docstring: str) -> str:
+    """What a docstring says in words, on one line: up to the first blank line, list of arguments, or example.
+
+    A first line that only repeats the signature is passed over.
+    """
+    found: list[str] = []
+    lines = docstring.strip().splitlines()
+    if len(lines) > 1 and _SIGNATURE.fullmatch(lines[0].strip()):
+        lines = "\n".join(lines[1:]).strip().splitlines()
+    for line in lines:
+        if not line.strip() or _SECTION.match(line):
+            break
+        found.append(line.strip())
+    return " ".join(" ".join(found).split())
+
+
+def _without_docstring(node: _Function, lines: Sequence[str]) -> str | None:
+    """The function's own lines; None if it has no code but its docstring, is too short or too long."""
+    if len(node.body) < 2:
+        return None
+    docstring, first = node.body[0], min([node.lineno, *(each.lineno for each in node.decorator_list)])
+    header_ends = max([node.lineno, *(each.end_lineno or 0 for each in _header(node))])
+    if docstring.lineno <= header_ends or node.body[1].lineno <= (docstring.end_lineno or 0):
+        return None  # on one line with code
+    kept = [*lines[first - 1 : docstring.lineno - 1], *lines[docstring.end_lineno : node.end_lineno]]
+    text = textwrap.dedent("".join(kept)).strip()
+    count = sum(1 for line in text.splitlines() if line.strip())
+    return text if LEAST_LINES <= count <= MOST_LINES else None
+
+
+def _header(node: _Function) -> Iterator[ast.expr | ast.arg]:
+    yield from (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+    yield from node.args.defaults
+    yield from filter(None, (*node.args.kw_defaults, node.args.vararg, node.args.kwarg, node.returns))
+
+
+def _functions(
+    body: Iterable[ast.stmt], outer: str = ""
+) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield outer + node.name, node
+        elif isinstance(node, ast.ClassDef):
+            yield from _functions(node.body, f"{outer}{node.name}.")
+        else:
+            for branch in ("body", "handlers", "orelse", "finalbody", "cases"):
+                yield from _functions(getattr(node, branch, ()), outer)
+
+
+def _is_test(name: str) -> bool:
+    return name.startswith("test") or (name.startswith("__") and name.endswith("__") and name != "__init__")
+
+
+def _python_files(root: Path) -> list[Path]:
+    return sorted(path for path in root.rglob("*.py") if _wanted(path.relative_to(root)))
+
+
+def _package_files(package: metadata.Distribution) -> list[Path]:
+    files = (file for file in package.files or () if file.suffix == ".py" and ".." not in file.parts)
+    return sorted(Path(str(package.locate_file(file))) for file in files if _wanted(Path(file)))
+
+
+def _wanted(path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and not set(path.parts[:-1]) & _LEFT_OUT and not path.name.startswith(("test_", "conftest"))
+
+
+def _source(path: Path) -> str:
+    try:
+        with tokenize.open(path) as file:
+            return file.read()
+    except (OSError, SyntaxError, UnicodeDecodeError):
+        return ""
+
+
+def _field(package: metadata.PackageMetadata, name: str) -> str:
+    return str((package.get_all(name) or [""])[0]).strip()
+
+
+def _all_known(expression: str) -> bool:
+    names = [name for name in re.split(r"\bAND\b|\bOR\b|[()]", expression) if name.strip()]
+    return bool(names) and all(_SPDX.fullmatch(name.strip()) for name in names)
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()

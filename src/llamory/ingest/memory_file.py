@@ -1,0 +1,211 @@
+"""Memory files of documents: what they say about themselves, and the model that belongs to them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamory.errors import LlamoryError
+from llamory.memory import peek
+from llamory.models.base import PACKAGED
+
+if TYPE_CHECKING:
+    from llamory.longllama import LongLlamaForCausalLM
+
+_PARTIAL = ".partial"
+PathLike = str | os.PathLike[str]
+
+
+class Book:
+    """What a memory file says about itself, read from its header alone.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        path: as given.
+        model: name of the model that made it, as it was given then (folders and files as absolute paths); None if
+            nobody noted it.
+        context_length: tokens of the windows in which it was read; None if nobody noted it.
+        layers, dtype, fingerprint: the memory's.
+        segments: `name`, `tokens` and `facts` of each document, in order.
+
+    Raises:
+        LlamoryError: there is no such file, or it isn't a whole memory file.
+    """
+
+    def __init__(self, path: PathLike):
+        self.path = path
+        if not Path(path).exists() and partial_path(path).exists():
+            raise LlamoryError(
+                f"The memory {path} isn't finished: {partial_path(path)} holds what was read before reading was "
+                "stopped; read the same documents again to go on from there."
+            )
+        self.contents: dict[str, Any] = peek(path)
+        self.segments: list[dict[str, Any]] = self.contents["segments"]
+        self.layers: list[int] = self.contents["layers"]
+        self.dtype: str = self.contents["dtype"]
+        self.fingerprint: str = self.contents["fingerprint"]
+        noted = self._noted("model")
+        # Before there was a packaged reader, "default" was the model as it is.
+        self.model: str | None = "base" if noted == "default" else noted
+        self.context_length: int | None = self._noted("context_length")
+
+    def _noted(self, fact: str) -> Any:
+        return next((each["facts"][fact] for each in self.segments if fact in each["facts"]), None)
+
+    def summary(self) -> dict[str, Any]:
+        """All that there is to tell, as something that JSON can hold; `bytes` is the file's size."""
+        documents = []
+        for segment in self.segments:
+            facts = {key: segment["facts"][key] for key in ("title", "source") if key in segment["facts"]}
+            documents.append({"name": segment["name"], "tokens": segment["tokens"], **facts})
+        return {
+            "memory": str(self.path),
+            "model": self.model,
+            "context_length": self.context_length,
+            "mem_layers": self.layers,
+            "mem_dtype": self.dtype,
+            "fingerprint": self.fingerprint,
+            "tokens": self.contents["tokens"],
+            "bytes": self.contents["bytes"],
+            "documents": documents,
+        }
+
+
+def partial_path(path: PathLike) -> Path:
+    """Where a memory lies while it is being read."""
+    path = Path(path)
+    return path.with_name(f"{path.name}{_PARTIAL}")
+
+
+def noted_name(name: PathLike) -> str:
+    """A model's name that still fits in another folder, and later: paths become absolute, "default" what it means."""
+    from llamory.longllama.loading import reader_name
+
+    name = reader_name(name)
+    path, packaged = Path(name).expanduser(), str(name) in PACKAGED
+    return os.path.abspath(path) if path.exists() and not packaged else str(name)  # noqa: PTH100
+
+
+def load_model_for(
+    books: Sequence[Book],
+    name: PathLike | None = None,
+    *,
+    mem_layers: Sequence[int] | None = None,
+    context_length: int | None = None,
+    mem_dtype: str | None = None,
+    bf16: bool = False,
+    device: str | None = None,
+    **settings: Any,
+) -> LongLlamaForCausalLM:
+    """Load the model that made these memories; what isn't given is as it was then.
+
+    Args:
+        books: the memories; none for a model that begins a new one.
+        name: the model, if it isn't the noted one ("default" if there is none).
+        mem_layers, context_length, mem_dtype: as for `load_long_model`.
+        bf16: compute in bfloat16.
+        device: where the model goes; by default the best there is.
+        settings: as for `load_long_model`.
+
+    Raises:
+        LlamoryError: the model can't be loaded, or a memory was made by another one.
+    """
+    import torch
+
+    from llamory.longllama.loading import load_long_model, reader_name
+
+    book = books[0] if books else None
+    if book is not None:
+        if name is None and book.model is None:
+            raise LlamoryError(f"The memory file {book.path} doesn't say which model made it; name the model too.")
+        _check_settings(book, mem_layers, context_length, mem_dtype)
+        mem_layers, mem_dtype = book.layers, book.dtype
+        context_length = book.context_length or context_length
+    known = reader_name(name or (book and book.model) or "default")
+    for each in books:
+        check_shape(each, known)
+    if device is None and torch.accelerator.is_available():
+        device = str(torch.accelerator.current_accelerator())
+    model = load_long_model(
+        known,
+        mem_layers=mem_layers,
+        context_length=context_length,
+        mem_dtype=mem_dtype,
+        dtype=torch.bfloat16 if bf16 else None,
+        device=device,
+        **settings,
+    )
+    if not model.config.mem_layers:
+        raise LlamoryError(f"The model {known} has no memory layers: say which ones shall have memory.")
+    check_maker(books, model, known)
+    return model
+
+
+def check_maker(books: Sequence[Book], model: LongLlamaForCausalLM, name: str) -> None:
+    """Make sure that a model made these memories.
+
+    Raises:
+        LlamoryError: it didn't, or with other memory layers or another context.
+    """
+    config = model.config
+    for book in books:
+        _check_settings(book, config.mem_layers, config.max_position_embeddings, None)
+        if book.fingerprint not in ("", model.memory_fingerprint()):
+            raise _other_model(book, name)
+
+
+def check_shape(book: Book, name: str) -> None:
+    """Make sure, before its weights are loaded, that a model of this shape can have made the memory.
+
+    Raises:
+        LlamoryError: it can't, or there is no such model.
+    """
+    from llamory.models.base import load_config
+
+    config: Any
+    try:
+        config = load_config(name)
+    except LlamoryError as error:
+        if name == book.model and name not in PACKAGED:
+            raise LlamoryError(
+                f"The model that made {book.path} isn't where it was ({str(error).rstrip('.')}); name its new place."
+            ) from error
+        raise
+    shape = (config.num_key_value_heads, config.head_dim)
+    too_deep = max(book.layers, default=0) >= config.num_hidden_layers
+    if too_deep or shape != (book.contents["kv_heads"], book.contents["head_dim"]):
+        raise _other_model(book, name)
+
+
+def _other_model(book: Book, name: str) -> LlamoryError:
+    made_by = "" if book.model is None else f", {book.model} as it was then"
+    return LlamoryError(
+        f"The memory file {book.path} was made by another model than {name}{made_by}: use the model that made it, or "
+        f"{_instead(book)}."
+    )
+
+
+def _check_settings(
+    book: Book, mem_layers: Sequence[int] | None, context_length: int | None, mem_dtype: str | None
+) -> None:
+    for what, given, there in (
+        ("memory layers", None if mem_layers is None else sorted(mem_layers), sorted(book.layers)),
+        ("a context of", context_length, book.context_length),
+        ("the dtype", mem_dtype, book.dtype),
+    ):
+        if given is not None and there is not None and given != there:
+            shown, wanted = (", ".join(map(str, each)) if isinstance(each, list) else each for each in (there, given))
+            raise LlamoryError(
+                f"The memory file {book.path} was made with {what} {shown}, not {wanted}: use the same, or "
+                f"{_instead(book)}."
+            )
+
+
+def _instead(book: Book) -> str:
+    if Path(book.path).suffix == _PARTIAL:
+        return "remove that file to begin anew"
+    return "read the documents into a new memory"

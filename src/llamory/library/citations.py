@@ -1,0 +1,78 @@
+"""Citations: the passages whose memory got the most attention, and how much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llamory.documents import Passage
+
+_TINY = 1e-300
+
+
+@dataclass(frozen=True)
+class Citation:
+    """A passage that an answer rests on.
+
+    Attributes:
+        place: where it starts, as `path:line`.
+        share: of the attention that question and answer drew to all passages in memory, from 0 to 1; attention counts
+            as drawn where it is far more than the prompt's own words give (see `llamory.qa.attribution`).
+        attention: of all attention that the answer's tokens gave to all passages, drawn or not, from 0 to 1.
+        source: the document's source.
+        title: title of the part of the document that it stands in.
+        line: where it starts, counted from 1.
+        text: the passage.
+    """
+
+    place: str
+    share: float
+    attention: float
+    source: str
+    title: str
+    line: int
+    text: str
+
+
+def passage_masses(mass: Tensor, starts: Sequence[int]) -> Tensor:
+    """Sum over each passage's tokens.
+
+    Args:
+        mass: attention to each token of a document, (kinds, tokens).
+        starts: the first token of each passage, rising.
+
+    Returns:
+        (passages, kinds).
+    """
+    import torch
+
+    edges = torch.tensor([*starts, mass.shape[1]])
+    whose = torch.repeat_interleave(torch.arange(len(starts)), edges.diff())
+    return torch.zeros(len(starts), len(mass), dtype=mass.dtype).index_add_(0, whose, mass[:, starts[0] :].T)
+
+
+def cite(passages: Sequence[Passage], masses: Tensor, most: int) -> list[Citation]:
+    """The passages with the largest shares, largest first; those that drew nothing aren't cited.
+
+    Args:
+        passages: all in memory.
+        masses: attention to each that was given and that was drawn, (passages, 2).
+        most: so many at most.
+    """
+    import torch
+
+    given, drawn = masses.unbind(1)
+    # A model that looks at everything alike draws nothing; then the plain sums are all there is.
+    masses = torch.stack([given, drawn if float(drawn.sum()) > 0 else given], 1)
+    shares = masses / masses.sum(0).clamp_min(_TINY)
+    cited = []
+    for index in shares[:, 1].argsort(descending=True, stable=True)[:most].tolist():
+        attention, share = shares[index].tolist()
+        if share > 0:
+            each = passages[index]
+            cited.append(Citation(each.place, share, attention, each.source, each.title, each.line, each.text))
+    return cited

@@ -1,0 +1,279 @@
+"""The work of indexing: files that may have changed become batches of whole documents, ready to be written.
+
+An engine runs `prepare` over the files, here or on other machines; the library alone decides which files those are, and
+alone writes what comes back. So an engine can run a file twice, or stop at any moment, and nothing is lost or doubled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llamory.errors import LlamoryError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedTokenizerBase
+
+    from llamory.documents import Document, Failure
+
+# Passages that are embedded before they are written: what is lost when a run is killed.
+PASSAGES_PER_BATCH = 64
+# To be raised when files are read in another way than before, so that files that didn't change are read again.
+READERS_VERSION = 1
+
+logger = logging.getLogger(__name__)
+
+Vectors = Mapping[str, "np.ndarray"]
+
+
+@dataclass(frozen=True)
+class FileTask:
+    """A unit of work: one file. It can be pickled.
+
+    Attributes:
+        file: absolute path.
+        known: the hash of each document (by source) that the library holds of it.
+    """
+
+    file: str
+    known: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How files become passages. It can be pickled.
+
+    Attributes:
+        passage_length: tokens that a passage has at most.
+        text_field: entry of a JSON line that holds the text.
+        roots: the real paths of what was given: nothing outside is read. Empty: anything is.
+        max_bytes: larger files, and longer lines of JSON lines, are passed over.
+        strict: stop at what can't be read, instead of telling in the end.
+        bf16: embed in bfloat16.
+    """
+
+    passage_length: int
+    text_field: str = "text"
+    roots: tuple[str, ...] = ()
+    max_bytes: int | None = None
+    strict: bool = False
+    bf16: bool = False
+
+
+@dataclass
+class Batch:
+    """Some whole documents, and what became of the files that were read meanwhile.
+
+    Attributes:
+        rows: the passages of the documents: all columns of the library's table but the vector.
+        vectors: float32 (passages, dimension); None if there are no passages.
+        unchanged: sources of documents that the library has as they are.
+        finished: files that were read to their end, each with its content (empty if some of it was broken).
+        failed: what couldn't be read; the library keeps what it has of it.
+        files: files that are done with, read or not.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    vectors: np.ndarray | None = None
+    unchanged: list[str] = field(default_factory=list)
+    finished: dict[str, str] = field(default_factory=dict)
+    failed: list[Failure] = field(default_factory=list)
+    files: int = 0
+
+
+class Engine(Protocol):
+    """Runs `prepare` over the files."""
+
+    def run(self, tasks: Collection[FileTask]) -> Iterator[Batch]:
+        """Batches of all files; each batch is written before the next is asked for."""
+        ...
+
+
+@dataclass
+class LocalEngine:
+    """Runs the files one after the other in this process.
+
+    Attributes:
+        recipe: how files become passages.
+        embedder: the library's model.
+        held: gives the vectors of those of some texts that the library holds already.
+        advance: is told how many passages were embedded.
+    """
+
+    recipe: Recipe
+    embedder: SentenceTransformer
+    held: Callable[[Collection[str]], Vectors]
+    advance: Callable[[int], None] = lambda _: None
+
+    def run(self, tasks: Collection[FileTask]) -> Iterator[Batch]:
+        """Batches of all files, in order."""
+        return prepare(tasks, self.recipe, self.embedder, self.held, self.advance)
+
+
+def prepare(
+    tasks: Iterable[FileTask],
+    recipe: Recipe,
+    embedder: SentenceTransformer,
+    held: Callable[[Collection[str]], Vectors],
+    advance: Callable[[int], None] = lambda _: None,
+) -> Iterator[Batch]:
+    """Read, cut and embed files, as batches of about `PASSAGES_PER_BATCH` passages of whole documents.
+
+    Args:
+        tasks: the files.
+        recipe: how files become passages.
+        embedder: the library's model.
+        held: gives the vectors of those of some texts that need not be embedded again.
+        advance: is told how many passages were embedded.
+
+    Raises:
+        LlamoryError: a file can't be read, if the recipe is strict.
+    """
+    from llamory.embedding.library_encoder import passage_tokenizer
+
+    for batch in cut(tasks, recipe, passage_tokenizer(embedder)):
+        yield embed(batch, recipe, embedder, held, advance)
+
+
+def cut(tasks: Iterable[FileTask], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
+    """The first half of `prepare`: read and cut files, as batches without vectors."""
+    cutter = _Cutter(recipe, tokenizer)
+    for task in tasks:
+        for _ in cutter.cut(task):
+            if len(cutter.batch.rows) >= PASSAGES_PER_BATCH:
+                yield cutter.batch
+                cutter.batch = Batch()
+        cutter.batch.files += 1
+    yield cutter.batch
+
+
+class _Cutter:
+    """Puts the passages of files into the batch at hand."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self.batch = Batch()
+
+    def cut(self, task: FileTask) -> Iterator[None]:
+        """Read and cut one file, pausing after each document; what is wrong with it must not stop the others."""
+        from llamory.documents import Failure
+
+        try:
+            yield from self._cut(task)
+        except Exception as error:
+            if self.recipe.strict:
+                if isinstance(error, LlamoryError | OSError):
+                    raise
+                raise LlamoryError(f"{task.file} can't be read ({type(error).__name__}: {error}).") from error
+            logger.debug("%s can't be read", task.file, exc_info=True)
+            self.batch.failed.append(Failure(task.file, _reason(error, task.file)))
+
+    def _cut(self, task: FileTask) -> Iterator[None]:
+        from llamory.documents import Failure, read_file
+        from llamory.documents.storage import unchanged_since
+
+        path, recipe, broken = Path(task.file), self.recipe, list[str]()
+        content, state = _content(path, recipe)
+
+        def note(place: str, reason: str) -> None:
+            broken.append(place)
+            self.batch.failed.append(Failure(place, reason))
+
+        told = None if recipe.strict else note
+        for document in read_file(path, text_field=recipe.text_field, broken=told, max_bytes=recipe.max_bytes):
+            hashed = document_hash(document, recipe.passage_length)
+            if task.known.get(document.source) == hashed:
+                self.batch.unchanged.append(document.source)
+            else:
+                self.batch.rows += _rows(document, self.tokenizer, recipe.passage_length, task.file, hashed)
+            yield
+        if not unchanged_since(path, state):
+            raise LlamoryError(f"{path} changed while it was read; index it again.")
+        self.batch.finished[task.file] = "" if broken else content  # what is broken is told again next time
+
+
+def is_unchanged(file: str, content: str, recipe: Recipe) -> bool:
+    """Whether a file has the content that `Batch.finished` told of it; a file that can't be read has not."""
+    try:
+        return bool(content) and _content(Path(file), recipe)[0] == content
+    except (LlamoryError, OSError):
+        return False
+
+
+def _content(path: Path, recipe: Recipe) -> tuple[str, tuple[int, ...]]:
+    """A short name for what would be read of a file, and its state as `unchanged_since` takes it."""
+    from llamory.documents.scan import OUTSIDE, is_within
+    from llamory.documents.storage import content_hash
+
+    # Asked again just before reading: the folders may have changed since they were looked through.
+    if recipe.roots and not is_within(path, recipe.roots):
+        raise LlamoryError(f"{path} is {OUTSIDE}.")
+    lines = path.suffix.lower() == ".jsonl"
+    digest, state = content_hash(path, None if lines else recipe.max_bytes)
+    return f"{READERS_VERSION}:{digest}:{recipe.text_field if lines else ''}", state
+
+
+def _reason(error: Exception, file: str) -> str:
+    """What is wrong with a file, without its name and without the end of the sentence."""
+    if isinstance(error, FileNotFoundError):
+        return "it vanished before it was read"
+    if isinstance(error, OSError):
+        return f"it can't be read ({error.strerror})"
+    text = str(error).removeprefix(file).strip().rstrip(".")
+    text = re.sub(r"^:(\d+): ", r"line \1: ", text).removeprefix(": ")
+    return text if isinstance(error, LlamoryError) else f"it can't be read ({type(error).__name__}: {text})"
+
+
+def document_hash(document: Document, passage_length: int) -> str:
+    """Hash of all that a document's passages are made from."""
+    whole = "\0".join([str(passage_length), document.title, document.text])
+    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+
+
+def _rows(
+    document: Document, tokenizer: PreTrainedTokenizerBase, length: int, file: str, digest: str
+) -> list[dict[str, Any]]:
+    from llamory.documents import split_passages
+
+    return [
+        {
+            "text": passage.text,
+            "source": passage.source,
+            "title": passage.title,
+            "line": passage.line,
+            "page": passage.page,
+            "position": position,
+            "file": file,
+            "hash": digest,
+        }
+        for position, passage in enumerate(split_passages(document, tokenizer, length))
+    ]
+
+
+def embed(
+    batch: Batch,
+    recipe: Recipe,
+    embedder: SentenceTransformer,
+    held: Callable[[Collection[str]], Vectors],
+    advance: Callable[[int], None],
+) -> Batch:
+    """The second half of `prepare`: give a batch its vectors; those of texts that are held are used again."""
+    import numpy as np
+
+    from llamory.embedding.library_encoder import embed_passages
+
+    if batch.rows:
+        texts = list(dict.fromkeys(row["text"] for row in batch.rows))
+        vectors = dict(held(texts))
+        if new := [text for text in texts if text not in vectors]:
+            vectors |= dict(zip(new, embed_passages(embedder, new, advance, bf16=recipe.bf16), strict=True))
+        batch.vectors = np.stack([vectors[row["text"]] for row in batch.rows])
+    return batch

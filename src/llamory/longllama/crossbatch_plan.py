@@ -1,0 +1,188 @@
+"""Which rows look at which in one call of cross-batch attention, so that few calls do the work."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamory.errors import LlamoryError
+from llamory.longllama.flash_backward import Part
+
+Contexts = Sequence[Sequence[int]]
+Weights = Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class _Looking:
+    """Consecutive rows that look at others.
+
+    Attributes:
+        rows: the rows that look.
+        seen: the rows that are looked at.
+        length: how many of their tokens are real; None for all.
+        weight: how many of their kind they count as.
+    """
+
+    rows: slice
+    seen: Any
+    length: int | None
+    weight: float = 1.0
+
+    @property
+    def shift(self) -> float:
+        """What the weight adds to scores."""
+        return math.log(self.weight)
+
+
+@dataclass(frozen=True)
+class Run(_Looking):
+    """Consecutive rows that see as many consecutive rows, one each: `seen` is a slice."""
+
+    seen: slice
+
+    def part(self, query: Tensor, key: Tensor, value: Tensor) -> Part:
+        """The queries, keys and values of it, out of all."""
+        return Part(self.of(query), key[self.seen, :, : self.length], value[self.seen, :, : self.length], causal=False)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A query-like tensor's rows, as they are in `part`."""
+        return tensor[self.rows]
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """What is shaped as in `part`, as rows."""
+        return tensor
+
+    def add(self, total: Tensor, grad: Tensor) -> None:
+        """Add the gradient of the part's keys or values to that of all."""
+        total[self.seen, :, : self.length] += grad
+
+
+@dataclass(frozen=True)
+class Look(_Looking):
+    """Consecutive rows that all see the same rows, as one long row that sees one long row: `seen` are numbers."""
+
+    seen: tuple[int, ...]
+
+    def part(self, query: Tensor, key: Tensor, value: Tensor) -> Part:
+        """The queries, keys and values of it, out of all."""
+        key, value = (_joined(tensor[list(self.seen), :, : self.length]) for tensor in (key, value))
+        return Part(self.of(query), key, value, causal=False)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """A query-like tensor's rows, as they are in `part`."""
+        return _joined(tensor[self.rows])
+
+    def back(self, tensor: Tensor) -> Tensor:
+        """What is shaped as in `part`, as rows."""
+        return _parted(tensor, self.rows.stop - self.rows.start)
+
+    def add(self, total: Tensor, grad: Tensor) -> None:
+        """Add the gradient of the part's keys or values to that of all."""
+        at = torch.tensor(self.seen, device=total.device)
+        total[:, :, : self.length].index_add_(0, at, _parted(grad, len(self.seen)))
+
+
+def _joined(tensor: Tensor) -> Tensor:
+    """(rows, heads, width, …) as (1, heads, rows * width, …)."""
+    return tensor.transpose(0, 1).flatten(1, 2)[None]
+
+
+def _parted(tensor: Tensor, rows: int) -> Tensor:
+    """(1, heads, rows * width, …) as (rows, heads, width, …)."""
+    return tensor[0].unflatten(1, (rows, -1)).transpose(0, 1)
+
+
+def plan_contexts(
+    contexts: Contexts,
+    batch: int,
+    lengths: Sequence[int] | None = None,
+    rows: Sequence[int] | None = None,
+    weights: Weights | None = None,
+) -> list[Run]:
+    """Put pairs of a row and a row it sees together where both go on in step, so that few calls do the work.
+
+    Raises:
+        LlamoryError: not one list per row, a row that isn't there, that sees itself, or that is named twice, or
+            weights that aren't one positive number for each context.
+    """
+    numbers = range(batch) if rows is None else rows
+    weights = _checked(contexts, numbers, batch, lengths, weights)
+    alike: dict[tuple[int, float], list[int]] = defaultdict(list)
+    for at, seen in enumerate(contexts):
+        for other, weight in zip(seen, weights[at], strict=True):
+            alike[at - other, weight].append(at)
+    runs = []
+    for (distance, weight), lookers in sorted(alike.items()):
+        start = 0
+        for at in range(1, len(lookers) + 1):
+            length = None if lengths is None else lengths[lookers[start] - distance]
+            goes_on = at < len(lookers) and lookers[at] == lookers[at - 1] + 1
+            if goes_on and (lengths is None or lengths[lookers[at] - distance] == length):
+                continue
+            first, last = lookers[start], lookers[at - 1] + 1
+            if length != 0:
+                runs.append(Run(slice(first, last), slice(first - distance, last - distance), length, weight))
+            start = at
+    return runs
+
+
+def plan_outside(
+    contexts: Contexts,
+    rows: int,
+    outside: int,
+    lengths: Sequence[int] | None = None,
+    weights: Weights | None = None,
+) -> list[Look]:
+    """Put rows together that see the same rows, none of which is one of them.
+
+    Args:
+        contexts: per row, the rows outside the batch that it sees.
+        rows: of the batch.
+        outside: rows that can be seen.
+        lengths: real tokens of these.
+        weights: as for `plan_contexts`.
+
+    Raises:
+        LlamoryError: as for `plan_contexts`.
+    """
+    weights = _checked(contexts, range(outside, outside + rows), outside, lengths, weights)
+    looks, start = [], 0
+    for at in range(1, rows + 1):
+        if at < rows and list(contexts[at]) == list(contexts[start]) and list(weights[at]) == list(weights[start]):
+            continue
+        alike: dict[tuple[int | None, float], list[int]] = defaultdict(list)
+        for other, weight in zip(contexts[start], weights[start], strict=True):
+            alike[None if lengths is None else lengths[other], weight].append(other)
+        for (length, weight), seen in alike.items():
+            if length != 0:
+                looks.append(Look(slice(start, at), tuple(seen), length, weight))
+        start = at
+    return looks
+
+
+def _checked(
+    contexts: Contexts, numbers: Sequence[int], seen_rows: int, lengths: Sequence[int] | None, weights: Weights | None
+) -> Weights:
+    """The weights, if all fits."""
+    if len(contexts) != len(numbers):
+        raise LlamoryError(f"There are {len(numbers)} rows, but contexts for {len(contexts)}.")
+    if lengths is not None and len(lengths) != seen_rows:
+        raise LlamoryError(f"There are {seen_rows} rows, but lengths of {len(lengths)}.")
+    weights = [[1.0] * len(seen) for seen in contexts] if weights is None else weights
+    if [len(each) for each in weights] != [len(seen) for seen in contexts] or any(
+        not 0 < weight < math.inf for each in weights for weight in each
+    ):
+        raise LlamoryError("Each context a row sees needs a weight, a number above 0; give as many as there are.")
+    for number, seen in zip(numbers, contexts, strict=True):
+        for other in seen:
+            if not 0 <= other < seen_rows or other == number:
+                raise LlamoryError(f"Row {number} can't see row {other}: other rows are meant, 0 to {seen_rows - 1}.")
+        if len(set(seen)) != len(seen):
+            raise LlamoryError(f"Row {number} names a row twice: {list(seen)}.")
+    return weights

@@ -1,0 +1,1 @@
+"""Focused Transformer training: batches, crossbatch schedule, and the run."""

@@ -1,0 +1,185 @@
+"""Batches for FoT training: rows that hold consecutive chunks of documents, each document in one place of the batch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamory.errors import LlamoryError
+from llamory.training.corpus import DocumentStream, Key, refuse_other_settings
+
+
+class FotBatches:
+    """Batches without end (Tworkowski et al. 2023, section 3.2 and appendix A.2).
+
+    The batch has `batch_size // dataset_packing` places. A document stays in its place, over as many batches as it
+    takes, until it ends; after an end-of-text token the next one begins. Of each batch a place fills `dataset_packing`
+    rows with consecutive chunks. Nothing is padded.
+
+    Each batch has
+        `input_ids`: (batch_size, row_length), long;
+        `shift_labels`: (batch_size, row_length), long: for each token the one that follows it in its place, across
+            the ends of rows and batches;
+        `documents`: (batch_size,), long: running number of the document that the row's first token belongs to, with
+            the tokens around it; rows of one number are chunks of one document.
+
+    Args:
+        stream: where documents come from.
+        row_length: tokens of a row.
+        batch_size: rows of a batch.
+        dataset_packing: rows of a batch that hold consecutive chunks.
+        bos_token_id: begins each document; None for a tokenizer that has none.
+        eos_token_id: ends each document.
+
+    Raises:
+        LlamoryError: a number is too small, packing doesn't divide the batch, or there is no end-of-text token. While
+            iterating, as the stream does.
+    """
+
+    def __init__(
+        self,
+        stream: DocumentStream,
+        *,
+        row_length: int,
+        batch_size: int,
+        dataset_packing: int = 1,
+        bos_token_id: int | None,
+        eos_token_id: int | None,
+    ) -> None:
+        if row_length < 2:
+            raise LlamoryError(f"Rows must have at least 2 tokens, not {row_length}.")
+        if batch_size < 1 or dataset_packing < 1:
+            raise LlamoryError(
+                f"batch_size and dataset_packing must be at least 1, not {batch_size} and {dataset_packing}."
+            )
+        if batch_size % dataset_packing:
+            raise LlamoryError(
+                f"A dataset_packing of {dataset_packing} doesn't divide the batch of {batch_size} rows; choose a "
+                "batch_size that is a multiple of it."
+            )
+        if eos_token_id is None:
+            raise LlamoryError("The tokenizer has no end-of-text token (eos_token); it needs one between documents.")
+        self.stream = stream
+        self.row_length = row_length
+        self.packing = dataset_packing
+        self._before = [] if bos_token_id is None else [bos_token_id]
+        self._after = [eos_token_id]
+        self._settings = {
+            "row_length": row_length,
+            "batch_size": batch_size,
+            "dataset_packing": dataset_packing,
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+        }
+        self._places = [_Place() for _ in range(batch_size // dataset_packing)]
+        self._documents = 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return self
+
+    def __next__(self) -> dict[str, Tensor]:
+        length = self.packing * self.row_length
+        inputs, labels, documents = [], [], []
+        for place in self._places:
+            # One more than the rows hold, as their last token has a label too.
+            while place.waiting() <= length:
+                tokens, source, key = next(self.stream)
+                place.pieces.append(self._piece(tokens, source, key, self._documents))
+                self._documents += 1
+            tokens_and_next = place.peek(length + 1)
+            inputs.append(tokens_and_next[:-1].view(self.packing, self.row_length))
+            labels.append(tokens_and_next[1:].view(self.packing, self.row_length))
+            documents += place.owners(range(0, length, self.row_length))
+            place.move_on(length)
+        return {
+            "input_ids": torch.cat(inputs),
+            "shift_labels": torch.cat(labels),
+            "documents": torch.tensor(documents),
+        }
+
+    def _piece(self, tokens: list[int], source: int, key: Key, number: int) -> _Piece:
+        return _Piece(torch.tensor([*self._before, *tokens, *self._after], dtype=torch.int32), source, key, number)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the batches are, for JSON: the stream's state, and of each place the documents and how far it is."""
+        return {
+            "settings": self._settings,
+            "stream": self.stream.state_dict(),
+            "documents": self._documents,
+            "places": [
+                {
+                    "offset": place.offset,
+                    "pieces": [[piece.source, list(piece.key), piece.number] for piece in place.pieces],
+                }
+                for place in self._places
+            ],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the state was taken, with the same batches to the bit; documents in their places are read again.
+
+        Raises:
+            LlamoryError: the state is of other files or settings.
+        """
+        refuse_other_settings(state["settings"], self._settings)
+        self.stream.load_state_dict(state["stream"])
+        wanted = [(source, tuple(key)) for place in state["places"] for source, key, _ in place["pieces"]]
+        tokens = iter(self.stream.read(wanted))
+        self._documents = state["documents"]
+        self._places = [
+            _Place(
+                deque(self._piece(next(tokens), source, tuple(key), number) for source, key, number in place["pieces"]),
+                place["offset"],
+            )
+            for place in state["places"]
+        ]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A document in its place: its tokens with those around it, which one it is, and its running number."""
+
+    tokens: Tensor
+    source: int
+    key: Key
+    number: int
+
+
+@dataclass
+class _Place:
+    """Documents that wait in one place of the batch, and how many tokens of the first were given."""
+
+    pieces: deque[_Piece] = field(default_factory=deque)
+    offset: int = 0
+
+    def waiting(self) -> int:
+        return sum(len(piece.tokens) for piece in self.pieces) - self.offset
+
+    def peek(self, count: int) -> Tensor:
+        """The next `count` tokens."""
+        parts: list[Tensor] = []
+        start = self.offset
+        for piece in self.pieces:
+            parts.append(piece.tokens[start : start + count])
+            count -= len(parts[-1])
+            start = 0
+            if not count:
+                break
+        return torch.cat(parts).long()
+
+    def owners(self, ahead: range) -> list[int]:
+        """Numbers of the documents whose tokens are so far ahead."""
+        ends = list(accumulate(len(piece.tokens) for piece in self.pieces))
+        return [self.pieces[bisect_right(ends, self.offset + step)].number for step in ahead]
+
+    def move_on(self, count: int) -> None:
+        self.offset += count
+        while self.pieces and self.offset >= len(self.pieces[0].tokens):
+            self.offset -= len(self.pieces.popleft().tokens)

@@ -1,0 +1,297 @@
+"""FoT training on the Hugging Face Trainer: teaches a LLaMA to use its memory (Tworkowski et al. 2023, section 3.2)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llamory.embedding.pipeline import hide_slot_tokens, load_embedder
+from llamory.errors import LlamoryError
+from llamory.longllama.losses import IGNORED
+from llamory.models import base as backbone
+from llamory.training.corpus import DocumentStream, Source, make_sources
+from llamory.training.fot.batches import PUBLISHED_MIXES, ContextChooser, ContextPlan, embedder
+from llamory.training.fot.data import FotBatches
+from llamory.training.long_models import load_long, memory_changes, trained_part
+from llamory.training.run import (
+    check_settings,
+)
+from llamory.training.settings import FotSettings
+from llamory.training.streaming import StreamedTrainer, begin
+from llamory.training.teachers import check_teacher, load_teacher
+
+CURVE_FILE = "curve.json"
+_WITH, _WITHOUT = "eval_loss", "eval_loss_without_memory"
+_DEFAULT_MIX = "3b"
+_PAIR = re.compile(r"(\d+)[+:](\d+)")  # YAML reads 1:1 as a number unless it is quoted
+
+
+def train_fot(settings: FotSettings) -> dict[str, Any]:
+    """Train a LLaMA to use memory and save it as a LongLLaMA in `settings.output`.
+
+    Returns:
+        The output folder, steps done, the last loss and, with eval_data, the last losses with and without memory.
+
+    Raises:
+        LlamoryError: settings, data, model, checkpoint or output folder that can't be used, or a loss that isn't
+            finite.
+    """
+    plan = _check(settings)
+    begun = begin(settings, evaluates=bool(settings.eval_data))
+    arguments = begun.arguments
+    config = backbone.load_config(settings.model)
+    changes = memory_changes(
+        config,
+        settings.model,
+        mem_layers=settings.mem_layers,
+        row_length=settings.row_length,
+        mem_projections=settings.trained == "memory_projections",
+        mem_log_bias=settings.mem_log_bias,
+    )
+    tokenizer = backbone.load_tokenizer(settings.model)
+    chooser = _chooser(settings, plan, tokenizer, str(arguments.device))
+    feed = FotFeed(_streams(settings, tokenizer, arguments.process_index, arguments.world_size), chooser)
+    held_out = _held_out(settings, tokenizer)
+    teacher = load_teacher(settings, config)
+    model = trained_part(load_long(settings, changes), settings, settings.trained)
+    return begun.finish(
+        FotTrainer,
+        "FoT training",
+        model=model,
+        feed=feed,
+        tokenizer=tokenizer,
+        held_out=held_out,
+        shown=("loss", _WITH, _WITHOUT),
+        teacher=teacher,
+        teacher_weight=settings.teacher_weight,
+        settings=settings,
+        chooser=chooser,
+    )
+
+
+class FotFeed:
+    """The batches of one process's streams, with the contexts that their rows see."""
+
+    def __init__(self, streams: Mapping[int, FotBatches], chooser: ContextChooser) -> None:
+        self.streams, self.chooser = dict(streams), chooser
+
+    def passes(self, step: int) -> list[dict[str, Any]]:
+        """A batch of each stream."""
+        return [self._pass(step, number, batches) for number, batches in self.streams.items()]
+
+    def _pass(self, step: int, number: int, batches: FotBatches) -> dict[str, Any]:
+        batch = next(batches)
+        contexts = self.chooser.choose(step, number, batch["input_ids"], batch.pop("documents"))
+        weights = self.chooser.weights(contexts, step, number)
+        return batch | {"contexts": contexts} | ({} if weights is None else {"context_weights": weights})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the streams stand and how far the number of contexts has grown."""
+        streams = {str(number): batches.state_dict() for number, batches in self.streams.items()}
+        return {"streams": streams, "contexts": self.chooser.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        for number, batches in self.streams.items():
+            batches.load_state_dict(state["streams"][str(number)])
+        self.chooser.load_state_dict(state["contexts"])
+
+
+class FotTrainer(StreamedTrainer):
+    """Counts right tokens where the number of contexts grows with them, and evaluates with memory and without."""
+
+    def __init__(self, *args: Any, settings: FotSettings, chooser: ContextChooser, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings, self.chooser = settings, chooser
+        self._accuracy: float | None = None
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The next-token loss; the chooser hears the accuracy after a step's last pass."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if self.settings.schedule == "grown" and model.training:
+            accuracy = self.step_accuracy(outputs["hidden_states"][0], inputs["shift_labels"])
+            if accuracy is not None:
+                self._accuracy = accuracy
+                self.chooser.observe(accuracy)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add training accuracy and number of contexts, where they aren't the same all the time."""
+        if "loss" in logs and self.settings.schedule != "constant":
+            size = self.chooser.size(self.state.global_step)
+            logs |= {} if size is None else {"contexts": size}
+            logs |= {} if self._accuracy is None else {"accuracy": round(self._accuracy, 6)}
+        super().log(logs, *args, **kwargs)
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002
+        """The loss with memory of a document's earlier chunks and the loss without, of the same held-out tokens.
+
+        Rows that have no earlier chunk in their batch aren't counted.
+        """
+        self.model.eval()
+        together, alone, count = self.summed(self.eval_dataset, self._losses)
+        metrics = {_WITH: together / count, _WITHOUT: alone / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.args.should_save:
+            self._write_curve(int(count))
+        return metrics
+
+    def _losses(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(3,) sums of the losses with and without memory, and the number of tokens."""
+        inputs = self._prepare_inputs(dict(batch))
+        contexts = _earlier_chunks(len(inputs["input_ids"]), self.settings.dataset_packing)
+        nothing: list[list[int]] = [[] for _ in contexts]
+        counted = torch.tensor([bool(seen) for seen in contexts], device=inputs["input_ids"].device)
+        targets = inputs["shift_labels"].masked_fill(~counted[:, None], IGNORED)
+        losses = [
+            self.model(inputs["input_ids"], shift_labels=targets, contexts=seen, num_items_in_batch=1).loss.float()
+            for seen in (contexts, nothing)
+        ]
+        return torch.stack([*losses, (targets != IGNORED).sum().float()])
+
+    def _write_curve(self, tokens: int) -> None:
+        history = [entry for entry in self.state.log_history if _WITH in entry]
+        curve = {
+            "model": self.settings.model,
+            "eval_data": self.settings.eval_data,
+            "row_length": self.settings.row_length,
+            "memory_rows": self.settings.dataset_packing - 1,
+            "tokens": tokens,
+            "curve": [
+                {"step": e["step"], "loss_with_memory": e[_WITH], "loss_without_memory": e[_WITHOUT]} for e in history
+            ],
+        }
+        file = Path(self.args.output_dir) / CURVE_FILE
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(curve, indent=1))
+        partial.replace(file)
+
+
+def _earlier_chunks(batch_size: int, dataset_packing: int) -> list[list[int]]:
+    """Per row, all earlier chunks of its document, nearest first: what it would have in memory when read on."""
+    return [[row - back for back in range(1, row % dataset_packing + 1)] for row in range(batch_size)]
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def _check(settings: FotSettings) -> ContextPlan:
+    check_settings(settings, ["dataset_packing", "eval_batches"])
+    check_teacher(settings)
+    if settings.steps is None:
+        raise LlamoryError("FoT training's data have no end; set steps.")
+    if settings.row_length < 2:
+        raise LlamoryError(f"row_length must be at least 2, not {settings.row_length}.")
+    if settings.schedule == "grown" and settings.fsdp:
+        raise LlamoryError("A grown schedule needs the training accuracy, which FSDP's shards don't tell; use DDP.")
+    if settings.eval_data and settings.dataset_packing < 2:
+        raise LlamoryError("Evaluation reads earlier chunks of a document as memory; set dataset_packing to 2 or more.")
+    if settings.negatives == "similar" and settings.retriever is None:
+        raise LlamoryError("Similar negatives are found by a retriever; give one, a Sentence Transformers model.")
+    plan = ContextPlan(
+        mix=None if settings.cross_batch_range is not None and not settings.mix else _mix(settings.mix),
+        cross_batch_range=settings.cross_batch_range,
+        stepping=settings.stepping,
+        schedule=settings.schedule,
+        sizes=settings.sizes,
+        grow_at=settings.grow_at,
+        negatives=settings.negatives,
+        copies=settings.negative_copies or (1.0, 1.0),
+    )
+    # It checks the plan against the batch; the retriever is loaded later.
+    ContextChooser(
+        dataclasses.replace(plan, negatives="random"), settings.batch_size, settings.dataset_packing, settings.seed
+    )
+    return plan
+
+
+def _mix(entries: list[str]) -> list[tuple[int, int]]:
+    """A mix from its texts: a published one's name, or positives+negatives, one text each or parted by commas."""
+    parts = [part.strip() for entry in entries or [_DEFAULT_MIX] for part in str(entry).split(",")]
+    if len(parts) == 1 and parts[0] in PUBLISHED_MIXES:
+        return PUBLISHED_MIXES[parts[0]]
+    pairs = [_PAIR.fullmatch(part) for part in parts]
+    wrong = [part for part, pair in zip(parts, pairs, strict=True) if pair is None]
+    if wrong:
+        raise LlamoryError(
+            f"mix has the entry {wrong[0]!r}, but it must be POSITIVES+NEGATIVES, such as 2+1, or one of "
+            f"{', '.join(PUBLISHED_MIXES)} alone."
+        )
+    return [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------
+
+
+def _chooser(
+    settings: FotSettings, plan: ContextPlan, tokenizer: PreTrainedTokenizerBase, device: str
+) -> ContextChooser:
+    embed = None
+    if settings.negatives == "similar":
+        assert settings.retriever is not None
+        retriever = load_embedder(settings.retriever, device=device)
+        embed = embedder(retriever, tokenizer, clean=lambda texts: hide_slot_tokens(retriever, texts))
+    return ContextChooser(plan, settings.batch_size, settings.dataset_packing, settings.seed, embed)
+
+
+def _streams(
+    settings: FotSettings, tokenizer: PreTrainedTokenizerBase, process: int, processes: int
+) -> dict[int, FotBatches]:
+    """One stream for each of this process's passes of a step."""
+    sources = make_sources(settings.data, settings.proportions or None)
+    own, streams = settings.accumulation, settings.accumulation * processes
+    return {
+        number: _batches(settings, sources, tokenizer, shard=number, shards=streams, buffer=settings.shuffle_buffer)
+        for number in range(process * own, (process + 1) * own)
+    }
+
+
+def _held_out(settings: FotSettings, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+    """The batches that are evaluated: the first ones of eval_data, in the files' order."""
+    if not settings.eval_data:
+        return []
+    batches = _batches(settings, make_sources(settings.eval_data), tokenizer, shard=0, shards=1, buffer=0)
+    return [
+        {key: batch[key] for key in ("input_ids", "shift_labels")} for batch in islice(batches, settings.eval_batches)
+    ]
+
+
+def _batches(
+    settings: FotSettings,
+    sources: list[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shard: int,
+    shards: int,
+    buffer: int,
+) -> FotBatches:
+    stream = DocumentStream(
+        sources,
+        tokenizer,
+        seed=settings.seed,
+        min_length=settings.row_length if settings.min_length is None else settings.min_length,
+        shuffle_buffer=buffer,
+        shard=shard,
+        shards=shards,
+        text_field=settings.text_field,
+        skip_broken=settings.skip_broken,
+    )
+    return FotBatches(
+        stream,
+        row_length=settings.row_length,
+        batch_size=settings.batch_size,
+        dataset_packing=settings.dataset_packing,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )

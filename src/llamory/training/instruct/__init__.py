@@ -1,0 +1,1 @@
+"""Instruction tuning through memory: data, batches, and the run."""

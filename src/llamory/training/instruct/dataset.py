@@ -1,0 +1,361 @@
+"""Instruction and chat data: JSON lines as token ids with labels on the answers only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+from datasets import Dataset, Features, List, Value
+
+import llamory
+from llamory.documents import find_files, read_json_lines
+from llamory.documents.readers import string_entry
+from llamory.errors import LlamoryError
+from llamory.longllama.losses import IGNORED
+from llamory.models.base import document_ids
+from llamory.training.instruct.chat_masking import ASSISTANT, chat_pieces
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+MESSAGES, DOCUMENT, CHATS, QUESTIONS = "messages", "document", "chats", "questions"
+FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "labels": List(Value("int32")),
+        "source": Value("string"),
+        "document": Value("int32"),
+    }
+)
+_ROWS = Features(
+    {
+        "kind": Value("string"),
+        "texts": List(Value("string")),
+        "answers": List(Value("bool")),
+        "source": Value("string"),
+    }
+)
+
+PathLike = str | os.PathLike[str]
+# A text and whether it is an answer.
+Piece = tuple[str, bool]
+
+
+@dataclass(frozen=True)
+class InstructFormat:
+    """What the objects of the JSON lines hold; names and defaults are the published code's.
+
+    An object with `messages` is a chat for the tokenizer's template, about its `document` if there is one; one with
+    `document` and `chats` or `questions` is several examples, each a chat or an instruction about that document; one
+    with `chat_conversations_field` is a chat as published; any other an instruction: prompt (if `prompt_field` is
+    given), question, response, each between its two fixed texts.
+    """
+
+    prompt_field: str | None = None
+    question_field: str = "question"
+    response_field: str = "response"
+    pre_prompt_text: str = ""
+    post_prompt_text: str = "\n"
+    pre_question_text: str = ""
+    post_question_text: str = "\n"
+    pre_response_text: str = ""
+    post_response_text: str = ""
+    chat_conversations_field: str = "conversations"
+    chat_data_field: str = "value"
+    chat_source_name_field: str = "from"
+    chat_model_source_name: str = "gpt"
+    chat_initial_prompt: str = "You are a helpful ASSISTANT.\n\n"
+    chat_model_response_prefix: str = "\nASSISTANT: "
+    chat_human_response_prefix: str = "\nUSER: "
+
+    def read_all(self, entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[Piece]]]:
+        """The examples of an object, kind and texts of each; errors as of `read`."""
+        document = (string_entry(entry, DOCUMENT), False) if DOCUMENT in entry else None
+        if document is not None and CHATS in entry:
+            return [
+                self.read({MESSAGES: chat, DOCUMENT: document[0]}, tokenizer) for chat in _listed(entry, CHATS, list)
+            ]
+        if document is not None and QUESTIONS in entry:
+            return [(QUESTIONS, [document, *self._instruction(each)]) for each in _listed(entry, QUESTIONS)]
+        return [self.read(entry, tokenizer)]
+
+    def read(self, entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Piece]]:
+        """The kind of an object (instruction, chat, messages or document) and its texts.
+
+        Raises:
+            LlamoryError: a field is missing or not of its kind, or the chat template can't write the messages.
+        """
+        if MESSAGES in entry:
+            turns = [_turn(turn) for turn in _listed(entry, MESSAGES)]
+            if turns[0]["role"] == ASSISTANT:
+                raise LlamoryError("the messages begin with the assistant's; a system or user message should be first")
+            # Without a template the reader stops, whether broken lines are passed over or not.
+            pieces = chat_pieces(tokenizer, turns) if tokenizer.chat_template else []
+            if pieces and DOCUMENT in entry:
+                return DOCUMENT, [(string_entry(entry, DOCUMENT), False), *pieces]
+            return MESSAGES, pieces
+        if self.chat_conversations_field in entry:
+            return "chat", self._chat(_listed(entry, self.chat_conversations_field))
+        if self.question_field not in entry:
+            raise LlamoryError(
+                f"the object has neither {MESSAGES!r} nor {self.chat_conversations_field!r} nor "
+                f"{self.question_field!r} (it has {', '.join(map(repr, entry)) or 'nothing'})"
+            )
+        return "instruction", self._instruction(entry)
+
+    def _instruction(self, entry: dict[str, Any]) -> list[Piece]:
+        question = self.pre_question_text + string_entry(entry, self.question_field) + self.post_question_text
+        if self.prompt_field is not None:
+            prompt = string_entry(entry, self.prompt_field)
+            question = self.pre_prompt_text + prompt + self.post_prompt_text + question
+        response = self.pre_response_text + string_entry(entry, self.response_field) + self.post_response_text
+        return [(question, False), (response, True)]
+
+    def _chat(self, turns: list[dict[str, Any]]) -> list[Piece]:
+        pieces = [(self.chat_initial_prompt, False)]
+        for turn in turns:
+            answers = string_entry(turn, self.chat_source_name_field) == self.chat_model_source_name
+            prefix = self.chat_model_response_prefix if answers else self.chat_human_response_prefix
+            pieces += [(prefix, False), (string_entry(turn, self.chat_data_field), answers)]
+        return pieces
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The most tokens of an example; what is longer is cut at its end, as in the published code.
+
+    Attributes:
+        input: of an instruction's prompt and question, with the bos token.
+        output: of its response, with the eos token, which a longer response loses.
+        total: of the whole example, of any kind.
+    """
+
+    input: int = 2048
+    output: int = 2048
+    total: int = 2048
+
+    def __post_init__(self) -> None:
+        for name, least in (("input", 1), ("output", 1), ("total", 2)):
+            if getattr(self, name) < least:
+                raise LlamoryError(f"{name}_length must be at least {least}, not {getattr(self, name)}.")
+
+
+def load_instructions(
+    paths: PathLike | Iterable[PathLike],
+    tokenizer: PreTrainedTokenizerBase,
+    format: InstructFormat | None = None,
+    lengths: Lengths | None = None,
+    *,
+    skip_broken: bool = False,
+    num_proc: int | None = None,
+    cache_dir: PathLike | None = None,
+) -> Dataset:
+    """Make examples of JSON lines; the finished examples are cached while files and settings stay as they are.
+
+    An instruction is bos, prompt and question, response, eos; the response and its eos are the answer. A published
+    chat is bos, the initial prompt, and per turn a prefix and its text, with eos behind the model's; these texts and
+    their eos are the answers. Each text is tokenised by itself there, as in the published code. Messages are written
+    by the tokenizer's chat template and tokenised as a whole; a token that reaches out of an answer isn't part of it. A
+    document stands before them as `llamory read` reads it, so that the chat asks what was read.
+    Examples whose length leaves no answer are passed over (the published code keeps them and learns nothing). Unlike
+    there, eos tokens within a chat can be attended to.
+
+    Args:
+        paths: `.jsonl` files and folders of them.
+        tokenizer: a fast one, with an eos token.
+        format: what the objects hold.
+        lengths: the most tokens.
+        skip_broken: pass over broken lines, with a warning in the log.
+        num_proc: processes that tokenise.
+        cache_dir: folder for the examples.
+
+    Returns:
+        a dataset of `input_ids` and `labels` (the same ids in answers, -100 elsewhere), `source` (`path:line`), and
+        `document`, how many of the first tokens are a document that the rest asks about.
+
+    Raises:
+        LlamoryError: no such file, a broken line, a tokenizer that doesn't do, or no example with an answer.
+    """
+    paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    files = [str(path) for path in find_files(paths) if path.suffix.lower() == ".jsonl"]
+    if not files:
+        raise LlamoryError(f"{_joined(paths)} holds no .jsonl file; instructions are read from JSON lines.")
+    recipe = _Recipe(tokenizer, format or InstructFormat(), lengths or Lengths(), skip_broken)
+    rows = _cached_rows(recipe, files, paths, cache_dir)
+    examples = rows.map(
+        recipe.examples,
+        batched=True,
+        remove_columns=list(_ROWS),
+        features=FEATURES,
+        num_proc=min(num_proc, len(rows)) if num_proc else None,
+        new_fingerprint=recipe.fingerprint(files, "examples"),
+        desc="Tokenising",
+    )
+    if passed_over := len(rows) - len(examples):
+        logger.warning("Passed over %d of %d examples: no answer within their length", passed_over, len(rows))
+    if not len(examples):
+        raise LlamoryError(
+            f"No example of {_joined(paths)} has an answer within its first {recipe.lengths.total} tokens; choose a "
+            "greater total_length."
+        )
+    return examples
+
+
+# ---- from lines to token ids -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """All that makes examples of files, in two steps: texts, then token ids."""
+
+    tokenizer: PreTrainedTokenizerBase
+    format: InstructFormat
+    lengths: Lengths
+    skip_broken: bool
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.is_fast:
+            raise LlamoryError("Instruction data need a fast tokenizer; use one that has a tokenizer.json.")
+        if self.tokenizer.eos_token_id is None:
+            raise LlamoryError("The tokenizer has no end-of-sequence token, which ends an answer; set its eos_token.")
+
+    def fingerprint(self, files: Sequence[str], step: str) -> str:
+        """Changes with everything that the examples depend on."""
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        tokenizer.update(truncation=None, padding=None)  # left by the tokenizer's last call
+        names = [self.tokenizer.chat_template, self.tokenizer.special_tokens_map]
+        settings = [asdict(self.format), asdict(self.lengths), self.skip_broken]
+        stats = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path in files]
+        whole = [llamory.__version__, "instruct", list(FEATURES), step, tokenizer, names, settings, stats]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+    def rows(self, files: list[str]) -> Iterator[dict[str, Any]]:
+        """The texts of each object."""
+
+        def read(entry: dict[str, Any]) -> list[tuple[str, list[Piece]]]:
+            return self.format.read_all(entry, self.tokenizer)
+
+        lines = (each for path in files for each in _examples_of(path, read, self.skip_broken))
+        for path, line, kind, pieces in lines:
+            if not pieces:
+                raise LlamoryError(
+                    f"{path}:{line} has messages, but the tokenizer of this model has no chat template; choose a "
+                    f"model with one, or write the chats as {self.format.chat_conversations_field!r}."
+                )
+            texts, answers = zip(*pieces, strict=True)
+            yield {"kind": kind, "texts": list(texts), "answers": list(answers), "source": f"{path}:{line}"}
+
+    def examples(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """Tokenise a batch of rows; those without an answer within the length are left out."""
+        found: dict[str, list[Any]] = {name: [] for name in FEATURES}
+        ways: dict[str, Callable[[list[str], list[bool]], tuple[list[int], list[bool]]]] = {
+            "instruction": self._instruction,
+            "chat": self._chat,
+            MESSAGES: self._messages,
+            DOCUMENT: self._document,
+            QUESTIONS: self._questions,
+        }
+        for kind, texts, answers, source in zip(*(rows[name] for name in _ROWS), strict=True):
+            ids, asked = ways[kind](texts, answers)
+            ids, asked = ids[: self.lengths.total], asked[: self.lengths.total]
+            if any(asked[1:]):  # nothing stands before the first token to predict it from
+                found["input_ids"].append(ids)
+                found["labels"].append([i if a else IGNORED for i, a in zip(ids, asked, strict=True)])
+                found["source"].append(source)
+                found["document"].append(self._document_tokens(kind, texts))
+        return found
+
+    def _document_tokens(self, kind: str, texts: list[str]) -> int:
+        return len(document_ids(texts[0], self.tokenizer)) if kind in (DOCUMENT, QUESTIONS) else 0
+
+    def _instruction(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:  # noqa: ARG002
+        question, response = self._encode(texts)
+        question = [*self._bos, *question][: self.lengths.input]
+        response = [*response, *self._eos][: self.lengths.output]
+        return question + response, [False] * len(question) + [True] * len(response)
+
+    def _chat(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:
+        parts = [(self._bos, False)]
+        for ids, answer in zip(self._encode(texts), answers, strict=True):
+            parts.append(([*ids, *self._eos] if answer else ids, answer))
+        return list(chain(*(ids for ids, _ in parts))), list(chain(*([answer] * len(ids) for ids, answer in parts)))
+
+    def _messages(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:
+        encoded = self.tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        inside = [answer for text, answer in zip(texts, answers, strict=True) for _ in text]
+        # Some tokenizers have tokens of no characters at all, which belong to nobody.
+        asked = [start < end and all(inside[start:end]) for start, end in encoded["offset_mapping"]]
+        return encoded["input_ids"], asked
+
+    def _document(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:
+        read = document_ids(texts[0], self.tokenizer)
+        ids, asked = self._messages(texts[1:], answers[1:])
+        return read + ids, [False] * len(read) + asked
+
+    def _questions(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:  # noqa: ARG002
+        read = document_ids(texts[0], self.tokenizer)
+        question, response = self._encode(texts[1:])
+        response = [*response, *self._eos][: self.lengths.output]
+        return read + question + response, [False] * (len(read) + len(question)) + [True] * len(response)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    @property
+    def _bos(self) -> list[int]:
+        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+
+    @property
+    def _eos(self) -> list[int]:
+        return [self.tokenizer.eos_token_id]
+
+
+def _cached_rows(recipe: _Recipe, files: list[str], paths: Sequence[object], cache_dir: PathLike | None) -> Dataset:
+    try:
+        return Dataset.from_generator(
+            recipe.rows,
+            features=_ROWS,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),  # type: ignore[arg-type]
+            gen_kwargs={"files": files},
+            fingerprint=recipe.fingerprint(files, "rows"),
+        )
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        if isinstance(error.__cause__, LlamoryError):
+            raise error.__cause__ from None
+        if next(recipe.rows(files), None) is None:
+            raise LlamoryError(f"No example could be read from {_joined(paths)}.") from None
+        raise
+
+
+def _listed(entry: dict[str, Any], field: str, of: type = dict) -> list[Any]:
+    turns = entry[field]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, of) for turn in turns):
+        what = "objects, one a turn" if of is dict else "lists of messages, one a chat"
+        raise LlamoryError(f"{field!r} should be a list of {what}")
+    return turns
+
+
+def _examples_of(path: str, read: Any, skip_broken: bool) -> Iterator[tuple[str, int, str, list[Piece]]]:
+    """File, line, kind and texts of each example of a file."""
+    for line, examples in read_json_lines(Path(path), read, skip_broken=skip_broken):
+        for kind, pieces in examples:
+            yield path, line, kind, pieces
+
+
+def _turn(turn: dict[str, Any]) -> dict[str, str]:
+    return {name: string_entry(turn, name) for name in ("role", "content")}
+
+
+def _joined(paths: Iterable[object]) -> str:
+    return ", ".join(map(str, paths))

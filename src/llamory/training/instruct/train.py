@@ -1,0 +1,253 @@
+"""Instruction and chat tuning with part of each example in memory, trained through (Tworkowski et al. 2023)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from llamory.errors import LlamoryError
+from llamory.longllama.configuration import DEFAULT_LAST_CONTEXT
+from llamory.longllama.losses import IGNORED
+from llamory.models import base as backbone
+from llamory.training.corpus import make_sources
+from llamory.training.fot.batches import check_copies
+from llamory.training.instruct.cached_rows import MountedBatches
+from llamory.training.instruct.dataset import InstructFormat, Lengths, load_instructions
+from llamory.training.instruct.hidden_state_cache import LayerStates
+from llamory.training.instruct.rows import InstructBatches, MemorySplit, check_rows
+from llamory.training.long_models import load_long, memory_changes, trained_part
+from llamory.training.run import check_settings
+from llamory.training.settings import InstructSettings
+from llamory.training.streaming import StreamedTrainer, begin
+from llamory.training.teachers import check_teacher, load_teacher
+
+_EVAL = "eval_loss"
+
+
+def train_instruct(settings: InstructSettings) -> dict[str, Any]:
+    """Tune a LongLLaMA, or any LLaMA with memory, to follow instructions; saves it in `settings.output`.
+
+    Returns:
+        The output folder, steps done, the last loss and, with eval_data, the last loss on it.
+
+    Raises:
+        LlamoryError: settings, data, model, checkpoint or output folder that can't be used, or a loss that isn't
+            finite.
+    """
+    _check(settings)
+    begun = begin(settings, evaluates=bool(settings.eval_data), irrelevant=["num_proc"])
+    arguments = begun.arguments
+    config = backbone.load_config(settings.model)
+    split = _split(settings, config)
+    changes = memory_changes(
+        config,
+        settings.model,
+        mem_layers=settings.mem_layers,
+        row_length=split.row_length,
+        last_context_length=split.last_context_length,
+        mem_projections=settings.trained == "memory_projections",
+        mem_log_bias=settings.mem_log_bias,
+    )
+    tokenizer = backbone.load_tokenizer(settings.model)
+    with arguments.main_process_first(desc="data"):
+        streams = _streams(settings, split, tokenizer, arguments.process_index, arguments.world_size)
+        growing = round(settings.copies_grow * (settings.steps or 0))
+        held_out = _held_out(settings, split, tokenizer)
+    teacher = load_teacher(settings, config)
+    model = trained_part(load_long(settings, changes), settings, settings.trained)
+    return begun.finish(
+        InstructTrainer,
+        "Instruction tuning",
+        model=model,
+        feed=InstructFeed(streams, growing),
+        tokenizer=tokenizer,
+        held_out=held_out,
+        shown=("loss", _EVAL),
+        teacher=teacher,
+        teacher_weight=settings.teacher_weight,
+        states=LayerStates(settings.kept_rows),
+    )
+
+
+class InstructFeed:
+    """The batches of one process's streams.
+
+    Args:
+        streams: by number.
+        growing: steps over which the most copies of a negative grow from the least, evenly on a logarithmic scale.
+    """
+
+    def __init__(self, streams: Mapping[int, InstructBatches], growing: int = 0) -> None:
+        self.streams, self.growing = dict(streams), growing
+
+    def passes(self, step: int) -> list[dict[str, Any]]:
+        """A batch of each stream."""
+        for batches in self.streams.values():
+            batches.grown = min(1.0, step / self.growing) if self.growing else 1.0
+        return [_arguments(next(batches)) for batches in self.streams.values()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the streams stand."""
+        return {"streams": {str(number): batches.state_dict() for number, batches in self.streams.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        for number, batches in self.streams.items():
+            batches.load_state_dict(state["streams"][str(number)])
+
+
+class InstructTrainer(StreamedTrainer):
+    """Evaluates on a list of batches, and reads contexts that are read apart before the model is called."""
+
+    def __init__(self, *args: Any, states: LayerStates, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.states = states
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs = super()._prepare_inputs(inputs)
+        if "context_ids" in inputs:
+            model = self.accelerator.unwrap_model(self.model)
+            model = model.get_base_model() if hasattr(model, "get_base_model") else model
+            with self.accelerator.autocast():
+                read = self.states.of(model.model, inputs.pop("context_ids"), inputs["context_lengths"])
+            inputs["context_states"] = read
+        return inputs
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002
+        """The mean loss of the answers' tokens in all held-out batches."""
+        self.model.eval()
+        total, count = self.summed(self.eval_dataset, self._loss)
+        metrics = {_EVAL: total / count}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """(2,) the sum of the answers' losses, and the number of their tokens."""
+        inputs = self._prepare_inputs(dict(batch))
+        loss = self.model(**inputs, num_items_in_batch=1).loss.float()
+        return torch.stack([loss, (inputs["shift_labels"] != IGNORED).sum()])
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+def _check(settings: InstructSettings) -> None:
+    check_settings(settings, ["eval_batches"])
+    if settings.negatives < 0:
+        raise LlamoryError(f"negatives must be at least 0, not {settings.negatives}.")
+    if not 0 <= settings.copies_grow <= 1:
+        raise LlamoryError(f"copies_grow must be a share of the steps, from 0 to 1, not {settings.copies_grow}.")
+    check_teacher(settings)
+    if settings.apart and (settings.trained != "memory_projections" or settings.fsdp):
+        raise LlamoryError(
+            "What is read apart is read without gradient: it needs trained: memory_projections, and no fsdp."
+        )
+    if settings.kept_rows < 0:
+        raise LlamoryError(f"kept_rows must be at least 0, not {settings.kept_rows}.")
+    if settings.steps is None:
+        raise LlamoryError("Instruction tuning's data have no end; set steps.")
+    if settings.seed < 0:
+        raise LlamoryError(f"seed must be at least 0, not {settings.seed}.")
+    _copies(settings)
+    _lengths(settings)
+    make_sources(settings.data, settings.proportions or None)
+
+
+def _copies(settings: InstructSettings) -> tuple[float, float]:
+    copies = settings.negative_copies or [1.0, 1.0]
+    check_copies(copies)
+    return copies[0], copies[1]
+
+
+def _lengths(settings: InstructSettings) -> Lengths:
+    return Lengths(settings.input_length, settings.output_length, settings.total_length)
+
+
+def _format(settings: InstructSettings) -> InstructFormat:
+    return InstructFormat(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(InstructFormat)})
+
+
+def _split(settings: InstructSettings, config: PretrainedConfig) -> MemorySplit:
+    """How examples are cut for this model.
+
+    Raises:
+        LlamoryError: lengths that don't fit one another, or a batch without room for an example.
+    """
+    row = config.max_position_embeddings if settings.row_length is None else settings.row_length
+    last = settings.last_context_length
+    if last is None:
+        last = min(getattr(config, "last_context_length", None) or DEFAULT_LAST_CONTEXT, row)
+    split = MemorySplit(row, last, settings.total_length, settings.split)
+    check_rows(split, settings.batch_size)
+    return split
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def _streams(
+    settings: InstructSettings, split: MemorySplit, tokenizer: PreTrainedTokenizerBase, process: int, processes: int
+) -> dict[int, InstructBatches]:
+    """One stream for each of this process's passes of a step."""
+    sources = make_sources(settings.data, settings.proportions or None)
+    datasets = [_examples(settings, source.paths, tokenizer) for source in sources]
+    proportions = [source.proportion for source in sources]
+    own, streams = settings.accumulation, settings.accumulation * processes
+    return {
+        number: _batches(settings, split, tokenizer, datasets, proportions, stream=number, streams=streams)
+        for number in range(process * own, (process + 1) * own)
+    }
+
+
+def _held_out(
+    settings: InstructSettings, split: MemorySplit, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """The batches that are evaluated, cut as in training."""
+    if not settings.eval_data:
+        return []
+    dataset = _examples(settings, settings.eval_data, tokenizer)
+    batches = _batches(settings, split, tokenizer, [dataset], [1.0])
+    return [_arguments(batch) for batch in islice(batches, settings.eval_batches)]
+
+
+def _batches(
+    settings: InstructSettings,
+    split: MemorySplit,
+    tokenizer: PreTrainedTokenizerBase,
+    datasets: list[Any],
+    proportions: list[float],
+    **stream: Any,
+) -> InstructBatches:
+    shared: dict[str, Any] = {
+        "rows": settings.batch_size,
+        "pad_token_id": tokenizer.pad_token_id,
+        "seed": settings.seed,
+        "negatives": settings.negatives,
+        "copies": _copies(settings),
+    }
+    if settings.apart:
+        return MountedBatches(datasets, proportions, split, most_asked=settings.asked_tokens, **shared, **stream)
+    return InstructBatches(datasets, proportions, split, **shared, **stream)
+
+
+def _examples(settings: InstructSettings, paths: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    return load_instructions(
+        paths,
+        tokenizer,
+        _format(settings),
+        _lengths(settings),
+        skip_broken=settings.skip_broken,
+        num_proc=settings.num_proc,
+    )
+
+
+def _arguments(batch: dict[str, Any]) -> dict[str, Any]:
+    """What the model takes of a batch."""
+    return {key: value for key, value in batch.items() if key != "sources"}
