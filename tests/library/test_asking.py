@@ -13,7 +13,7 @@ from llamory.library.qa import LibraryChat
 from llamory.library.reader import Reader
 from llamory.longllama.loading import load_long_model
 from llamory.memory import MemoryBank, Piece
-from llamory.memory.search.base import page_segments as stretches
+from llamory.memory.search import page_segments as stretches
 from llamory.qa.attribution import DRAWN
 from plain_longllama import logits, mounted_sight
 

@@ -17,8 +17,8 @@ from llamory.memory import MemoryBank
 from llamory.memory.attention import flash
 from llamory.memory.search import exact, faiss_parts, pages
 from llamory.memory.search import faiss as faiss_index
+from llamory.memory.search import page_segments as stretches
 from llamory.memory.search import topk as nearest
-from llamory.memory.search.base import page_segments as stretches
 from llamory.qa.attribution import AttentionLog
 from pretend_device import can_pretend, pretended_cuda
 

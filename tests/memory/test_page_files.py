@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llamory.memory import MemoryBank
-from llamory.memory.search.base import page_segments as stretches
+from llamory.memory.search import page_segments as stretches
 from llamory.memory.search.page_files import load_pages, page_bytes, save_pages
 from llamory.memory.search.pages import PagesSearch
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamory.memory.blocks import Block, Span
-from llamory.memory.search.base import make_search, pages
-from llamory.memory.search.base import page_segments as stretches
+from llamory.memory.search import page_segments as stretches
+from llamory.memory.search import pages
+from llamory.memory.search.base import make_search
 from llamory.memory.search.clustering import alike
 from llamory.memory.search.pages import PagesSearch
 

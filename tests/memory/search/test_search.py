@@ -11,8 +11,8 @@ from llamory.errors import LlamoryError
 from llamory.memory.attention import attend
 from llamory.memory.blocks import Span
 from llamory.memory.search import exact
+from llamory.memory.search import workspace as scratch
 from llamory.memory.search.base import make_search
-from llamory.memory.search.base import workspace as scratch
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5, torch.int8: 1e-5}
 if torch.cpu._is_amx_tile_supported():
