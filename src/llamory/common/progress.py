@@ -1,0 +1,97 @@
+"""Progress on standard error: a rich bar on a terminal, a line every few seconds elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class _Speed(ProgressColumn):
+    """Recent units per second."""
+
+    def render(self, task: Any) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} {task.fields['unit']}/s")
+
+
+class ProgressBar:
+    """Units done, units per second and the time remaining; use it as a context manager.
+
+    Args:
+        title: what is being done, such as "Indexing".
+        total: units in all.
+        unit: name of a unit in the plural, such as "tokens".
+        completed: units done by an earlier run; they don't count for the speed.
+        shown: whether anything is written.
+        speed: whether units per second are shown.
+    """
+
+    def __init__(
+        self, title: str, total: int, *, unit: str, completed: int = 0, shown: bool = True, speed: bool = False
+    ):
+        console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._console, self._shown = console, shown
+        self._lines = shown and not console.is_terminal
+        self._title, self._unit, self._total = title, unit, total
+        self._earlier = self._completed = completed
+        self._description = self._detail = ""
+        self._start = self._last_line = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}", markup=False),
+            *([_Speed()] if speed else []),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
+            console=console,
+            disable=not shown or self._lines or not total,
+        )
+        self._task = self._bar.add_task(title, total=total, completed=completed, unit=unit, detail="")
+
+    def __enter__(self) -> ProgressBar:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Draw the bar; the time counts from here."""
+        self._start = self._last_line = time.monotonic()
+        self._bar.start()
+
+    def stop(self) -> None:
+        """Give the terminal back; may be called twice."""
+        self._bar.stop()
+
+    def advance(self, units: int = 1, *, description: str | None = None, detail: str | None = None) -> None:
+        """Count more units; `description` names the current item, `detail` is text behind the figures."""
+        self._completed += units
+        self._description = self._description if description is None else description
+        self._detail = self._detail if detail is None else detail
+        heading = f"{self._title} {self._description}".rstrip()
+        self._bar.update(self._task, advance=units, description=heading, detail=self._detail)
+        now = time.monotonic()
+        if self._lines and now - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self.print(self._line(heading, now - self._start))
+
+    def print(self, line: str) -> None:
+        """Write a line above the bar."""
+        if self._shown:
+            self._console.print(line, markup=False)
+
+    def _line(self, heading: str, seconds: float) -> str:
+        rate = (self._completed - self._earlier) / seconds if seconds else 0.0
+        line = f"{heading}: {self._completed:,} of {self._total:,} {self._unit}"
+        if rate:
+            remaining = max(0, round((self._total - self._completed) / rate))
+            line += f", {rate:,.{0 if rate >= 10 else 1}f} {self._unit}/s, {remaining // 60}:{remaining % 60:02} remaining"
+        return f"{line}, {self._detail}" if self._detail else line
