@@ -57,11 +57,11 @@ def test_read_says_what_it_did(read, llamory, texts, book) -> None:
 
 
 def test_read_shows_speed_and_time_left(read, texts, monkeypatch) -> None:
-    monkeypatch.setattr("llamory.ingest.progress._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("llamory.common.progress.SECONDS_BETWEEN_LINES", 0.0)
     lines = [line for line in read(texts).err.splitlines() if "tokens/s" in line]
     assert lines
-    assert lines[-1].startswith("texts/rivers.txt: ")
-    assert lines[-1].endswith(" tokens/s, 0:00 left")
+    assert lines[-1].startswith("Reading texts/rivers.txt: ")
+    assert lines[-1].endswith(" tokens/s, 0:00 remaining")
 
 
 def test_info_says_what_a_memory_holds(read, llamory, texts, book, model_folder) -> None:

@@ -125,7 +125,8 @@ def test_what_is_unchanged_changed_gone_and_broken_is_told_as_without_ray(cluste
 def test_a_run_whose_own_process_is_killed_is_finished_by_the_next(tmp_path, folder, model_folder, expected):
     script = (
         "import sys, time\n"
-        "from llamory.library import Library, ray_engine\n"
+        "from llamory.library import Library\n"
+        "from llamory.library import ray as ray_engine\n"
         "from llamory.library.update import Update\n"
         "ray_engine.FILES_PER_CALL, take = 2, Update.take\n"
         "def slowly(self, batch):\n"

@@ -178,18 +178,18 @@ KILLED = """
 import os, signal, sys
 from llamory.ingest import checkpoint as partial
 from llamory.ingest import encode as reading
-from llamory.ingest.progress import ReadingBar
+from llamory.common.progress import ProgressBar
 
 partial.SAVE_EVERY = partial._SHARE = 0
 windows = 0
 
-def advance(self, name, tokens):
+def advance(self, tokens, **_):
     global windows
     windows += 1
     if windows == int(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-ReadingBar.advance = advance
+ProgressBar.advance = advance
 reading.read_documents_into(
     sys.argv[1], sys.argv[2], model=sys.argv[3], mem_layers=[1], context_length=16, mem_dtype="float32"
 )

@@ -88,10 +88,12 @@ class ProgressBar:
         if self._shown:
             self._console.print(line, markup=False)
 
-    def _line(self, heading: str, seconds: float) -> str:
-        rate = (self._completed - self._earlier) / seconds if seconds else 0.0
+    def _line(self, heading: str, elapsed: float) -> str:
+        rate = (self._completed - self._earlier) / elapsed if elapsed else 0.0
         line = f"{heading}: {self._completed:,} of {self._total:,} {self._unit}"
         if rate:
             remaining = max(0, round((self._total - self._completed) / rate))
-            line += f", {rate:,.{0 if rate >= 10 else 1}f} {self._unit}/s, {remaining // 60}:{remaining % 60:02} remaining"
+            line += (
+                f", {rate:,.{0 if rate >= 10 else 1}f} {self._unit}/s, {remaining // 60}:{remaining % 60:02} remaining"
+            )
         return f"{line}, {self._detail}" if self._detail else line

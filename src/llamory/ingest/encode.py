@@ -15,12 +15,12 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from llamory.common import ram as room
+from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
 from llamory.ingest.batching import groups, read_window, token_bytes
 from llamory.ingest.checkpoint import Partial, facts_of
 from llamory.ingest.documents import Manuscript, PathLike, prepare
 from llamory.ingest.memory_file import Book, check_maker, load_model_for, noted_name, partial_path
-from llamory.ingest.progress import ReadingBar
 from llamory.ingest.sync_plan import Plan, make_plan
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.memory import MemoryBank
@@ -160,7 +160,14 @@ class _Reading:
         total = sum(len(each.ids) for each in plan.read.values())
         report.resumed = total - sum(len(each.ids) for each in waiting) + sum(begun)
         self._check_disk(total)
-        with ReadingBar(total, report.resumed, shown=self.progress and bool(waiting)) as bar:
+        with ProgressBar(
+            "Reading",
+            total,
+            unit="tokens",
+            completed=report.resumed,
+            shown=self.progress and bool(waiting),
+            speed=True,
+        ) as bar:
             training = self.model.training
             self.model.eval()
             try:
@@ -178,7 +185,7 @@ class _Reading:
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
-    def _read(self, waiting: list[Manuscript], bar: ReadingBar) -> None:
+    def _read(self, waiting: list[Manuscript], bar: ProgressBar) -> None:
         # A run that goes on makes the same groups of what is left, as they are made and kept in this order; then
         # what it reads equals what one go would have read, to the bit.
         short = [each for each in waiting if len(each.ids) <= self.context]
@@ -188,7 +195,7 @@ class _Reading:
             if len(manuscript.ids) > self.context:
                 self._read_long(manuscript, bar)
 
-    def _read_group(self, group: list[Manuscript], bar: ReadingBar) -> None:
+    def _read_group(self, group: list[Manuscript], bar: ProgressBar) -> None:
         """Read documents of one window at most, as the rows of a batch."""
         banks = [self.model.new_memory() for _ in group]
         self._window([each.ids for each in group], banks)
@@ -197,7 +204,7 @@ class _Reading:
             self._advance(bar, manuscript, len(manuscript.ids))
         self.partial.save_if_due()
 
-    def _read_long(self, manuscript: Manuscript, bar: ReadingBar) -> None:
+    def _read_long(self, manuscript: Manuscript, bar: ProgressBar) -> None:
         """Read a document window by window, from where a run that was stopped has come to."""
         bank = self.partial.resume(manuscript, self._facts(manuscript))
         for start in range(bank.length(), len(manuscript.ids), self.context):
@@ -212,9 +219,9 @@ class _Reading:
     def _window(self, rows: Sequence[Tensor], banks: list[MemoryBank]) -> None:
         read_window(self.model, rows, banks)
 
-    def _advance(self, bar: ReadingBar, manuscript: Manuscript, tokens: int) -> None:
+    def _advance(self, bar: ProgressBar, manuscript: Manuscript, tokens: int) -> None:
         self.report.tokens += tokens
-        bar.advance(manuscript.label, tokens)
+        bar.advance(tokens, description=manuscript.label)
 
     def _facts(self, manuscript: Manuscript) -> dict[str, Any]:
         return facts_of(manuscript) | {"model": self.name, "context_length": self.context}

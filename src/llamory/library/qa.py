@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llamory.common import ram as room
+from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
-from llamory.ingest.progress import ReadingBar
 from llamory.ingest.stored_documents import StoredDocument
 from llamory.library.citations import Citation, cite, passage_masses
 from llamory.library.paths import memory_folder
@@ -182,8 +182,11 @@ class Desk:
         if not documents:
             return
         tokens = sum(len(self.reader.tokenize(document).ids) for document in documents)
-        with room.told_if_memory_is_short(ADVICE), ReadingBar(tokens, shown=self.progress) as bar:
-            for document, bank in self.reader.read(documents, bar.advance):
+        with (
+            room.told_if_memory_is_short(ADVICE),
+            ProgressBar("Reading", tokens, unit="tokens", shown=self.progress, speed=True) as bar,
+        ):
+            for document, bank in self.reader.read(documents, lambda name, read: bar.advance(read, description=name)):
                 try:
                     kept = self.reader.keep(document, bank)
                 except OSError as error:

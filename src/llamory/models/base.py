@@ -81,7 +81,7 @@ def adapter_folder(name: str | Path) -> Path | None:
     tokens and their ids that the base model's tokenizer lacks.
     """
     if str(name) in ADAPTERS:
-        return Path(__file__).parent / "adapters" / str(name)
+        return Path(__file__).parents[1] / "adapters" / str(name)
     if str(name) in PACKAGED:
         return None
     path = Path(name).expanduser()
