@@ -1,9 +1,9 @@
 """Facts that are alike: the loss of answers about documents that hold many, and the share that is right to the end.
 
-    python recipes/mounted_facts.py MOUNTED.jsonl --texts DOCUMENTS --documents 12
-    python benchmarks/alike_facts.py MOUNTED.jsonl [--model reader] [--rows 40] [--copies 1 30]
+    python recipes/document_facts.py MOUNTED.jsonl --texts DOCUMENTS --documents 12
+    python benchmarks/alike_facts.py MOUNTED.jsonl [--model reader] [--num-negatives 40] [--negative-weight 1 30]
 
-Every question is asked by itself, with its document in memory, row by row as it was read apart: alone, and beside rows
+Every question is answer_mask by itself, with its document in memory, row by row as it was read apart: alone, and beside rows
 of the other documents, each of which counts as so many of its kind in the softmax.
 """
 
@@ -20,20 +20,20 @@ from torch.nn.functional import cross_entropy
 from transformers import logging
 
 from llamory.longllama.loading import load_long_model
-from llamory.longllama.losses import IGNORED
+from llamory.longllama.losses import IGNORE_INDEX
 from llamory.models.base import load_tokenizer
-from llamory.training.instruct.cached_rows import Documents, collate_mounted, mount
+from llamory.training.instruct.cached_rows import DocumentExamples, build_context, collate_frozen_contexts
 from llamory.training.instruct.dataset import InstructFormat, Lengths, load_instructions
-from llamory.training.instruct.hidden_state_cache import LayerStates
+from llamory.training.instruct.hidden_state_cache import HiddenStateCache
 from llamory.training.instruct.rows import MemorySplit
 
-LONGEST, ALL = 16_384, 1 << 40  # tokens
+MAX_TOKENS, UNLIMITED_TOKENS = 16_384, 1 << 40  # tokens
 
 
 @torch.no_grad()
-def measure(model: Any, batch: dict[str, Any], states: LayerStates) -> tuple[float, float]:
+def measure(model: Any, batch: dict[str, Any], states: HiddenStateCache) -> tuple[float, float]:
     """Mean loss of the answers' tokens, and the share of answers whose tokens are all the likeliest."""
-    read = states.of(model.model, batch["context_ids"], batch["context_lengths"])
+    read = states.get(model.model, batch["context_ids"], batch["context_lengths"])
     hidden = model.model(
         batch["input_ids"],
         attention_mask=batch["attention_mask"],
@@ -44,10 +44,10 @@ def measure(model: Any, batch: dict[str, Any], states: LayerStates) -> tuple[flo
     ).last_hidden_state
     losses, right = [], []
     for row, targets in zip(hidden, batch["shift_labels"], strict=True):
-        asked = targets != IGNORED
-        logits = model.lm_head(row[asked]).float()
-        losses.append(cross_entropy(logits, targets[asked], reduction="none"))
-        right.append(bool((logits.argmax(-1) == targets[asked]).all()))
+        answer_mask = targets != IGNORE_INDEX
+        logits = model.lm_head(row[answer_mask]).float()
+        losses.append(cross_entropy(logits, targets[answer_mask], reduction="none"))
+        right.append(bool((logits.argmax(-1) == targets[answer_mask]).all()))
     return float(torch.cat(losses).mean()), sum(right) / len(right)
 
 
@@ -56,23 +56,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model", default="reader")
-    parser.add_argument("--rows", type=int, default=40, help="of other documents")
-    parser.add_argument("--copies", type=float, nargs="+", default=[1, 30], help="what each of these counts as")
+    parser.add_argument("--num-negatives", type=int, default=40, help="of other documents")
+    parser.add_argument(
+        "--negative-weight", type=float, nargs="+", default=[1, 30], help="what each of these counts as"
+    )
     options = parser.parse_args()
     logging.set_verbosity_error()
     tokenizer = load_tokenizer(options.model)
     model = load_long_model(options.model, dtype=torch.bfloat16)
     window = model.config.max_position_embeddings
-    form, lengths = InstructFormat(post_question_text=""), Lengths(LONGEST, LONGEST, LONGEST)
-    examples = Documents(load_instructions(options.data, tokenizer, form, lengths))
-    split = MemorySplit(window, window, LONGEST, "memory")
-    documents = [mount(examples[number], split, random.Random(0)) for number in range(len(examples))]
-    states = LayerStates(sum(len(each.rows) for each in documents))
-    for rows, copies in [(0, 1.0), *((options.rows, copies) for copies in options.copies)]:
-        settings: dict[str, Any] = {"most_asked": ALL, "negatives": rows, "copies": (copies, copies)}
-        batch = collate_mounted(documents, tokenizer.pad_token_id, **settings, chance=random.Random(0))
+    instruct_format, lengths = InstructFormat(post_question_text=""), Lengths(MAX_TOKENS, MAX_TOKENS, MAX_TOKENS)
+    examples = DocumentExamples(load_instructions(options.data, tokenizer, instruct_format, lengths))
+    split = MemorySplit(window, window, MAX_TOKENS, "memory")
+    documents = [build_context(examples[number], split, random.Random(0)) for number in range(len(examples))]
+    states = HiddenStateCache(sum(len(each.rows) for each in documents))
+    for rows, negative_weight in [
+        (0, 1.0),
+        *((options.num_negatives, negative_weight) for negative_weight in options.negative_weight),
+    ]:
+        settings: dict[str, Any] = {
+            "query_token_budget": UNLIMITED_TOKENS,
+            "negatives": rows,
+            "negative_weight": (negative_weight, negative_weight),
+        }
+        batch = collate_frozen_contexts(documents, tokenizer.pad_token_id, **settings, rng=random.Random(0))
         loss, share = measure(model, batch, states)
-        sys.stdout.write(f"{rows} other rows, counting {copies:g} times: loss {loss:.2f}, right {share:.0%}\n")
+        sys.stdout.write(f"{rows} other rows, counting {negative_weight:g} times: loss {loss:.2f}, right {share:.0%}\n")
         sys.stdout.flush()
 
 

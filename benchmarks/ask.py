@@ -1,6 +1,6 @@
 """How soon does an answer begin: all documents in the prompt, read into memory, or their memories mounted?
 
-    python benchmarks/ask.py [--json FILE] [--documents 10] [--tokens 4000] [--lengths 1000 4000 16000]
+    python benchmarks/ask.py [--json FILE] [--num-documents 10] [--tokens 4000] [--lengths 1000 4000 16000]
 
 Time to first token of one question over so many documents of so many tokens (source text of the standard library), in
 one run, without loading the models:
@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from llamory.documents import Passage
+from llamory.documents import Chunk
 from measuring import available_memory, in_child, processor
 
 QUESTION = "Which function reads the lines of a file, and what does it return?"
@@ -43,8 +43,8 @@ PASSAGE_LINES = 20
 UNLIMITED = 1 << 50  # mapped files count as a process's own memory
 
 
-class Texts:
-    """The least that a desk needs of a library: passages by source.
+class StubLibrary:
+    """The least that a qa_session needs of a library: passages by source.
 
     Args:
         path: where memories go.
@@ -60,12 +60,12 @@ class Texts:
     def sources(self) -> list[str]:
         return list(self._documents)
 
-    def passages_of(self, sources: Iterable[str]) -> dict[str, list[Passage]]:
+    def passages_of(self, sources: Iterable[str]) -> dict[str, list[Chunk]]:
         found = {}
         for source in sources:
             lines = self._documents[source].split("\n")
             parts = ["\n".join(lines[at : at + PASSAGE_LINES]) for at in range(0, len(lines), PASSAGE_LINES)]
-            found[source] = [Passage(part, source, "", at * PASSAGE_LINES + 1) for at, part in enumerate(parts) if part]
+            found[source] = [Chunk(part, source, "", at * PASSAGE_LINES + 1) for at, part in enumerate(parts) if part]
         return found
 
 
@@ -89,53 +89,53 @@ def stock(model: str, tokens: int, count: int) -> dict[str, Any]:
     from llamory.models.base import load_model, load_tokenizer
 
     loaded, tokenizer = load_model(model, dtype=torch.float32), load_tokenizer(model)
-    whole = "\n\n".join([*texts(tokens, count, model), QUESTION])
+    prompt = "\n\n".join([*texts(tokens, count, model), QUESTION])
     if tokenizer.chat_template:
-        turns = [{"role": "user", "content": whole}]
-        whole = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        turns = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     started = time.perf_counter()
-    ids = tokenizer(whole, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"]
     loaded.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, pad_token_id=0)
     return {"seconds": [time.perf_counter() - started], "prompt_tokens": ids.shape[1]}
 
 
 def reading(model: str, tokens: int, count: int, folder: str, settings: dict[str, Any]) -> dict[str, Any]:
     """(b): nothing is in memory yet; leaves the memories behind for (c)."""
-    desk = _desk(_reader(model, settings), Texts(folder, tokens, count, model), settings)
-    answer = _ask(desk)
-    size = desk.reader.shelf.nbytes
+    qa_session = _qa_session(_reader(model, settings), StubLibrary(folder, tokens, count, model), settings)
+    answer = _ask(qa_session)
+    size = qa_session.reader.memory_cache.nbytes
     return {"seconds": [answer.seconds_to_first_token], "memory_tokens": answer.tokens_read, "bytes": size}
 
 
 def mounting(
-    model: str, tokens: int, count: int, folder: str, settings: dict[str, Any], place: str, repeats: int
+    model: str, tokens: int, count: int, folder: str, settings: dict[str, Any], cache_state: str, repeats: int
 ) -> dict[str, Any]:
-    """(c): all memories are there. `place` is "disk", "cache" or "open"."""
-    reader, library = _reader(model, settings), Texts(folder, tokens, count, model)
+    """(c): all memories are there. `cache_state` is "disk", "cache" or "open"."""
+    reader, library = _reader(model, settings), StubLibrary(folder, tokens, count, model)
     # The model's own first pass takes longer than any later one; no document is in it.
     reader.model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=1, do_sample=False, pad_token_id=0)
-    desk, found = _desk(reader, library, settings), []
-    if place == "open":
-        _ask(desk)
+    qa_session, found = _qa_session(reader, library, settings), []
+    if cache_state == "open":
+        _ask(qa_session)
     for _ in range(repeats):
-        if place != "open":
-            del desk  # what is mapped stays in the system's cache
+        if cache_state != "open":
+            del qa_session  # what is mapped stays in the system's cache
             gc.collect()
-            if place == "disk":
-                forget(Path(folder))
-            desk = _desk(reader, library, settings)
-        answer = _ask(desk)
+            if cache_state == "disk":
+                drop_page_cache(Path(folder))
+            qa_session = _qa_session(reader, library, settings)
+        answer = _ask(qa_session)
         assert answer.tokens_read == 0, "a memory was missing"
         found.append(answer)
     return {
         "seconds": [each.seconds_to_first_token for each in found],
-        "seconds_to_mount": [each.seconds_to_mount for each in found],
+        "seconds_to_attach": [each.seconds_to_attach for each in found],
         "memory_tokens": found[0].memory_tokens,
-        "bytes": desk.reader.shelf.nbytes,
+        "bytes": qa_session.reader.memory_cache.nbytes,
     }
 
 
-def forget(folder: Path) -> None:
+def drop_page_cache(folder: Path) -> None:
     """Put all files of a folder out of the system's cache."""
     for path in folder.rglob("*.safetensors*"):
         with path.open("rb") as file:
@@ -149,19 +149,21 @@ def _reader(model: str, settings: dict[str, Any]) -> Any:
     return Reader(ReaderSettings(reader=model, **settings), Path(tempfile.gettempdir()))
 
 
-def _desk(reader: Any, library: Any, settings: dict[str, Any]) -> Any:
-    """A desk that knows no memory yet, with a model that is loaded."""
+def _qa_session(reader: Any, library: Any, settings: dict[str, Any]) -> Any:
+    """A qa_session that knows no memory yet, with a model that is loaded."""
     from llamory.library.qa import Desk
     from llamory.library.reader import ReaderSettings
 
-    known = ReaderSettings(reader=reader.model, tokenizer=reader.tokenizer, memory_budget=settings["memory_budget"])
-    desk = Desk(library, known, progress=False)
-    assert desk.reader.model is reader.model
-    return desk
+    reader_settings = ReaderSettings(
+        reader=reader.model, tokenizer=reader.tokenizer, memory_budget=settings["memory_budget"]
+    )
+    qa_session = Desk(library, reader_settings, progress=False)
+    assert qa_session.reader.model is reader.model
+    return qa_session
 
 
-def _ask(desk: Any) -> Any:
-    return desk.ask(QUESTION, documents=["*"], max_new_tokens=1, citations=0, focus=0)
+def _ask(qa_session: Any) -> Any:
+    return qa_session.ask(QUESTION, documents=["*"], max_new_tokens=1, citations=0, evidence_ratio=0)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ def main() -> None:
     options = _options()
     machine = f"{processor()}, {options.threads} threads, torch {torch.__version__}"
     command = f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip()
-    print(f"{machine}; {options.documents} documents\n")
+    print(f"{machine}; {options.num_documents} documents\n")
     print(f"{'way':36}{'tokens each':>12}{'first token':>13}{'mounting':>10}{'of (a)':>9}{'memory':>10}")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -186,34 +188,34 @@ def main() -> None:
             rows.append(row)
             _print(row)
     spread = _spread(rows)
-    for place, value in spread.items():
-        print(f"{place}: longest documents {value:.2f} times the shortest ones' time")
+    for cache_state, value in spread.items():
+        print(f"{cache_state}: longest documents {value:.2f} times the shortest ones' time")
     if options.json:
-        facts = {"machine": machine, "command": command, "documents": options.documents, "question": QUESTION}
+        facts = {"machine": machine, "command": command, "documents": options.num_documents, "question": QUESTION}
         options.json.write_text(json.dumps(facts | {"rows": rows, "spread": spread}, indent=1) + "\n")
 
 
 def _measurements(options: argparse.Namespace, folder: str) -> Iterable[tuple[str, int, dict[str, Any]]]:
-    limits = {"threads": options.threads, "seconds": options.seconds}
+    limits = {"threads": options.threads, "seconds": options.time_limit}
     common = {"memory_budget": UNLIMITED, "mem_dtype": options.mem_dtype}
-    asked = (options.model, options.tokens, options.documents)
-    if not options.without_stock:
-        yield "(a) stock", options.tokens, in_child(stock, *asked, memory=available_memory(), **limits)
+    arguments = (options.model, options.tokens, options.num_documents)
+    if not options.without_baseline:
+        yield "(a) stock", options.tokens, in_child(stock, *arguments, memory=available_memory(), **limits)
     for search in ("exact", "pages"):
         settings = common | {"mem_search": search}
         for tokens in [options.tokens] if search == "exact" else options.lengths:
-            asked = (options.model, tokens, options.documents, f"{folder}/{search}-{tokens}", settings)
-            yield f"(b) reading, {search}", tokens, in_child(reading, *asked, memory=UNLIMITED, **limits)
-            for place in ("disk", "cache", "open"):
-                result = in_child(mounting, *asked, place, options.repeats, memory=UNLIMITED, **limits)
-                yield f"(c) mounting, {search}, {place}", tokens, result
+            arguments = (options.model, tokens, options.num_documents, f"{folder}/{search}-{tokens}", settings)
+            yield f"(b) reading, {search}", tokens, in_child(reading, *arguments, memory=UNLIMITED, **limits)
+            for cache_state in ("disk", "cache", "open"):
+                result = in_child(mounting, *arguments, cache_state, options.repeats, memory=UNLIMITED, **limits)
+                yield f"(c) mounting, {search}, {cache_state}", tokens, result
 
 
 def _print(row: dict[str, Any]) -> None:
     if "median" not in row:
         print(f"{row['way']:36}{row['tokens_each']:>12,}  {row['skipped']}", flush=True)
         return
-    mounting = f"{statistics.median(row['seconds_to_mount']):>8.3f} s" if "seconds_to_mount" in row else f"{'':>10}"
+    mounting = f"{statistics.median(row['seconds_to_attach']):>8.3f} s" if "seconds_to_attach" in row else f"{'':>10}"
     ratio = f"{row['ratio']:>8.1f}x" if "ratio" in row else f"{'':>9}"
     size = f"{row['bytes'] / 1e6:>7.0f} MB" if "bytes" in row else ""
     print(
@@ -223,7 +225,7 @@ def _print(row: dict[str, Any]) -> None:
 
 
 def _spread(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """With pages: time over the longest documents by time over the shortest, for each place."""
+    """With pages: time over the longest documents by time over the shortest, for each cache_state."""
     spread = {}
     for way in dict.fromkeys(row["way"] for row in rows if row["way"].startswith("(c) mounting, pages")):
         times = {row["tokens_each"]: row["median"] for row in rows if row["way"] == way and "median" in row}
@@ -236,15 +238,15 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--model", default="base", help="a folder, hub id, .gguf file or 'base'")
-    parser.add_argument("--documents", type=int, default=10)
+    parser.add_argument("--num-documents", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=4000, help="of each document, for (a), (b) and (c)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 4000, 16000], help="tokens each, for pages")
     parser.add_argument("--mem-dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5, help="of (c)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=3600.0, help="after so many a way is stopped")
+    parser.add_argument("--time-limit", type=float, default=3600.0, help="after so many a way is stopped")
     parser.add_argument("--folder", help="where the memories go meanwhile; some GB")
-    parser.add_argument("--without-stock", action="store_true", help="leave (a) out")
+    parser.add_argument("--without-baseline", action="store_true", help="leave (a) out")
     return parser.parse_args()
 
 

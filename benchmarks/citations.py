@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from llamory.documents import Passage
+from llamory.documents import Chunk
 from llamory.library.qa import Desk, LibraryChat
 from llamory.library.reader import ReaderSettings
-from llamory.qa.attribution import AttentionLog
+from llamory.qa.attribution import AttentionRecorder
 from measuring import processor
 
 DOCUMENTS = {
@@ -65,8 +65,8 @@ QUESTIONS = [
 ]
 
 
-class Texts:
-    """The least that a desk needs of a library."""
+class StubLibrary:
+    """The least that a qa_session needs of a library."""
 
     def __init__(self, path: str):
         self.path = path
@@ -74,17 +74,17 @@ class Texts:
     def sources(self) -> list[str]:
         return list(DOCUMENTS)
 
-    def passages_of(self, sources: Iterable[str]) -> dict[str, list[Passage]]:
+    def passages_of(self, sources: Iterable[str]) -> dict[str, list[Chunk]]:
         return {
             source: [
-                Passage(f"# {source} part {at}\n\n{text}", source, f"{source} part {at}", at)
+                Chunk(f"# {source} part {at}\n\n{text}", source, f"{source} part {at}", at)
                 for at, text in enumerate(DOCUMENTS[source])
             ]
             for source in sources
         }
 
 
-class FirstTokens(AttentionLog):
+class FirstTokens(AttentionRecorder):
     """Also says which share of the answer's attention the documents' first tokens got."""
 
     shares: list[float] = []
@@ -92,7 +92,7 @@ class FirstTokens(AttentionLog):
     def mass(self, bank, segments, *args, **settings):
         mass = super().mass(bank, segments, *args, **settings)
         starts = torch.tensor([0, *(bank.length(segment=each) for each in segments)])[:-1].cumsum(0)
-        self.shares.append(float(mass.given[starts].sum() / mass.given.sum()))
+        self.shares.append(float(mass.attention_mass[starts].sum() / mass.attention_mass.sum()))
         return mass
 
 
@@ -105,18 +105,20 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        desk = Desk(Texts(folder), ReaderSettings(reader=options.model), progress=False)
-        everything = desk.mount(list(DOCUMENTS)).memory
+        qa_session = Desk(StubLibrary(folder), ReaderSettings(reader=options.model), progress=False)
+        attached_memory = qa_session.attach(list(DOCUMENTS)).memory
         print(f"{'question':52}{'drawn':>6}{'plain':>6}  answer")
         for question, document, part in QUESTIONS:
-            chat = LibraryChat(desk, documents=["*"], citations=9)
+            chat = LibraryChat(qa_session, documents=["*"], citations=9)
             chat._log = FirstTokens()
-            answer = chat.say(question, max_new_tokens=options.max_new_tokens, focus=0)
+            answer = chat.say(question, max_new_tokens=options.max_new_tokens, evidence_ratio=0)
             right = f"{document}:{part}"
-            likeliest = desk.reader.speaker.choose(question, everything, everything.segments, focus=1)
-            drawn = [each.place for each in answer.citations]
-            plain = [each.place for each in sorted(answer.citations, key=lambda each: -each.attention)]
-            row = {"question": question, "drawn": _place(right, drawn), "plain": _place(right, plain)}
+            likeliest = qa_session.reader.generator.select_evidence(
+                question, attached_memory, attached_memory.segments, evidence_ratio=1
+            )
+            drawn = [each.location for each in answer.citations]
+            plain = [each.location for each in sorted(answer.citations, key=lambda each: -each.attention)]
+            row = {"question": question, "drawn": _rank(right, drawn), "plain": _rank(right, plain)}
             row |= {"document": [piece.segment for piece in likeliest] == [document]}
             rows.append(row | {"answer": answer.text, "first_tokens": FirstTokens.shares[-1]})
             print(f"{question:52}{row['drawn']:>6}{row['plain']:>6}  {answer.text[:60]!r}", flush=True)
@@ -137,9 +139,9 @@ def main() -> None:
         options.json.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
 
 
-def _place(right: str, places: list[str]) -> int:
+def _rank(right: str, ranking: list[str]) -> int:
     """From 1; one that isn't cited at all comes last."""
-    return places.index(right) + 1 if right in places else sum(map(len, DOCUMENTS.values()))
+    return ranking.index(right) + 1 if right in ranking else sum(map(len, DOCUMENTS.values()))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from llamory.longllama import LongLlamaCache, LongLlamaConfig, LongLlamaForCausalLM
 from llamory.longllama.loading import load_long_model
 from llamory.models.base import load_model, load_tokenizer
-from published_way import Kept, PublishedWay
+from published_way import CachedKeysValues, ReferenceLongLlama
 
-WAYS = {
+METHODS = {
     "published": "(a) published, its default (eager)",
     "published-sdpa": "(a) published, its SDPA variant",
     "exact": "(b) llamory, exact",
@@ -25,7 +25,7 @@ WAYS = {
     "stock": "(d) stock LLaMA, full cache",
 }
 SAMPLE_TOKENS = 2048
-DRAWN_AT_ONCE = 16384
+SAMPLE_CHUNK_TOKENS = 16384
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Case:
     Attributes:
         name: what it is called.
         context: tokens of a window.
-        mem_layers: the memory layers; None for the model's own.
-        real: whether it is the packaged base model, or one with random weights.
+        mem_layers: the memory layers; None for the model's existing.
+        pretrained: whether it is the packaged base model, or one with random weights.
     """
 
     name: str
     context: int
     mem_layers: tuple[int, ...] | None
-    real: bool
+    pretrained: bool
 
     @property
     def last(self) -> int:
@@ -51,7 +51,7 @@ class Case:
 
     def long_model(self, search: str = "exact") -> LongLlamaForCausalLM:
         """The model as a LongLLaMA."""
-        if self.real:
+        if self.pretrained:
             model = load_long_model(
                 "base",
                 mem_layers=self.mem_layers,
@@ -77,7 +77,7 @@ class Case:
 
     def stock_model(self) -> LlamaForCausalLM:
         """The same weights as a plain LLaMA."""
-        if self.real:
+        if self.pretrained:
             model = load_model("default", LlamaForCausalLM, dtype=torch.float32)
             assert isinstance(model, LlamaForCausalLM)
             return model.eval()
@@ -88,8 +88,8 @@ class Case:
         return model.eval()
 
     def ids(self, count: int, seed: int = 0) -> Tensor:
-        """Tokens (1, count): real text for the real model, random ones for the random model."""
-        if not self.real:
+        """Tokens (1, count): pretrained text for the pretrained model, random ones for the random model."""
+        if not self.pretrained:
             return torch.randint(3, 32000, (1, count), generator=torch.Generator().manual_seed(seed))
         text = library_text(9 * count + 100_000 * seed)[100_000 * seed :]
         ids = torch.tensor(load_tokenizer("default")(text, verbose=False)["input_ids"])
@@ -109,8 +109,8 @@ def library_text(characters: int) -> str:
 
 
 @dataclass(frozen=True)
-class Likeness:
-    """Means and spreads of a model's keys and values, to draw others like them.
+class KeyValueStatistics:
+    """Means and spreads of a model's keys and values, to sample others like them.
 
     Attributes:
         layers: per memory layer, for keys and for values: means (kv_heads, 1, head_dim) and the Cholesky factors of
@@ -121,7 +121,7 @@ class Likeness:
 
     @classmethod
     def measure(cls, case: Case, path: Path) -> dict[str, Any]:
-        """Read some tokens and write the likeness of what memory then holds to a file."""
+        """Read some tokens and write the statistics of what memory then holds to a file."""
         model = case.long_model()
         bank = model.read(case.ids(SAMPLE_TOKENS)[0])
         layers = {layer: (_moments(bank.keys(layer)), _moments(bank.values(layer))) for layer in bank.layers}
@@ -129,17 +129,17 @@ class Likeness:
         return {"tokens": SAMPLE_TOKENS}
 
     @classmethod
-    def load(cls, path: Path) -> Likeness:
+    def load(cls, path: Path) -> KeyValueStatistics:
         """What `measure` wrote."""
         return cls(torch.load(path))
 
-    def draw(self, layer: int, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def sample(self, layer: int, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Keys and values, (kv_heads, some tokens, head_dim), until there are `tokens` in all."""
         generator = torch.Generator().manual_seed(layer)
-        for start in range(0, tokens, DRAWN_AT_ONCE):
+        for start in range(0, tokens, SAMPLE_CHUNK_TOKENS):
             parts = []
             for mean, factor in self.layers[layer]:
-                shape = (len(mean), min(DRAWN_AT_ONCE, tokens - start), mean.shape[-1])
+                shape = (len(mean), min(SAMPLE_CHUNK_TOKENS, tokens - start), mean.shape[-1])
                 noise = torch.randn(shape, generator=generator)
                 parts.append(torch.baddbmm(mean, noise, factor.transpose(1, 2)))
             yield parts[0], parts[1]
@@ -154,52 +154,54 @@ def _moments(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return mean, factor.float()
 
 
-class Contender(Protocol):
-    """One way of reading with memory."""
+class Method(Protocol):
+    """One method of reading with memory."""
 
     def read(self, ids: Tensor) -> Tensor:
         """Read a prompt (1, length) from the start. Gives the logits of its last token."""
 
-    def fill(self, likeness: Likeness, tokens: int) -> None:
+    def fill(self, statistics: KeyValueStatistics, tokens: int) -> None:
         """Put so many tokens into memory without reading them."""
 
     def step(self, ids: Tensor) -> Tensor:
         """Go on with one token (1, 1). Gives its logits."""
 
 
-class Published:
-    """(a) The published way."""
+class PublishedMethod:
+    """(a) The published method."""
 
     def __init__(self, case: Case, sdpa: bool):
         model = case.long_model()
         layers = list(model.config.mem_layers or ())
-        self.way = PublishedWay(model, mem_layers=layers, context=case.context, last=case.last, sdpa=sdpa)
+        self.method = ReferenceLongLlama(model, mem_layers=layers, context=case.context, last=case.last, sdpa=sdpa)
         self.hidden: Tensor | None = None
 
     def read(self, ids: Tensor) -> Tensor:
         self.hidden = None
-        self.way.memory, self.way.local = {}, {}
-        self.hidden = self.way.read(ids)
-        return self.way.head(self.hidden[:, -1:])
+        self.method.memory, self.method.local = {}, {}
+        self.hidden = self.method.read(ids)
+        return self.method.head(self.hidden[:, -1:])
 
     def all_logits(self) -> Tensor:
-        """Logits of the whole prompt, which the published code computes although only the last are used."""
+        """Logits of the buffer prompt, which the published code computes although only the last are used."""
         assert self.hidden is not None
-        return self.way.head(self.hidden)
+        return self.method.head(self.hidden)
 
-    def fill(self, likeness: Likeness, tokens: int) -> None:
-        for layer, moments in likeness.layers.items():
-            kept = [torch.empty(1, len(mean), tokens, mean.shape[-1], dtype=torch.bfloat16) for mean, _ in moments]
-            for start, drawn in zip(range(0, tokens, DRAWN_AT_ONCE), likeness.draw(layer, tokens), strict=True):
-                for whole, part in zip(kept, drawn, strict=True):
-                    whole[0, :, start : start + DRAWN_AT_ONCE] = part
-            self.way.memory[layer] = Kept(kept[0], kept[1], torch.zeros(1, 1, tokens, 1))
+    def fill(self, statistics: KeyValueStatistics, tokens: int) -> None:
+        for layer, moments in statistics.layers.items():
+            buffers = [torch.empty(1, len(mean), tokens, mean.shape[-1], dtype=torch.bfloat16) for mean, _ in moments]
+            for start, sampled in zip(
+                range(0, tokens, SAMPLE_CHUNK_TOKENS), statistics.sample(layer, tokens), strict=True
+            ):
+                for buffer, part in zip(buffers, sampled, strict=True):
+                    buffer[0, :, start : start + SAMPLE_CHUNK_TOKENS] = part
+            self.method.memory[layer] = CachedKeysValues(buffers[0], buffers[1], torch.zeros(1, 1, tokens, 1))
 
     def step(self, ids: Tensor) -> Tensor:
-        return self.way.step(ids)
+        return self.method.step(ids)
 
 
-class Ours:
+class LlamoryMethod:
     """(b) and (c) llamory."""
 
     def __init__(self, case: Case, search: str):
@@ -210,10 +212,10 @@ class Ours:
         self.cache = LongLlamaCache(self.model.config, [self.model.model.new_memory()])
         return self._forward(ids)
 
-    def fill(self, likeness: Likeness, tokens: int) -> None:
+    def fill(self, statistics: KeyValueStatistics, tokens: int) -> None:
         assert self.cache is not None
-        for layer in likeness.layers:
-            for keys, values in likeness.draw(layer, tokens):
+        for layer in statistics.layers:
+            for keys, values in statistics.sample(layer, tokens):
                 self.cache.memory[0].append(layer, keys, values)
 
     def step(self, ids: Tensor) -> Tensor:
@@ -224,7 +226,7 @@ class Ours:
         return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits
 
 
-class Stock:
+class BaselineMethod:
     """(d) A plain LLaMA that keeps all keys and values of all layers and sees them all."""
 
     def __init__(self, case: Case):
@@ -235,14 +237,14 @@ class Stock:
         self.cache = DynamicCache(config=self.model.config)
         return self._forward(ids)
 
-    def fill(self, likeness: Likeness, tokens: int) -> None:
+    def fill(self, statistics: KeyValueStatistics, tokens: int) -> None:
         assert self.cache is not None
         # Its layers all have a cache; only the number of tokens matters here, so they may all be like one.
-        drawn = list(zip(*likeness.draw(next(iter(likeness.layers)), tokens), strict=True))
+        sampled = list(zip(*statistics.sample(next(iter(statistics.layers)), tokens), strict=True))
         for cached in self.cache.layers:
             cached.keys, cached.values = (
-                torch.cat([own, *(part[None] for part in parts)], 2)
-                for own, parts in zip((cached.keys, cached.values), drawn, strict=True)
+                torch.cat([existing, *(part[None] for part in parts)], 2)
+                for existing, parts in zip((cached.keys, cached.values), sampled, strict=True)
             )
 
     def step(self, ids: Tensor) -> Tensor:
@@ -253,8 +255,8 @@ class Stock:
         return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits
 
 
-def make(case: Case, way: str) -> Contender:
-    """A contender, one of `WAYS`."""
-    if way.startswith("published"):
-        return Published(case, sdpa=way == "published-sdpa")
-    return Stock(case) if way == "stock" else Ours(case, way)
+def make(case: Case, method: str) -> Method:
+    """A contender, one of `METHODS`."""
+    if method.startswith("published"):
+        return PublishedMethod(case, sdpa=method == "published-sdpa")
+    return BaselineMethod(case) if method == "stock" else LlamoryMethod(case, method)

@@ -1,9 +1,9 @@
-"""What does cross-batch attention cost, against the published way on the same inputs?
+"""What does cross-batch attention cost, against the published method on the same inputs?
 
     python benchmarks/crossbatch.py [--json FILE] [--contexts 1 2 4 8] [--tokens 2048]
 
 Forward and backward of one memory layer's attention, in float32 and bfloat16: (a) as the published code computes it,
-keys and values of the rows that a row sees gathered into a copy of its own and all scores held; (b) ours. Every row
+keys and values of the rows that a row sees gathered into a copy of its own and all scores held; (b) llamory_attention. Every row
 sees as many others, so the batch has one row more than contexts. Each measurement has a process of its own, and
 repeats alternate. Memory is what is resident at most above the inputs; "keys and values" is the size of those of the
 whole batch with their gradients, which is what may grow with the number of contexts.
@@ -32,7 +32,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 GOALS = (2.0, 0.2)  # times faster, share of the extra memory, at the most contexts
 
 
-def published_way(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, contexts: Tensor) -> Tensor:
+def published_attention(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, contexts: Tensor
+) -> Tensor:
     """Scores of each row over its own context and a copy of those that it sees, in one softmax."""
     seq, dim = query.shape[2:]
     query, local = apply_rotary_pos_emb(query, key, cos, sin)
@@ -46,12 +48,12 @@ def published_way(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: T
     return torch.einsum("bhqck,bchkd->bhqd", weights, values)
 
 
-def ours(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, contexts: Tensor) -> Tensor:
+def llamory_attention(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, contexts: Tensor) -> Tensor:
     """`cross_batch_attention`."""
     return cross_batch_attention(query, key, value, cos, sin, contexts.tolist())
 
 
-WAYS: dict[str, Callable[..., Tensor]] = {"published": published_way, "llamory": ours}
+METHODS: dict[str, Callable[..., Tensor]] = {"published": published_attention, "llamory": llamory_attention}
 
 
 def inputs(contexts: int, tokens: int, dtype: str) -> tuple[list[Tensor], tuple[Tensor, Tensor], Tensor]:
@@ -65,13 +67,13 @@ def inputs(contexts: int, tokens: int, dtype: str) -> tuple[list[Tensor], tuple[
     return parts, (angles.cos().to(DTYPES[dtype]), angles.sin().to(DTYPES[dtype])), others
 
 
-def measure(way: str, contexts: int, tokens: int, dtype: str) -> dict[str, Any]:
+def measure(method: str, contexts: int, tokens: int, dtype: str) -> dict[str, Any]:
     """Seconds of a forward and backward pass, bytes taken, and the output's norm and the gradients'."""
     parts, rotary, others = inputs(1, 64, dtype)
-    WAYS[way](*parts, *rotary, others).sum().backward()
+    METHODS[method](*parts, *rotary, others).sum().backward()
     parts, rotary, others = inputs(contexts, tokens, dtype)
     peak, start = Peak(), time.perf_counter()
-    output = WAYS[way](*parts, *rotary, others)
+    output = METHODS[method](*parts, *rotary, others)
     output.square().sum().backward()
     seconds = time.perf_counter() - start
     norms = [tensor.float().norm().item() for tensor in (output.detach(), *(part.grad for part in parts))]
@@ -80,23 +82,23 @@ def measure(way: str, contexts: int, tokens: int, dtype: str) -> dict[str, Any]:
 
 def compare(contexts: int, tokens: int, dtype: str, repeats: int, threads: int, memory: int) -> dict[str, Any]:
     """Both ways in turn."""
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    found: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
     for _ in range(repeats):
-        for way in WAYS:
-            result = in_child(measure, way, contexts, tokens, dtype, threads=threads, seconds=600, memory=memory)
-            found[way].append(result)
+        for method in METHODS:
+            result = in_child(measure, method, contexts, tokens, dtype, threads=threads, seconds=600, memory=memory)
+            found[method].append(result)
     row: dict[str, Any] = {"contexts": contexts, "tokens": tokens, "dtype": dtype}
     row["keys_and_values"] = 4 * (contexts + 1) * HEADS * tokens * HEAD_DIM * DTYPES[dtype].itemsize
-    for way, results in found.items():
-        good = [result for result in results if "skipped" not in result]
-        if not good:
-            row[way] = results[0]
+    for method, results in found.items():
+        completed = [result for result in results if "skipped" not in result]
+        if not completed:
+            row[method] = results[0]
             continue
-        row[way] = {
-            "seconds": statistics.median(result["seconds"] for result in good),
-            "rounds": [result["seconds"] for result in good],
-            "peak": max(result["peak"] for result in good),
-            "norms": good[0]["norms"],
+        row[method] = {
+            "seconds": statistics.median(result["seconds"] for result in completed),
+            "rounds": [result["seconds"] for result in completed],
+            "peak": max(result["peak"] for result in completed),
+            "norms": completed[0]["norms"],
         }
     if "seconds" in row["published"] and "seconds" in row["llamory"]:
         row["faster"] = row["published"]["seconds"] / row["llamory"]["seconds"]
@@ -107,9 +109,9 @@ def compare(contexts: int, tokens: int, dtype: str, repeats: int, threads: int, 
 def print_row(row: dict[str, Any]) -> None:
     """A line of the table."""
     line = f"{row['dtype']:9} {row['contexts']:3} x {row['tokens']:,}"
-    for way in WAYS:
-        result = row[way]
-        line += f"   {way} " + (
+    for method in METHODS:
+        result = row[method]
+        line += f"   {method} " + (
             result["skipped"]
             if "skipped" in result
             else f"{result['seconds']:6.2f} s {result['peak'] / 2**20:7,.0f} MB"

@@ -1,6 +1,6 @@
 """Texts per second that become vectors: llamory beside Sentence Transformers encoding the same model plainly.
 
-    python benchmarks/encode.py [--json docs/results/encode.json] [--model FOLDER] [--texts 256] [--rounds 5]
+    python benchmarks/encode.py [--json docs/results/encode.json] [--model FOLDER] [--num-texts 256] [--rounds 5]
 
 Both take the same list of texts and the same LLARA model in float32 (by default the packaged base model with slot
 tokens that were never trained: what it takes to compute them is the same), in one process, in turns; Sentence
@@ -39,7 +39,7 @@ from measuring import processor
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-EQUAL = (32, 128, 448)
+EQUAL_LENGTHS = (32, 128, 448)
 
 
 def load(name: str, layers: int | None) -> SentenceTransformer:
@@ -99,7 +99,7 @@ def functions(count: int) -> list[str]:
 
 def passages(embedder: SentenceTransformer, count: int) -> list[str]:
     """Passages of a sample of modules, as a library cuts them."""
-    from llamory.documents import read_file, split_passages
+    from llamory.documents import chunk_document, read_file
 
     tokenizer, folder = passage_tokenizer(embedder), Path(sysconfig.get_path("stdlib"))
     files = sorted(folder.glob("*.py"))
@@ -108,27 +108,27 @@ def passages(embedder: SentenceTransformer, count: int) -> list[str]:
     for file in files:
         if len(texts) >= 4 * count:
             break
-        texts += [p.text for document in read_file(file) for p in split_passages(document, tokenizer, 256)]
+        texts += [p.text for document in read_file(file) for p in chunk_document(document, tokenizer, 256)]
     return random.Random(1).sample(texts, min(count, len(texts)))
 
 
 def compare(embedder: SentenceTransformer, texts: list[str], rounds: int) -> dict:
-    """Time the contenders in turns."""
+    """Time the encoders in turns."""
 
     def other_kernels() -> np.ndarray:
         with mock.patch("llamory.embedding.cpu_kernels._KERNEL", None):
             return embed_passages(embedder, texts)
 
-    contenders: dict[str, Callable[[], np.ndarray]] = {
+    encoders: dict[str, Callable[[], np.ndarray]] = {
         "plain": lambda: embedder.encode_document(texts, show_progress_bar=False),
         "ours": lambda: embed_passages(embedder, texts),
         "other_kernels": other_kernels,
     }
     embed_passages(embedder, texts[:4]), embedder.encode_document(texts[:4])
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in encoders}
     vectors: dict[str, np.ndarray] = {}
     for _ in range(rounds):
-        for name, encode in contenders.items():
+        for name, encode in encoders.items():
             start = time.perf_counter()
             vectors[name] = encode()
             seconds[name].append(time.perf_counter() - start)
@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--model", default="default", help="LLARA checkpoint, or any LLaMA (slots are added)")
-    parser.add_argument("--texts", type=int, default=256, help="of each case")
+    parser.add_argument("--num-texts", type=int, default=256, help="of each case")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, help="only so many layers, to try things quickly")
     parser.add_argument("--only", default="", help="the cases whose name contains this")
@@ -173,13 +173,13 @@ def main() -> None:
     embedder = load(options.model, options.layers)
     config = embedder[0].config
     cases: dict[str, Callable[[], list[str]]] = {
-        f"equal, {length} tokens": lambda length=length: equal_texts(embedder, length, options.texts)
-        for length in EQUAL
+        f"equal, {length} tokens": lambda length=length: equal_texts(embedder, length, options.num_texts)
+        for length in EQUAL_LENGTHS
     } | {
-        "passages": lambda: passages(embedder, options.texts),
-        "functions": lambda: functions(options.texts),
+        "passages": lambda: passages(embedder, options.num_texts),
+        "functions": lambda: functions(options.num_texts),
     }
-    facts = {
+    metadata = {
         "command": f"python benchmarks/encode.py {shlex.join(sys.argv[1:])}".strip(),
         "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "model": {
@@ -189,7 +189,7 @@ def main() -> None:
             "hidden": config.hidden_size,
         },
     }
-    print(facts["machine"], facts["model"])
+    print(metadata["machine"], metadata["model"])
     print(
         f"{'':20}{'tokens':>8}{'padded':>8}{'plain/s':>9}{'ours/s':>9}{'ratio':>7}{'lowest':>8}{'kernels':>9}{'diff.':>9}"
     )
@@ -205,7 +205,7 @@ def main() -> None:
             flush=True,
         )
     if options.json:
-        options.json.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
+        options.json.write_text(json.dumps(metadata | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
 """Facts that are stated once in many mounted documents: how many questions about them are answered right.
 
-    python benchmarks/facts.py TEXTS [TEXTS ...] [--model reader] [--documents 100] [--questions 100]
+    python benchmarks/facts.py TEXTS [TEXTS ...] [--model reader] [--num-documents 100] [--num-questions 100]
         [--mem-search pages] [--only WAY ...] [--json FILE]
 
 Each document of real text gets one sentence with a number, a name, a date or a sentence in it. Asked for it are the
 reader with all documents mounted, each read by itself as a library reads them, which answers from those that make the
-question likeliest (`focus`, as `llamory ask` does), or from all at once; the reader with one document of all the texts;
+question likeliest (`evidence_ratio`, as `llamory ask` does), or from all at once; the reader with one document of all the texts;
 a library of all of them, which finds some by the packaged retriever and mounts those; the stock base model with the
 right document in its prompt; and the stock model with as many documents in its prompt as its context takes. An answer
-that holds the secret's words is right. All in bfloat16 (the library's reader in float32). What FILE has already isn't
+that contains_key the secret's words is right. All in bfloat16 (the library's reader in float32). What FILE has already isn't
 asked again.
 """
 
@@ -30,11 +30,11 @@ import torch
 from transformers import DynamicCache, logging
 
 from llamory.documents import find_files, read_file
-from llamory.evaluation.secrets import draw
+from llamory.evaluation.secrets import draw_secret
 from llamory.library import Library
 from llamory.longllama.loading import load_long_model
-from llamory.models.base import document_ids, load_model, load_tokenizer
-from llamory.qa.evidence import DEFAULT_FOCUS
+from llamory.models.base import encode_document, load_model, load_tokenizer
+from llamory.qa.evidence import DEFAULT_EVIDENCE_RATIO
 from llamory.qa.generation import Manner, Speaker
 
 HOUSES = [
@@ -65,7 +65,7 @@ class Case:
     kind: str
 
 
-def holds(answer: str, key: str) -> bool:
+def contains_key(answer: str, key: str) -> bool:
     """Whether an answer has a secret's words, one after the other."""
     found, wanted = (re.findall(r"\w+", text.casefold()) for text in (answer, key))
     return any(found[i : i + len(wanted)] == wanted for i in range(len(found)))
@@ -73,55 +73,63 @@ def holds(answer: str, key: str) -> bool:
 
 def cases(texts: list[Path], number: int, size: int) -> list[Case]:
     """Documents of about so many characters, each with a fact of its own."""
-    draw_from, made = random.Random(0), []
+    rng, cases_made = random.Random(0), []
     kinds = list(WAYS)
     for path in find_files(texts):
         for document in read_file(path):
-            if len(made) == number:
-                return made
+            if len(cases_made) == number:
+                return cases_made
             paragraphs: list[str] = []
-            for block in document.blocks:
+            for section in document.sections:
                 if sum(map(len, paragraphs)) < size:
-                    paragraphs.append(block.text[:size])
+                    paragraphs.append(section.text[:size])
             if sum(map(len, paragraphs)) < size // 2:
                 continue
-            kind, house = kinds[len(made) % len(kinds)], HOUSES[len(made)]
-            key = draw(kind, draw_from)
+            kind, house = kinds[len(cases_made) % len(kinds)], HOUSES[len(cases_made)]
+            key = draw_secret(kind, rng)
             stated, asked = WAYS[kind]
-            paragraphs.insert(draw_from.randint(0, len(paragraphs)), stated.format(house, key))
-            made.append(Case("\n\n".join(paragraphs), asked.format(house), key, kind))
-    raise SystemExit(f"{', '.join(map(str, texts))} have only {len(made)} documents of {size // 2} characters.")
+            paragraphs.insert(rng.randint(0, len(paragraphs)), stated.format(house, key))
+            cases_made.append(Case("\n\n".join(paragraphs), asked.format(house), key, kind))
+    raise SystemExit(f"{', '.join(map(str, texts))} have only {len(cases_made)} documents of {size // 2} characters.")
 
 
-def with_memory(
-    name: str, texts: list[str], asked: list[Case], settings: dict[str, Any], focus: float = DEFAULT_FOCUS
+def memory_answers(
+    name: str,
+    texts: list[str],
+    asked: list[Case],
+    settings: dict[str, Any],
+    evidence_ratio: float = DEFAULT_EVIDENCE_RATIO,
 ) -> list[str]:
     """Answers to what is asked, with all texts in memory, each read by itself."""
     model, tokenizer = load_long_model(name, dtype=torch.bfloat16, **settings), load_tokenizer(name)
     memory = model.new_memory()
     for number, text in enumerate(texts):
-        model.read(document_ids(text, tokenizer), memory, segment=str(number))
+        model.read(encode_document(text, tokenizer), memory, segment=str(number))
     sys.stdout.write(f"{memory.length():,} tokens in memory\n")
-    speaker, manner, answers = Speaker(model, tokenizer, name), Manner(max_new_tokens=ANSWER_TOKENS), []
+    generator, generation_settings, answers = Speaker(model, tokenizer, name), Manner(max_new_tokens=ANSWER_TOKENS), []
     choosing = 0.0
     for case in asked:
         started = time.perf_counter()
-        chosen = memory.excerpt(speaker.choose(case.question, memory, memory.segments, focus))
+        evidence = memory.slice(generator.select_evidence(case.question, memory, memory.segments, evidence_ratio))
         choosing += time.perf_counter() - started
-        answers.append(speaker.answer(speaker.first_prompt(case.question), model.memory_cache(chosen), manner).text)
+        answers.append(
+            generator.answer(
+                generator.first_prompt(case.question), model.memory_cache(evidence), generation_settings
+            ).text
+        )
     sys.stdout.write(f"{choosing / len(asked):.2f} s to choose what a question is about\n")
     return answers
 
 
-def in_prompt(name: str, documents: list[Case], questions: int, *, everything: bool) -> list[str]:
+def prompt_answers(name: str, documents: list[Case], questions: int, *, everything: bool) -> list[str]:
     """Answers of the stock model with the right document in its prompt, or with all that its context takes."""
     model, tokenizer = load_model(name, dtype=torch.bfloat16), load_tokenizer(name)
-    room = model.config.max_position_embeddings - 2 * ANSWER_TOKENS - 100
+    max_prompt_tokens = model.config.max_position_embeddings - 2 * ANSWER_TOKENS - 100
     whole = ""
     if everything:
         for case in random.Random(1).sample(documents, len(documents)):
             longer = f"{whole}{case.text}\n\n"
-            if len(tokenizer(longer)["input_ids"]) > room:
+            if len(tokenizer(longer)["input_ids"]) > max_prompt_tokens:
                 break
             whole = longer
     answers = []
@@ -129,7 +137,7 @@ def in_prompt(name: str, documents: list[Case], questions: int, *, everything: b
     for case in documents[:questions]:
         messages = [{"role": "user", "content": f"{whole or case.text}\n\n{case.question}"}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, -room:]
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, -max_prompt_tokens:]
         if everything and not known:
             known = ids.shape[1] - 80  # what all prompts share is read once
             with torch.no_grad():
@@ -145,7 +153,7 @@ def in_prompt(name: str, documents: list[Case], questions: int, *, everything: b
     return answers
 
 
-def found_first(name: str, documents: list[Case], questions: int, top: int) -> list[str]:
+def library_answers(name: str, documents: list[Case], questions: int, top: int) -> list[str]:
     """Answers about the first documents, with those in memory that the packaged retriever finds for each question."""
     with tempfile.TemporaryDirectory() as folder:
         texts = Path(folder) / "texts"
@@ -154,8 +162,8 @@ def found_first(name: str, documents: list[Case], questions: int, top: int) -> l
             (texts / f"{number}.txt").write_text(case.text, encoding="utf-8")
         library = Library(Path(folder) / "library", "default", bf16=True, reader=name)
         library.add(texts, progress=False)
-        manner = {"top": top, "citations": 0, "max_new_tokens": ANSWER_TOKENS}
-        return [library.ask(case.question, **manner).text for case in documents[:questions]]
+        generation_settings = {"top": top, "citations": 0, "max_new_tokens": ANSWER_TOKENS}
+        return [library.ask(case.question, **generation_settings).text for case in documents[:questions]]
 
 
 def main() -> None:
@@ -164,10 +172,10 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--model", default="reader")
     parser.add_argument("--base", default="base")
-    parser.add_argument("--documents", type=int, default=100)
-    parser.add_argument("--questions", type=int, help="about so many of them; default: about each")
+    parser.add_argument("--num-documents", type=int, default=100)
+    parser.add_argument("--num-questions", type=int, help="about so many of them; default: about each")
     parser.add_argument("--characters", type=int, default=4000, help="of a document")
-    parser.add_argument("--top", type=int, default=20, help="documents that are found for a question")
+    parser.add_argument("--top-documents", type=int, default=20, help="documents that are found for a question")
     parser.add_argument("--mem-search")
     parser.add_argument("--mem-top-k", type=int)
     parser.add_argument("--only", nargs="+", default=[], help="of the ways, by their names; default: all")
@@ -175,21 +183,25 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    documents = cases(options.texts, options.documents, options.characters)
-    number = options.questions or len(documents)
+    documents = cases(options.texts, options.num_documents, options.characters)
+    number = options.num_questions or len(documents)
     asked, texts = documents[:number], [case.text for case in documents]
     joined = "\n\n".join(texts)
     settings = {key: value for key in ("mem_search", "mem_top_k") if (value := getattr(options, key)) is not None}
     ways = {
-        "memory of all documents": lambda: with_memory(options.model, texts, asked, settings),
-        "memory of one document of all texts": lambda: with_memory(options.model, [joined], asked, settings),
-        "memory of all documents, all at once": lambda: with_memory(options.model, texts, asked, settings, focus=0),
-        "memory of those found, of all documents": lambda: found_first(options.model, documents, number, options.top),
-        "the right document in the prompt": lambda: in_prompt(options.base, documents, number, everything=False),
-        "all that fits in the prompt": lambda: in_prompt(options.base, documents, number, everything=True),
+        "memory of all documents": lambda: memory_answers(options.model, texts, asked, settings),
+        "memory of one document of all texts": lambda: memory_answers(options.model, [joined], asked, settings),
+        "memory of all documents, all at once": lambda: memory_answers(
+            options.model, texts, asked, settings, evidence_ratio=0
+        ),
+        "memory of those found, of all documents": lambda: library_answers(
+            options.model, documents, number, options.top_documents
+        ),
+        "the right document in the prompt": lambda: prompt_answers(options.base, documents, number, everything=False),
+        "all that fits in the prompt": lambda: prompt_answers(options.base, documents, number, everything=True),
     }
     about: dict[str, Any] = {"model": options.model, "base": options.base, "documents": len(documents)}
-    about |= {"questions": number, "characters": options.characters, "top": options.top, **settings}
+    about |= {"questions": number, "characters": options.characters, "top": options.top_documents, **settings}
     answers = known(options.json, about)
     if unknown := set(options.only) - set(ways):
         parser.error(f"there is no way {', '.join(sorted(unknown))}; choose of {', '.join(ways)}")
@@ -197,16 +209,16 @@ def main() -> None:
         if options.only and way not in options.only:
             continue
         answers[way] = answers.get(way) or make()
-        sys.stdout.write(f"{way}: {shares(answers[way], asked)}\n")
+        sys.stdout.write(f"{way}: {accuracy_by_kind(answers[way], asked)}\n")
         sys.stdout.flush()
         if options.json:
-            told = [
+            records = [
                 {"question": case.question, "key": case.key, "kind": case.kind}
                 | {way: given[number] for way, given in answers.items()}
                 for number, case in enumerate(asked)
             ]
-            right = {way: shares(given, asked) for way, given in answers.items()}
-            whole = {"about": about, "right": right, "answers": told}
+            right = {way: accuracy_by_kind(given, asked) for way, given in answers.items()}
+            whole = {"about": about, "right": right, "answers": records}
             options.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -214,15 +226,15 @@ def known(file: Path | None, about: dict[str, Any]) -> dict[str, list[str]]:
     """The answers that an earlier call has written."""
     if file is None or not file.exists():
         return {}
-    then = json.loads(file.read_text(encoding="utf-8"))
-    if then["about"] != about:
-        raise SystemExit(f"{file} has answers of another call, {then['about']}; give another file.")
-    return {way: [each[way] for each in then["answers"]] for way in then["right"]}
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    if saved["about"] != about:
+        raise SystemExit(f"{file} has answers of another call, {saved['about']}; give another file.")
+    return {way: [each[way] for each in saved["answers"]] for way in saved["right"]}
 
 
-def shares(answers: list[str], asked: list[Case]) -> dict[str, float]:
+def accuracy_by_kind(answers: list[str], asked: list[Case]) -> dict[str, float]:
     """The share of right answers, of all and of each kind."""
-    right = [(case.kind, holds(answer, case.key)) for answer, case in zip(answers, asked, strict=True)]
+    right = [(case.kind, contains_key(answer, case.key)) for answer, case in zip(answers, asked, strict=True)]
     by_kind = {kind: [ok for one, ok in right if one == kind] for kind in WAYS}
     return {"all": sum(ok for _, ok in right) / len(right)} | {kind: sum(ok) / len(ok) for kind, ok in by_kind.items()}
 

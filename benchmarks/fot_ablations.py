@@ -5,7 +5,7 @@
 Each run is `recipes/default_fot.yaml` with fewer steps, half the rows and one setting changed; a second call measures
 what the first one didn't reach. Measured is the loss of hidden answers' tokens, and the share of them that is right, on
 the prompts of memory_layers.py, whose needles no training text has: with some thousand tokens in memory, and with many
-more. Kept in OUT/ablations.json.
+overrides. Kept in OUT/ablations.json.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from llamory.longllama.loading import load_long_model
 from llamory.models.base import load_tokenizer
 from llamory.training.fot.train import train_fot
 from llamory.training.settings import FotSettings
-from memory_layers import hide, loss, prompts
+from memory_layers import hide_in_memory, loss, prompts
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "default_fot.yaml"
-HALF = {"batch_size": 8, "mix": ["3+0", "3+4"]}
+HALF = {"batch_size": 8, "crossbatch_schedule": ["3+0", "3+4"]}
 UNTRAINED = "before training"
 RUNS: dict[str, dict[str, object]] = {
     UNTRAINED: {},
     "the recipe": {},
-    "without negatives": {"mix": ["3+0"]},
+    "without negatives": {"crossbatch_schedule": ["3+0"]},
     "similar negatives": {"negatives": "similar", "retriever": "default"},
-    "without positives and negatives": {"mix": ["0+0"]},
+    "without positives and negatives": {"crossbatch_schedule": ["0+0"]},
     "5 memory layers": {"mem_layers": [5, 8, 17, 18, 23]},
     "3 memory layers": {"mem_layers": [5, 8, 18]},
     "3 memory layers, spread as published": {"mem_layers": [8, 15, 22]},
@@ -49,7 +49,7 @@ def measure(model: str, texts: list[Path], lengths: list[int], number: int, **ch
     found = {}
     for length in lengths:
         haystacks = [PUBLISHED_HAYSTACK, read_haystack(texts, 2 * length)]
-        hidden = [hide(loaded, *each) for each in prompts(tokenizer, haystacks, length, number)]
+        hidden = [hide_in_memory(loaded, *each) for each in prompts(tokenizer, haystacks, length, number)]
         value, right = loss(loaded, hidden, list(loaded.config.mem_layers))
         found |= {f"loss, {length:,} tokens": value, f"right, {length:,} tokens": right}
     return found
@@ -57,10 +57,10 @@ def measure(model: str, texts: list[Path], lengths: list[int], number: int, **ch
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """The Markdown of it, a row per run."""
-    heads = list(next(iter(results.values())))
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    headers = list(next(iter(results.values())))
+    lines = ["| | " + " | ".join(headers) + " |", "|---" * (len(headers) + 1) + "|"]
     for name, found in results.items():
-        lines.append(f"| {name} | " + " | ".join(f"{found[head]:.2f}" for head in heads) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{found[head]:.2f}" for head in headers) + " |")
     return "\n".join(lines)
 
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, nargs="+", required=True)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--lengths", nargs="+", default=["3k", "24k"])
-    parser.add_argument("--prompts", type=int, default=3, help="of each kind")
+    parser.add_argument("--num-prompts", type=int, default=3, help="of each kind")
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
     options = parser.parse_args()
     logging.set_verbosity_error()
@@ -88,13 +88,13 @@ def main() -> None:
         changes: dict[str, object] = {"steps": options.steps, "keep_checkpoints": 2} | HALF | RUNS[name]
         changes |= {"data": options.data, "proportions": options.proportions, "output": str(folder)}
         recipe = read_settings(FotSettings, RECIPE, changes | {"resume": folder.exists(), "quiet": True})
-        model, more = str(folder), {}
+        model, overrides = str(folder), {}
         if name == UNTRAINED:
-            model, more = recipe.model, {"mem_layers": recipe.mem_layers, "context_length": recipe.row_length}
+            model, overrides = recipe.model, {"mem_layers": recipe.mem_layers, "context_length": recipe.row_length}
         else:
             train_fot(recipe)
-        results[name] = measure(model, options.texts, lengths, options.prompts, **more)
-        settings = {"steps": options.steps, "prompts": options.prompts}
+        results[name] = measure(model, options.texts, lengths, options.num_prompts, **overrides)
+        settings = {"steps": options.steps, "prompts": options.num_prompts}
         file.write_text(json.dumps(settings | {"runs": results}, indent=1) + "\n", encoding="utf-8")
         sys.stdout.write(f"{name}: {results[name]}\n")
         sys.stdout.flush()

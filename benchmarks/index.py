@@ -46,28 +46,28 @@ SECONDS = 3600.0
 ANN = ("IvfFlat", "IvfPq", "IvfHnswSq")
 
 
-def vectors_of(passages: int, dimension: int) -> np.ndarray:
+def make_vectors(passages: int, dimension: int) -> np.ndarray:
     """Made-up vectors float32 (passages, dimension) of length 1."""
-    chance = np.random.default_rng(0)
-    centres = chance.standard_normal((CLUSTERS, dimension), dtype=np.float32)
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((CLUSTERS, dimension), dtype=np.float32)
     vectors = np.empty((passages, dimension), dtype=np.float32)
     for start in range(0, passages, 4096):
         part = vectors[start : start + 4096]
-        chance.standard_normal(out=part, dtype=np.float32)
-        part += centres[chance.integers(CLUSTERS, size=len(part))]
+        rng.standard_normal(out=part, dtype=np.float32)
+        part += centres[rng.integers(CLUSTERS, size=len(part))]
         part /= np.linalg.norm(part, axis=1, keepdims=True)
     return vectors
 
 
-def queries_of(vectors: np.ndarray, count: int) -> np.ndarray:
+def make_queries(vectors: np.ndarray, count: int) -> np.ndarray:
     """Queries near some of the vectors."""
-    chance = np.random.default_rng(1)
-    chosen = vectors[chance.choice(len(vectors), size=count, replace=count > len(vectors))]
-    queries = chosen + chance.standard_normal(chosen.shape, dtype=np.float32) * (0.5 / chosen.shape[1] ** 0.5)
+    rng = np.random.default_rng(1)
+    chosen = vectors[rng.choice(len(vectors), size=count, replace=count > len(vectors))]
+    queries = chosen + rng.standard_normal(chosen.shape, dtype=np.float32) * (0.5 / chosen.shape[1] ** 0.5)
     return (queries / np.linalg.norm(queries, axis=1, keepdims=True)).astype(np.float32)
 
 
-def texts_of(passages: int) -> list[str]:
+def make_texts(passages: int) -> list[str]:
     """Pieces of source text, each another one."""
     folder = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in sorted(folder.rglob("*.py")) if not {"test", "site-packages"} & set(path.parts)]
@@ -75,21 +75,21 @@ def texts_of(passages: int) -> list[str]:
     source = "\n".join(path.read_text(errors="ignore").encode("ascii", "ignore").decode() for path in paths)
     texts = []
     for i in range(passages):
-        rounds, place = divmod(i * CHARACTERS, len(source) - 2 * CHARACTERS)
-        place += rounds * 37
-        texts.append(source[place : place + CHARACTERS])
+        wraps, offset = divmod(i * CHARACTERS, len(source) - 2 * CHARACTERS)
+        offset += wraps * 37
+        texts.append(source[offset : offset + CHARACTERS])
     return texts
 
 
 def word_queries(count: int, passages: int) -> list[str]:
     """Three longer words each, from a text that is there."""
-    texts = texts_of(min(passages, 5000))
-    chance = np.random.default_rng(2)
+    texts = make_texts(min(passages, 5000))
+    rng = np.random.default_rng(2)
     queries = []
     while len(queries) < count:
-        words = [word for word in texts[chance.integers(len(texts))].split() if word.isalpha() and len(word) > 3]
+        words = [word for word in texts[rng.integers(len(texts))].split() if word.isalpha() and len(word) > 3]
         if len(words) >= 3:
-            queries.append(" ".join(chance.choice(words, size=3, replace=False)))
+            queries.append(" ".join(rng.choice(words, size=3, replace=False)))
     return queries
 
 
@@ -103,7 +103,7 @@ def index_library(folder: str, passages: int, dimension: int) -> dict[str, Any]:
 
     from llamory.library.store import PassageStore, Settings
 
-    vectors, texts = vectors_of(passages, dimension), texts_of(passages)
+    vectors, texts = make_vectors(passages, dimension), make_texts(passages)
     peak, start = Peak(), time.perf_counter()
     store = PassageStore.create(folder, Settings("made up", "0", dimension, 256))
     store.begin()
@@ -155,7 +155,7 @@ def search_library(folder: str, passages: int, dimension: int, count: int) -> di
 
     from llamory.library.store import PassageStore
 
-    queries, words = queries_of(vectors_of(passages, dimension), count), word_queries(count, passages)
+    queries, words = make_queries(make_vectors(passages, dimension), count), word_queries(count, passages)
     peak, start = Peak(), time.perf_counter()
     store = PassageStore.open(folder)
     assert store is not None
@@ -179,7 +179,7 @@ def index_faiss(file: str, passages: int, dimension: int) -> dict[str, Any]:
     """Fill and save a flat index."""
     import faiss
 
-    vectors = vectors_of(passages, dimension)
+    vectors = make_vectors(passages, dimension)
     peak, start = Peak(), time.perf_counter()
     flat = faiss.IndexFlatIP(dimension)
     for at in range(0, passages, BATCH):
@@ -192,7 +192,7 @@ def search_faiss(file: str, passages: int, dimension: int, count: int) -> dict[s
     """Search a flat index that was read from its file."""
     import faiss
 
-    queries = queries_of(vectors_of(passages, dimension), count)
+    queries = make_queries(make_vectors(passages, dimension), count)
     peak, start = Peak(), time.perf_counter()
     flat = faiss.read_index(file)
     flat.search(queries[:1], TOP)
@@ -218,7 +218,7 @@ def _median(function: Callable[[int], Any], count: int) -> float:
 # ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def size_of(path: Path) -> int:
+def disk_size(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
 
@@ -226,8 +226,8 @@ def size_of(path: Path) -> int:
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All rows by name."""
     size = (options.passages, options.dimension)
-    vectors = vectors_of(*size)
-    queries = queries_of(vectors, options.queries)
+    vectors = make_vectors(*size)
+    queries = make_queries(vectors, options.queries)
     exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :TOP].tolist()
     del vectors
     limits: dict[str, Any] = {
@@ -244,7 +244,12 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         answer = {} if "skipped" in index else in_child(search, str(path), *size, options.queries, **limits)
         found = answer.pop("found", [])
         hits = [len(set(a) & set(b)) / TOP for a, b in zip(found, exact, strict=bool(found))]
-        rows[name] = {"index": index, "search": answer, "disk": size_of(path), "recall": statistics.fmean(hits or [0])}
+        rows[name] = {
+            "index": index,
+            "search": answer,
+            "disk": disk_size(path),
+            "recall": statistics.fmean(hits or [0]),
+        }
         show(name, rows[name])
 
     add("Faiss flat", in_child(index_faiss, str(file), *size, **limits), file, search_faiss)
@@ -289,7 +294,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), options)
     if options.json:
-        facts = {
+        metadata = {
             "command": f"python benchmarks/index.py {shlex.join(sys.argv[1:])}".strip(),
             "machine": machine,
             "passages": options.passages,
@@ -297,7 +302,7 @@ def main() -> None:
             "queries": options.queries,
             "characters": CHARACTERS,
         }
-        options.json.write_text(json.dumps(facts | {"results": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps(metadata | {"results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

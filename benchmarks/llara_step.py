@@ -4,8 +4,8 @@
 
 Both steps (forward and backward) run on the same weights and inputs, alternating, in one process; each case prints the
 medians of real tokens per second, their ratio, and the losses of both. Peak memory is read in a fresh process per step:
-resident memory at its highest during a step, above the loaded model. The floor is the time that the step's matrix
-products would take at the rate measured in the same run.
+resident memory slot_positions its highest during a step, above the loaded model. The floor is the time that the step's matrix
+products would take slot_positions the rate measured in the same run.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ def make_batch(case: Case, seed: int) -> dict[str, torch.Tensor]:
     """Left-padded rows as the published collator makes them; uneven rows are as long as passages of real text are."""
     template = make_template(case.vocabulary + 16)
     generator = torch.Generator().manual_seed(seed)
-    room = PASSAGE_TOKENS - template.overhead()
+    max_passage_tokens = PASSAGE_TOKENS - template.overhead()
     # Paragraphs of prose: a few fill the window, most are far shorter (here 1, 1/2, 1/4 and 1/8 of it).
-    lengths = [room // 2**i for i in range(BATCH)] if case.uneven else [room] * BATCH
+    lengths = [max_passage_tokens // 2**i for i in range(BATCH)] if case.uneven else [max_passage_tokens] * BATCH
     rows, labels = [], []
     for length in lengths:
         passage = torch.randint(3, case.vocabulary, (length,), generator=generator).tolist()
@@ -134,13 +134,13 @@ def plain_step(model: nn.Module, batch: dict[str, torch.Tensor], template: Llara
     logits = model.lm_head(hidden).float()
     loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), batch["labels"][:, 1:].reshape(-1))
     bow = []
-    for name, at in (("summarize", slice(-predict - slots, -predict)), ("predict", slice(-slots, None))):
-        log_p = logits[:, at].max(dim=1).values.log_softmax(dim=1)
+    for name, slot_positions in (("summarize", slice(-predict - slots, -predict)), ("predict", slice(-slots, None))):
+        log_p = logits[:, slot_positions].max(dim=1).values.log_softmax(dim=1)
         rows = []
         for row, targets in zip(log_p, batch[f"output_{name}_ids"], strict=True):
-            useful = torch.unique(targets[targets > 2])
-            if len(useful) > 0:
-                rows.append(-row[useful].mean())
+            target_ids = torch.unique(targets[targets > 2])
+            if len(target_ids) > 0:
+                rows.append(-row[target_ids].mean())
         bow.append(torch.stack(rows).mean() / 10)
     return loss + (bow[0] + bow[1]) / 2
 
@@ -214,7 +214,7 @@ def status_bytes(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def peak_of(kind: str, case: Case, queue: multiprocessing.Queue) -> None:
+def measure_peak_memory(kind: str, case: Case, queue: multiprocessing.Queue) -> None:
     """Peak resident memory of a step above the loaded model, in a process of its own."""
     plain, ours = make_models(replace(case, checkpointing=False))
     model = plain if kind == "plain" else ours
@@ -236,7 +236,7 @@ def peak_memory(case: Case) -> dict[str, float]:
     peaks = {}
     for kind in ("plain", "llamory"):
         queue = context.Queue()
-        process = context.Process(target=peak_of, args=(kind, case, queue))
+        process = context.Process(target=measure_peak_memory, args=(kind, case, queue))
         process.start()
         peaks[kind] = queue.get()
         process.join()

@@ -1,8 +1,8 @@
-"""How fast and how lean is a long memory: the published way, ours, and a plain LLaMA that keeps everything?
+"""How fast and how lean is a long memory: the published method, ours, and a plain LLaMA that keeps everything?
 
     python benchmarks/memory_attention.py [--json FILE] [--only WORDS] [--lengths 4096 16384]
 
-All ways run on the same weights in float32: (a) the published code's way, its default and its SDPA variant
+All ways run on the same weights in float32: (a) the published code's method, its default and its SDPA variant
 (`published_way.py`, memory in bfloat16), (b) ours reading all of memory, (c) ours with pages, (d) stock LLaMA with its
 full cache. Every measurement has a process of its own; repeats go round the ways, so that a drift of the machine hits
 all alike. Decoding starts behind a local context of half a window, with a memory that is drawn to be like the model's
@@ -14,9 +14,9 @@ Of pages it is said how far the attention output is off from the exact one, as a
 attention falls on pages that are read. A model with random weights looks everywhere alike, so that share is small, and
 so is what the other pages' means leave out.
 
-The floor of a decoding step is the time to read what any exact way must read (weights, local context, memory) at the
+The floor of a decoding step is the time to read what any exact method must read (weights, local context, memory) at the
 rate at which the same run read a buffer of that size; the floor of a prefill is the time of the products that any exact
-way must compute at the rates of matrix products in the same run.
+method must compute at the rates of matrix products in the same run.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ import torch
 import transformers
 
 import memory_probes as probes
-from contenders import WAYS, Case, Likeness
+from contenders import METHODS, Case, KeyValueStatistics
 from llamory.longllama import LongLlamaConfig
 from measuring import GIB, available_memory, in_child, processor
 
 CASES = [
-    Case("hidden 256, 6 layers, 3 with memory", context=2048, mem_layers=(1, 3, 5), real=False),
-    Case("SmolLM2-135M, 30 layers, 25 with memory", context=512, mem_layers=None, real=True),
+    Case("hidden 256, 6 layers, 3 with memory", context=2048, mem_layers=(1, 3, 5), pretrained=False),
+    Case("SmolLM2-135M, 30 layers, 25 with memory", context=512, mem_layers=None, pretrained=True),
 ]
 LENGTHS = [4096, 16384, 65536, 262144]
 MEASURES = ("decode", "prefill", "quality")
@@ -58,59 +58,63 @@ class Benchmark:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.memory = int(min(options.memory * GIB, available_memory()))
-        # Per case, measure and way: seconds at each length so far.
-        self.taken: dict[tuple[str, str, str], dict[int, float]] = {}
+        self.memory = int(min(options.memory_limit * GIB, available_memory()))
+        # Per case, measure and method: seconds at each length so far.
+        self.elapsed: dict[tuple[str, str, str], dict[int, float]] = {}
 
     def child(self, function: Callable[..., dict], *args: Any) -> dict[str, Any]:
         """One measurement in a fresh process."""
-        seconds = 2 * max(limit_of(case, self.options) for case in CASES) + 60
+        seconds = 2 * max(time_limit_of(case, self.options) for case in CASES) + 60
         return in_child(function, *args, threads=self.options.threads, seconds=seconds, memory=self.memory)
 
     def rounds(self, case: Case, measure: str, length: int, config: LongLlamaConfig, *args: Any) -> Results:
         """All ways at one length, `repeats` times around."""
-        collected: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+        collected: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
         slow: set[str] = set()
         for _ in range(self.options.repeats):
-            for way in WAYS:
-                if way in slow or way not in self.options.ways:
+            for method in METHODS:
+                if method in slow or method not in self.options.ways:
                     continue
-                why = self.reason_to_skip(case, measure, way, length, config)
+                reason = self.skip_reason(case, measure, method, length, config)
                 start = time.perf_counter()
-                result = {"skipped": why} if why else self.child(getattr(probes, measure), case, way, length, *args)
-                took = time.perf_counter() - start
-                collected[way].append(result)
-                if took > SLOW or "skipped" in result:
-                    slow.add(way)
+                result = (
+                    {"skipped": reason} if reason else self.child(getattr(probes, measure), case, method, length, *args)
+                )
+                duration = time.perf_counter() - start
+                collected[method].append(result)
+                if duration > SLOW or "skipped" in result:
+                    slow.add(method)
                 if "skipped" not in result:
                     work = result["seconds"] if measure == "prefill" else sum(result["steps"]) + result["first_step"]
-                    self.taken.setdefault((case.name, measure, way), {})[length] = work
-        return {way: joined(results) for way, results in collected.items() if results}
+                    self.elapsed.setdefault((case.name, measure, method), {})[length] = work
+        return {method: merge_rounds(results) for method, results in collected.items() if results}
 
-    def reason_to_skip(self, case: Case, measure: str, way: str, length: int, config: LongLlamaConfig) -> str | None:
+    def skip_reason(self, case: Case, measure: str, method: str, length: int, config: LongLlamaConfig) -> str | None:
         """Why a measurement isn't worth its time, if so."""
-        if measure == "prefill" and way.startswith("published"):
+        if measure == "prefill" and method.startswith("published"):
             logits = 4 * length * config.vocab_size
-            scores = 3 * 4 * config.num_attention_heads * case.context * length if way == "published" else 0
+            scores = 3 * 4 * config.num_attention_heads * case.context * length if method == "published" else 0
             if max(logits, scores) > self.memory:
                 what = "the prompt's logits" if logits > scores else "a window's scores"
                 return f"{what} alone take {max(logits, scores) / GIB:.0f} GiB"
-        guess = guessed(self.taken.get((case.name, measure, way), {}), length, linear=measure == "decode")
-        if guess > limit_of(case, self.options):
-            return f"left out: would take about {guess:.0f} s"
+        estimate = estimate_seconds(
+            self.elapsed.get((case.name, measure, method), {}), length, linear=measure == "decode"
+        )
+        if estimate > time_limit_of(case, self.options):
+            return f"left out: would take about {estimate:.0f} s"
         return None
 
 
-def limit_of(case: Case, options: argparse.Namespace) -> float:
+def time_limit_of(case: Case, options: argparse.Namespace) -> float:
     """Seconds that one measurement of a case may take."""
-    return LIMITS[case.real] if options.limit is None else options.limit
+    return LIMITS[case.pretrained] if options.time_limit is None else options.time_limit
 
 
-def guessed(taken: dict[int, float], length: int, linear: bool) -> float:
+def estimate_seconds(elapsed: dict[int, float], length: int, linear: bool) -> float:
     """How many seconds a length will take by those before it; 0 where nothing is known."""
-    if not taken:
+    if not elapsed:
         return 0.0
-    *before, last = sorted(taken.items())
+    *before, last = sorted(elapsed.items())
     per_token = growth = last[1] / last[0]
     if linear:
         return per_token * length
@@ -121,55 +125,55 @@ def guessed(taken: dict[int, float], length: int, linear: bool) -> float:
     return (per_token + growth * (length - last[0])) * length
 
 
-def joined(results: list[dict[str, Any]]) -> dict[str, Any]:
+def merge_rounds(results: list[dict[str, Any]]) -> dict[str, Any]:
     """The results of several rounds as one: medians of times, the highest of peaks."""
-    good = [result for result in results if "skipped" not in result]
-    if not good:
+    completed = [result for result in results if "skipped" not in result]
+    if not completed:
         return results[0]
-    whole = dict(good[-1])
+    whole = dict(completed[-1])
     if "steps" in whole:
-        steps = [statistics.median(result["steps"]) for result in good]
+        steps = [statistics.median(result["steps"]) for result in completed]
         whole |= {"seconds": statistics.median(steps), "rounds": steps}
-        whole["first_step"] = statistics.median(result["first_step"] for result in good)
+        whole["first_step"] = statistics.median(result["first_step"] for result in completed)
         del whole["steps"]
     else:
-        seconds = [result["seconds"] for result in good]
+        seconds = [result["seconds"] for result in completed]
         whole |= {"seconds": statistics.median(seconds), "rounds": seconds}
-    return whole | {"peak": max(result["peak"] for result in good)}
+    return whole | {"peak": max(result["peak"] for result in completed)}
 
 
-def seconds_of(results: Results, way: str) -> float | None:
-    return results.get(way, {}).get("seconds")
+def get_seconds(results: Results, method: str) -> float | None:
+    return results.get(method, {}).get("seconds")
 
 
 def print_rows(measure: str, length: int, results: Results, floor: float) -> None:
     """A table of one length."""
     what = "tokens of memory" if measure == "decode" else "tokens"
     print(f"\n  {measure}, {length:,} {what}; floor {per(measure, length, floor)}")
-    for way, result in results.items():
+    for method, result in results.items():
         if "skipped" in result:
-            print(f"    {WAYS[way]:34} {result['skipped']}")
+            print(f"    {METHODS[method]:34} {result['skipped']}")
             continue
         seconds = result["seconds"]
-        line = f"    {WAYS[way]:34} {per(measure, length, seconds)}  {seconds / floor:5.1f} times the floor"
+        line = f"    {METHODS[method]:34} {per(measure, length, seconds)}  {seconds / floor:5.1f} times the floor"
         line += f"  {result['peak'] / 2**20:8,.0f} MB"
         for other in ("published", "published-sdpa"):
-            base = seconds_of(results, other)
-            if base and way != other:
+            base = get_seconds(results, other)
+            if base and method != other:
                 line += f"  x{base / seconds:.1f} {'default' if other == 'published' else 'SDPA'}"
         print(line)
         if result.get("all_logits_peak"):
             seconds, peak = seconds + result["all_logits_seconds"], result["all_logits_peak"] / 2**20
             print(f"    {'':34} with the logits of the whole prompt {seconds:.1f} s, {peak:,.0f} MB")
         if "quality" in result:
-            print(f"    {'':34} {told(result['quality'])}")
+            print(f"    {'':34} {format_quality(result['quality'])}")
 
 
 def per(measure: str, length: int, seconds: float) -> str:
     return f"{seconds * 1000:9.2f} ms/token" if measure == "decode" else f"{length / seconds:9,.0f} tokens/s"
 
 
-def told(quality: dict[str, float]) -> str:
+def format_quality(quality: dict[str, float]) -> str:
     """The error of pages in words."""
     text = f"output off by {quality['error']:.2%} (95%: {quality['error_95']:.2%})"
     text += f", worst layer {quality['error_worst_layer']:.2%}"
@@ -178,19 +182,19 @@ def told(quality: dict[str, float]) -> str:
 
 def differences(results: Results) -> dict[str, float]:
     """How far the logits behind a prompt are from those of (a), at most."""
-    logits = {way: torch.tensor(result.pop("logits")) for way, result in results.items() if "logits" in result}
-    reference = next((logits[way] for way in ("published", "published-sdpa", "exact") if way in logits), None)
+    logits = {method: torch.tensor(result.pop("logits")) for method, result in results.items() if "logits" in result}
+    reference = next((logits[method] for method in ("published", "published-sdpa", "exact") if method in logits), None)
     if reference is None:
         return {}
-    return {way: (each - reference).abs().max().item() for way, each in logits.items() if way != "stock"}
+    return {method: (each - reference).abs().max().item() for method, each in logits.items() if method != "stock"}
 
 
 def goals(measured: dict[tuple[str, int], Results]) -> list[tuple[str, float, float, bool]]:
     """What was to be reached: description, goal, what was measured, whether it is reached."""
     found: list[tuple[str, float, float, bool]] = []
 
-    def value(measure: str, length: int, way: str, key: str = "seconds") -> float | None:
-        return measured.get((measure, length), {}).get(way, {}).get(key)
+    def value(measure: str, length: int, method: str, key: str = "seconds") -> float | None:
+        return measured.get((measure, length), {}).get(method, {}).get(key)
 
     def ratio(text: str, least: float, above: float | None, below: float | None, at_most: bool = False) -> None:
         if above is not None and below:
@@ -206,14 +210,14 @@ def goals(measured: dict[tuple[str, int], Results]) -> list[tuple[str, float, fl
     ratio(f"prompt of {long:,}: exact against (a) SDPA", 3, value("prefill", long, "published-sdpa"), exact)
     ratio(f"prompt of {long:,}: exact against (a)", 12, value("prefill", long, "published"), exact)
     ratio(f"prompt of {long:,}: pages against exact", 3, exact, pages_seconds)
-    for way in ("published-sdpa", "published"):
+    for method in ("published-sdpa", "published"):
         for key, name in (("peak", "without its logits"), ("all_logits_peak", "with its logits")):
-            text = f"prompt of {long:,}: memory of exact to (a) {'SDPA ' if way != 'published' else ''}{name}"
-            ratio(text, 0.1, value("prefill", long, "exact", "peak"), value("prefill", long, way, key), at_most=True)
-    for way in ("exact", "pages"):
-        peak = value("prefill", 262144, way, "peak")
+            text = f"prompt of {long:,}: memory of exact to (a) {'SDPA ' if method != 'published' else ''}{name}"
+            ratio(text, 0.1, value("prefill", long, "exact", "peak"), value("prefill", long, method, key), at_most=True)
+    for method in ("exact", "pages"):
+        peak = value("prefill", 262144, method, "peak")
         if peak is not None:
-            found.append((f"prompt of 262,144: GiB with {way}", 4, peak / GIB, peak <= 4 * GIB))
+            found.append((f"prompt of 262,144: GiB with {method}", 4, peak / GIB, peak <= 4 * GIB))
     ratio(
         "decode with pages at 262,144 to 4,096", 1.5,
         value("decode", 262144, "pages"), value("decode", 4096, "pages"), at_most=True,
@@ -226,8 +230,8 @@ def run_case(bench: Benchmark, case: Case, folder: Path) -> dict[str, Any]:
     options = bench.options
     print(f"\n{case.name}: windows of {case.context}")
     config = case.long_model().config
-    likeness = folder / f"{case.context}.pt"
-    bench.child(Likeness.measure, case, likeness)
+    statistics_file = folder / f"{case.context}.pt"
+    bench.child(KeyValueStatistics.measure, case, statistics_file)
     speed = bench.child(probes.machine, case, options.lengths)
     reads = ", ".join(
         f"{probes.decode_bytes(case, config, length) / 2**20:,.0f} MB at {rate / 1e9:.1f} GB/s"
@@ -241,7 +245,7 @@ def run_case(bench: Benchmark, case: Case, folder: Path) -> dict[str, Any]:
         for length in options.lengths if measure in options.measures else []:
             if measure == "decode":
                 floor = probes.decode_bytes(case, config, length) / speed["read_rates"][length]
-                args: tuple = (likeness, options.steps, DECODE_SECONDS)
+                args: tuple = (statistics_file, options.steps, DECODE_SECONDS)
             else:
                 floor = probes.prefill_seconds(case, config, length, speed["float32"], speed["bfloat16"])
                 args = ()
@@ -250,7 +254,9 @@ def run_case(bench: Benchmark, case: Case, folder: Path) -> dict[str, Any]:
             row["logits_off"] = differences(results)
             print_rows(measure, length, results, floor)
             if row["logits_off"]:
-                print("    logits off by " + ", ".join(f"{way} {off:.1e}" for way, off in row["logits_off"].items()))
+                print(
+                    "    logits off by " + ", ".join(f"{method} {off:.1e}" for method, off in row["logits_off"].items())
+                )
             rows.append(row)
     outcome: dict[str, Any] = {"case": case.name, "machine": speed, "measurements": rows}
     if "quality" in options.measures:
@@ -259,7 +265,7 @@ def run_case(bench: Benchmark, case: Case, folder: Path) -> dict[str, Any]:
         print(f"\n  pages against exact, after {length:,} tokens were read")
         for when in ("reading", "decoding"):
             if when in outcome["quality"]:
-                print(f"    {when:10} {told(outcome['quality'][when])}")
+                print(f"    {when:10} {format_quality(outcome['quality'][when])}")
     names = ("goal", "wanted", "measured", "reached")
     outcome["goals"] = [dict(zip(names, goal, strict=True)) for goal in goals(measured)]
     for goal in outcome["goals"]:
@@ -276,13 +282,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="timed decoding steps per round")
     parser.add_argument("--only", default="", help="run the models whose name contains this")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of memory, and of prompts")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="which ways to run")
+    parser.add_argument("--ways", nargs="+", choices=METHODS, default=list(METHODS), help="which ways to run")
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), help="what to measure")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each measurement")
-    parser.add_argument("--memory", type=float, default=24, help="GiB that a measurement may take")
-    parser.add_argument("--limit", type=float, help="seconds that a measurement may take (450, base model 90)")
+    parser.add_argument("--memory-limit", type=float, default=24, help="GiB that a measurement may take")
+    parser.add_argument("--time-limit", type=float, help="seconds that a measurement may take (450, base model 90)")
     options = parser.parse_args()
-    # OpenMP reads it when a process starts; torch is told, too.
+    # OpenMP reads it when a process starts; torch is format_quality, too.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     options.lengths.sort()
     transformers.logging.set_verbosity_error()

@@ -2,7 +2,7 @@
 
     python benchmarks/memory_layers.py TEXTS [--model default] [--tokens 3000] [--json FILE]
 
-Prompts of several kinds hide a needle in TEXTS (files, folders) or in the published filler. All but their ends are read
+Prompts of several kinds hide_in_memory a needle in TEXTS (files, folders) or in the published filler. All but their ends are read
 once, in windows that don't see one another, into a memory of all layers. Then each set of layers reads only the ends
 and the answers: all layers, then ever fewer, without those that the loss misses least (three at a time, from 12 layers
 on one at a time).
@@ -34,12 +34,12 @@ NEEDLES = (
     Needle("The secret code of the harbour office is {key}."),
     Needle("Maria's locker at the station has the number {key}.", "Which number has Maria's locker? It is number"),
 )
-LOCAL = 48  # tokens at a prompt's end that aren't in memory
-FEW, AT_ONCE = 12, 3
+LOCAL_TOKENS = 48  # tokens at a prompt's end that aren't in memory
+SINGLE_STEP_BELOW, LAYERS_PER_STEP = 12, 3
 
 
 @dataclass
-class Hidden:
+class PromptInMemory:
     """A prompt whose first part is in memory."""
 
     memory: MemoryBank
@@ -47,17 +47,17 @@ class Hidden:
     answer: int  # tokens of the answer
 
 
-def hide(model: LongLlamaForCausalLM, prompt: list[int], answer: list[int]) -> Hidden:
+def hide_in_memory(model: LongLlamaForCausalLM, prompt: list[int], answer: list[int]) -> PromptInMemory:
     """Read a prompt's windows, each by itself."""
     memory = model.new_memory()
-    read, window = prompt[:-LOCAL], model.config.max_position_embeddings
+    read, window = prompt[:-LOCAL_TOKENS], model.config.max_position_embeddings
     for start in range(0, len(read), window):
         model.read(read[start : start + window], memory, segment=str(start))
-    return Hidden(memory, torch.tensor([prompt[-LOCAL:] + answer]), len(answer))
+    return PromptInMemory(memory, torch.tensor([prompt[-LOCAL_TOKENS:] + answer]), len(answer))
 
 
 @torch.no_grad()
-def loss(model: LongLlamaForCausalLM, hidden: list[Hidden], layers: list[int]) -> tuple[float, float]:
+def loss(model: LongLlamaForCausalLM, hidden: list[PromptInMemory], layers: list[int]) -> tuple[float, float]:
     """Mean loss of the answers' tokens, and the share of them that the model would have said."""
     config, losses, right = model.config, [], []
     config.mem_layers = sorted(layers)
@@ -75,15 +75,17 @@ def loss(model: LongLlamaForCausalLM, hidden: list[Hidden], layers: list[int]) -
 
 def prompts(tokenizer: Any, haystacks: list[Haystack], tokens: int, number: int) -> list[tuple[list[int], list[int]]]:
     """Prompts of all kinds at depths from start to end, with their answers."""
-    draw, made = random.Random(0), []
+    rng, prompts_and_answers = random.Random(0), []
     for haystack in haystacks:
         for needle in NEEDLES:
             for i in range(number):
-                key = str(draw.randint(1000, 49999))
+                key = str(rng.randint(1000, 49999))
                 depth = (i + 0.5) / number
                 prompt = build_prompt(tokenizer, tokens, depth, key, needle=needle, haystack=haystack)
-                made.append((prompt.input_ids, tokenizer(f" {key}", add_special_tokens=False)["input_ids"]))
-    return made
+                prompts_and_answers.append(
+                    (prompt.input_ids, tokenizer(f" {key}", add_special_tokens=False)["input_ids"])
+                )
+    return prompts_and_answers
 
 
 def main() -> None:
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--model", default="base")
     parser.add_argument("--tokens", type=int, default=3000)
-    parser.add_argument("--prompts", type=int, default=3, help="of each kind")
+    parser.add_argument("--num-prompts", type=int, default=3, help="of each kind")
     parser.add_argument("--layers", type=int, nargs="+", help="to begin with; default: all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -102,8 +104,8 @@ def main() -> None:
     count = load_long_model(options.model, mem_layers=[0]).config.num_hidden_layers
     model = load_long_model(options.model, mem_layers=list(range(count)), context_length=512)
     haystacks = [PUBLISHED_HAYSTACK, read_haystack(options.texts, 2 * options.tokens)]
-    made = prompts(tokenizer, haystacks, options.tokens, options.prompts)
-    hidden = [hide(model, *each) for each in made]
+    prompts_and_answers = prompts(tokenizer, haystacks, options.tokens, options.num_prompts)
+    hidden = [hide_in_memory(model, *each) for each in prompts_and_answers]
     result: dict[str, Any] = {"model": options.model, "tokens": options.tokens, "prompts": len(hidden), "sets": []}
 
     def measured(layers: list[int]) -> float:
@@ -115,14 +117,16 @@ def main() -> None:
             options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return value
 
-    left = sorted(options.layers or range(count))
-    measured(left)
-    while len(left) > 1:
-        losses = {layer: measured([each for each in left if each != layer]) for layer in left}
-        missed_least = sorted(left, key=losses.__getitem__)[: AT_ONCE if len(left) > FEW else 1]
-        left = [layer for layer in left if layer not in missed_least]
-        measured(left)
-        sys.stdout.write(f"left: {left}\n")
+    remaining = sorted(options.layers or range(count))
+    measured(remaining)
+    while len(remaining) > 1:
+        losses = {layer: measured([each for each in remaining if each != layer]) for layer in remaining}
+        lowest_loss_layers = sorted(remaining, key=losses.__getitem__)[
+            : LAYERS_PER_STEP if len(remaining) > SINGLE_STEP_BELOW else 1
+        ]
+        remaining = [layer for layer in remaining if layer not in lowest_loss_layers]
+        measured(remaining)
+        sys.stdout.write(f"remaining: {remaining}\n")
 
 
 if __name__ == "__main__":

@@ -9,31 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contenders import Case, Likeness, Ours, Published, make
+from contenders import Case, KeyValueStatistics, LlamoryMethod, PublishedMethod, make
 from llamory.longllama import LongLlamaConfig
 from llamory.memory import MemoryBank
 from llamory.memory.search.base import Search, make_search
 from llamory.memory.search.pages import PagesSearch
 from measuring import Peak, product_rate, read_rate
 
-WARM_STEPS = 2
-LEAST_STEPS = 3
+WARMUP_STEPS = 2
+MIN_STEPS = 3
 
 
-def prefill(case: Case, way: str, length: int) -> dict[str, Any]:
+def prefill(case: Case, method: str, length: int) -> dict[str, Any]:
     """Read a prompt: seconds, bytes taken above the loaded model, and the logits behind it."""
-    contender = make(case, way)
+    method_instance = make(case, method)
     ids = case.ids(length)
-    contender.read(ids[:, : case.context + 2 * case.last])  # libraries take their own time and memory once
-    contender.read(ids[:, :2])
+    method_instance.read(
+        ids[:, : case.context + 2 * case.last]
+    )  # libraries take their local_tokens time and memory once
+    method_instance.read(ids[:, :2])
     peak, start = Peak(), time.perf_counter()
-    logits = contender.read(ids)
+    logits = method_instance.read(ids)
     result: dict[str, Any] = {"seconds": time.perf_counter() - start, "peak": peak.bytes()}
     result["logits"] = logits.flatten().tolist()
-    if isinstance(contender, Published):
+    if isinstance(method_instance, PublishedMethod):
         start = time.perf_counter()
         try:
-            contender.all_logits()
+            method_instance.all_logits()
             result["all_logits_seconds"] = time.perf_counter() - start
             result["all_logits_peak"] = peak.bytes()
         except RuntimeError:  # more than the process may take
@@ -41,51 +43,51 @@ def prefill(case: Case, way: str, length: int) -> dict[str, Any]:
     return result
 
 
-def decode(case: Case, way: str, length: int, likeness: Path, steps: int, seconds: float) -> dict[str, Any]:
-    """Decode with a memory of `length` tokens, drawn to be like the model's own: seconds of each step, bytes taken."""
-    contender = make(case, way)
-    ids = case.ids(case.last + WARM_STEPS + steps)
-    contender.read(ids[:, : case.last])
-    contender.step(ids[:, :1])
-    contender.read(ids[:, : case.last])
+def decode(case: Case, method: str, length: int, statistics_file: Path, steps: int, seconds: float) -> dict[str, Any]:
+    """Decode with a memory of `length` tokens, drawn to be like the model's local_tokens: seconds of each step, bytes taken."""
+    method_instance = make(case, method)
+    ids = case.ids(case.last + WARMUP_STEPS + steps)
+    method_instance.read(ids[:, : case.last])
+    method_instance.step(ids[:, :1])
+    method_instance.read(ids[:, : case.last])
     peak = Peak()
-    contender.fill(Likeness.load(likeness), length)
+    method_instance.fill(KeyValueStatistics.load(statistics_file), length)
     peak.restart()
     times: list[float] = []
-    for step in range(WARM_STEPS + steps):
+    for step in range(WARMUP_STEPS + steps):
         token = ids[:, case.last + step : case.last + step + 1]
         start = time.perf_counter()
-        contender.step(token)
+        method_instance.step(token)
         times.append(time.perf_counter() - start)
-        if sum(times) > seconds and len(times) >= LEAST_STEPS:
+        if sum(times) > seconds and len(times) >= MIN_STEPS:
             break
-    warm = min(WARM_STEPS, len(times) - 2)
-    result: dict[str, Any] = {"first_step": times[0], "steps": times[warm:], "peak": peak.bytes()}
-    if way == "pages":
-        assert isinstance(contender, Ours) and contender.cache is not None
+    warmup = min(WARMUP_STEPS, len(times) - 2)
+    result: dict[str, Any] = {"first_step": times[0], "steps": times[warmup:], "peak": peak.bytes()}
+    if method == "pages":
+        assert isinstance(method_instance, LlamoryMethod) and method_instance.cache is not None
         comparison = Comparison()
-        comparison.watch(contender.model)
-        contender.step(ids[:, :1])
+        comparison.install(method_instance.model)
+        method_instance.step(ids[:, :1])
         result["quality"] = comparison.summary()
     return result
 
 
 def quality(case: Case, length: int) -> dict[str, Any]:
     """What pages miss on real keys: read `length` tokens exactly, then compare on a last window and while decoding."""
-    contender = Ours(case, "exact")
+    method_instance = LlamoryMethod(case, "exact")
     ids = case.ids(length + case.last + 16)
     comparison = Comparison()
-    bank = contender.model.read(ids[0, :length])
-    cache = contender.model.memory_cache(bank)
+    bank = method_instance.model.read(ids[0, :length])
+    cache = method_instance.model.memory_cache(bank)
     result = {}
     with torch.no_grad():
-        comparison.watch(contender.model)
-        contender.model(ids[:, length : length + case.last], past_key_values=cache, logits_to_keep=1)
+        comparison.install(method_instance.model)
+        method_instance.model(ids[:, length : length + case.last], past_key_values=cache, logits_to_keep=1)
         result["reading"] = comparison.summary()
         comparison = Comparison()
-        comparison.watch(contender.model)
+        comparison.install(method_instance.model)
         for step in range(length + case.last, ids.shape[1]):
-            contender.model(ids[:, step : step + 1], past_key_values=cache)
+            method_instance.model(ids[:, step : step + 1], past_key_values=cache)
         result["decoding"] = comparison.summary()
     return result
 
@@ -124,30 +126,34 @@ def prefill_seconds(case: Case, config: LongLlamaConfig, length: int, float32: f
     values. Attention to memory is counted at the faster of the two rates, as memory is kept in bfloat16.
     """
     last_memory = max(config.mem_layers or [0])
-    ahead = max(length - case.last, 0)
-    own = length - ahead
+    memory_tokens = max(length - case.last, 0)
+    local_tokens = length - memory_tokens
     keys = 2 * config.hidden_size * config.num_key_value_heads * config.head_dim
     linear = (
-        ahead * (layer_weights(config) * last_memory + keys) + own * layer_weights(config) * config.num_hidden_layers
+        memory_tokens * (layer_weights(config) * last_memory + keys)
+        + local_tokens * layer_weights(config) * config.num_hidden_layers
     )
-    windows = [min(case.context, ahead - start) for start in range(0, ahead, case.context)]
+    windows = [min(case.context, memory_tokens - start) for start in range(0, memory_tokens, case.context)]
     width = config.num_attention_heads * config.head_dim
-    local = sum(window * window / 2 for window in windows) * last_memory + own * own / 2 * config.num_hidden_layers
-    far, seen = 0.0, 0
+    local = (
+        sum(window * window / 2 for window in windows) * last_memory
+        + local_tokens * local_tokens / 2 * config.num_hidden_layers
+    )
+    memory_products, tokens_in_memory = 0.0, 0
     layers = len(config.mem_layers or ())
     for window in windows:
-        far += window * seen * (layers - 1)
-        seen += window
-    far += own * seen * layers
-    slow = 2 * (linear + config.vocab_size * config.hidden_size) + 4 * width * local
-    return slow / float32 + 4 * width * far / max(float32, bfloat16)
+        memory_products += window * tokens_in_memory * (layers - 1)
+        tokens_in_memory += window
+    memory_products += local_tokens * tokens_in_memory * layers
+    local_flops = 2 * (linear + config.vocab_size * config.hidden_size) + 4 * width * local
+    return local_flops / float32 + 4 * width * memory_products / max(float32, bfloat16)
 
 
 # ---- pages against exact ---------------------------------------------------------------------------------------------
 
 
 class Comparison:
-    """A search that answers exactly and notes how far pages are off."""
+    """A search that answers exactly and notes how memory_products pages are off."""
 
     def __init__(self) -> None:
         self.exact: Search = make_search("exact")
@@ -155,19 +161,19 @@ class Comparison:
         self.errors: dict[int, list[Tensor]] = {}
         self.found: list[Tensor] = []
 
-    def watch(self, model: Any) -> None:
+    def install(self, model: Any) -> None:
         """Take the place of a model's search."""
         model.model._memory_search()
         model.model._search = (model.model._search[0], self)
 
     def attend(self, query: Tensor, bank: MemoryBank, layer: int, scaling: float) -> tuple[Tensor, Tensor]:
         """See `Search.attend`."""
-        output, log_sum = self.exact.attend(query, bank, layer, scaling)
-        guess, _, read_sum = self.pages.attend_and_tell(query, bank, layer, scaling)
+        output, lse = self.exact.attend(query, bank, layer, scaling)
+        guess, _, read_lse = self.pages.attend_with_stats(query, bank, layer, scaling)
         error = (guess - output).float().norm(dim=-1) / output.float().norm(dim=-1)
         self.errors.setdefault(layer, []).append(error.flatten())
-        self.found.append((read_sum - log_sum).exp().flatten())
-        return output, log_sum
+        self.found.append((read_lse - lse).exp().flatten())
+        return output, lse
 
     def summary(self) -> dict[str, float]:
         """Error of the output, as a share of its size, over all queries, heads and layers; share of attention found."""

@@ -35,15 +35,15 @@ from llamory.memory.search.base import make_search
 from llamory.memory.search.exact import ExactSearch
 
 WINDOW = 512
-ALONE = 16  # queries asked one at a time
+NUM_SINGLE_QUERIES = 16  # queries asked one at a time
 LAYERS = (5, 10, 15, 20, 25, 29)
 MODULES = "argparse typing tarfile difflib inspect zipfile doctest pdb optparse ast smtplib ipaddress pickle".split()
-WAYS = {"pages": (8, 32, 128), "faiss": (32, 128, 512)}
+METHODS = {"pages": (8, 32, 128), "faiss": (32, 128, 512)}
 
 
 @dataclass
 class Case:
-    """Keys and values (kv_heads, tokens, head_dim) and a window of queries (heads, WINDOW, head_dim)."""
+    """Keys and values (kv_heads, tokens, head_dim) and a window of queries (headers, WINDOW, head_dim)."""
 
     name: str
     keys: torch.Tensor
@@ -51,12 +51,12 @@ class Case:
     queries: torch.Tensor
 
 
-class OneBlock:
+class SingleBlockBank:
     """The least that a search needs of a memory bank."""
 
     def __init__(self, case: Case):
-        heads, tokens, head_dim = case.keys.shape
-        block = Block.allocate(heads, tokens, head_dim, torch.bfloat16)
+        headers, tokens, head_dim = case.keys.shape
+        block = Block.allocate(headers, tokens, head_dim, torch.bfloat16)
         block.write(case.keys, case.values)
         self._spans = [Span(block, 0, tokens)]
 
@@ -74,11 +74,11 @@ def real_cases(tokens: int) -> Iterator[Case]:
     text = "\n".join((library / f"{name}.py").read_text() for name in MODULES)
     ids = torch.tensor(load_tokenizer("default")(text).input_ids[: tokens + WINDOW])
     assert len(ids) == tokens + WINDOW, f"the text has only {len(ids)} tokens"
-    seen: dict[tuple[int, str], list[torch.Tensor]] = {}
+    projections: dict[tuple[int, str], list[torch.Tensor]] = {}
     for layer in LAYERS:
         for name in ("q_proj", "k_proj", "v_proj"):
             getattr(model.model.layers[layer].self_attn, name).register_forward_hook(
-                lambda _module, _args, output, at=(layer, name): seen.setdefault(at, []).append(output[0])
+                lambda _module, _args, output, at=(layer, name): projections.setdefault(at, []).append(output[0])
             )
     for window in ids.split(WINDOW):
         model.model(window[None])
@@ -86,7 +86,7 @@ def real_cases(tokens: int) -> Iterator[Case]:
     cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(WINDOW)[None])
     for layer in LAYERS:
         query, key, value = (
-            torch.cat(seen[layer, name]).unflatten(-1, (-1, head_dim)).transpose(0, 1)
+            torch.cat(projections[layer, name]).unflatten(-1, (-1, head_dim)).transpose(0, 1)
             for name in ("q_proj", "k_proj", "v_proj")
         )
         query, _ = apply_rotary_pos_emb(query[None, :, -WINDOW:], query[None, :, -WINDOW:], cos, sin)
@@ -95,32 +95,34 @@ def real_cases(tokens: int) -> Iterator[Case]:
 
 def synthetic_cases(tokens: int) -> Iterator[Case]:
     """Keys and queries made so that a way of searching may fail on them."""
-    chance = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, 64, generator=chance)
+        return torch.randn(*shape, 64, generator=rng)
 
     keys, values, queries = noise(2, tokens), noise(2, tokens), noise(4, WINDOW)
     yield Case("noise", keys, values, queries)
     yield Case("noise, queries 3 times as long", keys, values, queries * 3)
     centres = noise(2, 256) * 1.5
-    names = torch.randint(256, (2, tokens), generator=chance)
+    names = torch.randint(256, (2, tokens), generator=rng)
     clustered = centres.gather(1, names[..., None].expand(-1, -1, 64)) + 0.5 * noise(2, tokens)
-    wanted = centres[:, torch.arange(WINDOW) % 256].repeat_interleave(2, 0) + 0.5 * noise(4, WINDOW)
-    yield Case("clusters, of the values too", clustered, values + clustered, wanted)
+    clustered_queries = centres[:, torch.arange(WINDOW) % 256].repeat_interleave(2, 0) + 0.5 * noise(4, WINDOW)
+    yield Case("clusters, of the values too", clustered, values + clustered, clustered_queries)
     # Each query has one key of its own: no longer than the others, but the query points at it and is long.
-    places = torch.randperm(tokens, generator=chance)[:WINDOW]
-    needles = keys[:, places]
+    positions = torch.randperm(tokens, generator=rng)[:WINDOW]
+    needles = keys[:, positions]
     needles = needles * 8 / needles.norm(dim=-1, keepdim=True)
     with_needles = keys.clone()
-    with_needles[:, places] = needles
+    with_needles[:, positions] = needles
     yield Case("one needle per query in noise", with_needles, values, needles.repeat_interleave(2, 0) * 3)
-    # Keys share a direction that queries avoid, as in models whose heads rest on one token.
+    # Keys share a direction that queries avoid, as in models whose headers rest on one token.
     direction = noise(2, 1) / 8
     yield Case("queries unlike the keys", keys + 6 * direction, values, queries - 6 * direction.repeat_interleave(2, 0))
 
 
-def measure(case: Case, way: str, top_k: int, bank: OneBlock, exact: tuple[torch.Tensor, torch.Tensor]) -> list[dict]:
+def measure(
+    case: Case, way: str, top_k: int, bank: SingleBlockBank, exact: tuple[torch.Tensor, torch.Tensor]
+) -> list[dict]:
     """Ask one way for a window and for single queries."""
     search, scaling = make_search(way, top_k), case.queries.shape[-1] ** -0.5
     size = case.values.bfloat16().float().square().sum(-1).mean(-1).sqrt()
@@ -128,17 +130,17 @@ def measure(case: Case, way: str, top_k: int, bank: OneBlock, exact: tuple[torch
     rows = []
     for kind, chosen in (
         ("window", [torch.arange(WINDOW)]),
-        ("alone", torch.arange(0, WINDOW, WINDOW // ALONE).split(1)),
+        ("alone", torch.arange(0, WINDOW, WINDOW // NUM_SINGLE_QUERIES).split(1)),
     ):
-        told = [search.attend_and_tell(case.queries[None, :, at], bank, 0, scaling) for at in chosen]
+        results_with_stats = [search.attend_with_stats(case.queries[None, :, at], bank, 0, scaling) for at in chosen]
         start = time.perf_counter()
         for at in chosen:
             search.attend(case.queries[None, :, at], bank, 0, scaling)
         seconds = (time.perf_counter() - start) / len(chosen)
-        output, log_sum, read_sum = (torch.cat(tensors, 2)[0] for tensors in zip(*told, strict=True))
+        output, lse, read_lse = (torch.cat(tensors, 2)[0] for tensors in zip(*results_with_stats, strict=True))
         expected, expected_sum = (tensor[:, torch.cat(list(chosen))] for tensor in exact)
-        wrong = (output - expected).norm(dim=-1)
-        relative = wrong / expected.norm(dim=-1)
+        difference = (output - expected).norm(dim=-1)
+        relative = difference / expected.norm(dim=-1)
         rows.append(
             {
                 "case": case.name,
@@ -147,10 +149,10 @@ def measure(case: Case, way: str, top_k: int, bank: OneBlock, exact: tuple[torch
                 "queries": kind,
                 "error_mean": relative.mean().item(),
                 "error_p90": relative.flatten().quantile(0.9).item(),
-                "error_of_values": (wrong / size).mean().item(),
-                "log_sum_error": (log_sum - expected_sum).abs().mean().item(),
-                "mass_found": (read_sum - expected_sum).exp().clamp_max(1).mean().item(),
-                "read_everything": (read_sum == log_sum).float().mean().item(),
+                "error_of_values": (difference / size).mean().item(),
+                "log_sum_error": (lse - expected_sum).abs().mean().item(),
+                "mass_found": (read_lse - expected_sum).exp().clamp_max(1).mean().item(),
+                "read_everything": (read_lse == lse).float().mean().item(),
                 "milliseconds": seconds * 1e3,
             }
         )
@@ -177,16 +179,16 @@ def main() -> None:
     machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     command = f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip()
     print(f"{machine}; {options.tokens} tokens of memory, bfloat16")
-    heads = f"{'error':>7}{'p90':>7}{'of values':>10}{'mass':>7}{'everything':>11}{'ms':>9}"
-    print(f"{'':32}{'':6}{'top_k':>6} {'queries':8}{heads}")
+    headers = f"{'error':>7}{'p90':>7}{'of values':>10}{'mass':>7}{'everything':>11}{'ms':>9}"
+    print(f"{'':32}{'':6}{'top_k':>6} {'queries':8}{headers}")
     results: list[dict] = []
     cases = (case for make in (real_cases, synthetic_cases) for case in _only(make, options))
     for case in cases:
-        bank = OneBlock(case)
-        output, log_sum = ExactSearch().attend(case.queries[None], bank, 0, case.queries.shape[-1] ** -0.5)
-        for way, counts in WAYS.items():
+        bank = SingleBlockBank(case)
+        output, lse = ExactSearch().attend(case.queries[None], bank, 0, case.queries.shape[-1] ** -0.5)
+        for way, counts in METHODS.items():
             for top_k in counts:
-                for row in measure(case, way, top_k, bank, (output[0], log_sum[0])):
+                for row in measure(case, way, top_k, bank, (output[0], lse[0])):
                     results.append(row)
                     print(
                         f"{row['case']:32}{row['way']:6}{row['top_k']:6} {row['queries']:8}{row['error_mean']:7.3f}"
@@ -194,8 +196,8 @@ def main() -> None:
                         f"{row['read_everything']:11.3f}{row['milliseconds']:9.2f}"
                     )
     if options.json:
-        facts = {"machine": machine, "command": command, "tokens": options.tokens}
-        options.json.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n")
+        metadata = {"machine": machine, "command": command, "tokens": options.tokens}
+        options.json.write_text(json.dumps(metadata | {"results": results}, indent=1) + "\n")
 
 
 def _only(make: object, options: argparse.Namespace) -> Iterator[Case]:

@@ -47,14 +47,14 @@ def read_texts(count: int, tokens: int) -> Tensor:
     """Token ids (texts, tokens)."""
     tokenizer = load_tokenizer("default")
     rows = [tokenizer(topics[name], verbose=False)["input_ids"][:tokens] for name in TEXTS[:count]]
-    short = [name for name, row in zip(TEXTS, rows, strict=False) if len(row) < tokens]
-    if short:
-        raise SystemExit(f"{', '.join(short)}: shorter than {tokens} tokens; choose fewer overflows.")
+    too_short = [name for name, row in zip(TEXTS, rows, strict=False) if len(row) < tokens]
+    if too_short:
+        raise SystemExit(f"{', '.join(too_short)}: shorter than {tokens} tokens; choose fewer overflows.")
     return torch.tensor(rows)
 
 
 @torch.no_grad()
-def losses_with_memory(model: LongLlamaForCausalLM, ids: Tensor, step: int) -> Tensor:
+def memory_losses(model: LongLlamaForCausalLM, ids: Tensor, step: int) -> Tensor:
     """Negative log-likelihood (texts, tokens - PROMPT) of what follows the prompt, fed `step` tokens at a time."""
     output = model(ids[:, :PROMPT], logits_to_keep=1)
     parts = [_loss(output.logits, ids[:, PROMPT : PROMPT + 1])]
@@ -66,7 +66,7 @@ def losses_with_memory(model: LongLlamaForCausalLM, ids: Tensor, step: int) -> T
 
 
 @torch.no_grad()
-def losses_of_plain(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+def baseline_losses(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     """The same of a model that sees everything."""
     keep = ids.shape[1] - PROMPT + 1
     rows = [_loss(model(row[None], logits_to_keep=keep).logits[:, :-1], row[None, PROMPT:]) for row in ids]
@@ -77,7 +77,7 @@ def _loss(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
 
-def around_overflows(losses: Tensor, overflows: int) -> Tensor:
+def mean_loss_around_overflows(losses: Tensor, overflows: int) -> Tensor:
     """Mean loss (CONTEXT,) by distance to the overflow, from CONTEXT / 2 before it to CONTEXT / 2 behind.
 
     Column 0 of `losses` is predicted by the prompt's last token; the first token that doesn't fit makes the prediction
@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--plot", type=Path, help="draw them into this SVG or PNG file")
-    parser.add_argument("--texts", type=int, default=len(TEXTS), help="how many texts")
+    parser.add_argument("--num-texts", type=int, default=len(TEXTS), help="how many texts")
     parser.add_argument("--overflows", type=int, default=3, help="of the local cache, in each text")
     parser.add_argument(
         "--mem-layers",
@@ -145,10 +145,10 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     # One token predicts the next; the last overflow needs half a context behind it.
-    ids = read_texts(options.texts, 1 + CONTEXT * options.overflows + CONTEXT // 2)
+    ids = read_texts(options.num_texts, 1 + CONTEXT * options.overflows + CONTEXT // 2)
     plain = load_model("default", LlamaForCausalLM, dtype=torch.float32)
     assert isinstance(plain, LlamaForCausalLM)
-    plain_curve = summary(around_overflows(losses_of_plain(plain, ids), options.overflows))
+    plain_curve = summary(mean_loss_around_overflows(baseline_losses(plain, ids), options.overflows))
     del plain
     panels = []
     for choice in options.mem_layers:
@@ -164,7 +164,7 @@ def main() -> None:
                 dtype=torch.float32,
                 local_cache_overflow=way,
             )
-            curves[way] = summary(around_overflows(losses_with_memory(model, ids, step), options.overflows))
+            curves[way] = summary(mean_loss_around_overflows(memory_losses(model, ids, step), options.overflows))
             print_row(choice, way, curves[way], time.perf_counter() - start)
         curves["plain"] = plain_curve
         print_row(choice, "plain", plain_curve, 0)
@@ -174,7 +174,7 @@ def main() -> None:
     result = {
         "machine": f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "python": platform.python_version(),
-        "texts": TEXTS[: options.texts],
+        "texts": TEXTS[: options.num_texts],
         "overflows": options.overflows,
         "context": CONTEXT,
         "prompt": PROMPT,

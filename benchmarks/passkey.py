@@ -1,14 +1,14 @@
 """The passkey table: the base model and the reader, reading exactly and with search, as prompts grow to 1M tokens.
 
-    python benchmarks/passkey.py OUT [--texts DOCUMENTS] [--only NAME ...] [--longest 256k] [--json FILE]
+    python benchmarks/passkey.py OUT [--texts DOCUMENTS] [--only NAME ...] [--max_prompt_length 256k] [--json FILE]
         [--figures FOLDER]
 
 Each run is `llamory eval passkey` into OUT/NAME, cell by cell, so that a run that was stopped goes on where it was.
-What is longer than --longest waits for a later call. Windows are read by themselves and mounted (--apart), but for the
+What is longer than --max_prompt_length waits for a later call. Windows are read by themselves and mounted (--independent-documents), but for the
 runs "in order", in which each sees those before it, as the paper's do. Searches with other budgets have five depths.
 With --texts the other fillers and secrets are run too, of all that is in memory and focused, as `llamory ask` answers.
 All that OUT has is printed as a table, written as JSON and drawn: a heat map of each run on the published prompt, and
-shares by length beside the line that LongLLaMA's authors published for their 3B model (arXiv:2307.03170, section 5.2).
+mean_by_length by length beside the line that LongLLaMA's authors published for their 3B model (arXiv:2307.03170, section 5.2).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 
 from llamory.cli.eval_options import token_count  # noqa: E402
 from llamory.evaluation.passkey import PasskeyResult  # noqa: E402
-from llamory.evaluation.passkey_results import PasskeyReport  # noqa: E402
+from llamory.evaluation.passkey_results import PasskeyResultsFile  # noqa: E402
 from llamory.evaluation.plots import Panel, draw_heat_map  # noqa: E402
 
 LENGTHS = ("4k", "8k", "16k", "32k", "64k", "128k", "256k", "1M")
@@ -49,26 +49,28 @@ class Run:
     lengths: tuple[str, ...] = LENGTHS
     depths: str = DEPTHS
     published: bool = True
-    apart: bool = True
+    independent_documents: bool = True
 
 
 def runs(options: argparse.Namespace) -> dict[str, Run]:
     """All of them, by name."""
-    made = {
+    runs_by_name = {
         "base model": Run(options.base, lengths=LENGTHS[:5]),
         "reader, exact": Run(options.reader),
         "reader, pages": Run(options.reader, ("--mem-search", "pages")),
         "reader, 128 best": Run(options.reader, best(128)),
         "base model, in order": Run(
-            options.base, lengths=LENGTHS[:2], depths=OTHER_DEPTHS, apart=False, published=False
+            options.base, lengths=LENGTHS[:2], depths=OTHER_DEPTHS, independent_documents=False, published=False
         ),
-        "reader, in order": Run(options.reader, lengths=LENGTHS[:3], depths=OTHER_DEPTHS, apart=False, published=False),
+        "reader, in order": Run(
+            options.reader, lengths=LENGTHS[:3], depths=OTHER_DEPTHS, independent_documents=False, published=False
+        ),
     }
     budgets = {f"reader, {tokens} best": best(tokens) for tokens in (1, 2, 8, 32, 512, 2048)}
     for pages in (1, 2, 8):
         budgets[f"reader, {pages} pages"] = ("--mem-search", "pages", "--mem-top-k", str(pages))
     for name, flags in budgets.items():
-        made[name] = Run(options.reader, flags, BUDGET_LENGTHS, OTHER_DEPTHS, published=False)
+        runs_by_name[name] = Run(options.reader, flags, BUDGET_LENGTHS, OTHER_DEPTHS, published=False)
     texts = tuple(word for path in options.texts for word in ("--haystack", str(path)))
     if texts:
         for model in ("base", "reader"):
@@ -76,35 +78,37 @@ def runs(options: argparse.Namespace) -> dict[str, Run]:
             for key in ("number", "name", "date", "sentence"):
                 flags = (*texts, "--key", key)
                 name = f"{model}, real text, {key}"
-                made[name] = Run(getattr(options, model), flags, lengths, OTHER_DEPTHS, published=False)
+                runs_by_name[name] = Run(getattr(options, model), flags, lengths, OTHER_DEPTHS, published=False)
                 if model == "reader":
-                    made[f"{name}, focused"] = replace(made[name], flags=(*flags, "--focus", "100"))
-    return made
+                    runs_by_name[f"{name}, focused"] = replace(
+                        runs_by_name[name], flags=(*flags, "--evidence-ratio", "100")
+                    )
+    return runs_by_name
 
 
 def best(tokens: int) -> tuple[str, ...]:
     """Flags for reading so many of the best tokens of memory only, as in the paper."""
-    return ("--mem-search", "faiss", "--mem-only-top-k", "--mem-top-k", str(tokens))
+    return ("--mem-search", "faiss", "--mem-top-k-attention", "--mem-top-k", str(tokens))
 
 
 def measure(name: str, run: Run, options: argparse.Namespace) -> None:
     """Run what is missing of it."""
-    lengths = [length for length in run.lengths if token_count(length) <= token_count(options.longest)]
+    lengths = [length for length in run.lengths if token_count(length) <= token_count(options.max_prompt_length)]
     if not lengths:
         return
-    words = [sys.executable, "-m", "llamory", "eval", "passkey", run.model, *run.flags]
-    words += ["--apart"] if run.apart else []
-    words += ["--lengths", ",".join(lengths), "--depths", run.depths, "--trials", "1", "--bf16"]
-    words += ["--output", str(folder(name, options))]
-    done = subprocess.run(words, stdout=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    command = [sys.executable, "-m", "llamory", "eval", "passkey", run.model, *run.flags]
+    command += ["--independent-documents"] if run.independent_documents else []
+    command += ["--lengths", ",".join(lengths), "--depths", run.depths, "--trials", "1", "--bf16"]
+    command += ["--output", str(folder(name, options))]
+    process = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def folder(name: str, options: argparse.Namespace) -> Path:
     """Where a run is kept."""
-    place: Path = options.output / name.replace(", ", "_").replace(" ", "_")
-    return place
+    run_folder: Path = options.output / name.replace(", ", "_").replace(" ", "_")
+    return run_folder
 
 
 def found(name: str, options: argparse.Namespace) -> PasskeyResult | None:
@@ -113,11 +117,11 @@ def found(name: str, options: argparse.Namespace) -> PasskeyResult | None:
     if not file.exists():
         return None
     document = json.loads(file.read_text(encoding="utf-8"))
-    return PasskeyReport(file, document["settings"]).results["memory"]
+    return PasskeyResultsFile(file, document["settings"]).results["memory"]
 
 
-def shares(result: PasskeyResult) -> dict[int, tuple[float, float, float]]:
-    """By length, where all depths were run: keys found whole, digits or words in place, seconds per prompt."""
+def mean_by_length(result: PasskeyResult) -> dict[int, tuple[float, float, float]]:
+    """By length, where all depths were run: keys found whole, digits or command in run_folder, seconds per prompt."""
     by_length = {}
     for length in result.lengths:
         cells = [cell for cell in result.cells if cell.length == length]
@@ -132,24 +136,24 @@ def shares(result: PasskeyResult) -> dict[int, tuple[float, float, float]]:
 def table(results: dict[str, PasskeyResult]) -> str:
     """The Markdown of it: keys found, and how long a prompt took."""
     lengths = sorted({length for result in results.values() for length in result.lengths})
-    heads = [f"{length >> 20}M" if length >= 1 << 20 else f"{length >> 10}k" for length in lengths]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    headers = [f"{length >> 20}M" if length >= 1 << 20 else f"{length >> 10}k" for length in lengths]
+    lines = ["| | " + " | ".join(headers) + " |", "|---" * (len(headers) + 1) + "|"]
     for name, result in results.items():
-        measured = shares(result)
+        measured = mean_by_length(result)
         cells = [f"{measured[length][0]:.0%}" if length in measured else "" for length in lengths]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def draw(results: dict[str, PasskeyResult], wanted: dict[str, Run], target: Path) -> None:
+def draw(results: dict[str, PasskeyResult], all_runs: dict[str, Run], target: Path) -> None:
     """The heat maps and the line plot of the published prompt."""
-    shown = {name: result for name, result in results.items() if wanted[name].published}
+    shown = {name: result for name, result in results.items() if all_runs[name].published}
     if not shown:
         return
     draw_heat_map(target / "passkey.png", "Passkeys found", [Panel(name, result) for name, result in shown.items()])
     figure, axes = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
     for name, result in shown.items():
-        points = shares(result)
+        points = mean_by_length(result)
         axes.plot(list(points), [100 * each[0] for each in points.values()], marker="o", markersize=4, label=name)
     published = [100 * share for share in PUBLISHED.values()]
     axes.plot(list(PUBLISHED), published, "--s", color="#666666", markersize=4, label="LongLLaMA 3B, as published")
@@ -170,28 +174,28 @@ def main() -> None:
     parser.add_argument("--reader", default="reader")
     parser.add_argument("--texts", type=Path, nargs="+", default=[])
     parser.add_argument("--only", nargs="+")
-    parser.add_argument("--longest", default=LENGTHS[-1])
+    parser.add_argument("--max_prompt_length", default=LENGTHS[-1])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figures", type=Path)
     options = parser.parse_args()
-    wanted = runs(options)
-    for name, run in wanted.items():
+    all_runs = runs(options)
+    for name, run in all_runs.items():
         if options.only is None or name in options.only:
             measure(name, run, options)
-    results = {name: result for name in wanted if (result := found(name, options)) is not None}
+    results = {name: result for name in all_runs if (result := found(name, options)) is not None}
     sys.stdout.write(table(results) + "\n")
     if options.json:
         written: dict[str, Any] = {}
         for name, result in results.items():
             lines = {
                 str(length): {"found": one, "digits": two, "seconds": round(three, 1)}
-                for length, (one, two, three) in shares(result).items()
+                for length, (one, two, three) in mean_by_length(result).items()
             }
             missed = [[cell.length, cell.depth] for cell in result.cells if cell.accuracy < 1]
             written[name] = {"by length": lines, "missed at length and depth": missed}
         options.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     if options.figures:
-        draw(results, wanted, options.figures)
+        draw(results, all_runs, options.figures)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """LongLLaMA the published way, written down plainly: what `memory_attention.py` compares with.
 
 The same weights and the same results as `LongLlamaForCausalLM` with exact search, done as the published code does it:
-memory is one tensor per layer that is concatenated anew at every window, kept in bfloat16 and cast up whole at every
-use; local keys are kept before the rotary embedding, concatenated and rotated again at every step; everything is
+memory is one tensor per layer that is concat_tokens anew at every window, kept in bfloat16 and cast up whole at every
+use; local keys are kept before the rotary embedding, concat_tokens and rotated again at every step; everything is
 masked with additive masks; a full local cache goes into memory at once; logits are computed for the whole prompt.
 """
 
@@ -20,7 +20,7 @@ LOWEST_SCORE = -1e6
 
 
 @dataclass
-class Kept:
+class CachedKeysValues:
     """Keys, values (batch, kv_heads, tokens, head_dim) and what is added to their scores (batch, 1, tokens, 1)."""
 
     keys: Tensor
@@ -28,7 +28,7 @@ class Kept:
     mask: Tensor | None = None
 
 
-class PublishedWay:
+class ReferenceLongLlama:
     """A LLaMA that reads with memory; for batches without padding.
 
     Args:
@@ -60,18 +60,18 @@ class PublishedWay:
         self.mem_dtype, self.positionals, self.sdpa = mem_dtype, positionals, sdpa
         self.head_dim = model.config.head_dim
         self.groups = model.config.num_attention_heads // model.config.num_key_value_heads
-        self.memory: dict[int, Kept] = {}
-        self.local: dict[int, Kept] = {}
+        self.memory: dict[int, CachedKeysValues] = {}
+        self.local: dict[int, CachedKeysValues] = {}
 
     @torch.no_grad()
     def read(self, ids: Tensor, use_cache: bool = True) -> Tensor:
         """Read a prompt (batch, length), window by window. Gives the hidden states (batch, length, hidden)."""
-        ahead = max(ids.shape[1] - self.last, 0)
+        memory_tokens = max(ids.shape[1] - self.last, 0)
         states = [
-            self._forward(ids[:, start : min(start + self.context, ahead)], use_cache=False)
-            for start in range(0, ahead, self.context)
+            self._forward(ids[:, start : min(start + self.context, memory_tokens)], use_cache=False)
+            for start in range(0, memory_tokens, self.context)
         ]
-        states.append(self._forward(ids[:, ahead:], use_cache))
+        states.append(self._forward(ids[:, memory_tokens:], use_cache))
         return torch.cat(states, 1)
 
     @torch.no_grad()
@@ -95,19 +95,21 @@ class PublishedWay:
         # Memory of the step before is held until the whole step is done.
         memory = dict(self.memory)
         for index, layer in enumerate(self.model.model.layers):
-            attended = self._attention(index, layer.input_layernorm(hidden), mask, use_cache, memory)
-            hidden = hidden + attended
+            attention_output = self._attention(index, layer.input_layernorm(hidden), mask, use_cache, memory)
+            hidden = hidden + attention_output
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         self.memory = memory
         return self.model.model.norm(hidden)
 
-    def _attention(self, index: int, hidden: Tensor, mask: Tensor, use_cache: bool, memory: dict[int, Kept]) -> Tensor:
+    def _attention(
+        self, index: int, hidden: Tensor, mask: Tensor, use_cache: bool, memory: dict[int, CachedKeysValues]
+    ) -> Tensor:
         layer, width, has_memory = self.model.model.layers[index].self_attn, hidden.shape[1], index in self.mem_layers
         query, key, value = (
             part(hidden).view(*hidden.shape[:2], -1, self.head_dim).transpose(1, 2)
             for part in (layer.q_proj, layer.k_proj, layer.v_proj)
         )
-        raw_key, own_value = key, value
+        raw_key, local_value = key, value
         if use_cache:
             if index in self.local:
                 key = torch.cat([self.local[index].keys, key], 2)
@@ -115,58 +117,64 @@ class PublishedWay:
                 past = key.shape[2] - width
                 if key.shape[2] > self.context:
                     if has_memory:
-                        self._remember(index, key[:, :, :past], value[:, :, :past], mask[..., :past], memory)
+                        self._append_to_memory(index, key[:, :, :past], value[:, :, :past], mask[..., :past], memory)
                     key, value, mask = key[:, :, past:], value[:, :, past:], mask[..., past:]
-            self.local[index] = Kept(key, value)
+            self.local[index] = CachedKeysValues(key, value)
         if self.positionals or not has_memory:
             cos, sin = self.model.model.rotary_emb(hidden, torch.arange(key.shape[2])[None])
-            query = _rotated(query, cos[:, -width:], sin[:, -width:])
-            key = _rotated(key, cos, sin)
+            query = _rotate(query, cos[:, -width:], sin[:, -width:])
+            key = _rotate(key, cos, sin)
         attend = self._sdpa if self.sdpa else self._eager
         output = attend(query, key, value, mask, memory.get(index))
         if has_memory and not use_cache:
-            self._remember(index, raw_key, own_value, mask, memory)
+            self._append_to_memory(index, raw_key, local_value, mask, memory)
         return layer.o_proj(output.transpose(1, 2).reshape(hidden.shape[0], width, -1))
 
-    def _remember(self, index: int, key: Tensor, value: Tensor, mask: Tensor, memory: dict[int, Kept]) -> None:
+    def _append_to_memory(
+        self, index: int, key: Tensor, value: Tensor, mask: Tensor, memory: dict[int, CachedKeysValues]
+    ) -> None:
         """Concatenate a window to a layer's memory. (A rotary embedding leaves keys at position 0 as they are.)"""
         key, value, mask = key.to(self.mem_dtype), value.to(self.mem_dtype), mask[..., -1, :, None]
         if index in memory:
-            old = memory[index]
-            assert old.mask is not None
-            key, value, mask = (torch.cat(pair, 2) for pair in ((old.keys, key), (old.values, value), (old.mask, mask)))
-        memory[index] = Kept(key, value, mask)
+            existing = memory[index]
+            assert existing.mask is not None
+            key, value, mask = (
+                torch.cat(pair, 2) for pair in ((existing.keys, key), (existing.values, value), (existing.mask, mask))
+            )
+        memory[index] = CachedKeysValues(key, value, mask)
 
-    def _eager(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, memory: Kept | None) -> Tensor:
-        scores, value = self._scores(query, key, mask), self._repeated(value)
+    def _eager(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, memory: CachedKeysValues | None
+    ) -> Tensor:
+        scores, value = self._scores(query, key, mask), self._repeat_kv(value)
         if memory is not None:
             assert memory.mask is not None
-            far = self._scores(query, memory.keys.to(query.dtype), memory.mask.squeeze(-1).unsqueeze(-2))
-            scores = torch.cat([scores, far], -1)
-            value = torch.cat([value, self._repeated(memory.values.to(value.dtype))], 2)
+            memory_scores = self._scores(query, memory.keys.to(query.dtype), memory.mask.squeeze(-1).unsqueeze(-2))
+            scores = torch.cat([scores, memory_scores], -1)
+            value = torch.cat([value, self._repeat_kv(memory.values.to(value.dtype))], 2)
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
         return torch.matmul(weights, value)
 
     def _scores(self, query: Tensor, key: Tensor, mask: Tensor) -> Tensor:
-        scores = torch.matmul(query, self._repeated(key).transpose(2, 3)) / math.sqrt(self.head_dim)
+        scores = torch.matmul(query, self._repeat_kv(key).transpose(2, 3)) / math.sqrt(self.head_dim)
         scores = scores + mask
         return torch.max(scores, torch.tensor(LOWEST_SCORE, dtype=scores.dtype))
 
-    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, memory: Kept | None) -> Tensor:
+    def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, memory: CachedKeysValues | None) -> Tensor:
         if memory is not None:
             assert memory.mask is not None
             key = torch.cat([key, memory.keys.to(key.dtype)], 2)
             value = torch.cat([value, memory.values.to(value.dtype)], 2)
-            far = memory.mask.squeeze(-1).unsqueeze(-2).expand(-1, -1, query.shape[2], -1)
-            mask = torch.cat([mask, far], -1)
+            memory_scores = memory.mask.squeeze(-1).unsqueeze(-2).expand(-1, -1, query.shape[2], -1)
+            mask = torch.cat([mask, memory_scores], -1)
         return torch.nn.functional.scaled_dot_product_attention(
-            query, self._repeated(key), self._repeated(value), attn_mask=mask
+            query, self._repeat_kv(key), self._repeat_kv(value), attn_mask=mask
         )
 
-    def _repeated(self, tensor: Tensor) -> Tensor:
+    def _repeat_kv(self, tensor: Tensor) -> Tensor:
         """A key for each query head. (The published code knows no grouped queries; this is what plain code does.)"""
         return tensor if self.groups == 1 else tensor.repeat_interleave(self.groups, 1)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[:, None] + rotate_half(x) * sin[:, None]

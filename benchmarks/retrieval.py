@@ -19,22 +19,32 @@ from typing import Any
 METRICS = ("nDCG@10", "Recall@100")
 
 
-def evaluated(options: argparse.Namespace, data: Path, names: dict[str, str]) -> dict[str, Any]:
+def evaluate(options: argparse.Namespace, data: Path, names: dict[str, str]) -> dict[str, Any]:
     """What `llamory eval retrieval` says of a set, by the table's names."""
     work = options.output / "work" / data.name
     work.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, "-m", "llamory", "eval", "retrieval", str(data / "test"), "--output", str(work), "--bf16"]
-    words += ["--max-length", str(options.max_length), "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "llamory",
+        "eval",
+        "retrieval",
+        str(data / "test"),
+        "--output",
+        str(work),
+        "--bf16",
+    ]
+    command += ["--max-length", str(options.max_length), "--json"]
     for flag, file in (("queries", "queries.jsonl"), ("documents", "corpus.jsonl")):
-        there = (data / "test" / file).read_text(encoding="utf-8").count("\n")
-        words += [f"--{flag}", str(min(getattr(options, flag), there))]
-    for flag, given in (("--model", options.model), ("--mean-pooling", options.mean_pooling)):
-        for entry in given:
-            words += [flag, entry.partition("=")[2]]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
-    result: dict[str, Any] = json.loads(done.stdout)
+        available = (data / "test" / file).read_text(encoding="utf-8").count("\n")
+        command += [f"--{flag}", str(min(getattr(options, flag), available))]
+    for flag, entries in (("--model", options.model), ("--mean-pooling", options.mean_pooling)):
+        for entry in entries:
+            command += [flag, entry.partition("=")[2]]
+    process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if process.returncode:
+        sys.exit(process.returncode)
+    result: dict[str, Any] = json.loads(process.stdout)
     result["settings"]["data"] = f"{data.name}/test"
     result["runs"] = {names.get(name, name): facts for name, facts in result["runs"].items()}
     for entry in result["differences"]:
@@ -50,8 +60,8 @@ def cell(entry: dict[str, Any], metric: str, sign: str = "") -> str:
 
 def table(results: dict[str, dict[str, Any]], order: list[str]) -> str:
     """The Markdown of it, a row per model."""
-    heads = [f"{name}, {metric}" for name in results for metric in METRICS]
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    headers = [f"{name}, {metric}" for name in results for metric in METRICS]
+    lines = ["| | " + " | ".join(headers) + " |", "|---" * (len(headers) + 1) + "|"]
     for name in order:
         cells = [cell(result["runs"][name], metric) for result in results.values() for metric in METRICS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -73,7 +83,7 @@ def main() -> None:
     names |= {f"mean of {model}": name for name, _, model in (entry.partition("=") for entry in options.mean_pooling)}
     results = {}
     for data in options.sets:
-        results[data.name] = result = evaluated(options, data, names)
+        results[data.name] = result = evaluate(options, data, names)
         (options.output / f"{data.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(table(results, ["BM25", *names.values()]) + "\n\n")
     for data, result in results.items():

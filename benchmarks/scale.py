@@ -69,7 +69,7 @@ def measure(tokens: int) -> dict[str, Any]:
     """Passages of the standard library in numbers, and the base model reading into memory."""
     import torch
 
-    from llamory.documents import read_file, split_passages
+    from llamory.documents import chunk_document, read_file
     from llamory.llara.template import LlaraTemplate
     from llamory.longllama.loading import load_long_model
     from llamory.models.base import load_tokenizer
@@ -81,7 +81,7 @@ def measure(tokens: int) -> dict[str, Any]:
     lengths, characters, ids = [], 0, list[int]()
     for file in files[:40]:
         for document in read_file(file):
-            for passage in split_passages(document, tokenizer, 256):
+            for passage in chunk_document(document, tokenizer, 256):
                 found = tokenizer(passage.text, add_special_tokens=False)["input_ids"]
                 lengths.append(len(found))
                 characters += len(passage.text)
@@ -231,11 +231,11 @@ def tables(figures: Figures, gpu_flops: float, share: float) -> str:
             for gpus in GPUS:
                 name = f"{what}, {model.name}, {gpus} GPU{'s' if gpus > 1 else ''} (computed)"
                 lines.append(_row(name, [_time(tokens * max(flops / (rate * gpus), least)) for tokens in TOKENS]))
-    useful = figures.written_per_second / figures.encoded_per_second
+    max_workers = figures.written_per_second / figures.encoded_per_second
     search = figures._table["search"]["dense"] / figures.index["passages"]
     lines += [
         "",
-        f"One writer keeps up with {useful:,.0f} workers like this machine, or with "
+        f"One writer keeps up with {max_workers:,.0f} workers like this machine, or with "
         f"{figures.written_per_second * figures.encode_flops(base) / rate:,.2g} such GPUs encoding with the base model "
         f"({figures.written_per_second * figures.encode_flops(LARGE[1]) / rate:,.2g} with 7B). Searching all vectors "
         "exactly would take "

@@ -17,16 +17,16 @@ import numpy as np
 from transformers import logging
 
 from llamory.embedding.library_encoder import embed_passages, embed_queries
-from llamory.embedding.pipeline import load_embedder, set_query_prompt, unlabelled_texts, whitening_on
+from llamory.embedding.pipeline import fit_whitening_on_texts, load_embedder, sample_passages, set_query_prompt
 from llamory.embedding.whitening import whitening_router
 from llamory.evaluation.beir import read_beir
-from llamory.evaluation.qrels import RetrievalSet, sample
+from llamory.evaluation.qrels import RetrievalDataset, sample
 from llamory.evaluation.retrieval import score_queries
 from llamory.evaluation.retrieval_systems import search_vectors
 from llamory.llara.template import QUERY_PROMPTS
 
 
-def ndcg(data: RetrievalSet, queries: np.ndarray, documents: np.ndarray) -> float:
+def ndcg(data: RetrievalDataset, queries: np.ndarray, documents: np.ndarray) -> float:
     """Mean nDCG@10 of vectors (queries, dimension) and (documents, dimension) by their cosines."""
 
     def cosines(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -37,12 +37,14 @@ def ndcg(data: RetrievalSet, queries: np.ndarray, documents: np.ndarray) -> floa
     return float(np.mean([score.values["nDCG@10"] for score in score_queries(data, ranking)]))
 
 
-def measure(name: str, sets: dict[str, RetrievalSet], texts: Path, pieces: int, max_length: int) -> dict[str, float]:
+def measure(
+    name: str, sets: dict[str, RetrievalDataset], texts: Path, pieces: int, max_length: int
+) -> dict[str, float]:
     """All figures of one model, named by set, query prompt and what is done to the vectors."""
     embedder = load_embedder(name, max_length=max_length)
     if whitening_router(embedder) is not None:
         del embedder[-1], embedder[-1]
-    whitening = whitening_on(name, unlabelled_texts(name, texts, number=pieces), max_length=max_length)
+    whitening = fit_whitening_on_texts(name, sample_passages(name, texts, number=pieces), max_length=max_length)
     matrix, centre = whitening.matrix.numpy(), whitening.document_centre.numpy()
     found = {}
     for where, data in sets.items():
@@ -50,27 +52,27 @@ def measure(name: str, sets: dict[str, RetrievalSet], texts: Path, pieces: int, 
         for prompt in QUERY_PROMPTS:
             set_query_prompt(embedder, prompt)
             queries = embed_queries(embedder, list(data.queries.values()), bf16=True)
-            of_queries = whitening.query_centres[prompt].numpy()
-            ways = {
+            query_centre = whitening.query_centres[prompt].numpy()
+            variants = {
                 "plain": (queries, documents),
                 "centred": (queries - queries.mean(0), documents - documents.mean(0)),
-                "whitened": ((queries - of_queries) @ matrix, (documents - centre) @ matrix),
+                "whitened": ((queries - query_centre) @ matrix, (documents - centre) @ matrix),
             }
-            found |= {f"{where}, {prompt}, {way}": ndcg(data, *vectors) for way, vectors in ways.items()}
+            found |= {f"{where}, {prompt}, {way}": ndcg(data, *vectors) for way, vectors in variants.items()}
     return found
 
 
-def dev_sets(folders: list[Path], queries: int, documents: int) -> dict[str, RetrievalSet]:
+def dev_sets(folders: list[Path], queries: int, documents: int) -> dict[str, RetrievalDataset]:
     """The dev parts of folders of `llamory dataset`, drawn smaller by hash."""
     return {folder.name: sample(read_beir(folder / "dev", "dev"), queries, documents) for folder in folders}
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """The Markdown of it, a row per model."""
-    heads = list(next(iter(results.values())))
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    headers = list(next(iter(results.values())))
+    lines = ["| | " + " | ".join(headers) + " |", "|---" * (len(headers) + 1) + "|"]
     lines += [
-        f"| {name} | " + " | ".join(f"{found[head]:.3f}" for head in heads) + " |" for name, found in results.items()
+        f"| {name} | " + " | ".join(f"{found[head]:.3f}" for head in headers) + " |" for name, found in results.items()
     ]
     return "\n".join(lines)
 

@@ -29,7 +29,11 @@ QUESTIONS = [
     "run a command and read its output",
     "wrap a paragraph to a given width",
 ]
-ASKED = ["What does shlex.split do?", "What does bisect.insort_right do?", "What does bisect.insort_right do?"]
+LIBRARY_QUESTIONS = [
+    "What does shlex.split do?",
+    "What does bisect.insort_right do?",
+    "What does bisect.insort_right do?",
+]
 # Modules that programs use every day: some 1,100 functions, few enough for the patience of two cores.
 MODULES = """
 argparse base64 bisect calendar collections/__init__ configparser contextlib copy csv datetime difflib fnmatch
@@ -37,7 +41,7 @@ functools glob gzip heapq html/__init__ html/parser http/client http/server json
 linecache logging/__init__ os pathlib posixpath queue random re/__init__ secrets shelve shlex shutil socket statistics
 string subprocess tempfile textwrap threading timeit traceback urllib/parse urllib/request zipapp zipfile _strptime
 """.split()
-PASSAGE = 96
+CHUNK_SIZE = 96
 # Longer than the context that SmolLM2 was trained for, 8,192 tokens; the answer stands in the document's first lines.
 # The packaged adapter was never trained on it.
 LONG_DOCUMENT, LONG_QUESTION = "http/client.py", "What is the value of _MAXHEADERS?"
@@ -81,23 +85,23 @@ def main() -> int:
     started = time.perf_counter()
     console = Console(file=sys.stderr)
 
-    def say(text: str) -> None:
+    def report_progress(text: str) -> None:
         minutes, seconds = divmod(int(time.perf_counter() - started), 60)
         console.print(f"[bold][{minutes}:{seconds:02}][/bold] {text}", highlight=False, soft_wrap=True)
 
-    from llamory.cli.output import quieten_libraries
+    from llamory.cli.output import silence_libraries
 
-    quieten_libraries()
+    silence_libraries()
     from llamory.library import Library
 
     with tempfile.TemporaryDirectory(prefix="llamory-demo-") as name:
         folder = Path(name)
         texts = folder / "functions.jsonl"
         count = write_texts(Path(sysconfig.get_path("stdlib")), texts)
-        say(f"Indexing {count} functions of the standard library with the packaged retriever.")
+        report_progress(f"Indexing {count} functions of the standard library with the packaged retriever.")
         library = Library(folder / "library", model="default", bf16=True)
-        report = library.add(texts, passage_length=PASSAGE)
-        say(f"{report.passages} passages of {report.added} functions are indexed.")
+        report = library.add(texts, chunk_size=CHUNK_SIZE)
+        report_progress(f"{report.passages} passages of {report.added} functions are indexed.")
         out = Console()
         for question in QUESTIONS:
             out.print(f"\n[bold]{question}?[/bold]", highlight=False)
@@ -105,14 +109,14 @@ def main() -> int:
                 summary = hit.text.partition("\n")[2] or hit.text
                 line = f"  {rank}. {hit.title}: {' '.join(summary.split())[:80]}"
                 out.print(line, highlight=False, markup=False, soft_wrap=True)
-        say("Asking the library: what it finds is read into memory once, and mounted from then on.")
-        for question in ASKED:
+        report_progress("Asking the library: what it finds is read into memory once, and mounted from then on.")
+        for question in LIBRARY_QUESTIONS:
             ask(library, question, out)
-        say(f"Reading {LONG_DOCUMENT} into a memory, window by window.")
-        read_and_ask(Path(sysconfig.get_path("stdlib")) / LONG_DOCUMENT, folder / "book", out)
-        say(f"Looking for the pass key in the middle of {PROMPT:,} tokens.")
+        report_progress(f"Reading {LONG_DOCUMENT} into a memory, window by window.")
+        read_and_ask(Path(sysconfig.get_path("stdlib")) / LONG_DOCUMENT, folder / "memory_file", out)
+        report_progress(f"Looking for the pass key in the middle of {PROMPT:,} tokens.")
         find_passkey(out)
-        say("Done.")
+        report_progress("Done.")
     return 0
 
 
@@ -131,14 +135,14 @@ def ask(library: Library, question: str, out: Console) -> None:
     )
 
 
-def read_and_ask(document: Path, book: Path, out: Console) -> None:
+def read_and_ask(document: Path, memory_file: Path, out: Console) -> None:
     """Read a document into a memory and ask about its start."""
     from llamory.ingest.encode import read_documents_into
     from llamory.models.base import load_config
     from llamory.qa.open_memory import OpenMemory
 
-    report = read_documents_into(book, document, model="reader", bf16=True)
-    memory = OpenMemory(book, bf16=True)
+    report = read_documents_into(memory_file, document, model="reader", bf16=True)
+    memory = OpenMemory(memory_file, bf16=True)
     context = load_config("default").max_position_embeddings
     out.print(
         f"\n{report.tokens:,} tokens, {report.tokens / context:.1f} times the model's context of {context:,}, read in "
@@ -157,14 +161,14 @@ def find_passkey(out: Console) -> None:
     """Find the key of the published passkey prompt, whose windows are read each by itself and mounted."""
     import torch
 
-    from llamory.evaluation.loaded_documents import MountedPrompts
+    from llamory.evaluation.loaded_documents import IndependentDocumentPrompts
     from llamory.evaluation.passkey import run_passkey
     from llamory.longllama.loading import load_long_model
     from llamory.models.base import load_tokenizer
 
     start = time.perf_counter()
     model, tokenizer = load_long_model("reader", dtype=torch.bfloat16), load_tokenizer("reader")
-    prompts = MountedPrompts(model, tokenizer)
+    prompts = IndependentDocumentPrompts(model, tokenizer)
     found = run_passkey(model, tokenizer, [PROMPT], [0.5], trials=1, prompts=prompts).cells[0].trials[0]
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform != "darwin" else 2**30)

@@ -29,7 +29,7 @@ from llamory.documents import find_files, read_file
 
 # All in characters.
 DOCUMENT = 40_000
-APART = (150, 800)  # of facts
+FACT_GAP = (150, 800)  # of facts
 DISTANCE = (600, 6_500)  # of a question from its fact
 SHORTEST, LONGEST = 80, 1_500  # paragraphs
 CHAT_DOCUMENT, CHAT_FACTS, TURNS = (1_200, 8_000), (8, 24), 12
@@ -86,149 +86,153 @@ FORMS = [("Question: ", "\nAnswer: "), ("Q: ", "\nA: "), ("", "\n"), ("", " "), 
 Fact = tuple[str, str, str, str]
 
 
-class Draw(random.Random):
+class FactRng(random.Random):
     """Draws.
 
     Attributes:
         new_names: how often a name is one that nobody has, and a thing a place with a name.
-        alike: what all things have in common but their owner; nothing if empty.
+        shared_name: what all things have in common but their owner; nothing if empty.
         read, continued: characters of a text, and of how it goes on.
     """
 
     new_names = 0.0
-    alike = ""
+    shared_name = ""
     read, continued = READ, CONTINUED
 
-    def often(self, share: float) -> bool:
+    def with_probability(self, share: float) -> bool:
         """True that often; where it is never, nothing is drawn."""
         return share > 0 and self.random() < share
 
     def new_name(self) -> str:
         """One that nobody has."""
-        return capital("".join(self.choices(SYLLABLES, k=self.randint(1, 2))) + self.choice(ENDINGS))
+        return capitalize("".join(self.choices(SYLLABLES, k=self.randint(1, 2))) + self.choice(ENDINGS))
 
     def owner(self) -> str:
         """Somebody's last name."""
-        return self.new_name() if self.often(self.new_names) else self.choice(LAST)
+        return self.new_name() if self.with_probability(self.new_names) else self.choice(LAST)
 
 
-def thing(draw: Draw) -> str:
+def thing(rng: FactRng) -> str:
     """Something that there is only one of in a document."""
-    if draw.alike:
-        return f"{draw.alike} {draw.owner()}" if draw.alike.startswith("the ") else f"{draw.owner()} {draw.alike}"
-    if draw.often(draw.new_names):
-        return f"{draw.owner()} {draw.choice(PLACES)}"
-    return f"the {draw.choice(KINDS)} {draw.choice(THINGS)} of {draw.owner()}"
+    if rng.shared_name:
+        return (
+            f"{rng.shared_name} {rng.owner()}"
+            if rng.shared_name.startswith("the ")
+            else f"{rng.owner()} {rng.shared_name}"
+        )
+    if rng.with_probability(rng.new_names):
+        return f"{rng.owner()} {rng.choice(PLACES)}"
+    return f"the {rng.choice(KINDS)} {rng.choice(THINGS)} of {rng.owner()}"
 
 
-def person(draw: Draw) -> str:
+def person(rng: FactRng) -> str:
     """Somebody; half of them have a name that nobody has."""
-    last = draw.choice(LAST) if draw.random() < 0.5 else capital(draw.choice(SYLLABLES) + draw.choice(ENDINGS))
-    return f"{draw.choice(FIRST)} {last}"
+    last = rng.choice(LAST) if rng.random() < 0.5 else capitalize(rng.choice(SYLLABLES) + rng.choice(ENDINGS))
+    return f"{rng.choice(FIRST)} {last}"
 
 
-def number_of(draw: Draw) -> Fact:
+def number_of(rng: FactRng) -> Fact:
     """A number of two to six digits."""
-    what, whose, size = draw.choice(NUMBERS), thing(draw), draw.randint(2, 6)
-    value = str(draw.randint(10 ** (size - 1), 10**size - 1))
+    what, whose, size = rng.choice(NUMBERS), thing(rng), rng.randint(2, 6)
+    value = str(rng.randint(10 ** (size - 1), 10**size - 1))
     said = f"The {what} of {whose} is {value}."
-    stated = draw.choice([said, f"Note that {value} is the {what} of {whose}.", f"{whose}: {what} {value}."])
-    return stated, draw.choice([f"What is the {what} of {whose}?", f"Which {what} has {whose}?"]), value, said
+    stated = rng.choice([said, f"Note that {value} is the {what} of {whose}.", f"{whose}: {what} {value}."])
+    return stated, rng.choice([f"What is the {what} of {whose}?", f"Which {what} has {whose}?"]), value, said
 
 
-def date_of(draw: Draw) -> Fact:
+def date_of(rng: FactRng) -> Fact:
     """A day."""
-    who, value = person(draw), day_of(draw)
-    what, asked = draw.choice([("was born", "was {} born"), ("arrived", "did {} arrive"), ("died", "did {} die")])
+    who, value = person(rng), day_of(rng)
+    what, asked = rng.choice([("was born", "was {} born"), ("arrived", "did {} arrive"), ("died", "did {} die")])
     said = f"{who} {what} on {value}."
-    return draw.choice([said, f"On {value} {who} {what}."]), f"When {asked.format(who)}?", value, said
+    return rng.choice([said, f"On {value} {who} {what}."]), f"When {asked.format(who)}?", value, said
 
 
-def name_of(draw: Draw) -> Fact:
+def name_of(rng: FactRng) -> Fact:
     """Somebody who has to do with something."""
-    office, whose, value = draw.choice(OFFICES), thing(draw), person(draw)
+    office, whose, value = rng.choice(OFFICES), thing(rng), person(rng)
     said = f"The {office} of {whose} is {value}."
-    asked = draw.choice([f"Who is the {office} of {whose}?", f"What is the name of the {office} of {whose}?"])
-    return draw.choice([said, f"{value} is the {office} of {whose}."]), asked, value, said
+    asked = rng.choice([f"Who is the {office} of {whose}?", f"What is the name of the {office} of {whose}?"])
+    return rng.choice([said, f"{value} is the {office} of {whose}."]), asked, value, said
 
 
-def role_of(draw: Draw) -> Fact:
+def role_of(rng: FactRng) -> Fact:
     """Somebody who was something on some occasion."""
-    what, value = f"the {draw.choice(ROLES)} {draw.choice(OCCASIONS)}", person(draw)
-    if draw.often(draw.new_names):
-        what += f" in {draw.new_name()}"
-    verb = draw.choice(["was", "was", "is", "will be"])
+    what, value = f"the {rng.choice(ROLES)} {rng.choice(OCCASIONS)}", person(rng)
+    if rng.with_probability(rng.new_names):
+        what += f" in {rng.new_name()}"
+    verb = rng.choice(["was", "was", "is", "will be"])
     said = f"{what} {verb} {value}."
-    asked = draw.choice([f"Who {verb} {what}?", f"Who {verb} {what}?", f"What is the name of {what}?"])
-    return draw.choice([said, f"{value} {verb} {what}."]), asked, value, said
+    asked = rng.choice([f"Who {verb} {what}?", f"Who {verb} {what}?", f"What is the name of {what}?"])
+    return rng.choice([said, f"{value} {verb} {what}."]), asked, value, said
 
 
-def done_by(draw: Draw) -> Fact:
+def done_by(rng: FactRng) -> Fact:
     """Somebody who did something, or whom something was done to."""
-    whose, what, value = thing(draw), draw.choice(DONE), person(draw)
+    whose, what, value = thing(rng), rng.choice(DONE), person(rng)
     verb, preposition = what.split()
     said = f"{whose} was {what} {value}."
     return said, f"{'Who' if preposition == 'by' else 'Whom'} was {whose} {verb} {preposition}?", value, said
 
 
-def changed_on(draw: Draw) -> Fact:
+def changed_on(rng: FactRng) -> Fact:
     """A day on which something was done to something."""
-    whose, what, day = thing(draw), draw.choice(CHANGED), day_of(draw)
+    whose, what, day = thing(rng), rng.choice(CHANGED), day_of(rng)
     said = f"{whose} was {what} on {day}."
-    return draw.choice([said, f"On {day} {whose} was {what}."]), f"When was {whose} {what}?", day, said
+    return rng.choice([said, f"On {day} {whose} was {what}."]), f"When was {whose} {what}?", day, said
 
 
-def day_of(draw: Draw) -> str:
+def day_of(rng: FactRng) -> str:
     """Any day of some centuries."""
-    return f"{draw.randint(1, 28)} {draw.choice(MONTHS)} {draw.randint(1700, 2020)}"
+    return f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1700, 2020)}"
 
 
-def amount_of(draw: Draw) -> Fact:
+def amount_of(rng: FactRng) -> Fact:
     """How many there are of something."""
-    whose, what, value = thing(draw), draw.choice(AMOUNTS), str(draw.randint(2, 9999))
+    whose, what, value = thing(rng), rng.choice(AMOUNTS), str(rng.randint(2, 9999))
     said = f"{whose} has {value} {what}."
     return said, f"How many {what} does {whose} have?", value, said
 
 
-def writing_on(draw: Draw, sentences: list[str]) -> Fact:
+def writing_on(rng: FactRng, sentences: list[str]) -> Fact:
     """Words of the texts that are written on something."""
-    (what, verb), whose, value = draw.choice(WRITTEN), thing(draw), draw.choice(sentences)
+    (what, verb), whose, value = rng.choice(WRITTEN), thing(rng), rng.choice(sentences)
     said = f'The {what} {whose} {verb}: "{value}"'
     return said, f"What does the {what} {whose} say?", value, said
 
 
-def word_of(draw: Draw) -> Fact:
+def word_of(rng: FactRng) -> Fact:
     """A password of one to three words."""
-    whose, value = thing(draw), " ".join(draw.sample(WORDS, draw.randint(1, 3)))
+    whose, value = thing(rng), " ".join(rng.sample(WORDS, rng.randint(1, 3)))
     said = f'The password of {whose} is "{value}".'
     return said, f"What is the password of {whose}?", value, said
 
 
-def saying_of(draw: Draw, sentences: list[str]) -> Fact:
+def saying_of(rng: FactRng, sentences: list[str]) -> Fact:
     """Words of the texts that somebody is made to say."""
-    who, value = person(draw), draw.choice(sentences)
+    who, value = person(rng), rng.choice(sentences)
     said = f'{who} said: "{value}"'
     return said, f"What did {who} say?", value, said
 
 
-def fact(draw: Draw, sentences: list[str]) -> Fact:
+def fact(rng: FactRng, sentences: list[str]) -> Fact:
     """Any of them; numbers are the most frequent."""
     kinds = [number_of, number_of, number_of, date_of, word_of, amount_of]
     quotes = [saying_of, writing_on]
-    chosen = draw.choice([*kinds, *quotes, name_of, *[role_of] * 4, done_by])
-    stated, asked, value, said = chosen(draw, sentences) if chosen in quotes else chosen(draw)
-    return capital(stated), asked, value, capital(said)
+    chosen = rng.choice([*kinds, *quotes, name_of, *[role_of] * 4, done_by])
+    stated, asked, value, said = chosen(rng, sentences) if chosen in quotes else chosen(rng)
+    return capitalize(stated), asked, value, capitalize(said)
 
 
-def capital(text: str) -> str:
-    """Begun with a capital."""
+def capitalize(text: str) -> str:
+    """Begun with a capitalize."""
     return text[0].upper() + text[1:]
 
 
-def asked_about(draw: Draw, facts: list[Fact]) -> str:
+def format_questions(rng: FactRng, facts: list[Fact]) -> str:
     """Questions and answers, all in one of several forms."""
-    before, between = draw.choice(FORMS)
-    whole = draw.random() < 0.3
+    before, between = rng.choice(FORMS)
+    whole = rng.random() < 0.3
     return "\n".join(f"{before}{asked}{between}{said if whole else value}" for _, asked, value, said in facts)
 
 
@@ -243,18 +247,18 @@ def paragraphs(texts: Path) -> Iterator[str]:
     while True:
         for path in find_files([texts]):
             for document in read_file(path):
-                for block in document.blocks:
-                    if len(block.text) > SHORTEST:
-                        yield block.text[:LONGEST]
+                for section in document.sections:
+                    if len(section.text) > SHORTEST:
+                        yield section.text[:LONGEST]
 
 
-def documents(sources: list[Iterator[str]], draw: Draw) -> Iterator[dict[str, Any]]:
+def documents(sources: list[Iterator[str]], rng: FactRng) -> Iterator[dict[str, Any]]:
     """Long documents in which each fact is asked for so much further on."""
     while True:
-        source = draw.choice(sources)
+        source = rng.choice(sources)
         parts: list[str] = []
         waiting: list[tuple[int, Fact]] = []  # and from which character on it is asked for
-        sentences = [" ".join(draw.sample(WORDS, 5))]
+        sentences = [" ".join(rng.sample(WORDS, 5))]
         at = since = 0
         while at < DOCUMENT or waiting:
             text = next(source)
@@ -263,54 +267,54 @@ def documents(sources: list[Iterator[str]], draw: Draw) -> Iterator[dict[str, An
             at += len(text)
             since += len(text)
             while since > 0 and at < DOCUMENT:
-                new = fact(draw, sentences)
+                new = fact(rng, sentences)
                 parts.append(new[0])
-                waiting.append((at + draw.randint(*DISTANCE), new))
-                since -= draw.randint(*APART)
+                waiting.append((at + rng.randint(*DISTANCE), new))
+                since -= rng.randint(*FACT_GAP)
             due = [each for when, each in waiting if when <= at]
             if due:
                 waiting = [(when, each) for when, each in waiting if when > at]
-                parts.append(asked_about(draw, draw.sample(due, len(due))))
+                parts.append(format_questions(rng, rng.sample(due, len(due))))
         yield {"text": "\n\n".join(parts)}
 
 
-def with_facts(sources: list[Iterator[str]], draw: Draw) -> Iterator[tuple[str, list[Fact]]]:
+def with_facts(sources: list[Iterator[str]], rng: FactRng) -> Iterator[tuple[str, list[Fact]]]:
     """Documents with facts in them, and those of them that are asked for."""
     while True:
-        source = draw.choice(sources)
+        source = rng.choice(sources)
         body: list[str] = []
-        room = draw.randint(*CHAT_DOCUMENT)
-        again = [next(source) for _ in range(draw.randint(1, 2))] if draw.random() < REPEATED else []
+        room = rng.randint(*CHAT_DOCUMENT)
+        again = [next(source) for _ in range(rng.randint(1, 2))] if rng.random() < REPEATED else []
         while sum(map(len, body)) < room:
             body += again or [next(source)]
-        sentences = [" ".join(draw.sample(WORDS, 5))] + [each for text in body for each in sayings(text)]
-        drawn = (fact(draw, sentences) for _ in range(draw.randint(*CHAT_FACTS)))
+        sentences = [" ".join(rng.sample(WORDS, 5))] + [each for text in body for each in sayings(text)]
+        drawn = (fact(rng, sentences) for _ in range(rng.randint(*CHAT_FACTS)))
         facts = list({each[1]: each for each in drawn}.values())  # each question has one answer
         for stated, *_ in facts:
-            body.insert(draw.randint(0, len(body)), stated)
-        yield "\n\n".join(body), draw.sample(facts, min(len(facts), TURNS))
+            body.insert(rng.randint(0, len(body)), stated)
+        yield "\n\n".join(body), rng.sample(facts, min(len(facts), TURNS))
 
 
-def chats(sources: list[Iterator[str]], draw: Draw) -> Iterator[dict[str, Any]]:
+def chats(sources: list[Iterator[str]], rng: FactRng) -> Iterator[dict[str, Any]]:
     """A document with facts in it, and a chat about these."""
-    for document, facts in with_facts(sources, draw):
+    for document, facts in with_facts(sources, rng):
         messages = []
         for _, asked, value, said in facts:
             messages.append({"role": "user", "content": asked})
-            messages.append({"role": "assistant", "content": said if draw.random() < 0.7 else value})
+            messages.append({"role": "assistant", "content": said if rng.random() < 0.7 else value})
         yield {"document": document, "messages": messages}
 
 
-def plain(sources: list[Iterator[str]], draw: Draw) -> Iterator[dict[str, Any]]:
-    """A document with facts in it, and questions about these in plain text, most of them with the answer begun."""
-    for document, facts in with_facts(sources, draw):
+def plain(sources: list[Iterator[str]], rng: FactRng) -> Iterator[dict[str, Any]]:
+    """A document with facts in it, and questions about these in plain text, most of them with the answer answer_prefix."""
+    for document, facts in with_facts(sources, rng):
         turns = [{"from": "human", "value": document + "\n"}]
-        before, between = draw.choice([*FORMS, ("", " ")])
-        often = max(draw.random(), draw.random())
+        before, between = rng.choice([*FORMS, ("", " ")])
+        often = max(rng.random(), rng.random())
         for _, asked, value, said in facts:
-            begun = said[: said.rfind(value)] if draw.random() < often else ""
-            text = f"\n{before}{asked}{between}{begun}"
-            answer = (said if begun else value)[len(begun) :]
+            answer_prefix = said[: said.rfind(value)] if rng.random() < often else ""
+            text = f"\n{before}{asked}{between}{answer_prefix}"
+            answer = (said if answer_prefix else value)[len(answer_prefix) :]
             # Tokens begin with a space; so does the answer, then.
             space = " " * text.endswith(" ")
             turns[-1]["value"] += text.rstrip(" ")
@@ -319,13 +323,13 @@ def plain(sources: list[Iterator[str]], draw: Draw) -> Iterator[dict[str, Any]]:
         yield {"conversations": turns[:-1]}
 
 
-def continuations(sources: list[Iterator[str]], draw: Draw) -> Iterator[dict[str, Any]]:
+def continuations(sources: list[Iterator[str]], rng: FactRng) -> Iterator[dict[str, Any]]:
     """The beginning of a text, and how it goes on."""
     while True:
-        source, text = draw.choice(sources), ""
-        while len(text) < draw.read + draw.continued:
+        source, text = rng.choice(sources), ""
+        while len(text) < rng.read + rng.continued:
             text += next(source) + "\n\n"
-        turns = [{"from": "human", "value": text[: draw.read]}, {"from": "gpt", "value": text[draw.read :]}]
+        turns = [{"from": "human", "value": text[: rng.read]}, {"from": "gpt", "value": text[rng.read :]}]
         yield {"conversations": turns}
 
 
@@ -341,9 +345,9 @@ def main() -> None:
     parser.add_argument("--read", type=int, default=READ, help="characters before a continuation")
     parser.add_argument("--continued", type=int, default=CONTINUED, help="characters of it")
     options = parser.parse_args()
-    draw = Draw(options.seed)
-    draw.read, draw.continued = options.read, options.continued
-    made = kinds[options.kind](list(map(paragraphs, options.texts)), draw)
+    rng = FactRng(options.seed)
+    rng.read, rng.continued = options.read, options.continued
+    made = kinds[options.kind](list(map(paragraphs, options.texts)), rng)
     with options.output.open("w", encoding="utf-8") as file:
         for entry in islice(made, options.documents):
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -1,7 +1,7 @@
 """Makes one small adapter folder of training runs that went on from one another, as the package ships it.
 
     python recipes/join_adapters.py OUT RUN [RUN ...] [--base MODEL] [--query-prompt PROMPT]
-        [--whiten UNLABELLED.jsonl | --whitening FOLDER] [--mem-log-scale SCALE] [--mem-log-bias BIAS] [--for-memory]
+        [--whiten UNLABELLED.jsonl | --whitening FOLDER] [--logn-attention-scale SCALE] [--memory-size-bias BIAS] [--for-memory]
         [--factor FACTOR ...]
 
 Each RUN is the output of a training with --lora: llara and then retriever, or fot and then instruct. A checkpoint of
@@ -31,14 +31,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import LlamaConfig, PretrainedConfig
 
-from llamory.embedding.pipeline import unlabelled_texts, whitening_on
+from llamory.embedding.pipeline import fit_whitening_on_texts, sample_passages
 from llamory.embedding.whitening import WHITENING_FILE, Whitening
 from llamory.llara.template import LlaraTemplate, slot_tokens
 from llamory.models import base as backbone
 
 _MATRIX = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(layers\..*)\.lora_([AB])(?:\.default)?\.weight")
 _SHARED = re.compile(r"\.self_attn\.([qkvo]_proj)$")
-MEMORY_SETTINGS = {"mem_log_scale": float, "mem_log_start": int, "mem_log_bias": float, "mem_log_bias_start": int}
+MEMORY_SETTINGS = {
+    "logn_attention_scale": float,
+    "logn_attention_start": int,
+    "memory_size_bias": float,
+    "memory_size_bias_start": int,
+}
 _ROWS = "embed_tokens.token_adapter.trainable_tokens_delta"
 
 
@@ -57,7 +62,7 @@ def matrices(run: Path, factor: float) -> tuple[dict[str, dict[str, Tensor]], Te
     return found, rows, config
 
 
-def fewest(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def truncate_rank(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The same product of no more rows and columns than its rank can be, the smaller of its sides."""
     left, values, right = torch.linalg.svd(up.double() @ down.double(), full_matrices=False)
     root = values.sqrt()
@@ -108,11 +113,11 @@ def main() -> None:
     ranks: dict[str, int] = {}
     rank = sum(config["r"] for _, _, config in parts)
     for layer in layers:
-        there = [found[layer] for found, _, _ in parts if layer in found]
-        down, up = torch.cat([each["A"] for each in there]), torch.cat([each["B"] for each in there], 1)
+        matches = [found[layer] for found, _, _ in parts if layer in found]
+        down, up = torch.cat([each["A"] for each in matches]), torch.cat([each["B"] for each in matches], 1)
         most = min(len(up), down.shape[1])
         if most < rank:
-            down, up = fewest(down, up)
+            down, up = truncate_rank(down, up)
             ranks[layer.rsplit(".", 1)[1]] = most
         # Zeros stand for runs that left this layer as it was: a projection has one rank in all layers.
         name, missing = f"base_model.model.model.{layer}", min(rank, most) - len(down)
@@ -122,15 +127,15 @@ def main() -> None:
     if rows is not None:
         tensors[f"base_model.model.model.{_ROWS}"] = rows
     output.mkdir(parents=True, exist_ok=True)
-    kept = {key: value.to(torch.bfloat16).contiguous() for key, value in tensors.items()}
-    save_file(kept, output / "adapter_model.safetensors", {"format": "pt"})
+    bf16_tensors = {key: value.to(torch.bfloat16).contiguous() for key, value in tensors.items()}
+    save_file(bf16_tensors, output / "adapter_model.safetensors", {"format": "pt"})
     # A reader's checkpoint has the memory of the run that it went on from.
     last = (
         runs[-1] if rows is not None else next((run for run in runs[::-1] if (run / "config.json").is_file()), runs[-1])
     )
     trained = trained_config(last, options.base, 0 if rows is None else len(rows) // 2, options.query_prompt)
-    told = {name: getattr(options, name) for name in MEMORY_SETTINGS}
-    config = trained.to_dict() | {name: value for name, value in told.items() if value is not None}
+    memory_overrides = {name: getattr(options, name) for name in MEMORY_SETTINGS}
+    config = trained.to_dict() | {name: value for name, value in memory_overrides.items() if value is not None}
     config |= {"mem_projections": True} if options.for_memory else {}
     adapter = {
         "peft_type": "LORA",
@@ -162,7 +167,7 @@ def main() -> None:
         (output / f"{file}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (output / WHITENING_FILE).unlink(missing_ok=True)
     if options.whiten is not None:
-        whitening = whitening_on(output, unlabelled_texts(output, options.whiten), device="cpu")
+        whitening = fit_whitening_on_texts(output, sample_passages(output, options.whiten), device="cpu")
     else:
         whitening = Whitening.load(options.whitening or runs[0], config["hidden_size"])
     if whitening is not None:

@@ -46,29 +46,29 @@ def sentences(folder: Path) -> list[str]:
     return found
 
 
-def invented(draw: random.Random) -> dict[str, list[str]]:
+def invented(rng: random.Random) -> dict[str, list[str]]:
     """Kinds of texts that need no documents, by what they are."""
-    facts = [fact(draw, [" ".join(draw.sample(WORDS, 5))]) for _ in range(400)]
+    facts = [fact(rng, [" ".join(rng.sample(WORDS, 5))]) for _ in range(400)]
     lists = {"first name": FIRST, "family name": LAST, "month": MONTHS, "role": ROLES, "place": THINGS, "word": WORDS}
     numbers = {
-        "number": [str(draw.randint(10, 99_999)) for _ in range(200)],
-        "year": [str(draw.randint(1500, 2030)) for _ in range(200)],
-        "sound": ["".join(draw.sample(SYLLABLES, 2)) for _ in range(200)],
+        "number": [str(rng.randint(10, 99_999)) for _ in range(200)],
+        "year": [str(rng.randint(1500, 2030)) for _ in range(200)],
+        "sound": ["".join(rng.sample(SYLLABLES, 2)) for _ in range(200)],
     }
     return lists | numbers | {"question": [each[1] for each in facts], "statement": [each[3] for each in facts]}
 
 
-def example(draw: random.Random, real: dict[str, list[str]], made: dict[str, list[str]]) -> dict[str, Any]:
+def example(rng: random.Random, real: dict[str, list[str]], made: dict[str, list[str]]) -> dict[str, Any]:
     """A line of the file."""
-    pool = real if draw.random() < 0.5 else real | made
-    kinds = draw.sample(sorted(pool), min(len(pool), draw.randint(*KINDS)))
-    labels = dict(zip(kinds, kinds if draw.random() < 0.4 else draw.sample(WORDS, len(kinds)), strict=True))
-    between, after = draw.choice(FORMS)
+    pool = real if rng.random() < 0.5 else real | made
+    kinds = rng.sample(sorted(pool), min(len(pool), rng.randint(*KINDS)))
+    labels = dict(zip(kinds, kinds if rng.random() < 0.4 else rng.sample(WORDS, len(kinds)), strict=True))
+    between, after = rng.choice(FORMS)
     turns: list[dict[str, str]] = []
     size, before = 0, ""
     while size < ROOM:
-        kind = draw.choice(kinds)
-        text = draw.choice(pool[kind])
+        kind = rng.choice(kinds)
+        text = rng.choice(pool[kind])
         # Tokens begin with a space; so does the label, then.
         space = " " * between.endswith(" ")
         turns.append({"from": "human", "value": before + text + between.rstrip(" ")})
@@ -86,12 +86,12 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    draw = random.Random(options.seed)
+    rng = random.Random(options.seed)
     named = dict(each.split("=", 1) for each in options.texts)
-    real, made = {kind: sentences(Path(folder)) for kind, folder in named.items()}, invented(draw)
+    real, made = {kind: sentences(Path(folder)) for kind, folder in named.items()}, invented(rng)
     with options.output.open("w", encoding="utf-8") as file:
         for _ in range(options.examples):
-            file.write(json.dumps(example(draw, real, made), ensure_ascii=False) + "\n")
+            file.write(json.dumps(example(rng, real, made), ensure_ascii=False) + "\n")
     sys.stdout.write(f"{options.examples} lines in {options.output}\n")
 
 

@@ -55,10 +55,10 @@ def questions(node: ast.AST, scope: str = "") -> Iterator[tuple[int, int, Questi
                 yield child.lineno, child.end_lineno or 0, ("value", scope + child.targets[0].id, value)
 
 
-def pieces(tree: ast.Module, lines: list[str], chance: random.Random) -> Iterator[tuple[int, int]]:
+def pieces(tree: ast.Module, lines: list[str], rng: random.Random) -> Iterator[tuple[int, int]]:
     """First and last line (from 1) of pieces that begin where something begins."""
     starts = [min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) for node in tree.body]
-    start, room = 1, chance.randint(*PIECE)
+    start, room = 1, rng.randint(*PIECE)
     for begin in [*starts[1:], len(lines) + 1]:
         size = sum(len(line) + 1 for line in lines[start - 1 : begin - 1])
         if size > PIECE[0] or begin > len(lines):
@@ -66,7 +66,7 @@ def pieces(tree: ast.Module, lines: list[str], chance: random.Random) -> Iterato
             while sum(len(line) + 1 for line in lines[start - 1 : end]) > room:
                 end -= 1
             yield start, end
-            start, room = begin, chance.randint(*PIECE)
+            start, room = begin, rng.randint(*PIECE)
 
 
 def chats(path: Path) -> Iterator[dict[str, object]]:
@@ -75,20 +75,20 @@ def chats(path: Path) -> Iterator[dict[str, object]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd escapes in strings
         tree = ast.parse(text)
-    lines, chance = text.splitlines(), random.Random(path.name)
+    lines, rng = text.splitlines(), random.Random(path.name)
     asked = list(questions(tree))
     module, docstring = path.name.removesuffix(".py"), ast.get_docstring(tree)
-    for first, last in pieces(tree, lines, chance):
+    for first, last in pieces(tree, lines, rng):
         inside = [question for start, end, question in asked if first <= start and end <= last]
         inside = [each for each in inside if 1 < len(each[2].split()) <= LONGEST or each[0] != "does"]
-        chosen = chance.sample(inside, min(len(inside), TURNS))
+        chosen = rng.sample(inside, min(len(inside), TURNS))
         if first == 1 and docstring and len(first_sentence(docstring).split()) <= LONGEST:
-            chosen.insert(chance.randint(0, len(chosen)), ("about", module, first_sentence(docstring)))
+            chosen.insert(rng.randint(0, len(chosen)), ("about", module, first_sentence(docstring)))
         if len(chosen) < 3:
             continue
         messages = []
         for kind, name, answer in chosen:
-            wording = chance.choice(WORDINGS[kind]).format(name=name)
+            wording = rng.choice(WORDINGS[kind]).format(name=name)
             messages += [{"role": "user", "content": wording}, {"role": "assistant", "content": answer}]
         yield {"document": "\n".join(lines[first - 1 : last]), "messages": messages}
 

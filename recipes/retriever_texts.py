@@ -1,9 +1,9 @@
 """Writes what the packaged retriever is pretrained on: examples for LLARA, without a label.
 
-    python recipes/retriever_texts.py OUT.jsonl --from DOCUMENTS SHARE [--from ...] --apart SET [--apart ...]
+    python recipes/retriever_texts.py OUT.jsonl --from DOCUMENTS SHARE [--from ...] --exclude SET [--exclude ...]
         [--examples N]
 
-An example is a piece of a document, the words that it holds and the words of what follows it there. Half of the pieces
+An example is a piece of a document, the words that it contains and the words of what follows it there. Half of the pieces
 are one sentence (one line of code), the others up to 70 words: a question is short, a passage is long, and both must be
 summed up. SHARE is how much of the examples comes from DOCUMENTS: files and folders of documents, or a corpus.jsonl,
 whose `text` alone is read. Of each SET (a BEIR folder that is judged with) no query, no document and no near copy of
@@ -22,7 +22,7 @@ from pathlib import Path
 import sentencex
 
 from llamory.documents import find_files, read_documents
-from llamory.evaluation.datasets.builder import Judged, words
+from llamory.evaluation.datasets.builder import DecontaminationIndex, words
 
 LONG = 70  # words of a long piece, and of what follows
 LEAST = 4  # words of a piece
@@ -44,13 +44,13 @@ def filled(parts: list[str], joint: str, most: int) -> tuple[str, int]:
     return joint.join(parts[:count]), count
 
 
-def example(text: str, *, code: bool, chance: random.Random) -> dict[str, str] | None:
+def example(text: str, *, code: bool, rng: random.Random) -> dict[str, str] | None:
     """One example of a document, short or long; None if the document has no piece that says something."""
     parts, joint = units(text, code=code), "\n" if code else " "
     if not parts:
         return None
-    short = chance.random() < 0.5
-    start = chance.randrange(len(parts)) if short or len(parts) > 8 else 0
+    short = rng.random() < 0.5
+    start = rng.randrange(len(parts)) if short or len(parts) > 8 else 0
     piece, taken = filled(parts[start:], joint, 1 if short else LONG)
     if len(words(piece)) < LEAST:
         return None
@@ -67,7 +67,7 @@ def pieces(path: Path) -> Iterator[tuple[str, bool]]:
             yield json.loads(line)["text"], code
         return
     for document in read_documents(find_files([path]), skip_broken=True):
-        parts = [block.text for block in document.blocks]
+        parts = [section.text for section in document.sections]
         while parts:
             together = [parts.pop(0)]
             while parts and sum(map(len, together)) < 1000:
@@ -80,31 +80,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--from", dest="sources", nargs=2, action="append", required=True, metavar=("PATH", "SHARE"))
-    parser.add_argument("--apart", type=Path, action="append", default=[], metavar="SET")
+    parser.add_argument("--exclude", type=Path, action="append", default=[], metavar="SET")
     parser.add_argument("--examples", type=int, default=40_000)
     options = parser.parse_args()
-    chance, judged = random.Random(SEED), Judged(options.apart)
+    rng, judged = random.Random(SEED), DecontaminationIndex(options.exclude)
     found = []
     for name, share in options.sources:
         wanted = int(options.examples * float(share))
         texts = list(pieces(Path(name)))
-        chance.shuffle(texts)
+        rng.shuffle(texts)
         taken: list[dict[str, str]] = []
         near = at = 0
         while len(taken) < wanted and at < 4 * len(texts):  # a long text gives several examples, a short one repeats
             text, code = texts[at % len(texts)]
             at += 1
-            made = example(text, code=code, chance=chance)
+            made = example(text, code=code, rng=rng)
             if made is None:
                 continue
-            if any(judged.holds(part) for part in (text, *set(made.values()))):
+            if any(judged.contains(part) for part in (text, *set(made.values()))):
                 near += 1
             else:
                 taken.append(made)
-        told = f"{len(taken):,} examples of {len(texts):,} texts; {near:,} near copies were passed over"
-        sys.stdout.write(f"{name}: {told}\n")
+        message = f"{len(taken):,} examples of {len(texts):,} texts; {near:,} near copies were passed over"
+        sys.stdout.write(f"{name}: {message}\n")
         found += taken
-    chance.shuffle(found)
+    rng.shuffle(found)
     with options.output.open("w", encoding="utf-8") as file:
         for entry in found:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -14,7 +14,7 @@ from llamory.longllama import LongLlamaConfig, LongLlamaForCausalLM
 from llamory.longllama.loading import load_long_model
 from llamory.models import base as backbone
 from llamory.models.adapters import load_shared
-from llamory.training.long_models import trained_part
+from llamory.training.long_models import select_trainable
 from llamory.training.settings import InstructSettings
 from tiny_models import save_llama
 
@@ -64,7 +64,7 @@ def test_an_adapter_of_an_adapter_has_both(base, adapter, expected, tmp_path):
     config = LongLlamaConfig.from_dict(backbone.load_config(adapter).to_dict(), mem_layers=[1])
     below = LongLlamaForCausalLM.from_pretrained(base, config=config)
     below.load_state_dict(backbone.load_model(adapter).state_dict())
-    second = trained_part(below, settings, "all")
+    second = select_trainable(below, settings, "all")
     with torch.no_grad():
         for name, parameter in second.named_parameters():
             if "lora_" in name:
@@ -104,7 +104,7 @@ def test_an_adapter_of_projections_for_memory_changes_nothing_without_memory(bas
     changes = {"mem_layers": [1], "max_position_embeddings": 16, "last_context_length": 8, "mem_projections": True}
     model = LongLlamaForCausalLM.from_pretrained(base, **changes)
     config = model.config.to_dict()
-    model = trained_part(model, settings, "memory_projections")
+    model = select_trainable(model, settings, "memory_projections")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -181,7 +181,7 @@ def test_the_packaged_retriever_is_small_and_brings_its_slots():
     assert own["vocab_size"] == 49168 and own["llara"]["query_prompt"] == "summary"
 
 
-@pytest.mark.parametrize("name", backbone.ADAPTERS)
+@pytest.mark.parametrize("name", backbone.PACKAGED_ADAPTERS)
 def test_packaged_adapters_name_no_place_on_a_machine(name):
     folder = backbone.adapter_folder(name)
     for file in folder.glob("*.json"):

@@ -13,8 +13,8 @@ from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llamory.documents import Block, Document, find_files, read_documents, split_passages
-from llamory.documents import chunking as passages_module
+from llamory.documents import Document, Section, chunk_document, find_files, read_documents
+from llamory.documents import chunking as chunking_module
 from llamory.errors import LlamoryError
 
 
@@ -44,7 +44,7 @@ def read(path: Path, text: str | bytes, **settings: object) -> list[Document]:
 
 
 def parts(document: Document) -> list[tuple[str, int]]:
-    return [(block.title, block.line) for block in document.blocks]
+    return [(section.title, section.line) for section in document.sections]
 
 
 # ---- finding files ---------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def test_markdown_has_its_sections_but_no_headings_inside_code(tmp_path):
     [document] = read(tmp_path / "a.md", text)
     assert document.title == "The Guide"
     assert parts(document) == [("The Guide", 1), ("The Guide", 3), ("Second", 11)]
-    assert document.blocks[2].text == "Second\n------\nDeep `x`.\n\n> # Quoted"
+    assert document.sections[2].text == "Second\n------\nDeep `x`.\n\n> # Quoted"
     assert document.text == text
 
 
@@ -120,13 +120,13 @@ def test_html_gives_what_a_reader_sees(tmp_path):
     [document] = read(tmp_path / "a.html", text)
     assert document.title == "My page"
     assert parts(document) == [("My page", 3), ("Bees & honey", 4), ("Rain", 9)]
-    assert document.blocks[1].text == "Bees & honey\n\nThey make honey.\n\nDaily.\n\none\ntwo\n\na\n  b"
+    assert document.sections[1].text == "Bees & honey\n\nThey make honey.\n\nDaily.\n\none\ntwo\n\na\n  b"
     assert " ".join(document.text.split()) == "Before. Bees & honey They make honey. Daily. one two a b Rain It falls."
 
 
 def test_text_has_paragraphs(tmp_path):
     [document] = read(tmp_path / "notes.txt", "\n\nOne\ntwo.\n \nThree.\n")
-    assert document.blocks == (Block("One\ntwo.", "notes", 3), Block("Three.", "notes", 6))
+    assert document.sections == (Section("One\ntwo.", "notes", 3), Section("Three.", "notes", 6))
 
 
 def test_python_has_functions_and_methods_and_the_code_around_them(tmp_path):
@@ -163,8 +163,8 @@ LAST = find(1)
         ("bees.late", 20),
         ("bees", 21),
     ]
-    assert document.blocks[4].text == "    # How many.\n    async def count(self):\n        return 1"
-    assert " ".join(block.text for block in document.blocks).split() == text.split()
+    assert document.sections[4].text == "    # How many.\n    async def count(self):\n        return 1"
+    assert " ".join(section.text for section in document.sections).split() == text.split()
 
 
 def test_python_that_does_not_parse_is_read_as_text(tmp_path):
@@ -181,7 +181,7 @@ def test_json_lines_are_one_document_each_with_their_line(tmp_path):
     lines = '{"body": "Bees.", "title": "A"}\n\n{"body": " "}\n{"body": "Rain.", "title": null}\n'
     first, second = read(tmp_path / "a.jsonl", lines, text_field="body")
     assert (first.source, first.title, first.text) == (f"{tmp_path}/a.jsonl:1", "A", "Bees.")
-    assert (second.source, second.title, second.blocks[0].line) == (f"{tmp_path}/a.jsonl:4", "", 4)
+    assert (second.source, second.title, second.sections[0].line) == (f"{tmp_path}/a.jsonl:4", "", 4)
 
 
 def test_a_byte_order_mark_and_other_newlines_are_no_text(tmp_path):
@@ -223,19 +223,19 @@ def test_pdf_has_pages_under_the_headings_of_its_outline(tmp_path):
     pages = [["A word first."], ["Bees", "make honey."], [], ["More of bees."], ["Rain falls."]]
     [document] = read(tmp_path / "book.pdf", pdf(pages, {"Bees": 1, "Rain": 4}, title="A book"))
     assert document.title == "A book"
-    assert [(b.title, b.page, b.text) for b in document.blocks] == [
+    assert [(b.title, b.page, b.text) for b in document.sections] == [
         ("A book", 1, "A word first."),
         ("Bees", 2, "Bees\nmake honey."),
         ("Bees", 4, "More of bees."),
         ("Rain", 5, "Rain falls."),
     ]
-    passages = list(split_passages(document, WORDS, 4))
-    assert [p.place.removeprefix(f"{tmp_path}/") for p in passages] == [f"book.pdf, page {n}" for n in (1, 2, 4, 5)]
+    passages = list(chunk_document(document, WORDS, 4))
+    assert [p.location.removeprefix(f"{tmp_path}/") for p in passages] == [f"book.pdf, page {n}" for n in (1, 2, 4, 5)]
 
 
 def test_pdf_without_a_title_or_outline_has_the_name_of_its_file(tmp_path):
     [document] = read(tmp_path / "b.pdf", pdf([["One."], ["Two."]], {}))
-    assert [(b.title, b.page) for b in document.blocks] == [("b", 1), ("b", 2)]
+    assert [(b.title, b.page) for b in document.sections] == [("b", 1), ("b", 2)]
 
 
 def test_pdf_that_cannot_be_read_says_why(tmp_path):
@@ -262,7 +262,7 @@ def test_notebooks_have_their_cells_under_the_headings_before_them(tmp_path):
     notebook = {"cells": [{"cell_type": kind, "source": source, "outputs": ["no"]} for kind, source in cells]}
     [document] = read(tmp_path / "study.ipynb", json.dumps(notebook))
     assert document.title == "Bees"
-    assert [(b.title, b.page, b.line, b.text) for b in document.blocks] == [
+    assert [(b.title, b.page, b.line, b.text) for b in document.sections] == [
         ("Bees", 1, 1, "# Bees\n\nA study."),
         ("Bees", 2, 1, "import hive"),
         ("Bees", 2, 3, "hive.count()"),
@@ -270,7 +270,7 @@ def test_notebooks_have_their_cells_under_the_headings_before_them(tmp_path):
         ("Rain", 3, 3, "## Rain\n\nIt falls."),
         ("Rain", 4, 1, "x = 1"),
     ]
-    assert [p.place for p in split_passages(document, WORDS, 5)][-1] == f"{tmp_path}/study.ipynb, cell 4"
+    assert [p.location for p in chunk_document(document, WORDS, 5)][-1] == f"{tmp_path}/study.ipynb, cell 4"
 
 
 # ---- what is broken --------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def test_a_file_that_is_not_utf8_is_named_with_its_line_or_passed_over(tmp_path,
 
 def cut(tmp_path: Path, name: str, text: str, max_tokens: int, tokenizer: PreTrainedTokenizerFast = WORDS) -> list:
     [document] = read(tmp_path / name, text)
-    return list(split_passages(document, tokenizer, max_tokens))
+    return list(chunk_document(document, tokenizer, max_tokens))
 
 
 def test_sentences_are_joined_while_they_fit(tmp_path):
@@ -351,8 +351,8 @@ def test_code_is_cut_between_lines(tmp_path):
 
 def test_a_passage_tells_its_place(tmp_path):
     lines = json.dumps({"text": "One two.\nThree four."})
-    assert [p.place for p in cut(tmp_path, "a.jsonl", lines, 2)] == [f"{tmp_path}/a.jsonl:1"] * 2
-    assert [p.place for p in cut(tmp_path, "b.txt", "One two.\nThree four.", 2)] == [
+    assert [p.location for p in cut(tmp_path, "a.jsonl", lines, 2)] == [f"{tmp_path}/a.jsonl:1"] * 2
+    assert [p.location for p in cut(tmp_path, "b.txt", "One two.\nThree four.", 2)] == [
         f"{tmp_path}/b.txt:{line}" for line in (1, 2)
     ]
 
@@ -373,8 +373,8 @@ def test_a_passage_needs_room_for_a_token(tmp_path):
 
 
 def test_a_huge_section_is_cut_in_pieces_and_keeps_words_and_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(passages_module, "_PIECE_CHARACTERS", 64)
-    monkeypatch.setattr(passages_module, "_CALL_CHARACTERS", 100)
+    monkeypatch.setattr(chunking_module, "_PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(chunking_module, "_CALL_CHARACTERS", 100)
     lines = [f"Line {i} says {'so ' * (i % 5)}much." + "\n" * (i % 7 == 0) for i in range(200)] + ["x" * 300, "end"]
     text = "\n".join(lines)
     passages = cut(tmp_path, "a.txt", text, 6)
@@ -394,7 +394,7 @@ def test_passages_fit_and_hold_every_word_once_in_order(tmp_path_factory, text, 
     path = tmp_path_factory.getbasetemp() / ("any.c" if code else "any.txt")
     path.write_text(text + "end", encoding="utf-8")
     [document] = read_documents(path)
-    passages = list(split_passages(document, BYTES, max_tokens))
+    passages = list(chunk_document(document, BYTES, max_tokens))
     assert "".join("".join(p.text for p in passages).split()) == "".join(document.text.split())
     # No character of these texts takes more than 4 tokens, so every passage can fit.
     assert max(len(BYTES(p.text)["input_ids"]) for p in passages) <= max_tokens
@@ -406,8 +406,8 @@ def test_passages_fit_and_hold_every_word_once_in_order(tmp_path_factory, text, 
 @given(sentences=st.lists(st.integers(1, 9), min_size=1, max_size=20), max_tokens=st.integers(1, 20))
 def test_no_passage_could_have_taken_the_next_sentence(sentences, max_tokens):
     text = " ".join(" ".join(["Word"] * (n - 1) + ["end."]) if n > 1 else "End." for n in sentences)
-    document = Document(text, "a.txt", "a", (Block(text, "a", 1),))
-    taken = [len(p.text.split()) for p in split_passages(document, WORDS, max_tokens)]
+    document = Document(text, "a.txt", "a", (Section(text, "a", 1),))
+    taken = [len(p.text.split()) for p in chunk_document(document, WORDS, max_tokens)]
     # The same by plain arithmetic: a sentence is joined if it fits, a longer one is cut into full pieces and a rest.
     pieces = []
     for length in sentences:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llamory.cli import main
-from llamory.training.checkpoints import newest_whole
+from llamory.training.checkpoints import latest_complete
 from processes import heed_interrupts
 
 
@@ -30,15 +30,15 @@ def test_train_index_search_and_index_again(capsys, tmp_path, model_folder, docu
     model, library = tmp_path / "model", tmp_path / "library"
     code, out, err = run(
         capsys, "train", "llara", "--model", model_folder, "--data", texts, "--output", model, "--steps", 4,
-        "--batch-size", 8, "--max-length", 200, "--passage-length", 24, "--learning-rate", 1e-3, "--log-every", 1,
-        "--embed-length", 160, "--cpu", "--json",
+        "--batch-size", 8, "--max-length", 200, "--chunk-size", 24, "--learning-rate", 1e-3, "--log-every", 1,
+        "--max-seq-length", 160, "--cpu", "--json",
     )  # fmt: skip
     assert code == 0, err
     trained = json.loads(out)
     assert trained["steps"] == 4
     assert "step 4/4" in err
 
-    arguments = ("index", texts, "--library", library, "--model", trained["embedder"], "--passage-length", 24, "--json")
+    arguments = ("index", texts, "--library", library, "--model", trained["embedder"], "--chunk-size", 24, "--json")
     code, out, err = run(capsys, *arguments)
     assert code == 0, err
     first = json.loads(out)
@@ -97,7 +97,7 @@ def test_ctrl_c_leaves_with_130_and_keeps_whole_checkpoints(tmp_path, model_fold
     command = [
         sys.executable, "-m", "llamory", "train", "llara", "--model", model_folder, "--data", documents,
         "--output", output, "--steps", 100000, "--save-every", 5,
-        "--batch-size", 4, "--max-length", 200, "--passage-length", 24, "--cpu",
+        "--batch-size", 4, "--max-length", 200, "--chunk-size", 24, "--cpu",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
@@ -110,7 +110,7 @@ def test_ctrl_c_leaves_with_130_and_keeps_whole_checkpoints(tmp_path, model_fold
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert newest_whole(output) is not None
+    assert latest_complete(output) is not None
 
 
 def test_a_full_disk_is_told_and_the_checkpoint_before_stays(capsys, tmp_path, model_folder, documents, monkeypatch):
@@ -127,11 +127,11 @@ def test_a_full_disk_is_told_and_the_checkpoint_before_stays(capsys, tmp_path, m
     code, _, err = run(
         capsys, "train", "llara", "--model", model_folder, "--data", documents,
         "--output", tmp_path / "out", "--steps", 6, "--save-every", 2,
-        "--batch-size", 4, "--max-length", 200, "--passage-length", 24, "--cpu",
+        "--batch-size", 4, "--max-length", 200, "--chunk-size", 24, "--cpu",
     )  # fmt: skip
     assert code == 2
     assert "the disk is probably full" in err.splitlines()[-1]
-    assert newest_whole(tmp_path / "out").name == "checkpoint-2"
+    assert latest_complete(tmp_path / "out").name == "checkpoint-2"
 
 
 def test_another_template_than_the_tokenizers_is_told(capsys, tmp_path, model_folder, documents):

@@ -25,7 +25,7 @@ def test_results_are_those_of_torch(layers, kernel, monkeypatch):
             torch.testing.assert_close(onednn.linear(layer, x, silu=True), F.silu(expected))
             torch.testing.assert_close(onednn.linear(layer, x, add=other), expected + other)
             torch.testing.assert_close(onednn.linear(layer, x, silu=True, add=other), F.silu(expected) + other)
-        torch.testing.assert_close(onednn.gated(first, second, x), F.silu(first(x)) * second(x))
+        torch.testing.assert_close(onednn.swiglu(first, second, x), F.silu(first(x)) * second(x))
 
 
 def test_inputs_are_left_as_they_were(layers):
@@ -33,13 +33,13 @@ def test_inputs_are_left_as_they_were(layers):
     copies = x.clone(), other.clone()
     with torch.inference_mode():
         onednn.linear(first, x, add=other)
-        onednn.gated(first, second, x)
+        onednn.swiglu(first, second, x)
     assert torch.equal(x, copies[0]) and torch.equal(other, copies[1])
 
 
 def test_gradients_flow_where_they_are_asked_for(layers):
     first, second, x, other = layers
-    onednn.linear(second, onednn.gated(first, second, x)[:, :6], add=other).sum().backward()
+    onednn.linear(second, onednn.swiglu(first, second, x)[:, :6], add=other).sum().backward()
     assert first.weight.grad is not None and first.weight.grad.abs().sum() > 0
 
 
@@ -48,7 +48,7 @@ def test_a_module_in_place_of_a_layer_is_called(layers):
     doubled = nn.Sequential(first, nn.Hardtanh())
     with torch.inference_mode():
         torch.testing.assert_close(onednn.linear(doubled, x), doubled(x))
-        torch.testing.assert_close(onednn.gated(doubled, second, x), F.silu(doubled(x)) * second(x))
+        torch.testing.assert_close(onednn.swiglu(doubled, second, x), F.silu(doubled(x)) * second(x))
 
 
 @pytest.mark.parametrize("kernel", [onednn._KERNEL, None], ids=["kernel", "torch"])
@@ -65,8 +65,8 @@ def test_a_layer_with_matrices_of_low_rank_beside_it(layers, kernel, monkeypatch
         expected = F.linear(x, first.weight + 3 * up @ down, first.bias)
         torch.testing.assert_close(onednn.linear(adapted, x), expected)
         torch.testing.assert_close(onednn.linear(adapted, x, silu=True, add=other), F.silu(expected) + other)
-        torch.testing.assert_close(onednn.gated(adapted, model["k"], x), F.silu(expected) * model["k"](x))
-        torch.testing.assert_close(onednn.gated(model["k"], adapted, x), F.silu(model["k"](x)) * expected)
+        torch.testing.assert_close(onednn.swiglu(adapted, model["k"], x), F.silu(expected) * model["k"](x))
+        torch.testing.assert_close(onednn.swiglu(model["k"], adapted, x), F.silu(model["k"](x)) * expected)
         adapted.enable_adapters(False)
         torch.testing.assert_close(onednn.linear(adapted, x), F.linear(x, first.weight, first.bias))
 
@@ -77,5 +77,5 @@ def test_other_types_and_autocast_take_torchs_way(layers):
         assert onednn.linear(first.double(), x.double()).dtype == torch.float64
         first.float()
         with torch.autocast("cpu", torch.bfloat16):
-            assert onednn.gated(first, second, x).dtype == torch.bfloat16
+            assert onednn.swiglu(first, second, x).dtype == torch.bfloat16
         assert onednn.linear(first, x[:0]).shape == (0, 10)

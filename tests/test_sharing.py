@@ -85,10 +85,10 @@ def test_a_library_that_was_added_to_shares_its_base_model_once_it_is_asked(tmp_
 
 def test_weights_that_nobody_has_any_more_are_let_go(model_folder):
     first = load_shared(model_folder)
-    assert any(key[0] == str(model_folder) for key in sharing._KEPT)
+    assert any(key[0] == str(model_folder) for key in sharing._SHARED_PARAMETERS)
     del first
     gc.collect()
-    assert not any(key[0] == str(model_folder) for key in sharing._KEPT)
+    assert not any(key[0] == str(model_folder) for key in sharing._SHARED_PARAMETERS)
 
 
 def test_weights_that_were_changed_are_not_given_to_others(model_folder):

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llamory.training.fot.batches import ContextChooser, ContextPlan
+from llamory.training.fot.batches import ContextSampler, ContextSamplingConfig
 
-BATCH, PACKING, MIX = 12, 3, [(0, 0), (1, 1), (2, 1), (2, 2)]
+BATCH, PACKING, SCHEDULE = 12, 3, [(0, 0), (1, 1), (2, 1), (2, 2)]
 CELL, LEFT, TOP = 40, 250, 96
 OWN, POSITIVE, NEGATIVE, EMPTY = "#c8553d", "#8fb996", "#4c8bb8", "#f4f4f4"
 
 
 def draw() -> str:
     """The picture as SVG."""
-    chooser = ContextChooser(ContextPlan(mix=MIX), batch_size=BATCH, dataset_packing=PACKING, seed=3)
-    contexts = chooser.choose(step=0)
+    context_sampler = ContextSampler(
+        ContextSamplingConfig(crossbatch_schedule=SCHEDULE), batch_size=BATCH, dataset_packing=PACKING, seed=3
+    )
+    contexts = context_sampler.choose(step=0)
     width, height = LEFT + BATCH * CELL + 360, TOP + BATCH * CELL + 30
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
@@ -31,7 +33,7 @@ def draw() -> str:
     for row in range(BATCH):
         document, chunk = divmod(row, PACKING)
         y = TOP + row * CELL
-        positives, negatives = MIX[document * len(MIX) // (BATCH // PACKING)]
+        positives, negatives = SCHEDULE[document * len(SCHEDULE) // (BATCH // PACKING)]
         if chunk == 0:
             text = f"document {'ABCD'[document]}: {positives} positive{'s' * (positives != 1)}, {negatives} negative"
             out.append(f'<text x="{LEFT - 56}" y="{y + 25}" text-anchor="end">{text}{"s" * (negatives != 1)}</text>')

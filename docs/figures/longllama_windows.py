@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llamory.longllama.windows import cut_prompt
+from llamory.longllama.windows import split_prompt
 
 PROMPT, CONTEXT, LAST, GENERATED = 14, 4, 3, 3
 CELL, LEFT, TOP = 26, 265, 92
@@ -16,9 +16,9 @@ WINDOW, LOCAL, MEMORY, NEW = "#4c8bb8", "#c8553d", "#e8c48f", "#8fb996"
 
 def places() -> list[tuple[int, int, bool]]:
     """Window, local position and whether it stays, of every token; generated ones go on in the last window."""
-    steps = cut_prompt([PROMPT], CONTEXT, LAST, stays=True)
+    steps = split_prompt([PROMPT], CONTEXT, LAST, keep_local=True)
     tokens = [
-        (window, position, step.stays) for window, step in enumerate(steps) for position in range(step.lengths[0])
+        (window, position, step.keep_local) for window, step in enumerate(steps) for position in range(step.lengths[0])
     ]
     last, position, _ = tokens[-1]
     return tokens + [(last, position + 1 + new, True) for new in range(GENERATED)]
@@ -58,10 +58,10 @@ def draw() -> str:
                 f'<text x="{LEFT + (key + 0.5) * CELL}" y="{y + 18}" text-anchor="middle" '
                 f'fill="{"white" if near else "#7a5a20"}">{shown}</text>'
             )
-    steps = cut_prompt([PROMPT], CONTEXT, LAST, stays=True)
+    steps = split_prompt([PROMPT], CONTEXT, LAST, keep_local=True)
     for step in steps:
         y = TOP + (step.starts[0] + step.stops[0]) / 2 * CELL + 5
-        label = "last window: stays local" if step.stays else "window: goes into memory"
+        label = "last window: stays local" if step.keep_local else "window: goes into memory"
         out.append(f'<text x="{LEFT - 40}" y="{y}" text-anchor="end">{label}</text>')
     y = TOP + (PROMPT + GENERATED / 2) * CELL + 5
     out.append(f'<text x="{LEFT - 40}" y="{y}" text-anchor="end">generated: the oldest slides out</text>')

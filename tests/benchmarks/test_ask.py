@@ -6,7 +6,7 @@ from llamory.models.base import load_tokenizer
 
 
 def test_documents_have_about_the_tokens_that_are_said(model_folder) -> None:
-    library = ask.Texts("nowhere", 300, 3, str(model_folder))
+    library = ask.StubLibrary("nowhere", 300, 3, str(model_folder))
     assert len(library.sources()) == 3
     tokenizer, found = load_tokenizer(model_folder), library.passages_of(library.sources())
     for source in library.sources():

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from contenders import Case, Likeness, make
+from contenders import Case, KeyValueStatistics, make
 from llamory.longllama import LongLlamaConfig
 from measuring import Peak, in_child
-from memory_attention import guessed, joined
+from memory_attention import estimate_seconds, merge_rounds
 from memory_probes import decode_bytes, layer_weights, prefill_seconds
-from overflow_perplexity import CONTEXT, PROMPT, around_overflows
+from overflow_perplexity import CONTEXT, PROMPT, mean_loss_around_overflows
 
-CASE = Case("small windows", context=32, mem_layers=(1, 3), real=False)
+CASE = Case("small windows", context=32, mem_layers=(1, 3), pretrained=False)
 TINY = LongLlamaConfig(
     vocab_size=10,
     hidden_size=8,
@@ -30,22 +30,22 @@ TINY = LongLlamaConfig(
 def take_memory(megabytes: int, seconds: float) -> dict:
     """Run in a child: hold some memory for a while."""
     peak = Peak()
-    held = torch.ones(megabytes << 18)
+    allocated = torch.ones(megabytes << 18)
     time.sleep(seconds)
-    return {"megabytes": peak.bytes() / 2**20, "sum": held[:3].sum().item()}
+    return {"megabytes": peak.bytes() / 2**20, "sum": allocated[:3].sum().item()}
 
 
 def test_all_ways_of_a_memory_give_the_same_logits() -> None:
     ids = CASE.ids(103)
     logits = {}
-    for way in ("published", "published-sdpa", "exact", "pages"):
-        contender = make(CASE, way)
-        logits[way] = torch.cat(
+    for method in ("published", "published-sdpa", "exact", "pages"):
+        contender = make(CASE, method)
+        logits[method] = torch.cat(
             [contender.read(ids[:, :100]), *(contender.step(ids[:, i : i + 1]) for i in range(100, 103))]
         )
-    for way in logits:
+    for method in logits:
         # Memory is kept in bfloat16, and ours attends to it in bfloat16 as well.
-        torch.testing.assert_close(logits[way], logits["published"], atol=2e-3, rtol=0)
+        torch.testing.assert_close(logits[method], logits["published"], atol=2e-3, rtol=0)
 
 
 def test_the_stock_model_has_the_same_weights() -> None:
@@ -53,15 +53,15 @@ def test_the_stock_model_has_the_same_weights() -> None:
     torch.testing.assert_close(make(CASE, "stock").read(ids), make(CASE, "exact").read(ids), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("way", ["published", "exact", "stock"])
-def test_a_filled_memory_has_so_many_tokens(way: str, tmp_path: Path) -> None:
-    Likeness.measure(CASE, tmp_path / "likeness.pt")
-    contender = make(CASE, way)
+@pytest.mark.parametrize("method", ["published", "exact", "stock"])
+def test_a_filled_memory_has_so_many_tokens(method: str, tmp_path: Path) -> None:
+    KeyValueStatistics.measure(CASE, tmp_path / "likeness.pt")
+    contender = make(CASE, method)
     contender.read(CASE.ids(8))
-    contender.fill(Likeness.load(tmp_path / "likeness.pt"), 20_000)
-    if way == "published":
-        assert contender.way.memory[3].keys.shape == (1, 4, 20_000, 64)  # type: ignore[attr-defined]
-    elif way == "exact":
+    contender.fill(KeyValueStatistics.load(tmp_path / "likeness.pt"), 20_000)
+    if method == "published":
+        assert contender.method.memory[3].keys.shape == (1, 4, 20_000, 64)  # type: ignore[attr-defined]
+    elif method == "exact":
         assert contender.cache.memory_length(3) == 20_000  # type: ignore[attr-defined]
     else:
         assert contender.cache.get_seq_length() == 20_008  # type: ignore[attr-defined]
@@ -69,13 +69,13 @@ def test_a_filled_memory_has_so_many_tokens(way: str, tmp_path: Path) -> None:
 
 
 def test_drawn_keys_have_the_means_and_covariances_of_real_ones(tmp_path: Path) -> None:
-    Likeness.measure(CASE, tmp_path / "likeness.pt")
-    real = CASE.long_model().read(CASE.ids(2048)[0]).keys(1)
-    drawn = torch.cat([keys for keys, _ in Likeness.load(tmp_path / "likeness.pt").draw(1, 50_000)], 1)
-    for head in range(len(real)):
-        scale = real[head].var().item()
-        torch.testing.assert_close(drawn[head].mean(0), real[head].mean(0), atol=0.03 * scale**0.5, rtol=0)
-        torch.testing.assert_close(drawn[head].T.cov(), real[head].T.cov(), atol=0.05 * scale, rtol=0)
+    KeyValueStatistics.measure(CASE, tmp_path / "likeness.pt")
+    pretrained = CASE.long_model().read(CASE.ids(2048)[0]).keys(1)
+    sampled = torch.cat([keys for keys, _ in KeyValueStatistics.load(tmp_path / "likeness.pt").sample(1, 50_000)], 1)
+    for head in range(len(pretrained)):
+        scale = pretrained[head].var().item()
+        torch.testing.assert_close(sampled[head].mean(0), pretrained[head].mean(0), atol=0.03 * scale**0.5, rtol=0)
+        torch.testing.assert_close(sampled[head].T.cov(), pretrained[head].T.cov(), atol=0.05 * scale, rtol=0)
 
 
 def test_a_child_tells_what_it_took_and_is_stopped_when_it_takes_too_much() -> None:
@@ -90,9 +90,11 @@ def test_a_child_tells_what_it_took_and_is_stopped_when_it_takes_too_much() -> N
 
 def test_guesses_follow_the_two_lengths_before() -> None:
     seconds = {length: 2e-3 * length + 3e-7 * length**2 for length in (4096, 16384, 65536)}
-    assert guessed({4096: seconds[4096], 16384: seconds[16384]}, 65536, linear=False) == pytest.approx(seconds[65536])
-    assert guessed({4096: 2.0}, 16384, linear=True) == 8.0
-    assert guessed({}, 4096, linear=True) == 0.0
+    assert estimate_seconds({4096: seconds[4096], 16384: seconds[16384]}, 65536, linear=False) == pytest.approx(
+        seconds[65536]
+    )
+    assert estimate_seconds({4096: 2.0}, 16384, linear=True) == 8.0
+    assert estimate_seconds({}, 4096, linear=True) == 0.0
 
 
 def test_rounds_are_joined_by_medians_and_skipped_ones_dont_count() -> None:
@@ -101,24 +103,24 @@ def test_rounds_are_joined_by_medians_and_skipped_ones_dont_count() -> None:
         {"first_step": 5.0, "steps": [4.0], "peak": 7},
         {"first_step": 1.0, "steps": [3.0, 3.0], "peak": 6},
     ]
-    whole = joined([*rounds, {"skipped": "no"}])
-    assert (whole["seconds"], whole["rounds"], whole["first_step"], whole["peak"]) == (3.0, [2.0, 4.0, 3.0], 5.0, 7)
-    assert joined([{"skipped": "no"}]) == {"skipped": "no"}
+    merged = merge_rounds([*rounds, {"skipped": "no"}])
+    assert (merged["seconds"], merged["rounds"], merged["first_step"], merged["peak"]) == (3.0, [2.0, 4.0, 3.0], 5.0, 7)
+    assert merge_rounds([{"skipped": "no"}]) == {"skipped": "no"}
 
 
 def test_floors_are_counted_right() -> None:
     # Query and output 8x8, key and value 8x4, three products with 16 columns.
     assert layer_weights(TINY) == 2 * 64 + 2 * 32 + 3 * 128
-    case = Case("tiny", context=32, mem_layers=(1, 3), real=False)
+    case = Case("tiny", context=32, mem_layers=(1, 3), pretrained=False)
     weights = 4 * 576 + 10 * 8
     assert decode_bytes(case, TINY, 100) == 4 * (weights + 4 * 2 * 4 * 16) + 2 * 2 * 2 * 4 * 100
     # 80 tokens: windows of 32 and 32 go into memory, 16 stay. The last memory layer only needs keys and values of the
     # first 64, so local attention is in three layers there, and attention to memory in one.
     linear = 2 * (64 * (3 * 576 + 64) + 16 * 4 * 576 + 80)
     local = 4 * 8 * (2 * 32 * 32 / 2 * 3 + 16 * 16 / 2 * 4)
-    far = 4 * 8 * (32 * 32 + 16 * 64 * 2)
-    assert prefill_seconds(case, TINY, 80, 1.0, 1.0) == linear + local + far
-    assert prefill_seconds(case, TINY, 80, 1.0, 2.0) == linear + local + far / 2
+    memory_products = 4 * 8 * (32 * 32 + 16 * 64 * 2)
+    assert prefill_seconds(case, TINY, 80, 1.0, 1.0) == linear + local + memory_products
+    assert prefill_seconds(case, TINY, 80, 1.0, 2.0) == linear + local + memory_products / 2
 
 
 def test_losses_are_averaged_by_their_distance_to_the_overflow() -> None:
@@ -126,5 +128,5 @@ def test_losses_are_averaged_by_their_distance_to_the_overflow() -> None:
     losses = torch.zeros(2, CONTEXT * 2 + 1)
     for overflow in (CONTEXT, 2 * CONTEXT):
         losses[:, overflow + 1 - PROMPT] = torch.tensor([1.0, 3.0])
-    curve = around_overflows(losses, 2)
+    curve = mean_loss_around_overflows(losses, 2)
     assert curve.shape == (CONTEXT,) and curve[CONTEXT // 2] == 2.0 and curve.sum() == 2.0

@@ -10,13 +10,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llamory.longllama import LongLlamaConfig, LongLlamaForCausalLM
-from published_way import PublishedWay
+from published_way import ReferenceLongLlama
 
 FILES = sorted((Path(__file__).parents[1] / "golden").glob("longllama_*.json"))
 VARIANTS = pytest.mark.parametrize("sdpa", [False, True], ids=["eager", "sdpa"])
 
 
-def golden_way(golden: dict[str, Any], sdpa: bool) -> PublishedWay:
+def golden_way(golden: dict[str, Any], sdpa: bool) -> ReferenceLongLlama:
     """The transcription on the weights that the golden file describes."""
     config = golden["config"]
     theta = {"rope_theta": config["rope_theta"], "rope_type": "default"}
@@ -27,7 +27,7 @@ def golden_way(golden: dict[str, Any], sdpa: bool) -> PublishedWay:
     for index, key in enumerate(sorted(state)):
         drawn = np.random.RandomState(golden["weights_seed"] + index).standard_normal(tuple(state[key].shape))
         state[key].copy_(torch.from_numpy(drawn.astype(np.float32) * 0.4) + (1 if key.endswith("norm.weight") else 0))
-    return PublishedWay(
+    return ReferenceLongLlama(
         model,
         mem_layers=config["mem_layers"],
         context=config["max_position_embeddings"],
@@ -38,7 +38,7 @@ def golden_way(golden: dict[str, Any], sdpa: bool) -> PublishedWay:
     )
 
 
-def lengths(way: PublishedWay) -> tuple[list[int], list[int]]:
+def lengths(way: ReferenceLongLlama) -> tuple[list[int], list[int]]:
     """Tokens per layer in the local cache and in memory."""
     layers = range(len(way.model.model.layers))
     return tuple(  # type: ignore[return-value]
@@ -82,7 +82,7 @@ def test_grouped_query_heads_give_what_longllama_gives(sdpa: bool) -> None:
     )
     model = LongLlamaForCausalLM(config).eval()
     ids = torch.randint(3, 97, (2, 60), generator=torch.Generator().manual_seed(1))
-    way = PublishedWay(model, mem_layers=[1, 2], context=16, last=8, mem_dtype=torch.float32, sdpa=sdpa)
+    way = ReferenceLongLlama(model, mem_layers=[1, 2], context=16, last=8, mem_dtype=torch.float32, sdpa=sdpa)
     output = model(ids[:, :55])
     torch.testing.assert_close(way.head(way.read(ids[:, :55])), output.logits, atol=1e-4, rtol=0)
     for step in range(55, 60):

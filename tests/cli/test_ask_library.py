@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from llamory.cli.ask_options import bar
+from llamory.cli.ask_options import share_bar
 from llamory.memory import MemoryBank
 
 READING = ("--mem-layers", "0-1", "--context-length", "16")
@@ -61,16 +61,18 @@ def typed(monkeypatch):
 
 
 def test_an_answer_comes_with_bars_and_places(llamory, library, texts) -> None:
-    ran = llamory("ask", "the silver river", "--library", library, "--top", "1", *SHORT, "--quiet")
+    ran = llamory("ask", "the silver river", "--library", library, "--top-documents", "1", *SHORT, "--quiet")
     assert (ran.code, ran.err) == (0, "")
     answer, cited = ran.out.rstrip("\n").rsplit("\n\n", 1)
-    found = json.loads(llamory("ask", "the silver river", "--library", library, "--top", "1", *SHORT, "--json").out)
+    found = json.loads(
+        llamory("ask", "the silver river", "--library", library, "--top-documents", "1", *SHORT, "--json").out
+    )
     assert "".join(c if c.isprintable() or c in "\n\t" else " " for c in found["answer"]).strip() == answer.strip()
     assert len(found["citations"]) == len(cited.splitlines())
     for line, citation in zip(cited.splitlines(), found["citations"], strict=True):
-        assert line.startswith(bar(citation["share"]))
-        assert f"{citation['share']:>4.0%}  {citation['place']}" in line
-    assert {each["place"] for each in found["citations"]} <= {f"{texts}/rivers.md:1", f"{texts}/rivers.md:5"}
+        assert line.startswith(share_bar(citation["share"]))
+        assert f"{citation['share']:>4.0%}  {citation['location']}" in line
+    assert {each["location"] for each in found["citations"]} <= {f"{texts}/rivers.md:1", f"{texts}/rivers.md:5"}
 
 
 def test_json_has_the_numbers(llamory, library, texts, model_folder) -> None:
@@ -79,14 +81,14 @@ def test_json_has_the_numbers(llamory, library, texts, model_folder) -> None:
     assert (found["library"], found["model"]) == (library, str(model_folder))
     assert found["documents"] == [f"{texts}/rivers.md", f"{texts}/bridges.txt"]
     assert sum(each["share"] for each in found["citations"]) == pytest.approx(1)
-    assert set(found["citations"][0]) == {"place", "share", "attention", "source", "title", "line", "text"}
+    assert set(found["citations"][0]) == {"location", "share", "attention", "source", "title", "line", "text"}
     assert found["tokens_read"] > 0
-    times = [found[f"seconds_to_{what}"] for what in ("find", "mount", "first_token")] + [found["seconds"]]
+    times = [found[f"seconds_to_{what}"] for what in ("find", "attach", "first_token")] + [found["seconds"]]
     assert all(time > 0 for time in times)
 
 
 def test_documents_are_picked_by_hand(llamory, library, texts) -> None:
-    ran = llamory("ask", "silver", "--library", library, "--documents", "bridges", *SHORT, "--json")
+    ran = llamory("ask", "silver", "--library", library, "--document", "bridges", *SHORT, "--json")
     assert json.loads(ran.out)["documents"] == [f"{texts}/bridges.txt"]
 
 
@@ -95,7 +97,7 @@ def test_documents_are_picked_by_hand(llamory, library, texts) -> None:
     [
         ((), "either --library DIR or --memory FILE"),
         (("--library", "lib", "--memory", "book"), "either --library DIR or --memory FILE"),
-        (("--memory", "book", "--top", "3"), "--top goes with --library"),
+        (("--memory", "book", "--top-documents", "3"), "--top-documents goes with --library"),
         (("--memory", "book", "--mem-dtype", "int8"), "--mem-dtype goes with --library"),
         (("--library", "nowhere"), "There is no library at nowhere"),
     ],
@@ -110,15 +112,15 @@ def test_what_is_wrong_is_one_sentence(llamory, tmp_path, monkeypatch, verb, arg
 
 
 def test_unknown_documents_are_one_sentence(llamory, library) -> None:
-    ran = llamory("ask", "why", "--library", library, "--documents", "none")
+    ran = llamory("ask", "why", "--library", library, "--document", "none")
     assert (ran.code, ran.out) == (2, "")
     assert "no document none" in ran.err.splitlines()[-1]
 
 
 def test_bars_are_as_long_as_their_shares() -> None:
-    assert [len(bar(share).strip()) for share in (0, 0.5, 1)] == [0, 6, 12]
-    assert [bar(share).strip() for share in (0.25, 0.26, 0.27)] == ["███", "███▏", "███▎"]
-    assert bar(0.5, "ascii") == "######      "
+    assert [len(share_bar(share).strip()) for share in (0, 0.5, 1)] == [0, 6, 12]
+    assert [share_bar(share).strip() for share in (0.25, 0.26, 0.27)] == ["███", "███▏", "███▎"]
+    assert share_bar(0.5, "ascii") == "######      "
 
 
 # ---- memory ahead ----------------------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ def test_a_piped_chat_reads_as_a_dialogue(llamory, library, typed) -> None:
 
 def test_a_chat_as_json_is_one_document(llamory, library, typed) -> None:
     typed("the silver river", "stone")
-    found = json.loads(llamory("chat", "--library", library, *SHORT, "--json", "--top", "1").out)
+    found = json.loads(llamory("chat", "--library", library, *SHORT, "--json", "--top-documents", "1").out)
     assert [turn["question"] for turn in found["turns"]] == ["the silver river", "stone"]
     assert [len(turn["documents"]) for turn in found["turns"]] == [1, 2]
 

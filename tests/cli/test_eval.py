@@ -31,11 +31,11 @@ class Rememberer:
             mem_dtype="bfloat16",
             mem_search=told["mem_search"] or "exact",
             mem_top_k=None,
-            mem_only_top_k=bool(told.get("mem_only_top_k")),
-            mem_log_scale=told.get("mem_log_scale") or 0.0,
-            mem_log_start=8192,
-            mem_log_bias=told.get("mem_log_bias") or 0.0,
-            mem_log_bias_start=2048,
+            mem_top_k_attention=bool(told.get("mem_top_k_attention")),
+            logn_attention_scale=told.get("logn_attention_scale") or 0.0,
+            logn_attention_start=8192,
+            memory_size_bias=told.get("memory_size_bias") or 0.0,
+            memory_size_bias_start=2048,
         )
 
     def memory_fingerprint(self) -> str:
@@ -156,12 +156,12 @@ def test_the_model_is_told_how_to_remember(llamory, models, model_folder, tmp_pa
 
 def test_windows_that_are_read_apart_are_told(llamory, model_folder, tmp_path) -> None:
     lengths = ("--lengths", "1k,2k", "--depths", "0,1", "--trials", "1", "--mem-layers", "1", "--output", tmp_path)
-    arguments = ("--apart", "--mem-only-top-k", "--mem-top-k", "8", "--context-length", "512")
+    arguments = ("--independent-documents", "--mem-top-k-attention", "--mem-top-k", "8", "--context-length", "512")
     ran = llamory("eval", "passkey", model_folder, *lengths, *arguments, "--json")
     document = json.loads(ran.out)
     assert document["settings"]["windows"] == "apart"
     (run,) = document["runs"].values()
-    assert (run["mem_only_top_k"], run["mem_top_k"]) == (True, 8)
+    assert (run["mem_top_k_attention"], run["mem_top_k"]) == (True, 8)
     assert [(cell["length"], cell["depth"]) for cell in run["cells"]] == [
         (1024, 0),
         (1024, 1),
@@ -225,10 +225,19 @@ def test_depths_are_a_number_of_them_or_a_list(llamory, models, model_folder, tm
         (["--question", "Is it {key}?"], "Error: The question holds {key}"),
         (["--haystack", "nowhere.txt"], "Error: There is no file or folder nowhere.txt"),
         (["--model", "another"], "Error: Two models were named"),
-        (["--apart", "--baseline"], "Error: The plain model has no memory to mount windows in"),
-        (["--apart", "--last-context-length", "64"], "Error: With --apart only the question isn't in memory"),
-        (["--focus", "100"], "Error: Windows are left out only where they are read by themselves; add --apart"),
-        (["--apart", "--focus", "0.5"], "Error: A focus is a factor of at least 1, or 0 for none, not 0.5."),
+        (["--independent-documents", "--baseline"], "Error: The plain model has no memory to attach windows in"),
+        (
+            ["--independent-documents", "--last-context-length", "64"],
+            "Error: With --independent-documents only the question isn't in memory",
+        ),
+        (
+            ["--evidence-ratio", "100"],
+            "Error: Windows are left out only where they are read by themselves; add --independent-documents",
+        ),
+        (
+            ["--independent-documents", "--evidence-ratio", "0.5"],
+            "Error: A focus is a factor of at least 1, or 0 for none, not 0.5.",
+        ),
     ],
 )
 def test_a_wrong_wish_is_one_sentence_before_a_model_is_loaded(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-SMALL = ("--lengths", "0,100,600", "--seeds", "2", "--questions", "4")
+SMALL = ("--lengths", "0,100,600", "--num-seeds", "2", "--num-questions", "4")
 
 
 def write_lines(path: Path, count: int, first: int = 0) -> Path:
@@ -39,8 +39,8 @@ def test_it_prints_a_table_and_writes_numbers_and_picture(llamory, model_folder,
 def test_json_is_one_document_and_what_was_run_is_not_run_again(llamory, model_folder, data, tmp_path) -> None:
     test = write_lines(tmp_path / "test.jsonl", 70, first=60)
     arguments = ("eval", "manyshot", model_folder, "--train", data, "--test", test, "--output", tmp_path / "out")
-    arguments += ("--json", "--mem-layers", "1", "--context-length", "64", "--measure", "sum", "--bf16")
-    first = llamory(*arguments, "--lengths", "100", "--seeds", "1", "--questions", "20")
+    arguments += ("--json", "--mem-layers", "1", "--context-length", "64", "--score-type", "sum", "--bf16")
+    first = llamory(*arguments, "--lengths", "100", "--num-seeds", "1", "--num-questions", "20")
     assert first.code == 0, first.err
     document = json.loads(first.out)
     assert document == json.loads((tmp_path / "out" / "manyshot.json").read_text())
@@ -54,11 +54,11 @@ def test_json_is_one_document_and_what_was_run_is_not_run_again(llamory, model_f
     assert score["labels"].count("cedar") == 5
     right = sum(answer == label for answer, label in zip(score["answers"], score["labels"], strict=True))
     assert score["accuracy"] == run["curve"][0]["accuracy"] == right / 10
-    again = llamory(*arguments, "--lengths", "100,200", "--seeds", "2", "--questions", "20")
+    again = llamory(*arguments, "--lengths", "100,200", "--num-seeds", "2", "--num-questions", "20")
     scores = json.loads(again.out)["runs"][str(model_folder)]["scores"]
     assert scores[0] == score  # its seconds, too
     assert [(each["length"], each["seed"]) for each in scores] == [(100, 0), (100, 1), (200, 0), (200, 1)]
-    other = llamory(*arguments, "--lengths", "100", "--questions", "3")
+    other = llamory(*arguments, "--lengths", "100", "--num-questions", "3")
     assert (other.code, other.out) == (2, "")
     assert "made with other settings (questions 20, now 3)" in other.err
 
@@ -69,7 +69,7 @@ def test_json_is_one_document_and_what_was_run_is_not_run_again(llamory, model_f
         (["--lengths", "2"], "Error: A length of 2 tokens is too small for one demonstration"),
         (["--lengths", "64k"], "Error: All 56 demonstrations have "),
         (["--lengths", "-5"], "Error: --lengths must be numbers of tokens from 0 on, not -5."),
-        (["--questions", "60"], "Error: The 60 examples are too few to ask 60 of them"),
+        (["--num-questions", "60"], "Error: The 60 examples are too few to ask 60 of them"),
         (["--label-field", "kind"], "Error: {data}:1: the object has no 'kind' (it has 'text', 'label')"),
         (["--template", "{text}"], "Error: The template '{text}' doesn't have {text} once and after it {label} once."),
         (["--test", "nowhere.jsonl"], "Error: There is no file nowhere.jsonl"),

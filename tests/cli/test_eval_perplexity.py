@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SMALL = ("--memory", "0,64,600", "--tokens", "16")
+SMALL = ("--memory-tokens", "0,64,600", "--tokens", "16")
 WORDS = "amber basin cedar delta ember fjord grove haven inlet jetty".split()
 
 
@@ -47,7 +47,7 @@ def stock_loss(folder: Path, book: Path) -> float:
 
 def test_it_prints_a_table_and_writes_numbers_and_picture(llamory, model_folder, books, tmp_path) -> None:
     out = tmp_path / "out"
-    ran = llamory("eval", "perplexity", model_folder, "--documents", books, *SMALL, "--output", out)
+    ran = llamory("eval", "perplexity", model_folder, "--data", books, *SMALL, "--output", out)
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
     assert lines[0] == f"{model_folder.name}: the last 16 tokens of 2 documents"
@@ -61,10 +61,10 @@ def test_it_prints_a_table_and_writes_numbers_and_picture(llamory, model_folder,
 
 
 def test_windows_can_be_read_apart(llamory, model_folder, books, tmp_path):
-    arguments = ("eval", "perplexity", model_folder, "--documents", books, *SMALL, "--json")
+    arguments = ("eval", "perplexity", model_folder, "--data", books, *SMALL, "--json")
     apart, in_order = (
         json.loads(llamory(*arguments, "--output", tmp_path / name, *flags).out)
-        for name, flags in (("apart", ["--apart"]), ("in_order", []))
+        for name, flags in (("apart", ["--independent-windows"]), ("in_order", []))
     )
     assert apart["settings"]["windows"] == "apart" and "windows" not in in_order["settings"]
     losses = [[score["loss"] for score in next(iter(each["runs"].values()))["scores"]] for each in (apart, in_order)]
@@ -72,7 +72,7 @@ def test_windows_can_be_read_apart(llamory, model_folder, books, tmp_path):
 
 
 def test_json_is_one_document_with_a_run_per_model(llamory, model_folder, other_model, books, tmp_path) -> None:
-    arguments = ("--documents", books, *SMALL, "--output", tmp_path / "out", "--json", "--quiet")
+    arguments = ("--data", books, *SMALL, "--output", tmp_path / "out", "--json", "--quiet")
     ran = llamory("eval", "perplexity", "--model", model_folder, "--compare", other_model, *arguments)
     assert (ran.code, ran.err) == (0, "")
     document = json.loads(ran.out)
@@ -101,7 +101,7 @@ def test_a_stopped_run_goes_on(llamory, model_folder, books, tmp_path, monkeypat
         scored.append(arguments[2])
         return loss(*arguments, **more)
 
-    arguments = ("eval", "perplexity", model_folder, "--documents", books, *SMALL, "--output", tmp_path / "out")
+    arguments = ("eval", "perplexity", model_folder, "--data", books, *SMALL, "--output", tmp_path / "out")
     monkeypatch.setattr(perplexity, "tail_loss", stop_at_the_fourth)
     stopped = llamory(*arguments)
     assert (stopped.code, stopped.out) == (2, "")
@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on(llamory, model_folder, books, tmp_path, monkeypat
 
 def test_settings_of_memory_reach_the_model(llamory, model_folder, books, tmp_path) -> None:
     told = "--mem-layers 1 --context-length 128 --mem-search pages --mem-top-k 2 --local 100 --limit 1 --bf16"
-    arguments = ("--documents", books, *SMALL, *told.split(), "--output", tmp_path / "out", "--json")
+    arguments = ("--data", books, *SMALL, *told.split(), "--output", tmp_path / "out", "--json")
     document = json.loads(llamory("eval", "perplexity", model_folder, *arguments).out)
     run = document["runs"][str(model_folder)]
     assert (run["mem_layers"], run["context_length"], run["mem_search"], run["mem_top_k"]) == ([1], 128, "pages", 2)
@@ -129,11 +129,17 @@ def test_settings_of_memory_reach_the_model(llamory, model_folder, books, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--memory", "much"], "Error: --memory must be numbers with commas between them, not '0,64,600,much'."),
-        (["--memory", "0,-2k"], "Error: --memory must be numbers of tokens from 0 on, not -2048."),
-        (["--memory", "64k"], "Error: No document has the 65,553 tokens that are needed (of 3, the longest has "),
+        (
+            ["--memory-tokens", "much"],
+            "Error: --memory-tokens must be numbers with commas between them, not '0,64,600,much'.",
+        ),
+        (["--memory-tokens", "0,-2k"], "Error: --memory-tokens must be numbers of tokens from 0 on, not -2048."),
+        (
+            ["--memory-tokens", "64k"],
+            "Error: No document has the 65,553 tokens that are needed (of 3, the longest has ",
+        ),
         (["--context-length", "8"], "Error: 16 scored tokens after 1 local ones don't fit a window of 8 tokens"),
-        (["--documents", "nowhere.txt"], "Error: There is no file or folder nowhere.txt"),
+        (["--data", "nowhere.txt"], "Error: There is no file or folder nowhere.txt"),
         (["--model", "another"], "Error: Two models were named"),
         (["--tokens", "0"], "Error: Invalid value for '--tokens'"),
     ],
@@ -142,7 +148,7 @@ def test_a_wrong_wish_is_one_sentence_before_a_model_is_loaded(
     llamory, model_folder, books, tmp_path, monkeypatch, arguments: list[str], sentence: str
 ) -> None:
     monkeypatch.setattr("llamory.longllama.loading.load_long_model", None)
-    given = ("--documents", books, *SMALL, "--output", tmp_path / "out", *arguments)
+    given = ("--data", books, *SMALL, "--output", tmp_path / "out", *arguments)
     ran = llamory("eval", "perplexity", model_folder, *given)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith(sentence)
@@ -152,8 +158,8 @@ def test_a_wrong_wish_is_one_sentence_before_a_model_is_loaded(
 
 def test_documents_must_be_named_and_models_but_once(llamory, model_folder, books) -> None:
     ran = llamory("eval", "perplexity", model_folder)
-    assert (ran.code, ran.err) == (2, "Error: --documents is missing: name a file or folder of long documents.\n")
-    ran = llamory("eval", "perplexity", model_folder, "--documents", books, "--compare", model_folder)
+    assert (ran.code, ran.err) == (2, "Error: --data is missing: name a file or folder of long documents.\n")
+    ran = llamory("eval", "perplexity", model_folder, "--data", books, "--compare", model_folder)
     assert ran.err == f"Error: The model {model_folder} was named twice; compare it with another one.\n"
 
 
@@ -162,7 +168,7 @@ def test_models_with_other_tokenizers_are_not_compared(llamory, model_folder, ot
     content = json.loads(file.read_text())
     content["model"]["merges"] = content["model"]["merges"][:0]
     file.write_text(json.dumps(content))
-    given = ("--documents", books, *SMALL, "--output", tmp_path / "out")
+    given = ("--data", books, *SMALL, "--output", tmp_path / "out")
     ran = llamory("eval", "perplexity", model_folder, "--compare", other_model, *given)
     assert ran.code == 2
     assert ran.err.startswith(f"Error: The model {other_model} has another tokenizer than {model_folder}")

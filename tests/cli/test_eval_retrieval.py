@@ -110,7 +110,7 @@ def test_what_was_scored_is_not_scored_again(llamory, data, models, tmp_path, mo
     assert len(document["runs"]) == 3
     assert len(embedded) == 4  # documents, for the new model alone
     assert (tmp_path / "lines").read_text() == (tmp_path / "out" / "queries.jsonl").read_text()
-    other = llamory(*arguments, "--queries", "3")
+    other = llamory(*arguments, "--num-queries", "3")
     assert (other.code, other.out) == (2, "")
     assert "made with other settings (" in other.err
     # A kill between the two files leaves lines of a model that the JSON file doesn't have: it is scored again.
@@ -139,7 +139,7 @@ def test_a_plain_llama_stands_beside_them_by_its_mean(llamory, data, model_folde
 
 
 def test_a_smaller_sample_is_drawn(llamory, data) -> None:
-    ran = llamory("eval", "retrieval", data, "--queries", "2", "--documents", "3", "--json", "--quiet")
+    ran = llamory("eval", "retrieval", data, "--num-queries", "2", "--num-documents", "3", "--json", "--quiet")
     settings = json.loads(ran.out)["settings"]
     assert (settings["queries"], settings["documents"]) == (2, 3)
 
@@ -153,7 +153,7 @@ def test_a_smaller_sample_is_drawn(llamory, data) -> None:
         (["{data}", "--no-bm25"], "There is nothing to score: name a --model, or leave --no-bm25 out."),
         (["{data}", "--model", "a", "--model", "a"], "The model a was named twice"),
         (["{data}", "--split", "dev"], "{data}: there is no split 'dev'; there is test."),
-        (["{data}", "--queries", "9"], "pets has 4 queries in the split test, not 9."),
+        (["{data}", "--num-queries", "9"], "pets has 4 queries in the split test, not 9."),
         (["{data}", "--per-query", "nowhere/lines"], "There is no folder nowhere for the per-query file."),
         (["{data}/corpus.jsonl"], "{data}/corpus.jsonl is a file; give a BEIR folder"),
     ],

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import llamory as package
-from llamory.cli.errors import explain
+from llamory.cli.errors import user_message
 from llamory.errors import LlamoryError
 
 
@@ -101,7 +101,7 @@ def test_too_little_memory_is_said_for_torch_and_python() -> None:
     with pytest.raises(RuntimeError) as too_much:
         torch.empty(1 << 60, dtype=torch.uint8)
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), too_much.value):
-        assert "memory is too small" in str(explain(error))
+        assert "memory is too small" in str(user_message(error))
 
 
 def test_a_fault_of_our_own_is_one_line_and_code_1(llamory, failing) -> None:

@@ -103,19 +103,24 @@ def test_ask_takes_several_memories_and_chosen_documents(read, llamory, texts, b
     assert llamory("read", texts / "rivers.txt", "--memory", other, "--model", _model_of(book)).code == 0
     mixed = llamory("ask", "which", "--memory", book, "--memory", other)
     assert mixed.code == 2  # other was read in all default layers and windows
-    chosen = llamory("ask", "which", "--memory", book, "--documents", "bridges.md", "--max-new-tokens", "2", "--json")
+    chosen = llamory("ask", "which", "--memory", book, "--document", "bridges.md", "--max-new-tokens", "2", "--json")
     assert json.loads(chosen.out)["documents"] == ["texts/bridges.md"]
 
 
 def _model_of(book: Path) -> str:
     bank = MemoryBank.load(book)
-    return str(bank.describe(bank.segments[0])["model"])
+    return str(bank.metadata(bank.segments[0])["model"])
 
 
 def test_ask_focuses_as_it_is_told(read, llamory, texts, book, monkeypatch) -> None:
     read(texts)
     monkeypatch.setattr("llamory.qa.evidence.question_likelihoods", lambda *_: torch.tensor([-9.0, -3.0]))
-    for focus, documents in (([], 1), (["--focus", "500"], 2), (["--focus", "0"], 2), (["--focus", "400"], 1)):
+    for focus, documents in (
+        ([], 1),
+        (["--evidence-ratio", "500"], 2),
+        (["--evidence-ratio", "0"], 2),
+        (["--evidence-ratio", "400"], 1),
+    ):
         ran = llamory("ask", "which river", "--memory", book, "--max-new-tokens", "2", "--json", *focus)
         answer = json.loads(ran.out)
         assert (len(answer["used_documents"]), len(answer["documents"])) == (documents, 2)
@@ -167,9 +172,9 @@ def test_wrong_input_is_one_sentence_and_code_2(read, llamory, texts, book, make
     refused(llamory(*ask, "--model", make_other), "made by another model")
     refused(llamory(*ask, "--last-context-length", "99"), "last_context_length is 99", "16")
     refused(llamory(*ask, "--max-question-tokens", "2"), "limit of 2")
-    refused(llamory(*ask, "--documents", "none.txt"), "none.txt", "texts/rivers.txt")
+    refused(llamory(*ask, "--document", "none.txt"), "none.txt", "texts/rivers.txt")
     refused(llamory("ask", "", "--memory", book), "blank")
-    refused(llamory(*ask, "--focus", "0.5"), "factor of at least 1, or 0", "0.5")
+    refused(llamory(*ask, "--evidence-ratio", "0.5"), "factor of at least 1, or 0", "0.5")
     assert book.read_bytes() == before
     assert sorted(path.name for path in book.parent.iterdir()) == ["book", "texts"]
     book.write_bytes(before[:-20])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llamory.documents import Failure
+from llamory.documents import SkippedFile
 from llamory.errors import LlamoryError
 from llamory.library import AddReport, Hit
 from llamory.training.settings import LlaraSettings
@@ -46,7 +46,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
         def add(self, paths: list[Path], **settings: Any) -> AddReport:
             print("reading ...")
             made.append(("add", paths, settings))
-            broken = [Failure("b/bad\x1b.txt", "no text")] if "b" in map(str, paths) else []
+            broken = [SkippedFile("b/bad\x1b.txt", "no text")] if "b" in map(str, paths) else []
             nothing = AddReport(failed=broken)
             return nothing if paths == [Path("b")] else AddReport(3, 2, 1, 0, 41, broken)
 
@@ -88,7 +88,7 @@ def test_search_prints_one_json_document_and_nothing_else(llamory, calls: list[t
         "hits": [
             {
                 "rank": 1,
-                "place": "docs/lamp.md:12",
+                "location": "docs/lamp.md:12",
                 "text": HITS[0].text,
                 "source": "docs/lamp.md",
                 "title": "Lamps",
@@ -128,7 +128,7 @@ SUMMARY = "lib: 3 added, 1 updated, 2 unchanged, 0 removed; 41 passages.\n"
 def test_index_reports_what_it_did(llamory, calls: list[tuple]) -> None:
     ran = llamory("index", "a.md", "c", "--library", "lib")
     assert ran == (0, SUMMARY, "reading ...\n")
-    unset = {"passage_length": None, "text_field": "text", "strict": False, "wait": True}
+    unset = {"chunk_size": None, "text_field": "text", "strict": False, "wait": True}
     unset |= {"engine": "local", "ray_address": None}
     assert calls == [("library", "lib", {"model": "default", "bf16": False}), ("add", [Path("a.md"), Path("c")], unset)]
 
@@ -147,7 +147,7 @@ def test_index_that_took_nothing_in_is_an_error(llamory, calls: list[tuple]) -> 
 
 def test_index_hands_on_what_it_is_told(llamory, calls: list[tuple]) -> None:
     told = (
-        "--model m --passage-length 99 --text-field body --max-file-size 0.5 --strict --no-wait --bf16 --json --quiet"
+        "--model m --chunk-size 99 --text-field body --max-file-size 0.5 --strict --no-wait --bf16 --json --quiet"
         " --engine ray --ray-address here:6379"
     )
     ran = llamory("index", "a.md", "--library", "s3://shelf/lib", *told.split())
@@ -162,7 +162,7 @@ def test_index_hands_on_what_it_is_told(llamory, calls: list[tuple]) -> None:
         "skipped": [],
     }
     assert ran.err == ""
-    settings = {"passage_length": 99, "text_field": "body", "strict": True, "wait": False, "max_file_size": 0.5}
+    settings = {"chunk_size": 99, "text_field": "body", "strict": True, "wait": False, "max_file_size": 0.5}
     settings |= {"engine": "ray", "ray_address": "here:6379"}
     assert calls == [("library", "s3://shelf/lib", {"model": "m", "bf16": True}), ("add", [Path("a.md")], settings)]
 
@@ -183,13 +183,15 @@ def test_index_needs_something_to_read(llamory, calls: list[tuple]) -> None:
 def test_export_hands_on_the_model_and_names_the_folder(llamory, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple] = []
 
-    def export(model: str, output: Path, *, max_length: int, query_prompt: str | None, whiten_on: list[str]) -> None:
-        asked.append((model, output, max_length, query_prompt, whiten_on))
+    def export(
+        model: str, output: Path, *, max_length: int, query_prompt: str | None, whitening_texts: list[str]
+    ) -> None:
+        asked.append((model, output, max_length, query_prompt, whitening_texts))
 
     def texts(model: str, paths: list[Path], *, max_length: int) -> list[str]:
         return [f"{path} for {model} in {max_length}" for path in paths]
 
-    module = SimpleNamespace(export_sentence_transformer=export, unlabelled_texts=texts)
+    module = SimpleNamespace(export_sentence_transformer=export, sample_passages=texts)
     monkeypatch.setitem(sys.modules, "llamory.embedding.pipeline", module)
     ran = llamory("export", "trained", "--output", "out", "--max-length", "256", "--json")
     assert json.loads(ran.out) == {"model": "trained", "output": "out", "max_length": 256}

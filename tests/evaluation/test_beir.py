@@ -1,4 +1,4 @@
-"""BEIR folders are read as BEIR's own code reads them, and what is wrong with one is told by file and line."""
+"""BEIR folders are read as BEIR's self_documents code reads them, and what is wrong with one is told by file and line."""
 
 import json
 from pathlib import Path
@@ -39,8 +39,8 @@ def test_titles_stand_before_texts_and_only_judged_queries_are_asked(folder: Pat
     assert list(data.read()) == list(data.read())
     assert data.ids == ["d1", "d2", "d3"]
     assert data.queries == {"q1": "where do they run", "q2": "what"}
-    assert data.judgements == {"q1": {"d1": 2, "d2": 0}, "q2": {"d3": 1}}
-    assert (data.name, data.split, data.missing) == (folder.name, "test", 0)
+    assert data.qrels == {"q1": {"d1": 2, "d2": 0}, "q2": {"d3": 1}}
+    assert (data.name, data.split, data.missing_relevant) == (folder.name, "test", 0)
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,13 @@ def test_titles_stand_before_texts_and_only_judged_queries_are_asked(folder: Pat
 )
 def test_judgements_may_have_any_header_or_none_or_trecs_columns(folder: Path, rows: str) -> None:
     judge(folder, "test", rows)
-    assert read_beir(folder).judgements == {"q1": {"d1": 1}}
+    assert read_beir(folder).qrels == {"q1": {"d1": 1}}
 
 
 def test_the_split_is_chosen(folder: Path) -> None:
     judge(folder, "dev", "q2\td2\t1\n")
     assert read_beir(folder).split == "test"
-    assert read_beir(folder, "dev").judgements == {"q2": {"d2": 1}}
+    assert read_beir(folder, "dev").qrels == {"q2": {"d2": 1}}
     with pytest.raises(LlamoryError, match="there is no split 'train'; there are dev, test"):
         read_beir(folder, "train")
     (folder / "qrels" / "test.tsv").rename(folder / "qrels" / "train.tsv")
@@ -83,10 +83,10 @@ def test_a_query_that_is_a_document_is_known_by_id_and_text(folder: Path) -> Non
     write(
         folder / "corpus.jsonl", [*CORPUS, {"_id": "q1", "text": " where do they\nrun "}, {"_id": "q2", "text": "else"}]
     )
-    assert read_beir(folder).own == {"q1"}
-    assert read_beir(folder, ignore_identical_ids=True).own == {"q1", "q2"}
+    assert read_beir(folder).self_documents == {"q1"}
+    assert read_beir(folder, ignore_identical_ids=True).self_documents == {"q1", "q2"}
     judge(folder, "test", "q1\tq1\t1\nq2\td3\t1\n")
-    assert read_beir(folder).own == set()
+    assert read_beir(folder).self_documents == set()
 
 
 def test_other_content_has_another_fingerprint(folder: Path) -> None:
@@ -98,7 +98,7 @@ def test_other_content_has_another_fingerprint(folder: Path) -> None:
 
 def test_relevant_documents_that_are_not_there_are_counted(folder: Path) -> None:
     judge(folder, "test", "q1\td1\t1\nq1\tgone\t1\nq1\taway\t0\n")
-    assert read_beir(folder).missing == 1
+    assert read_beir(folder).missing_relevant == 1
 
 
 @pytest.mark.parametrize(

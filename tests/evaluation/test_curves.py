@@ -53,12 +53,12 @@ def test_lines_have_their_colours_and_the_higher_one_stands_above(drawn) -> None
 def test_shares_go_up_to_one(drawn) -> None:
     line = Line("model", [1024, 2048], [0.5, 0.5])
     _, free = places(drawn(line), FIRST)
-    _, share = places(drawn(Line("model", [1024, 2048], [1.0, 1.0]), share=True), FIRST)
-    assert np.median(share) > np.median(free) + 200
+    _, percent = places(drawn(Line("model", [1024, 2048], [1.0, 1.0]), percent=True), FIRST)
+    assert np.median(percent) > np.median(free) + 200
 
 
 def test_a_single_place_and_odd_names_are_drawn(drawn) -> None:
-    places(drawn(Line("a_$^{model}", [0], [2.0]), title="Costs $5 or $6_", level=("chance $", 1.5)), FIRST)
+    places(drawn(Line("a_$^{model}", [0], [2.0]), title="Costs $5 or $6_", reference_line=("chance $", 1.5)), FIRST)
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0"), (2048, "2k"), (65536, "64k"), (500, "500"), (1500, "1,500")])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.datasets.descriptions import about_lists, description_pairs, fetched_lists
+from llamory.evaluation.datasets.descriptions import description_pairs, downloaded_package_lists, format_package_lists
 
 TRANSLATION = """\
 Package: river-tools
@@ -88,21 +88,21 @@ def test_lists_are_fetched_into_a_folder_of_their_own(tmp_path: Path, monkeypatc
     (tmp_path / "list").write_text(TRANSLATION)
     apt_get(tmp_path, release + lists % (tmp_path / "list"))
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    with fetched_lists() as files:
+    with downloaded_package_lists() as files:
         (file,) = files
         assert file.name == "mirror_dists_forky_main_i18n_Translation-en"
         assert len(list(description_pairs(files))) == 2
         checksum = subprocess.run(["sha256sum", file], capture_output=True, text=True, check=True).stdout.split()[0]
-        assert about_lists(files) == f"- {file.name}, sha256 {checksum} (Debian, forky)"
+        assert format_package_lists(files) == f"- {file.name}, sha256 {checksum} (Debian, forky)"
     assert not file.exists()
 
 
 def test_a_failure_of_apt_get_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     apt_get(tmp_path, "echo 'E: The network is gone.' >&2; exit 100")
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    with pytest.raises(LlamoryError, match=r"descriptions: E: The network is gone\.$"), fetched_lists():
+    with pytest.raises(LlamoryError, match=r"descriptions: E: The network is gone\.$"), downloaded_package_lists():
         pass
     (tmp_path / "apt-get").unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(LlamoryError, match="which isn't here; give --source FILE"), fetched_lists():
+    with pytest.raises(LlamoryError, match="which isn't here; give --source FILE"), downloaded_package_lists():
         pass

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.manyshot import Trial, label_scores, manyshot_curve, run_manyshot
-from llamory.evaluation.prompt_templates import Example, Plan, Wording, label_set, plan_manyshot, read_examples
+from llamory.evaluation.prompt_templates import (
+    Example,
+    ManyshotPrompt,
+    PromptTemplate,
+    build_manyshot_prompts,
+    label_set,
+    read_examples,
+)
 from plain_longllama import logits, sight
 from tiny_models import CONTEXT, make_long_llama
 
@@ -24,8 +31,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def wording(tokenizer) -> Wording:
-    return Wording(tokenizer)
+def prompt_template(tokenizer) -> PromptTemplate:
+    return PromptTemplate(tokenizer)
 
 
 def ids(length: int, seed: int = 0) -> list[int]:
@@ -72,37 +79,40 @@ class Letters:
         return {"input_ids": [1, *found] if add_special_tokens else found}
 
 
-@pytest.mark.parametrize("measure", ["mean", "sum"])
+@pytest.mark.parametrize("score_type", ["mean", "sum"])
 @pytest.mark.parametrize("length", [0, 30])
-def test_the_answer_is_the_likeliest_label(model, length, measure) -> None:
-    wording = Wording(Letters())
+def test_the_answer_is_the_likeliest_label(model, length, score_type) -> None:
+    prompt_template = PromptTemplate(Letters())
     train = [Example(f"a{letter}", "yes" if letter in "cde" else "no") for letter in "bcdefghijkl"]
-    plans = plan_manyshot(wording, train, [length], [0, 1], questions=5)
+    prompts = build_manyshot_prompts(prompt_template, train, [length], [0, 1], questions=5)
     labels = ["maybe", "no", "yes"]
-    trials = run_manyshot(model, wording, plans, labels, measure=measure)
+    trials = run_manyshot(model, prompt_template, prompts, labels, score_type=score_type)
     assert [(trial.length, trial.seed) for trial in trials] == [(length, 0), (length, 1)]
-    for trial, plan in zip(trials, plans, strict=True):
+    for trial, prompt in zip(trials, prompts, strict=True):
         answers = []
-        for example in plan.questions:
-            question = wording.question(example.text)
+        for example in prompt.questions:
+            question = prompt_template.question(example.text)
             if not length:
                 question = [1, *question]
-            scores = [expected_score(model, list(plan.input_ids), question, wording.label(label)) for label in labels]
-            if measure == "sum":
+            scores = [
+                expected_score(model, list(prompt.input_ids), question, prompt_template.label(label))
+                for label in labels
+            ]
+            if score_type == "sum":
                 scores = [score * len(label) for score, label in zip(scores, labels, strict=True)]
             answers.append(labels[scores.index(max(scores))])
         assert trial.answers == answers
-        right = [example.label for example in plan.questions]
+        right = [example.label for example in prompt.questions]
         assert trial.labels == right
         assert trial.accuracy == sum(a == b for a, b in zip(answers, right, strict=True)) / 5
-        assert (trial.demonstrations, trial.tokens) == (plan.demonstrations, len(plan.input_ids))
+        assert (trial.demonstrations, trial.tokens) == (prompt.demonstrations, len(prompt.input_ids))
 
 
 def test_what_was_tried_is_not_tried_again(model) -> None:
-    wording = Wording(Letters())
-    plans = [Plan(length, 0, tuple(ids(length)), 1, (Example("ab", "no"),)) for length in (5, 9)]
+    prompt_template = PromptTemplate(Letters())
+    prompts = [ManyshotPrompt(length, 0, tuple(ids(length)), 1, (Example("ab", "no"),)) for length in (5, 9)]
     known, told = [Trial(5, 0, 1, 5, 0.25, ["no"], ["no"], 0.1)], []
-    trials = run_manyshot(model, wording, plans, ["no", "yes"], trials=known, on_trial=told.append)
+    trials = run_manyshot(model, prompt_template, prompts, ["no", "yes"], trials=known, on_trial=told.append)
     assert trials is known
     assert [trial.length for trial in trials] == [5, 9]
     assert told == trials[1:]
@@ -111,77 +121,80 @@ def test_what_was_tried_is_not_tried_again(model) -> None:
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_is_as_many_demonstrations_as_fit(tokenizer, wording) -> None:
-    (plan,) = plan_manyshot(wording, EXAMPLES, [200], [3], questions=10)
-    text = tokenizer.decode(plan.input_ids)
+def test_a_prompt_is_as_many_demonstrations_as_fit(tokenizer, prompt_template) -> None:
+    (prompt,) = build_manyshot_prompts(prompt_template, EXAMPLES, [200], [3], questions=10)
+    text = tokenizer.decode(prompt.input_ids)
     assert text.startswith("<s>The sky ")
     shown = [Example(*part.split("\n")) for part in text.removeprefix("<s>").removesuffix("\n\n").split("\n\n")]
-    assert len(shown) == len(set(shown)) == plan.demonstrations
-    assert {*shown, *plan.questions} <= set(EXAMPLES)
-    assert not {*shown} & {*plan.questions}
-    assert len(plan.questions) == 10
-    longest = max(len(wording.demonstration(example)) for example in EXAMPLES)
-    assert 200 - longest < len(plan.input_ids) <= 200
+    assert len(shown) == len(set(shown)) == prompt.demonstrations
+    assert {*shown, *prompt.questions} <= set(EXAMPLES)
+    assert not {*shown} & {*prompt.questions}
+    assert len(prompt.questions) == 10
+    longest = max(len(prompt_template.demonstration(example)) for example in EXAMPLES)
+    assert 200 - longest < len(prompt.input_ids) <= 200
 
 
 @given(st.lists(st.integers(40, 400), min_size=2, max_size=4, unique=True), st.integers(0, 5))
 def test_longer_prompts_begin_with_shorter_ones_and_ask_the_same(lengths, seed) -> None:
-    wording = Wording(Letters())
+    prompt_template = PromptTemplate(Letters())
     train = [Example(letter * 4 + other, "yes") for letter in "abcdefgh" for other in "abcdefgh"]
-    plans = plan_manyshot(wording, train, lengths, [seed], questions=4)
-    assert [plan.length for plan in plans] == sorted(lengths)
-    for short, long in pairwise(plans):
+    prompts = build_manyshot_prompts(prompt_template, train, lengths, [seed], questions=4)
+    assert [prompt.length for prompt in prompts] == sorted(lengths)
+    for short, long in pairwise(prompts):
         assert long.input_ids[: len(short.input_ids)] == short.input_ids
         assert long.questions == short.questions
         assert len(short.input_ids) <= short.length < len(short.input_ids) + 11  # a demonstration has 11 letters
 
 
-def test_a_test_file_is_asked_and_nothing_else(wording) -> None:
+def test_a_test_file_is_asked_and_nothing_else(prompt_template) -> None:
     test = [Example(f"Is it {number}?", "north") for number in range(8)]
     few, all_of_them = (
-        plan_manyshot(wording, EXAMPLES, [100], [0, 1], test=test, questions=count) for count in (3, 50)
+        build_manyshot_prompts(prompt_template, EXAMPLES, [100], [0, 1], test=test, questions=count)
+        for count in (3, 50)
     )
-    assert [len(plan.questions) for plan in few] == [3, 3]
-    assert all(set(plan.questions) <= set(test) for plan in few)
-    assert all(sorted(plan.questions, key=str) == sorted(test, key=str) for plan in all_of_them)
+    assert [len(prompt.questions) for prompt in few] == [3, 3]
+    assert all(set(prompt.questions) <= set(test) for prompt in few)
+    assert all(sorted(prompt.questions, key=str) == sorted(test, key=str) for prompt in all_of_them)
     assert few[0].questions != few[1].questions
     assert few[0].input_ids != few[1].input_ids
 
 
-def test_demonstrations_are_drawn_anew_for_every_seed_and_again_for_the_same(wording) -> None:
-    first, second = plan_manyshot(wording, EXAMPLES, [150], [0, 1], questions=10)
+def test_demonstrations_are_drawn_anew_for_every_seed_and_again_for_the_same(prompt_template) -> None:
+    first, second = build_manyshot_prompts(prompt_template, EXAMPLES, [150], [0, 1], questions=10)
     assert first.input_ids != second.input_ids
-    assert plan_manyshot(wording, EXAMPLES, [150], [1], questions=10) == [second]
+    assert build_manyshot_prompts(prompt_template, EXAMPLES, [150], [1], questions=10) == [second]
 
 
 def test_a_template_words_demonstrations_and_questions(tokenizer) -> None:
-    wording = Wording(tokenizer, "Question: {text}\nType: {label}\n")
+    prompt_template = PromptTemplate(tokenizer, "Question: {text}\nType: {label}\n")
     example = Example("Who?", "human")
-    assert tokenizer.decode(wording.demonstration(example)) == "Question: Who?\nType: human\n"
+    assert tokenizer.decode(prompt_template.demonstration(example)) == "Question: Who?\nType: human\n"
     # The space belongs to the label's tokens, where tokenizers expect it.
-    assert tokenizer.decode(wording.question("Who?")) == "Question: Who?\nType:"
-    assert tokenizer.decode(wording.label("human")) == " human"
-    assert [*wording.question("Who?"), *wording.label("human")] == wording.demonstration(example)[:-1]
+    assert tokenizer.decode(prompt_template.question("Who?")) == "Question: Who?\nType:"
+    assert tokenizer.decode(prompt_template.label("human")) == " human"
+    assert [*prompt_template.question("Who?"), *prompt_template.label("human")] == prompt_template.demonstration(
+        example
+    )[:-1]
 
 
 @pytest.mark.parametrize("template", ["{text}", "{label}\n{text}", "{text}{text}{label}", "{text}\n{label} {label}"])
 def test_a_template_without_text_and_label_is_refused(tokenizer, template) -> None:
     with pytest.raises(LlamoryError, match=r"doesn't have \{text\} once and after it \{label\} once"):
-        Wording(tokenizer, template)
+        PromptTemplate(tokenizer, template)
 
 
-def test_impossible_lengths_and_counts_are_refused(wording) -> None:
+def test_impossible_lengths_and_counts_are_refused(prompt_template) -> None:
     with pytest.raises(LlamoryError, match="A length of 3 tokens is too small for one demonstration, which has"):
-        plan_manyshot(wording, EXAMPLES, [3], [0], questions=10)
-    whole = 1 + sum(len(wording.demonstration(example)) for example in EXAMPLES)
+        build_manyshot_prompts(prompt_template, EXAMPLES, [3], [0], questions=10)
+    whole = 1 + sum(len(prompt_template.demonstration(example)) for example in EXAMPLES)
     with pytest.raises(LlamoryError, match=rf"All 60 demonstrations have {whole:,} tokens, less than {whole + 1:,}"):
-        plan_manyshot(wording, EXAMPLES, [whole + 1], [0], test=EXAMPLES[:1])
-    (plan,) = plan_manyshot(wording, EXAMPLES, [whole], [0], test=EXAMPLES[:1])
-    assert plan.demonstrations == 60
+        build_manyshot_prompts(prompt_template, EXAMPLES, [whole + 1], [0], test=EXAMPLES[:1])
+    (prompt,) = build_manyshot_prompts(prompt_template, EXAMPLES, [whole], [0], test=EXAMPLES[:1])
+    assert prompt.demonstrations == 60
     with pytest.raises(LlamoryError, match="The 60 examples are too few to ask 60 of them"):
-        plan_manyshot(wording, EXAMPLES, [100], [0], questions=60)
+        build_manyshot_prompts(prompt_template, EXAMPLES, [100], [0], questions=60)
     with pytest.raises(LlamoryError, match="A length of -1 tokens isn't possible"):
-        plan_manyshot(wording, EXAMPLES, [-1], [0], questions=10)
+        build_manyshot_prompts(prompt_template, EXAMPLES, [-1], [0], questions=10)
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------

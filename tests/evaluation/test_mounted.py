@@ -7,7 +7,7 @@ import torch
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, Haystack
-from llamory.evaluation.loaded_documents import MountedPrompts
+from llamory.evaluation.loaded_documents import IndependentDocumentPrompts
 from llamory.evaluation.passkey import TASK, Needle, encode, run_passkey
 from llamory.longllama import LongLlamaConfig, LongLlamaForCausalLM
 
@@ -57,7 +57,7 @@ def read_windows(monkeypatch, model) -> list[list[int]]:
 @pytest.mark.parametrize("depth", [0, 0.3, 1])
 def test_memory_holds_the_text_with_the_needle_in_one_window(tokenizer, model, monkeypatch, hay, depth) -> None:
     given = read_windows(monkeypatch, model)
-    prompts = MountedPrompts(model, tokenizer, haystack=hay)
+    prompts = IndependentDocumentPrompts(model, tokenizer, haystack=hay)
     prompt, options = prompts(900, depth, "4711")
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in given]
     assert texts[0].startswith(TASK)
@@ -83,7 +83,7 @@ def test_memory_holds_the_text_with_the_needle_in_one_window(tokenizer, model, m
 
 def test_keys_and_values_are_those_of_windows_read_alone(tokenizer, model, monkeypatch) -> None:
     given = read_windows(monkeypatch, model)
-    prompts = MountedPrompts(model, tokenizer)
+    prompts = IndependentDocumentPrompts(model, tokenizer)
     _, options = prompts(1200, 0.6, "31")
     memory = mounted(model, options)
     # The published text comes round again, so fewer windows are read than are mounted.
@@ -101,7 +101,7 @@ def test_keys_and_values_are_those_of_windows_read_alone(tokenizer, model, monke
 
 
 def test_longer_prompts_read_on_and_shorter_ones_mount_less(tokenizer, model, monkeypatch) -> None:
-    prompts = MountedPrompts(model, tokenizer, haystack=TEXT)
+    prompts = IndependentDocumentPrompts(model, tokenizer, haystack=TEXT)
     first, _ = prompts(900, 0.5, "1")
     given = read_windows(monkeypatch, model)
     again, _ = prompts(900, 0.5, "1")
@@ -115,7 +115,7 @@ def test_longer_prompts_read_on_and_shorter_ones_mount_less(tokenizer, model, mo
 
 def test_a_task_is_run_on_them(tokenizer, model) -> None:
     needle = Needle.of("name")
-    prompts = MountedPrompts(model, tokenizer, needle=needle, haystack=TEXT)
+    prompts = IndependentDocumentPrompts(model, tokenizer, needle=needle, haystack=TEXT)
     result = run_passkey(model, tokenizer, [700, 500], [0, 1], trials=1, needle=needle, prompts=prompts)
     assert [(cell.length, cell.depth) for cell in result.cells] == [(500, 0), (500, 1), (700, 0), (700, 1)]
     assert all(cell.length - WINDOW < cell.tokens <= cell.length for cell in result.cells)
@@ -124,21 +124,21 @@ def test_a_task_is_run_on_them(tokenizer, model) -> None:
 
 def test_what_does_not_fit_is_refused(tokenizer, model) -> None:
     with pytest.raises(LlamoryError, match=r"^A prompt of 60 tokens is too short: a window, needle and question have"):
-        MountedPrompts(model, tokenizer)(60, 0.5, "1")
+        IndependentDocumentPrompts(model, tokenizer)(60, 0.5, "1")
     with pytest.raises(LlamoryError, match="outside 0 to 1"):
-        MountedPrompts(model, tokenizer)(900, 2, "1")
+        IndependentDocumentPrompts(model, tokenizer)(900, 2, "1")
     with pytest.raises(LlamoryError, match=f"don't fit into a window of {WINDOW} tokens"):
-        MountedPrompts(model, tokenizer, needle=Needle("word " * 90 + "{key}"))
+        IndependentDocumentPrompts(model, tokenizer, needle=Needle("word " * 90 + "{key}"))
 
 
 def test_a_focused_question_is_asked_of_the_likeliest_windows(tokenizer, model, monkeypatch) -> None:
     def likelihoods(_, question, memory, units):
-        assert question == encode(tokenizer, Needle().asked)
+        assert question == encode(tokenizer, Needle().question_text)
         return torch.tensor([-3.0 if unit[0].segment == "needle" else -30.0 for unit in units])
 
     monkeypatch.setattr("llamory.qa.evidence.question_likelihoods", likelihoods)
-    prompt, options = MountedPrompts(model, tokenizer, haystack=TEXT, focus=100)(900, 0.5, "12345")
-    whole, everything = MountedPrompts(model, tokenizer, haystack=TEXT)(900, 0.5, "12345")
+    prompt, options = IndependentDocumentPrompts(model, tokenizer, haystack=TEXT, evidence_ratio=100)(900, 0.5, "12345")
+    whole, everything = IndependentDocumentPrompts(model, tokenizer, haystack=TEXT)(900, 0.5, "12345")
     assert mounted(model, options).segments == ("needle",)
     window = mounted(model, everything)
     assert torch.equal(mounted(model, options).keys(1), window.keys(1, "needle"))

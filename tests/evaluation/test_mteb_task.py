@@ -35,7 +35,7 @@ def test_a_task_is_what_mteb_loads(task) -> None:
     expected = task["test"]
     assert (data.name, data.split) == ("SmallRetrieval", "test")
     assert dict(data.queries) == dict(zip(expected["queries"]["id"], expected["queries"]["text"], strict=True))
-    assert data.judgements == expected["relevant_docs"]
+    assert data.qrels == expected["relevant_docs"]
     titles = (
         expected["corpus"]["title"] if "title" in expected["corpus"].column_names else [""] * len(expected["corpus"])
     )
@@ -68,13 +68,13 @@ def test_scores_are_mtebs_own(registry: dict) -> None:
     from datasets import Dataset
     from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask
 
-    from llamory.evaluation.retrieval import score_queries, summarise
+    from llamory.evaluation.retrieval import score_queries, summarize
     from llamory.evaluation.retrieval_systems import search_vectors
 
     words = "river stone bridge winter garden letter window market silver morning harbour candle forest".split()
 
     class Made(MockRetrievalTask):
-        """Graded judgements of words drawn at random."""
+        """Graded qrels of words drawn at random."""
 
         def load_data(self, *_: object, **__: object) -> None:
             chance = random.Random(0)
@@ -98,7 +98,7 @@ def test_scores_are_mtebs_own(registry: dict) -> None:
     result = mteb.evaluate(model, Made().filter_eval_splits(["test"]), cache=None, overwrite_strategy="always")
     (theirs,) = result.task_results[0].scores["test"]
     data = read_mteb("Made")
-    ours = summarise(
+    ours = summarize(
         score_queries(data, search_vectors(data, model.encode_query, model.encode_document, model.similarity))
     )
     assert ours["nDCG@10"] == pytest.approx(theirs["ndcg_at_10"], abs=1e-5)  # mteb rounds it

@@ -1,4 +1,4 @@
-"""The passkey prompt is the published one, of the length and depth asked for, and its answers are judged fairly."""
+"""The passkey prompt is the published one, of the length and depth question_text for, and its answers are judged fairly."""
 
 import random
 import re
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llamory.errors import LlamoryError
 from llamory.evaluation.haystack import Haystack
 from llamory.evaluation.passkey import Needle, PasskeyResult, build_prompt, run_passkey
-from llamory.evaluation.secrets import KINDS, draw, longest, score
+from llamory.evaluation.secrets import KINDS, draw_secret, longest_secret, score_answer
 
 # Written by hand from the published task: five lines, the needle between two runs of the same sentences.
 PUBLISHED = """\
@@ -151,7 +151,7 @@ def test_a_needle_that_cannot_be_asked_for_is_refused(text: str, question: str |
     ],
 )
 def test_the_first_number_of_an_answer_must_be_the_whole_key(answer: str, correct: bool, digits: float) -> None:
-    assert score(answer, "40123") == (correct, digits)
+    assert score_answer(answer, "40123") == (correct, digits)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_the_first_number_of_an_answer_must_be_the_whole_key(answer: str, correc
     ],
 )
 def test_the_first_words_of_an_answer_must_be_the_text(answer: str, correct: bool, words: float) -> None:
-    assert score(answer, "The tired clerk hid two boats.", "sentence") == (correct, pytest.approx(words))
+    assert score_answer(answer, "The tired clerk hid two boats.", "sentence") == (correct, pytest.approx(words))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,15 +178,15 @@ def test_secrets_of_all_kinds_are_hidden_and_found(kind: str, tokenizer, oracle)
     assert result.accuracy == 1
     keys = [trial.key for cell in result.cells for trial in cell.trials]
     assert len(set(keys)) == 6
-    assert all(score(key, key, kind) == (True, 1) and len(key) <= len(longest(kind)) for key in keys)
+    assert all(score_answer(key, key, kind) == (True, 1) and len(key) <= len(longest_secret(kind)) for key in keys)
     assert run_passkey(oracle(sees=20), tokenizer, [450], [0], needle=needle).accuracy == 0
-    drawn = {draw(kind, random.Random(i)) for i in range(300)}
+    drawn = {draw_secret(kind, random.Random(i)) for i in range(300)}
     assert len(drawn) > 200
 
 
 def test_a_needle_of_ones_own_may_hide_a_name(tokenizer) -> None:
     needle = Needle.of("name", "The best cook is {key}.")
-    assert needle.asked == "The best cook is"
+    assert needle.question_text == "The best cook is"
     with pytest.raises(LlamoryError, match=r"write \{key\} where the secret name goes"):
         Needle.of("name", "The best cook.")
     with pytest.raises(LlamoryError, match="must be one of number, name, date, sentence, not 'colour'"):

@@ -19,7 +19,7 @@ from llamory.evaluation.perplexity import (
     run_perplexity,
     tail_loss,
 )
-from llamory.evaluation.results import Record
+from llamory.evaluation.results import ResultsFile
 from plain_longllama import logits, sight
 from tiny_models import CONTEXT, make_long_llama
 
@@ -95,7 +95,7 @@ def test_windows_apart_are_segments_of_their_own(model, memory) -> None:
 
 def test_a_run_with_windows_apart_reads_each_document_by_itself(model) -> None:
     texts = [LongText(name, tuple(text(90, seed).tolist())) for name, seed in (("a", 0), ("b", 1))]
-    scores = run_perplexity(model, texts, [0, 20, 40], tokens=TOKENS, apart=True)
+    scores = run_perplexity(model, texts, [0, 20, 40], tokens=TOKENS, independent_windows=True)
     assert [(score.source, score.memory) for score in scores] == [(n, m) for n in "ab" for m in (0, 20, 40)]
     for score in scores:
         ids = dict(zip("ab", (each.input_ids for each in texts), strict=True))[score.source]
@@ -196,8 +196,8 @@ def test_the_order_of_scores_plays_no_part(losses) -> None:
 # ---- records ---------------------------------------------------------------------------------------------------------
 
 
-def record(path, **settings) -> Record[Score]:
-    return Record(path, "perplexity", {"tokens": 6} | settings, Score, perplexity_curve)
+def record(path, **settings) -> ResultsFile[Score]:
+    return ResultsFile(path, "perplexity", {"tokens": 6} | settings, Score, perplexity_curve)
 
 
 def test_a_record_comes_back_from_its_file(tmp_path) -> None:

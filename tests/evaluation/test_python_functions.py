@@ -10,15 +10,15 @@ import pytest
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.datasets.functions import (
-    USUAL,
+    DEFAULT_PACKAGES,
+    default_packages,
     documented_functions,
     first_paragraph,
-    folder_origin,
     function_pairs,
     installed_packages,
+    origin_of_folder,
     permissive_licence,
     standard_library,
-    usual_packages,
 )
 
 MODULE = '''
@@ -134,13 +134,13 @@ def test_files_of_a_folder_are_read_without_its_tests(tmp_path: Path) -> None:
     (tmp_path / "rivers" / "deep.py").write_text(MODULE)
     for other in ("rivers/tests/other.py", "rivers/test_deep.py", "rivers/.hidden.py", "rivers/_vendor/x.py"):
         (tmp_path / other).write_text(MODULE)
-    pairs = list(function_pairs([folder_origin(tmp_path)]))
+    pairs = list(function_pairs([origin_of_folder(tmp_path)]))
     assert [pair.source for pair in pairs] == [
         f"{tmp_path.name}: rivers.deep.measure",
         f"{tmp_path.name}: rivers.deep.Bridge.cross",
     ]
     with pytest.raises(LlamoryError, match="no folder with Python files"):
-        folder_origin(tmp_path / "nowhere")
+        origin_of_folder(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -170,8 +170,8 @@ def test_only_permissive_licences_are_taken(fields: dict[str, str], licence: str
 
 
 def test_the_usual_packages_are_permissive_and_come_with_this_one() -> None:
-    names = [origin.name.split()[0] for origin in usual_packages()]
-    assert names == sorted(USUAL)  # all of them are installed where the tests run
+    names = [origin.name.split()[0] for origin in default_packages()]
+    assert names == sorted(DEFAULT_PACKAGES)  # all of them are installed where the tests run
     assert permissive_licence(metadata("torch")) is not None
 
 

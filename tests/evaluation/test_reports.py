@@ -7,7 +7,7 @@ import pytest
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.passkey import run_passkey
-from llamory.evaluation.passkey_results import PasskeyReport
+from llamory.evaluation.passkey_results import PasskeyResultsFile
 
 SETTINGS = {"model": "tiny", "trials": 2, "seed": 0}
 FACTS = {"context_length": 500, "mem_layers": (0, 1)}
@@ -22,12 +22,12 @@ def without_seconds(document: dict) -> dict:
 
 
 def test_the_file_says_what_was_found_where(tmp_path, cell) -> None:
-    report = PasskeyReport(tmp_path / "passkey.json", SETTINGS)
+    report = PasskeyResultsFile(tmp_path / "passkey.json", SETTINGS)
     result = report.result("memory", FACTS)
     result.add(cell(502, 0.5, True, True))
     result.add(cell(501, 0.5, True, False))
     result.add(cell(400, 0.0, True, True))
-    assert result.lengths_beyond(500) == [502]
+    assert result.lengths_beyond_context(500) == [502]
     report.write()
     document = json.loads((tmp_path / "passkey.json").read_text())
     assert document == report.document()
@@ -44,8 +44,8 @@ def test_the_file_says_what_was_found_where(tmp_path, cell) -> None:
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, tokenizer, oracle) -> None:
-    def run(name: str, model) -> PasskeyReport:
-        report = PasskeyReport(tmp_path / name, SETTINGS)
+    def run(name: str, model) -> PasskeyResultsFile:
+        report = PasskeyResultsFile(tmp_path / name, SETTINGS)
         result = report.result("memory", FACTS)
         with contextlib.suppress(KeyboardInterrupt):
             run_passkey(model, tokenizer, [300, 900], [0, 1], trials=2, result=result, on_cell=lambda _: report.write())
@@ -75,12 +75,12 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, tokenizer, oracle
 )
 def test_results_of_other_settings_are_not_mixed(tmp_path, cell, settings: dict, facts: dict, sentence: str) -> None:
     file = tmp_path / "passkey.json"
-    report = PasskeyReport(file, SETTINGS)
+    report = PasskeyResultsFile(file, SETTINGS)
     report.result("memory", FACTS).add(cell(400, 0.5, True, True))
     report.write()
     before = file.read_bytes()
     with pytest.raises(LlamoryError, match=sentence):
-        PasskeyReport(file, settings).result("memory", facts)
+        PasskeyResultsFile(file, settings).result("memory", facts)
     assert file.read_bytes() == before
 
 
@@ -92,13 +92,13 @@ def test_a_file_that_is_none_of_ours_is_refused_and_kept(tmp_path, content: str)
     file = tmp_path / "passkey.json"
     file.write_text(content)
     with pytest.raises(LlamoryError, match="holds no passkey results"):
-        PasskeyReport(file, SETTINGS)
+        PasskeyResultsFile(file, SETTINGS)
     assert file.read_text() == content
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, cell, monkeypatch) -> None:
     file = tmp_path / "passkey.json"
-    report = PasskeyReport(file, SETTINGS)
+    report = PasskeyResultsFile(file, SETTINGS)
     result = report.result("memory", FACTS)
     result.add(cell(400, 0.5, True, True))
     report.write()

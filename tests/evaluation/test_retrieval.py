@@ -9,15 +9,13 @@ from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
 from llamory.evaluation import retrieval_systems as searching
-from llamory.evaluation.qrels import RetrievalSet, sample
-from llamory.evaluation.retrieval import differences, interval, score_queries, summarise
+from llamory.evaluation.qrels import RetrievalDataset, sample
+from llamory.evaluation.retrieval import differences, interval, score_queries, summarize
 from llamory.evaluation.retrieval_systems import search_bm25, search_vectors
 
 
-def make_set(queries: dict[str, str], judgements: dict[str, dict[str, int]], documents: dict[str, str], **more):
-    return RetrievalSet(
-        "made up", "test", queries, judgements, list(documents), lambda: iter(documents.items()), **more
-    )
+def make_set(queries: dict[str, str], qrels: dict[str, dict[str, int]], documents: dict[str, str], **more):
+    return RetrievalDataset("made up", "test", queries, qrels, list(documents), lambda: iter(documents.items()), **more)
 
 
 def ranked(*ids: str) -> list[tuple[str, float]]:
@@ -29,8 +27,8 @@ def numbers(count: int) -> dict[str, str]:
 
 
 def test_scores_are_those_of_the_formulas() -> None:
-    judgements = {"a": {"d2": 1}, "b": {"d0": 2, "d3": 1}, "c": {"d150": 1}, "d": {"d11": 1}, "e": {"d1": 1}}
-    data = make_set(dict.fromkeys(judgements, "?"), judgements, numbers(200))
+    qrels = {"a": {"d2": 1}, "b": {"d0": 2, "d3": 1}, "c": {"d150": 1}, "d": {"d11": 1}, "e": {"d1": 1}}
+    data = make_set(dict.fromkeys(qrels, "?"), qrels, numbers(200))
     whole = ranked(*data.ids)[:100]
     found = {"a": whole, "b": [whole[1], whole[0], whole[3]], "c": whole, "d": whole}  # e found nothing
     scores = {score.query: score for score in score_queries(data, found)}
@@ -45,10 +43,10 @@ def test_scores_are_those_of_the_formulas() -> None:
     }
     for query, values in expected.items():
         assert list(scores[query].values.values()) == pytest.approx(values, abs=1e-6), query
-    assert list(scores) == list(judgements)
+    assert list(scores) == list(qrels)
     assert scores["b"].found == ["d1", "d0", "d3"]
     assert list(scores["a"].values) == ["nDCG@10", "MRR@10", "Recall@100"]
-    assert summarise(list(scores.values()))["MRR@10"] == pytest.approx((1 / 3 + 1 / 2) / 5)
+    assert summarize(list(scores.values()))["MRR@10"] == pytest.approx((1 / 3 + 1 / 2) / 5)
 
 
 def test_a_document_judged_0_is_not_relevant() -> None:
@@ -67,10 +65,10 @@ def test_the_interval_of_a_share_is_the_binomial_distributions() -> None:
 
 
 def test_differences_are_of_the_same_queries() -> None:
-    judgements = {f"q{number}": {f"d{number}": 1} for number in range(40)}
-    data = make_set(dict.fromkeys(judgements, "?"), judgements, numbers(40))
-    right = {query: ranked(*judged) for query, judged in judgements.items()}
-    second = {query: ranked("d99", *judged) for query, judged in judgements.items()}
+    qrels = {f"q{number}": {f"d{number}": 1} for number in range(40)}
+    data = make_set(dict.fromkeys(qrels, "?"), qrels, numbers(40))
+    right = {query: ranked(*judged) for query, judged in qrels.items()}
+    second = {query: ranked("d99", *judged) for query, judged in qrels.items()}
     scores = {name: score_queries(data, found) for name, found in {"one": right, "two": second}.items()}
     (gap,) = differences(scores)
     assert (gap["model"], gap["minus"]) == ("one", "two")
@@ -108,7 +106,7 @@ def test_search_in_chunks_is_sorting_all(data) -> None:
 
 def test_a_query_that_is_a_document_does_not_find_itself() -> None:
     documents = {"q": "x", "other": "x", "third": "y"}
-    data = make_set({"q": "x"}, {"q": {"other": 1}}, documents, own=frozenset({"q"}))
+    data = make_set({"q": "x"}, {"q": {"other": 1}}, documents, self_documents=frozenset({"q"}))
     similar = search_vectors(data, np.array, np.array, lambda one, other: (one[:, None] == other) * 1.0)
     assert [key for key, _ in similar["q"]] == ["other", "third"]
 
@@ -166,15 +164,15 @@ def test_bm25_of_documents_without_words_finds_nothing() -> None:
 
 
 def test_a_sample_keeps_what_is_relevant_and_is_the_same_in_any_order() -> None:
-    judgements = {f"q{number}": {f"d{number}": 1, f"d{number + 50}": 0} for number in range(20)}
-    queries = {query: f"text of {query}" for query in judgements}
-    data = make_set(queries, judgements, numbers(200))
+    qrels = {f"q{number}": {f"d{number}": 1, f"d{number + 50}": 0} for number in range(20)}
+    queries = {query: f"text of {query}" for query in qrels}
+    data = make_set(queries, qrels, numbers(200))
     small = sample(data, queries=5, documents=30)
-    assert len(small.queries) == len(small.judgements) == 5
+    assert len(small.queries) == len(small.qrels) == 5
     assert len(small.ids) == 30 and dict(small.read()) == {key: numbers(200)[key] for key in small.ids}
     assert {f"d{query[1:]}" for query in small.queries} <= set(small.ids)
     turned = make_set(
-        dict(reversed(queries.items())), dict(reversed(judgements.items())), dict(reversed(numbers(200).items()))
+        dict(reversed(queries.items())), dict(reversed(qrels.items())), dict(reversed(numbers(200).items()))
     )
     again = sample(turned, queries=5, documents=30)
     assert (dict(again.queries), set(again.ids)) == (dict(small.queries), set(small.ids))
@@ -190,24 +188,24 @@ def test_scores_are_those_of_another_library() -> None:
 
     chance = np.random.default_rng(0)
     documents = numbers(150)
-    judgements = {
+    qrels = {
         f"q{number}": {f"d{key}": 1 for key in chance.choice(150, chance.integers(1, 6), replace=False)}
         for number in range(60)
     }
-    queries = dict.fromkeys(judgements, "?")
+    queries = dict.fromkeys(qrels, "?")
     similarity = chance.normal(size=(60, 150))
-    data = make_set(queries, judgements, documents)
+    data = make_set(queries, qrels, documents)
     found = search_vectors(
         data,
         lambda texts: np.arange(len(texts)),
         lambda texts: np.array([int(text.split()[1]) for text in texts]),
         lambda one, other: similarity[np.ix_(one, other)],
     )
-    ours = summarise(score_queries(data, found))
+    ours = summarize(score_queries(data, found))
     evaluator = InformationRetrievalEvaluator(
         queries,
         documents,
-        {query: set(judged) for query, judged in judgements.items()},
+        {query: set(judged) for query, judged in qrels.items()},
         precision_recall_at_k=[100],
     )
     hits = [

@@ -1,4 +1,4 @@
-"""The parts of a set are fixed by content, share nothing, and are written as BEIR folders."""
+"""The splits of a set are fixed by content, share nothing, and are written as BEIR folders."""
 
 import json
 import random
@@ -8,7 +8,7 @@ import pytest
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.beir import read_beir
-from llamory.evaluation.datasets.builder import Judged, Pair, split_pairs, write_set
+from llamory.evaluation.datasets.builder import DecontaminationIndex, Pair, split_pairs, write_set
 
 
 def text(seed: int, count: int = 30) -> str:
@@ -18,7 +18,7 @@ def text(seed: int, count: int = 30) -> str:
 
 def pair(number: int, body: str | None = None, **changes: str) -> Pair:
     body = text(number) if body is None else body
-    return Pair(**{"query": f"title {number}", "text": body, "family": body, "source": f"p{number}"} | changes)
+    return Pair(**{"query": f"title {number}", "text": body, "group": body, "source": f"p{number}"} | changes)
 
 
 def parts_of(pairs: list[Pair]) -> dict[str, str]:
@@ -37,13 +37,13 @@ def test_new_pairs_move_no_old_one() -> None:
 
 def test_copies_are_left_out_whatever_their_case_and_punctuation() -> None:
     pairs = [pair(i) for i in range(50)]
-    copies = [
+    duplicates = [
         pair(90, query="TITLE: 3!"),
         pair(91, text(4).upper().replace(" ", ", ")),
-        pair(92, family=text(5).title()),
+        pair(92, group=text(5).title()),
     ]
-    found = split_pairs([*pairs, *copies])
-    assert found.copies == 3
+    found = split_pairs([*pairs, *duplicates])
+    assert found.duplicates == 3
     assert sum(map(len, found.pairs.values())) == 50
 
 
@@ -55,7 +55,7 @@ def plain_overlap(one: str, other: str) -> float:
 def test_texts_of_different_parts_are_not_alike_and_test_keeps_its_own() -> None:
     pairs = [pair(i) for i in range(300)]
     where = parts_of(pairs)
-    # Half of each text's words stand in a longer one of a family of its own, and so mostly in another part.
+    # Half of each text's words stand in a longer one of a group of its own, and so mostly in another part.
     twins = [pair(1000 + i, text(i)[: 7 * 24] + text(5000 + i, 10)) for i in range(300)]
     found = split_pairs([*pairs, *twins])
     kept = {entry.source: (part, entry.text) for part, entries in found.pairs.items() for entry in entries}
@@ -67,20 +67,20 @@ def test_texts_of_different_parts_are_not_alike_and_test_keeps_its_own() -> None
         if len(both) == 2:
             assert both[0][0] == both[1][0]
             assert plain_overlap(both[0][1], both[1][1]) >= 0.5  # the twins were alike indeed
-    assert found.near_copies == 600 - len(kept) > 50
+    assert found.near_duplicates == 600 - len(kept) > 50
 
 
 def test_texts_that_share_less_than_half_both_stay() -> None:
     pairs = [pair(i) for i in range(200)]
     others = [pair(1000 + i, text(i)[: 7 * 12] + text(5000 + i, 30)) for i in range(200)]
     assert plain_overlap(pairs[0].text, others[0].text) < 0.5
-    assert split_pairs([*pairs, *others]).near_copies == 0
+    assert split_pairs([*pairs, *others]).near_duplicates == 0
 
 
 def test_parts_are_written_as_beir_folders_of_their_own(tmp_path: Path) -> None:
     pairs = [pair(i) for i in range(200)]
-    parts = split_pairs(pairs)
-    counts = write_set(tmp_path / "set", parts, "About it.\n")
+    splits = split_pairs(pairs)
+    counts = write_set(tmp_path / "set", splits, "About it.\n")
     assert sum(counts.values()) == 200
     assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
     assert (tmp_path / "set" / "README.md").read_text() == "About it.\n"
@@ -90,7 +90,7 @@ def test_parts_are_written_as_beir_folders_of_their_own(tmp_path: Path) -> None:
         data = read_beir(tmp_path / "set" / part, part)
         documents = dict(data.read())
         assert len(documents) == len(data.queries) == count
-        for query, judged in data.judgements.items():
+        for query, judged in data.qrels.items():
             ((document, score),) = judged.items()
             assert (documents[document], score) == (by_source[data.queries[query]], 1)
         assert not seen & {*documents, *data.queries}
@@ -109,11 +109,11 @@ def test_a_used_folder_and_too_few_pairs_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_judged_with_is_known_again(tmp_path: Path) -> None:
     write_set(tmp_path / "set", split_pairs([pair(i) for i in range(60)]), "about")
-    judged = Judged([tmp_path / "set" / "test"])
+    judged = DecontaminationIndex([tmp_path / "set" / "test"])
     for part in ("test", "train"):
         lines = (tmp_path / "set" / part / "corpus.jsonl").read_text().splitlines()
         queries = (tmp_path / "set" / part / "queries.jsonl").read_text().splitlines()
         texts = [json.loads(line)["text"] for line in [*lines, *queries]]
         # Half of a document's runs are enough, and case is none of a query's words.
         texts += [" ".join(json.loads(line)["text"].split()[:20]).upper() for line in lines]
-        assert {judged.holds(text) for text in texts} == {part == "test"}
+        assert {judged.contains(text) for text in texts} == {part == "test"}

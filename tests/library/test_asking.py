@@ -12,9 +12,9 @@ from llamory.library import Library
 from llamory.library.qa import LibraryChat
 from llamory.library.reader import Reader
 from llamory.longllama.loading import load_long_model
-from llamory.memory import MemoryBank, Piece
+from llamory.memory import MemoryBank, SegmentSpan
 from llamory.memory.search import page_segments as stretches
-from llamory.qa.attribution import DRAWN
+from llamory.qa.attribution import BASELINE_FACTOR
 from plain_longllama import logits, mounted_sight
 
 READING = {"mem_layers": [0, 1], "context_length": 16, "mem_dtype": "float32"}
@@ -94,10 +94,10 @@ def test_five_lines_are_enough(make_library) -> None:
     library = make_library()
     answer = library.ask(QUESTION, max_new_tokens=6)
     assert answer.text == answer.answer
-    assert [(citation.place, citation.share) for citation in answer.citations]
+    assert [(citation.location, citation.share) for citation in answer.citations]
     assert answer.tokens_read > 0
     assert ask(library).tokens_read == 0
-    assert 0 < answer.seconds_to_mount < answer.seconds_to_first_token <= answer.seconds
+    assert 0 < answer.seconds_to_attach < answer.seconds_to_first_token <= answer.seconds
     assert 0 < answer.seconds_to_find < answer.seconds_to_first_token
 
 
@@ -131,8 +131,8 @@ def test_mounting_equals_a_dense_softmax_over_documents_read_alone(make_library,
     desk = library.desk()
     sources = desk.choose(order)
     for source in sources:
-        desk.mount([source])  # each is computed apart
-    mounted = desk.mount(sources)
+        desk.attach([source])  # each is computed apart
+    mounted = desk.attach(sources)
     assert mounted.tokens_read == 0
     model, asked = desk.reader.model, torch.tensor([[5, 40, 77, 123, 9]])
     ids = [desk.reader.tokenize(document).ids for document in mounted.documents]
@@ -148,7 +148,7 @@ def test_the_order_of_documents_makes_no_difference(make_library) -> None:
     desk = library.desk()
     model, found = desk.reader.model, []
     for order in (["cats", "dogs", "money"], ["dogs", "money", "cats"]):
-        mounted = desk.mount(desk.choose(order))
+        mounted = desk.attach(desk.choose(order))
         with torch.no_grad():
             found.append(model(asked, past_key_values=model.memory_cache(mounted.memory)).logits)
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
@@ -184,7 +184,7 @@ def test_citations_are_the_dense_attention_of_question_and_answer(make_library, 
     if left_out:  # tokens of the first document
 
         def chosen(_, question, memory, names, focus):
-            return [Piece(name, left_out * (not i), memory.length(segment=name)) for i, name in enumerate(names)]
+            return [SegmentSpan(name, left_out * (not i), memory.length(segment=name)) for i, name in enumerate(names)]
 
         monkeypatch.setattr("llamory.qa.generation.choose", chosen)
     library = make_library(context_length=64)
@@ -210,19 +210,19 @@ def test_citations_are_the_dense_attention_of_question_and_answer(make_library, 
     for probabilities in dense.values():
         to_memory = probabilities[:, first:-1, :first]
         usual = to_memory[:, :own].mean(1, keepdim=True)
-        drawn += (to_memory[:, own:] - DRAWN * usual).clamp(min=0).sum((0, 1))
+        drawn += (to_memory[:, own:] - BASELINE_FACTOR * usual).clamp(min=0).sum((0, 1))
         given += to_memory[:, len(prompt) - 1 :].sum((0, 1))
     expected, at = {}, 0
     for document, reading in zip(documents, readings, strict=True):
         ends = [*reading.starts[1:], len(reading.ids)]
         for passage, start, end in zip(document.passages, reading.starts, ends, strict=True):
             part = slice(at + start, at + end)
-            expected[passage.place] = (float(drawn[part].sum()), float(given[part].sum()))
+            expected[passage.location] = (float(drawn[part].sum()), float(given[part].sum()))
         at += len(reading.ids)
     totals = [sum(each[i] for each in expected.values()) for i in (0, 1)]
     assert len(answer.citations) == sum(share > 0 for share, _ in expected.values())
     for citation in answer.citations:
-        share, attention = expected[citation.place]
+        share, attention = expected[citation.location]
         assert citation.share == pytest.approx(share / totals[0], abs=1e-4)
         assert citation.attention == pytest.approx(attention / totals[1], abs=1e-4)
     assert [each.share for each in answer.citations] == sorted((each.share for each in answer.citations), reverse=True)
@@ -337,7 +337,7 @@ def test_pages_are_kept_with_their_memory_and_go_with_it(make_library, files, mo
     wanted = ask(library, documents=["long", "cats"])
     folder = Path(library.path) / "memory"
     assert len(list(folder.glob("*.pages"))) == 2
-    monkeypatch.setattr(stretches, "_make", None)  # none are made anew
+    monkeypatch.setattr(stretches, "_build", None)  # none are made anew
     again = ask(make_library(**settings), documents=["long", "cats"])
     assert (again.text, again.citations) == (wanted.text, wanted.citations)
     report = make_library(**settings | {"memory_budget": 1}).read_ahead(progress=False)

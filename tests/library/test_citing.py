@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from llamory.documents import Passage
+from llamory.documents import Chunk
 from llamory.library.citations import cite, passage_masses
 
-PASSAGES = [Passage(text, "a.md", text.title(), line) for line, text in enumerate("one two three".split(), start=1)]
+PASSAGES = [Chunk(text, "a.md", text.title(), line) for line, text in enumerate("one two three".split(), start=1)]
 
 
 def test_a_passages_mass_is_the_sum_over_its_tokens_and_a_mark_in_front_is_nobodys() -> None:
@@ -16,7 +16,7 @@ def test_a_passages_mass_is_the_sum_over_its_tokens_and_a_mark_in_front_is_nobod
 
 def test_those_that_drew_most_come_first_and_shares_are_of_all() -> None:
     cited = cite(PASSAGES, torch.tensor([[6.0, 1.0], [3.0, 3.0], [1.0, 0.0]]), 9)
-    assert [(each.place, each.share, each.attention) for each in cited] == [
+    assert [(each.location, each.share, each.attention) for each in cited] == [
         ("a.md:2", 0.75, pytest.approx(0.3)),
         ("a.md:1", 0.25, pytest.approx(0.6)),
     ]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from llamory.embedding.library_encoder import embed_passages, embed_query, fingerprint, passage_length_for
+from llamory.embedding.library_encoder import embed_passages, embed_query, fingerprint, resolve_chunk_size
 from llamory.embedding.pipeline import export_sentence_transformer, load_embedder
 from llamory.errors import LlamoryError
 from llamory.library import Library
@@ -43,14 +43,14 @@ def test_a_llara_checkpoint_can_be_a_librarys_model(tmp_path, checkpoint):
 def test_passages_leave_room_for_the_prompt(checkpoint):
     model = load_embedder(checkpoint, device="cpu", max_length=200)
     prompt = len(LlaraTemplate.from_config(model[0].config).sequence([], predict=False))
-    assert passage_length_for(model, 20) == 20
-    assert passage_length_for(model, None) == 200 - prompt
+    assert resolve_chunk_size(model, 20) == 20
+    assert resolve_chunk_size(model, None) == 200 - prompt
     with pytest.raises(LlamoryError, match=f"at most {200 - prompt}"):
-        passage_length_for(model, 200 - prompt + 1)
+        resolve_chunk_size(model, 200 - prompt + 1)
 
 
 def test_a_model_without_a_limit_gets_the_usual_passages(embedder):
-    assert passage_length_for(embedder, None) == 256
+    assert resolve_chunk_size(embedder, None) == 256
 
 
 def test_an_export_is_the_same_model_as_its_checkpoint(tmp_path, checkpoint):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from llamory.documents import Failure
-from llamory.documents import storage as opening_module
+from llamory.documents import SkippedFile
+from llamory.documents import storage as file_io_module
 from llamory.errors import LlamoryError
 from llamory.library import AddReport, Library
 
@@ -25,7 +25,7 @@ def names(library: Library) -> set[str]:
     return {Path(hit.source).name for hit in library.search("cat", top=100)}
 
 
-def reasons(failures: list[Failure], folder: Path) -> dict[str, str]:
+def reasons(failures: list[SkippedFile], folder: Path) -> dict[str, str]:
     return {str(Path(failure.path).relative_to(folder)): failure.reason for failure in failures}
 
 
@@ -92,7 +92,7 @@ def test_a_file_without_permission_is_listed_and_keeps_its_passages(docs, librar
             raise PermissionError(13, "Permission denied", str(path))
         return opened(path, *rest, **settings)
 
-    monkeypatch.setattr(opening_module.os, "open", refusing)
+    monkeypatch.setattr(file_io_module.os, "open", refusing)
     report = add(library, docs)
     assert reasons(report.failed, docs) == {"cats.txt": "it can't be read (Permission denied)"}
     assert (report.unchanged, report.removed, len(library)) == (2, 0, 3)
@@ -115,20 +115,20 @@ def test_a_folder_without_permission_is_listed_and_keeps_its_passages(docs, libr
 
 def test_a_file_that_vanishes_meanwhile_is_listed_and_removed(docs, library, monkeypatch):
     add(library, docs)
-    content_hash = opening_module.content_hash
+    content_hash = file_io_module.content_hash
 
     def vanishing(path, *settings):
         (docs / "cats.txt").unlink(missing_ok=True)
         return content_hash(path, *settings)
 
-    monkeypatch.setattr(opening_module, "content_hash", vanishing)
+    monkeypatch.setattr(file_io_module, "content_hash", vanishing)
     report = add(library, docs)
     assert reasons(report.failed, docs) == {"cats.txt": "it vanished before it was read"}
     assert (report.unchanged, report.removed) == (2, 1)
 
 
 def test_a_file_that_changes_while_it_is_read_is_read_again_next_time(docs, library, monkeypatch):
-    content_hash = opening_module.content_hash
+    content_hash = file_io_module.content_hash
 
     def changing(path, *settings):
         known = content_hash(path, *settings)
@@ -137,7 +137,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_again_next_time(docs, libr
         return known
 
     with monkeypatch.context() as patch:
-        patch.setattr(opening_module, "content_hash", changing)
+        patch.setattr(file_io_module, "content_hash", changing)
         assert reasons(add(library, docs).failed, docs) == {"cats.txt": "changed while it was read; index it again"}
     add(library, docs)
     assert "the cat has a river now" in {hit.text for hit in library.search("river")}
@@ -173,7 +173,7 @@ def test_nothing_outside_the_given_folders_is_read(tmp_path, docs, library, monk
     (docs / "nowhere.txt").symlink_to("gone.txt")
     opened: list[str] = []
     monkeypatch.setattr(
-        opening_module.os, "open", lambda path, *rest, _open=os.open: opened.append(str(path)) or _open(path, *rest)
+        file_io_module.os, "open", lambda path, *rest, _open=os.open: opened.append(str(path)) or _open(path, *rest)
     )
     report = add(library, docs)
     out = "a link that leads out of the given folders"
@@ -192,14 +192,14 @@ def test_nothing_outside_the_given_folders_is_read(tmp_path, docs, library, monk
 
 def test_a_file_swapped_for_a_link_after_the_survey_is_not_read(tmp_path, docs, library, monkeypatch):
     (tmp_path / "secret.txt").write_text("a secret cat")
-    passage_length_for = sys.modules["llamory.library.library"].passage_length_for
+    resolve_chunk_size = sys.modules["llamory.library.library"].resolve_chunk_size
 
     def swapping(*settings):
         (docs / "cats.txt").unlink(missing_ok=True)
         (docs / "cats.txt").symlink_to(tmp_path / "secret.txt")
-        return passage_length_for(*settings)
+        return resolve_chunk_size(*settings)
 
-    monkeypatch.setattr("llamory.library.library.passage_length_for", swapping)
+    monkeypatch.setattr("llamory.library.library.resolve_chunk_size", swapping)
     report = add(library, docs)
     assert reasons(report.failed, docs) == {"cats.txt": "is a link that leads out of the given folders"}
     assert names(library) == {"both.txt", "dogs.md"}

@@ -267,10 +267,10 @@ def test_a_strict_run_stops_at_a_broken_file(tmp_path, docs, model_folder):
 
 
 def test_a_library_knows_its_model_and_settings(tmp_path, docs, model_folder):
-    add(Library(tmp_path / "library", model_folder), docs, passage_length=50)
+    add(Library(tmp_path / "library", model_folder), docs, chunk_size=50)
     info = Library(tmp_path / "library").info()
     assert info["model"] == str(model_folder)
-    assert (info["dimension"], info["passage_length"]) == (4, 50)
+    assert (info["dimension"], info["chunk_size"]) == (4, 50)
     assert (info["documents"], info["passages"]) == (3, 3)
 
 
@@ -332,11 +332,11 @@ def test_a_loaded_model_can_be_given_and_must_be_given_again(tmp_path, docs, emb
 
 def test_a_library_keeps_its_passage_length(tmp_path, docs, model_folder):
     library = Library(tmp_path / "library", model_folder)
-    add(library, docs, passage_length=3)
+    add(library, docs, chunk_size=3)
     assert len(library) > 3
     assert add(library, docs) == AddReport(unchanged=3)
     with pytest.raises(LlamoryError, match="passages of 3 tokens"):
-        add(library, docs, passage_length=4)
+        add(library, docs, chunk_size=4)
 
 
 def test_a_blank_query_and_no_hits_at_all_are_refused(tmp_path, docs, model_folder):

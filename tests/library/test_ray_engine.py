@@ -200,7 +200,7 @@ def test_an_embedder_uses_what_the_library_holds(tmp_path, folder, model_folder,
     from llamory.embedding.library_encoder import fingerprint, passage_tokenizer
     from llamory.library.indexer import FileTask, Recipe
 
-    recipe = Recipe(passage_length=256)
+    recipe = Recipe(chunk_size=256)
     reader = Reader(recipe, passage_tokenizer(embedder))
     actor = Embedder(recipe, str(model_folder), fingerprint(embedder), str(tmp_path / "expected"), "cpu")
     new = tmp_path / "new.jsonl"

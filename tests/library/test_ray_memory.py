@@ -29,7 +29,7 @@ def make_readers(seconds=0.0):
                 for layer in (1, 2):
                     keys = letters[None, :, None].expand(2, -1, 4) * layer
                     bank.append(layer, keys, -keys, "document")
-                bank.annotate("document", source=document)
+                bank.set_metadata("document", source=document)
                 advance(document, len(document) // 2)
                 advance(document, len(document) - len(document) // 2)
                 yield document, bank
@@ -42,7 +42,7 @@ def assert_right(memories, texts):
     for text, bank in memories:
         ((_, expected),) = make_readers()().read([text], lambda *_: None)
         assert bank.segments == ("document",) and bank.fingerprint == expected.fingerprint
-        assert bank.describe("document") == expected.describe("document")
+        assert bank.metadata("document") == expected.metadata("document")
         for layer in (1, 2):
             assert torch.equal(bank.keys(layer), expected.keys(layer))
             assert torch.equal(bank.values(layer), expected.values(layer))

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from llamory.documents import Passage
+from llamory.documents import Chunk
 from llamory.ingest.stored_documents import StoredDocument, tokenized
 
 
 def document(*texts: str, title: str = "") -> StoredDocument:
-    return StoredDocument("a.md", tuple(Passage(text, "a.md", title, i + 1) for i, text in enumerate(texts)))
+    return StoredDocument("a.md", tuple(Chunk(text, "a.md", title, i + 1) for i, text in enumerate(texts)))
 
 
 @pytest.fixture(scope="module")
@@ -59,5 +59,5 @@ def test_the_key_changes_with_text_title_cut_and_reader_and_with_nothing_else() 
         document("one", "two").key("another"),
     ]
     assert len(set(keys)) == len(keys)
-    elsewhere = StoredDocument("b.md", tuple(Passage(text, "b.md", "", 9) for text in ("one", "two")))
+    elsewhere = StoredDocument("b.md", tuple(Chunk(text, "b.md", "", 9) for text in ("one", "two")))
     assert elsewhere.key("reader") == keys[0]

@@ -150,17 +150,15 @@ def test_a_passage_summarises_itself_and_predicts_the_next_of_its_document(load,
 
 def test_passages_are_as_long_as_asked(load, llama_like, template, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT * 5)
-    for passage_length, most in ((8, 8), (None, 70 - template.overhead())):
-        lengths = [
-            sum(i != -100 for i in e["labels"]) for e in load(tmp_path, passage_length=passage_length, max_length=70)
-        ]
+    for chunk_size, most in ((8, 8), (None, 70 - template.overhead())):
+        lengths = [sum(i != -100 for i in e["labels"]) for e in load(tmp_path, chunk_size=chunk_size, max_length=70)]
         assert most - 8 < max(lengths) <= most
 
 
 def test_words_that_truncation_cuts_away_are_no_targets(load, llama_like, template, tmp_path):
     (tmp_path / "a.md").write_text("# Bees\n\nhoney queen rules\n\n# Rain\n\ngreen hills like honey\n")
     for room in range(1, 20):
-        first, second = load(tmp_path, passage_length=100, max_length=template.overhead() + room)
+        first, second = load(tmp_path, chunk_size=100, max_length=template.overhead() + room)
         for example, targets in ((first, first["summarize_ids"]), (second, second["summarize_ids"])):
             kept = llama_like.decode([i for i in example["labels"] if i != -100])
             assert len(ids(llama_like, kept)) <= room
@@ -168,7 +166,7 @@ def test_words_that_truncation_cuts_away_are_no_targets(load, llama_like, templa
             assert found <= set(kept.split())
             assert found <= {"Bees", "honey", "queen", "rules", "Rain", "green", "hills", "like"}  # whole words
         assert first["predict_ids"] == second["summarize_ids"]
-    full = load(tmp_path, passage_length=100)[1]
+    full = load(tmp_path, chunk_size=100)[1]
     assert words(llama_like, full, "summarize") == ["Rain", "green", "hills", "like", "honey"]
 
 
@@ -254,8 +252,8 @@ def test_settings_that_leave_no_room_are_errors(load, template, tmp_path):
     (tmp_path / "a.txt").write_text("Bees.")
     with pytest.raises(LlamoryError, match="leaves no room"):
         load(tmp_path, max_length=template.overhead())
-    with pytest.raises(LlamoryError, match="passage_length must be at least 1"):
-        load(tmp_path, passage_length=0)
+    with pytest.raises(LlamoryError, match="chunk_size must be at least 1"):
+        load(tmp_path, chunk_size=0)
 
 
 # ---- caching, processes, streaming -----------------------------------------------------------------------------------
@@ -270,7 +268,7 @@ def test_work_is_done_once_until_a_file_or_a_setting_changes(load, tmp_path, mon
     monkeypatch.setattr(documents_files, "read_limited", lambda path, limit: reads.append(path) or read(path, limit))
     assert len(load(path)) == 1
     assert reads == []
-    for changed in ({"languages": ("de",)}, {"max_length": 100}, {"passage_length": 5}):
+    for changed in ({"languages": ("de",)}, {"max_length": 100}, {"chunk_size": 5}):
         load(path, **changed)
         assert reads.pop() == path
         load(path, **changed)
@@ -298,10 +296,10 @@ def test_another_template_is_not_served_from_the_cache(llama_like, template, loa
 def test_processes_and_streaming_give_the_same_examples(load, tmp_path):
     for i in range(4):
         (tmp_path / f"{i}.txt").write_text(f"{TEXT} Hive {i}. " * 6)
-    plain = list(load(tmp_path, passage_length=20))
+    plain = list(load(tmp_path, chunk_size=20))
     assert [e["example"] for e in plain] == list(range(len(plain)))
-    assert list(load(tmp_path, passage_length=20, num_proc=2, cache_dir=tmp_path / ".other")) == plain
-    assert list(load(tmp_path, passage_length=20, streaming=True)) == plain
+    assert list(load(tmp_path, chunk_size=20, num_proc=2, cache_dir=tmp_path / ".other")) == plain
+    assert list(load(tmp_path, chunk_size=20, streaming=True)) == plain
 
 
 def test_streaming_reads_only_as_far_as_it_is_asked(load, tmp_path):

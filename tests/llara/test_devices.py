@@ -52,4 +52,4 @@ def test_vectors(gpu, tmp_path):
     for task, name in (("document", "encode_document"), ("query", "encode_query")):
         wanted = getattr(here, name)(TEXTS)
         np.testing.assert_allclose(getattr(there, name)(TEXTS), wanted, atol=1e-5)
-        np.testing.assert_allclose(FlatEncoder.of(there).encode(TEXTS, task), wanted, atol=1e-5)
+        np.testing.assert_allclose(FlatEncoder.from_embedder(there).encode(TEXTS, task), wanted, atol=1e-5)

@@ -51,15 +51,15 @@ def embedder(checkpoint) -> SentenceTransformer:
 
 
 def flat(embedder: SentenceTransformer) -> FlatEncoder:
-    encoder = FlatEncoder.of(embedder)
+    encoder = FlatEncoder.from_embedder(embedder)
     assert encoder is not None
     return encoder
 
 
 @pytest.mark.parametrize("budget", [1, 150, 100_000])
 def test_its_vectors_are_those_of_sentence_transformers(embedder, monkeypatch, budget):
-    monkeypatch.setattr(encoding, "TOKENS_ON_CPU", budget)
-    monkeypatch.setattr(encoding, "TEXTS_PER_TOKENIZING", 4)
+    monkeypatch.setattr(encoding, "CPU_BATCH_TOKENS", budget)
+    monkeypatch.setattr(encoding, "TOKENIZER_BATCH_SIZE", 4)
     np.testing.assert_allclose(flat(embedder).encode(TEXTS), embedder.encode_document(TEXTS), atol=1e-5)
     np.testing.assert_allclose(flat(embedder).encode(TEXTS, "query"), embedder.encode_query(TEXTS), atol=1e-5)
 
@@ -71,7 +71,7 @@ def test_the_vectors_compared_depend_on_text_and_task(embedder):
 
 
 def test_every_text_is_told_once(embedder, monkeypatch):
-    monkeypatch.setattr(encoding, "TOKENS_ON_CPU", 150)
+    monkeypatch.setattr(encoding, "CPU_BATCH_TOKENS", 150)
     told: list[int] = []
     flat(embedder).encode(TEXTS, advance=told.append)
     assert sum(told) == len(TEXTS) and len(told) > 3
@@ -112,17 +112,17 @@ def test_half_precision_is_close(embedder):
 
 
 def test_embedders_that_it_doesnt_know_are_left_alone(embedder, checkpoint):
-    assert FlatEncoder.of(SentenceTransformer(modules=list(embedder)[:1])) is None
+    assert FlatEncoder.from_embedder(SentenceTransformer(modules=list(embedder)[:1])) is None
     prompted = load_embedder(checkpoint, device="cpu")
     prompted.prompts = {"document": "passage: "}
-    assert FlatEncoder.of(prompted) is None
+    assert FlatEncoder.from_embedder(prompted) is None
     eager = load_embedder(checkpoint, device="cpu")
     eager[0].auto_model.set_attn_implementation("eager")
-    assert FlatEncoder.of(eager) is None
+    assert FlatEncoder.from_embedder(eager) is None
     weighted = load_embedder(checkpoint, device="cpu")
     weighted[1].emb_layer.weight.data[5] = 0.5
-    assert FlatEncoder.of(weighted) is None
-    assert FlatEncoder.of(embedder) is not None
+    assert FlatEncoder.from_embedder(weighted) is None
+    assert FlatEncoder.from_embedder(embedder) is not None
 
 
 def test_a_text_with_a_slot_token_is_refused(embedder):

@@ -26,8 +26,8 @@ from transformers import (
 
 from keyword_models import keyword_model
 from llamory.embedding.pipeline import (
+    escape_slot_tokens,
     export_sentence_transformer,
-    hide_slot_tokens,
     load_embedder,
     query_prompt,
     set_query_prompt,
@@ -349,8 +349,8 @@ def test_a_query_prompt_that_isnt_possible_is_refused(exported):
 
 def test_slot_tokens_in_found_texts_can_be_hidden(exported):
     model = load_embedder(exported("byte-level")[1], device="cpu")
-    assert hide_slot_tokens(model, ["a <s1> and <s16>", "<s17> stays"]) == ["a < s1> and < s16>", "<s17> stays"]
-    model.encode(hide_slot_tokens(model, ["a <s1>"]))
+    assert escape_slot_tokens(model, ["a <s1> and <s16>", "<s17> stays"]) == ["a < s1> and < s16>", "<s17> stays"]
+    model.encode(escape_slot_tokens(model, ["a <s1>"]))
 
 
 # ---- what can't be exported ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llamory.errors import LlamoryError
-from llamory.llara.words import content_words, split_words, stop_words, whole_words, word_ids
+from llamory.llara.words import content_words, split_words, stop_words, truncate_at_word, word_ids
 
 
 def test_english_stop_words_are_dropped_whatever_their_case():
@@ -62,7 +62,7 @@ def test_words_are_split_as_published_except_that_marks_stay_in_their_words():
 
 def test_a_word_that_is_cut_in_two_is_left_out():
     text = "one two, three"
-    assert [whole_words(text, end) for end in (0, 2, 3, 4, 7, 11, 14)] == [
+    assert [truncate_at_word(text, end) for end in (0, 2, 3, 4, 7, 11, 14)] == [
         "",
         "",
         "one",

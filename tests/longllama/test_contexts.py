@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
 from llamory.longllama.crossbatch import cross_batch_attention, crossbatch_contexts
-from llamory.training.fot.batches import PUBLISHED_MIXES, ContextChooser, ContextPlan
+from llamory.training.fot.batches import PUBLISHED_CROSSBATCH_SCHEDULES, ContextSampler, ContextSamplingConfig
 
 
 def first_token_vectors(rows):
@@ -37,75 +37,85 @@ def reached(contexts):
 
 @st.composite
 def chosen(draw):
-    """A plan with a mix, the batch, and what was chosen."""
-    packing, places = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    batch = packing * places
+    """A sampling_config with a crossbatch_schedule, the batch, and what was chosen."""
+    packing, packs = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    batch = packing * packs
     entry = st.tuples(st.integers(0, packing - 1), st.integers(0, batch - packing))
-    mix = draw(st.lists(entry, min_size=1, max_size=places))
+    crossbatch_schedule = draw(st.lists(entry, min_size=1, max_size=packs))
     more = {}
-    if any(negatives for _, negatives in mix) and draw(st.booleans()):
+    if any(negatives for _, negatives in crossbatch_schedule) and draw(st.booleans()):
         sizes = draw(st.sets(st.integers(0, batch - packing), min_size=1))
-        more = {"schedule": draw(st.sampled_from(["sampled", "grown"])), "sizes": sorted(sizes)}
-    plan = ContextPlan(mix=mix, negatives=draw(st.sampled_from(["random", "similar"])), **more)
+        more = {"schedule": draw(st.sampled_from(["sampled", "curriculum"])), "sizes": sorted(sizes)}
+    sampling_config = ContextSamplingConfig(
+        crossbatch_schedule=crossbatch_schedule, negatives=draw(st.sampled_from(["random", "similar"])), **more
+    )
     documents = draw(st.none() | st.lists(st.integers(0, 4), min_size=batch, max_size=batch))
     ids = torch.randint(0, 9, (batch, 2), generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
     step, stream = draw(st.integers(0, 10**6)), draw(st.integers(0, 9))
-    chooser = ContextChooser(plan, batch, packing, draw(st.integers(0, 9)), first_token_vectors)
+    context_sampler = ContextSampler(sampling_config, batch, packing, draw(st.integers(0, 9)), first_token_vectors)
     numbers = None if documents is None else torch.tensor(documents)
-    contexts = chooser.choose(step, stream, ids, numbers)
-    return chooser, step, stream, ids, documents, contexts
+    contexts = context_sampler.choose(step, stream, ids, numbers)
+    return context_sampler, step, stream, ids, documents, contexts
 
 
 @settings(deadline=None, max_examples=200)
 @given(case=chosen())
 def test_who_is_never_seen_and_who_always_is(case):
-    chooser, step, _, _, documents, contexts = case
-    packing, batch, mix = chooser.dataset_packing, chooser.batch_size, chooser.plan.mix
-    size = chooser.size(step)
+    context_sampler, step, _, _, documents, contexts = case
+    packing, batch, crossbatch_schedule = (
+        context_sampler.dataset_packing,
+        context_sampler.batch_size,
+        context_sampler.sampling_config.crossbatch_schedule,
+    )
+    size = context_sampler.size(step)
     for row, seen in enumerate(contexts):
-        place = row // packing
-        positives, negatives = mix[place * len(mix) // (batch // packing)]
+        pack = row // packing
+        positives, negatives = crossbatch_schedule[pack * len(crossbatch_schedule) // (batch // packing)]
         if negatives and size is not None:
             negatives = size
         assert len(set(seen)) == len(seen)
-        own = [other for other in seen if other // packing == place]
+        own = [other for other in seen if other // packing == pack]
         assert own == [
-            row - back for back in range(1, positives + 1) if (row - back) // packing == place and row >= back
+            row - back for back in range(1, positives + 1) if (row - back) // packing == pack and row >= back
         ]
-        others = [other for other in seen if other // packing != place]
+        others = [other for other in seen if other // packing != pack]
         assert len(others) <= negatives
         assert all(0 <= other < batch for other in others)
         if documents is not None:
             assert all(documents[other] != documents[row] for other in others)
     for row, known in enumerate(reached(contexts)):
         later = range(row, (row // packing + 1) * packing)
-        assert known.isdisjoint(later), "a row hears of itself or of a later chunk of its place"
+        assert known.isdisjoint(later), "a row hears of itself or of a later chunk of its pack"
 
 
 @settings(deadline=None, max_examples=100)
 @given(case=chosen())
 def test_a_row_gets_all_it_asks_for_as_far_as_rows_stand_before_it(case):
-    chooser, step, stream, ids, documents, contexts = case
-    packing, batch, mix = chooser.dataset_packing, chooser.batch_size, chooser.plan.mix
-    order = chooser.order(step, stream)
+    context_sampler, step, stream, ids, documents, contexts = case
+    packing, batch, crossbatch_schedule = (
+        context_sampler.dataset_packing,
+        context_sampler.batch_size,
+        context_sampler.sampling_config.crossbatch_schedule,
+    )
+    order = context_sampler.order(step, stream)
     assert sorted(order) == list(range(batch))
-    size = chooser.size(step)
+    size = context_sampler.size(step)
     vectors = first_token_vectors(list(ids)).tolist()
     for row, seen in enumerate(contexts):
-        place = row // packing
-        negatives = mix[place * len(mix) // (batch // packing)][1]
+        pack = row // packing
+        negatives = crossbatch_schedule[pack * len(crossbatch_schedule) // (batch // packing)][1]
         wanted = size if negatives and size is not None else negatives
-        others = [other for other in seen if other // packing != place]
+        others = [other for other in seen if other // packing != pack]
         possible = [
             other
             for other in range(batch)
-            if other // packing != place
+            if other // packing != pack
             and order[other] < order[row]
             and (documents is None or documents[other] != documents[row])
         ]
         assert len(others) == min(wanted, len(possible))
         assert set(others) <= set(possible)
-        if chooser.plan.negatives == "similar":
+        if context_sampler.sampling_config.negatives == "similar":
             products = {o: sum(a * b for a, b in zip(vectors[row], vectors[o], strict=True)) for o in possible}
             assert others == sorted(possible, key=lambda o: (-products[o], o))[:wanted]
 
@@ -113,36 +123,41 @@ def test_a_row_gets_all_it_asks_for_as_far_as_rows_stand_before_it(case):
 @pytest.mark.parametrize(("name", "batch"), [("3b", 32), ("7b", 64)])
 def test_published_mixes(name, batch):
     """Quarters of the batch in turn; chunk c has c earlier ones; none is short of negatives, as others stand first."""
-    chooser = ContextChooser(ContextPlan(mix=PUBLISHED_MIXES[name]), batch, 4)
+    context_sampler = ContextSampler(
+        ContextSamplingConfig(crossbatch_schedule=PUBLISHED_CROSSBATCH_SCHEDULES[name]), batch, 4
+    )
     for step in range(20):
-        contexts = chooser.choose(step)
+        contexts = context_sampler.choose(step)
         for row, seen in enumerate(contexts):
-            positives, negatives = PUBLISHED_MIXES[name][row // (batch // 4)]
+            positives, negatives = PUBLISHED_CROSSBATCH_SCHEDULES[name][row // (batch // 4)]
             assert sum(other // 4 == row // 4 for other in seen) == min(positives, row % 4)
             assert sum(other // 4 != row // 4 for other in seen) == negatives
 
 
 def test_published_numbers():
-    assert PUBLISHED_MIXES == {"3b": [(0, 0), (1, 1), (2, 1), (3, 0)], "7b": [(0, 0), (1, 2), (2, 5), (3, 4)]}
+    assert PUBLISHED_CROSSBATCH_SCHEDULES == {
+        "3b": [(0, 0), (1, 1), (2, 1), (3, 0)],
+        "7b": [(0, 0), (1, 2), (2, 5), (3, 4)],
+    }
 
 
 @pytest.mark.parametrize(
-    ("places", "entries", "shares"), [(4, 4, [1, 1, 1, 1]), (5, 4, [2, 1, 1, 1]), (6, 4, [2, 1, 2, 1]), (7, 2, [4, 3])]
+    ("packs", "entries", "shares"), [(4, 4, [1, 1, 1, 1]), (5, 4, [2, 1, 1, 1]), (6, 4, [2, 1, 2, 1]), (7, 2, [4, 3])]
 )
-def test_shares_are_as_even_as_can_be(places, entries, shares):
-    mix = [(positives, 0) for positives in range(entries)]
-    contexts = ContextChooser(ContextPlan(mix=mix), places * 8, 8).choose(0)
-    most = [max(len(contexts[row]) for row in range(place * 8, place * 8 + 8)) for place in range(places)]
+def test_shares_are_as_even_as_can_be(packs, entries, shares):
+    crossbatch_schedule = [(positives, 0) for positives in range(entries)]
+    contexts = ContextSampler(ContextSamplingConfig(crossbatch_schedule=crossbatch_schedule), packs * 8, 8).choose(0)
+    most = [max(len(contexts[row]) for row in range(pack * 8, pack * 8 + 8)) for pack in range(packs)]
     assert most == [entry for entry, share in enumerate(shares) for _ in range(share)]
 
 
 @pytest.mark.parametrize("negatives", [1, 3, 7])
 def test_as_few_rows_go_short_as_can_without_circles(negatives):
     """Without earlier chunks the first row in an order sees nothing, the second one row, and so on."""
-    chooser = ContextChooser(ContextPlan(mix=[(0, negatives)]), 8)
+    context_sampler = ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(0, negatives)]), 8)
     shortest = set()
     for step in range(60):
-        contexts = chooser.choose(step)
+        contexts = context_sampler.choose(step)
         assert sorted(len(seen) for seen in contexts) == [min(row, negatives) for row in range(8)]
         shortest.add(next(row for row, seen in enumerate(contexts) if not seen))
     assert shortest == set(range(8))
@@ -152,51 +167,55 @@ def test_as_few_rows_go_short_as_can_without_circles(negatives):
 
 
 def test_random_negatives_are_drawn_evenly():
-    """Rows of the last place see 2 of 6: 15 pairs, all as likely."""
-    chooser = ContextChooser(ContextPlan(mix=[(0, 0), (0, 0), (0, 0), (0, 2)]), 8, 2)
+    """Rows of the last pack see 2 of 6: 15 pairs, all as likely."""
+    context_sampler = ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(0, 0), (0, 0), (0, 0), (0, 2)]), 8, 2)
     steps = 3000
     for row in (6, 7):
-        pairs = Counter(tuple(sorted(chooser.choose(step)[row])) for step in range(steps))
+        pairs = Counter(tuple(sorted(context_sampler.choose(step)[row])) for step in range(steps))
         assert len(pairs) == 15
         chi_square = sum((count - steps / 15) ** 2 / (steps / 15) for count in pairs.values())
         assert chi_square < 36.1  # 14 degrees of freedom, one run in a thousand is beyond it
 
 
-@pytest.mark.parametrize("way", [{"cross_batch_range": 5}, {"mix": [(0, 0), (0, 3)]}], ids=["range", "mix"])
+@pytest.mark.parametrize(
+    "way", [{"cross_batch_range": 5}, {"crossbatch_schedule": [(0, 0), (0, 3)]}], ids=["range", "crossbatch_schedule"]
+)
 def test_sampled_sizes_are_drawn_evenly_per_step(way):
-    chooser = ContextChooser(ContextPlan(**way, schedule="sampled", sizes=[1, 2, 5]), 12)
+    context_sampler = ContextSampler(ContextSamplingConfig(**way, schedule="sampled", sizes=[1, 2, 5]), 12)
     steps = 3000
-    counts = Counter(chooser.size(step) for step in range(steps))
+    counts = Counter(context_sampler.size(step) for step in range(steps))
     assert set(counts) == {1, 2, 5}
     assert sum((count - 1000) ** 2 / 1000 for count in counts.values()) < 13.9  # 2 degrees of freedom, 1 in 1000
-    following = Counter((chooser.size(step), chooser.size(step + 1)) for step in range(steps))
+    following = Counter((context_sampler.size(step), context_sampler.size(step + 1)) for step in range(steps))
     assert sum((count - steps / 9) ** 2 / (steps / 9) for count in following.values()) < 26.2  # 8 degrees
     for step in range(5):
         for stream in (0, 3):
-            assert max(len(seen) for seen in chooser.choose(step, stream)) == chooser.size(step)
+            assert max(len(seen) for seen in context_sampler.choose(step, stream)) == context_sampler.size(step)
 
 
 def test_a_step_can_be_made_again_alone():
-    plan = ContextPlan(mix=[(0, 0), (1, 3)], schedule="sampled", sizes=[1, 2, 3])
-    chooser = ContextChooser(plan, 16, 2, seed=3)
-    forwards = [chooser.choose(step, stream) for step in range(6) for stream in range(3)]
+    sampling_config = ContextSamplingConfig(crossbatch_schedule=[(0, 0), (1, 3)], schedule="sampled", sizes=[1, 2, 3])
+    context_sampler = ContextSampler(sampling_config, 16, 2, seed=3)
+    forwards = [context_sampler.choose(step, stream) for step in range(6) for stream in range(3)]
     torch.manual_seed(5)
     np.random.seed(5)
-    again = ContextChooser(plan, 16, 2, seed=3)
+    again = ContextSampler(sampling_config, 16, 2, seed=3)
     backwards = [again.choose(step, stream) for step in reversed(range(6)) for stream in reversed(range(3))]
     assert forwards == backwards[::-1]
     assert len({str(contexts) for contexts in forwards}) == len(forwards)
-    other = ContextChooser(plan, 16, 2, seed=4)
+    other = ContextSampler(sampling_config, 16, 2, seed=4)
     assert [other.choose(step, stream) for step in range(6) for stream in range(3)] != forwards
 
 
 def test_negatives_count_as_many_drawn_evenly_on_a_logarithmic_scale_and_positives_once():
-    chooser = ContextChooser(ContextPlan(mix=[(1, 3)], copies=(2, 200)), 8, 2, seed=3)
+    context_sampler = ContextSampler(
+        ContextSamplingConfig(crossbatch_schedule=[(1, 3)], negative_weight=(2, 200)), 8, 2, seed=3
+    )
     draws = []
     for step in range(500):
-        contexts = chooser.choose(step, 1)
-        weights = chooser.weights(contexts, step, 1)
-        assert chooser.weights(contexts, step, 1) == weights
+        contexts = context_sampler.choose(step, 1)
+        weights = context_sampler.weights(contexts, step, 1)
+        assert context_sampler.weights(contexts, step, 1) == weights
         for row, (seen, counted) in enumerate(zip(contexts, weights, strict=True)):
             assert [count == 1 for count in counted] == [other // 2 == row // 2 for other in seen]
             negatives = {count for count in counted if count != 1}
@@ -205,83 +224,87 @@ def test_negatives_count_as_many_drawn_evenly_on_a_logarithmic_scale_and_positiv
     assert min(draws) >= 2 and max(draws) <= 200 and len(set(draws)) == len(draws)
     fourths = np.histogram(np.log(np.array(draws) / 2) / np.log(100), 4, (0, 1))[0]
     assert sum((count - len(draws) / 4) ** 2 / (len(draws) / 4) for count in fourths) < 16.3  # 3 degrees, 1 in 1000
-    assert ContextChooser(ContextPlan(mix=[(1, 3)]), 8, 2).weights(contexts, 0) is None
+    assert ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(1, 3)]), 8, 2).weights(contexts, 0) is None
 
 
 # ---- range and schedules ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stepping", [False, True])
-def test_a_range_is_the_published_one(stepping):
-    chooser = ContextChooser(ContextPlan(cross_batch_range=3, stepping=stepping), 8, 4)
-    assert chooser.choose(7) == crossbatch_contexts(8, 3, 4, stepping)
-    assert chooser.order(7) == list(range(8))
-    sampled = ContextPlan(cross_batch_range=6, stepping=stepping, schedule="sampled", sizes=[2, 6])
-    chooser = ContextChooser(sampled, 8, 4)
-    assert {str(chooser.choose(step)) for step in range(20)} == {
-        str(crossbatch_contexts(8, size, 4, stepping)) for size in (2, 6)
+@pytest.mark.parametrize("crossbatch_stepping", [False, True])
+def test_a_range_is_the_published_one(crossbatch_stepping):
+    context_sampler = ContextSampler(
+        ContextSamplingConfig(cross_batch_range=3, crossbatch_stepping=crossbatch_stepping), 8, 4
+    )
+    assert context_sampler.choose(7) == crossbatch_contexts(8, 3, 4, crossbatch_stepping)
+    assert context_sampler.order(7) == list(range(8))
+    sampled = ContextSamplingConfig(
+        cross_batch_range=6, crossbatch_stepping=crossbatch_stepping, schedule="sampled", sizes=[2, 6]
+    )
+    context_sampler = ContextSampler(sampled, 8, 4)
+    assert {str(context_sampler.choose(step)) for step in range(20)} == {
+        str(crossbatch_contexts(8, size, 4, crossbatch_stepping)) for size in (2, 6)
     }
 
 
 def test_a_range_leaves_out_the_same_document_at_another_place():
-    chooser = ContextChooser(ContextPlan(cross_batch_range=3), 6, 2)
-    contexts = chooser.choose(0, documents=torch.tensor([1, 1, 2, 2, 1, 3]))
+    context_sampler = ContextSampler(ContextSamplingConfig(cross_batch_range=3), 6, 2)
+    contexts = context_sampler.choose(0, documents=torch.tensor([1, 1, 2, 2, 1, 3]))
     assert contexts == [[], [0], [1, 0], [2, 1, 0], [3, 2], [4, 3, 2]]
 
 
-def grown(**changes):
-    settings = {"cross_batch_range": 4, "schedule": "grown", "sizes": [1, 2, 4], "grow_at": 0.9}
-    return ContextChooser(ContextPlan(**settings | changes), 8)
+def curriculum(**changes):
+    settings = {"cross_batch_range": 4, "schedule": "curriculum", "sizes": [1, 2, 4], "advance_at_accuracy": 0.9}
+    return ContextSampler(ContextSamplingConfig(**settings | changes), 8)
 
 
 def test_grows_when_the_mean_is_reached_and_ten_steps_are_over():
-    chooser = grown()
+    context_sampler = curriculum()
     sizes = []
     for step in range(25):
-        sizes.append(chooser.size(step))
-        chooser.observe(1.0)
+        sizes.append(context_sampler.size(step))
+        context_sampler.observe(1.0)
     assert sizes == [1] * 10 + [2] * 10 + [4] * 5
 
 
 def test_grows_by_the_exponential_mean():
     """After one 0 and k ones the mean is 1 - 0.9^k: above 0.9 from k = 22 on."""
-    chooser = grown()
-    chooser.observe(0.0)
+    context_sampler = curriculum()
+    context_sampler.observe(0.0)
     for step in range(22):
-        assert chooser.size(step) == 1
-        chooser.observe(1.0)
-    assert chooser.size(23) == 2
+        assert context_sampler.size(step) == 1
+        context_sampler.observe(1.0)
+    assert context_sampler.size(23) == 2
 
 
 def test_does_not_grow_below_the_mean():
-    chooser = grown(grow_at=0.98)
+    context_sampler = curriculum(advance_at_accuracy=0.98)
     for _ in range(200):
-        chooser.observe(0.97)
-    assert chooser.size(0) == 1
+        context_sampler.observe(0.97)
+    assert context_sampler.size(0) == 1
 
 
 def test_goes_on_where_its_state_was_taken():
     accuracies = [0.5] * 7 + [1.0] * 60
-    whole = grown()
+    whole = curriculum()
     states = [whole.state_dict()]
     for accuracy in accuracies:
         whole.observe(accuracy)
         states.append(whole.state_dict())
     assert whole.size(0) == 4
     for at, state in enumerate(states):
-        resumed = grown()
+        resumed = curriculum()
         resumed.load_state_dict(json.loads(json.dumps(state)))
         for accuracy in accuracies[at:]:
             resumed.observe(accuracy)
         assert resumed.state_dict() == whole.state_dict()
     with pytest.raises(LlamoryError, match="size 3, but 2 sizes are given"):
-        grown(sizes=[1, 2]).load_state_dict(whole.state_dict())
+        curriculum(sizes=[1, 2]).load_state_dict(whole.state_dict())
 
 
 @pytest.mark.parametrize("accuracy", [-0.1, 1.1, float("nan")])
 def test_what_is_no_accuracy(accuracy):
     with pytest.raises(LlamoryError, match="between 0 and 1"):
-        grown().observe(accuracy)
+        curriculum().observe(accuracy)
 
 
 # ---- flow of information ---------------------------------------------------------------------------------------------
@@ -306,12 +329,14 @@ def changed_places(contexts, row, column, layers):
 
 
 @pytest.mark.parametrize(
-    "way", [{"mix": [(1, 2), (2, 1), (0, 3)]}, {"cross_batch_range": 4, "stepping": True}], ids=str
+    "way",
+    [{"crossbatch_schedule": [(1, 2), (2, 1), (0, 3)]}, {"cross_batch_range": 4, "crossbatch_stepping": True}],
+    ids=str,
 )
 @pytest.mark.parametrize("step", range(3))
 def test_only_what_is_seen_flows_and_nothing_from_later_chunks_through_any_layers(way, step):
     batch, packing = 9, 3
-    contexts = ContextChooser(ContextPlan(**way), batch, packing).choose(step)
+    contexts = ContextSampler(ContextSamplingConfig(**way), batch, packing).choose(step)
     known = reached(contexts)
     for row in range(batch):
         for column in (0, 2):
@@ -336,68 +361,73 @@ def test_rows_that_see_one_another_would_be_told_their_next_tokens():
 
 
 @pytest.mark.parametrize(
-    ("plan", "told"),
+    ("sampling_config", "told"),
     [
-        ({}, "either a mix"),
-        ({"mix": [(0, 1)], "cross_batch_range": 1}, "not both"),
-        ({"mix": []}, "list of pairs"),
-        ({"mix": [(1, 2, 3)]}, "list of pairs"),
-        ({"mix": [1, 2]}, "list of pairs"),
-        ({"mix": [(0, -1)]}, "from 0 on, not -1"),
-        ({"mix": [(0.5, 1)]}, "whole number"),
+        ({}, "either a crossbatch_schedule"),
+        ({"crossbatch_schedule": [(0, 1)], "cross_batch_range": 1}, "not both"),
+        ({"crossbatch_schedule": []}, "list of pairs"),
+        ({"crossbatch_schedule": [(1, 2, 3)]}, "list of pairs"),
+        ({"crossbatch_schedule": [1, 2]}, "list of pairs"),
+        ({"crossbatch_schedule": [(0, -1)]}, "from 0 on, not -1"),
+        ({"crossbatch_schedule": [(0.5, 1)]}, "whole number"),
         ({"cross_batch_range": -2}, "from 0 on, not -2"),
         ({"cross_batch_range": 3, "schedule": "sampled", "sizes": [1, -1]}, "from 0 on, not -1"),
         ({"cross_batch_range": 3, "schedule": "sampled"}, "needs sizes"),
-        ({"cross_batch_range": 3, "schedule": "grown", "sizes": [2, 1]}, "small to large"),
-        ({"cross_batch_range": 3, "schedule": "grown", "sizes": [2, 4]}, "more than the cross_batch_range of 3"),
+        ({"cross_batch_range": 3, "schedule": "curriculum", "sizes": [2, 1]}, "small to large"),
+        ({"cross_batch_range": 3, "schedule": "curriculum", "sizes": [2, 4]}, "more than the cross_batch_range of 3"),
         ({"cross_batch_range": 3, "sizes": [1]}, "choose one of them"),
-        ({"mix": [(1, 0)], "schedule": "sampled", "sizes": [1]}, "no entry of the mix has any"),
-        ({"mix": [(0, 1)], "schedule": "grows"}, "no schedule 'grows'"),
-        ({"mix": [(0, 1)], "negatives": "hard"}, "can't be 'hard'"),
-        ({"cross_batch_range": 1, "negatives": "similar"}, "chosen for a mix"),
-        ({"mix": [(0, 1)], "stepping": True}, "goes with a cross_batch_range"),
-        ({"mix": [(0, 1)], "copies": (3, 2)}, "negative_copies must be two numbers above 0"),
-        ({"mix": [(0, 1)], "grow_at": 0.0}, "above 0 and up to 1"),
-        ({"mix": [(0, 1)], "grow_at": 1.5}, "above 0 and up to 1"),
-        ({"mix": [(0, 1)], "grow_at": float("nan")}, "above 0 and up to 1"),
+        (
+            {"crossbatch_schedule": [(1, 0)], "schedule": "sampled", "sizes": [1]},
+            "no entry of the crossbatch_schedule has any",
+        ),
+        ({"crossbatch_schedule": [(0, 1)], "schedule": "grows"}, "no schedule 'grows'"),
+        ({"crossbatch_schedule": [(0, 1)], "negatives": "hard"}, "can't be 'hard'"),
+        ({"cross_batch_range": 1, "negatives": "similar"}, "chosen for a crossbatch_schedule"),
+        ({"crossbatch_schedule": [(0, 1)], "crossbatch_stepping": True}, "goes with a cross_batch_range"),
+        ({"crossbatch_schedule": [(0, 1)], "negative_weight": (3, 2)}, "negative_weight must be two numbers above 0"),
+        ({"crossbatch_schedule": [(0, 1)], "advance_at_accuracy": 0.0}, "above 0 and up to 1"),
+        ({"crossbatch_schedule": [(0, 1)], "advance_at_accuracy": 1.5}, "above 0 and up to 1"),
+        ({"crossbatch_schedule": [(0, 1)], "advance_at_accuracy": float("nan")}, "above 0 and up to 1"),
     ],
 )
-def test_plans_that_cannot_be(plan, told):
+def test_plans_that_cannot_be(sampling_config, told):
     with pytest.raises(LlamoryError, match=told):
-        ContextPlan(**plan)
+        ContextSamplingConfig(**sampling_config)
 
 
 @pytest.mark.parametrize(
-    ("plan", "batch", "packing", "told"),
+    ("sampling_config", "batch", "packing", "told"),
     [
         ({"cross_batch_range": 8}, 8, 2, "can't see 8 others in a batch of 8"),
-        ({"mix": [(0, 7)]}, 8, 2, "can't see 7 rows of other documents.* 6 of them"),
-        ({"mix": [(0, 1)]}, 2, 2, "0 of them"),
-        ({"mix": [(0, 1)], "schedule": "sampled", "sizes": [1, 7]}, 8, 2, "can't see 7 rows"),
-        ({"mix": [(2, 0)]}, 8, 2, "at most 1; choose one of at least 3"),
-        ({"mix": [(0, 1)] * 5}, 8, 2, "5 entries, but .* 4 documents"),
-        ({"mix": [(0, 1)]}, 8, 3, "can't be divided"),
-        ({"mix": [(0, 0)]}, 0, 1, "at least 1"),
-        ({"mix": [(0, 1)], "negatives": "similar"}, 8, 1, "need a retriever"),
+        ({"crossbatch_schedule": [(0, 7)]}, 8, 2, "can't see 7 rows of other documents.* 6 of them"),
+        ({"crossbatch_schedule": [(0, 1)]}, 2, 2, "0 of them"),
+        ({"crossbatch_schedule": [(0, 1)], "schedule": "sampled", "sizes": [1, 7]}, 8, 2, "can't see 7 rows"),
+        ({"crossbatch_schedule": [(2, 0)]}, 8, 2, "at most 1; choose one of at least 3"),
+        ({"crossbatch_schedule": [(0, 1)] * 5}, 8, 2, "5 entries, but .* 4 documents"),
+        ({"crossbatch_schedule": [(0, 1)]}, 8, 3, "can't be divided"),
+        ({"crossbatch_schedule": [(0, 0)]}, 0, 1, "at least 1"),
+        ({"crossbatch_schedule": [(0, 1)], "negatives": "similar"}, 8, 1, "need a retriever"),
     ],
 )
-def test_batches_that_do_not_fit_the_plan(plan, batch, packing, told):
+def test_batches_that_do_not_fit_the_plan(sampling_config, batch, packing, told):
     with pytest.raises(LlamoryError, match=told):
-        ContextChooser(ContextPlan(**plan), batch, packing)
+        ContextSampler(ContextSamplingConfig(**sampling_config), batch, packing)
 
 
 def test_as_many_contexts_as_there_are_rows_for():
-    assert [len(seen) for seen in ContextChooser(ContextPlan(cross_batch_range=7), 8).choose(0)] == list(range(8))
-    ContextChooser(ContextPlan(mix=[(1, 6)]), 8, 2)
+    assert [len(seen) for seen in ContextSampler(ContextSamplingConfig(cross_batch_range=7), 8).choose(0)] == list(
+        range(8)
+    )
+    ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(1, 6)]), 8, 2)
 
 
 def test_what_is_missing_for_a_choice():
-    plan = ContextPlan(mix=[(0, 1)], negatives="similar")
-    chooser = ContextChooser(plan, 4, embed=first_token_vectors)
+    sampling_config = ContextSamplingConfig(crossbatch_schedule=[(0, 1)], negatives="similar")
+    context_sampler = ContextSampler(sampling_config, 4, embed=first_token_vectors)
     for ids in (None, torch.zeros(3, 2)):
         with pytest.raises(LlamoryError, match="tokens of all 4 rows"):
-            chooser.choose(0, input_ids=ids)
+            context_sampler.choose(0, input_ids=ids)
     with pytest.raises(LlamoryError, match=r"4 rows, but numbers of documents of shape \(3,\)"):
-        ContextChooser(ContextPlan(mix=[(0, 1)]), 4).choose(0, documents=torch.zeros(3))
+        ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(0, 1)]), 4).choose(0, documents=torch.zeros(3))
     with pytest.raises(LlamoryError, match="seed"):
-        ContextChooser(ContextPlan(mix=[(0, 1)]), 4, seed=-1)
+        ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(0, 1)]), 4, seed=-1)

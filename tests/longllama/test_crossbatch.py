@@ -77,8 +77,8 @@ def test_any_contexts_heads_and_lengths_equal_the_plain_way(way, data):
     inputs = drawn(batch, kv_heads * groups, kv_heads, seq, dim, data.draw(st.integers(0, 9)))
     cos, sin = rotary(seq, dim, first=data.draw(st.sampled_from([0, 3])))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_way", lambda query: way)
-        patch.setattr(kernels, "PLAIN_SCORES", data.draw(st.sampled_from([1, 64, 1 << 22])))
+        patch.setattr(kernels, "_backend", lambda query: way)
+        patch.setattr(kernels, "MAX_MATMUL_SCORES", data.draw(st.sampled_from([1, 64, 1 << 22])))
         ours = cross_batch_attention(*inputs, cos, sin, contexts, lengths=lengths)
         real = torch.ones(batch, 1, seq, 1, dtype=torch.float64)
         for row, length in enumerate(lengths or []):
@@ -103,7 +103,7 @@ def test_other_rows_seen_by_projections_of_their_own(way, data):
     near, far = (drawn(batch, kv_heads * groups, kv_heads, seq, 8, seed + more) for more in (0, 100))
     cos, sin = rotary(seq, 8, first=data.draw(st.sampled_from([0, 3])))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_way", lambda query: way)
+        patch.setattr(kernels, "_backend", lambda query: way)
         ours = cross_batch_parts(tuple(near), tuple(far), cos, sin, contexts, lengths=lengths)
         plain = plain_cross_batch(*near, cos, sin, contexts, lengths=lengths, far=far)
         real = torch.ones(batch, 1, seq, 1, dtype=torch.float64)
@@ -150,7 +150,7 @@ def test_a_weight_of_a_whole_number_is_as_many_copies(way, data):
     inputs = drawn(batch, kv_heads * groups, kv_heads, seq, 8, data.draw(st.integers(0, 9)))
     cos, sin = rotary(seq, 8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_way", lambda query: way)
+        patch.setattr(kernels, "_backend", lambda query: way)
         ours = cross_batch_attention(*inputs, cos, sin, contexts, weights=copies)
         plain = plain_cross_batch(*inputs, cos, sin, many)
         torch.testing.assert_close(ours, plain, atol=1e-10, rtol=0)
@@ -194,7 +194,8 @@ def test_keys_of_others_keep_the_factor_of_the_rotary_embedding():
 def test_rows_in_step_are_one_call():
     assert len(plan_contexts(crossbatch_contexts(16, 3), 16)) == 3
     assert (
-        sum(run.rows.stop - run.rows.start for run in plan_contexts(crossbatch_contexts(16, 3), 16)) == 1 + 2 + 3 * 13
+        sum(group.rows.stop - group.rows.start for group in plan_contexts(crossbatch_contexts(16, 3), 16))
+        == 1 + 2 + 3 * 13
     )
 
 
@@ -230,7 +231,7 @@ def test_ranges_that_cannot_be(arguments, told):
 
 
 def test_nothing_flows_from_rows_that_are_not_seen_nor_backwards():
-    contexts = crossbatch_contexts(8, 6, 4, stepping=True)
+    contexts = crossbatch_contexts(8, 6, 4, crossbatch_stepping=True)
     inputs = drawn(8, 4, 2, 6, 8)
     cos, sin = rotary(6, 8)
     before = cross_batch_attention(*inputs, cos, sin, contexts)
@@ -274,8 +275,8 @@ def test_peak_memory_counts_no_copies(monkeypatch):
         {"mem_positionals": False},
         {"num_key_value_heads": 4},
         {"mem_projections": True},
-        {"mem_log_bias": 1.0, "mem_log_bias_start": 10},
-        {"mem_projections": True, "mem_log_bias": 0.6, "mem_log_bias_start": 3},
+        {"memory_size_bias": 1.0, "memory_size_bias_start": 10},
+        {"mem_projections": True, "memory_size_bias": 0.6, "memory_size_bias_start": 3},
     ],
     ids=str,
 )

@@ -12,14 +12,14 @@ import torch
 
 import cuda_kernels
 from llamory.longllama import LongLlamaForCausalLM, crossbatch
-from llamory.longllama.flash_backward import Part, attend_part_backward
+from llamory.longllama.flash_backward import AttentionPart, attend_part_backward
 from llamory.memory import MemoryBank
 from llamory.memory.attention import flash
 from llamory.memory.search import exact, faiss_parts, pages
 from llamory.memory.search import faiss as faiss_index
 from llamory.memory.search import page_segments as stretches
 from llamory.memory.search import topk as nearest
-from llamory.qa.attribution import AttentionLog
+from llamory.qa.attribution import AttentionRecorder
 from pretend_device import can_pretend, pretended_cuda
 
 SHORT = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
@@ -60,9 +60,9 @@ def pretended(calls):
 @pytest.fixture
 def small(monkeypatch):
     """Pages and indexes from 256 tokens on; six queries of a head travel to memory, more wait for it."""
-    monkeypatch.setattr(stretches, "STEP", 256)
+    monkeypatch.setattr(stretches, "STABLE_STEP", 256)
     monkeypatch.setattr(pages, "EXACT_TOKENS", 64)
-    monkeypatch.setattr(exact, "TRAVELLING_QUERIES", 6)
+    monkeypatch.setattr(exact, "MAX_TRANSFERRED_QUERIES", 6)
     for module in (faiss_parts, faiss_index, nearest):
         monkeypatch.setattr(module, "LENGTHS", (256,))
 
@@ -177,7 +177,7 @@ def test_memory_is_read_and_asked(make_model, ids, gpu, small, tmp_path, search,
     only = search.startswith("best")
     model = make_model(
         max_position_embeddings=64, last_context_length=16, mem_device=place, mem_top_k=2 if search == "pages" else 8,
-        mem_search="faiss" if search.endswith("faiss") else "exact" if only else search, mem_only_top_k=only,
+        mem_search="faiss" if search.endswith("faiss") else "exact" if only else search, mem_top_k_attention=only,
     )  # fmt: skip
     document, questions = ids(270), ids(2, 10, seed=1)
 
@@ -193,8 +193,8 @@ def test_memory_is_read_and_asked(make_model, ids, gpu, small, tmp_path, search,
     model.to(gpu)
     found = work(gpu)
     assert places(found[0], *found[1].memory) == {torch.device(place or gpu)}
-    (summaries,) = {tuple(span.block.summaries) for span in found[0].spans(1)}
-    assert len(summaries) == {"exact": 0, "best tokens": 0, "pages": 3}.get(search, 1)
+    (search_cache,) = {tuple(span.block.search_cache) for span in found[0].spans(1)}
+    assert len(search_cache) == {"exact": 0, "best tokens": 0, "pages": 3}.get(search, 1)
     for layer in memory.layers:
         same(found[0].keys(layer), memory.keys(layer))
         same(found[0].values(layer), memory.values(layer))
@@ -265,10 +265,10 @@ def test_what_answers_attend_to(make_model, ids, gpu, place):
     def work(device):
         memory = model.read(document)
         cache = model.memory_cache(memory)
-        cache.observer = log = AttentionLog()
+        cache.observer = log = AttentionRecorder()
         model.generate(question.to(device), past_key_values=cache, **SHORT)
         scalings = dict.fromkeys(memory.layers, 8**-0.5)
-        return log.mass(memory, memory.segments, scalings, own=2, question=8, answer=4)
+        return log.mass(memory, memory.segments, scalings, baseline_tokens=2, question=8, answer=4)
 
     wanted = work("cpu")
     model.to(gpu)
@@ -448,14 +448,14 @@ def test_the_forward_kernel(gpu, calls, kind, masked, head_dim):
     scores = (query @ keys.transpose(2, 3) * 0.3).masked_fill(~seen, -torch.inf)
     # In another layout than the kernel takes.
     given = [query, key.transpose(2, 3).contiguous().transpose(2, 3), value]
-    output, log_sum = flash(
+    output, lse = flash(
         *(one.to(gpu) for one in given),
         scaling=0.3,
         causal=masked == "causal",
         mask=None if mask is None else mask.to(gpu),
     )
-    assert output.dtype == log_sum.dtype == torch.float32
-    same(log_sum, scores.logsumexp(-1))
+    assert output.dtype == lse.dtype == torch.float32
+    same(lse, scores.logsumexp(-1))
     wanted = scores.softmax(-1).nan_to_num(0) @ values
     # Where there is a kernel, its output is of the memory's type.
     same(output, wanted, **(CLOSE if kind == torch.float32 or head_dim == 4 else {"atol": 0.01, "rtol": 0.01}))
@@ -468,13 +468,13 @@ def test_the_forward_kernel(gpu, calls, kind, masked, head_dim):
 def test_the_backward_kernel(gpu, calls, kind, causal, kv_heads):
     query, key, value = drawn(2, 4, 35, 8), drawn(2, kv_heads, 35, 8, seed=1), drawn(2, kv_heads, 35, 8, seed=2)
     query, key, value, grad = (one.to(kind) for one in (query, key, value, drawn(2, 4, 35, 8, seed=3)))
-    output, log_sum = flash(query.float(), key.float(), value.float(), scaling=0.3, causal=causal)
-    wide = Part(query.float(), key.float(), value.float(), causal)
-    wanted = attend_part_backward(grad.float(), wide, output, log_sum, 0.3)
+    output, lse = flash(query.float(), key.float(), value.float(), scaling=0.3, causal=causal)
+    wide = AttentionPart(query.float(), key.float(), value.float(), causal)
+    wanted = attend_part_backward(grad.float(), wide, output, lse, 0.3)
     # As a gradient comes from a sum, and the output from a merge: in other layouts than the kernel's own.
-    there = Part(*(one.to(gpu) for one in (query, key, value)), causal)
+    there = AttentionPart(*(one.to(gpu) for one in (query, key, value)), causal)
     grad = grad.to(gpu).transpose(2, 3).contiguous().transpose(2, 3)
-    found = attend_part_backward(grad, there, output.to(kind).to(gpu).contiguous(), log_sum.to(gpu), 0.3)
+    found = attend_part_backward(grad, there, output.to(kind).to(gpu).contiguous(), lse.to(gpu), 0.3)
     for one, expected in zip(found, wanted, strict=True):
         assert one.dtype == kind
         same(one.float(), expected, **(CLOSE if kind == torch.float32 else {"atol": 0.06, "rtol": 0.02}))

@@ -144,7 +144,7 @@ def test_shares_of_tokens_tend_to_the_proportions(tmp_path):
     taken = [0, 0, 0]
     for tokens, source, _ in islice(stream, 600):
         taken[source] += len(tokens)
-        assert stream.taken == taken
+        assert stream.tokens_emitted == taken
         for share, tokens_of_source in zip(proportions, taken, strict=True):
             assert abs(tokens_of_source - share * sum(taken)) <= longest
     assert sum(taken) > 50 * longest

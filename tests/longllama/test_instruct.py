@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llamory.errors import LlamoryError
 from llamory.ingest.documents import prepare
-from llamory.longllama.losses import IGNORED
-from llamory.training.instruct.dataset import InstructFormat, Lengths, _Recipe, load_instructions
+from llamory.longllama.losses import IGNORE_INDEX
+from llamory.training.instruct.dataset import InstructFormat, Lengths, _Preprocessor, load_instructions
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -61,9 +61,9 @@ def whole(tokenizer, example):
 
 def answers(tokenizer, example):
     """The text of the tokens that are learned; labels must be the tokens themselves."""
-    learned = [label for label in example["labels"] if label != IGNORED]
+    learned = [label for label in example["labels"] if label != IGNORE_INDEX]
     assert learned == [
-        token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label != IGNORED
+        token for token, label in zip(example["input_ids"], example["labels"], strict=True) if label != IGNORE_INDEX
     ]
     return tokenizer.decode(learned)
 
@@ -144,12 +144,12 @@ def words():
 def test_any_answers_can_be_read_back(tokenizer, template, turns):
     turns = [("user", "?"), *turns, ("assistant", "!")]
     tokenizer.chat_template = template
-    recipe = _Recipe(tokenizer, InstructFormat(), Lengths(), skip_broken=False)
-    kind, pieces = recipe.format.read(messages(turns), tokenizer)
+    preprocessor = _Preprocessor(tokenizer, InstructFormat(), Lengths(), skip_broken=False)
+    kind, parts = preprocessor.format.read(messages(turns), tokenizer)
     tokenizer.chat_template = CHATML
-    texts, flags = zip(*pieces, strict=True)
-    found = recipe.examples({"kind": [kind], "texts": [texts], "answers": [flags], "source": [""]})
-    learned = [label for label in found["labels"][0] if label != IGNORED]
+    texts, flags = zip(*parts, strict=True)
+    found = preprocessor.examples({"kind": [kind], "texts": [texts], "answers": [flags], "source": [""]})
+    learned = [label for label in found["labels"][0] if label != IGNORE_INDEX]
     assert tokenizer.decode(learned, clean_up_tokenization_spaces=False) == "".join(
         f"{content}<|im_end|>" for role, content in turns if role == "assistant"
     )
@@ -179,7 +179,7 @@ def test_a_template_without_end_marks_and_words_with_their_space(load):
         "' [/INST]' }}{% else %}{{ ' ' + message.content + ' ' + eos_token }}{% endif %}{% endfor %}"
     )
     example = load(messages([*TURNS[:3], ("assistant", "Bye.")]), tokenizer=fast)[0]
-    learned = [label for label in example["labels"] if label != IGNORED]
+    learned = [label for label in example["labels"] if label != IGNORE_INDEX]
     assert "".join(fast.convert_ids_to_tokens(learned)) == "▁Hello.▁</s>▁Bye.▁</s>"
     assert example["input_ids"].count(fast.bos_token_id) == 2
 
@@ -244,7 +244,7 @@ def test_each_chat_and_question_about_a_document_is_an_example(load, tokenizer):
         read = tokenizer(document)["input_ids"] if document else []
         assert example["document"] == len(read)
         assert example["input_ids"][: len(read)] == read
-        assert set(example["labels"][: len(read)]) <= {IGNORED}
+        assert set(example["labels"][: len(read)]) <= {IGNORE_INDEX}
     for number, turns in ((0, TURNS[:2]), (1, TURNS[2:])):
         alone = load(messages(turns))[0]
         assert examples[number]["input_ids"][examples[number]["document"] :] == alone["input_ids"]
@@ -252,7 +252,7 @@ def test_each_chat_and_question_about_a_document_is_an_example(load, tokenizer):
     for number, each in ((2, asked[0]), (3, asked[1])):
         example = examples[number]
         assert tokenizer.decode(example["input_ids"][example["document"] :]) == "".join(each.values()) + "<|end|>"
-        assert tokenizer.decode([i for i in example["labels"] if i != IGNORED]) == each["response"] + "<|end|>"
+        assert tokenizer.decode([i for i in example["labels"] if i != IGNORE_INDEX]) == each["response"] + "<|end|>"
 
 
 @pytest.mark.parametrize(

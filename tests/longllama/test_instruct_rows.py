@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
-from llamory.longllama.losses import IGNORED
-from llamory.training.instruct.rows import CutExample, InstructBatches, MemorySplit, collate
+from llamory.longllama.losses import IGNORE_INDEX
+from llamory.training.instruct.rows import InstructBatches, MemorySplit, SplitExample, collate
 from tiny_models import CONTEXT, LAST, make_long_llama
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -32,28 +32,28 @@ def splits():
 @given(split=splits(), data=st.data(), seed=st.integers(0, 99))
 def test_rows_are_the_published_padding_without_the_padding(split, data, seed):
     length = data.draw(st.integers(1, split.total_length))
-    rows = split.cut(length, random.Random(seed))
+    rows = split.split_rows(length, random.Random(seed))
     # The published way: columns of padding and tokens, the last of which are local.
-    columns = split.total_length if split.how != "last" else length
-    left = random.Random(seed).randint(0, columns - length) if split.how == "random" else 0
+    columns = split.total_length if split.mode != "last" else length
+    left = random.Random(seed).randint(0, columns - length) if split.mode == "random" else 0
     padded = [None] * left + list(range(length)) + [None] * (columns - length - left)
     memory = [token for token in padded[: max(0, columns - split.last_context_length)] if token is not None]
     local = [token for token in padded[max(0, columns - split.last_context_length) :] if token is not None]
     windows = [memory[start : start + split.row_length] for start in range(0, len(memory), split.row_length)]
     assert [list(range(*row)) for row in rows] == windows + [local] * bool(local)
-    assert len(rows) <= split.most_rows
+    assert len(rows) <= split.max_rows
     assert all(stop - start <= split.row_length for start, stop in rows)
 
 
 def test_every_split_is_drawn():
-    split, chance = MemorySplit(16, 4, 8), random.Random(0)
-    assert {split.in_memory(5, chance) for _ in range(99)} == {1, 2, 3, 4}
-    assert {split.in_memory(8, chance) for _ in range(9)} == {4}
+    split, rng = MemorySplit(16, 4, 8), random.Random(0)
+    assert {split.num_memory_tokens(5, rng) for _ in range(99)} == {1, 2, 3, 4}
+    assert {split.num_memory_tokens(8, rng) for _ in range(9)} == {4}
 
 
 def test_a_batch_by_hand():
-    first = CutExample([5, 6, 7, 8, 9], [-100, -100, 7, 8, 9], [(0, 2), (2, 4), (4, 5)])
-    second = CutExample([3, 4], [-100, 4], [(0, 2)])
+    first = SplitExample([5, 6, 7, 8, 9], [-100, -100, 7, 8, 9], [(0, 2), (2, 4), (4, 5)])
+    second = SplitExample([3, 4], [-100, 4], [(0, 2)])
     batch = collate([first, second], pad_token_id=0)
     assert batch["input_ids"].tolist() == [[5, 6], [7, 8], [9, 0], [3, 4]]
     assert batch["attention_mask"].tolist() == [[1, 1], [1, 1], [1, 0], [1, 1]]
@@ -62,14 +62,14 @@ def test_a_batch_by_hand():
 
 
 def test_negatives_by_hand():
-    first = CutExample([5, 6, 7, 8], [-100, -100, -100, 8], [(0, 2), (2, 4)])
-    second = CutExample([1, 2, 3, 4, 5, 6], [-100, -100, -100, 4, -100, -100], [(0, 2), (2, 4), (4, 6)])
+    first = SplitExample([5, 6, 7, 8], [-100, -100, -100, 8], [(0, 2), (2, 4)])
+    second = SplitExample([1, 2, 3, 4, 5, 6], [-100, -100, -100, 4, -100, -100], [(0, 2), (2, 4), (4, 6)])
     batch = collate([first, second], 0, negatives=9)
     # The last row of the second example stands behind its answer: nobody else may see it, and it asks nothing.
     assert batch["contexts"] == [[], [0, 2], [], [2, 0], [3, 2]]
     assert collate([first, second], 0, negatives=1)["contexts"] == [[], [0, 2], [], [2, 0], [3, 2]]
     assert collate([first], 0, negatives=3)["contexts"] == [[], [0]]
-    assert collate([first, second], 0, negatives=9, copies=(4, 6))["context_weights"] == [
+    assert collate([first, second], 0, negatives=9, negative_weight=(4, 6))["context_weights"] == [
         [],
         [1, 4],
         [],
@@ -80,7 +80,7 @@ def test_negatives_by_hand():
 
 
 def test_copies_are_drawn_for_each_row_between_the_least_and_the_most():
-    made, drawn = batches([talks()], rows=12, negatives=3, copies=(2, 50), seed=3), []
+    made, drawn = batches([talks()], rows=12, negatives=3, negative_weight=(2, 50), seed=3), []
     for _ in range(30):
         batch = next(made)
         for contexts, weights in zip(batch["contexts"], batch["context_weights"], strict=True):
@@ -100,7 +100,7 @@ def test_no_row_is_told_its_own_answers(wanted):
     added = []
     for _ in range(20):
         batch, own = (next(each) for each in made)
-        answers = (batch["shift_labels"] != IGNORED).any(1).tolist()
+        answers = (batch["shift_labels"] != IGNORE_INDEX).any(1).tolist()
         for row, (contexts, earlier) in enumerate(zip(batch["contexts"], own["contexts"], strict=True)):
             assert contexts[: len(earlier)] == earlier
             negatives = contexts[len(earlier) :]
@@ -119,8 +119,8 @@ def talks():
     made = numbered(24)
     for talk in made:
         size = len(talk["labels"])
-        talk["labels"] = [IGNORED] * (2 * size // 3) + talk["labels"][2 * size // 3 :]
-        talk["labels"][-1] = IGNORED if size % 2 and size > 3 else talk["labels"][-1]
+        talk["labels"] = [IGNORE_INDEX] * (2 * size // 3) + talk["labels"][2 * size // 3 :]
+        talk["labels"][-1] = IGNORE_INDEX if size % 2 and size > 3 else talk["labels"][-1]
     return made
 
 
@@ -128,7 +128,7 @@ def numbered(count, longest=7, kind=0):
     """Examples whose first token tells which they are."""
     sizes = random.Random(kind)
     return [
-        {"input_ids": ids, "labels": [IGNORED, *ids[1:]], "source": f"{kind}:{number}"}
+        {"input_ids": ids, "labels": [IGNORE_INDEX, *ids[1:]], "source": f"{kind}:{number}"}
         for number in range(count)
         for ids in [[number, *range(50, 50 + sizes.randint(1, longest - 1))]]
     ]
@@ -160,9 +160,9 @@ def test_an_epoch_has_every_example_once_and_another_order_next():
     orders = [[], []]
     for epoch in range(2):
         for stream in made:
-            while stream._drawn[0] < 12 * (epoch + 1):
+            while stream._num_drawn[0] < 12 * (epoch + 1):
                 orders[epoch].append(stream._next_example()[1].source)
-                stream._drawn[0] += 1
+                stream._num_drawn[0] += 1
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(example["source"] for example in numbered(24))
     assert orders[0] != orders[1]
 
@@ -198,9 +198,9 @@ def test_rows_and_positions_that_do_not_fit_are_refused():
         batches([numbered(3)], rows=2)
     with pytest.raises(LlamoryError, match="negatives must be at least 0"):
         batches([numbered(3)], negatives=-1)
-    for copies in ((0, 3), (3, 2), (1, math.inf)):
-        with pytest.raises(LlamoryError, match="negative_copies must be two numbers above 0"):
-            batches([numbered(3)], negatives=1, copies=copies)
+    for negative_weight in ((0, 3), (3, 2), (1, math.inf)):
+        with pytest.raises(LlamoryError, match="negative_weight must be two numbers above 0"):
+            batches([numbered(3)], negatives=1, negative_weight=negative_weight)
     with pytest.raises(LlamoryError, match="can't have 5 tokens where a row has 4"):
         MemorySplit(4, 5, 9)
     with pytest.raises(LlamoryError, match="seed"):
@@ -213,8 +213,8 @@ def test_rows_and_positions_that_do_not_fit_are_refused():
 def cut(length, how="random", seed=0, answer=5):
     split = MemorySplit(CONTEXT, LAST, 60, how)
     ids = random.Random(seed).choices(range(3, 97), k=length)
-    labels = [IGNORED] * (length - answer) + ids[length - answer :]
-    return CutExample(ids, labels, split.cut(length, random.Random(seed)))
+    labels = [IGNORE_INDEX] * (length - answer) + ids[length - answer :]
+    return SplitExample(ids, labels, split.split_rows(length, random.Random(seed)))
 
 
 def loss_of(model, batch):
@@ -248,7 +248,7 @@ def test_memory_is_trained_through_and_other_examples_are_not_seen():
     batch = collate([other, example, other], 0)
     own = slice(len(other.rows), len(other.rows) + len(example.rows))
     last = own.stop - 1
-    targets = torch.full_like(batch["shift_labels"], IGNORED)
+    targets = torch.full_like(batch["shift_labels"], IGNORE_INDEX)
     targets[last] = batch["shift_labels"][last]
     loss_of(model, batch | {"shift_labels": targets}).backward()
     # At the last layer nothing but memory leads from an earlier row's keys to the last row's loss.

@@ -54,7 +54,7 @@ def test_distinct_keys_are_distinct_and_look_random():
 @pytest.mark.parametrize("documents", [1, 8, 128])
 def test_crowded_keys_are_half_of_all_that_few_symbols_make(documents):
     task = LookupTask()
-    keys = task.draw_crowded(documents, torch.Generator().manual_seed(documents)).keys.view(-1, 4)
+    keys = task.draw_confusable(documents, torch.Generator().manual_seed(documents)).keys.view(-1, 4)
     symbols = len(keys.unique())
     assert len(keys.unique(dim=0)) == len(keys) == 25 * documents
     assert (symbols - 1) ** 4 < 2 * len(keys) <= symbols**4

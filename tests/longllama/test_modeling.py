@@ -9,9 +9,9 @@ from llamory.longllama import LongLlamaForCausalLM
 from plain_longllama import logits, sight
 
 CONTEXT, LAST = 16, 8
-SHARP = {"mem_log_scale": 0.7, "mem_log_start": 11}
+SHARP = {"logn_attention_scale": 0.7, "logn_attention_start": 11}
 OWN = {"mem_projections": True}
-LESS = {"mem_log_bias": 0.8, "mem_log_bias_start": 5}
+LESS = {"memory_size_bias": 0.8, "memory_size_bias_start": 5}
 
 
 def expected(model, row, prompt, last=LAST):
@@ -233,7 +233,7 @@ def test_rebasing_positions_keeps_the_distances(make_model, ids, monkeypatch):
     row = ids(200)
     model = make_model()
     wanted = expected(model, row, 10)[10:]
-    monkeypatch.setattr("llamory.longllama.local_context.REBASE_AT", 50)
+    monkeypatch.setattr("llamory.longllama.local_context.REBASE_THRESHOLD", 50)
     cache = model(row[None, :10]).past_key_values
     found = torch.cat([model(token[None, None], past_key_values=cache).logits[0] for token in row[10:]])
     close(found, wanted, atol=1e-4)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from llamory.errors import LlamoryError
 from llamory.longllama import flash_backward as kernels
 from llamory.longllama.crossbatch import cross_batch_parts
-from llamory.longllama.crossbatch_plan import plan_outside
-from llamory.longllama.losses import IGNORED
-from llamory.training.instruct.cached_rows import Documents, MountedBatches, collate_mounted, mount
-from llamory.training.instruct.hidden_state_cache import LayerStates
+from llamory.longllama.crossbatch_plan import plan_frozen_contexts
+from llamory.longllama.losses import IGNORE_INDEX
+from llamory.training.instruct.cached_rows import DocumentExamples, FrozenContextBatches, collate_frozen_contexts, mount
+from llamory.training.instruct.hidden_state_cache import HiddenStateCache
 from llamory.training.instruct.rows import MemorySplit
 from plain_crossbatch import plain_cross_batch
 from tiny_models import make_long_llama
@@ -50,7 +50,7 @@ def test_rows_outside_the_batch_equal_the_plain_way(way, data):
     far = [drawn(asked, kv_heads * groups), drawn(outside, kv_heads), drawn(outside, kv_heads)]
     cos, sin = rotary(seq, dim)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "_way", lambda query: way)
+        patch.setattr(kernels, "_backend", lambda query: way)
         given_settings = {"lengths": lengths, "weights": weights, "outside": True}
         found = cross_batch_parts(tuple(near), tuple(far), cos, sin, contexts, **given_settings)
         cotangents = [torch.randn(part.shape, generator=generator, dtype=torch.float64) for part in found]
@@ -77,7 +77,7 @@ def test_rows_outside_the_batch_equal_the_plain_way(way, data):
 
 
 def test_rows_that_see_the_same_are_looked_for_at_once():
-    looks = plan_outside([[0, 1, 2], [0, 1, 2], [2]], 3, 3, [4, 4, 2], [[1, 5, 5], [1, 5, 5], [1]])
+    looks = plan_frozen_contexts([[0, 1, 2], [0, 1, 2], [2]], 3, 3, [4, 4, 2], [[1, 5, 5], [1, 5, 5], [1]])
     assert [(look.rows.start, look.rows.stop, look.seen, look.length, look.weight) for look in looks] == [
         (0, 2, (0,), 4, 1),
         (0, 2, (1,), 4, 5),
@@ -85,7 +85,7 @@ def test_rows_that_see_the_same_are_looked_for_at_once():
         (2, 3, (2,), 2, 1),
     ]
     with pytest.raises(LlamoryError, match="can't see row 3"):
-        plan_outside([[3]], 1, 3)
+        plan_frozen_contexts([[3]], 1, 3)
 
 
 # ---- in the model --------------------------------------------------------------------------------------------------
@@ -98,7 +98,7 @@ def test_rows_that_see_the_same_are_looked_for_at_once():
         {"mem_projections": True},
         {"mem_positionals": False},
         {"attn_implementation": "eager"},
-        {"mem_projections": True, "mem_log_bias": 0.6, "mem_log_bias_start": 7},
+        {"mem_projections": True, "memory_size_bias": 0.6, "memory_size_bias_start": 7},
     ],
     ids=str,
 )
@@ -118,7 +118,7 @@ def test_a_question_to_rows_read_apart_is_one_to_a_memory_with_each_mounted(chan
         got = model.model(asked, **more).last_hidden_state
         for question, seen, hidden in zip(asked, contexts, got, strict=True):
             mounted = model.new_memory()
-            mounted.mount(memory, list(map(str, seen)))
+            mounted.attach(memory, list(map(str, seen)))
             cache = model.memory_cache(mounted)
             wanted = model.model(question[None], past_key_values=cache, last_context_length=8).last_hidden_state
             torch.testing.assert_close(hidden[None], wanted, atol=2e-5, rtol=0)
@@ -134,7 +134,7 @@ def test_gradients_of_memory_projections_equal_those_through_rows_of_the_batch()
     targets = torch.randint(5, 60, (2, 8), generator=draw)
     contexts, weights = [[0, 1, 2], [2, 1]], [[1, 3, 1], [2, 1]]
     whole = {"contexts": [[], [], [], *contexts], "context_weights": [[], [], [], *weights]}
-    labels = torch.cat([torch.full((3, 8), IGNORED), targets])
+    labels = torch.cat([torch.full((3, 8), IGNORE_INDEX), targets])
     plain = model(torch.cat([rows, asked]), shift_labels=labels, **whole).loss
     apart = {"contexts": contexts, "context_weights": weights, "context_states": model.model.layer_inputs(rows)}
     loss = model(asked, shift_labels=targets, **apart).loss
@@ -150,9 +150,9 @@ def test_states_are_kept_and_are_those_of_rows_read_anew():
     rows[5] = rows[0]
     read = []
     whole, model.layer_inputs = model.layer_inputs, lambda ids: (read.append(len(ids)), whole(ids))[1]
-    states = LayerStates(2)
+    states = HiddenStateCache(2)
     for numbers, new in (([0, 1, 2, 5], 3), ([1, 2], 0), ([3, 4], 2), ([2], 1)):
-        got = states.of(model, rows[numbers], [lengths[number] for number in numbers])
+        got = states.get(model, rows[numbers], [lengths[number] for number in numbers])
         assert sum(read) == new
         read.clear()
         for layer, wanted in whole(rows[numbers]).items():
@@ -165,14 +165,14 @@ def test_states_are_kept_and_are_those_of_rows_read_anew():
 
 
 def numbered(count, questions=3, document=7):
-    """Documents with questions, whose tokens tell which they are; every fourth example is of no document."""
+    """DocumentExamples with questions, whose tokens tell which they are; every fourth example is of no document."""
     made = {"input_ids": [], "labels": [], "source": [], "document": []}
     for number in range(count):
         size = 0 if number % 4 == 3 else document
         for question in range(questions if size else 1):
             ids = [number] * (size or 9) + [50 + question] * 2 + [60 + question] * 2
             made["input_ids"].append(ids)
-            made["labels"].append([IGNORED] * (len(ids) - 2) + ids[-2:])
+            made["labels"].append([IGNORE_INDEX] * (len(ids) - 2) + ids[-2:])
             made["source"].append(f"file:{number}")
             made["document"].append(size)
     return Listed(made)
@@ -192,11 +192,13 @@ class Listed:
 
 
 def made(data, proportions=(1.0,), **options):
-    return MountedBatches(data, proportions, MemorySplit(3, 3, 13, "memory"), **{"rows": 8, "most_asked": 30} | options)
+    return FrozenContextBatches(
+        data, proportions, MemorySplit(3, 3, 13, "memory"), **{"rows": 8, "query_token_budget": 30} | options
+    )
 
 
 def test_examples_of_a_document_are_together():
-    documents = Documents(numbered(9))
+    documents = DocumentExamples(numbered(9))
     assert len(documents) == 9
     assert [len(documents[number]) for number in range(9)] == [3, 3, 3, 1, 3, 3, 3, 1, 3]
     assert {each["source"] for each in documents[4]} == {"file:4"}
@@ -204,26 +206,26 @@ def test_examples_of_a_document_are_together():
 
 def test_a_document_is_in_memory_and_each_question_a_row():
     split = MemorySplit(3, 3, 13, "memory")
-    group = mount(Documents(numbered(2))[1], split, random.Random(0))
+    group = mount(DocumentExamples(numbered(2))[1], split, random.Random(0))
     assert group.rows == [[1] * 3, [1] * 3, [1]]
-    assert [(each.ids, each.targets, each.sees) for each in group.asked] == [
-        ([50 + q, 50 + q, 60 + q], [IGNORED, 60 + q, 60 + q], 3) for q in range(3)
+    assert [(each.ids, each.targets, each.num_visible_rows) for each in group.queries] == [
+        ([50 + q, 50 + q, 60 + q], [IGNORE_INDEX, 60 + q, 60 + q], 3) for q in range(3)
     ]
-    alone = mount(Documents(numbered(4))[3], split, random.Random(0))
+    alone = mount(DocumentExamples(numbered(4))[3], split, random.Random(0))
     ids = [3] * 9 + [50, 50, 60, 60]
-    following = [IGNORED] * 10 + [60, 60, IGNORED]
+    following = [IGNORE_INDEX] * 10 + [60, 60, IGNORE_INDEX]
     assert sum(map(list, alone.rows), []) == ids[: sum(map(len, alone.rows))]
-    for each in alone.asked:
-        start = sum(map(len, alone.rows[: each.sees]))
+    for each in alone.queries:
+        start = sum(map(len, alone.rows[: each.num_visible_rows]))
         assert list(each.ids) == ids[start : start + len(each.ids)]
         assert list(each.targets) == following[start : start + len(each.ids)]
-    assert sum(target != IGNORED for each in alone.asked for target in each.targets) == 2
+    assert sum(target != IGNORE_INDEX for each in alone.queries for target in each.targets) == 2
 
 
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 20), negatives=st.integers(0, 9), most=st.integers(1, 40))
 def test_a_batch_sees_its_document_whole_and_negatives_of_others(seed, negatives, most):
-    batches = made([numbered(12)], seed=seed, negatives=negatives, copies=(2, 8), most_asked=most)
+    batches = made([numbered(12)], seed=seed, negatives=negatives, negative_weight=(2, 8), query_token_budget=most)
     for _ in range(3):
         batch = next(batches)
         assert len(batch["context_ids"]) <= 8
@@ -235,7 +237,7 @@ def test_a_batch_sees_its_document_whole_and_negatives_of_others(seed, negatives
         for seen, weights, target in zip(
             batch["contexts"], batch["context_weights"], batch["shift_labels"], strict=True
         ):
-            assert (target != IGNORED).any()
+            assert (target != IGNORE_INDEX).any()
             own = [owners[row] for row, weight in zip(seen, weights, strict=True) if weight == 1]
             others = [owners[row] for row, weight in zip(seen, weights, strict=True) if weight != 1]
             assert len(set(own)) <= 1 and not set(own) & set(others)
@@ -263,11 +265,11 @@ def test_batches_are_of_one_dataset_and_go_on_where_they_were():
         assert one["contexts"] == two["contexts"] and one["sources"] == two["sources"]
         assert torch.equal(one["input_ids"], two["input_ids"])
     with pytest.raises(LlamoryError, match="at least 1 token"):
-        made([numbered(4)], most_asked=0)
+        made([numbered(4)], query_token_budget=0)
 
 
 def test_rows_that_nobody_may_see_make_no_contexts():
-    group = mount(Documents(numbered(1))[0], MemorySplit(3, 3, 13), random.Random(0))
-    batch = collate_mounted([group], 0, most_asked=99, negatives=5, chance=random.Random(1))
+    group = mount(DocumentExamples(numbered(1))[0], MemorySplit(3, 3, 13), random.Random(0))
+    batch = collate_frozen_contexts([group], 0, query_token_budget=99, negatives=5, rng=random.Random(1))
     assert batch["contexts"] == [[0, 1, 2]] * 3 and "context_weights" not in batch
     assert batch["context_lengths"] == [3, 3, 1]

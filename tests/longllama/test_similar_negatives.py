@@ -12,9 +12,9 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llamory.embedding.pipeline import export_sentence_transformer, hide_slot_tokens, load_embedder
+from llamory.embedding.pipeline import escape_slot_tokens, export_sentence_transformer, load_embedder
 from llamory.llara import LlaraTemplate
-from llamory.training.fot.batches import ContextChooser, ContextPlan, embedder
+from llamory.training.fot.batches import ContextSampler, ContextSamplingConfig, embedder
 
 WORDS = ["river", "money", "cat", "dog"]
 
@@ -29,8 +29,10 @@ def first_token_vectors(rows):
 def test_similar_negatives_are_the_first_of_a_plain_sort(seed, negatives):
     """The rows of the last place may see all others."""
     ids = torch.randint(0, 9, (8, 2), generator=torch.Generator().manual_seed(seed))
-    plan = ContextPlan(mix=[(0, 0), (0, 0), (0, 0), (1, negatives)], negatives="similar")
-    contexts = ContextChooser(plan, 8, 2, embed=first_token_vectors).choose(seed, 1, ids)
+    sampling_config = ContextSamplingConfig(
+        crossbatch_schedule=[(0, 0), (0, 0), (0, 0), (1, negatives)], negatives="similar"
+    )
+    contexts = ContextSampler(sampling_config, 8, 2, embed=first_token_vectors).choose(seed, 1, ids)
     vectors = first_token_vectors(list(ids))
     for row, own in ((6, []), (7, [6])):
         ranked = torch.sort(vectors[:6] @ vectors[row], descending=True, stable=True).indices
@@ -66,8 +68,10 @@ def test_any_sentence_transformers_model_finds_similar_rows(word_tokenizer, word
         vectors = embed(list(ids))
         torch.testing.assert_close(vectors, expected, atol=1e-6, rtol=0)
         assert not vectors.requires_grad
-        plan = ContextPlan(mix=[(0, 0), (0, 0), (0, 1), (0, 1)], negatives="similar")
-        assert ContextChooser(plan, 4, embed=embed).choose(0, input_ids=ids)[2:] == [[0], [1]]
+        sampling_config = ContextSamplingConfig(
+            crossbatch_schedule=[(0, 0), (0, 0), (0, 1), (0, 1)], negatives="similar"
+        )
+        assert ContextSampler(sampling_config, 4, embed=embed).choose(0, input_ids=ids)[2:] == [[0], [1]]
     assert not any(weight.requires_grad for weight in word_model.parameters())
 
 
@@ -88,7 +92,7 @@ def test_a_folder_that_llara_exported_reads_rows_as_documents(model_folder, tmp_
     retriever = load_embedder(tmp_path / "checkpoint", device="cpu")
     exported = export_sentence_transformer(tmp_path / "checkpoint", tmp_path / "exported")
     embed = embedder(
-        SentenceTransformer(str(exported)), tokenizer, clean=lambda texts: hide_slot_tokens(retriever, texts)
+        SentenceTransformer(str(exported)), tokenizer, clean=lambda texts: escape_slot_tokens(retriever, texts)
     )
     wanted = [retriever.encode_document(text) for text in ("River stone.", "Silver morning, harbour.", "< s1>")]
     torch.testing.assert_close(embed(rows).cpu(), torch.tensor(np.stack(wanted)), atol=1e-5, rtol=0)

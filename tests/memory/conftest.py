@@ -37,13 +37,13 @@ def make_bank():
 
 @pytest.fixture(scope="session")
 def same_content():
-    """Tells whether two banks hold the same segments, facts, keys and values."""
+    """Tells whether two banks hold the same segments, metadata, keys and values."""
 
     def same(one: MemoryBank, other: MemoryBank) -> bool:
         kinds = [(bank.segments, bank.layers, bank.dtype, bank.fingerprint) for bank in (one, other)]
         return (
             kinds[0] == kinds[1]
-            and all(one.describe(name) == other.describe(name) for name in one.segments)
+            and all(one.metadata(name) == other.metadata(name) for name in one.segments)
             and all(
                 torch.equal(one.keys(layer, name), other.keys(layer, name))
                 and torch.equal(one.values(layer, name), other.values(layer, name))

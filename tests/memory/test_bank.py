@@ -152,24 +152,24 @@ def test_a_bank_that_drops_what_it_reads_does_not_grow(tokens):
 
 def test_facts_of_a_segment_stay_with_it(make_bank):
     bank = make_bank({"a": 1, "b": 2})
-    bank.annotate("a", source="letters/1.txt", lines=(1, 20))
-    bank.annotate("a", digest="abc")
+    bank.set_metadata("a", source="letters/1.txt", lines=(1, 20))
+    bank.set_metadata("a", digest="abc")
     bank.rename("a", "c")
-    fork, mounted = bank.fork(), make_bank({})
-    mounted.mount(bank, ["c"])
-    fork.annotate("c", digest="xyz")
-    for each in (bank, mounted):
-        assert each.describe("c") == {"source": "letters/1.txt", "lines": [1, 20], "digest": "abc"}
-    assert bank.describe("b") == {}
-    bank.describe("c")["lines"].append(21)
-    assert bank.describe("c")["lines"] == [1, 20]
+    fork, attached = bank.fork(), make_bank({})
+    attached.attach(bank, ["c"])
+    fork.set_metadata("c", digest="xyz")
+    for each in (bank, attached):
+        assert each.metadata("c") == {"source": "letters/1.txt", "lines": [1, 20], "digest": "abc"}
+    assert bank.metadata("b") == {}
+    bank.metadata("c")["lines"].append(21)
+    assert bank.metadata("c")["lines"] == [1, 20]
 
 
 def test_mounted_segments_are_the_same_blocks_in_the_order_asked_for(make_bank):
     one, two = make_bank({"a": 3, "b": 4}), make_bank({"c": 5, "d": 6})
     bank = MemoryBank([3, 5], 2, 4, dtype="float32")
-    bank.mount(two, ["d"])
-    bank.mount(one, ["b", "a"])
+    bank.attach(two, ["d"])
+    bank.attach(one, ["b", "a"])
     assert bank.segments == ("d", "b", "a")
     assert set(blocks(bank)) == {*blocks(one), *blocks(two)}
     assert torch.equal(bank.values(5), torch.cat([two.values(5, "d"), one.values(5, "b"), one.values(5, "a")], 1))
@@ -177,10 +177,10 @@ def test_mounted_segments_are_the_same_blocks_in_the_order_asked_for(make_bank):
 
 def test_a_bank_of_an_unknown_model_takes_over_the_first_fingerprint(make_bank):
     bank = make_bank({})
-    bank.mount(make_bank({"a": 1}, fingerprint="one"))
+    bank.attach(make_bank({"a": 1}, fingerprint="one"))
     assert bank.fingerprint == "one"
     with pytest.raises(LlamoryError, match="another model"):
-        bank.mount(make_bank({"b": 1}, fingerprint="two"))
+        bank.attach(make_bank({"b": 1}, fingerprint="two"))
 
 
 # ---- forks -----------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_memory_lies_where_the_first_keys_are_or_where_it_is_told():
 
 def test_a_bank_can_be_moved(make_bank, same_content):
     bank = make_bank({"a": 3, "b": 2}, dtype="int8", fingerprint="m")
-    bank.annotate("b", source="x")
+    bank.set_metadata("b", source="x")
     moved = bank.to("meta")
     assert (moved.segments, moved.length(5, "b"), moved.fingerprint) == (("a", "b"), 2, "m")
     assert {span.block.key_scales.device.type for span in moved.spans(5)} == {"meta"}
@@ -290,10 +290,10 @@ def test_a_bank_can_be_moved(make_bank, same_content):
         (lambda bank, k: bank.keys(3, "x"), "no segment 'x': it has 'a', 'b'"),
         (lambda bank, k: bank.length(3, "x"), "no segment 'x'"),
         (lambda bank, k: bank.drop("x"), "no segment 'x'"),
-        (lambda bank, k: bank.describe("x"), "no segment 'x'"),
-        (lambda bank, k: bank.annotate("x"), "no segment 'x'"),
-        (lambda bank, k: bank.annotate("a", source=object()), "JSON"),
-        (lambda bank, k: bank.annotate("a", score=float("nan")), "JSON"),
+        (lambda bank, k: bank.metadata("x"), "no segment 'x'"),
+        (lambda bank, k: bank.set_metadata("x"), "no segment 'x'"),
+        (lambda bank, k: bank.set_metadata("a", source=object()), "JSON"),
+        (lambda bank, k: bank.set_metadata("a", score=float("nan")), "JSON"),
         (lambda bank, k: bank.rename("x", "y"), "no segment 'x'"),
         (lambda bank, k: bank.rename("a", "b"), "already has a segment 'b'"),
         (lambda bank, k: bank.rename("a", ""), "name must be a text"),
@@ -301,14 +301,14 @@ def test_a_bank_can_be_moved(make_bank, same_content):
         (lambda bank, k: bank.reorder(["a", "b", "b"]), "every segment once"),
         (lambda bank, k: bank.reorder(["a", "c"]), "every segment once"),
         (lambda bank, k: bank.reorder("ab"), "every segment once"),
-        (lambda bank, k: bank.mount(bank.fork()), "already has a segment 'a'"),
-        (lambda bank, k: bank.mount(bank.fork(), ["x"]), "no segment 'x'"),
-        (lambda bank, k: bank.mount(MemoryBank([3], 2, 4, dtype="float32")), "memory layers 3, not 3, 5"),
-        (lambda bank, k: bank.mount(MemoryBank([3, 5], 1, 4, dtype="float32")), "1 key/value heads"),
-        (lambda bank, k: bank.mount(MemoryBank([3, 5], 2, 8, dtype="float32")), "size 8, not 2 of size 4"),
-        (lambda bank, k: bank.mount(MemoryBank([3, 5], 2, 4, dtype="int8")), "kept as int8, not as float32"),
+        (lambda bank, k: bank.attach(bank.fork()), "already has a segment 'a'"),
+        (lambda bank, k: bank.attach(bank.fork(), ["x"]), "no segment 'x'"),
+        (lambda bank, k: bank.attach(MemoryBank([3], 2, 4, dtype="float32")), "memory layers 3, not 3, 5"),
+        (lambda bank, k: bank.attach(MemoryBank([3, 5], 1, 4, dtype="float32")), "1 key/value heads"),
+        (lambda bank, k: bank.attach(MemoryBank([3, 5], 2, 8, dtype="float32")), "size 8, not 2 of size 4"),
+        (lambda bank, k: bank.attach(MemoryBank([3, 5], 2, 4, dtype="int8")), "kept as int8, not as float32"),
         (
-            lambda bank, k: bank.mount(MemoryBank([3, 5], 2, 4, dtype="float32", fingerprint="two")),
+            lambda bank, k: bank.attach(MemoryBank([3, 5], 2, 4, dtype="float32", fingerprint="two")),
             "another model .fingerprint two, not one.",
         ),
     ],
@@ -325,10 +325,10 @@ def test_what_cannot_be_is_refused_with_a_sentence_and_changes_nothing(make_bank
 def test_mounting_all_or_nothing(make_bank):
     bank, other = make_bank({"a": 3}), make_bank({"c": 2, "a": 1})
     with pytest.raises(LlamoryError, match="already has a segment 'a'"):
-        bank.mount(other)
+        bank.attach(other)
     assert (bank.segments, bank.length()) == (("a",), 3)
     with pytest.raises(LlamoryError, match="already has a segment 'c'"):
-        bank.mount(other, ["c", "c"])
+        bank.attach(other, ["c", "c"])
     assert bank.segments == ("a",)
 
 

@@ -31,7 +31,7 @@ NAMES = st.sampled_from(["a", "b", "c", "Ä 'quoted\" \\ \n name", "docs/ö.md",
 Plain = dict[str, dict[int, tuple[Tensor, Tensor]]]
 
 
-def nothing() -> dict[int, tuple[Tensor, Tensor]]:
+def empty_tokens() -> dict[int, tuple[Tensor, Tensor]]:
     return {layer: (torch.zeros(HEADS, 0, SIZE), torch.zeros(HEADS, 0, SIZE)) for layer in LAYERS}
 
 
@@ -47,7 +47,7 @@ def check_stored(stored: Tensor, given: Tensor, dtype: str) -> None:
 
 
 class BankMachine(RuleBasedStateMachine):
-    """Up to four banks that fork, mount, save and load one another, each beside its plain memory."""
+    """Up to four banks that fork, attach, save and load one another, each beside its plain memory."""
 
     dtype = "float32"
 
@@ -77,11 +77,14 @@ class BankMachine(RuleBasedStateMachine):
     def append(self, data, count, name, layers):
         made, plain = self.pairs[self.pick(data)]
         target = name if name is not None else next(reversed(plain), "context")
-        own = plain.setdefault(target, nothing())
+        expected_tokens = plain.setdefault(target, empty_tokens())
         for layer in layers:
             keys, values = 10 * torch.randn(2, HEADS, count, SIZE, generator=self.chance)
             made.append(layer, keys, values, segment=name)
-            own[layer] = (torch.cat([own[layer][0], keys], 1), torch.cat([own[layer][1], values], 1))
+            expected_tokens[layer] = (
+                torch.cat([expected_tokens[layer][0], keys], 1),
+                torch.cat([expected_tokens[layer][1], values], 1),
+            )
 
     @rule(data=st.data())
     def drop(self, data):
@@ -113,37 +116,39 @@ class BankMachine(RuleBasedStateMachine):
         self.pairs[i] = made, {name: plain[name] for name in order}
 
     @rule(data=st.data())
-    def mount(self, data):
+    def attach(self, data):
         (made, plain), (other, others_plain) = self.pairs[self.pick(data)], self.pairs[self.pick(data)]
         names = data.draw(st.none() | st.permutations(list(others_plain)).map(lambda names: names[:2]))
         wanted = list(others_plain) if names is None else names
         if any(name in plain for name in wanted):
             with pytest.raises(LlamoryError, match="already has a segment"):
-                made.mount(other, names)
+                made.attach(other, names)
         else:
-            made.mount(other, names)
+            made.attach(other, names)
             plain.update({name: dict(others_plain[name]) for name in wanted})
 
     @precondition(lambda self: len(self.pairs) < 4)
     @rule(data=st.data(), way=st.sampled_from(["fork", "deepcopy", "to"]))
     def fork(self, data, way):
         made, plain = self.pairs[self.pick(data)]
-        twin = {"fork": made.fork, "deepcopy": lambda: copy.deepcopy(made), "to": lambda: made.to("cpu")}[way]()
-        self.pairs.append((twin, {name: dict(each) for name, each in plain.items()}))
+        copied = {"fork": made.fork, "deepcopy": lambda: copy.deepcopy(made), "to": lambda: made.to("cpu")}[way]()
+        self.pairs.append((copied, {name: dict(each) for name, each in plain.items()}))
 
     @precondition(lambda self: len(self.pairs) < 4)
     @rule(data=st.data())
-    def excerpt(self, data):
+    def slice_segments(self, data):
         made, plain = self.pairs[self.pick(data)]
-        pieces, parts = [], {}
+        segment_spans, parts = [], {}
         for name in data.draw(st.lists(st.sampled_from(list(plain)), max_size=4) if plain else st.just([])):
             start = data.draw(st.integers(0, 40))
-            pieces.append((name, start, data.draw(st.integers(start, start + 40))))
-            own = parts.setdefault(name, nothing())
+            segment_spans.append((name, start, data.draw(st.integers(start, start + 40))))
+            expected_tokens = parts.setdefault(name, empty_tokens())
             for layer in LAYERS:
-                taken = [tensor[:, start : pieces[-1][2]] for tensor in plain[name][layer]]
-                own[layer] = tuple(torch.cat(pair, 1) for pair in zip(own[layer], taken, strict=True))
-        self.pairs.append((made.excerpt(pieces), parts))
+                sliced = [tensor[:, start : segment_spans[-1][2]] for tensor in plain[name][layer]]
+                expected_tokens[layer] = tuple(
+                    torch.cat(pair, 1) for pair in zip(expected_tokens[layer], sliced, strict=True)
+                )
+        self.pairs.append((made.slice(segment_spans), parts))
 
     @rule(data=st.data())
     def save_and_load(self, data):
@@ -167,8 +172,8 @@ class BankMachine(RuleBasedStateMachine):
                 assert made.length(layer) == sum(counts.values())
                 assert {name: made.length(layer, name) for name in plain} == counts
                 for part, read in enumerate((made.keys, made.values)):
-                    pieces = [each[layer][part] for each in plain.values()]
-                    given_all = torch.cat([torch.zeros(HEADS, 0, SIZE), *pieces], 1)
+                    segment_spans = [each[layer][part] for each in plain.values()]
+                    given_all = torch.cat([torch.zeros(HEADS, 0, SIZE), *segment_spans], 1)
                     check_stored(read(layer), given_all, self.dtype)
                     for name, each in plain.items():
                         check_stored(read(layer, name), each[layer][part], self.dtype)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llamory.errors import LlamoryError
-from llamory.memory import MemoryBank, files, peek
+from llamory.memory import MemoryBank, files, read_header
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -56,9 +56,9 @@ def test_a_file_is_a_safetensors_file_of_all_segments_in_order(tmp_path, make_ba
 
 def test_a_file_says_what_is_inside_without_being_read(tmp_path, make_bank):
     bank = make_bank({"a": 3, "b": 5}, dtype="int8", fingerprint="model")
-    bank.annotate("b", source="letters/ö.txt")
+    bank.set_metadata("b", source="letters/ö.txt")
     bank.save(tmp_path / "book")
-    inside = peek(tmp_path / "book")
+    inside = read_header(tmp_path / "book")
     assert inside == {
         "version": 1,
         "fingerprint": "model",
@@ -69,8 +69,8 @@ def test_a_file_says_what_is_inside_without_being_read(tmp_path, make_bank):
         "tokens": 8,
         "bytes": (tmp_path / "book").stat().st_size,
         "segments": [
-            {"name": "a", "tokens": 3, "facts": {}},
-            {"name": "b", "tokens": 5, "facts": {"source": "letters/ö.txt"}},
+            {"name": "a", "tokens": 3, "metadata": {}},
+            {"name": "b", "tokens": 5, "metadata": {"source": "letters/ö.txt"}},
         ],
     }
     assert json.loads(json.dumps(inside)) == inside
@@ -129,7 +129,7 @@ def test_loading_maps_the_file_and_copies_nothing(tmp_path, make_bank):
 def test_a_memory_larger_than_the_machines_can_be_mapped(tmp_path):
     width = 2 * 4 * 4
     tokens = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // width
-    contents = files.Contents((0,), 2, 4, "float32", "", (files.StoredSegment("a", (tokens,)),))
+    contents = files.MemoryHeader((0,), 2, 4, "float32", "", (files.StoredSegment("a", (tokens,)),))
     header = files._header(contents, dict.fromkeys(contents.tensors(), "0" * 16))
     with (tmp_path / "book").open("wb") as file:
         file.write(header)
@@ -237,14 +237,14 @@ print(len(seen), leftovers)
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, make_bank, same_content, monkeypatch, error):
     old, new = make_bank({"a": 3}), make_bank({"b": 3})
     old.save(tmp_path / "book")
-    pieces = new._pieces
+    chunks = new._tensor_chunks
 
     def failing(layer, part):
         if (layer, part) == (5, "values"):
             raise error
-        return pieces(layer, part)
+        return chunks(layer, part)
 
-    monkeypatch.setattr(new, "_pieces", failing)
+    monkeypatch.setattr(new, "_tensor_chunks", failing)
     with pytest.raises(error):
         new.save(tmp_path / "book")
     assert same_content(MemoryBank.load(tmp_path / "book"), old)
@@ -328,10 +328,10 @@ def test_without_verify_only_damage_of_the_header_is_refused(book):
         with pytest.raises(LlamoryError):
             MemoryBank.load(book, verify=False)
         with pytest.raises(LlamoryError):
-            peek(book)
+            read_header(book)
     book.write_bytes(whole[:-1] + bytes([whole[-1] ^ 4]))
     assert "layers.5.values" in refusal(book)
-    assert MemoryBank.load(book, verify=False).length() == peek(book)["tokens"] == 7
+    assert MemoryBank.load(book, verify=False).length() == read_header(book)["tokens"] == 7
 
 
 def test_a_file_of_any_other_length_is_refused(book):
@@ -383,8 +383,8 @@ def test_several_files_are_mounted_into_one_memory(tmp_path, make_bank):
     memory = MemoryBank((3, 5), 2, 4, dtype="float32", fingerprint="one")
     for bank in banks:
         bank.save(tmp_path / bank.segments[0])
-        memory.mount(MemoryBank.load(tmp_path / bank.segments[0], fingerprint="one"))
+        memory.attach(MemoryBank.load(tmp_path / bank.segments[0], fingerprint="one"))
     memory.reorder(["c", "a", "b"])
     assert torch.equal(memory.keys(5), torch.cat([banks[i].keys(5) for i in (2, 0, 1)], 1))
     with pytest.raises(LlamoryError, match="already has a segment 'a'"):
-        memory.mount(MemoryBank.load(tmp_path / "a"))
+        memory.attach(MemoryBank.load(tmp_path / "a"))

@@ -24,18 +24,20 @@ def make_file(tmp_path, request):
     return make
 
 
-def mounted(banks) -> MemoryBank:
-    whole = MemoryBank(LAYERS, HEADS, SIZE, dtype=banks[0].dtype, fingerprint="me")
+def attached_bank(banks) -> MemoryBank:
+    merged = MemoryBank(LAYERS, HEADS, SIZE, dtype=banks[0].dtype, fingerprint="me")
     for bank in banks:
-        whole.mount(bank)
-    return whole
+        merged.attach(bank)
+    return merged
 
 
 def found(banks) -> tuple[torch.Tensor, ...]:
     query = torch.randn(1, 4, 3, SIZE, generator=torch.Generator().manual_seed(1)) * 3
     search = PagesSearch(4)
     return tuple(
-        tensor for layer in LAYERS for tensor in search.attend_and_tell(query, mounted(banks), layer, SIZE**-0.5)
+        tensor
+        for layer in LAYERS
+        for tensor in search.attend_with_stats(query, attached_bank(banks), layer, SIZE**-0.5)
     )
 
 
@@ -46,7 +48,7 @@ def test_pages_that_were_loaded_find_the_same_and_none_are_made(make_file, monke
         save_pages(bank, file.with_suffix(".pages"))
     wanted = found([MemoryBank.load(file) for file in files])
     again = [MemoryBank.load(file) for file in files]
-    monkeypatch.setattr(stretches, "_make", None)
+    monkeypatch.setattr(stretches, "_build", None)
     assert all(load_pages(bank, file.with_suffix(".pages")) for bank, file in zip(again, files, strict=True))
     for one, other in zip(found(again), wanted, strict=True):
         assert torch.equal(one, other)
@@ -67,7 +69,7 @@ def test_a_memory_too_short_for_pages_has_none(make_file) -> None:
     bank = MemoryBank.load(file)
     save_pages(bank, file.with_suffix(".pages"))
     assert load_pages(bank, file.with_suffix(".pages"))
-    assert "stretches" not in bank.spans(2)[0].block.summaries
+    assert "page_segments" not in bank.spans(2)[0].block.search_cache
 
 
 @pytest.mark.parametrize("other", [{"tokens": 1500}, {"tokens": 1024, "fingerprint": "another"}])
@@ -76,7 +78,7 @@ def test_pages_of_another_memory_are_not_taken(make_file, other) -> None:
     save_pages(MemoryBank.load(file), file.with_suffix(".pages"))
     bank = MemoryBank.load(make_file("b", **other))
     assert not load_pages(bank, file.with_suffix(".pages"))
-    assert not bank.spans(2)[0].block.summaries
+    assert not bank.spans(2)[0].block.search_cache
 
 
 def test_missing_and_broken_pages_are_none(make_file, tmp_path) -> None:

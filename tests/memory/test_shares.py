@@ -5,14 +5,14 @@ import torch
 
 from llamory.longllama.cache import LongLlamaCache
 from llamory.qa import attribution as shares
-from llamory.qa.attribution import DRAWN, AttentionLog
+from llamory.qa.attribution import BASELINE_FACTOR, AttentionRecorder
 from plain_longllama import logits, mounted_sight
 from tiny_models import CONTEXT, make_long_llama
 
 DOCUMENTS, QUESTION, ANSWER, OWN = [37, 9, 20], 8, 5, 3
 
 
-@pytest.fixture(scope="module", params=[{}, {"mem_log_bias": 0.7, "mem_log_bias_start": 9}], ids=str)
+@pytest.fixture(scope="module", params=[{}, {"memory_size_bias": 0.7, "memory_size_bias_start": 9}], ids=str)
 def asked(request):
     """A model, the tokens of documents and of a question with its answer, and each layer's dense probabilities."""
     model = make_long_llama(**request.param)
@@ -40,76 +40,76 @@ def ask(model, ids, log):
 
 def mass_of(model, memory, log, segments):
     scalings = {layer: model.model.layers[layer].self_attn.scaling for layer in memory.layers}
-    return log.mass(memory, segments, scalings, own=OWN, question=QUESTION, answer=ANSWER)
+    return log.mass(memory, segments, scalings, baseline_tokens=OWN, question=QUESTION, answer=ANSWER)
 
 
 def expected(dense, ids):
     first = sum(DOCUMENTS)
-    given = torch.zeros(first, dtype=torch.float64)
-    drawn = torch.zeros(first, dtype=torch.float64)
+    attention_mass = torch.zeros(first, dtype=torch.float64)
+    baseline_corrected_mass = torch.zeros(first, dtype=torch.float64)
     for layer in (1, 2):
         for head in range(4):
-            usual = sum(dense[layer][head, first + i, :first] for i in range(OWN)) / OWN
+            baseline = sum(dense[layer][head, first + i, :first] for i in range(OWN)) / OWN
             for column in range(OWN, QUESTION + ANSWER - 1):
                 probability = dense[layer][head, first + column, :first]
-                drawn += (probability - DRAWN * usual).clamp(min=0)
+                baseline_corrected_mass += (probability - BASELINE_FACTOR * baseline).clamp(min=0)
                 if column >= QUESTION - 1:
-                    given += probability
-    return given, drawn
+                    attention_mass += probability
+    return attention_mass, baseline_corrected_mass
 
 
 def test_masses_are_those_of_the_dense_softmax(asked) -> None:
     model, ids, dense, plain = asked
-    log = AttentionLog()
+    log = AttentionRecorder()
     memory, found = ask(model, ids, log)
     torch.testing.assert_close(found.double(), plain[sum(DOCUMENTS) : -1], atol=1e-5, rtol=1e-5)
-    given, drawn = expected(dense, ids)
+    attention_mass, baseline_corrected_mass = expected(dense, ids)
     mass = mass_of(model, memory, log, ["0", "1", "2"])
-    torch.testing.assert_close(mass.given, given, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(mass.drawn, drawn, atol=1e-5, rtol=1e-4)
-    assert float(drawn.max()) > 0.05
+    torch.testing.assert_close(mass.attention_mass, attention_mass, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mass.baseline_corrected_mass, baseline_corrected_mass, atol=1e-5, rtol=1e-4)
+    assert float(baseline_corrected_mass.max()) > 0.05
 
 
 def test_segments_come_in_the_order_asked_for_and_can_be_left_out(asked) -> None:
     model, ids, dense, _ = asked
-    log = AttentionLog()
+    log = AttentionRecorder()
     memory, _ = ask(model, ids, log)
-    given, _ = expected(dense, ids)
-    zero, _, two = given.split(DOCUMENTS)
+    attention_mass, _ = expected(dense, ids)
+    zero, _, two = attention_mass.split(DOCUMENTS)
     mass = mass_of(model, memory, log, ["2", "0"])
-    torch.testing.assert_close(mass.given, torch.cat([two, zero]), atol=1e-5, rtol=1e-4)
-    assert mass_of(model, memory, log, []).given.shape == (0,)
+    torch.testing.assert_close(mass.attention_mass, torch.cat([two, zero]), atol=1e-5, rtol=1e-4)
+    assert mass_of(model, memory, log, []).attention_mass.shape == (0,)
 
 
 @pytest.mark.parametrize("chunk", [7, 64])
 def test_chunks_make_no_difference(asked, monkeypatch, chunk) -> None:
     model, ids, dense, _ = asked
     monkeypatch.setattr(shares, "CHUNK", chunk)
-    log = AttentionLog()
+    log = AttentionRecorder()
     memory, _ = ask(model, ids, log)
     torch.testing.assert_close(
-        mass_of(model, memory, log, ["0", "1", "2"]).given, expected(dense, ids)[0], atol=1e-5, rtol=1e-4
+        mass_of(model, memory, log, ["0", "1", "2"]).attention_mass, expected(dense, ids)[0], atol=1e-5, rtol=1e-4
     )
 
 
 def test_a_long_answer_is_measured_at_some_steps_the_last_among_them(asked, monkeypatch) -> None:
     model, ids, dense, _ = asked
-    monkeypatch.setattr(shares, "MOST_SCORES", 1)
-    monkeypatch.setattr(shares, "FEWEST_STEPS", 1)
-    log = AttentionLog()
+    monkeypatch.setattr(shares, "MAX_SCORES", 1)
+    monkeypatch.setattr(shares, "MIN_STEPS", 1)
+    log = AttentionRecorder()
     memory, _ = ask(model, ids, log)
     first = sum(DOCUMENTS)
     last = sum(dense[layer][:, -2, :first].sum(0) for layer in (1, 2))
-    torch.testing.assert_close(mass_of(model, memory, log, ["0", "1", "2"]).given, last, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mass_of(model, memory, log, ["0", "1", "2"]).attention_mass, last, atol=1e-5, rtol=1e-4)
 
 
 def test_what_was_asked_before_can_be_forgotten(asked) -> None:
     model, ids, _, _ = asked
-    log = AttentionLog()
+    log = AttentionRecorder()
     memory, _ = ask(model, ids, log)
-    wanted = mass_of(model, memory, log, ["1"]).drawn
+    wanted = mass_of(model, memory, log, ["1"]).baseline_corrected_mass
     log.clear()
     memory, _ = ask(model, ids, log)
-    torch.testing.assert_close(mass_of(model, memory, log, ["1"]).drawn, wanted)
+    torch.testing.assert_close(mass_of(model, memory, log, ["1"]).baseline_corrected_mass, wanted)
     assert isinstance(model.memory_cache(memory), LongLlamaCache)
     assert model.memory_cache(memory).observer is None

@@ -136,7 +136,7 @@ def test_the_model_may_have_been_moved(books, model_folder, tmp_path) -> None:
     # As if the model's folder were gone.
     bank = MemoryBank.load(books[0])
     for name in bank.segments:
-        bank.annotate(name, model=str(tmp_path / "gone"))
+        bank.set_metadata(name, model=str(tmp_path / "gone"))
     bank.save(tmp_path / "book")
     with pytest.raises(LlamoryError, match=r"isn't where it was.*name its new place"):
         ask(QUESTION, tmp_path / "book")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llamory.errors import LlamoryError
 from llamory.ingest.encode import read_documents_into
 from llamory.library import Library
-from llamory.memory import Piece
+from llamory.memory import SegmentSpan
 from llamory.qa import evidence as choosing
 from llamory.qa.evidence import STRETCH, WINDOW, choose, cut, question_likelihoods, search_of
 from llamory.qa.open_memory import OpenMemory
@@ -45,7 +45,7 @@ def test_likelihoods_are_those_of_a_dense_model_with_one_document(tiny, monkeypa
     monkeypatch.setattr(choosing, "_TOKENS_AT_ONCE", tokens)
     question = torch.tensor([3, 30, 9, 12, 7])
     units = [("2",), ("0",), ("1",), ("0", "2")]
-    pieces = [[Piece(name, 0, len(documents[name])) for name in names] for names in units]
+    pieces = [[SegmentSpan(name, 0, len(documents[name])) for name in names] for names in units]
     found = question_likelihoods(model, question.tolist(), memory, pieces)
     for value, names in zip(found, units, strict=True):
         ids = torch.cat([*(documents[name] for name in names), question])
@@ -103,7 +103,7 @@ lengths = st.lists(st.sampled_from([0, 1, 3, 300, 2048, 2049, 5000, 70_000]), mi
 
 @given(lengths, st.sampled_from([WINDOW, STRETCH, 4 * STRETCH, 64 * STRETCH]))
 def test_units_hold_every_token_once_and_are_of_about_one_size(lengths, size) -> None:
-    whole = [Piece(str(number), 0, length) for number, length in enumerate(lengths)]
+    whole = [SegmentSpan(str(number), 0, length) for number, length in enumerate(lengths)]
     units = cut(whole, size)
     pieces = [piece for unit in units for piece in unit]
     assert list(dict.fromkeys(piece.segment for piece in pieces)) == [piece.segment for piece in whole]
@@ -121,7 +121,7 @@ def test_units_hold_every_token_once_and_are_of_about_one_size(lengths, size) ->
 def long(monkeypatch):
     """Chooses in documents of so many tokens, one of which is what is asked for; tells how many units it looked at."""
 
-    def run(lengths: list[int], place: tuple[str, int], least: float = -30.0) -> tuple[list[Piece], int]:
+    def run(lengths: list[int], place: tuple[str, int], least: float = -30.0) -> tuple[list[SegmentSpan], int]:
         looked: list[int] = []
 
         def likelihoods(model, question, memory, units) -> torch.Tensor:
@@ -176,7 +176,7 @@ def test_no_pages_are_made_for_a_question(tiny, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pieces", "only_top_k", "exact"),
+    ("pieces", "top_k_attention", "exact"),
     [
         ([("1", 3, 30)], False, True),
         ([("0", 0, 5), ("1", 3, 30)], False, True),
@@ -184,13 +184,13 @@ def test_no_pages_are_made_for_a_question(tiny, monkeypatch) -> None:
         ([("1", 3, 30)], True, False),
     ],
 )
-def test_few_tokens_of_parts_of_documents_are_read_exactly(tiny, monkeypatch, pieces, only_top_k, exact) -> None:
+def test_few_tokens_of_parts_of_documents_are_read_exactly(tiny, monkeypatch, pieces, top_k_attention, exact) -> None:
     model, memory, _ = tiny
-    monkeypatch.setattr(model.config, "mem_only_top_k", only_top_k)
-    found = search_of(model, memory, [Piece(*each) for each in pieces])
+    monkeypatch.setattr(model.config, "mem_top_k_attention", top_k_attention)
+    found = search_of(model, memory, [SegmentSpan(*each) for each in pieces])
     assert (found is not None) == exact
     monkeypatch.setattr(choosing, "MOST_EXACT", 20)
-    assert search_of(model, memory, [Piece("1", 3, 30)]) is None
+    assert search_of(model, memory, [SegmentSpan("1", 3, 30)]) is None
 
 
 # ---- with the packaged reader ----------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_every_document_is_read_by_itself(read, book, texts, model_folder) -> No
 def test_the_memory_says_where_its_documents_are_from(read, book, texts, model_folder) -> None:
     (texts / "f.md").write_text("# Bridges\n\nThey cross rivers.")
     read(texts / "f.md")
-    facts = MemoryBank.load(book).describe("f.md")
+    facts = MemoryBank.load(book).metadata("f.md")
     assert facts["source"] == str(texts / "f.md")
     assert facts["title"] == "Bridges"
     assert facts["tokens"] == MemoryBank.load(book).length()
@@ -157,7 +157,7 @@ def test_lines_that_moved_are_known_again(read, book, tmp_path) -> None:
     moved = {"lines.jsonl:2": "lines.jsonl:4", "lines.jsonl:3": "lines.jsonl:1", "lines.jsonl:4": "lines.jsonl:2"}
     assert set(after) == {*moved, "lines.jsonl:1"}
     assert same({name: after[name] for name in moved}, {name: before[old] for name, old in moved.items()})
-    assert MemoryBank.load(book).describe("lines.jsonl:2")["source"] == f"{file}:2"
+    assert MemoryBank.load(book).metadata("lines.jsonl:2")["source"] == f"{file}:2"
 
 
 def test_a_folder_that_was_moved_is_known_again(read, book, texts, tmp_path) -> None:
@@ -168,7 +168,7 @@ def test_a_folder_that_was_moved_is_known_again(read, book, texts, tmp_path) -> 
     report = read(tmp_path / "elsewhere" / "texts")
     assert (report.unchanged, report.added, report.tokens) == (5, 0, 0)
     assert same(before, tensors(book))
-    source = MemoryBank.load(book).describe("texts/a.txt")["source"]
+    source = MemoryBank.load(book).metadata("texts/a.txt")["source"]
     assert source == str(tmp_path / "elsewhere" / "texts" / "a.txt")
 
 
@@ -299,7 +299,7 @@ def test_an_unfinished_document_goes_on_with_offloaded_weights(tmp_path, model_f
     manuscript = Manuscript("a.txt", "/a.txt", "/a.txt", "A", "digest", ids)
     begun = model.read(ids[:CONTEXT], segment="/a.txt")
     read = begun.fork()
-    begun.annotate("/a.txt", **partial.facts_of(manuscript), **{partial._UNFINISHED: True})
+    begun.set_metadata("/a.txt", **partial.facts_of(manuscript), **{partial._UNFINISHED: True})
     cpu_offload(model, torch.device("cpu"))
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
     kept = partial.Partial(tmp_path / "p", model, begun)

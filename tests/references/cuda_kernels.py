@@ -31,13 +31,13 @@ def efficient_attention(
     assert compute_log_sumexp and dropout_p == 0 and scale is not None
     _check(query, key, value)
     scores = _scores(query, key, attn_bias, is_causal, scale)
-    log_sum = scores.logsumexp(-1)
-    nothing = log_sum == -torch.inf
-    shares = (scores - log_sum.masked_fill(nothing, 0).unsqueeze(-1)).exp()
+    lse = scores.logsumexp(-1)
+    nothing = lse == -torch.inf
+    shares = (scores - lse.masked_fill(nothing, 0).unsqueeze(-1)).exp()
     output = (shares @ value.float()).to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-    room = torch.full((*log_sum.shape[:2], -(-log_sum.shape[2] // TILE) * TILE), torch.inf)
+    room = torch.full((*lse.shape[:2], -(-lse.shape[2] // TILE) * TILE), torch.inf)
     # A row that sees nothing counts as one number of 0.
-    room[..., : log_sum.shape[2]] = log_sum.masked_fill(nothing, 0)
+    room[..., : lse.shape[2]] = lse.masked_fill(nothing, 0)
     return output, room, torch.empty((), dtype=torch.long), torch.empty((), dtype=torch.long)
 
 
@@ -48,7 +48,7 @@ def efficient_attention_backward(
     value: Tensor,
     attn_bias: Tensor | None,
     output: Tensor,
-    log_sum: Tensor,
+    lse: Tensor,
     philox_seed: Tensor,
     philox_offset: Tensor,
     dropout_p: float,
@@ -63,16 +63,16 @@ def efficient_attention_backward(
     _check(query, key, value)
     batch, heads, queries, head_dim = query.shape
     assert grad.shape == output.shape == query.shape and grad.dtype == output.dtype == query.dtype
-    assert log_sum.dtype == torch.float32 and log_sum.shape == (batch, heads, -(-queries // TILE) * TILE)
-    assert (heads == 1 or log_sum.stride(1) % 8 == 0) and (batch == 1 or log_sum.stride(0) % 8 == 0)
-    assert (log_sum[..., queries:] == torch.inf).all()  # as the forward pass leaves it
+    assert lse.dtype == torch.float32 and lse.shape == (batch, heads, -(-queries // TILE) * TILE)
+    assert (heads == 1 or lse.stride(1) % 8 == 0) and (batch == 1 or lse.stride(0) % 8 == 0)
+    assert (lse[..., queries:] == torch.inf).all()  # as the forward pass leaves it
     if query.dtype != torch.float32:
         # The gradient is copied where it isn't contiguous, but the output's rows are taken to lie so far apart.
         strides = (output.stride(0), output.stride(1), heads * head_dim, 1)
         output = output.as_strided(output.shape, strides)
     grad, output = grad.float(), output.float()
     delta = (grad * output).sum(-1, keepdim=True)
-    shares = (_scores(query, key, None, is_causal, scale) - log_sum[..., :queries, None]).exp()
+    shares = (_scores(query, key, None, is_causal, scale) - lse[..., :queries, None]).exp()
     grad_value = shares.transpose(2, 3) @ grad
     grad_scores = shares * (grad @ value.float().transpose(2, 3) - delta) * scale
     grads = grad_scores @ key.float(), grad_scores.transpose(2, 3) @ query.float(), grad_value

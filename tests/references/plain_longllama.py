@@ -112,13 +112,13 @@ def logits(
         if layer in mem_layers:
             score = torch.where(seen.memory, far_query @ far[1].transpose(1, 2), score)
         visible = seen.local | seen.memory if layer in mem_layers else seen.local
-        if layer in mem_layers and config.mem_log_scale:
-            counts = (seen.memory.sum(-1, keepdim=True) / config.mem_log_start).clamp(min=1)
-            score = score * (1 + config.mem_log_scale * counts.log())
+        if layer in mem_layers and config.logn_attention_scale:
+            counts = (seen.memory.sum(-1, keepdim=True) / config.logn_attention_start).clamp(min=1)
+            score = score * (1 + config.logn_attention_scale * counts.log())
         score = score / math.sqrt(config.head_dim)
-        if layer in mem_layers and config.mem_log_bias:
-            counts = (seen.memory.sum(-1, keepdim=True) / config.mem_log_bias_start).clamp(min=1)
-            score = torch.where(seen.memory & ~seen.local, score - config.mem_log_bias * counts.log(), score)
+        if layer in mem_layers and config.memory_size_bias:
+            counts = (seen.memory.sum(-1, keepdim=True) / config.memory_size_bias_start).clamp(min=1)
+            score = torch.where(seen.memory & ~seen.local, score - config.memory_size_bias * counts.log(), score)
         score = score.masked_fill(~visible, -math.inf)
         if attention is not None:
             attention[layer] = score.softmax(-1)

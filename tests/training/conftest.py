@@ -20,7 +20,7 @@ def settings(model_folder, documents, tmp_path):
             "steps": 6,
             "learning_rate": 3e-3,
             "max_length": 150,
-            "passage_length": 24,
+            "chunk_size": 24,
             "log_every": 1,
             "save_every": 3,
             "cpu": True,

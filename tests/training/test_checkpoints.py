@@ -3,7 +3,7 @@
 import pytest
 
 from llamory.errors import LlamoryError
-from llamory.training.checkpoints import is_whole, newest_whole, prepare_output, write_manifest
+from llamory.training.checkpoints import is_complete, latest_complete, prepare_output, write_manifest
 
 
 def make(folder, whole=True):
@@ -16,17 +16,17 @@ def make(folder, whole=True):
 
 
 def test_only_a_checkpoint_with_all_its_files_is_whole(tmp_path):
-    assert is_whole(make(tmp_path / "a"))
-    assert not is_whole(make(tmp_path / "b", whole=False))
+    assert is_complete(make(tmp_path / "a"))
+    assert not is_complete(make(tmp_path / "b", whole=False))
     short = make(tmp_path / "c")
     (short / "model.safetensors").write_bytes(b"0" * 99)
-    assert not is_whole(short)
+    assert not is_complete(short)
     missing = make(tmp_path / "d")
     (missing / "state.json").unlink()
-    assert not is_whole(missing)
+    assert not is_complete(missing)
     torn = make(tmp_path / "e")
     (torn / "manifest.json").write_text('{"model.safe')
-    assert not is_whole(torn)
+    assert not is_complete(torn)
 
 
 def test_the_newest_whole_checkpoint_is_resumed_and_cut_off_ones_go(tmp_path):
@@ -34,7 +34,7 @@ def test_the_newest_whole_checkpoint_is_resumed_and_cut_off_ones_go(tmp_path):
     make(tmp_path / "checkpoint-11", whole=False)
     assert prepare_output(tmp_path, resume=True) == tmp_path / "checkpoint-10"
     assert not (tmp_path / "checkpoint-11").exists()
-    assert newest_whole(tmp_path) == tmp_path / "checkpoint-10"
+    assert latest_complete(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path):

@@ -18,7 +18,7 @@ from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.loading import load_long_model
 from llamory.training import long_models
 from llamory.training.corpus import DocumentStream, Source
-from llamory.training.fot.batches import ContextChooser, ContextPlan
+from llamory.training.fot.batches import ContextSampler, ContextSamplingConfig
 from llamory.training.fot.data import FotBatches
 from llamory.training.fot.train import train_fot
 from llamory.training.settings import FotSettings
@@ -43,7 +43,7 @@ def settings(model_folder, documents, tmp_path):
             "batch_size": BATCH,
             "dataset_packing": PACKING,
             "min_length": 1,
-            "mix": ["0+0", "1+1"],
+            "crossbatch_schedule": ["0+0", "1+1"],
             "shuffle_buffer": 4,
             "steps": 4,
             "learning_rate": 3e-3,
@@ -101,11 +101,11 @@ def test_training_learns_and_saves_a_long_llama(settings):
 def test_the_loss_is_the_mean_over_all_tokens_of_all_passes(settings, model_folder, documents):
     train_fot(settings(accumulation=2))
     model = load(model_folder).eval()
-    chooser = ContextChooser(ContextPlan(mix=[(0, 0), (1, 1)]), BATCH, PACKING, SEED)
+    context_sampler = ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(0, 0), (1, 1)]), BATCH, PACKING, SEED)
     wanted = []
     for stream in range(2):
         batch = next(batches(model_folder, documents, shard=stream, shards=2))
-        contexts = chooser.choose(0, stream, batch["input_ids"], batch["documents"])
+        contexts = context_sampler.choose(0, stream, batch["input_ids"], batch["documents"])
         assert any(contexts) and not all(contexts)
         wanted.append(token_losses(model, batch, contexts))
     assert losses(settings().output)[0] == pytest.approx(float(torch.cat(wanted).mean()), abs=1e-5)
@@ -113,23 +113,33 @@ def test_the_loss_is_the_mean_over_all_tokens_of_all_passes(settings, model_fold
 
 def test_a_range_and_a_mixture_of_sources_give_the_first_loss_that_they_should(settings, model_folder, documents):
     first, second = str(documents / "00.txt"), str(documents / "01.txt")
-    train_fot(settings(mix=[], cross_batch_range=3, stepping=True, data=[first, second], proportions=[0.75, 0.25]))
+    train_fot(
+        settings(
+            crossbatch_schedule=[],
+            cross_batch_range=3,
+            crossbatch_stepping=True,
+            data=[first, second],
+            proportions=[0.75, 0.25],
+        )
+    )
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     sources = [Source([first], 0.75), Source([second], 0.25)]
     stream = DocumentStream(sources, tokenizer, seed=SEED, min_length=1, shuffle_buffer=4)
     tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     batch = next(FotBatches(stream, row_length=ROW, batch_size=BATCH, dataset_packing=PACKING, **tokens))
-    chooser = ContextChooser(ContextPlan(cross_batch_range=3, stepping=True), BATCH, PACKING, SEED)
-    contexts = chooser.choose(0, 0, batch["input_ids"], batch["documents"])
+    context_sampler = ContextSampler(
+        ContextSamplingConfig(cross_batch_range=3, crossbatch_stepping=True), BATCH, PACKING, SEED
+    )
+    contexts = context_sampler.choose(0, 0, batch["input_ids"], batch["documents"])
     wanted = token_losses(load(model_folder).eval(), batch, contexts).mean()
     assert losses(settings().output)[0] == pytest.approx(float(wanted), abs=1e-5)
 
 
 def test_negatives_that_count_as_fifty_give_the_first_loss_that_they_should(settings, model_folder, documents):
-    train_fot(settings(mix=["1+4"], negative_copies=[50, 50]))
+    train_fot(settings(crossbatch_schedule=["1+4"], negative_weight=[50, 50]))
     model, batch = load(model_folder).eval(), next(batches(model_folder, documents))
-    chooser = ContextChooser(ContextPlan(mix=[(1, 4)]), BATCH, PACKING, SEED)
-    contexts = chooser.choose(0, 0, batch["input_ids"], batch["documents"])
+    context_sampler = ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(1, 4)]), BATCH, PACKING, SEED)
+    contexts = context_sampler.choose(0, 0, batch["input_ids"], batch["documents"])
     weights = [[1 if other // PACKING == row // PACKING else 50 for other in seen] for row, seen in enumerate(contexts)]
     wanted = token_losses(model, batch, contexts, context_weights=weights).mean()
     assert losses(settings().output)[0] == pytest.approx(float(wanted), abs=1e-5)
@@ -138,7 +148,7 @@ def test_negatives_that_count_as_fifty_give_the_first_loss_that_they_should(sett
 
 KILLED = {
     # The number of contexts grows after step 10 and only if what the steps before said is in the checkpoint.
-    "full": {"schedule": "grown", "sizes": [1, 3], "grow_at": 1e-6},
+    "full": {"schedule": "curriculum", "sizes": [1, 3], "advance_at_accuracy": 1e-6},
     "LoRA": {"lora": True, "lora_dropout": 0.1, "schedule": "sampled", "sizes": [0, 2]},
 }
 
@@ -162,7 +172,7 @@ def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path, documents, ch
 
 @pytest.mark.parametrize(
     ("fsdp", "changes"),
-    [(False, {}), (True, {}), (True, {"trained": "memory_projections", "negative_copies": [1, 9]})],
+    [(False, {}), (True, {}), (True, {"trainable": "memory_projections", "negative_weight": [1, 9]})],
     ids=["DDP", "FSDP", "FSDP-projections"],
 )
 def test_two_processes_lose_as_one_does_in_two_passes(settings, tmp_path, documents, fsdp, changes):
@@ -191,7 +201,7 @@ def test_a_finished_run_can_be_resumed_to_the_same_end(settings):
 def test_a_checkpoint_of_another_recipe_is_refused(settings, tmp_path, model_folder):
     train_fot(settings())
     for changes, name in [
-        ({"mix": ["1:0"]}, r"mix was \['0\+0', '1\+1'\], now it is \['1:0'\]"),
+        ({"crossbatch_schedule": ["1:0"]}, r"crossbatch_schedule was \['0\+0', '1\+1'\], now it is \['1:0'\]"),
         ({"learning_rate": 1.0}, "learning_rate"),
         ({"accumulation": 2}, "streams"),
     ]:
@@ -235,20 +245,20 @@ def changed(before, after):
 
 
 def test_only_the_attention_of_memory_layers_may_be_trained(settings, model_folder):
-    result = train_fot(settings(trained="memory_layers", gradient_checkpointing=True))
+    result = train_fot(settings(trainable="memory_layers", gradient_checkpointing=True))
     names = {f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkvo"}
     assert changed(weights(model_folder), weights(result["output"])) == names
 
 
 @pytest.mark.parametrize("lora", [{}, {"lora": True, "lora_rank": 2, "lora_dropout": 0.0}], ids=["all", "lora"])
 def test_what_is_read_without_memory_stays_where_only_projections_for_it_are_trained(settings, model_folder, lora):
-    result = train_fot(settings(**lora, trained="memory_projections", gradient_checkpointing=True))
+    result = train_fot(settings(**lora, trainable="memory_projections", gradient_checkpointing=True))
     before, after = weights(model_folder), weights(result["output"])
     assert {key for key in before if not torch.equal(before[key], after.pop(key))} == set()
     assert after.keys() == {f"model.layers.1.self_attn.mem_{part}_proj.weight" for part in "qkvo"}
     same = {key for key in after if torch.equal(after[key], before[key.replace("mem_", "")])}
     assert same == set()
-    more = train_fot(settings(model=result["output"], output=f"{result['output']}_2", trained="memory_layers"))
+    more = train_fot(settings(model=result["output"], output=f"{result['output']}_2", trainable="memory_layers"))
     assert weights(more["output"]).keys() == weights(result["output"]).keys()
     with pytest.raises(LlamoryError, match="has projections for the memory of layers 1; leave mem_layers out"):
         train_fot(settings(model=result["output"], output=f"{result['output']}_3", mem_layers=[0]))
@@ -258,7 +268,7 @@ def test_what_is_read_without_memory_stays_where_only_projections_for_it_are_tra
 
 def test_a_joined_adapter_may_change_the_projections_for_memory_instead(settings, model_folder, tmp_path, monkeypatch):
     lora = {"lora": True, "lora_rank": 2, "lora_dropout": 0.0, "lora_targets": ["q_proj", "o_proj"]}
-    run = train_fot(settings(**lora, trained="memory_layers"))["output"]
+    run = train_fot(settings(**lora, trainable="memory_layers"))["output"]
     read = {}
     for name, flags in (("same", []), ("apart", ["--for-memory"])):
         monkeypatch.setattr(sys, "argv", [str(JOIN), str(tmp_path / name), run, "--base", str(model_folder), *flags])
@@ -274,7 +284,7 @@ def test_a_joined_adapter_may_change_the_projections_for_memory_instead(settings
 
 def test_adapters_are_merged_and_kept_beside(settings, model_folder):
     lora = {"lora": True, "lora_rank": 2, "lora_targets": ["q_proj", "up_proj"]}
-    result = train_fot(settings(**lora, trained="memory_layers", gradient_checkpointing=True))
+    result = train_fot(settings(**lora, trainable="memory_layers", gradient_checkpointing=True))
     names = {"model.layers.1.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"}
     assert changed(weights(model_folder), weights(result["output"])) == names
     assert (Path(result["output"]) / "adapter" / "adapter_model.safetensors").exists()
@@ -289,15 +299,15 @@ def test_bfloat16_with_checkpointing_loses_nearly_as_float32(settings, tmp_path)
 def test_similar_negatives_are_those_that_share_most_words(settings, model_folder, tmp_path, monkeypatch):
     words = "river stone bridge winter garden letter window market silver morning harbour candle forest summer".split()
     keyword_model(words).save(str(tmp_path / "finder"))
-    seen, real = [], ContextChooser.choose
+    seen, real = [], ContextSampler.choose
 
     def choose(self, step, stream, input_ids, documents):
         contexts = real(self, step, stream, input_ids, documents)
         seen.append((input_ids, documents, self.order(step, stream), contexts))
         return contexts
 
-    monkeypatch.setattr(ContextChooser, "choose", choose)
-    train_fot(settings(negatives="similar", retriever=str(tmp_path / "finder"), mix=["0+0", "0+1"]))
+    monkeypatch.setattr(ContextSampler, "choose", choose)
+    train_fot(settings(negatives="similar", retriever=str(tmp_path / "finder"), crossbatch_schedule=["0+0", "0+1"]))
     tokenizer, checked = AutoTokenizer.from_pretrained(model_folder), 0
     for input_ids, documents, order, contexts in seen:
         texts = [text.lower() for text in tokenizer.batch_decode(input_ids, skip_special_tokens=True)]
@@ -317,7 +327,7 @@ def test_similar_negatives_are_those_that_share_most_words(settings, model_folde
 
 @pytest.mark.parametrize("count", [2, 4, 26, 32])
 def test_default_memory_layers_are_those_of_the_published_models(count):
-    assert long_models._spread(count) == {2: [1], 4: [1, 2, 3], 26: [6, 12, 18], 32: [8, 16, 24]}[count]
+    assert long_models._default_mem_layers(count) == {2: [1], 4: [1, 2, 3], 26: [6, 12, 18], 32: [8, 16, 24]}[count]
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("fot_*.yaml")), ids=lambda path: path.stem)
@@ -336,19 +346,19 @@ def test_settings_that_cannot_be_are_refused(settings, tmp_path, documents):
         ({"min_length": None, "row_length": 256}, "at most .* tokens, fewer than min_length 256"),
         ({"dataset_packing": 3}, "can't be divided"),
         ({"mem_layers": [2]}, "names layer 2, but the model has 2 layers"),
-        ({"mix": ["0:7"]}, "can't see 7 rows"),
-        ({"mix": [], "cross_batch_range": 8}, "can't see 8 others"),
-        ({"cross_batch_range": 2}, "either a mix"),
-        ({"mix": ["some"]}, r"POSITIVES\+NEGATIVES"),
-        ({"mix": []}, "earlier chunks"),
-        ({"negative_copies": [2]}, "must be two numbers above 0"),
+        ({"crossbatch_schedule": ["0:7"]}, "can't see 7 rows"),
+        ({"crossbatch_schedule": [], "cross_batch_range": 8}, "can't see 8 others"),
+        ({"cross_batch_range": 2}, "either a crossbatch_schedule"),
+        ({"crossbatch_schedule": ["some"]}, r"POSITIVES\+NEGATIVES"),
+        ({"crossbatch_schedule": []}, "earlier chunks"),
+        ({"negative_weight": [2]}, "must be two numbers above 0"),
         ({"data": [str(documents)] * 2, "proportions": [0.5, 0.6]}, "add up to 1"),
         ({"proportions": [0.5, 0.5]}, "1 sources of documents but 2 proportions"),
-        ({"schedule": "grown"}, "needs sizes"),
+        ({"schedule": "curriculum"}, "needs sizes"),
         ({"negatives": "similar"}, "give one, a Sentence Transformers model"),
         ({"negatives": "similar", "retriever": str(tmp_path / "nowhere")}, "nowhere"),
         ({"eval_data": [str(documents)], "dataset_packing": 1}, "dataset_packing to 2"),
-        ({"schedule": "grown", "sizes": [1], "fsdp": True}, "use DDP"),
+        ({"schedule": "curriculum", "sizes": [1], "fsdp": True}, "use DDP"),
         ({"scheduler": "sideways"}, "sideways"),
         ({"lora": True, "lora_targets": ["no_such_layer"]}, "no_such_layer"),
         ({"attn_implementation": "sideways"}, "sideways"),

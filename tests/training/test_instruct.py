@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llamory.cli.options import read_settings
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
-from llamory.longllama.losses import IGNORED
-from llamory.training.instruct.cached_rows import MountedBatches
+from llamory.longllama.losses import IGNORE_INDEX
+from llamory.training.instruct.cached_rows import FrozenContextBatches
 from llamory.training.instruct.dataset import InstructFormat, Lengths, load_instructions
-from llamory.training.instruct.rows import InstructBatches, MemorySplit, between
-from llamory.training.instruct.train import InstructFeed, train_instruct
+from llamory.training.instruct.rows import InstructBatches, MemorySplit, log_interpolate
+from llamory.training.instruct.train import InstructBatchSource, train_instruct
 from llamory.training.settings import InstructSettings
 from training_runs import TORCHRUN, finish, kill_behind, losses, start, weights
 
@@ -79,7 +79,7 @@ def token_losses(model, batch):
     """Each answer token's loss, by way of all logits."""
     hidden = model(batch["input_ids"], batch["attention_mask"], contexts=batch["contexts"]).hidden_states[0]
     logits, targets = (hidden @ model.lm_head.weight.T).flatten(0, 1), batch["shift_labels"].flatten()
-    return cross_entropy(logits, targets, reduction="none")[targets != IGNORED]
+    return cross_entropy(logits, targets, reduction="none")[targets != IGNORE_INDEX]
 
 
 def test_training_learns_and_saves_a_long_llama(settings, data):
@@ -120,7 +120,7 @@ def test_the_loss_is_the_mean_over_all_answers_of_all_passes(settings, model_fol
 
 def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path):
     changes = {"steps": 12, "save_every": 2, "lora_dropout": 0.1, "lora": True, "accumulation": 2}
-    changes |= {"negatives": 2, "negative_copies": [1, 9], "copies_grow": 0.5}
+    changes |= {"negatives": 2, "negative_weight": [1, 9], "negative_weight_warmup": 0.5}
     train_instruct(settings(**changes, output=str(tmp_path / "whole")))
     broken = settings(**changes, output=str(tmp_path / "broken"))
     kill_behind("instruct", broken, 4)
@@ -133,16 +133,18 @@ def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path):
 
 def test_copies_grow_evenly_on_a_logarithmic_scale():
     class Stream:
-        grown = 0.0
+        negative_weight_progress = 0.0
 
         def __next__(self):
-            return {"grown": self.grown}
+            return {"negative_weight_progress": self.negative_weight_progress}
 
-    feed = InstructFeed({0: Stream(), 1: Stream()}, 8)
-    for step, grown in ((0, 0), (2, 0.25), (8, 1), (11, 1)):
-        assert feed.passes(step) == [{"grown": grown}] * 2
-    assert InstructFeed({0: Stream()}).passes(0) == [{"grown": 1}]
-    assert [between((2, 8), grown) for grown in (0, 0.5, 1)] == pytest.approx([2, 4, 8])
+    batch_source = InstructBatchSource({0: Stream(), 1: Stream()}, 8)
+    for step, negative_weight_progress in ((0, 0), (2, 0.25), (8, 1), (11, 1)):
+        assert batch_source.micro_batches(step) == [{"negative_weight_progress": negative_weight_progress}] * 2
+    assert InstructBatchSource({0: Stream()}).micro_batches(0) == [{"negative_weight_progress": 1}]
+    assert [
+        log_interpolate((2, 8), negative_weight_progress) for negative_weight_progress in (0, 0.5, 1)
+    ] == pytest.approx([2, 4, 8])
 
 
 def test_two_processes_lose_as_one_with_two_passes(settings, tmp_path):
@@ -153,7 +155,7 @@ def test_two_processes_lose_as_one_with_two_passes(settings, tmp_path):
 
 
 def test_only_the_attention_of_memory_layers_is_trained_where_asked(settings, model_folder):
-    result = train_instruct(settings(trained="memory_layers", steps=2))
+    result = train_instruct(settings(trainable="memory_layers", steps=2))
     before, after = weights(model_folder), weights(result["output"])
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == {f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkvo"}
@@ -179,8 +181,8 @@ def test_a_checkpoint_of_other_settings_or_data_is_refused(settings, data):
     [
         ({"steps": None}, "set steps"),
         ({"negatives": -1}, "negatives must be at least 0"),
-        ({"negative_copies": [2]}, "must be two numbers above 0"),
-        ({"copies_grow": 1.5}, "a share of the steps"),
+        ({"negative_weight": [2]}, "must be two numbers above 0"),
+        ({"negative_weight_warmup": 1.5}, "a share of the steps"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"input_length": 0}, "input_length must be at least 1"),
         ({"proportions": [0.5, 0.4]}, "add up to 1"),
@@ -198,12 +200,12 @@ def test_settings_that_cannot_be_are_refused(settings, changes, sentence):
         train_instruct(settings(**changes))
 
 
-# ---- apart ---------------------------------------------------------------------------------------------------------
+# ---- frozen_context ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def apart(settings, tmp_path):
-    """Settings of a run on documents read apart, with questions about each."""
+def frozen_context(settings, tmp_path):
+    """Settings of a run on documents read frozen_context, with questions about each."""
     chance, file = random.Random(1), tmp_path / "documents.jsonl"
     words = "river stone bridge winter garden letter".split()
     with file.open("w") as out:
@@ -214,18 +216,24 @@ def apart(settings, tmp_path):
             out.write(json.dumps({"document": document, "questions": asked}) + "\n")
 
     def make(**changes):
-        values = {"data": [str(file)], "proportions": [], "apart": True, "asked_tokens": 96, "negatives": 2}
-        values |= {"trained": "memory_projections", "total_length": 60, "split": "memory", "post_question_text": ""}
+        values = {
+            "data": [str(file)],
+            "proportions": [],
+            "frozen_context": True,
+            "query_token_budget": 96,
+            "negatives": 2,
+        }
+        values |= {"trainable": "memory_projections", "total_length": 60, "split": "memory", "post_question_text": ""}
         return settings(**(values | changes))
 
     return make
 
 
 @pytest.mark.parametrize("bias", [0.0, 0.7])
-def test_apart_trains_what_rows_of_one_batch_would(apart, model_folder, bias):
-    changes = {"steps": 25, "save_every": 25, "negative_copies": [1, 5], "kept_rows": 8}
-    result = train_instruct(apart(**changes, mem_log_bias=bias))
-    assert json.loads((Path(result["output"]) / "config.json").read_text())["mem_log_bias"] == bias
+def test_apart_trains_what_rows_of_one_batch_would(frozen_context, model_folder, bias):
+    changes = {"steps": 25, "save_every": 25, "negative_weight": [1, 5], "context_cache_rows": 8}
+    result = train_instruct(frozen_context(**changes, memory_size_bias=bias))
+    assert json.loads((Path(result["output"]) / "config.json").read_text())["memory_size_bias"] == bias
     history = losses(Path(result["output"]))
     assert sum(history[-5:]) < sum(history[:5]) - 0.5
     before, after = weights(model_folder), weights(result["output"])
@@ -233,14 +241,23 @@ def test_apart_trains_what_rows_of_one_batch_would(apart, model_folder, bias):
     assert after.keys() - before.keys() == own
     assert all(torch.equal(before[key], after[key]) for key in before)
     # The first step's loss, with the rows that are seen in one batch with those that see them.
-    made = apart()
+    made = frozen_context()
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     examples = load_instructions(made.data, tokenizer, InstructFormat(post_question_text=""), Lengths(total=60))
     split = MemorySplit(ROW, LAST, 60, "memory")
     batch = next(
-        MountedBatches([examples], [1.0], split, rows=ROWS, seed=made.seed, negatives=2, copies=(1, 5), most_asked=96)
+        FrozenContextBatches(
+            [examples],
+            [1.0],
+            split,
+            rows=ROWS,
+            seed=made.seed,
+            negatives=2,
+            negative_weight=(1, 5),
+            query_token_budget=96,
+        )
     )
-    more = {"mem_log_bias": bias, "dtype": torch.float32}
+    more = {"memory_size_bias": bias, "dtype": torch.float32}
     model = LongLlamaForCausalLM.from_pretrained(
         model_folder, mem_layers=[1], max_position_embeddings=ROW, **more
     ).eval()
@@ -255,16 +272,16 @@ def test_apart_trains_what_rows_of_one_batch_would(apart, model_folder, bias):
             rows, attention_mask=mask, contexts=contexts, context_weights=[[]] * len(read) + [many]
         ).hidden_states[0][-1, : len(asked)]
         targets = batch["shift_labels"][row][: len(asked)]
-        kept = targets != IGNORED
+        kept = targets != IGNORE_INDEX
         losses_of.append(cross_entropy(hidden[kept] @ model.lm_head.weight.T, targets[kept], reduction="none"))
     assert history[0] == pytest.approx(float(torch.cat(losses_of).detach().mean()), abs=1e-4)
 
 
-def test_a_killed_run_apart_resumes_to_the_same_bits_and_is_evaluated(apart, tmp_path):
-    changes = {"steps": 8, "save_every": 2, "lora": True, "kept_rows": 4, "eval_batches": 2, "eval_every": 4}
-    changes["eval_data"] = apart().data
-    train_instruct(apart(**changes, output=str(tmp_path / "whole")))
-    broken = apart(**changes, output=str(tmp_path / "broken"))
+def test_a_killed_run_apart_resumes_to_the_same_bits_and_is_evaluated(frozen_context, tmp_path):
+    changes = {"steps": 8, "save_every": 2, "lora": True, "context_cache_rows": 4, "eval_batches": 2, "eval_every": 4}
+    changes["eval_data"] = frozen_context().data
+    train_instruct(frozen_context(**changes, output=str(tmp_path / "whole")))
+    broken = frozen_context(**changes, output=str(tmp_path / "broken"))
     kill_behind("instruct", broken, 4)
     broken.resume = True
     train_instruct(broken)
@@ -277,20 +294,20 @@ def test_a_killed_run_apart_resumes_to_the_same_bits_and_is_evaluated(apart, tmp
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"trained": "all"}, "needs trained: memory_projections"),
-        ({"kept_rows": -1}, "kept_rows must be at least 0"),
-        ({"asked_tokens": 0}, "at least 1 token"),
+        ({"trainable": "all"}, "needs trainable: memory_projections"),
+        ({"context_cache_rows": -1}, "context_cache_rows must be at least 0"),
+        ({"query_token_budget": 0}, "at least 1 token"),
         ({"batch_size": 2}, "but a batch has 2"),
     ],
 )
-def test_settings_that_cannot_be_apart_are_refused(apart, changes, sentence):
+def test_settings_that_cannot_be_apart_are_refused(frozen_context, changes, sentence):
     with pytest.raises(LlamoryError, match=sentence):
-        train_instruct(apart(**changes))
+        train_instruct(frozen_context(**changes))
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("instruct_*.yaml")), ids=lambda file: file.stem)
 def test_recipes_can_be_read_and_give_the_published_batch(file):
     made = read_settings(InstructSettings, file, {"data": ["a.jsonl", "b.jsonl"], "output": "b"})
     split = MemorySplit(made.row_length, made.last_context_length, made.total_length, made.split)
-    assert made.batch_size == 4 * split.most_rows
+    assert made.batch_size == 4 * split.max_rows
     assert made.accumulation == 16

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.lookup_data import LookupTask, task_of
+from llamory.evaluation.lookup_data import LookupTask, load_task
 from llamory.longllama import LongLlamaForCausalLM
-from llamory.training.curriculum import Growth
-from llamory.training.lookup import LookupFeed, train_lookup
+from llamory.training.curriculum import Curriculum
+from llamory.training.lookup import LookupBatchSource, train_lookup
 from llamory.training.settings import LookupSettings
 
 TINY = {
@@ -24,7 +24,7 @@ TINY = {
     "kv_heads": 1,
     "lines": [1],
     "sizes": [1, 2, 4],
-    "crowded": 0.0,
+    "confusable": 0.0,
     "batch_size": 4,
     "log_every": 1,
     "cpu": True,
@@ -37,36 +37,36 @@ def settings(path, **changes):
 
 
 def test_growth_goes_on_at_the_accuracy_of_each_stage():
-    growth = Growth([((1, 1), 0.5), ((2, 1), 0.9), ((3, 1), 0.9)])
+    curriculum = Curriculum([((1, 1), 0.5), ((2, 1), 0.9), ((3, 1), 0.9)])
     for _ in range(9):
-        growth.observe(0.6)
-    assert growth.stage[0] == 1  # ten steps at least
-    growth.observe(0.6)
-    assert growth.stage[0] == 2
+        curriculum.observe(0.6)
+    assert curriculum.stage[0] == 1  # ten steps at least
+    curriculum.observe(0.6)
+    assert curriculum.stage[0] == 2
     for _ in range(30):
-        growth.observe(0.8)
-    assert growth.stage[0] == 2
-    kept = Growth(growth.stages)
-    kept.load_state_dict(json.loads(json.dumps(growth.state_dict())))
+        curriculum.observe(0.8)
+    assert curriculum.stage[0] == 2
+    kept = Curriculum(curriculum.stages)
+    kept.load_state_dict(json.loads(json.dumps(curriculum.state_dict())))
     steps = 0
-    while growth.stage[0] == 2:
-        growth.observe(1.0)
+    while curriculum.stage[0] == 2:
+        curriculum.observe(1.0)
         kept.observe(1.0)
         steps += 1
     # What is missing of 1.0, 0.2 at first, must become less than 0.1: 0.9 to the 7th is the first power below a half.
-    assert steps == 7 and kept.stage == growth.stage
+    assert steps == 7 and kept.stage == curriculum.stage
     for _ in range(20):
-        growth.observe(1.0)
-    assert growth.stage[0] == 3
+        curriculum.observe(1.0)
+    assert curriculum.stage[0] == 3
 
 
 @pytest.mark.parametrize("short", [False, True])
 def test_a_question_sees_its_own_definitions_and_so_many_others(tmp_path, short):
     config = settings(tmp_path)
-    growth = Growth([((4, 3), 1.0)])
+    curriculum = Curriculum([((4, 3), 1.0)])
     shape = LookupTask(16, 1, 1, 33 if short else 17)  # eight lines, of which four are taken, or four
-    (batch,) = LookupFeed(shape, growth, config, 0).passes(7)
-    (same,) = LookupFeed(shape, growth, config, 0).passes(7)
+    (batch,) = LookupBatchSource(shape, curriculum, config, 0).micro_batches(7)
+    (same,) = LookupBatchSource(shape, curriculum, config, 0).micro_batches(7)
     assert torch.equal(batch["input_ids"], same["input_ids"])
     rows, contexts = batch["input_ids"], batch["contexts"]
     documents = len(rows) - (8 if short else 4)
@@ -85,11 +85,11 @@ def test_a_question_sees_its_own_definitions_and_so_many_others(tmp_path, short)
 
 
 def test_crowded_steps_come_at_the_last_size_and_see_fewer_documents(tmp_path):
-    config = LookupSettings(output=str(tmp_path), batch_size=2, crowded=1.0, crowded_size=3)
+    config = LookupSettings(output=str(tmp_path), batch_size=2, confusable=1.0, confusable_documents=3)
     task = LookupTask()
     seen, symbols = [], []
     for stages in ([((25, 5), 1.0), ((25, 5), 1.0)], [((25, 5), 1.0)]):
-        (batch,) = LookupFeed(task, Growth(stages), config, 0).passes(0)
+        (batch,) = LookupBatchSource(task, Curriculum(stages), config, 0).micro_batches(0)
         seen.append({len(rows) for rows in batch["contexts"]})
         first = batch["input_ids"][0, 2:6]  # a key: behind bos and a mark
         keys = torch.stack([row[2 + 10 * line : 6 + 10 * line] for row in batch["input_ids"] for line in range(25)])
@@ -105,16 +105,16 @@ def test_it_learns_and_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeyp
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     model = LongLlamaForCausalLM.from_pretrained(tmp_path / "whole")
-    assert task_of(model.config).key_length == 1 and model.config.mem_layers == [1]
+    assert load_task(model.config).key_length == 1 and model.config.mem_layers == [1]
 
-    real = LookupFeed.passes
+    real = LookupBatchSource.micro_batches
 
     def killed(self, step):
         if step == 40:
             raise KeyboardInterrupt
         return real(self, step)
 
-    monkeypatch.setattr(LookupFeed, "passes", killed)
+    monkeypatch.setattr(LookupBatchSource, "micro_batches", killed)
     with pytest.raises(KeyboardInterrupt):
         train_lookup(settings(tmp_path / "cut", steps=60, learning_rate=5e-3, save_every=25))
     monkeypatch.undo()
@@ -130,13 +130,13 @@ def test_it_learns_and_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeyp
         ({"sizes": []}, "sizes must be"),
         ({"sizes": [4, 2]}, "from small to large"),
         ({"lines": [5]}, "lines must go"),
-        ({"grow_at": 1.5}, "grow_at is an accuracy"),
+        ({"advance_at_accuracy": 1.5}, "advance_at_accuracy is an accuracy"),
         ({"mem_layer": 2}, "names layer 2"),
         ({"heads": 3}, "Heads must divide"),
         ({"row_length": 4}, "A dictionary needs"),
         ({"steps": None}, "set steps"),
-        ({"crowded": 0.5}, "Crowded keys are all different"),
-        ({"crowded": 2.0}, "crowded is a share"),
+        ({"confusable": 0.5}, "Crowded keys are all different"),
+        ({"confusable": 2.0}, "confusable is a share"),
     ],
 )
 def test_settings_that_cannot_be(tmp_path, changes, told):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llamory.documents.beir import read_beir
 from llamory.errors import LlamoryError
-from llamory.training.pair_batches import DrawnGroups, NoFalseNegatives
+from llamory.training.pair_batches import FalseNegativeFreeSampler, GroupDataset
 from llamory.training.pairs import Example, Pairs, load_pairs
 
 
@@ -47,7 +47,7 @@ def test_published_lines_are_read_with_their_scores_and_places(tmp_path):
     file = write_lines(tmp_path / "pairs.jsonl", first, "", {"query": "e", "pos": "f", "prompt": "unused"})
     one, two = load_pairs([file]).examples
     assert one == Example("a", ("b", "c"), ("d",), (3.0, 2.5), (-1.0,), f"{file}:1")
-    assert two == Example("e", ("f",), place=f"{file}:3")
+    assert two == Example("e", ("f",), location=f"{file}:3")
     assert one.scored and not two.scored
 
 
@@ -55,11 +55,11 @@ def test_beir_judgements_become_positives_and_negatives(beir):
     pairs = load_pairs([beir])
     judged = beir / "qrels" / "train.tsv"
     assert pairs.examples == [
-        Example("where to", ("River It runs south.",), ("A stone.",), place=f"{judged}:2"),
-        Example("what material", ("Bridge Of wood.", "A stone."), place=f"{judged}:4"),  # d4 has no text
+        Example("where to", ("River It runs south.",), ("A stone.",), location=f"{judged}:2"),
+        Example("what material", ("Bridge Of wood.", "A stone."), location=f"{judged}:4"),  # d4 has no text
     ]
     assert sorted(pairs.documents) == ["A stone.", "Bridge Of wood.", "Oil.", "River It runs south."]
-    assert read_beir(beir).judgements["q1"] == {"d1": 2.0, "d2": 0.0}
+    assert read_beir(beir).qrels["q1"] == {"d1": 2.0, "d2": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -129,16 +129,16 @@ def texts(group):
 
 
 def test_groups_are_drawn_anew_in_each_epoch_and_the_same_at_each_call():
-    groups = DrawnGroups(Pairs([Example("q", POSITIVES, NEGATIVES)]), 5, seed=1)
+    groups = GroupDataset(Pairs([Example("q", POSITIVES, NEGATIVES)]), 5, seed=1)
     drawn = [groups[epoch] for epoch in range(300)]
-    assert drawn == [DrawnGroups(groups.pairs, 5, seed=1)[epoch] for epoch in range(300)]
+    assert drawn == [GroupDataset(groups.pairs, 5, seed=1)[epoch] for epoch in range(300)]
     assert all(len(set(texts(group))) == 4 for group in drawn)
     assert {group["positive"] for group in drawn} == set(POSITIVES)
     counts = Counter(text for group in drawn for text in texts(group))
     assert set(counts) == set(NEGATIVES)
     # each of 300 groups holds a negative with a chance of 4/9: 133 of them, give or take five deviations of 8.6
     assert all(90 < count < 176 for count in counts.values())
-    assert drawn != [DrawnGroups(groups.pairs, 5, seed=2)[epoch] for epoch in range(300)]
+    assert drawn != [GroupDataset(groups.pairs, 5, seed=2)[epoch] for epoch in range(300)]
 
 
 def test_a_query_with_too_few_negatives_gets_them_again_and_one_without_any_gets_others():
@@ -150,14 +150,14 @@ def test_a_query_with_too_few_negatives_gets_them_again_and_one_without_any_gets
             Example("s", ("f",)),
         ]
     )
-    groups = DrawnGroups(pairs, 4, seed=0)
+    groups = GroupDataset(pairs, 4, seed=0)
     drawn = [[set(texts(groups[4 * epoch + i])) for epoch in range(50)] for i in range(4)]
     assert all(each == {"b", "c"} for each in drawn[0])
     assert set.union(*drawn[2]) == {"b", "c", "f"}  # not a, which answers q elsewhere
     assert set.union(*drawn[3]) == {"a", "b", "c"}
     only = Pairs([Example("q", ("a",)), Example("r", ("b",), ("a",))])
     with pytest.raises(LlamoryError, match="all those of other queries answer it"):
-        DrawnGroups(only, 2, seed=0)[0]
+        GroupDataset(only, 2, seed=0)[0]
 
 
 def test_scores_go_with_their_documents():
@@ -165,7 +165,7 @@ def test_scores_go_with_their_documents():
     example = Example(
         "q", POSITIVES, NEGATIVES[:2], tuple(map(scores.get, POSITIVES)), tuple(map(scores.get, NEGATIVES[:2]))
     )
-    groups = DrawnGroups(Pairs([example]), 4, seed=0, scored=True)
+    groups = GroupDataset(Pairs([example]), 4, seed=0, scored=True)
     for epoch in range(20):
         group = groups[epoch]
         assert group["scores"] == [scores[text] for text in (group["positive"], *texts(group))]
@@ -188,8 +188,8 @@ def data(draw):
 @given(data(), st.integers(1, 6), st.integers(1, 3), st.integers(1, 3))
 @settings(max_examples=150, deadline=None)
 def test_no_document_of_a_step_answers_another_query_or_is_one(pairs, batch_size, processes, group_size):
-    groups = DrawnGroups(pairs, group_size, seed=3)
-    samplers = [NoFalseNegatives(groups, batch_size, process=p, processes=processes) for p in range(processes)]
+    groups = GroupDataset(pairs, group_size, seed=3)
+    samplers = [FalseNegativeFreeSampler(groups, batch_size, process=p, processes=processes) for p in range(processes)]
     for epoch in (0, 1):
         for sampler in samplers:
             sampler.set_epoch(epoch)
@@ -209,7 +209,7 @@ def test_no_document_of_a_step_answers_another_query_or_is_one(pairs, batch_size
 
 def test_an_epoch_shows_every_query_once_if_none_shares_a_document():
     pairs = Pairs(Example(f"q{i}", (f"a{i}",), (f"n{i}",)) for i in range(50))
-    sampler = NoFalseNegatives(DrawnGroups(pairs, 2, seed=0), 8)
+    sampler = FalseNegativeFreeSampler(GroupDataset(pairs, 2, seed=0), 8)
     epochs = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -222,6 +222,6 @@ def test_an_epoch_shows_every_query_once_if_none_shares_a_document():
 def test_queries_of_a_few_topics_go_together_as_far_as_they_can():
     chance = random.Random(0)
     pairs = Pairs(Example(f"q{i}", (f"topic {chance.randrange(4)}",)) for i in range(100))
-    sampler = NoFalseNegatives(DrawnGroups(pairs, 1, seed=0), 8)
+    sampler = FalseNegativeFreeSampler(GroupDataset(pairs, 1, seed=0), 8)
     assert max(map(len, sampler)) == 4
     assert min(map(len, sampler)) > 1  # a lone query has no negatives

@@ -5,10 +5,10 @@ import torch
 from torch.nn.functional import cosine_similarity, normalize
 
 from llamory.embedding.pipeline import load_embedder
-from llamory.training.pair_batches import DrawnGroups
+from llamory.training.pair_batches import GroupDataset
 from llamory.training.pairs import Example, Pairs
 from llamory.training.ranking import ranking_loss
-from llamory.training.retriever import _arguments, _collator, _columns, _source
+from llamory.training.retriever import _arguments, _collator, _columns, _model_source
 from llamory.training.settings import RetrieverSettings
 
 WORDS = "river stone bridge winter garden letter window market silver morning".split()
@@ -27,7 +27,7 @@ def setting(model_folder, tmp_path):
 @pytest.fixture
 def embedder(setting, tmp_path):
     """In float64, so that nothing but a wrong formula makes a difference."""
-    return load_embedder(_source(setting(), tmp_path, write=True), device="cpu").double()
+    return load_embedder(_model_source(setting(), tmp_path, write=True), device="cpu").double()
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def batch(setting, embedder):
     )
     arguments = _arguments(setting())
     _columns(arguments, embedder, 3)
-    groups = DrawnGroups(pairs, 3, seed=0, scored=True)
+    groups = GroupDataset(pairs, 3, seed=0, scored=True)
     made = _collator(embedder, setting(), arguments)([groups[i] for i in range(5)])
     columns = ["anchor", "positive", "negative_1", "negative_2"]
     features = [{k.removeprefix(f"{c}_"): v for k, v in made.items() if k.startswith(f"{c}_")} for c in columns]
@@ -49,7 +49,9 @@ def batch(setting, embedder):
 def loss_and_gradients(embedder, settings, teacher, batch):
     features, scores = batch
     embedder.zero_grad()
-    loss = ranking_loss(embedder, settings, teacher=teacher, shared=False)([dict(each) for each in features], scores)
+    loss = ranking_loss(embedder, settings, teacher=teacher, gather_across_devices=False)(
+        [dict(each) for each in features], scores
+    )
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in embedder.named_parameters() if p.grad is not None}
     return loss.detach(), gradients

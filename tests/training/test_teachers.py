@@ -55,7 +55,9 @@ def common(model_folder, tmp_path):
 @pytest.fixture
 def fot_settings(common, documents):
     def make(**changes):
-        return FotSettings(**(common | {"data": [str(documents)], "min_length": 1, "mix": ["0+0", "1+1"]} | changes))
+        return FotSettings(
+            **(common | {"data": [str(documents)], "min_length": 1, "crossbatch_schedule": ["0+0", "1+1"]} | changes)
+        )
 
     return make
 

@@ -13,13 +13,13 @@ from llamory.cli import main
 from llamory.embedding.library_encoder import embed_passages, embed_queries
 from llamory.embedding.pipeline import (
     export_sentence_transformer,
+    fit_whitening_on_texts,
     load_embedder,
     query_prompt,
+    sample_passages,
     set_query_prompt,
-    unlabelled_texts,
-    whitening_on,
 )
-from llamory.embedding.whitening import WHITENING_FILE, fit_whitening, shortened
+from llamory.embedding.whitening import WHITENING_FILE, fit_whitening, pseudo_queries
 from llamory.errors import LlamoryError
 from llamory.training.llara import train_llara
 from llamory.training.retriever import train_retriever
@@ -34,7 +34,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def trained(settings) -> Path:
-    return Path(train_llara(settings(whiten=24, export=True, embed_length=150))["output"])
+    return Path(train_llara(settings(whiten=24, export=True, max_seq_length=150))["output"])
 
 
 def test_the_matrix_is_a_power_of_the_shrunk_covariance():
@@ -55,10 +55,10 @@ def test_the_matrix_is_a_power_of_the_shrunk_covariance():
 
 def test_shortened_texts_start_alike_and_are_as_short_as_queries():
     texts = [" ".join(f"w{i}.{j}" for j in range(40)) for i in range(100)]
-    short = shortened(texts)
+    short = pseudo_queries(texts)
     assert all(text.startswith(each) and 4 <= len(each.split()) <= 14 for text, each in zip(texts, short, strict=True))
     assert {len(each.split()) for each in short} == set(range(4, 15))
-    assert shortened(["one two"]) == ["one two"]
+    assert pseudo_queries(["one two"]) == ["one two"]
 
 
 def test_a_trained_model_is_whitened_wherever_it_is_loaded(trained):
@@ -85,9 +85,9 @@ def test_a_trained_model_is_whitened_wherever_it_is_loaded(trained):
 
 
 def test_vectors_of_what_it_was_fitted_on_are_centred_and_more_even(trained, documents, tmp_path):
-    texts = unlabelled_texts(trained, [documents])
+    texts = sample_passages(trained, [documents])
     assert sorted(texts) == sorted(path.read_text() for path in documents.iterdir())
-    model = load_embedder(export_sentence_transformer(trained, tmp_path / "out", whiten_on=texts), device="cpu")
+    model = load_embedder(export_sentence_transformer(trained, tmp_path / "out", whitening_texts=texts), device="cpu")
     whole = model.encode_document(texts)
     del model[-1], model[-1]
     plain = model.encode_document(texts)
@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_refused(trained, settings, tmp_path):
     with pytest.raises(LlamoryError, match="needs at least 16 passages and there are 1; add data"):
         train_llara(settings(output=str(tmp_path / "other"), data=[str(tmp_path / "few.txt")], whiten=20))
     with pytest.raises(LlamoryError, match="needs at least 16 texts, not 2"):
-        whitening_on(trained, ["one", "two"], device="cpu")
+        fit_whitening_on_texts(trained, ["one", "two"], device="cpu")
     tensors = load_file(trained / WHITENING_FILE)
     for broken in ({"matrix": torch.eye(3)}, {"document_centre": tensors["document_centre"] * float("nan")}):
         save_file(tensors | broken, trained / WHITENING_FILE)

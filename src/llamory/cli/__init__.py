@@ -12,8 +12,8 @@ from typer.main import get_command
 from llamory import __version__
 from llamory.cli import ask, chat, dataset, export, index, info, read, search, train
 from llamory.cli import eval as evaluate
-from llamory.cli.errors import INTERRUPTED, debugging, discard_output, say
-from llamory.cli.output import quieten_libraries
+from llamory.cli.errors import INTERRUPTED, discard_stdout, extract_debug_flag, print_error
+from llamory.cli.output import silence_libraries
 
 app = typer.Typer(
     name="llamory",
@@ -47,26 +47,26 @@ def _llamory(
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
     if not debug:
-        quieten_libraries()
+        silence_libraries()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line (with `sys.argv`'s arguments if none are given) and leave with its exit code.
+    """Run the command line (with `sys.argv`'s arguments if none are arguments_list) and leave with its exit code.
 
     Exit codes: 0 done, 1 a fault of llamory's own, 2 an error that the user can mend, 130 stopped with Ctrl-C.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug, given = debugging(given)
+    arguments_list = list(sys.argv[1:] if arguments is None else arguments)
+    debug, arguments_list = extract_debug_flag(arguments_list)
     try:
-        code = get_command(app).main(given, prog_name="llamory", standalone_mode=False)
+        code = get_command(app).main(arguments_list, prog_name="llamory", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        discard_output()
+        discard_stdout()
         code = 0
     except (Exception, KeyboardInterrupt) as error:
-        code = say(error, debug=debug)
+        code = print_error(error, debug=debug)
     else:
         # typer turns Ctrl-C inside a command into this exit code.
         if code == INTERRUPTED:
-            say(KeyboardInterrupt(), debug=False)
+            print_error(KeyboardInterrupt(), debug=False)
     sys.exit(code if isinstance(code, int) else 0)

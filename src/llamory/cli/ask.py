@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from llamory.cli import ask_options as options
-from llamory.cli.memory_options import Bf16, Device, Search, TopK
-from llamory.cli.output import Json, Quiet, print_json, working
+from llamory.cli.memory_options import Bf16, Device, MemSearch, MemTopK
+from llamory.cli.output import Json, Quiet, print_json, stdout_redirected
 
 
 def ask(
@@ -18,7 +18,7 @@ def ask(
     library: options.LibraryPath = None,
     memory: options.MemoryFiles = None,
     documents: options.Documents = None,
-    top: options.Top = None,
+    top: options.TopDocuments = None,
     source: options.Source = None,
     mode: options.Mode = None,
     citations: options.Citations = None,
@@ -27,15 +27,15 @@ def ask(
     mem_layers: options.MemLayers = None,
     context_length: options.ContextLength = None,
     mem_dtype: options.MemDtype = None,
-    memory_budget: options.Budget = None,
-    mem_search: Search = None,
-    mem_top_k: TopK = None,
+    memory_budget: options.MemoryBudget = None,
+    mem_search: MemSearch = None,
+    mem_top_k: MemTopK = None,
     max_new_tokens: options.MaxNewTokens = 256,
     max_question_tokens: options.MaxQuestionTokens = None,
-    focus: options.Focus = None,
+    evidence_ratio: options.EvidenceRatio = None,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = None,
-    last_context_length: options.LastContext = None,
+    last_context_length: options.LastContextLength = None,
     bf16: Bf16 = False,
     device: Device = None,
     as_json: Json = False,
@@ -45,21 +45,25 @@ def ask(
 
     The answer comes word by word; under it are the passages that drew the most attention, with the share of each.
     """
-    given, out = dict(locals()), sys.stdout
-    with working(quiet=quiet):
-        asked = options.Asked.of(given, None if as_json else lambda text: options.write_text(out, text))
-        if asked.memory:
-            opened = asked.open_memory()
-            answer: Any = opened.ask(question, **asked.manner)
-            name = opened.name
+    arguments, out = dict(locals()), sys.stdout
+    with stdout_redirected(quiet=quiet):
+        ask_options = options.AskOptions.of(arguments, None if as_json else lambda text: options.write_text(out, text))
+        if ask_options.memory:
+            opened_memory = ask_options.open_memory()
+            answer: Any = opened_memory.ask(question, **ask_options.generation_options)
+            name = opened_memory.name
         else:
-            library_asked = asked.open_library()
-            answer = library_asked.ask(
-                question, progress=True, documents=asked.documents, **asked.finding, **asked.manner
+            opened_library = ask_options.open_library()
+            answer = opened_library.ask(
+                question,
+                progress=True,
+                documents=ask_options.documents,
+                **ask_options.retrieval_options,
+                **ask_options.generation_options,
             )
-            name = library_asked.desk().reader.name
+            name = opened_library.qa_session().reader.name
     if as_json:
-        print_json(asked.where | {"model": name} | asdict(answer))
+        print_json(ask_options.target | {"model": name} | asdict(answer))
         return
     out.write("\n")
     if citations_of := getattr(answer, "citations", []):

@@ -34,10 +34,10 @@ Model = Annotated[
 ]
 Documents = Annotated[
     list[str] | None,
-    typer.Option("--documents", help="Only this document; may be given several times.", show_default=False),
+    typer.Option("--document", help="Only this document; may be given several times.", show_default=False),
 ]
-Top = Annotated[
-    int | None, typer.Option("--top", min=1, help="Documents that a question finds; 5.", show_default=False)
+TopDocuments = Annotated[
+    int | None, typer.Option("--top-documents", min=1, help="Documents that a question finds; 5.", show_default=False)
 ]
 Source = Annotated[
     list[str] | None,
@@ -73,7 +73,7 @@ ContextLength = Annotated[
     int | None,
     typer.Option("--context-length", min=1, help="Tokens that the reader reads at once.", show_default=False),
 ]
-Budget = Annotated[
+MemoryBudget = Annotated[
     str | None,
     typer.Option("--memory-budget", help="What a library's memory may take on the disk; 10GB.", show_default=False),
 ]
@@ -83,10 +83,10 @@ MaxQuestionTokens = Annotated[
     typer.Option("--max-question-tokens", min=1, help="Refuse a question of more tokens.", show_default=False),
 ]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="Sample the answer; 0 takes the likeliest.")]
-Focus = Annotated[
+EvidenceRatio = Annotated[
     float | None,
     typer.Option(
-        "--focus",
+        "--evidence_ratio",
         min=0.0,
         help="Leave out documents, and stretches of long ones, that make the question so many times less likely than "
         "the best does; 100 if nothing is said, 0 answers from all.",
@@ -94,7 +94,7 @@ Focus = Annotated[
     ),
 ]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed for sampling.", show_default=False)]
-LastContext = Annotated[
+LastContextLength = Annotated[
     int | None,
     typer.Option("--last-context-length", min=1, help="Tokens of a long question that stay local.", show_default=False),
 ]
@@ -104,36 +104,36 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskOptions:
     """What is asked, and how; made of the options of a command.
 
     Attributes:
         library, memory: one of the two.
         model, documents: as given.
-        opening: settings of the model, of either.
-        reading: settings of a library's reader.
-        finding: which documents of a library, and how many citations.
-        manner: how to answer.
+        model_options: settings of the model, of either.
+        reader_settings: settings of a library's reader.
+        retrieval_options: which documents of a library, and how many citations.
+        generation_options: how to answer.
     """
 
     library: str | None
     memory: list[Path] | None
     model: str | None
     documents: list[str] | None
-    opening: dict[str, Any]
-    reading: dict[str, Any]
-    finding: dict[str, Any]
-    manner: dict[str, Any]
+    model_options: dict[str, Any]
+    reader_settings: dict[str, Any]
+    retrieval_options: dict[str, Any]
+    generation_options: dict[str, Any]
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], on_text: Callable[[str], None] | None) -> Asked:
+    def of(cls, given: Mapping[str, Any], on_text: Callable[[str], None] | None) -> AskOptions:
         """From all arguments of a command, by name.
 
         Raises:
             LlamoryError: not exactly one of library and memory was given, or an option that memory files don't have.
         """
 
-        def some(*names: str) -> dict[str, Any]:
+        def selected(*names: str) -> dict[str, Any]:
             return {name: given[name] for name in names if given[name] not in (None, [])}
 
         asked = cls(
@@ -141,20 +141,21 @@ class Asked:
             given["memory"],
             given["model"],
             given["documents"] or None,
-            some("mem_search", "mem_top_k", "last_context_length", "bf16", "device"),
-            reading_settings(given),
-            some("top", "source", "mode", "citations"),
-            some("max_new_tokens", "max_question_tokens", "temperature", "seed", "focus") | {"on_text": on_text},
+            selected("mem_search", "mem_top_k", "last_context_length", "bf16", "device"),
+            reader_options(given),
+            selected("top", "source", "mode", "citations"),
+            selected("max_new_tokens", "max_question_tokens", "temperature", "seed", "evidence_ratio")
+            | {"on_text": on_text},
         )
         if bool(asked.library) == bool(asked.memory):
             raise LlamoryError("Give either --library DIR or --memory FILE, to say what is asked.")
-        if asked.memory and (wrong := list(asked.finding | asked.reading)):
-            name = wrong[0].replace("_", "-")
+        if asked.memory and (unsupported := list(asked.retrieval_options | asked.reader_settings)):
+            name = unsupported[0].replace("_", "-")
             raise LlamoryError(f"--{name} goes with --library; a memory file is as it was read.")
         return asked
 
     @property
-    def where(self) -> dict[str, Any]:
+    def target(self) -> dict[str, Any]:
         """What is asked, for JSON."""
         return {"memory": list(map(str, self.memory))} if self.memory else {"library": self.library}
 
@@ -162,16 +163,16 @@ class Asked:
         """The memory files."""
         from llamory.qa.open_memory import OpenMemory
 
-        return OpenMemory(list(self.memory or ()), model=self.model, documents=self.documents, **self.opening)
+        return OpenMemory(list(self.memory or ()), model=self.model, documents=self.documents, **self.model_options)
 
     def open_library(self) -> Library:
         """The library."""
         from llamory.library import Library
 
-        return Library(str(self.library), model=self.model, **self.reading, **self.opening)
+        return Library(str(self.library), model=self.model, **self.reader_settings, **self.model_options)
 
 
-def reading_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+def reader_options(given: Mapping[str, Any]) -> dict[str, Any]:
     """What was given of a library's reader, from all arguments of a command.
 
     Raises:
@@ -192,15 +193,15 @@ def write_text(out: TextIO, text: str) -> None:
 
 
 def write_citations(out: TextIO, citations: Iterable[Citation]) -> None:
-    """Write citations, a line each: a bar and the share in percent, the place and the title."""
+    """Write citations, a line each: a share_bar and the share in percent, the location and the title."""
     for citation in citations:
-        title = "" if citation.title in citation.place else f"  {citation.title}"
-        line = f"{bar(citation.share, out.encoding)} {citation.share:>4.0%}  {citation.place}{title}"
+        title = "" if citation.title in citation.location else f"  {citation.title}"
+        line = f"{share_bar(citation.share, out.encoding)} {citation.share:>4.0%}  {citation.location}{title}"
         write_text(out, line.replace("\n", " ").rstrip() + "\n")
 
 
-def bar(share: float, encoding: str | None = "utf-8") -> str:
-    """A share from 0 to 1 as a bar of 12 characters; of # where the output doesn't know blocks."""
+def share_bar(share: float, encoding: str | None = "utf-8") -> str:
+    """A share from 0 to 1 as a share_bar of 12 characters; of # target the output doesn't know blocks."""
     eighths = round(share * _BAR * 8)
     shown = "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
     try:

@@ -11,12 +11,12 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from llamory.cli import ask_options as options
-from llamory.cli.memory_options import Bf16, Device, Search, TopK
-from llamory.cli.output import Json, Quiet, print_json, working
+from llamory.cli.memory_options import Bf16, Device, MemSearch, MemTopK
+from llamory.cli.output import Json, Quiet, print_json, stdout_redirected
 from llamory.errors import LlamoryError
 
 _PROMPT = "> "
-_ENDS = ("/quit", "/exit")
+_QUIT_COMMANDS = ("/quit", "/exit")
 _HELP = "Ask away; /quit or Ctrl-D ends."
 
 
@@ -24,7 +24,7 @@ def chat(
     library: options.LibraryPath = None,
     memory: options.MemoryFiles = None,
     documents: options.Documents = None,
-    top: options.Top = None,
+    top: options.TopDocuments = None,
     source: options.Source = None,
     mode: options.Mode = None,
     citations: options.Citations = None,
@@ -37,15 +37,15 @@ def chat(
     mem_layers: options.MemLayers = None,
     context_length: options.ContextLength = None,
     mem_dtype: options.MemDtype = None,
-    memory_budget: options.Budget = None,
-    mem_search: Search = None,
-    mem_top_k: TopK = None,
+    memory_budget: options.MemoryBudget = None,
+    mem_search: MemSearch = None,
+    mem_top_k: MemTopK = None,
     max_new_tokens: options.MaxNewTokens = 256,
     max_question_tokens: options.MaxQuestionTokens = None,
-    focus: options.Focus = None,
+    evidence_ratio: options.EvidenceRatio = None,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = None,
-    last_context_length: options.LastContext = None,
+    last_context_length: options.LastContextLength = None,
     bf16: Bf16 = False,
     device: Device = None,
     as_json: Json = False,
@@ -56,32 +56,34 @@ def chat(
     With a library each question finds the documents it needs, which stay in memory. An empty line is passed over;
     /quit or the end of the input (Ctrl-D) ends.
     """
-    given, out, typed = dict(locals()), sys.stdout, sys.stdin.isatty()
-    with working(quiet=quiet):
-        asked = options.Asked.of(given, None if as_json else lambda text: options.write_text(out, text))
-        talk: Any
-        if asked.memory:
-            talk = asked.open_memory().chat()
+    arguments, out, interactive = dict(locals()), sys.stdout, sys.stdin.isatty()
+    with stdout_redirected(quiet=quiet):
+        ask_options = options.AskOptions.of(arguments, None if as_json else lambda text: options.write_text(out, text))
+        chat_session: Any
+        if ask_options.memory:
+            chat_session = ask_options.open_memory().chat()
         else:
-            talk = asked.open_library().chat(progress=True, documents=asked.documents, **asked.finding)
-        if typed:
+            chat_session = ask_options.open_library().chat(
+                progress=True, documents=ask_options.documents, **ask_options.retrieval_options
+            )
+        if interactive:
             sys.stderr.write(f"{_HELP}\n")
-        for question in _questions(typed=typed):
-            if not typed and not as_json:
+        for question in _questions(interactive=interactive):
+            if not interactive and not as_json:
                 options.write_text(out, f"{_PROMPT}{question}\n")
             try:
-                answer = talk.say(question, **asked.manner)
+                answer = chat_session.say(question, **ask_options.generation_options)
             except LlamoryError as error:
-                if not typed:
+                if not interactive:
                     raise
                 sys.stderr.write(f"{error}\n")  # somebody sits there and can ask something else
                 continue
             if not as_json:
                 _end_turn(out, getattr(answer, "citations", []))
         if save is not None:
-            talk.save(save)
+            chat_session.save(save)
     if as_json:
-        print_json(asked.where | {"turns": [asdict(turn) for turn in talk.turns]})
+        print_json(ask_options.target | {"turns": [asdict(turn) for turn in chat_session.turns]})
 
 
 def _end_turn(out: TextIO, citations: list[Any]) -> None:
@@ -93,18 +95,18 @@ def _end_turn(out: TextIO, citations: list[Any]) -> None:
     out.flush()
 
 
-def _questions(*, typed: bool) -> Iterator[str]:
+def _questions(*, interactive: bool) -> Iterator[str]:
     """The lines of standard input until it ends; blank ones are left out.
 
     Args:
-        typed: whether somebody types them, who wants to be prompted.
+        interactive: whether somebody types them, who wants to be prompted.
     """
     while True:
         try:
-            line = input(_PROMPT if typed else "").strip()
+            line = input(_PROMPT if interactive else "").strip()
         except EOFError:
             return
-        if line in _ENDS:
+        if line in _QUIT_COMMANDS:
             return
         if line:
             yield line

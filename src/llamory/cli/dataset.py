@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from llamory.cli.output import Json, Quiet, print_json, working
+from llamory.cli.output import Json, Quiet, print_json, stdout_redirected
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
@@ -41,17 +41,23 @@ def descriptions(
     quiet: Quiet = False,
 ) -> None:
     """Build the set of package descriptions: a Debian package's title asks for its long description."""
-    with working(quiet=quiet):
-        from llamory.evaluation.datasets.builder import check_free
-        from llamory.evaluation.datasets.descriptions import about_lists, description_pairs, fetched_lists
+    with stdout_redirected(quiet=quiet):
+        from llamory.evaluation.datasets.builder import require_empty_folder
+        from llamory.evaluation.datasets.descriptions import (
+            description_pairs,
+            downloaded_package_lists,
+            format_package_lists,
+        )
 
-        check_free(output)
+        require_empty_folder(output)
         for path in source or ():
             if not path.is_file():
                 raise LlamoryError(f"There is no file {path}.")
-        with nullcontext(source) if source else fetched_lists() as files:
-            result = _build(output, description_pairs(files), _DESCRIPTIONS.format(lists=about_lists(files)))
-    _tell(output, result, as_json=as_json)
+        with nullcontext(source) if source else downloaded_package_lists() as files:
+            result = _build_dataset(
+                output, description_pairs(files), _DESCRIPTIONS.format(lists=format_package_lists(files))
+            )
+    _print_summary(output, result, as_json=as_json)
 
 
 @app.command()
@@ -80,32 +86,32 @@ def functions(
     quiet: Quiet = False,
 ) -> None:
     """Build the set of Python functions: a docstring asks for the function it was taken out of."""
-    with working(quiet=quiet):
-        from llamory.evaluation.datasets.builder import check_free
+    with stdout_redirected(quiet=quiet):
+        from llamory.evaluation.datasets.builder import require_empty_folder
         from llamory.evaluation.datasets.functions import (
-            folder_origin,
+            default_packages,
             function_pairs,
             installed_packages,
+            origin_of_folder,
             standard_library,
-            usual_packages,
         )
 
         if package and source:
             raise LlamoryError("--package can't be given with --source; give one of them.")
-        check_free(output)
+        require_empty_folder(output)
         if source:
-            origins = [folder_origin(folder) for folder in source]
+            origins = [origin_of_folder(folder) for folder in source]
         else:
             origins = [standard_library()]
             if package or packages == "all":
                 origins += installed_packages(package)
             elif packages == "usual":
-                origins += usual_packages()
-        told = "\n".join(f"- {origin.name}: {origin.licence}" for origin in origins)
-        with _Files("Python files", origins) as progress:
+                origins += default_packages()
+        source_list = "\n".join(f"- {origin.name}: {origin.licence}" for origin in origins)
+        with _FileProgress("Python files", origins) as progress:
             pairs = function_pairs(origins, progress.step)
-            result = _build(output, pairs, _FUNCTIONS.format(origins=told))
-    _tell(output, result, as_json=as_json)
+            result = _build_dataset(output, pairs, _FUNCTIONS.format(origins=source_list))
+    _print_summary(output, result, as_json=as_json)
 
 
 @app.command()
@@ -113,44 +119,49 @@ def sections(
     documents: Annotated[list[Path], typer.Argument(help="Files and folders of documents with headings.")],
     output: Output,
     test_only: Annotated[
-        bool, typer.Option("--test-only", help="Put all pairs into the test part, to judge with and never to train on.")
+        bool,
+        typer.Option("--test-only", help="Put all pairs into the test split, to judge with and never to train on."),
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Build a set of documents of your own: a heading asks for the section that stands under it."""
-    with working(quiet=quiet):
-        from llamory.evaluation.datasets.builder import check_free
+    with stdout_redirected(quiet=quiet):
+        from llamory.evaluation.datasets.builder import require_empty_folder
         from llamory.evaluation.datasets.sections import section_pairs
 
-        check_free(output)
-        told = "\n".join(f"- {path.name}" for path in documents)
+        require_empty_folder(output)
+        source_list = "\n".join(f"- {path.name}" for path in documents)
         pairs = section_pairs(documents)
-        result = _build(output, pairs, _SECTIONS.format(documents=told), {"test": 1.0} if test_only else None)
-    _tell(output, result, as_json=as_json)
+        result = _build_dataset(
+            output, pairs, _SECTIONS.format(documents=source_list), {"test": 1.0} if test_only else None
+        )
+    _print_summary(output, result, as_json=as_json)
 
 
-def _build(output: Path, pairs: Iterable[Pair], about: str, shares: dict[str, float] | None = None) -> dict[str, Any]:
-    from llamory.evaluation.datasets.builder import PARTS, split_pairs, write_set
+def _build_dataset(
+    output: Path, pairs: Iterable[Pair], readme: str, fractions: dict[str, float] | None = None
+) -> dict[str, Any]:
+    from llamory.evaluation.datasets.builder import SPLITS, split_pairs, write_set
 
-    parts = split_pairs(pairs, shares or PARTS)
-    counts = {part: len(found) for part, found in parts.pairs.items()}
-    rows = "\n".join(f"| {part} | {count:,} |" for part, count in counts.items())
-    left_out = f"{parts.copies:,} copies and {parts.near_copies:,} near copies were left out."
-    write_set(output, parts, f"{about}\n| part | pairs |\n|---|---:|\n{rows}\n\n{left_out}\n{_PARTS}")
-    return {"pairs": counts, "copies_left_out": parts.copies, "near_copies_left_out": parts.near_copies}
+    splits = split_pairs(pairs, fractions or SPLITS)
+    counts = {split: len(found) for split, found in splits.pairs.items()}
+    rows = "\n".join(f"| {split} | {count:,} |" for split, count in counts.items())
+    removed = f"{splits.duplicates:,} duplicates and {splits.near_duplicates:,} near duplicates were left out."
+    write_set(output, splits, f"{readme}\n| split | pairs |\n|---|---:|\n{rows}\n\n{removed}\n{_SPLITS_NOTE}")
+    return {"pairs": counts, "duplicates_removed": splits.duplicates, "near_duplicates_removed": splits.near_duplicates}
 
 
-def _tell(output: Path, result: dict[str, Any], *, as_json: bool) -> None:
+def _print_summary(output: Path, result: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json({"output": str(output), **result})
     else:
-        counts = ", ".join(f"{count:,} {part}" for part, count in result["pairs"].items())
-        typer.echo(f"{output}: {counts} pairs; {result['copies_left_out']:,} copies and ", nl=False)
-        typer.echo(f"{result['near_copies_left_out']:,} near copies were left out.")
+        counts = ", ".join(f"{count:,} {split}" for split, count in result["pairs"].items())
+        typer.echo(f"{output}: {counts} pairs; {result['duplicates_removed']:,} duplicates and ", nl=False)
+        typer.echo(f"{result['near_duplicates_removed']:,} near duplicates were left out.")
 
 
-class _Files:
+class _FileProgress:
     """A bar on standard error, on a terminal, that counts files."""
 
     def __init__(self, title: str, origins: Iterable[Origin]) -> None:
@@ -163,7 +174,7 @@ class _Files:
         self.bar = Progress(console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task(title, total=sum(len(origin.files) for origin in origins))
 
-    def __enter__(self) -> _Files:
+    def __enter__(self) -> _FileProgress:
         self.bar.start()
         return self
 
@@ -183,7 +194,7 @@ Source:
 
 {lists}
 
-A description is part of its package and under that package's licence, which the Debian Free Software Guidelines allow
+A description is split of its package and under that package's licence, which the Debian Free Software Guidelines allow
 to be used, changed and passed on; see https://metadata.ftp-master.debian.org/changelogs/ for each.
 """
 
@@ -206,9 +217,9 @@ Documents, each under its own licence:
 {documents}
 """
 
-_PARTS = """
-The parts are BEIR folders of their own (corpus.jsonl, queries.jsonl, qrels/PART.tsv). A pair's part follows from a hash
-of its text, so that new sources move no pair. No query and no text stands in two parts, in other case or punctuation
-neither; of texts in different parts that share half of the shorter one's runs of five words, the one in test stays,
+_SPLITS_NOTE = """
+The splits are BEIR folders of their own (corpus.jsonl, queries.jsonl, qrels/PART.tsv). A pair's split follows from a hash
+of its text, so that new sources move no pair. No query and no text stands in two splits, in other case or punctuation
+neither; of texts in different splits that share half of the shorter one's runs of five words, the one in test stays,
 before dev, before train.
 """

@@ -11,39 +11,39 @@ import typer
 
 from llamory.errors import LlamoryError
 
-FAULT, MENDABLE, INTERRUPTED = 1, 2, 130
+INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
-def debugging(arguments: list[str]) -> tuple[bool, list[str]]:
+def extract_debug_flag(arguments: list[str]) -> tuple[bool, list[str]]:
     """Whether tracebacks are wanted, and the arguments with `--debug` first, as it may stand after the verb too."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     if "--debug" in arguments[:end]:
-        rest = [argument for argument in arguments[:end] if argument != "--debug"]
-        return True, ["--debug", *rest, *arguments[end:]]
+        remaining = [argument for argument in arguments[:end] if argument != "--debug"]
+        return True, ["--debug", *remaining, *arguments[end:]]
     if os.environ.get("LLAMORY_DEBUG", "0") not in ("", "0"):
         return True, ["--debug", *arguments]
     return False, arguments
 
 
-def say(error: BaseException, *, debug: bool) -> int:
-    """Write an error to standard error, as one sentence unless tracebacks are wanted, and give the exit code."""
+def print_error(error: BaseException, *, debug: bool) -> int:
+    """Write an error to standard error, as one message unless tracebacks are wanted, and give the exit code."""
     if isinstance(error, KeyboardInterrupt):
         typer.echo("Interrupted.", err=True)
         return INTERRUPTED
     if debug:
         traceback.print_exception(error)
-    sentence = explain(error)
-    if sentence is None:
-        sentence = f"llamory failed unexpectedly ({type(error).__name__}: {error})"
-        sentence += "." if debug else "; run the command with --debug to see where."
-        typer.echo(f"Error: {sentence}", err=True)
-        return FAULT
-    typer.echo(f"Error: {sentence}", err=True)
-    return MENDABLE
+    message = user_message(error)
+    if message is None:
+        message = f"llamory failed unexpectedly ({type(error).__name__}: {error})"
+        message += "." if debug else "; run the command with --debug to see where."
+        typer.echo(f"Error: {message}", err=True)
+        return INTERNAL_ERROR
+    typer.echo(f"Error: {message}", err=True)
+    return USER_ERROR
 
 
-def explain(error: BaseException) -> str | None:
-    """One sentence for an error that the user can mend; None for any other."""
+def user_message(error: BaseException) -> str | None:
+    """One message for an error that the user can mend; None for any other."""
     if isinstance(error, typer.TyperException):
         return error.format_message()
     if isinstance(error, LlamoryError):
@@ -52,7 +52,7 @@ def explain(error: BaseException) -> str | None:
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
         return f"The disk is full{where}: free some space and run the command again."
-    if _out_of_memory(error):
+    if _is_out_of_memory(error):
         return "The memory is too small for this: choose a smaller batch, shorter passages or a smaller model."
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         if isinstance(error, FileNotFoundError):
@@ -63,7 +63,7 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     # By name, as the error's class is torch's and torch may never have been imported.
     return (
         isinstance(error, MemoryError)
@@ -72,6 +72,6 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def discard_output() -> None:
+def discard_stdout() -> None:
     """Send what is left of standard output nowhere, so that Python doesn't complain at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llamory.cli import eval_options as shared
-from llamory.cli.output import Json, Quiet, print_json, working
+from llamory.cli.output import Json, Quiet, print_json, stdout_redirected
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
     from llamory.evaluation.lookup import LookupCell
-    from llamory.evaluation.results import Record
+    from llamory.evaluation.results import ResultsFile
 
 _JSON_FILE, _PICTURE = "lookup.json", "lookup.png"
 _MEMORY = "4k,16k,64k,256k,1M,4M,16M"
-_NEAREST = 32  # the paper's number of neighbours
+_TOP_K = 32  # the paper's number of neighbours
 
 
 def lookup(
@@ -28,14 +28,14 @@ def lookup(
         str | None, typer.Option(help="A model that `llamory train lookup` has made.", show_default=False)
     ] = None,
     compare: shared.Compare = None,
-    memory: Annotated[
+    memory_tokens: Annotated[
         list[str] | None,
         typer.Option(help=f"Tokens in memory, k is 1024 and M is 1024 k.  [default: {_MEMORY}]", show_default=False),
     ] = None,
-    documents: Annotated[int, typer.Option(min=1, help="Documents that are asked about.")] = 16,
+    num_documents: Annotated[int, typer.Option(min=1, help="Documents that are asked about.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the documents.")] = 0,
     mem_search: Annotated[str, typer.Option(help="How memory is searched: faiss, or exact for a full scan.")] = "faiss",
-    mem_top_k: Annotated[int, typer.Option(min=1, help="Neighbours that each query reads per head.")] = _NEAREST,
+    mem_top_k: Annotated[int, typer.Option(min=1, help="Neighbours that each query reads per head.")] = _TOP_K,
     mem_dtype: Annotated[
         str | None, typer.Option(help="How memory is kept; the model's own if not given.", show_default=False)
     ] = None,
@@ -52,64 +52,64 @@ def lookup(
     if model is None and model_argument is None:
         raise LlamoryError("Name a model that `llamory train lookup` has made.")
     names = shared.model_names(model_argument, model, compare)
-    lengths = shared.token_counts(memory or [_MEMORY], "--memory")
-    with working(quiet=quiet):
+    lengths = shared.token_counts(memory_tokens or [_MEMORY], "--memory-tokens")
+    with stdout_redirected(quiet=quiet):
         from llamory.evaluation.lookup import LookupCell, peak_memory, run_lookup
-        from llamory.evaluation.lookup_data import task_of
-        from llamory.evaluation.results import Record
+        from llamory.evaluation.lookup_data import load_task
+        from llamory.evaluation.results import ResultsFile
         from llamory.evaluation.steps import StepProgress
         from llamory.longllama.loading import load_long_model
 
-        settings: dict[str, Any] = {"documents": documents, "seed": seed}
-        record = Record(shared.output_folder(output) / _JSON_FILE, "lookup", settings, LookupCell, list)
-        shown = shared.shown_names(names)
+        settings: dict[str, Any] = {"documents": num_documents, "seed": seed}
+        results = ResultsFile(shared.output_folder(output) / _JSON_FILE, "lookup", settings, LookupCell, list)
+        shown = shared.display_names(names)
         for name in names:
             long = load_long_model(
-                name, mem_search=mem_search, mem_top_k=mem_top_k, mem_only_top_k=True, mem_dtype=mem_dtype
+                name, mem_search=mem_search, mem_top_k=mem_top_k, mem_top_k_attention=True, mem_dtype=mem_dtype
             )
-            cells = record.run(name, shared.memory_facts(long) | {"mem_only_top_k": True})
+            cells = results.run(name, shared.memory_model_metadata(long) | {"mem_top_k_attention": True})
             done = {cell.tokens for cell in cells}
-            task = task_of(long.config)
-            left = [length for length in lengths if length // task.half * task.half not in done]
+            task = load_task(long.config)
+            remaining = [length for length in lengths if length // task.half * task.half not in done]
 
-            def keep(cell: LookupCell, cells: list[LookupCell] = cells) -> None:
+            def add_cell(cell: LookupCell, cells: list[LookupCell] = cells) -> None:
                 cells.append(cell)
                 cells.sort(key=lambda each: each.tokens)
-                record.write()
+                results.write()
                 progress.step(
                     0,
                     f"{cell.tokens:,} tokens: {cell.accuracy:.1%} of tokens, {cell.whole:.1%} of values right "
                     f"({cell.asking:.0f} s, {peak_memory() / 2**30:.1f} GiB)",
                 )
 
-            with StepProgress(None if quiet else shown[name], left, 1) as progress:
-                if left:
+            with StepProgress(None if quiet else shown[name], remaining, 1) as progress:
+                if remaining:
                     run_lookup(
                         long,
-                        left,
+                        remaining,
                         task=task,
-                        documents=documents,
+                        documents=num_documents,
                         seed=seed,
-                        on_cell=keep,
+                        on_cell=add_cell,
                         on_read=lambda tokens: progress.advance(tokens),
                     )
             del long
-        record.write()
-        _draw(record, output / _PICTURE)
+        results.write()
+        _draw_plot(results, output / _PICTURE)
     if as_json:
-        print_json(record.document())
+        print_json(results.document())
     else:
-        _print_tables(record)
+        _print_tables(results)
         typer.echo(f"Written: {output / _JSON_FILE} and {output / _PICTURE}")
 
 
-def _draw(record: Record[LookupCell], path: Path) -> None:
+def _draw_plot(results: ResultsFile[LookupCell], path: Path) -> None:
     from llamory.evaluation.curves import Line, draw_curves
 
-    shown = shared.shown_names(record.scores)
+    shown = shared.display_names(results.scores)
     lines = [
         Line(shown[name], [cell.tokens for cell in cells], [cell.accuracy for cell in cells])
-        for name, cells in record.scores.items()
+        for name, cells in results.scores.items()
         if cells
     ]
     draw_curves(
@@ -118,13 +118,13 @@ def _draw(record: Record[LookupCell], path: Path) -> None:
         lines,
         x_label="Tokens in memory",
         y_label="Accuracy of the values' tokens",
-        share=True,
+        percent=True,
     )
 
 
-def _print_tables(record: Record[LookupCell]) -> None:
-    shown = shared.shown_names(record.scores)
-    for name, cells in record.scores.items():
+def _print_tables(results: ResultsFile[LookupCell]) -> None:
+    shown = shared.display_names(results.scores)
+    for name, cells in results.scores.items():
         typer.echo(f"{shown[name]}: {cells[0].asked if cells else 0} values asked for")
         rows = [
             [

@@ -32,17 +32,19 @@ MemSearch = Annotated[
 MemTopK = Annotated[
     int | None, typer.Option(min=1, help="Pages or neighbours that a search reads.", show_default=False)
 ]
-MemOnlyTopK = Annotated[
+MemTopKAttention = Annotated[
     bool,
-    typer.Option("--mem-only-top-k", help="Read the best tokens only, as the paper does (exact: found by a scan)."),
+    typer.Option(
+        "--mem-top-k-attention", help="Read the best tokens only, as the paper does (exact: found by a scan)."
+    ),
 ]
-MemLogScale = Annotated[
+LognAttentionScale = Annotated[
     float | None,
     typer.Option(
         min=0, help="How much sharper attention gets as memory grows; default: the model's own.", show_default=False
     ),
 ]
-MemLogBias = Annotated[
+MemorySizeBias = Annotated[
     float | None,
     typer.Option(
         min=0, help="How much of memory's growth is taken off its weight; default: the model's own.", show_default=False
@@ -75,37 +77,37 @@ def model_names(argument: str | None, option: str | None, compare: Sequence[str]
     return names
 
 
-def memory_settings(
+def long_model_kwargs(
     mem_layers: Sequence[str] | None,
     context_length: int | None,
     mem_search: str | None,
     mem_top_k: int | None,
     *,
-    mem_only_top_k: bool = False,
-    mem_log_scale: float | None = None,
-    mem_log_bias: float | None = None,
+    mem_top_k_attention: bool = False,
+    logn_attention_scale: float | None = None,
+    memory_size_bias: float | None = None,
     bf16: bool = False,
 ) -> dict[str, Any]:
-    """What `load_long_model` is told."""
-    layers = None if mem_layers is None else entries(mem_layers, int, "--mem-layers")
-    told: dict[str, Any] = {"mem_layers": layers, "context_length": context_length, "mem_search": mem_search}
-    told |= {} if mem_top_k is None else {"mem_top_k": mem_top_k}
-    told |= {"mem_only_top_k": True} if mem_only_top_k else {}
-    told |= {} if mem_log_scale is None else {"mem_log_scale": mem_log_scale}
-    told |= {} if mem_log_bias is None else {"mem_log_bias": mem_log_bias}
-    return told | ({"dtype": "bfloat16"} if bf16 else {})
+    """What `load_long_model` is kwargs."""
+    layers = None if mem_layers is None else parse_list(mem_layers, int, "--mem-layers")
+    kwargs: dict[str, Any] = {"mem_layers": layers, "context_length": context_length, "mem_search": mem_search}
+    kwargs |= {} if mem_top_k is None else {"mem_top_k": mem_top_k}
+    kwargs |= {"mem_top_k_attention": True} if mem_top_k_attention else {}
+    kwargs |= {} if logn_attention_scale is None else {"logn_attention_scale": logn_attention_scale}
+    kwargs |= {} if memory_size_bias is None else {"memory_size_bias": memory_size_bias}
+    return kwargs | ({"dtype": "bfloat16"} if bf16 else {})
 
 
-def entries(given: Sequence[str], parse: Callable[[str], Any], flag: str) -> list[Any]:
-    """The entries of a flag that was given once with commas, or several times, or both."""
+def parse_list(given: Sequence[str], parse: Callable[[str], Any], flag: str) -> list[Any]:
+    """The parse_list of a flag that was given once with commas, or several times, or both."""
     texts = [text.strip() for texts in given for text in texts.split(",") if text.strip()]
     try:
-        return [parse(text) for text in texts] or _refuse(flag, ",".join(given))
+        return [parse(text) for text in texts] or _raise_value_error(flag, ",".join(given))
     except ValueError as error:
         raise LlamoryError(f"{flag} must be numbers with commas between them, not {','.join(given)!r}.") from error
 
 
-def _refuse(flag: str, text: str) -> list[Any]:
+def _raise_value_error(flag: str, text: str) -> list[Any]:
     raise ValueError(f"{flag}: {text}")
 
 
@@ -121,7 +123,7 @@ def token_counts(given: Sequence[str], flag: str) -> list[int]:
     Raises:
         LlamoryError: they aren't numbers, or one is negative.
     """
-    counts: list[int] = entries(given, token_count, flag)
+    counts: list[int] = parse_list(given, token_count, flag)
     if min(counts) < 0:
         raise LlamoryError(f"{flag} must be numbers of tokens from 0 on, not {min(counts)}.")
     return counts
@@ -139,7 +141,7 @@ def output_folder(path: Path) -> Path:
     return path
 
 
-def identity(paths: Sequence[Path]) -> dict[str, Any]:
+def file_identity(paths: Sequence[Path]) -> dict[str, Any]:
     """Names and content of files: results of another text can't be gone on with."""
     import hashlib
 
@@ -151,7 +153,7 @@ def identity(paths: Sequence[Path]) -> dict[str, Any]:
     return {"files": [path.name for path in files[:10]], "sha256": digest.hexdigest()}
 
 
-def memory_facts(model: Any) -> dict[str, Any]:
+def memory_model_metadata(model: Any) -> dict[str, Any]:
     """What of a model with memory its answers depend on."""
     config = model.config
     return {
@@ -163,28 +165,30 @@ def memory_facts(model: Any) -> dict[str, Any]:
         "mem_dtype": config.mem_dtype,
         "mem_search": config.mem_search,
         "mem_top_k": config.mem_top_k,
-        **({"mem_only_top_k": True} if config.mem_only_top_k else {}),
+        **({"mem_top_k_attention": True} if config.mem_top_k_attention else {}),
         **(
-            {name: getattr(config, name) for name in ("mem_log_scale", "mem_log_start")} if config.mem_log_scale else {}
+            {name: getattr(config, name) for name in ("logn_attention_scale", "logn_attention_start")}
+            if config.logn_attention_scale
+            else {}
         ),
         **(
-            {name: getattr(config, name) for name in ("mem_log_bias", "mem_log_bias_start")}
-            if config.mem_log_bias
+            {name: getattr(config, name) for name in ("memory_size_bias", "memory_size_bias_start")}
+            if config.memory_size_bias
             else {}
         ),
     }
 
 
-def shown_names(names: Iterable[str]) -> dict[str, str]:
+def display_names(names: Iterable[str]) -> dict[str, str]:
     """Per model what it is called in tables and pictures: a folder's own name, if that tells it from the others."""
     names = list(names)
     short = [Path(name).resolve().name if Path(name).exists() else name for name in names]
     return {name: each if short.count(each) == 1 else name for name, each in zip(names, short, strict=True)}
 
 
-def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print columns, each as wide as its widest entry, aligned right."""
-    lines = [heads, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(heads))]
+    lines = [headers, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
     for line in lines:
         typer.echo("  ".join(f"{entry:>{width}}" for entry, width in zip(line, widths, strict=True)))

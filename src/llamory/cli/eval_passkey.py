@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llamory.cli import eval_options as shared
-from llamory.cli.output import Json, Quiet, print_json, working
+from llamory.cli.output import Json, Quiet, print_json, stdout_redirected
 from llamory.errors import LlamoryError
 from llamory.evaluation.secrets import Kind
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llamory.evaluation.passkey import PasskeyResult, PromptMaker
-    from llamory.evaluation.passkey_results import PasskeyReport
+    from llamory.evaluation.passkey_results import PasskeyResultsFile
 
 _TITLES = {"memory": "With memory", "baseline": "Plain model, full cache"}
 _JSON_FILE, _PICTURE = "passkey.json", "passkey.png"
@@ -43,9 +43,9 @@ def passkey(
     ] = None,
     mem_search: shared.MemSearch = None,
     mem_top_k: shared.MemTopK = None,
-    mem_only_top_k: shared.MemOnlyTopK = False,
-    mem_log_scale: shared.MemLogScale = None,
-    mem_log_bias: shared.MemLogBias = None,
+    mem_top_k_attention: shared.MemTopKAttention = False,
+    logn_attention_scale: shared.LognAttentionScale = None,
+    memory_size_bias: shared.MemorySizeBias = None,
     bf16: shared.Bf16 = False,
     haystack: Annotated[
         list[Path] | None,
@@ -58,15 +58,18 @@ def passkey(
     question: Annotated[
         str | None, typer.Option(help="What is asked; of a needle of your own, if not given, its words up to {key}.")
     ] = None,
-    apart: Annotated[
+    independent_documents: Annotated[
         bool,
-        typer.Option("--apart", help="Read each window by itself, once for all prompts, and mount them together."),
+        typer.Option(
+            "--independent-documents",
+            help="Read each window by itself, once for all prompts, and attach them together.",
+        ),
     ] = False,
-    focus: Annotated[
+    evidence_ratio: Annotated[
         float,
         typer.Option(
             min=0.0,
-            help="With --apart: leave out windows that make the question so many times less likely than the best does, "
+            help="With --independent-documents: leave out windows that make the question so many times less likely than the best does, "
             "as llamory ask does (100 there); 0 leaves none out.",
         ),
     ] = 0.0,
@@ -85,64 +88,78 @@ def passkey(
     needle.
     """
     name = shared.model_name(model_argument, model)
-    tokens = shared.entries(lengths, shared.token_count, "--lengths")
-    places = _depths(depths)
-    told = shared.memory_settings(
+    tokens = shared.parse_list(lengths, shared.token_count, "--lengths")
+    depth_values = _depths(depths)
+    model_kwargs = shared.long_model_kwargs(
         mem_layers,
         context_length,
         mem_search,
         mem_top_k,
-        mem_only_top_k=mem_only_top_k,
-        mem_log_scale=mem_log_scale,
-        mem_log_bias=mem_log_bias,
+        mem_top_k_attention=mem_top_k_attention,
+        logn_attention_scale=logn_attention_scale,
+        memory_size_bias=memory_size_bias,
         bf16=bf16,
     )
-    with working(quiet=quiet):
+    with stdout_redirected(quiet=quiet):
         from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, read_haystack
         from llamory.evaluation.passkey import Needle, build_prompt, check_depth, run_passkey
-        from llamory.evaluation.passkey_results import PasskeyReport
-        from llamory.evaluation.secrets import longest
+        from llamory.evaluation.passkey_results import PasskeyResultsFile
+        from llamory.evaluation.secrets import longest_secret
         from llamory.models.base import load_model, load_tokenizer
-        from llamory.qa.evidence import check_focus
+        from llamory.qa.evidence import check_evidence_ratio
 
-        if apart and baseline:
-            raise LlamoryError("The plain model has no memory to mount windows in; leave out --apart or --baseline.")
-        if apart and last_context_length is not None:
-            raise LlamoryError("With --apart only the question isn't in memory; leave out --last-context-length.")
-        check_focus(focus)
-        if focus and not apart:
-            raise LlamoryError("Windows are left out only where they are read by themselves; add --apart to --focus.")
-        for depth in places:
+        if independent_documents and baseline:
+            raise LlamoryError(
+                "The plain model has no memory to attach windows in; leave out --independent-documents or --baseline."
+            )
+        if independent_documents and last_context_length is not None:
+            raise LlamoryError(
+                "With --independent-documents only the question isn't in memory; leave out --last-context-length."
+            )
+        check_evidence_ratio(evidence_ratio)
+        if evidence_ratio and not independent_documents:
+            raise LlamoryError(
+                "Windows are left out only where they are read by themselves; add --independent-documents to --evidence_ratio."
+            )
+        for depth in depth_values:
             check_depth(depth)
         hidden = Needle.of(key, needle, question)
-        hay = read_haystack(haystack, max(tokens)) if haystack else PUBLISHED_HAYSTACK
+        haystack_text = read_haystack(haystack, max(tokens)) if haystack else PUBLISHED_HAYSTACK
         tokenizer = load_tokenizer(name)
         # The shortest prompt is tried before the model is loaded, which takes longer.
-        build_prompt(tokenizer, min(tokens), places[0], longest(key), needle=hidden, haystack=hay)
-        settings = {"model": name, "needle": hidden.text, "question": hidden.asked, "trials": trials, "seed": seed}
+        build_prompt(
+            tokenizer, min(tokens), depth_values[0], longest_secret(key), needle=hidden, haystack=haystack_text
+        )
+        settings = {
+            "model": name,
+            "needle": hidden.text,
+            "question": hidden.question_text,
+            "trials": trials,
+            "seed": seed,
+        }
         settings |= {"key": key} if key != "number" else {}
-        settings |= {"windows": "apart"} if apart else {}
-        settings |= {"focus": focus} if focus else {}
-        settings["haystack"] = shared.identity(haystack) if haystack else "published"
-        report = PasskeyReport(shared.output_folder(output) / _JSON_FILE, settings)
+        settings |= {"windows": "apart"} if independent_documents else {}
+        settings |= {"focus": evidence_ratio} if evidence_ratio else {}
+        settings["haystack"] = shared.file_identity(haystack) if haystack else "published"
+        report = PasskeyResultsFile(shared.output_folder(output) / _JSON_FILE, settings)
 
         def run(
             kind: str,
-            asked: PreTrainedModel,
-            facts: dict[str, Any],
+            evaluated_model: PreTrainedModel,
+            metadata: dict[str, Any],
             options: dict[str, Any],
             prompts: PromptMaker | None = None,
         ) -> None:
-            result = report.result(kind, facts)
+            result = report.result(kind, metadata)
             run_passkey(
-                asked,
+                evaluated_model,
                 tokenizer,
                 tokens,
-                places,
+                depth_values,
                 trials=trials,
                 seed=seed,
                 needle=hidden,
-                haystack=hay,
+                haystack=haystack_text,
                 prompts=prompts,
                 result=result,
                 on_cell=lambda _: report.write(),
@@ -152,22 +169,27 @@ def passkey(
 
         from llamory.longllama.loading import load_long_model
 
-        long = load_long_model(name, **told)
+        long = load_long_model(name, **model_kwargs)
         device, dtype = long.device, long.dtype
         options = {} if last_context_length is None else {"last_context_length": last_context_length}
-        mounted = None
-        if apart:
-            from llamory.evaluation.loaded_documents import MountedPrompts
+        prompt_maker = None
+        if independent_documents:
+            from llamory.evaluation.loaded_documents import IndependentDocumentPrompts
 
-            mounted = MountedPrompts(long, tokenizer, needle=hidden, haystack=hay, focus=focus)
-        run("memory", long, shared.memory_facts(long) | options, options, mounted)
+            prompt_maker = IndependentDocumentPrompts(
+                long, tokenizer, needle=hidden, haystack=haystack_text, evidence_ratio=evidence_ratio
+            )
+        run("memory", long, shared.memory_model_metadata(long) | options, options, prompt_maker)
         if baseline:
             del long  # both at once may be too much
             plain = load_model(name, dtype=dtype).to(device)
-            facts = {"context_length": plain.config.max_position_embeddings, "dtype": str(dtype).removeprefix("torch.")}
-            run("baseline", plain, facts, {})
+            metadata = {
+                "context_length": plain.config.max_position_embeddings,
+                "dtype": str(dtype).removeprefix("torch."),
+            }
+            run("baseline", plain, metadata, {})
         report.write()
-        _draw(report, name, output / _PICTURE)
+        _draw_plot(report, name, output / _PICTURE)
     if as_json:
         print_json(report.document())
     else:
@@ -185,7 +207,7 @@ def _depths(given: Sequence[str]) -> list[float]:
         if count < 1:
             raise LlamoryError("--depths 0 asks for no depth at all; write 0.0 for the depth 0.")
         return [0.5] if count == 1 else [round(i / (count - 1), 4) for i in range(count)]
-    depths = shared.entries(given, float, "--depths")
+    depths = shared.parse_list(given, float, "--depths")
     if any(math.isnan(depth) for depth in depths):
         raise LlamoryError("--depths must be numbers from 0 to 1.")
     return depths
@@ -194,33 +216,33 @@ def _depths(given: Sequence[str]) -> list[float]:
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def _draw(report: PasskeyReport, name: str, path: Path) -> None:
+def _draw_plot(report: PasskeyResultsFile, name: str, path: Path) -> None:
     from llamory.evaluation.plots import Panel, draw_heat_map
 
     panels = [
-        Panel(_TITLES.get(kind, kind), result, report.facts[kind].get("context_length"))
+        Panel(_TITLES.get(kind, kind), result, report.metadata[kind].get("context_length"))
         for kind, result in report.results.items()
     ]
     shown = Path(name).resolve().name if Path(name).exists() else name
     draw_heat_map(path, f"Passkeys found by {shown}", panels)
 
 
-def _print_tables(report: PasskeyReport) -> None:
+def _print_tables(report: PasskeyResultsFile) -> None:
     for kind, result in report.results.items():
-        context = report.facts[kind].get("context_length")
+        context = report.metadata[kind].get("context_length")
         typer.echo(f"{_TITLES.get(kind, kind)}: {result.accuracy:.0%} of the keys found")
         for line in _table(result, context):
             typer.echo(line)
-        if result.lengths_beyond(context):
+        if result.lengths_beyond_context(context):
             typer.echo(f"* longer than the context of {context:,} tokens")
         typer.echo()
 
 
 def _table(result: PasskeyResult, context: int | None) -> list[str]:
-    beyond = result.lengths_beyond(context)
-    heads = [f"{length:,}{'*' if length in beyond else ''}" for length in result.lengths]
-    widths = [max(6, len(head)) + 2 for head in heads]
-    lines = ["depth" + _row(heads, widths)]
+    beyond = result.lengths_beyond_context(context)
+    headers = [f"{length:,}{'*' if length in beyond else ''}" for length in result.lengths]
+    widths = [max(6, len(head)) + 2 for head in headers]
+    lines = ["depth" + _row(headers, widths)]
     for depth in result.depths:
         cells = [result.cell(length, depth) for length in result.lengths]
         shares = ["-" if cell is None else f"{cell.accuracy:.0%}" for cell in cells]
@@ -228,5 +250,5 @@ def _table(result: PasskeyResult, context: int | None) -> list[str]:
     return lines
 
 
-def _row(entries: Sequence[str], widths: Sequence[int]) -> str:
-    return "".join(f"{entry:>{width}}" for entry, width in zip(entries, widths, strict=True))
+def _row(parse_list: Sequence[str], widths: Sequence[int]) -> str:
+    return "".join(f"{entry:>{width}}" for entry, width in zip(parse_list, widths, strict=True))

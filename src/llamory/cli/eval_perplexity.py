@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llamory.cli import eval_options as shared
-from llamory.cli.output import Json, Quiet, print_json, working
+from llamory.cli.output import Json, Quiet, print_json, stdout_redirected
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
     from llamory.evaluation.perplexity import LongText, Score
-    from llamory.evaluation.results import Record
+    from llamory.evaluation.results import ResultsFile
 
 _JSON_FILE, _PICTURE = "perplexity.json", "perplexity.png"
 _MEMORY = "0,2k,4k,8k,16k,32k,64k"
@@ -22,20 +22,22 @@ _MEMORY = "0,2k,4k,8k,16k,32k,64k"
 def perplexity(
     model_argument: shared.ModelArgument = None,
     model: shared.Model = None,
-    documents: Annotated[
+    data: Annotated[
         list[Path] | None, typer.Option(help="File or folder of long documents; repeatable.  [required]")
     ] = None,
     compare: shared.Compare = None,
-    memory: Annotated[
+    memory_tokens: Annotated[
         list[str] | None, typer.Option(help=f"Tokens in memory, k is 1024.  [default: {_MEMORY}]")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="How many of a document's last tokens are scored.")] = 256,
     local: Annotated[
         int, typer.Option(min=1, help="Tokens before the scored ones that stay in the local context.")
     ] = 1,
-    apart: Annotated[
+    independent_windows: Annotated[
         bool,
-        typer.Option("--apart", help="Read each window by itself, once for all lengths, and mount them together."),
+        typer.Option(
+            "--independent-windows", help="Read each window by itself, once for all lengths, and attach them together."
+        ),
     ] = False,
     limit: Annotated[
         int | None,
@@ -48,8 +50,8 @@ def perplexity(
     context_length: shared.ContextLength = None,
     mem_search: shared.MemSearch = None,
     mem_top_k: shared.MemTopK = None,
-    mem_log_scale: shared.MemLogScale = None,
-    mem_log_bias: shared.MemLogBias = None,
+    logn_attention_scale: shared.LognAttentionScale = None,
+    memory_size_bias: shared.MemorySizeBias = None,
     bf16: shared.Bf16 = False,
     output: Annotated[
         Path, typer.Option(help=f"Folder for {_JSON_FILE} and {_PICTURE}; a run that was stopped goes on in it.")
@@ -60,55 +62,57 @@ def perplexity(
     """Score the last tokens of long documents as memory of what stands before them grows.
 
     Only documents that are long enough for the longest memory are taken, and the same tokens are scored at every
-    length. Every memory is read anew, by itself; with --apart every window.
+    length. Every memory is read anew, by itself; with --independent-windows every window.
     """
     names = shared.model_names(model_argument, model, compare)
-    if not documents:
-        raise LlamoryError("--documents is missing: name a file or folder of long documents.")
-    memories = shared.token_counts(memory or [_MEMORY], "--memory")
-    told = shared.memory_settings(
+    if not data:
+        raise LlamoryError("--data is missing: name a file or folder of long documents.")
+    memories = shared.token_counts(memory_tokens or [_MEMORY], "--memory-tokens")
+    model_kwargs = shared.long_model_kwargs(
         mem_layers,
         context_length,
         mem_search,
         mem_top_k,
-        mem_log_scale=mem_log_scale,
-        mem_log_bias=mem_log_bias,
+        logn_attention_scale=logn_attention_scale,
+        memory_size_bias=memory_size_bias,
         bf16=bf16,
     )
-    with working(quiet=quiet):
+    with stdout_redirected(quiet=quiet):
         from llamory.evaluation.perplexity import Score, check_window, perplexity_curve, run_perplexity
-        from llamory.evaluation.results import Record
+        from llamory.evaluation.results import ResultsFile
 
         if context_length is not None:
             check_window(tokens, local, context_length)
-        texts = _texts(names, documents, max(memories) + tokens + local, limit=limit, text_field=text_field)
-        settings: dict[str, Any] = {"files": shared.identity(documents), "tokens": tokens, "local": local}
-        settings |= {"windows": "apart"} if apart else {}
+        texts = _texts(names, data, max(memories) + tokens + local, limit=limit, text_field=text_field)
+        settings: dict[str, Any] = {"files": shared.file_identity(data), "tokens": tokens, "local": local}
+        settings |= {"windows": "apart"} if independent_windows else {}
         settings["documents"] = [text.source for text in texts]
-        record = Record(shared.output_folder(output) / _JSON_FILE, "perplexity", settings, Score, perplexity_curve)
+        results = ResultsFile(
+            shared.output_folder(output) / _JSON_FILE, "perplexity", settings, Score, perplexity_curve
+        )
         from llamory.longllama.loading import load_long_model
 
-        shown = shared.shown_names(names)
+        shown = shared.display_names(names)
         for name in names:
-            long = load_long_model(name, **told)
+            long = load_long_model(name, **model_kwargs)
             run_perplexity(
                 long,
                 texts,
                 memories,
                 tokens=tokens,
                 local=local,
-                apart=apart,
-                scores=record.run(name, shared.memory_facts(long)),
-                on_score=lambda _: record.write(),
+                independent_windows=independent_windows,
+                scores=results.run(name, shared.memory_model_metadata(long)),
+                on_score=lambda _: results.write(),
                 title=shown[name],
             )
             del long  # both at once may be too much
-        record.write()
-        _draw(record, output / _PICTURE, tokens)
+        results.write()
+        _draw_plot(results, output / _PICTURE, tokens)
     if as_json:
-        print_json(record.document())
+        print_json(results.document())
     else:
-        _print_tables(record, tokens)
+        _print_tables(results, tokens)
         typer.echo(f"Written: {output / _JSON_FILE} and {output / _PICTURE}")
 
 
@@ -130,11 +134,11 @@ def _texts(names: list[str], data: list[Path], length: int, *, limit: int | None
     return texts
 
 
-def _draw(record: Record[Score], path: Path, tokens: int) -> None:
+def _draw_plot(results: ResultsFile[Score], path: Path, tokens: int) -> None:
     from llamory.evaluation.curves import Line, draw_curves
 
-    shown = shared.shown_names(record.scores)
-    curves = {shown[name]: record.curve(name) for name in record.scores}
+    shown = shared.display_names(results.scores)
+    curves = {shown[name]: results.curve(name) for name in results.scores}
     # No error bars: documents differ much more from each other than a document from itself with another memory.
     lines = [
         Line(name, [point.memory for point in curve], [point.perplexity for point in curve])
@@ -144,10 +148,10 @@ def _draw(record: Record[Score], path: Path, tokens: int) -> None:
     draw_curves(path, title, lines, x_label="Tokens in memory", y_label="Perplexity")
 
 
-def _print_tables(record: Record[Score], tokens: int) -> None:
-    shown = shared.shown_names(record.scores)
-    for name in record.scores:
-        curve = record.curve(name)
+def _print_tables(results: ResultsFile[Score], tokens: int) -> None:
+    shown = shared.display_names(results.scores)
+    for name in results.scores:
+        curve = results.curve(name)
         count = curve[0].documents
         typer.echo(f"{shown[name]}: the last {tokens} tokens of {count} document{'' if count == 1 else 's'}")
         rows = [

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llamory.cli import eval_options as shared
-from llamory.cli.output import Json, Quiet, print_json, working
+from llamory.cli.output import Json, Quiet, print_json, stdout_redirected
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from llamory.evaluation.qrels import RetrievalSet
-    from llamory.evaluation.retrieval_results import RetrievalReport
+    from llamory.evaluation.qrels import RetrievalDataset
+    from llamory.evaluation.retrieval_results import RetrievalResultsFile
     from llamory.evaluation.retrieval_systems import Advance, Ranking
 
 _BM25 = "BM25"
@@ -44,12 +44,12 @@ def retrieval(
     ] = None,
     bm25: Annotated[bool, typer.Option("--bm25/--no-bm25", help="Score BM25 on the same queries, too.")] = True,
     split: Annotated[
-        str | None, typer.Option(help="Which judgements: qrels/SPLIT.tsv.  [default: test]", show_default=False)
+        str | None, typer.Option(help="Which qrels: qrels/SPLIT.tsv.  [default: test]", show_default=False)
     ] = None,
-    queries: Annotated[
+    num_queries: Annotated[
         int | None, typer.Option(min=1, help="Ask so many of the queries only, drawn by hash.", show_default=False)
     ] = None,
-    documents: Annotated[
+    num_documents: Annotated[
         int | None,
         typer.Option(min=1, help="Search so many documents only: all relevant ones among them.", show_default=False),
     ] = None,
@@ -83,43 +83,43 @@ def retrieval(
     quiet: Quiet = False,
 ) -> None:
     """Score retrievers side by side with BM25: nDCG@10, MRR@10 and Recall@100, with 95% bootstrap intervals."""
-    names, plain = _model_names(model), _model_names(mean_pooling)
-    if not names and not plain and not bm25:
+    names, mean_pooling_models = _model_names(model), _model_names(mean_pooling)
+    if not names and not mean_pooling_models and not bm25:
         raise LlamoryError("There is nothing to score: name a --model, or leave --no-bm25 out.")
-    with working(quiet=quiet):
+    with stdout_redirected(quiet=quiet):
         from llamory.embedding.pipeline import (
             check_embedder,
+            is_llara,
             load_embedder,
             mean_embedder,
-            reads_slots,
             set_query_prompt,
         )
         from llamory.evaluation.qrels import sample
-        from llamory.evaluation.retrieval_results import RetrievalReport
+        from llamory.evaluation.retrieval_results import RetrievalResultsFile
         from llamory.evaluation.retrieval_systems import search_bm25
         from llamory.models.base import load_config
 
         for name in names:
             check_embedder(name)
-        for name in plain:
+        for name in mean_pooling_models:
             load_config(name)
-        whole = _read(data, split, ignore_identical_ids=ignore_identical_ids)
-        judged = sample(whole, queries, documents)
+        full_dataset = _read(data, split, ignore_identical_ids=ignore_identical_ids)
+        dataset = sample(full_dataset, num_queries, num_documents)
         if per_query is not None and not per_query.parent.is_dir():
             raise LlamoryError(f"There is no folder {per_query.parent} for the per-query file.")
-        report = RetrievalReport(judged, None if output is None else shared.output_folder(output), per_query)
-        shown = shared.shown_names([*names, *plain])
-        shown |= {_MEAN.format(name): _MEAN.format(shown[name]) for name in plain}
+        report = RetrievalResultsFile(dataset, None if output is None else shared.output_folder(output), per_query)
+        shown = shared.display_names([*names, *mean_pooling_models])
+        shown |= {_MEAN.format(name): _MEAN.format(shown[name]) for name in mean_pooling_models}
         if bm25:
-            _score(report, judged, _BM25, _bm25_facts(), lambda advance: search_bm25(judged, advance), _BM25)
-        for name in plain:
+            _score(report, dataset, _BM25, _bm25_facts(), lambda advance: search_bm25(dataset, advance), _BM25)
+        for name in mean_pooling_models:
             embedder = mean_embedder(name, **({} if max_length is None else {"max_length": max_length}))
-            _score_model(report, judged, _MEAN.format(name), embedder, shown, bf16=bf16)
+            _score_model(report, dataset, _MEAN.format(name), embedder, shown, bf16=bf16)
         for name in names:
             embedder = load_embedder(name, max_length=max_length)
-            if query_prompt is not None and reads_slots(embedder):
+            if query_prompt is not None and is_llara(embedder):
                 set_query_prompt(embedder, query_prompt)
-            _score_model(report, judged, name, embedder, shown, bf16=bf16)
+            _score_model(report, dataset, name, embedder, shown, bf16=bf16)
         report.finish()
     if as_json:
         print_json(report.document())
@@ -130,15 +130,15 @@ def retrieval(
             typer.echo(f"Written: {' and '.join(written)}")
 
 
-def _model_names(given: list[str] | None) -> list[str]:
-    names = given or []
+def _model_names(models: list[str] | None) -> list[str]:
+    names = models or []
     for name in names:
         if names.count(name) > 1:
             raise LlamoryError(f"The model {name} was named twice; compare it with another one.")
     return names
 
 
-def _read(data: str, split: str | None, *, ignore_identical_ids: bool) -> RetrievalSet:
+def _read(data: str, split: str | None, *, ignore_identical_ids: bool) -> RetrievalDataset:
     from llamory.evaluation.beir import read_beir
     from llamory.evaluation.mteb_task import read_mteb
 
@@ -159,8 +159,8 @@ def _bm25_facts() -> dict[str, Any]:
 
 
 def _score_model(
-    report: RetrievalReport,
-    data: RetrievalSet,
+    report: RetrievalResultsFile,
+    data: RetrievalDataset,
     name: str,
     embedder: SentenceTransformer,
     shown: dict[str, str],
@@ -173,7 +173,7 @@ def _score_model(
 
     prompt = query_prompt(embedder)
     limit = embedder.max_seq_length  # infinite where there is none, which JSON doesn't know
-    facts = {
+    metadata = {
         "kind": "vectors",
         "fingerprint": fingerprint(embedder),
         "similarity": embedder.similarity_fn_name,
@@ -181,7 +181,7 @@ def _score_model(
         "bf16": bf16,
     }
     if prompt is not None:
-        facts["query_prompt"] = prompt
+        metadata["query_prompt"] = prompt
 
     def search(advance: Advance) -> Ranking:
         return search_vectors(
@@ -191,31 +191,31 @@ def _score_model(
             embedder.similarity,
         )
 
-    _score(report, data, name, facts, search, shown[name])
+    _score(report, data, name, metadata, search, shown[name])
 
 
 def _score(
-    report: RetrievalReport,
-    data: RetrievalSet,
+    report: RetrievalResultsFile,
+    data: RetrievalDataset,
     name: str,
-    facts: dict[str, Any],
+    metadata: dict[str, Any],
     search: Callable[[Advance], Ranking],
     shown: str,
 ) -> None:
     from llamory.evaluation.retrieval import score_queries
     from llamory.evaluation.steps import StepProgress
 
-    if report.has(name, facts):
+    if report.has(name, metadata):
         return
     started = time.perf_counter()
     with StepProgress(shown, [len(data.ids)], 1) as progress:
         scores = score_queries(data, search(progress.advance))
         seconds = time.perf_counter() - started
-        report.add(name, facts, scores, seconds)
-        progress.step(0, f"nDCG@10 {report.facts[name]['nDCG@10']:.3f} ({seconds:.1f} s)")
+        report.add(name, metadata, scores, seconds)
+        progress.step(0, f"nDCG@10 {report.metadata[name]['nDCG@10']:.3f} ({seconds:.1f} s)")
 
 
-def _print(report: RetrievalReport, shown: dict[str, str]) -> None:
+def _print(report: RetrievalResultsFile, shown: dict[str, str]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -236,18 +236,18 @@ def _print(report: RetrievalReport, shown: dict[str, str]) -> None:
     table.add_column("", overflow="fold")  # a path may be long
     for metric in METRICS:
         table.add_column(metric, justify="right", no_wrap=True)
-    for name, facts in report.facts.items():
-        table.add_row(shown.get(name, name), *(_with_interval(facts, metric, "\n") for metric in METRICS))
+    for name, metadata in report.metadata.items():
+        table.add_row(shown.get(name, name), *(_format_with_interval(metadata, metric, "\n") for metric in METRICS))
     console.print(table)
     for entry in report.document()["differences"]:
         one, other = (shown.get(entry[side], entry[side]) for side in ("model", "minus"))
         low, high = entry["intervals"]["nDCG@10"] or (0, 0)
-        note = "beyond" if low > 0 or high < 0 else "within"
-        text = f"nDCG@10 of {one} minus {other}: {_with_interval(entry, 'nDCG@10', ' ', sign='+')}, {note} chance"
+        significance = "beyond" if low > 0 or high < 0 else "within"
+        text = f"nDCG@10 of {one} minus {other}: {_format_with_interval(entry, 'nDCG@10', ' ', sign='+')}, {significance} chance"
         console.print(text, markup=False, soft_wrap=True)
 
 
-def _with_interval(entry: dict[str, Any], metric: str, between: str, *, sign: str = "") -> str:
+def _format_with_interval(entry: dict[str, Any], metric: str, separator: str, *, sign: str = "") -> str:
     bounds = entry["intervals"][metric]
     value = f"{entry[metric]:{sign}.3f}"
-    return value if bounds is None else f"{value}{between}({bounds[0]:{sign}.3f} to {bounds[1]:{sign}.3f})"
+    return value if bounds is None else f"{value}{separator}({bounds[0]:{sign}.3f} to {bounds[1]:{sign}.3f})"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from llamory.cli.output import Json, Quiet, print_result, working
+from llamory.cli.output import Json, Quiet, print_result, stdout_redirected
 
 
 def export(
@@ -31,10 +31,12 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a trained model as a Sentence Transformers folder."""
-    with working(quiet=quiet):
-        from llamory.embedding.pipeline import export_sentence_transformer, unlabelled_texts
+    with stdout_redirected(quiet=quiet):
+        from llamory.embedding.pipeline import export_sentence_transformer, sample_passages
 
-        texts = unlabelled_texts(model, whiten, max_length=max_length) if whiten else []
-        export_sentence_transformer(model, output, max_length=max_length, query_prompt=query_prompt, whiten_on=texts)
+        texts = sample_passages(model, whiten, max_length=max_length) if whiten else []
+        export_sentence_transformer(
+            model, output, max_length=max_length, query_prompt=query_prompt, whitening_texts=texts
+        )
     result = {"model": model, "output": str(output), "max_length": max_length}
     print_result(result | ({"whitened_on": len(texts)} if whiten else {}), as_json=as_json)

@@ -11,15 +11,15 @@ import typer
 
 from llamory.cli import ask_options as options
 from llamory.cli.memory_options import show_size
-from llamory.cli.output import Json, Quiet, print_json, printable, working
+from llamory.cli.output import Json, Quiet, print_json, printable, stdout_redirected
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
-    from llamory.documents import Failure
+    from llamory.documents import SkippedFile
     from llamory.library import AddReport
     from llamory.library.prefill import MemoryReport
 
-_LISTED = 20
+_MAX_LISTED = 20
 
 
 def index(
@@ -32,7 +32,7 @@ def index(
         ),
     ] = None,
     remove: Annotated[bool, typer.Option("--remove", help="Take the paths out of the library instead.")] = False,
-    passage_length: Annotated[
+    chunk_size: Annotated[
         int | None, typer.Option(min=1, help="Longest passage, in tokens.", show_default=False)
     ] = None,
     text_field: Annotated[str, typer.Option(help="Field that holds the text in JSONL files.")] = "text",
@@ -58,7 +58,7 @@ def index(
     mem_layers: options.MemLayers = None,
     context_length: options.ContextLength = None,
     mem_dtype: options.MemDtype = None,
-    memory_budget: options.Budget = None,
+    memory_budget: options.MemoryBudget = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -66,21 +66,21 @@ def index(
 
     Only what is new or changed is embedded. What can't be read is listed at the end, and the rest goes in.
     """
-    with working(quiet=quiet):
+    with stdout_redirected(quiet=quiet):
         from llamory.library import Library
         from llamory.library.store import PassageStore
 
-        reading = options.reading_settings(locals())
+        reading = options.reader_options(locals())
         if model is None and not remove and PassageStore.open(library) is None:
             model = "default"
-        opened = Library(library, model=model, bf16=bf16, **reading)
+        opened_library = Library(library, model=model, bf16=bf16, **reading)
         if remove:
-            report = opened.remove(paths, wait=wait)
+            report = opened_library.remove(paths, wait=wait)
         else:
             sizes: dict[str, Any] = {} if max_file_size is None else {"max_file_size": max_file_size}
-            report = opened.add(
+            report = opened_library.add(
                 paths,
-                passage_length=passage_length,
+                chunk_size=chunk_size,
                 text_field=text_field,
                 strict=strict,
                 wait=wait,
@@ -88,10 +88,10 @@ def index(
                 ray_address=ray_address,
                 **sizes,
             )
-        ahead = memory == "eager" and not remove and len(opened)
-        read = opened.read_ahead(engine=engine, ray_address=ray_address) if ahead else None
-        if read is None and reading and len(opened):
-            opened.desk().note_reader(change=True)
+        ahead = memory == "eager" and not remove and len(opened_library)
+        read = opened_library.read_ahead(engine=engine, ray_address=ray_address) if ahead else None
+        if read is None and reading and len(opened_library):
+            opened_library.qa_session().note_reader(change=True)
     if as_json:
         print_json({"library": library, **asdict(report)} | ({} if read is None else {"memory": asdict(read)}))
     else:
@@ -119,12 +119,12 @@ def _print_memory(read: MemoryReport) -> None:
     )
 
 
-def _print_list(what: str, failures: Iterable[Failure]) -> None:
+def _print_list(what: str, failures: Iterable[SkippedFile]) -> None:
     failures = list(failures)
     if not failures:
         return
     typer.echo(f"{len(failures)} {what}:")
-    for failure in failures[:_LISTED]:
+    for failure in failures[:_MAX_LISTED]:
         typer.echo(printable(f"  {failure.path}: {failure.reason}"))
-    if len(failures) > _LISTED:
-        typer.echo(f"  and {len(failures) - _LISTED} more (all with --json)")
+    if len(failures) > _MAX_LISTED:
+        typer.echo(f"  and {len(failures) - _MAX_LISTED} more (all with --json)")

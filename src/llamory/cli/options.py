@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 
-from llamory.cli.output import Json, Quiet, print_result, working
+from llamory.cli.output import Json, Quiet, print_result, stdout_redirected
 from llamory.errors import LlamoryError
 
 Settings = TypeVar("Settings")
@@ -48,7 +48,7 @@ def add_dataclass_command(
         quiet = False if "quiet" in fields else flags.pop("quiet")
         given = {key: value for key, value in flags.items() if value is not None and value != []}
         settings = read_settings(settings_class, config, given)
-        with working(quiet=bool(getattr(settings, "quiet", quiet))):
+        with stdout_redirected(quiet=bool(getattr(settings, "quiet", quiet))):
             result = run(settings)
         if os.environ.get("RANK", "0") == "0":  # of several processes that train together, one speaks
             print_result(result, as_json=as_json)
@@ -112,7 +112,7 @@ def _flag(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     else:
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if default not in (None, [], ""):
-            help += f"  [default: {_shown(default)}]"
+            help += f"  [default: {_format_default(default)}]"
     option = typer.Option(f"{flag}/--no-{flag[2:]}" if kind is bool else flag, help=help.strip(), show_default=False)
     return _parameter(field.name, kind | None, option)
 
@@ -128,7 +128,7 @@ def _flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _shown(default: Any) -> str:
+def _format_default(default: Any) -> str:
     if isinstance(default, bool):
         return "on" if default else "off"
     return ", ".join(map(str, default)) if isinstance(default, list) else str(default)
@@ -173,8 +173,8 @@ def _read_yaml(file: Path) -> dict[Any, Any]:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     """A YAML value as the type that a field asks for."""
-    kind, may_be_none = _without_none(hint)
-    if value is None and may_be_none:
+    kind, optional = _without_none(hint)
+    if value is None and optional:
         return None
     if get_origin(kind) is list:
         (entry,) = get_args(kind)

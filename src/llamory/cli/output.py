@@ -19,7 +19,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and
 
 
 @contextmanager
-def working(*, quiet: bool = False) -> Iterator[None]:
+def stdout_redirected(*, quiet: bool = False) -> Iterator[None]:
     """Keep standard output free for the result while a verb works; `quiet` silences standard error too.
 
     Whatever libraries print meanwhile goes to standard error. Errors are raised through, so they are still told.
@@ -41,7 +41,7 @@ def print_json(document: Any) -> None:
     sys.stdout.write(text + "\n")
 
 
-def print_pairs(pairs: Mapping[str, Any]) -> None:
+def print_key_values(pairs: Mapping[str, Any]) -> None:
     """Write names and values to standard output, one pair a line."""
     width = max(map(len, pairs), default=0)
     for name, value in pairs.items():
@@ -54,7 +54,7 @@ def print_result(pairs: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json(pairs)
     else:
-        print_pairs({name.replace("_", " "): value for name, value in pairs.items()})
+        print_key_values({name.replace("_", " "): value for name, value in pairs.items()})
 
 
 def printable(text: str) -> str:
@@ -62,7 +62,7 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
-def quieten_libraries() -> None:
+def silence_libraries() -> None:
     """Keep the notices of transformers, datasets and their friends off the terminal; what the user set stays.
 
     Must run before those libraries are imported.

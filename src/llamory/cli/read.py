@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from llamory.cli.memory_options import Bf16, Device, Search, TopK, parse_layers, show_size
-from llamory.cli.output import Json, Quiet, print_json, working
+from llamory.cli.memory_options import Bf16, Device, MemSearch, MemTopK, parse_layers, show_size
+from llamory.cli.output import Json, Quiet, print_json, stdout_redirected
 
 
 def read(
@@ -29,8 +29,8 @@ def read(
         Literal["float32", "bfloat16", "float16", "int8"] | None,
         typer.Option(help="How a new memory is kept; int8 takes the least room.", show_default=False),
     ] = None,
-    mem_search: Search = None,
-    mem_top_k: TopK = None,
+    mem_search: MemSearch = None,
+    mem_top_k: MemTopK = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Refuse documents of more tokens.", show_default=False)
     ] = None,
@@ -42,7 +42,7 @@ def read(
     quiet: Quiet = False,
 ) -> None:
     """Read documents into a memory, or bring it up to date with them. A run that was stopped goes on."""
-    with working(quiet=quiet):
+    with stdout_redirected(quiet=quiet):
         layers = parse_layers(mem_layers)
         from llamory.ingest.encode import read_documents_into
 

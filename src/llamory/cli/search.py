@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llamory.cli.output import Json, Quiet, print_json, printable, working
+from llamory.cli.output import Json, Quiet, print_json, printable, stdout_redirected
 
 if TYPE_CHECKING:
     from llamory.library import Hit
@@ -41,12 +41,12 @@ def search(
     quiet: Quiet = False,
 ) -> None:
     """Find the passages of a library that answer a query, best first."""
-    with working(quiet=quiet):
+    with stdout_redirected(quiet=quiet):
         from llamory.library import Library
 
         hits = Library(library, model=model).search(query, top, source=source or None, mode=mode.value)
     if as_json:
-        ranked = [{"rank": rank, "place": hit.place, **asdict(hit)} for rank, hit in enumerate(hits, start=1)]
+        ranked = [{"rank": rank, "location": hit.location, **asdict(hit)} for rank, hit in enumerate(hits, start=1)]
         print_json({"query": query, "library": library, "mode": mode.value, "hits": ranked})
     elif hits:
         _print_hits(hits)
@@ -61,7 +61,7 @@ def _print_hits(hits: Iterable[Hit]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     for rank, hit in enumerate(hits, start=1):
         heading = Text.assemble(
-            f"{rank:>2}. ", (f"{hit.score:.3f}", "green"), "  ", (printable(hit.place), "bold cyan")
+            f"{rank:>2}. ", (f"{hit.score:.3f}", "green"), "  ", (printable(hit.location), "bold cyan")
         )
         if hit.title:
             heading.append(f"  {printable(hit.title)}", style="bold")

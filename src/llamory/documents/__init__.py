@@ -1,23 +1,23 @@
 """Documents: text files of many kinds as parts with titles and lines, and as passages of bounded length."""
 
-from llamory.documents.chunking import split_passages
-from llamory.documents.document import Block, Document, Passage, place
+from llamory.documents.chunking import chunk_document
+from llamory.documents.document import Chunk, Document, Section, location
 from llamory.documents.readers import SUFFIXES, find_files, read_documents, read_file, read_json_lines
-from llamory.documents.scan import Survey, survey
-from llamory.documents.storage import Failure
+from llamory.documents.scan import FileScan, scan_files
+from llamory.documents.storage import SkippedFile
 
 __all__ = [
     "SUFFIXES",
-    "Block",
+    "Chunk",
     "Document",
-    "Failure",
-    "Passage",
-    "Survey",
+    "FileScan",
+    "Section",
+    "SkippedFile",
+    "chunk_document",
     "find_files",
-    "place",
+    "location",
     "read_documents",
     "read_file",
     "read_json_lines",
-    "split_passages",
-    "survey",
+    "scan_files",
 ]

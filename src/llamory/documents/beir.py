@@ -1,4 +1,4 @@
-"""BEIR folders: a corpus, queries, and judgements of which document answers which query (Thakur et al. 2021)."""
+"""BEIR folders: a corpus, queries, and qrels of which document answers which query (Thakur et al. 2021)."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 from llamory.documents.readers import read_json_lines, string_entry
 from llamory.errors import LlamoryError
 
-CORPUS, QUERIES, JUDGEMENTS = "corpus.jsonl", "queries.jsonl", "qrels"
+CORPUS, QUERIES, QRELS = "corpus.jsonl", "queries.jsonl", "qrels"
 
 
 @dataclass(frozen=True)
-class Beir:
+class BeirDataset:
     """One split of a BEIR folder.
 
     Attributes:
         corpus: text of each document, under its id; a title stands before the text, as in BEIR's own code.
         queries: text of each query of the folder, under its id.
-        judgements: for each judged query's id, the score of each judged document's id; 0 is not relevant.
-        places: for each judged query's id, the file and line that name it first.
+        qrels: for each qrels_file query's id, the score of each qrels_file document's id; 0 is not relevant.
+        locations: for each qrels_file query's id, the file and line that name it first.
     """
 
     corpus: dict[str, str]
     queries: dict[str, str]
-    judgements: dict[str, dict[str, float]]
-    places: dict[str, str]
+    qrels: dict[str, dict[str, float]]
+    locations: dict[str, str]
 
 
 def is_beir(folder: Path) -> bool:
@@ -36,35 +36,35 @@ def is_beir(folder: Path) -> bool:
     return (folder / CORPUS).is_file()
 
 
-def read_beir(folder: Path, split: str = "train", *, skip_broken: bool = False) -> Beir:
+def read_beir(folder: Path, split: str = "train", *, skip_broken: bool = False) -> BeirDataset:
     """Read `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv` of a folder.
 
     Args:
         folder: the folder.
-        split: name of the judgements' file.
+        split: name of the qrels' file.
         skip_broken: pass over broken JSON lines, with a warning in the log.
 
     Raises:
         LlamoryError: a file is missing, or a line broken or of an unknown id; file and line are told.
     """
-    judged = folder / JUDGEMENTS / f"{split}.tsv"
-    for file in (folder / CORPUS, folder / QUERIES, judged):
+    qrels_file = folder / QRELS / f"{split}.tsv"
+    for file in (folder / CORPUS, folder / QUERIES, qrels_file):
         if not file.is_file():
             raise LlamoryError(f"{folder} is no BEIR folder with a split {split!r}: there is no {file}.")
     corpus = dict(text for _, text in read_json_lines(folder / CORPUS, title_and_text, skip_broken=skip_broken))
     queries = dict(text for _, text in read_json_lines(folder / QUERIES, query_entry, skip_broken=skip_broken))
-    judgements: dict[str, dict[str, float]] = {}
-    places: dict[str, str] = {}
-    for number, query, document, score in judgement_rows(judged):
+    qrels: dict[str, dict[str, float]] = {}
+    locations: dict[str, str] = {}
+    for number, query, document, score in qrels_rows(qrels_file):
         for name, known, texts in ((query, queries, QUERIES), (document, corpus, CORPUS)):
             if name not in known:
-                raise LlamoryError(f"{judged}:{number}: there is no {name!r} in {texts}; mend or remove the line.")
-        judgements.setdefault(query, {})[document] = score
-        places.setdefault(query, f"{judged}:{number}")
-    return Beir(corpus, queries, judgements, places)
+                raise LlamoryError(f"{qrels_file}:{number}: there is no {name!r} in {texts}; mend or remove the line.")
+        qrels.setdefault(query, {})[document] = score
+        locations.setdefault(query, f"{qrels_file}:{number}")
+    return BeirDataset(corpus, queries, qrels, locations)
 
 
-def judgement_rows(file: Path) -> Iterator[tuple[int, str, str, float]]:
+def qrels_rows(file: Path) -> Iterator[tuple[int, str, str, float]]:
     """Line number, query id, document id and score of each line of `qrels/SPLIT.tsv`.
 
     The header, where there is one, isn't a row; a fourth column, which TREC's files have second, is passed over.

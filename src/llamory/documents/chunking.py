@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import sentencex
 
-from llamory.documents.document import Block, Document, Passage
+from llamory.documents.document import Chunk, Document, Section
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
@@ -20,30 +20,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # A section with fewer words than this beside its title (a bare heading, a lone import) is no passage of its own.
-TINY_SECTION_WORDS = 3
+MIN_SECTION_WORDS = 3
 # Tokens by which a passage counted alone may differ from the same words counted inside the document: spaces at its
 # ends, and the first word's missing space. Longer candidates aren't tried.
 _EDGE_TOKENS = 2
 # Characters that are tokenised as one text and in one call: a token takes some hundred bytes of memory meanwhile.
-_PIECE_CHARACTERS, _CALL_CHARACTERS = 1 << 18, 1 << 20
+_MAX_PIECE_CHARACTERS, _BATCH_CHARACTERS = 1 << 18, 1 << 20
 
-Span = tuple[int, int]
+TextSpan = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class _Section:
+class _SectionGroup:
     text: str
     title: str
     lines: Sequence[int]  # line of the file for each line of the text
     pages: Sequence[int | None]  # and its page
 
 
-def split_passages(
+def chunk_document(
     document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, language: str = "en"
-) -> Iterator[Passage]:
+) -> Iterator[Chunk]:
     """Cut a document into passages; every word of it is in exactly one, in order.
 
-    A section (consecutive blocks of one title) that fits is one passage. A longer one is cut between sentences, code
+    A section (consecutive sections of one title) that fits is one passage. A longer one is cut between sentences, code
     between lines, with as many of them in each passage as fit; a sentence that is too long alone is cut between
     words, and a word that is too long alone within it. A section of hardly more than a heading joins the next one.
 
@@ -60,84 +60,86 @@ def split_passages(
         raise LlamoryError(f"A passage must have room for at least 1 token, not {max_tokens}.")
     if not tokenizer.is_fast:
         raise LlamoryError("Passages need a fast tokenizer; use one that has a tokenizer.json.")
-    pieces = (piece for section in _sections(document.blocks) for piece in _pieces(section))
-    for batch in _calls(pieces):
+    pieces = (piece for section in _group_sections(document.sections) for piece in _split_long_section(section))
+    for batch in _batches(pieces):
         for section, encoding in zip(batch, _encode(tokenizer, [s.text for s in batch]), strict=True):
             if len(encoding) <= max_tokens:
-                spans: list[Span] = [(0, len(section.text))]
+                spans: list[TextSpan] = [(0, len(section.text))]
             else:
                 units = _lines(section.text) if document.code else _sentences(section.text, language)
-                spans = _Cutter(section.text, encoding, tokenizer, max_tokens).fill(units)
+                spans = _ChunkBuilder(section.text, encoding, tokenizer, max_tokens).pack(units)
             newlines = at = 0
             for first, last in spans:
                 text = section.text[first:last]
                 first += len(text) - len(text.lstrip())  # the line of its first word
                 newlines, at = newlines + section.text.count("\n", at, first), first
                 if cleaned := _clean(text):
-                    place = section.lines[newlines], section.pages[newlines]
-                    yield Passage(cleaned, document.source, section.title, *place)
+                    location = section.lines[newlines], section.pages[newlines]
+                    yield Chunk(cleaned, document.source, section.title, *location)
 
 
 # ---- sections ------------------------------------------------------------------------------------------------------
 
 
-def _sections(blocks: Sequence[Block]) -> list[_Section]:
-    """Join consecutive blocks of one title, and tiny sections with the next (the last with the one before)."""
-    groups = [list(group) for _, group in groupby(blocks, key=lambda block: block.title)]
-    merged: list[tuple[list[Block], str]] = []
-    waiting: list[Block] = []
+def _group_sections(sections: Sequence[Section]) -> list[_SectionGroup]:
+    """Join consecutive sections of one title, and tiny sections with the next (the last with the one before)."""
+    groups = [list(group) for _, group in groupby(sections, key=lambda section: section.title)]
+    merged: list[tuple[list[Section], str]] = []
+    pending_sections: list[Section] = []
     for group in groups:
-        if _is_tiny(group):
-            waiting += group
+        if _is_short(group):
+            pending_sections += group
         else:
-            merged.append((waiting + group, group[0].title))
-            waiting = []
-    if waiting and merged:
-        merged[-1][0].extend(waiting)
-    elif waiting:
-        merged.append((waiting, waiting[0].title))
-    return [_section(group, title) for group, title in merged]
+            merged.append((pending_sections + group, group[0].title))
+            pending_sections = []
+    if pending_sections and merged:
+        merged[-1][0].extend(pending_sections)
+    elif pending_sections:
+        merged.append((pending_sections, pending_sections[0].title))
+    return [_join_sections(group, title) for group, title in merged]
 
 
-def _is_tiny(group: Sequence[Block]) -> bool:
-    words = sum(len(block.text.split()) for block in group)
-    return words - len(group[0].title.split()) < TINY_SECTION_WORDS
+def _is_short(group: Sequence[Section]) -> bool:
+    words = sum(len(section.text.split()) for section in group)
+    return words - len(group[0].title.split()) < MIN_SECTION_WORDS
 
 
-def _section(blocks: Sequence[Block], title: str) -> _Section:
+def _join_sections(sections: Sequence[Section], title: str) -> _SectionGroup:
     lines: list[int] = []
     pages: list[int | None] = []
-    for block in blocks:
-        count = block.text.count("\n") + 1
-        lines += range(block.line, block.line + count) if block.verbatim else [block.line] * count
-        lines.append(lines[-1])  # the blank line between blocks
-        pages += [block.page] * (count + 1)
-    return _Section(_clean("\n\n".join(block.text for block in blocks)), title, lines, pages)
+    for section in sections:
+        count = section.text.count("\n") + 1
+        lines += range(section.line, section.line + count) if section.verbatim else [section.line] * count
+        lines.append(lines[-1])  # the blank line between sections
+        pages += [section.page] * (count + 1)
+    return _SectionGroup(_clean("\n\n".join(section.text for section in sections)), title, lines, pages)
 
 
-def _pieces(section: _Section) -> Iterator[_Section]:
+def _split_long_section(section: _SectionGroup) -> Iterator[_SectionGroup]:
     """Cut a huge section where a paragraph, a line or a word ends; others stay whole."""
     text, start, newlines = section.text, 0, 0
-    while len(text) - start > _PIECE_CHARACTERS:
-        limit = start + _PIECE_CHARACTERS
+    while len(text) - start > _MAX_PIECE_CHARACTERS:
+        limit = start + _MAX_PIECE_CHARACTERS
         ends = (text.rfind(mark, start, limit) + len(mark) for mark in ("\n\n", "\n", " "))
-        end = next((end for end in ends if end > start + _PIECE_CHARACTERS // 2), limit)
+        end = next((end for end in ends if end > start + _MAX_PIECE_CHARACTERS // 2), limit)
         rows = slice(newlines, newlines + text.count("\n", start, end) + 1)
-        yield _Section(text[start:end], section.title, section.lines[rows], section.pages[rows])
+        yield _SectionGroup(text[start:end], section.title, section.lines[rows], section.pages[rows])
         newlines, start = rows.stop - 1, end
     yield (
-        _Section(text[start:], section.title, section.lines[newlines:], section.pages[newlines:]) if start else section
+        _SectionGroup(text[start:], section.title, section.lines[newlines:], section.pages[newlines:])
+        if start
+        else section
     )
 
 
-def _calls(pieces: Iterable[_Section]) -> Iterator[list[_Section]]:
+def _batches(pieces: Iterable[_SectionGroup]) -> Iterator[list[_SectionGroup]]:
     """Group pieces for the tokenizer."""
-    batch: list[_Section] = []
+    batch: list[_SectionGroup] = []
     characters = 0
     for piece in pieces:
         batch.append(piece)
         characters += len(piece.text)
-        if characters >= _CALL_CHARACTERS:
+        if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -152,7 +154,7 @@ def _clean(text: str) -> str:
 # ---- cutting -------------------------------------------------------------------------------------------------------
 
 
-class _Cutter:
+class _ChunkBuilder:
     """Fills passages of one section: token positions give a first guess, the tokenizer has the last word."""
 
     def __init__(self, text: str, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
@@ -161,52 +163,52 @@ class _Cutter:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
 
-    def fill(self, units: list[Span]) -> list[Span]:
-        """Join consecutive units to the longest spans that fit; a unit that doesn't fit is cut into smaller ones."""
-        spans: list[Span] = []
+    def pack(self, units: list[TextSpan]) -> list[TextSpan]:
+        """Join consecutive units to the longest spans that fit; a unit that doesn't fit is cut into subspans ones."""
+        spans: list[TextSpan] = []
         pending = units[::-1]
         while pending:
             first, last = pending[-1]
-            taken = self._guess(first, pending)
-            while taken > 1 and not self._fits((first, pending[-taken][1])):
-                taken -= 1
-            smaller = [] if taken > 1 or self._fits((first, last)) else self._smaller(first, last)
-            if len(smaller) > 1:
-                pending[-1:] = self.fill(smaller)[::-1]
+            count = self._estimate_count(first, pending)
+            while count > 1 and not self._fits((first, pending[-count][1])):
+                count -= 1
+            subspans = [] if count > 1 or self._fits((first, last)) else self._split_span(first, last)
+            if len(subspans) > 1:
+                pending[-1:] = self.pack(subspans)[::-1]
             else:
-                spans.append((first, pending[-taken][1]))
-                del pending[-taken:]
+                spans.append((first, pending[-count][1]))
+                del pending[-count:]
         return spans
 
-    def _guess(self, first: int, pending: list[Span]) -> int:
+    def _estimate_count(self, first: int, pending: list[TextSpan]) -> int:
         """How many units from `first` on may fit together; `pending` is in reverse order."""
         token = bisect_left(self.token_starts, first) + self.max_tokens + _EDGE_TOKENS
         if token >= len(self.token_starts):
             return len(pending)
-        room_end = self.token_starts[token]
+        limit_offset = self.token_starts[token]
         # The units' ends fall with the index, so their negatives rise.
-        return max(1, len(pending) - bisect_left(pending, -room_end, key=lambda span: -span[1]))
+        return max(1, len(pending) - bisect_left(pending, -limit_offset, key=lambda span: -span[1]))
 
-    def _fits(self, span: Span) -> bool:
+    def _fits(self, span: TextSpan) -> bool:
         return len(_encode(self.tokenizer, [_clean(self.text[slice(*span)])])[0]) <= self.max_tokens
 
-    def _smaller(self, first: int, last: int) -> list[Span]:
+    def _split_span(self, first: int, last: int) -> list[TextSpan]:
         words = [(first + m.start(), first + m.end()) for m in re.finditer(r"\s*\S+\s*", self.text[first:last])]
         return words if len(words) > 1 else [(i, i + 1) for i in range(first, last)]
 
 
-def _sentences(text: str, language: str) -> list[Span]:
+def _sentences(text: str, language: str) -> list[TextSpan]:
     # Only the starts are used: between the ends and the next starts the library leaves some blank lines out.
     return _spans(text, [sentence["start_index"] for sentence in sentencex.get_sentence_boundaries(language, text)])
 
 
-def _lines(text: str) -> list[Span]:
+def _lines(text: str) -> list[TextSpan]:
     return _spans(text, [match.end() for match in re.finditer("\n", text)])
 
 
-def _spans(text: str, starts: Sequence[int]) -> list[Span]:
+def _spans(text: str, starts: Sequence[int]) -> list[TextSpan]:
     """Cut a text at the given places; blank pieces belong to the piece before."""
-    spans: list[Span] = []
+    spans: list[TextSpan] = []
     for start, end in pairwise(sorted({0, *starts, len(text)})):
         if spans and not text[start:end].strip():
             spans[-1] = (spans[-1][0], end)

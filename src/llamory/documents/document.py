@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Block:
+class Section:
     """A natural part of a document: a section, a paragraph, a function.
 
     Attributes:
@@ -33,25 +33,25 @@ class Document:
         text: the whole text; of HTML only what a reader sees.
         source: the path as it was given, for JSON lines `path:line`.
         title: its title, or the file's name without suffix.
-        blocks: its parts in order; together they hold every word of `text`, once.
+        sections: its parts in order; together they hold every word of `text`, once.
         code: whether it is program text, which has lines, not sentences.
     """
 
     text: str
     source: str
     title: str
-    blocks: tuple[Block, ...]
+    sections: tuple[Section, ...]
     code: bool = False
 
 
 @dataclass(frozen=True)
-class Passage:
+class Chunk:
     """A piece of a document, short enough for a model.
 
     Attributes:
         text: the passage.
         source: the document's source.
-        title: title of the block it is from.
+        title: title of the section it is from.
         line: number of the line where it starts, counted from 1.
         page: number of the page or cell where it starts; None where there are no such.
     """
@@ -63,13 +63,13 @@ class Passage:
     page: int | None = None
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where the passage starts: `path:line`, or `path, page 3`."""
-        return place(self.source, self.line, self.page)
+        return location(self.source, self.line, self.page)
 
 
-def place(source: str, line: int, page: int | None = None) -> str:
-    """A place as people read it: `path:line`, `path, page 3` or `path, cell 3`; for JSON lines the source itself."""
+def location(source: str, line: int, page: int | None = None) -> str:
+    """A location as people read it: `path:line`, `path, page 3` or `path, cell 3`; for JSON lines the source itself."""
     if page is not None:
         return f"{source}, {'cell' if source.lower().endswith('.ipynb') else 'page'} {page}"
     return source if source.endswith(f":{line}") else f"{source}:{line}"

@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
-from llamory.documents.document import Block, Document
+from llamory.documents.document import Document, Section
 from llamory.documents.formats import text as formats
 from llamory.documents.formats.notebook import read_notebook
 from llamory.documents.formats.pdf import read_pdf
-from llamory.documents.storage import decode, open_regular, read_limited, too_large
+from llamory.documents.storage import decode, open_regular, read_limited, too_large_message
 from llamory.errors import LlamoryError
 
 logger = logging.getLogger(__name__)
 
-_READERS: Mapping[str, Callable[[str, str], formats.Parts]] = {
+_READERS: Mapping[str, Callable[[str, str], formats.ParsedText]] = {
     **dict.fromkeys((".md", ".markdown"), formats.read_markdown),
     ".rst": formats.read_rst,
     **dict.fromkeys((".html", ".htm"), formats.read_html),
@@ -59,18 +59,20 @@ def find_files(paths: PathLike | Iterable[PathLike]) -> list[Path]:
         if path.is_dir():
             inside = _files_in(path)
             if not inside:
-                raise LlamoryError(f"The folder {path} has no documents; it should hold files of {kinds()}.")
+                raise LlamoryError(
+                    f"The folder {path} has no documents; it should hold files of {supported_suffixes()}."
+                )
             found.update(dict.fromkeys(inside))
         elif not path.exists():
             raise LlamoryError(f"There is no file or folder {path}; check the path.")
         elif path.suffix.lower() not in SUFFIXES:
-            raise LlamoryError(f"{path} is not of a kind that can be read; it should be one of {kinds()}.")
+            raise LlamoryError(f"{path} is not of a kind that can be read; it should be one of {supported_suffixes()}.")
         elif not _has_text(path):
             raise LlamoryError(f"The file {path} is empty; it should have text.")
         else:
             found[path] = None
     if not any(map(_has_text, found)):
-        raise LlamoryError(f"None of the {len(found)} files in {_listed(paths)} has any text.")
+        raise LlamoryError(f"None of the {len(found)} files in {_join_paths(paths)} has any text.")
     return list(found)
 
 
@@ -98,7 +100,7 @@ def read_documents(
                 empty = False
                 yield document
         if empty:
-            raise LlamoryError(f"No text could be read from {_listed(paths)}.")
+            raise LlamoryError(f"No text could be read from {_join_paths(paths)}.")
 
     return documents()
 
@@ -127,26 +129,26 @@ def read_file(
         )
         for line, (text, title) in lines:
             if text.strip():
-                yield Document(text, f"{path}:{line}", title, (Block(text, title, line, verbatim=False),))
+                yield Document(text, f"{path}:{line}", title, (Section(text, title, line, verbatim=False),))
         return
     try:
-        title, text, blocks = _parts(path, suffix, read_limited(path, max_bytes))
+        title, text, sections = _parse_file(path, suffix, read_limited(path, max_bytes))
     except LlamoryError as error:
         if not skip_broken:
             raise
         logger.warning("Passed over 1 file: %s", error)
         return
     if text.strip():
-        yield Document(text, str(path), title, tuple(blocks), code=suffix == ".py" or suffix in _CODE)
+        yield Document(text, str(path), title, tuple(sections), code=suffix == ".py" or suffix in _CODE)
 
 
-def _parts(path: Path, suffix: str, data: bytes) -> formats.Parts:
+def _parse_file(path: Path, suffix: str, data: bytes) -> formats.ParsedText:
     if not data.strip():
         return "", "", []
     if suffix == _PDF:
         return read_pdf(path, data)
     try:
-        return _READERS.get(suffix, formats.read_text)(decode(path, data), _name(path))
+        return _READERS.get(suffix, formats.read_text)(decode(path, data), _default_title(path))
     except LlamoryError:
         raise
     except ValueError as error:
@@ -167,7 +169,7 @@ def read_json_lines(
         path: the file, of any size: it is read line by line.
         parse: makes what is yielded of an object; it raises LlamoryError with the reason if the object is unfit.
         skip_broken: pass over broken lines, with their number in the log.
-        broken: is told the place and the reason of each broken line, which is passed over.
+        broken: is told the location and the reason of each broken line, which is passed over.
         max_bytes: a longer line is broken.
 
     Raises:
@@ -178,20 +180,20 @@ def read_json_lines(
         for number, raw in _numbered_lines(file, max_bytes):
             try:
                 if max_bytes is not None and len(raw) > max_bytes:
-                    raise LlamoryError(f"the line {too_large(len(raw), max_bytes)}")
+                    raise LlamoryError(f"the line {too_large_message(len(raw), max_bytes)}")
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not line.strip():
                     continue
                 result = parse(_json_object(line))
             except (LlamoryError, UnicodeDecodeError) as error:
                 reason = f"the line is not UTF-8 ({error})" if isinstance(error, UnicodeDecodeError) else str(error)
-                place = f"{path}:{number}"
+                location = f"{path}:{number}"
                 if broken is not None:
-                    broken(place, reason.rstrip("."))
+                    broken(location, reason.rstrip("."))
                 elif not skip_broken:
                     reason = f"{reason.rstrip('.')}; mend or remove the line, or skip broken lines."
-                    raise LlamoryError(f"{place}: {reason}") from error
-                skipped, first = skipped + 1, first or f"{place}: {reason.rstrip('.')}"
+                    raise LlamoryError(f"{location}: {reason}") from error
+                skipped, first = skipped + 1, first or f"{location}: {reason.rstrip('.')}"
                 continue
             yield number, result
     if skipped and broken is None:
@@ -247,7 +249,7 @@ def _text_and_title(text_field: str) -> Callable[[dict[str, Any]], tuple[str, st
     return parse
 
 
-def _name(path: Path) -> str:
+def _default_title(path: Path) -> str:
     return path.resolve().parent.name if path.name == "__init__.py" else path.stem
 
 
@@ -264,10 +266,10 @@ def _has_text(path: Path) -> bool:
         return any(chunk.removeprefix(b"\xef\xbb\xbf").strip() for chunk in iter(lambda: file.read(1 << 16), b""))
 
 
-def kinds() -> str:
-    """The suffixes of all kinds that can be read, as people read them."""
+def supported_suffixes() -> str:
+    """The suffixes of all supported_suffixes that can be read, as people read them."""
     return " ".join(sorted(SUFFIXES))
 
 
-def _listed(paths: Iterable[PathLike]) -> str:
+def _join_paths(paths: Iterable[PathLike]) -> str:
     return ", ".join(map(str, paths))

@@ -15,7 +15,7 @@ from pathlib import Path
 from llamory.errors import LlamoryError
 
 # Byte order marks and the encodings they announce; UTF-32's begins as UTF-16's does, so it stands first.
-_MARKS = (
+_BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -24,7 +24,7 @@ _MARKS = (
 
 
 @dataclass(frozen=True)
-class Failure:
+class SkippedFile:
     """A file that isn't in, and why.
 
     Attributes:
@@ -66,10 +66,10 @@ def read_limited(path: Path, max_bytes: int | None) -> bytes:
 
 def _check_size(path: Path, size: int, max_bytes: int | None) -> None:
     if max_bytes is not None and size > max_bytes:
-        raise LlamoryError(f"{path} {too_large(size, max_bytes)}.")
+        raise LlamoryError(f"{path} {too_large_message(size, max_bytes)}.")
 
 
-def too_large(size: int, max_bytes: int) -> str:
+def too_large_message(size: int, max_bytes: int) -> str:
     """What is said of a file that is too large."""
     return (
         f"is too large ({size / 2**20:,.0f} MiB; the limit is {max_bytes / 2**20:,.0f} MiB); split it, or raise the "
@@ -83,7 +83,7 @@ def decode(path: Path, data: bytes) -> str:
     Raises:
         LlamoryError: the bytes are no text, or text in another encoding.
     """
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8-sig")
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
     if encoding == "utf-8-sig" and path.suffix.lower() == ".py":
         with contextlib.suppress(SyntaxError):  # an unknown encoding is named: UTF-8 is the best guess left
             encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0]
@@ -109,15 +109,15 @@ def content_hash(path: Path, max_bytes: int | None = None) -> tuple[str, tuple[i
         OSError: it can't be read.
     """
     with open_regular(path) as file:
-        state = _state(os.fstat(file.fileno()))
+        state = _stat_key(os.fstat(file.fileno()))
         _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
         return hashlib.file_digest(file, "sha256").hexdigest()[:32], state
 
 
 def unchanged_since(path: Path, state: tuple[int, ...]) -> bool:
     """Whether a file is as `content_hash` found it."""
-    return _state(path.stat()) == state
+    return _stat_key(path.stat()) == state
 
 
-def _state(status: os.stat_result) -> tuple[int, ...]:
+def _stat_key(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

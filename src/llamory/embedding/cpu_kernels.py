@@ -27,7 +27,7 @@ def linear(layer: Any, x: Tensor, *, silu: bool = False, add: Tensor | None = No
     Returns:
         (N, out); without a gradient where the fast kernel was used.
     """
-    if _is_fast(layer, x):
+    if _can_use_kernel(layer, x):
         if add is not None and not silu:
             return _KERNEL.binary(x, add, layer.weight, layer.bias, "add")  # type: ignore[union-attr]
         y = _KERNEL(x, layer.weight, layer.bias, "swish" if silu else "none", [], "")  # type: ignore[misc]
@@ -37,10 +37,10 @@ def linear(layer: Any, x: Tensor, *, silu: bool = False, add: Tensor | None = No
     return y if add is None else y + add
 
 
-def gated(gate: Any, up: Any, x: Tensor) -> Tensor:
+def swiglu(gate: Any, up: Any, x: Tensor) -> Tensor:
     """SiLU of one layer times another: (N, in) to (N, out)."""
     y = linear(gate, x, silu=True)
-    if _is_fast(up, x) and y.dtype == x.dtype:
+    if _can_use_kernel(up, x) and y.dtype == x.dtype:
         return _KERNEL.binary(x, y, up.weight, up.bias, "mul")  # type: ignore[union-attr]
     return y * linear(up, x)
 
@@ -62,7 +62,7 @@ def _is_low_rank(layer: Any) -> bool:
     )
 
 
-def _is_fast(layer: nn.Module, x: Tensor) -> bool:
+def _can_use_kernel(layer: nn.Module, x: Tensor) -> bool:
     return (
         _KERNEL is not None
         and type(layer) is nn.Linear

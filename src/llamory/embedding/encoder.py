@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from llamory.embedding.cpu_kernels import gated, linear
+from llamory.embedding.cpu_kernels import linear, swiglu
 from llamory.llara.attention import flat_attention
-from llamory.llara.layout import SequenceLayout, Span
+from llamory.llara.layout import SegmentLengths, SequenceLayout
 from llamory.llara.template import LlaraTemplate
 
 if TYPE_CHECKING:
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 # Tokens of one batch: on a CPU few enough for its caches, elsewhere enough to keep the device busy.
-TOKENS_ON_CPU = 2048
-TOKENS_ELSEWHERE = 32768
-TEXTS_PER_TOKENIZING = 256
+CPU_BATCH_TOKENS = 2048
+GPU_BATCH_TOKENS = 32768
+TOKENIZER_BATCH_SIZE = 256
 
 # Those whose positions depend on the longest text of a batch.
-_UNEVEN_ROPE = ("dynamic", "longrope")
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class FlatEncoder:
@@ -42,7 +42,7 @@ class FlatEncoder:
         self._model: LlamaModel = embedder[0].auto_model
 
     @classmethod
-    def of(cls, embedder: SentenceTransformer) -> FlatEncoder | None:
+    def from_embedder(cls, embedder: SentenceTransformer) -> FlatEncoder | None:
         """The encoder of a LLARA embedder of stock modules; None for every other embedder."""
         from sentence_transformers.base.modules.transformer import Transformer
         from sentence_transformers.sentence_transformer.modules import WordWeights
@@ -50,7 +50,7 @@ class FlatEncoder:
         if len(embedder) < 3 or type(embedder[0]) is not Transformer or type(embedder[1]) is not WordWeights:
             return None
         model = embedder[0].auto_model
-        if type(model) is not LlamaModel or not _is_flat(model) or any(embedder.prompts.values()):
+        if type(model) is not LlamaModel or not _supports_flat_batches(model) or any(embedder.prompts.values()):
             return None
         template = LlaraTemplate.from_config(model.config)
         if template is None:
@@ -79,27 +79,27 @@ class FlatEncoder:
         parts, order = [], []
         with torch.inference_mode():
             ids = self._token_ids(texts, task)
-            for places in _batches([len(row) for row in ids], self._budget()):
-                parts.append(self._encode([ids[i] for i in places], task).float().cpu())
-                order += places
-                advance(len(places))
+            for indices in _batches([len(row) for row in ids], self._token_budget()):
+                parts.append(self._encode([ids[i] for i in indices], task).float().cpu())
+                order += indices
+                advance(len(indices))
             vectors = torch.empty_like(joined := torch.cat(parts)).index_copy(0, torch.tensor(order), joined)
             if self._embedder.truncate_dim is not None:
                 vectors = truncate_embeddings(vectors, self._embedder.truncate_dim)
         return vectors.numpy()
 
-    def _budget(self) -> int:
-        return TOKENS_ON_CPU if self._embedder.device.type == "cpu" else TOKENS_ELSEWHERE
+    def _token_budget(self) -> int:
+        return CPU_BATCH_TOKENS if self._embedder.device.type == "cpu" else GPU_BATCH_TOKENS
 
     def _token_ids(self, texts: Sequence[str], task: str) -> list[Tensor]:
         """The ids (length,) of each text with its prompts, as Sentence Transformers makes them."""
         ids: list[Tensor] = [torch.empty(0)] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for start in range(0, len(texts), TEXTS_PER_TOKENIZING):
-            places = order[start : start + TEXTS_PER_TOKENIZING]
-            features = self._embedder.preprocess([texts[i] for i in places], task=task)
+        for start in range(0, len(texts), TOKENIZER_BATCH_SIZE):
+            indices = order[start : start + TOKENIZER_BATCH_SIZE]
+            features = self._embedder.preprocess([texts[i] for i in indices], task=task)
             lengths = features["attention_mask"].sum(1).tolist()
-            for i, row, length in zip(places, features["input_ids"], lengths, strict=True):
+            for i, row, length in zip(indices, features["input_ids"], lengths, strict=True):
                 ids[i] = row[:length] if self._embedder.tokenizer.padding_side == "right" else row[-length:]
         return ids
 
@@ -108,10 +108,10 @@ class FlatEncoder:
         device = self._embedder.device
         layout, flat = _layout([len(row) for row in ids], device), torch.cat(ids).to(device)
         last = layout.offsets + layout.lengths("main")
-        kept = (last[:, None] + torch.arange(-self._slots, 0, device=device)).flatten()
+        output_indices = (last[:, None] + torch.arange(-self._slots, 0, device=device)).flatten()
         features: dict[str, Any] = {
-            "token_embeddings": slot_states(self._model, flat, layout, kept).unflatten(0, (len(ids), -1)),
-            "input_ids": flat[kept].unflatten(0, (len(ids), -1)),
+            "token_embeddings": slot_states(self._model, flat, layout, output_indices).unflatten(0, (len(ids), -1)),
+            "input_ids": flat[output_indices].unflatten(0, (len(ids), -1)),
             "attention_mask": torch.ones(len(ids), self._slots, dtype=torch.long, device=device),
             "task": task,  # a Router after the pooling asks for it
         }
@@ -120,14 +120,14 @@ class FlatEncoder:
         return features["sentence_embedding"]
 
 
-def slot_states(model: LlamaModel, ids: Tensor, layout: SequenceLayout, kept: Tensor) -> Tensor:
+def slot_states(model: LlamaModel, ids: Tensor, layout: SequenceLayout, output_indices: Tensor) -> Tensor:
     """Run a LLaMA over a flat batch and give the last hidden states of some of its tokens.
 
     Args:
         model: the model, without dropout.
         ids: (N,) the batch's token ids.
         layout: its segments.
-        kept: (K,) flat index of the tokens whose states are wanted.
+        output_indices: (K,) flat index of the tokens whose states are wanted.
 
     Returns:
         (K, hidden)
@@ -137,8 +137,8 @@ def slot_states(model: LlamaModel, ids: Tensor, layout: SequenceLayout, kept: Te
     for layer in model.layers[:-1]:
         x = _feed_forward(layer, linear(layer.self_attn.o_proj, _attend(layer, x, rotary, layout), add=x))
     layer = model.layers[-1]
-    attended = _attend(layer, x, rotary, layout)[kept]
-    return model.norm(_feed_forward(layer, linear(layer.self_attn.o_proj, attended, add=x[kept])))
+    attended = _attend(layer, x, rotary, layout)[output_indices]
+    return model.norm(_feed_forward(layer, linear(layer.self_attn.o_proj, attended, add=x[output_indices])))
 
 
 def _attend(layer: Any, x: Tensor, rotary: tuple[Tensor, Tensor], layout: SequenceLayout) -> Tensor:
@@ -154,25 +154,25 @@ def _attend(layer: Any, x: Tensor, rotary: tuple[Tensor, Tensor], layout: Sequen
 
 def _feed_forward(layer: Any, x: Tensor) -> Tensor:
     mlp, normed = layer.mlp, layer.post_attention_layernorm(x)
-    return linear(mlp.down_proj, gated(mlp.gate_proj, mlp.up_proj, normed), add=x)
+    return linear(mlp.down_proj, swiglu(mlp.gate_proj, mlp.up_proj, normed), add=x)
 
 
-def _is_flat(model: LlamaModel) -> bool:
+def _supports_flat_batches(model: LlamaModel) -> bool:
     config = model.config
     implementation = (config._attn_implementation or "sdpa").split("|")[-1]
     return (
         config.hidden_act == "silu"
-        and config.rope_parameters["rope_type"] not in _UNEVEN_ROPE
+        and config.rope_parameters["rope_type"] not in _LENGTH_DEPENDENT_ROPE
         and (implementation == "sdpa" or "flash" in implementation)
     )
 
 
-def _batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Places of texts, longest first, of about as many tokens as the budget; equal ones stay together."""
+def _batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
+    """Places of texts, longest first, of about as many tokens as the token_budget; equal ones stay together."""
     batch: list[int] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and tokens + lengths[i] > budget:
+        if batch and tokens + lengths[i] > token_budget:
             yield batch
             batch, tokens = [], 0
         batch.append(i)
@@ -193,7 +193,7 @@ def _layout(lengths: Sequence[int], device: torch.device) -> SequenceLayout:
         index=(segments * longest + positions).to(device),
         position_ids=positions.to(device),
         segment_ids=segments.to(device),
-        spans=tuple(Span(shared=length, summary=0, tail=0) for length in lengths),
+        segments=tuple(SegmentLengths(shared=length, summary=0, tail=0) for length in lengths),
         summarize_slots=none,
         summarize_segments=none,
         predict_slots=none,

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 # Stands between prefix, passage and prompt in the text that the chat template writes, and is dropped before any token
 # is made. A Unicode noncharacter: it is legal inside a program and never part of a text.
-MARKER = "\ufdd0"
+SEGMENT_SEPARATOR = "\ufdd0"
 
 
-def piecewise_tokenizer(
+def build_export_tokenizer(
     tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate, max_length: int
 ) -> PreTrainedTokenizerFast:
     """A tokenizer that reads the chat template's text as the template joins ids: each piece tokenised apart."""
@@ -62,22 +62,31 @@ def _split_normalizer(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str
     for step in filter(None, steps):
         if step["type"] == "Prepend":
             # The start of a run becomes the start of a piece; no piece that has no text gets a ▁.
-            result += [{"type": "Prepend", "prepend": MARKER}, _after_marker(f"(?=[^{MARKER}])", step["prepend"])]
+            result += [
+                {"type": "Prepend", "prepend": SEGMENT_SEPARATOR},
+                _insert_after_separator(f"(?=[^{SEGMENT_SEPARATOR}])", step["prepend"]),
+            ]
         else:
             result.append(step)
     for step in _pre_tokenizers(pre_tokenizer):
         if step["type"] == "Metaspace" and step["prepend_scheme"] == "first":
-            result.append(_after_marker(f"(?=[^{MARKER} {step['replacement']}])", step["replacement"]))
+            result.append(
+                _insert_after_separator(f"(?=[^{SEGMENT_SEPARATOR} {step['replacement']}])", step["replacement"])
+            )
     return {"type": "Sequence", "normalizers": result} if result else None
 
 
-def _after_marker(condition: str, inserted: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": {"Regex": f"{MARKER}+{condition}"}, "content": MARKER + inserted}
+def _insert_after_separator(condition: str, inserted: str) -> dict[str, Any]:
+    return {
+        "type": "Replace",
+        "pattern": {"Regex": f"{SEGMENT_SEPARATOR}+{condition}"},
+        "content": SEGMENT_SEPARATOR + inserted,
+    }
 
 
 def _split_pre_tokenizer(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any]:
     """Split at markers, drop them, then do what the tokenizer always did."""
-    split = {"type": "Split", "pattern": {"String": MARKER}, "behavior": "Removed", "invert": False}
+    split = {"type": "Split", "pattern": {"String": SEGMENT_SEPARATOR}, "behavior": "Removed", "invert": False}
     steps = [
         {**step, "prepend_scheme": "never"}
         if step["type"] == "Metaspace" and step["prepend_scheme"] == "first"
@@ -104,9 +113,9 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate) 
     summarize_text, predict_text = prompt_texts(template.slots)
     quote = tokenizer(PREFIX, add_special_tokens=False)["input_ids"]
     opening = "".join(tokenizer.added_tokens_decoder[i].content for i in template.prefix_ids[: -len(quote)])
-    prefix = opening + MARKER + PREFIX + MARKER
-    summarize = MARKER + summarize_text + "".join(slots[: template.slots])
-    predict = MARKER + predict_text + "".join(slots[template.slots :])
+    prefix = opening + SEGMENT_SEPARATOR + PREFIX + SEGMENT_SEPARATOR
+    summarize = SEGMENT_SEPARATOR + summarize_text + "".join(slots[: template.slots])
+    predict = SEGMENT_SEPARATOR + predict_text + "".join(slots[template.slots :])
     return (
         query_prompt_line(template.query_prompt) + "{%- set passage = namespace(text='') -%}"
         "{%- for message in messages -%}"
@@ -114,7 +123,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate) 
         "{%- else -%}{%- for part in message.content -%}{%- set passage.text = passage.text + part.text -%}"
         "{%- endfor -%}{%- endif -%}"
         "{%- endfor -%}"
-        f"{{%- for token in {json.dumps([*slots, MARKER])} -%}}{{%- if token in passage.text -%}}"
+        f"{{%- for token in {json.dumps([*slots, SEGMENT_SEPARATOR])} -%}}{{%- if token in passage.text -%}}"
         "{{- raise_exception('A text contains ' + token + ', which only the prompts may; remove it.') -}}"
         "{%- endif -%}{%- endfor -%}"
         f"{{{{- {json.dumps(prefix)} + passage.text -}}}}"

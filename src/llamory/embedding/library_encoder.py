@@ -41,10 +41,10 @@ def embed_passages(
     import torch
 
     from llamory.embedding.encoder import FlatEncoder
-    from llamory.embedding.pipeline import hide_slot_tokens
+    from llamory.embedding.pipeline import escape_slot_tokens
 
-    texts = hide_slot_tokens(embedder, texts)
-    if (encoder := FlatEncoder.of(embedder)) is not None:
+    texts = escape_slot_tokens(embedder, texts)
+    if (encoder := FlatEncoder.from_embedder(embedder)) is not None:
         with torch.autocast(embedder.device.type, torch.bfloat16, enabled=bf16):
             return encoder.encode(texts, "document", advance)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
@@ -69,11 +69,11 @@ def embed_queries(embedder: SentenceTransformer, queries: list[str], *, bf16: bo
     import torch
 
     from llamory.embedding.encoder import FlatEncoder
-    from llamory.embedding.pipeline import hide_slot_tokens
+    from llamory.embedding.pipeline import escape_slot_tokens
 
-    texts = hide_slot_tokens(embedder, queries)
+    texts = escape_slot_tokens(embedder, queries)
     with torch.autocast(embedder.device.type, torch.bfloat16, enabled=bf16):
-        if (encoder := FlatEncoder.of(embedder)) is not None:
+        if (encoder := FlatEncoder.from_embedder(embedder)) is not None:
             return encoder.encode(texts, "query")
         return embedder.encode_query(texts, show_progress_bar=False).astype("float32")
 
@@ -87,7 +87,7 @@ def passage_tokenizer(embedder: SentenceTransformer) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
 
 
-def passage_length_for(embedder: SentenceTransformer, wanted: int | None) -> int:
+def resolve_chunk_size(embedder: SentenceTransformer, wanted: int | None) -> int:
     """How long passages may be, in tokens, so that the model reads each to its end.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamory.embedding.export_tokenizer import piecewise_tokenizer
+from llamory.embedding.export_tokenizer import build_export_tokenizer
 from llamory.embedding.whitening import Whitening
 from llamory.errors import LlamoryError
 from llamory.llara.template import LlaraTemplate
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_LENGTH = 512
 
 # Texts on which the exported tokenizer must give the template's ids; each has been a way to go wrong.
-_PROBES = (
+_CHECK_TEXTS = (
     "",
     "A plain sentence about rivers.",
     " leading and trailing space ",
@@ -34,13 +34,13 @@ _PROBES = (
 )
 
 
-def assemble(
+def build_sentence_transformer(
     name: str,
     max_length: int | None,
     *,
     device: str | None,
     similarity: str = "cosine",
-    loading: Mapping[str, Any] | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
     whitened: bool = True,
     shared: bool = False,
 ) -> SentenceTransformer:
@@ -51,7 +51,7 @@ def assemble(
         max_length: limit in tokens for a text with its prompt; by default 512, or what the model can read.
         device: a torch device; by default the best there is.
         similarity: name of the similarity function.
-        loading: further arguments of `from_pretrained`.
+        model_kwargs: further arguments of `from_pretrained`.
         whitened: with the whitening that lies beside it, if there is one.
         shared: of an adapter, with the base model's weights that are in RAM already, in float32 (`models.adapters`).
 
@@ -69,7 +69,7 @@ def assemble(
     config = _read_config(name)
     if config.model_type != "llama":
         raise LlamoryError(f"{name} is a {config.model_type} model; only LLaMA checkpoints can be LLARA retrievers.")
-    template = template_of(name, config)
+    template = require_template(name, config)
     tokenizer = _read_tokenizer(name)
     template.check_tokenizer(tokenizer)
     if max_length is None:
@@ -82,17 +82,17 @@ def assemble(
     template.encode(tokenizer, "", max_length=max_length, predict=False)  # raises where prompts leave no room
     template.encode(tokenizer, "", max_length=max_length, summarize=False)
 
-    exported = piecewise_tokenizer(tokenizer, template, max_length)
+    exported = build_export_tokenizer(tokenizer, template, max_length)
     forward = {"method": "forward", "method_output_name": "last_hidden_state"}
     transformer = Transformer(
         name if adapter is None else str(backbone.resolve(name)),
-        model_kwargs=dict(loading or {}),
+        model_kwargs=dict(model_kwargs or {}),
         modality_config={"text": forward, "message": {**forward, "format": "flat"}},  # type: ignore[typeddict-item]
         module_output_name="token_embeddings",
         unpad_inputs=False,  # WordWeights reads the attention mask, which unpadded batches don't have
     )
     if adapter is not None:
-        transformer.model = _adapted(name, shared, device, dict(loading or {}))
+        transformer.model = _load_adapted_model(name, shared, device, dict(model_kwargs or {}))
     transformer.processor = exported
     transformer.input_formatter = InputFormatter("llama", message_format="flat", processor=exported)
     transformer.input_formatter.supported_modalities = list(transformer.modality_config)
@@ -110,14 +110,14 @@ def assemble(
     return SentenceTransformer(modules=modules, device=device, similarity_fn_name=similarity)  # type: ignore[arg-type]
 
 
-def _adapted(name: str, shared: bool, device: str | None, loading: dict[str, Any]) -> Any:
+def _load_adapted_model(name: str, shared: bool, device: str | None, model_kwargs: dict[str, Any]) -> Any:
     import torch
     from sentence_transformers.util import get_device_name
 
-    if not shared or loading.get("dtype") not in (None, "float32", torch.float32):
-        return backbone.load_model(name, **loading).model
-    loading.pop("dtype", None)
-    return load_shared(name, device=device or get_device_name(), **loading).model
+    if not shared or model_kwargs.get("dtype") not in (None, "float32", torch.float32):
+        return backbone.load_model(name, **model_kwargs).model
+    model_kwargs.pop("dtype", None)
+    return load_shared(name, device=device or get_device_name(), **model_kwargs).model
 
 
 def _word_weights(
@@ -132,21 +132,21 @@ def _word_weights(
     return vocabulary, weights
 
 
-def _probes(max_length: int) -> Iterator[str]:
-    yield from _PROBES
+def _check_texts(max_length: int) -> Iterator[str]:
+    yield from _CHECK_TEXTS
     yield "one, two; three " * max_length
 
 
 def _check_token_ids(
     transformer: Any, tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate, max_length: int
 ) -> None:
-    for probe in _probes(max_length):
+    for text in _check_texts(max_length):
         for task in ("query", "document", None):
-            expected = template.encode(tokenizer, probe, **template.prompts(task), max_length=max_length)
-            found = transformer.preprocess([probe], task=task)["input_ids"][0].tolist()
+            expected = template.encode(tokenizer, text, **template.prompts(task), max_length=max_length)
+            found = transformer.preprocess([text], task=task)["input_ids"][0].tolist()
             if found != expected:
                 raise LlamoryError(
-                    f"This tokenizer can't be exported: with the prompts around it, {probe[:40]!r} gets other token "
+                    f"This tokenizer can't be exported: with the prompts around it, {text[:40]!r} gets other token "
                     "ids than in training; use a checkpoint with a byte-level BPE or a Llama-2 tokenizer."
                 )
 
@@ -156,11 +156,11 @@ def check_saved(folder: Path, embedder: SentenceTransformer) -> None:
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(str(folder))
-    for probe in _PROBES:
-        message = [{"role": "user", "content": probe}]
+    for text in _CHECK_TEXTS:
+        message = [{"role": "user", "content": text}]
         if loaded.apply_chat_template(message) != embedder.tokenizer.apply_chat_template(message):
             raise LlamoryError(
-                f"This tokenizer can't be exported: once saved and loaded again it reads {probe[:40]!r} differently; "
+                f"This tokenizer can't be exported: once saved and loaded again it reads {text[:40]!r} differently; "
                 "use a checkpoint with a byte-level BPE or a Llama-2 tokenizer."
             )
 
@@ -204,7 +204,7 @@ def _read_config(name: str) -> Any:
         raise LlamoryError(f"{name} can't be loaded as a model: {first_line(error)}.") from error
 
 
-def template_of(name: str, config: Any) -> LlaraTemplate:
+def require_template(name: str, config: Any) -> LlaraTemplate:
     """The template of a model's config.
 
     Raises:

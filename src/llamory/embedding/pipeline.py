@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from llamory.embedding.encoder import FlatEncoder
-from llamory.embedding.export_tokenizer import MARKER, query_prompt_line
+from llamory.embedding.export_tokenizer import SEGMENT_SEPARATOR, query_prompt_line
 from llamory.embedding.modules import (
     DEFAULT_MAX_LENGTH,
-    assemble,
+    build_sentence_transformer,
     check_folder,
     check_saved,
     first_line,
     llama_config,
-    template_of,
+    require_template,
 )
-from llamory.embedding.whitening import Whitening, fit_whitening, reroute, shortened, whitening_router
+from llamory.embedding.whitening import Whitening, fit_whitening, pseudo_queries, reroute, whitening_router
 from llamory.errors import LlamoryError
 from llamory.llara.data import Paths, load_examples, passage_texts
 from llamory.llara.template import QUERY_PROMPTS, LlaraTemplate, slot_tokens
@@ -37,7 +37,7 @@ from llamory.models import base as backbone
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-PACKAGED = "retriever"  # the adapter that "default" means
+PACKAGED_RETRIEVER = "retriever"  # the adapter that "default" means
 
 
 def export_sentence_transformer(
@@ -47,11 +47,11 @@ def export_sentence_transformer(
     max_length: int = DEFAULT_MAX_LENGTH,
     similarity: str = "cosine",
     query_prompt: str | None = None,
-    whiten_on: Sequence[str] = (),
+    whitening_texts: Sequence[str] = (),
 ) -> Path:
     """Write a LLARA checkpoint as a Sentence Transformers folder that loads without llamory.
 
-    `encode_document` and `encode` read the summary prompt's slots, `encode_query` those of its own prompt.
+    `encode_document` and `encode` read the summary prompt's slots, `encode_query` those of its original_prompt prompt.
 
     Args:
         model: a checkpoint folder, as transformers saves it, with its tokenizer and its template in `config.llara`; or
@@ -60,7 +60,7 @@ def export_sentence_transformer(
         max_length: limit in tokens for a text with its prompt; longer texts are cut, the prompt never is.
         similarity: name of the similarity function that the folder declares.
         query_prompt: "prediction" or "summary"; by default what the checkpoint says.
-        whiten_on: texts without labels, of the kind that is to be found, that whitening is fitted on (`whitening_on`);
+        whitening_texts: texts without labels, of the kind that is to be found, that whitening is fitted on (`fit_whitening_on_texts`);
             by default it is what lies beside the checkpoint, if there is any.
 
     Returns:
@@ -72,10 +72,12 @@ def export_sentence_transformer(
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise LlamoryError(f"{output} already exists and isn't an empty folder; choose another output folder.")
-    embedder = assemble(_named(model), max_length, device="cpu", similarity=similarity, whitened=not whiten_on)
-    if whiten_on:
-        own = embedder[0].config.llara["query_prompt"]
-        embedder.extend(_fitted(embedder, whiten_on).modules(own))
+    embedder = build_sentence_transformer(
+        _resolve_name(model), max_length, device="cpu", similarity=similarity, whitened=not whitening_texts
+    )
+    if whitening_texts:
+        original_prompt = embedder[0].config.llara["query_prompt"]
+        embedder.extend(_fit_on_texts(embedder, whitening_texts).modules(original_prompt))
     if query_prompt is not None:
         set_query_prompt(embedder, query_prompt)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -90,10 +92,10 @@ def export_sentence_transformer(
     return output
 
 
-def unlabelled_texts(
+def sample_passages(
     model: str | Path, paths: Paths, *, number: int = 1024, max_length: int = DEFAULT_MAX_LENGTH
 ) -> list[str]:
-    """Passages of documents, drawn at random, such as `whitening_on` is fitted on.
+    """Passages of documents, drawn at random, such as `fit_whitening_on_texts` is fitted on.
 
     Args:
         model: the LLARA checkpoint, or an adapter of one, that is to read them.
@@ -104,44 +106,46 @@ def unlabelled_texts(
     Raises:
         LlamoryError: the model is no LLARA checkpoint, or the documents can't be read or have no text.
     """
-    name = _named(model)
-    template, tokenizer = template_of(name, backbone.load_config(name)), backbone.load_tokenizer(name)
+    name = _resolve_name(model)
+    template, tokenizer = require_template(name, backbone.load_config(name)), backbone.load_tokenizer(name)
     prompt = len(template.encode(tokenizer, "", max_length=max_length, predict=False))
-    whole = max_length - prompt + template.overhead()  # an example has both prompts
-    examples = load_examples(paths, tokenizer, template, max_length=whole, skip_broken=True, quiet=True)
+    example_length = max_length - prompt + template.overhead()  # an example has both prompts
+    examples = load_examples(paths, tokenizer, template, max_length=example_length, skip_broken=True, quiet=True)
     return passage_texts(examples, tokenizer, number)
 
 
-def whitening_on(
+def fit_whitening_on_texts(
     model: str | Path, texts: Sequence[str], *, max_length: int | None = None, device: str | None = None
 ) -> Whitening:
     """Fit a checkpoint's whitening on texts without labels: as documents, and their first words as queries.
 
     Args:
         model: a LLARA checkpoint or an adapter of one, without what it may have been whitened with before.
-        texts: at least `llamory.embedding.whitening.FEWEST`; some hundreds are enough.
+        texts: at least `llamory.embedding.whitening.MIN_TEXTS`; some hundreds are enough.
         max_length: limit in tokens for a text with its prompt.
         device: a torch device; by default the best there is.
 
     Raises:
         LlamoryError: the model is no LLARA checkpoint, or there are too few texts.
     """
-    return _fitted(assemble(_named(model), max_length, device=device, whitened=False), texts)
+    return _fit_on_texts(
+        build_sentence_transformer(_resolve_name(model), max_length, device=device, whitened=False), texts
+    )
 
 
-def _fitted(embedder: SentenceTransformer, texts: Sequence[str]) -> Whitening:
-    texts = hide_slot_tokens(embedder, list(texts))
-    documents, own = _encoded(embedder, texts, "document"), query_prompt(embedder)
+def _fit_on_texts(embedder: SentenceTransformer, texts: Sequence[str]) -> Whitening:
+    texts = escape_slot_tokens(embedder, list(texts))
+    documents, original_prompt = _encode(embedder, texts, "document"), query_prompt(embedder)
     queries = {}
     for prompt in QUERY_PROMPTS:
         set_query_prompt(embedder, prompt)
-        queries[prompt] = _encoded(embedder, shortened(texts), "query")
-    set_query_prompt(embedder, str(own))
+        queries[prompt] = _encode(embedder, pseudo_queries(texts), "query")
+    set_query_prompt(embedder, str(original_prompt))
     return fit_whitening(documents, queries)
 
 
-def _encoded(embedder: SentenceTransformer, texts: list[str], task: str) -> Tensor:
-    encoder = FlatEncoder.of(embedder)
+def _encode(embedder: SentenceTransformer, texts: list[str], task: str) -> Tensor:
+    encoder = FlatEncoder.from_embedder(embedder)
     return torch.as_tensor(embedder.encode(texts, task=task) if encoder is None else encoder.encode(texts, task))
 
 
@@ -151,10 +155,10 @@ def check_embedder(model: str | Path) -> None:
     Raises:
         LlamoryError: there isn't, or it doesn't.
     """
-    name = _named(model)
+    name = _resolve_name(model)
     check_folder(name)
     if (config := llama_config(name)) is not None:
-        template_of(name, config)
+        require_template(name, config)
 
 
 def load_embedder(
@@ -164,7 +168,7 @@ def load_embedder(
     device: str | None = None,
     query_prompt: str | None = None,
     shared: bool = False,
-    **loading: Any,
+    **model_kwargs: Any,
 ) -> SentenceTransformer:
     """Load a model that turns texts into vectors.
 
@@ -177,27 +181,27 @@ def load_embedder(
         query_prompt: of a LLARA model, "prediction" or "summary"; by default what the model says.
         shared: of an adapter in float32, with the base model's weights that another model has that was loaded so (see
             `llamory.models.adapters`): less memory, embedding takes a little longer, and it can't be trained.
-        loading: further arguments of `from_pretrained`, such as `dtype` and `attn_implementation`.
+        model_kwargs: further arguments of `from_pretrained`, such as `dtype` and `attn_implementation`.
 
     Raises:
         LlamoryError: there is no such model, it is a LLaMA that wasn't trained to embed, or it has no such prompt.
     """
-    embedder = _load_embedder(_named(model), max_length, device, loading, shared=shared)
+    embedder = _load_embedder(_resolve_name(model), max_length, device, model_kwargs, shared=shared)
     if query_prompt is not None:
         set_query_prompt(embedder, query_prompt)
     return embedder
 
 
 def _load_embedder(
-    name: str, max_length: int | None, device: str | None, loading: Mapping[str, Any], *, shared: bool
+    name: str, max_length: int | None, device: str | None, model_kwargs: Mapping[str, Any], *, shared: bool
 ) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
     check_folder(name)
     if llama_config(name) is not None:
-        return assemble(name, max_length, device=device, loading=loading, shared=shared)
+        return build_sentence_transformer(name, max_length, device=device, model_kwargs=model_kwargs, shared=shared)
     try:
-        embedder = SentenceTransformer(name, device=device, model_kwargs=dict(loading))
+        embedder = SentenceTransformer(name, device=device, model_kwargs=dict(model_kwargs))
     except (OSError, ValueError) as error:
         raise LlamoryError(f"{name} can't be loaded as an embedding model: {first_line(error)}.") from error
     if max_length is not None:
@@ -205,7 +209,9 @@ def _load_embedder(
     return embedder
 
 
-def mean_embedder(model: str | Path, *, max_length: int = DEFAULT_MAX_LENGTH, **loading: Any) -> SentenceTransformer:
+def mean_embedder(
+    model: str | Path, *, max_length: int = DEFAULT_MAX_LENGTH, **model_kwargs: Any
+) -> SentenceTransformer:
     """A LLaMA that wasn't trained to embed, as it is: the mean of the last hidden states of a text's tokens.
 
     What trained retrievers are compared with. Arguments as for `load_embedder`; the model is named as for
@@ -220,7 +226,7 @@ def mean_embedder(model: str | Path, *, max_length: int = DEFAULT_MAX_LENGTH, **
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     config = backbone.load_config(model)
-    transformer = Transformer(str(backbone.resolve(model)), model_kwargs=loading, max_seq_length=max_length)
+    transformer = Transformer(str(backbone.resolve(model)), model_kwargs=model_kwargs, max_seq_length=max_length)
     modules = [transformer, Pooling(config.hidden_size, "mean"), Normalize()]
     return SentenceTransformer(modules=modules)  # type: ignore[arg-type]
 
@@ -232,7 +238,7 @@ def save_embedder(embedder: SentenceTransformer, folder: Path) -> None:
         LlamoryError: its tokenizer reads texts differently once it is loaded again.
     """
     embedder.save(str(folder), create_model_card=False)
-    if reads_slots(embedder):
+    if is_llara(embedder):
         check_saved(folder, embedder)
 
 
@@ -245,18 +251,18 @@ def set_query_prompt(embedder: SentenceTransformer, query_prompt: str) -> None:
     template = _template(embedder)
     if template is None:
         raise LlamoryError("Only a LLARA model has a query_prompt; leave it out for this one.")
-    wanted = dataclasses.replace(template, query_prompt=query_prompt)
+    new_template = dataclasses.replace(template, query_prompt=query_prompt)
     tokenizer: Any = embedder.tokenizer
-    written = tokenizer.chat_template.removeprefix(query_prompt_line(template.query_prompt))
-    if written == tokenizer.chat_template:
+    template_body = tokenizer.chat_template.removeprefix(query_prompt_line(template.query_prompt))
+    if template_body == tokenizer.chat_template:
         raise LlamoryError("This model was exported before queries could have another prompt; export it again.")
-    embedder[0].config.llara = wanted.to_dict()
-    tokenizer.chat_template = query_prompt_line(query_prompt) + written
+    embedder[0].config.llara = new_template.to_dict()
+    tokenizer.chat_template = query_prompt_line(query_prompt) + template_body
     if (router := whitening_router(embedder)) is not None:
         reroute(router, query_prompt)
 
 
-def reads_slots(embedder: SentenceTransformer) -> bool:
+def is_llara(embedder: SentenceTransformer) -> bool:
     """Whether a model's embeddings are those of LLARA's slots."""
     return _template(embedder) is not None
 
@@ -267,7 +273,7 @@ def query_prompt(embedder: SentenceTransformer) -> str | None:
     return None if template is None else template.query_prompt
 
 
-def hide_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[str]:
+def escape_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[str]:
     """Rewrite what a LLARA embedder refuses to read: a slot token such as `<s1>` in a text becomes `< s1>`.
 
     For texts whose writer couldn't know of slot tokens. Other embedders get their texts unchanged.
@@ -275,7 +281,7 @@ def hide_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[st
     template = _template(embedder)
     if template is None:
         return texts
-    reserved = {token: f"< {token[1:]}" for token in slot_tokens(template.slots)} | {MARKER: ""}
+    reserved = {token: f"< {token[1:]}" for token in slot_tokens(template.slots)} | {SEGMENT_SEPARATOR: ""}
     hidden = []
     for text in texts:
         for token, replacement in reserved.items():
@@ -284,8 +290,8 @@ def hide_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[st
     return hidden
 
 
-def _named(model: str | Path) -> str:
-    return PACKAGED if str(model) == "default" else str(model)
+def _resolve_name(model: str | Path) -> str:
+    return PACKAGED_RETRIEVER if str(model) == "default" else str(model)
 
 
 def _template(embedder: SentenceTransformer) -> LlaraTemplate | None:

@@ -30,7 +30,7 @@ WHITENING_FILE = "whitening.safetensors"
 POWER = 0.75  # of the inverse root; 1 would whiten all the way
 SHRINKAGE = 0.1  # of the mean variance is added to each direction's
 QUERY_WORDS = (4, 14)  # a text made short, to stand for a query
-FEWEST = 16  # texts of which a mean and a covariance mean anything
+MIN_TEXTS = 16  # texts of which a mean and a covariance mean anything
 
 _MATRIX, _DOCUMENT = "matrix", "document_centre"
 
@@ -73,7 +73,7 @@ class Whitening:
         """Write it beside a checkpoint; the matrix in a type of its own."""
         from safetensors.torch import save_file
 
-        centres = {_centre(prompt): centre for prompt, centre in self.query_centres.items()}
+        centres = {_centre_key(prompt): centre for prompt, centre in self.query_centres.items()}
         tensors = {_MATRIX: self.matrix.to(dtype), _DOCUMENT: self.document_centre, **centres}
         partial = folder / f".{WHITENING_FILE}"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
@@ -96,14 +96,14 @@ class Whitening:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
             raise LlamoryError(f"{file} can't be read: {error}; fit it again, or remove it.") from error
-        shapes = dict.fromkeys([_DOCUMENT, *map(_centre, QUERY_PROMPTS)], (dimension,))
+        shapes = dict.fromkeys([_DOCUMENT, *map(_centre_key, QUERY_PROMPTS)], (dimension,))
         for name, shape in (shapes | {_MATRIX: (dimension, dimension)}).items():
             if name not in tensors or tensors[name].shape != shape or not tensors[name].isfinite().all():
                 raise LlamoryError(
                     f"{file} was made for another model than the one beside it, which has {dimension} dimensions: its "
                     f"{name} doesn't fit; fit it again, or remove it."
                 )
-        centres = {prompt: tensors[_centre(prompt)] for prompt in QUERY_PROMPTS}
+        centres = {prompt: tensors[_centre_key(prompt)] for prompt in QUERY_PROMPTS}
         return cls(tensors[_MATRIX], tensors[_DOCUMENT], centres)
 
 
@@ -118,8 +118,8 @@ def fit_whitening(documents: Tensor, queries: Mapping[str, Tensor]) -> Whitening
         LlamoryError: there are too few texts.
     """
     parts = [documents.double(), *(vectors.double() for vectors in queries.values())]
-    if (fewest := min(map(len, parts))) < FEWEST:
-        raise LlamoryError(f"Whitening needs at least {FEWEST} texts, not {fewest}; add data, or set whiten to 0.")
+    if (smallest := min(map(len, parts))) < MIN_TEXTS:
+        raise LlamoryError(f"Whitening needs at least {MIN_TEXTS} texts, not {smallest}; add data, or set whiten to 0.")
     # All parts count alike, whatever their number of texts.
     covariances = [torch.cov(part.T, correction=0) for part in parts]
     values, directions = torch.linalg.eigh(torch.stack(covariances).mean(0))
@@ -132,10 +132,10 @@ def fit_whitening(documents: Tensor, queries: Mapping[str, Tensor]) -> Whitening
     )
 
 
-def shortened(texts: Sequence[str], seed: int = 0) -> list[str]:
+def pseudo_queries(texts: Sequence[str], seed: int = 0) -> list[str]:
     """Of each text some words from its start, as few as a query has."""
-    draw = random.Random(seed)
-    return [" ".join(text.split()[: draw.randint(*QUERY_WORDS)]) for text in texts]
+    rng = random.Random(seed)
+    return [" ".join(text.split()[: rng.randint(*QUERY_WORDS)]) for text in texts]
 
 
 def whitening_router(embedder: SentenceTransformer) -> Router | None:
@@ -157,5 +157,5 @@ def _mappings(query_prompt: str) -> dict[Any, str]:
     return {("query", None): f"{query_prompt}_query", ("document", None): "document"}
 
 
-def _centre(prompt: str) -> str:
+def _centre_key(prompt: str) -> str:
     return f"{prompt}_query_centre"

@@ -9,73 +9,75 @@ from typing import Any, TypeVar
 
 from llamory.documents.beir import (
     CORPUS,
-    JUDGEMENTS,
+    QRELS,
     QUERIES,
     document_entry,
-    judgement_rows,
+    qrels_rows,
     query_entry,
     title_and_text,
 )
 from llamory.documents.readers import read_json_lines
 from llamory.errors import LlamoryError
-from llamory.evaluation.qrels import RetrievalSet, judged_queries
+from llamory.evaluation.qrels import RetrievalDataset, queries_with_qrels
 
 T = TypeVar("T", bound=tuple[str, ...])
 
 
-def read_beir(folder: Path, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalSet:
+def read_beir(folder: Path, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalDataset:
     """Read `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`.
 
-    A title stands before its text, with a space between, as in BEIR's own code. A document that has the id and the
+    A title stands before its text, with a space between, as in BEIR's self_documents code. A document that has the id and the
     text of a query is the query itself, and isn't counted as found, unless it is judged relevant.
 
     Args:
         folder: the folder; if it holds one such folder per part, as `llamory dataset` writes them, its part SPLIT.
-        split: name of the judgements; "test" if there are any of that name, else the only ones.
+        split: name of the qrels; "test" if there are any of that name, else the only ones.
         ignore_identical_ids: leave a document with a query's id out for that query, whatever its text, as BEIR does.
 
     Raises:
         LlamoryError: a file is missing, a line is broken, an id stands twice, or there is nothing to judge.
     """
-    folder = _of_parts(folder, split)
+    folder = _split_folder(folder, split)
     for name in (CORPUS, QUERIES):
         if not (folder / name).is_file():
             raise LlamoryError(
                 f"{folder} is no BEIR folder: there is no {name} (it should hold {CORPUS}, {QUERIES} and "
-                f"{JUDGEMENTS}/*.tsv)."
+                f"{QRELS}/*.tsv)."
             )
-    judged_file = _judgements_file(folder, split)
-    queries = dict(_unique(folder / QUERIES, query_entry))
-    judgements = _read_judgements(judged_file)
-    wanted = judged_queries(str(judged_file), queries, judgements)
+    qrels_file = _qrels_file(folder, split)
+    queries = dict(_read_unique(folder / QUERIES, query_entry))
+    qrels = _load_qrels(qrels_file)
+    query_texts = queries_with_qrels(str(qrels_file), queries, qrels)
     corpus = folder / CORPUS
-    ids, own = [], set()
-    for key, title, text in _unique(corpus, document_entry):
+    ids, self_documents = [], set()
+    for key, title, text in _read_unique(corpus, document_entry):
         ids.append(key)
-        same = key in wanted and (
-            ignore_identical_ids or _plain(wanted[key]) in (_plain(text), _plain(f"{title} {text}"))
+        is_query = key in query_texts and (
+            ignore_identical_ids
+            or _normalize_whitespace(query_texts[key])
+            in (_normalize_whitespace(text), _normalize_whitespace(f"{title} {text}"))
         )
-        if same and judgements[key].get(key, 0) < 1:
-            own.add(key)
+        if is_query and qrels[key].get(key, 0) < 1:
+            self_documents.add(key)
     if not ids:
         raise LlamoryError(f"{corpus} has no documents.")
 
     def read() -> Iterator[tuple[str, str]]:
         return (found for _, found in read_json_lines(corpus, title_and_text))
 
-    return RetrievalSet(
-        name=_name(folder.resolve(), judged_file.stem),
-        split=judged_file.stem,
-        queries=wanted,
-        judgements={query: judgements[query] for query in wanted},
+    return RetrievalDataset(
+        name=_name(folder.resolve(), qrels_file.stem),
+        split=qrels_file.stem,
+        queries=query_texts,
+        qrels={query: qrels[query] for query in query_texts},
         ids=ids,
         read=read,
-        own=frozenset(own),
-        fingerprint=_digest([corpus, folder / QUERIES, judged_file]),
+        self_documents=frozenset(self_documents),
+        fingerprint=_digest([corpus, folder / QUERIES, qrels_file]),
     )
 
 
-def _of_parts(folder: Path, split: str | None) -> Path:
+def _split_folder(folder: Path, split: str | None) -> Path:
     part = folder / (split or "test")
     return part if not (folder / CORPUS).exists() and (part / CORPUS).is_file() else folder
 
@@ -84,28 +86,28 @@ def _name(folder: Path, split: str) -> str:
     return f"{folder.parent.name}/{folder.name}" if folder.name == split else folder.name
 
 
-def _judgements_file(folder: Path, split: str | None) -> Path:
-    there = sorted(path.stem for path in (folder / JUDGEMENTS).glob("*.tsv"))
+def _qrels_file(folder: Path, split: str | None) -> Path:
+    there = sorted(path.stem for path in (folder / QRELS).glob("*.tsv"))
     if not there:
-        raise LlamoryError(f"{folder} is no BEIR folder: there are no judgements in {folder / JUDGEMENTS}/*.tsv.")
+        raise LlamoryError(f"{folder} is no BEIR folder: there are no qrels in {folder / QRELS}/*.tsv.")
     if split is None:
         split = "test" if "test" in there else there[0] if len(there) == 1 else None
     if split not in there:
         asked = "name a split" if split is None else f"there is no split {split!r}"
         raise LlamoryError(f"{folder}: {asked}; there {'are' if len(there) > 1 else 'is'} {', '.join(there)}.")
-    return folder / JUDGEMENTS / f"{split}.tsv"
+    return folder / QRELS / f"{split}.tsv"
 
 
-def _read_judgements(file: Path) -> dict[str, dict[str, int]]:
-    judgements: dict[str, dict[str, int]] = {}
-    for line, query, document, score in judgement_rows(file):
+def _load_qrels(file: Path) -> dict[str, dict[str, int]]:
+    qrels: dict[str, dict[str, int]] = {}
+    for line, query, document, score in qrels_rows(file):
         if not score.is_integer():
             raise LlamoryError(f"{file}:{line}: the score should be a whole number, not {score}.")
-        judgements.setdefault(query, {})[document] = int(score)
-    return judgements
+        qrels.setdefault(query, {})[document] = int(score)
+    return qrels
 
 
-def _unique(file: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+def _read_unique(file: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     seen = set()
     for line, found in read_json_lines(file, parse):
         if found[0] in seen:
@@ -116,7 +118,7 @@ def _unique(file: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
         yield found
 
 
-def _plain(text: str) -> str:
+def _normalize_whitespace(text: str) -> str:
     return " ".join(text.split())
 
 

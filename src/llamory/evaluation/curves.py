@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK, _QUIET, _GRID = "#222222", "#666666", "#e4e4e4"
+_INK, _MUTED, _GRID = "#222222", "#666666", "#e4e4e4"
 # Colours that also colour-blind readers tell apart (Okabe & Ito 2008), and marks for those who print in grey.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-_MARKS = ("o", "s", "^", "D", "v", "P")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
 _SIZE = (6.4, 4.0)  # inches
 
 
@@ -25,13 +25,13 @@ class Line:
         name: of the line.
         xs: numbers of tokens, in growing order.
         ys: what was measured there.
-        spreads: half the length of an error bar at each place; None for no bars.
+        error_bars: half the length of an error bar at each position; None for no bars.
     """
 
     name: str
     xs: Sequence[int]
     ys: Sequence[float]
-    spreads: Sequence[float] | None = None
+    error_bars: Sequence[float] | None = None
 
 
 def draw_curves(
@@ -41,19 +41,19 @@ def draw_curves(
     *,
     x_label: str,
     y_label: str,
-    share: bool = False,
-    level: tuple[str, float] | None = None,
+    percent: bool = False,
+    reference_line: tuple[str, float] | None = None,
 ) -> None:
     """Draw lines over numbers of tokens on a logarithmic axis, on which 0 stands one step left of the smallest.
 
     Args:
         path: the PNG file, written beside and renamed.
         title: of the picture.
-        lines: at least one, with at least one place.
+        lines: at least one, with at least one position.
         x_label: what stands below.
         y_label: what stands at the left.
-        share: whether the values are shares, drawn from 0 to 100%.
-        level: name and height of a dashed line across, such as chance.
+        percent: whether the values are shares, drawn from 0 to 100%.
+        reference_line: name and height of a dashed line across, such as chance.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -62,11 +62,13 @@ def draw_curves(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for number, line in enumerate(lines):
-        _draw(axes, line, _COLOURS[number % len(_COLOURS)], _MARKS[number % len(_MARKS)])
-    if level is not None:
-        axes.axhline(level[1], color=_QUIET, linewidth=1, linestyle=(0, (4, 2)), label=_literal(level[0]))
+        _draw_line(axes, line, _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)])
+    if reference_line is not None:
+        axes.axhline(
+            reference_line[1], color=_MUTED, linewidth=1, linestyle=(0, (4, 2)), label=_literal(reference_line[0])
+        )
     _scale(axes, sorted({x for line in lines for x in line.xs}))
-    if share:
+    if percent:
         axes.set_ylim(-0.02, 1.02)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel(x_label, color=_INK, fontsize=10)
@@ -76,7 +78,7 @@ def draw_curves(
     axes.set_axisbelow(True)
     axes.tick_params(length=0, labelsize=9, labelcolor=_INK)
     axes.spines[:].set_visible(False)
-    if len(lines) > 1 or level is not None:
+    if len(lines) > 1 or reference_line is not None:
         axes.legend(frameon=False, fontsize=9)
     partial = path.with_name(f"{path.name}.partial")
     figure.savefig(partial, format="png")
@@ -90,14 +92,14 @@ def short_count(count: int) -> str:
     return f"{count // 1024}k" if count and count % 1024 == 0 else f"{count:,}"
 
 
-def _draw(axes: Axes, line: Line, colour: str, mark: str) -> None:
+def _draw_line(axes: Axes, line: Line, colour: str, marker: str) -> None:
     axes.errorbar(
         line.xs,
         line.ys,
-        yerr=line.spreads,
+        yerr=line.error_bars,
         label=_literal(line.name),
         color=colour,
-        marker=mark,
+        marker=marker,
         markersize=5,
         linewidth=1.8,
         elinewidth=1,
@@ -105,13 +107,13 @@ def _draw(axes: Axes, line: Line, colour: str, mark: str) -> None:
     )
 
 
-def _scale(axes: Axes, places: Sequence[int]) -> None:
-    smallest = next((place for place in places if place > 0), None)
+def _scale(axes: Axes, positions: Sequence[int]) -> None:
+    smallest = next((position for position in positions if position > 0), None)
     if smallest is not None:
-        # On this scale 0 is as far from the smallest place as that is from its double.
+        # On this scale 0 is as far from the smallest position as that is from its double.
         axes.set_xscale("symlog", base=2, linthresh=smallest, linscale=0.5)
-    turned = 45 if len(places) > 10 else 0
-    axes.set_xticks(list(places), [short_count(place) for place in places], rotation=turned)
+    label_rotation = 45 if len(positions) > 10 else 0
+    axes.set_xticks(list(positions), [short_count(position) for position in positions], rotation=label_rotation)
     axes.set_xticks([], minor=True)
 
 

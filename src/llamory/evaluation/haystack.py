@@ -23,11 +23,11 @@ class Haystack:
 
     Attributes:
         sentences: each with the white space that follows it.
-        restarts: whether the text after the needle begins anew instead of going on where the needle broke in.
+        restart_after_needle: whether the text after the needle begins anew instead of going on where the needle broke in.
     """
 
     sentences: tuple[str, ...]
-    restarts: bool = False
+    restart_after_needle: bool = False
 
     def around(self, count: int, depth: float) -> tuple[str, str]:
         """Text before and after a needle, `count` sentences in all.
@@ -36,20 +36,20 @@ class Haystack:
             count: how many sentences; past the last one the first follows again.
             depth: the share of the text, in characters, that comes before the needle, to the nearest sentence.
         """
-        taken = list(islice(cycle(self.sentences), count))
-        ends = list(accumulate(map(len, taken), initial=0))
-        place = depth * ends[-1]
-        before = bisect_left(ends, place)
-        if before > 0 and ends[before] - place > place - ends[before - 1]:
+        selected = list(islice(cycle(self.sentences), count))
+        ends = list(accumulate(map(len, selected), initial=0))
+        target_chars = depth * ends[-1]
+        before = bisect_left(ends, target_chars)
+        if before > 0 and ends[before] - target_chars > target_chars - ends[before - 1]:
             before -= 1
-        after = taken[: count - before] if self.restarts else taken[before:]
-        return "".join(taken[:before]).strip(), "".join(after).strip()
+        after = selected[: count - before] if self.restart_after_needle else selected[before:]
+        return "".join(selected[:before]).strip(), "".join(after).strip()
 
 
 # The text of the passkey task as it was published (Mohtashami & Jaggi 2023, Landmark Attention, arXiv:2305.16300).
 PUBLISHED_HAYSTACK = Haystack(
     ("The grass is green. ", "The sky is blue. ", "The sun is yellow. ", "Here we go. ", "There and back again. "),
-    restarts=True,
+    restart_after_needle=True,
 )
 
 
@@ -57,7 +57,7 @@ def read_haystack(paths: Iterable[Path], tokens: int, *, language: str = "en") -
     """Make a haystack of files; of program text the lines count as sentences.
 
     Args:
-        paths: files and folders that `llamory.documents` reads, taken one after the other.
+        paths: files and folders that `llamory.documents` reads, selected one after the other.
         tokens: length of the longest prompt; text beyond what it can hold isn't read.
         language: code of the language whose rules for sentences hold.
 
@@ -65,11 +65,11 @@ def read_haystack(paths: Iterable[Path], tokens: int, *, language: str = "en") -
         LlamoryError: a path isn't there, is of an unknown kind or broken, or there is no text.
     """
     sentences: list[str] = []
-    room = tokens * _CHARACTERS_PER_TOKEN
+    remaining_chars = tokens * _CHARACTERS_PER_TOKEN
     for document in read_documents(paths):
         sentences += _sentences(document, language)
-        room -= len(document.text)
-        if room <= 0:
+        remaining_chars -= len(document.text)
+        if remaining_chars <= 0:
             break
     if not sentences:
         raise LlamoryError(f"The haystack {', '.join(map(str, paths))} has no text; name files with sentences in them.")

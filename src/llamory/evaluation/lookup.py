@@ -2,7 +2,7 @@
 
 Memory holds the definitions of some documents, each read by itself as in training. The same few documents, the first
 ones, are asked about at every length, so that lengths differ in nothing but how many others there are. No key is
-defined twice, so every question has one right answer.
+defined twice, so every question has one correct answer.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 from llamory.errors import LlamoryError
 from llamory.evaluation.lookup_data import Dictionaries, LookupTask
 from llamory.longllama import LongLlamaCache, LongLlamaForCausalLM
-from llamory.longllama.losses import IGNORED
+from llamory.longllama.losses import IGNORE_INDEX
 from llamory.memory import MemoryBank
 
-READ_TOGETHER = 64  # documents of a forward pass
-ASKED_TOGETHER = 8
+ENCODE_BATCH_SIZE = 64  # documents of a forward pass
+QUERY_BATCH_SIZE = 8
 SEGMENT = "dictionaries"
 
 
@@ -33,7 +33,7 @@ class LookupCell:
 
     Attributes:
         tokens: in memory.
-        accuracy: share of the values' tokens that are the model's first choice, the right ones before them given.
+        accuracy: share of the values' tokens that are the model's first choice, the correct ones before them given.
         whole: share of the values all of whose tokens are.
         asked: values that were asked for.
         reading: seconds that filling memory took since the length before.
@@ -85,20 +85,20 @@ def run_lookup(
     dictionaries = task.draw_distinct(counts[-1], torch.Generator().manual_seed(seed))
     asked = dictionaries.first(documents)
     questions, targets = task.questions(asked, torch.Generator().manual_seed(seed))
-    bank, cells, done = model.new_memory(), [], 0
+    bank, cells, num_encoded = model.new_memory(), [], 0
     for count in counts:
         start = time.perf_counter()
-        for rows in _batches(done, count, READ_TOGETHER):
+        for rows in _batches(num_encoded, count, ENCODE_BATCH_SIZE):
             part = Dictionaries(dictionaries.keys[rows], dictionaries.values[rows])
-            remember(model, task.definitions(part), bank)
+            write_to_memory(model, task.definitions(part), bank)
             if on_read is not None:
                 on_read((rows.stop - rows.start) * task.half)
-        done, read = count, time.perf_counter()
-        right = _answers(model, questions, targets, bank)
-        values = right.view(-1, task.value_length)
+        num_encoded, read = count, time.perf_counter()
+        correct = _answers(model, questions, targets, bank)
+        values = correct.view(-1, task.value_length)
         cell = LookupCell(
             tokens=count * task.half,
-            accuracy=right.float().mean().item(),
+            accuracy=correct.float().mean().item(),
             whole=values.all(1).float().mean().item(),
             asked=len(values),
             reading=read - start,
@@ -117,7 +117,7 @@ def peak_memory() -> int:
 
 
 @torch.no_grad()
-def remember(model: LongLlamaForCausalLM, rows: Tensor, bank: MemoryBank) -> None:
+def write_to_memory(model: LongLlamaForCausalLM, rows: Tensor, bank: MemoryBank) -> None:
     """Read rows (documents, half), each by itself, and append what they leave to one segment of a memory."""
     cache = LongLlamaCache(model.config)
     half = rows.shape[1]
@@ -132,12 +132,12 @@ def remember(model: LongLlamaForCausalLM, rows: Tensor, bank: MemoryBank) -> Non
 @torch.no_grad()
 def _answers(model: LongLlamaForCausalLM, questions: Tensor, targets: Tensor, bank: MemoryBank) -> Tensor:
     """Which of the values' tokens are the first choice, in the order they are asked for."""
-    right = []
-    for rows in _batches(0, len(questions), ASKED_TOGETHER):
+    correct = []
+    for rows in _batches(0, len(questions), QUERY_BATCH_SIZE):
         ids, wanted = questions[rows].to(model.device), targets[rows].to(model.device)
         output = model(ids, past_key_values=model.memory_cache(bank), last_context_length=ids.shape[1])
-        right.append((output.logits.argmax(-1) == wanted)[wanted != IGNORED].cpu())
-    return torch.cat(right)
+        correct.append((output.logits.argmax(-1) == wanted)[wanted != IGNORE_INDEX].cpu())
+    return torch.cat(correct)
 
 
 def _batches(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llamory.errors import LlamoryError
 from llamory.longllama.configuration import LongLlamaConfig
-from llamory.longllama.losses import IGNORED
+from llamory.longllama.losses import IGNORE_INDEX
 
 EOS, BOS, DEFINE, VALUE, ASK, ANSWER = range(6)
 FIRST_SYMBOL = 6
@@ -81,7 +81,7 @@ class LookupTask:
         """How many different keys there are."""
         return (self.vocabulary - FIRST_SYMBOL) ** self.key_length
 
-    def of_lines(self, lines: int) -> LookupTask:
+    def with_lines(self, lines: int) -> LookupTask:
         """The same with halves of so many lines."""
         return replace(self, half=1 + lines * self.line)
 
@@ -100,7 +100,7 @@ class LookupTask:
             )
         )
 
-    def draw_crowded(self, documents: int, generator: torch.Generator) -> Dictionaries:
+    def draw_confusable(self, documents: int, generator: torch.Generator) -> Dictionaries:
         """Keys of so few symbols that half of all possible ones are defined, each once.
 
         Among millions of keys each has many that differ in a symbol or two. Here it has as many among hundreds.
@@ -113,7 +113,7 @@ class LookupTask:
             raise LlamoryError(f"{count:,} different keys can't be made; take longer keys or fewer documents.")
         used = torch.randperm(self.vocabulary - FIRST_SYMBOL, generator=generator)[:symbols] + FIRST_SYMBOL
         chosen = torch.randperm(symbols**self.key_length, generator=generator)[:count]
-        return Dictionaries(self._spelt(chosen, used), self.draw(documents, generator).values)
+        return Dictionaries(self._keys_from_indices(chosen, used), self.draw(documents, generator).values)
 
     def draw_distinct(self, documents: int, generator: torch.Generator) -> Dictionaries:
         """As `draw`, but no key is defined twice, so that every question has one right answer.
@@ -129,20 +129,20 @@ class LookupTask:
                 f"{documents} documents need {count:,} different keys, but there are only {self.all_keys:,}; take "
                 "longer keys or a smaller memory."
             )
-        apart = torch.Generator().manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
+        value_generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
         drawn = torch.randint(self.all_keys, (2 * count + 64,), generator=generator)
         # The first appearance of each, in the order they were drawn.
         numbers, inverse = drawn.unique(return_inverse=True)
         first = torch.full((len(numbers),), len(drawn)).scatter_reduce_(0, inverse, torch.arange(len(drawn)), "amin")
         chosen = drawn[first.sort().values[:count]]
-        keys = self._spelt(chosen, torch.arange(FIRST_SYMBOL, self.vocabulary))
+        keys = self._keys_from_indices(chosen, torch.arange(FIRST_SYMBOL, self.vocabulary))
         shape = (documents, self.lines, self.value_length)
-        return Dictionaries(keys, torch.randint(FIRST_SYMBOL, self.vocabulary, shape, generator=apart))
+        return Dictionaries(keys, torch.randint(FIRST_SYMBOL, self.vocabulary, shape, generator=value_generator))
 
-    def _spelt(self, numbers: Tensor, symbols: Tensor) -> Tensor:
+    def _keys_from_indices(self, numbers: Tensor, symbols: Tensor) -> Tensor:
         """Keys (documents, lines, key_length) from their numbers, written with these symbols."""
-        places = len(symbols) ** torch.arange(self.key_length)
-        return symbols[numbers[:, None] // places % len(symbols)].view(-1, self.lines, self.key_length)
+        digit_weights = len(symbols) ** torch.arange(self.key_length)
+        return symbols[numbers[:, None] // digit_weights % len(symbols)].view(-1, self.lines, self.key_length)
 
     def definitions(self, dictionaries: Dictionaries) -> Tensor:
         """(documents, half) token ids of the first halves."""
@@ -159,7 +159,7 @@ class LookupTask:
             part.gather(1, order.expand(-1, -1, part.shape[2])) for part in (dictionaries.keys, dictionaries.values)
         )
         rows = self._half(keys, values, ASK, ANSWER)
-        targets = torch.full_like(rows, IGNORED)
+        targets = torch.full_like(rows, IGNORE_INDEX)
         targets[:, self.value_columns - 1] = rows[:, self.value_columns]
         return rows, targets
 
@@ -175,18 +175,18 @@ class LookupTask:
 CONFIG_KEY = "lookup"
 
 
-def note_task(config: LongLlamaConfig, task: LookupTask) -> None:
+def save_task(config: LongLlamaConfig, task: LookupTask) -> None:
     """Keep the task in a model's configuration, which is saved with it."""
     setattr(config, CONFIG_KEY, asdict(task))
 
 
-def task_of(config: LongLlamaConfig) -> LookupTask:
+def load_task(config: LongLlamaConfig) -> LookupTask:
     """The task that a model was trained for.
 
     Raises:
         LlamoryError: none.
     """
-    noted = getattr(config, CONFIG_KEY, None)
-    if not isinstance(noted, dict):
+    saved = getattr(config, CONFIG_KEY, None)
+    if not isinstance(saved, dict):
         raise LlamoryError("This model wasn't trained for dictionary look-up; train one with `llamory train lookup`.")
-    return LookupTask(**noted)
+    return LookupTask(**saved)

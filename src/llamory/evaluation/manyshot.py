@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from llamory.evaluation.prompt_templates import Plan, Wording
+from llamory.evaluation.prompt_templates import ManyshotPrompt, PromptTemplate
 from llamory.evaluation.steps import StepProgress
 
 if TYPE_CHECKING:
     from llamory.longllama import LongLlamaForCausalLM
     from llamory.memory import MemoryBank
 
-Measure = Literal["mean", "sum"]
+ScoreType = Literal["mean", "sum"]
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def label_scores(
     memory: MemoryBank | None,
     question: Sequence[int],
     labels: Sequence[Sequence[int]],
-    measure: Measure = "mean",
+    score_type: ScoreType = "mean",
 ) -> list[float]:
     """The mean, or the sum, of the log-probabilities of each label's tokens after a question.
 
@@ -41,7 +41,7 @@ def label_scores(
         memory: what the demonstrations were read into; it isn't changed. None for no memory.
         question: tokens of the text up to the label.
         labels: tokens per label.
-        measure: "mean", or "sum", which is the log-probability of the label as a whole. Where labels have different
+        score_type: "mean", or "sum", which is the log-probability of the label as a whole. Where labels have different
             numbers of tokens, the mean favours long ones: once demonstrations are known, only a label's first token is
             in doubt, and the others, all but certain, halve what that doubt costs.
 
@@ -57,24 +57,24 @@ def label_scores(
     )
     first = output.logits[0, -1].float().log_softmax(-1).cpu()
     totals = [float(first[label[0]]) for label in labels]
-    longer = [index for index, label in enumerate(labels) if len(label) > 1]
-    if longer:
+    multi_token = [index for index, label in enumerate(labels) if len(label) > 1]
+    if multi_token:
         cache = output.past_key_values
-        cache.batch_repeat_interleave(len(longer))
-        given = [torch.tensor(labels[index][:-1]) for index in longer]
-        rows = torch.nn.utils.rnn.pad_sequence(given, batch_first=True)
-        real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in given], batch_first=True)
+        cache.batch_repeat_interleave(len(multi_token))
+        predictions = [torch.tensor(labels[index][:-1]) for index in multi_token]
+        rows = torch.nn.utils.rnn.pad_sequence(predictions, batch_first=True)
+        real = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in predictions], batch_first=True)
         logits = model(
             input_ids=rows.to(model.device),
             attention_mask=real.to(model.device),
             past_key_values=cache,
             use_cache=True,
         ).logits
-        for row, index in enumerate(longer):
-            wanted = torch.tensor(labels[index][1:])
-            told = logits[row, : len(wanted)].float().log_softmax(-1).cpu()
-            totals[index] += float(told[torch.arange(len(wanted)), wanted].sum())
-    if measure == "sum":
+        for row, index in enumerate(multi_token):
+            target_ids = torch.tensor(labels[index][1:])
+            log_probs = logits[row, : len(target_ids)].float().log_softmax(-1).cpu()
+            totals[index] += float(log_probs[torch.arange(len(target_ids)), target_ids].sum())
+    if score_type == "sum":
         return totals
     return [total / len(label) for total, label in zip(totals, labels, strict=True)]
 
@@ -84,7 +84,7 @@ class Trial:
     """The answers of one length and seed.
 
     Attributes:
-        length: the most tokens that were shown.
+        length: the max_seeds tokens that were shown.
         seed: of the draw.
         demonstrations: how many were shown.
         tokens: that they have.
@@ -109,7 +109,7 @@ class ManyshotPoint:
     """What a model answered at one length: means over seeds.
 
     Attributes:
-        length: the most tokens of demonstrations.
+        length: the max_seeds tokens of demonstrations.
         seeds: how many there were.
         accuracy: their mean.
         deviation: standard deviation of the accuracy between seeds; None for a single seed.
@@ -127,40 +127,40 @@ class ManyshotPoint:
 
 def run_manyshot(
     model: LongLlamaForCausalLM,
-    wording: Wording,
-    plans: Sequence[Plan],
+    prompt_template: PromptTemplate,
+    prompts: Sequence[ManyshotPrompt],
     labels: Sequence[str],
     *,
-    measure: Measure = "mean",
+    score_type: ScoreType = "mean",
     trials: list[Trial] | None = None,
     on_trial: Callable[[Trial], None] | None = None,
     title: str | None = None,
 ) -> list[Trial]:
-    """Answer all questions of all plans; demonstrations are read into memory once, and mounted for every question.
+    """Answer all questions of all prompts; demonstrations are read into memory once, and mounted for every question.
 
     The answer is the label with the highest score of `label_scores`.
 
     Args:
         model: a model with memory, in evaluation mode.
-        wording: of its tokenizer.
-        plans: from `plan_manyshot`.
+        prompt_template: of its tokenizer.
+        prompts: from `build_manyshot_prompts`.
         labels: the answers to choose from.
-        measure: of labels, as for `label_scores`.
+        score_type: of labels, as for `label_scores`.
         trials: what a run before has found; it is kept, not done again, and filled.
         on_trial: called after every trial, which is then in `trials`.
         title: what the progress on standard error is called; None for no progress.
     """
     trials = [] if trials is None else trials
     done = {(trial.length, trial.seed) for trial in trials}
-    todo = [plan for plan in plans if (plan.length, plan.seed) not in done]
-    answers = [wording.label(label) for label in labels]
-    with StepProgress(title, [plan.length + 1 for plan in todo], 1) as progress:
-        for plan in todo:
-            trial = _try(model, wording, plan, labels, answers, measure)
+    pending = [prompt for prompt in prompts if (prompt.length, prompt.seed) not in done]
+    answers = [prompt_template.label(label) for label in labels]
+    with StepProgress(title, [prompt.length + 1 for prompt in pending], 1) as progress:
+        for prompt in pending:
+            trial = _run_trial(model, prompt_template, prompt, labels, answers, score_type)
             trials.append(trial)
             progress.step(
-                plan.length + 1,
-                f"{plan.length:,} tokens, {plan.demonstrations} demonstrations, seed {plan.seed}: "
+                prompt.length + 1,
+                f"{prompt.length:,} tokens, {prompt.demonstrations} demonstrations, seed {prompt.seed}: "
                 f"{trial.accuracy:.1%} right ({trial.seconds:.1f} s)",
             )
             if on_trial is not None:
@@ -168,27 +168,29 @@ def run_manyshot(
     return trials
 
 
-def _try(
+def _run_trial(
     model: LongLlamaForCausalLM,
-    wording: Wording,
-    plan: Plan,
+    prompt_template: PromptTemplate,
+    prompt: ManyshotPrompt,
     labels: Sequence[str],
     answers: Sequence[Sequence[int]],
-    measure: Measure,
+    score_type: ScoreType,
 ) -> Trial:
     started = time.perf_counter()
-    memory = model.read(plan.input_ids) if plan.input_ids else None
-    given = []
-    for example in plan.questions:
-        question = wording.question(example.text)
+    memory = model.read(prompt.input_ids) if prompt.input_ids else None
+    predictions = []
+    for example in prompt.questions:
+        question = prompt_template.question(example.text)
         if memory is None:
-            question = [*wording.start, *question]
-        scores = label_scores(model, memory, question, answers, measure)
-        given.append(labels[scores.index(max(scores))])
-    right = [example.label for example in plan.questions]
-    accuracy = sum(map(str.__eq__, given, right)) / len(right)
+            question = [*prompt_template.start, *question]
+        scores = label_scores(model, memory, question, answers, score_type)
+        predictions.append(labels[scores.index(max(scores))])
+    right = [example.label for example in prompt.questions]
+    accuracy = sum(map(str.__eq__, predictions, right)) / len(right)
     seconds = time.perf_counter() - started
-    return Trial(plan.length, plan.seed, plan.demonstrations, len(plan.input_ids), accuracy, given, right, seconds)
+    return Trial(
+        prompt.length, prompt.seed, prompt.demonstrations, len(prompt.input_ids), accuracy, predictions, right, seconds
+    )
 
 
 def manyshot_curve(trials: Sequence[Trial]) -> list[ManyshotPoint]:
@@ -199,8 +201,8 @@ def manyshot_curve(trials: Sequence[Trial]) -> list[ManyshotPoint]:
     by_length: dict[int, list[Trial]] = {}
     for trial in trials:
         by_length.setdefault(trial.length, []).append(trial)
-    most = max(map(len, by_length.values()), default=0)
-    return [_point(length, found) for length, found in sorted(by_length.items()) if len(found) == most]
+    max_seeds = max(map(len, by_length.values()), default=0)
+    return [_point(length, found) for length, found in sorted(by_length.items()) if len(found) == max_seeds]
 
 
 def _point(length: int, trials: Sequence[Trial]) -> ManyshotPoint:

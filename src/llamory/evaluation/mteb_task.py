@@ -8,15 +8,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.qrels import RetrievalSet, judged_queries
+from llamory.evaluation.qrels import RetrievalDataset, queries_with_qrels
 
 
-def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalSet:
+def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalDataset:
     """Load a task's data, from the hub or from where it was loaded before.
 
     Args:
         name: of a retrieval task, such as "NFCorpus"; one of several subsets is named behind a colon, as "A:en".
-        split: of its data; by default the one that mteb evaluates, "test" if there are several.
+        split: of its data; by default the one that mteb evaluates, "test" if splits are several.
         ignore_identical_ids: as for `read_beir`; a task that asks for it gets it anyway.
 
     Raises:
@@ -33,7 +33,7 @@ def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool
     try:
         task: Any = mteb.get_task(task_name)
     except KeyError as error:
-        raise LlamoryError(f"There is no folder {name}, and mteb has no such task{_close(error)}.") from error
+        raise LlamoryError(f"There is no folder {name}, and mteb has no such task{_suggestion(error)}.") from error
     if not isinstance(task, AbsTaskRetrieval):
         raise LlamoryError(f"The mteb task {name} is of the kind {task.metadata.type}; name a retrieval task.")
     try:
@@ -43,32 +43,36 @@ def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool
         raise LlamoryError(
             f"The data of the mteb task {name} can't be loaded, which needs the hub or a copy in its cache: {reason}."
         ) from error
-    subset, split = _choose(task, task_name, subset, split)
-    return _as_set(task, name, subset, split, ignore_identical_ids=ignore_identical_ids or task.ignore_identical_ids)
+    subset, split = _select_split(task, task_name, subset, split)
+    return _to_dataset(
+        task, name, subset, split, ignore_identical_ids=ignore_identical_ids or task.ignore_identical_ids
+    )
 
 
-def _close(error: KeyError) -> str:
-    """mteb's own guess at what was meant."""
+def _suggestion(error: KeyError) -> str:
+    """mteb's self_documents guess at what was meant."""
     _, found, guess = str(error.args[0]).partition("Did you mean: ")
     return f" (did you mean {guess.strip(chr(39) + '?')}?)" if found else ""
 
 
-def _choose(task: Any, name: str, subset: str, split: str | None) -> tuple[str, str]:
+def _select_split(task: Any, name: str, subset: str, split: str | None) -> tuple[str, str]:
     subsets = list(task.dataset)
     if not subset and len(subsets) == 1:
         subset = subsets[0]
     if subset not in subsets:
-        raise LlamoryError(f"Name one subset of the mteb task {name}, as {name}:{subsets[0]}; it has {_few(subsets)}.")
-    there = list(task.dataset[subset])
+        raise LlamoryError(
+            f"Name one subset of the mteb task {name}, as {name}:{subsets[0]}; it has {_format_names(subsets)}."
+        )
+    splits = list(task.dataset[subset])
     if split is None:
-        evaluated = [each for each in task.metadata.eval_splits if each in there]
-        split = "test" if "test" in evaluated else (evaluated or there)[0]
-    if split not in there:
-        raise LlamoryError(f"The mteb task {name} has no split {split!r}; it has {_few(there)}.")
+        evaluated = [each for each in task.metadata.eval_splits if each in splits]
+        split = "test" if "test" in evaluated else (evaluated or splits)[0]
+    if split not in splits:
+        raise LlamoryError(f"The mteb task {name} has no split {split!r}; it has {_format_names(splits)}.")
     return subset, split
 
 
-def _few(names: Sequence[str]) -> str:
+def _format_names(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (" and more" if len(names) > 8 else "")
 
 
@@ -76,33 +80,33 @@ def _plain_texts(table: Any) -> bool:
     return "text" in table.column_names and (len(table) == 0 or isinstance(table[0]["text"], str))
 
 
-def _as_set(task: Any, name: str, subset: str, split: str, *, ignore_identical_ids: bool) -> RetrievalSet:
+def _to_dataset(task: Any, name: str, subset: str, split: str, *, ignore_identical_ids: bool) -> RetrievalDataset:
     data = task.dataset[subset][split]
-    corpus, asked = data["corpus"], data["queries"]
+    corpus, query_table = data["corpus"], data["queries"]
     if data.get("top_ranked"):
         raise LlamoryError(f"The mteb task {name} reorders given documents; name one that searches all of them.")
-    if "instruction" in asked.column_names or not all(_plain_texts(table) for table in (corpus, asked)):
+    if "instruction" in query_table.column_names or not all(_plain_texts(table) for table in (corpus, query_table)):
         raise LlamoryError(f"The mteb task {name} asks with instructions, or not about texts; name a plain text task.")
-    queries = dict(zip(asked["id"], asked["text"], strict=True))
-    judgements = {
+    queries = dict(zip(query_table["id"], query_table["text"], strict=True))
+    qrels = {
         query: {key: int(score) for key, score in judged.items()} for query, judged in data["relevant_docs"].items()
     }
-    wanted = judged_queries(name, queries, judgements)
+    judged_texts = queries_with_qrels(name, queries, qrels)
     ids = list(corpus["id"])
-    own = {key for key in ids if ignore_identical_ids and key in wanted and judgements[key].get(key, 0) < 1}
+    self_documents = {key for key in ids if ignore_identical_ids and key in judged_texts and qrels[key].get(key, 0) < 1}
 
     def read() -> Iterator[tuple[str, str]]:
         for row in corpus:
             yield row["id"], f"{row.get('title') or ''} {row['text']}".strip()
 
-    state = {"revision": task.metadata.revision, "judgements": judgements, "ids": len(ids)}
-    return RetrievalSet(
+    state = {"revision": task.metadata.revision, "judgements": qrels, "ids": len(ids)}
+    return RetrievalDataset(
         name=name,
         split=split,
-        queries=wanted,
-        judgements={query: judgements[query] for query in wanted},
+        queries=judged_texts,
+        qrels={query: qrels[query] for query in judged_texts},
         ids=ids,
         read=read,
-        own=frozenset(own),
+        self_documents=frozenset(self_documents),
         fingerprint=hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest(),
     )

@@ -1,4 +1,4 @@
-"""The passkey task: a number, or another secret, stands in a long text, and the model is asked for it at the end.
+"""The passkey task: a number, or another secret, stands in a long text, and the model is question_text for it at the end.
 
 Published by Mohtashami & Jaggi 2023 (Landmark Attention, arXiv:2305.16300) and used for LongLLaMA (Tworkowski et al.
 2023, arXiv:2307.03170, section 4.2); the default texts are theirs, to the letter.
@@ -16,7 +16,7 @@ import torch
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, Haystack
-from llamory.evaluation.secrets import KINDS, draw, score
+from llamory.evaluation.secrets import KINDS, draw_secret, score_answer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,8 +28,8 @@ TASK = (
 PUBLISHED_NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 PUBLISHED_QUESTION = "What is the pass key? The pass key is"
 KEY_FIELD = "{key}"
-# What is hidden and asked for where the secret isn't a number: these are llamory's own.
-_OTHERS = {
+# What is hidden and question_text for where the secret isn't a number: these are llamory's own.
+_NEEDLES = {
     "name": (
         "The guest of honour at the dinner was {key}.",
         "Who was the guest of honour at the dinner? The guest of honour at the dinner was",
@@ -42,12 +42,12 @@ _OTHERS = {
 }
 # Tokens that an answer may have besides the key: enough to see the number end, or for words around it where the
 # question is a whole sentence.
-_SPARE_TOKENS, _SPARE_TOKENS_OF_SENTENCE = 3, 16
+_EXTRA_TOKENS, _EXTRA_TOKENS_OF_SENTENCE = 3, 16
 
 
 @dataclass(frozen=True)
 class Needle:
-    """What is hidden, and how it is asked for.
+    """What is hidden, and how it is question_text for.
 
     Attributes:
         text: the hidden sentence, with `{key}` where the secret goes (as often as wanted).
@@ -72,21 +72,21 @@ class Needle:
                 f"The needle {self.text!r} has no {KEY_FIELD}; write {KEY_FIELD} where the secret {self.kind} goes."
             )
         if self.question is not None and (KEY_FIELD in self.question or not self.question.strip()):
-            fault = f"holds {KEY_FIELD}, the answer itself" if self.question.strip() else "is empty"
-            raise LlamoryError(f"The question {fault}; ask for the secret {self.kind} without it.")
-        if not self.asked:
+            problem = f"holds {KEY_FIELD}, the answer itself" if self.question.strip() else "is empty"
+            raise LlamoryError(f"The question {problem}; ask for the secret {self.kind} without it.")
+        if not self.question_text:
             raise LlamoryError(f"The needle {self.text!r} begins with {KEY_FIELD}; give a question that asks for it.")
 
     @classmethod
     def of(cls, kind: str = "number", text: str | None = None, question: str | None = None) -> Needle:
-        """The usual needle of a kind of secret, the published one for numbers, or one with a text of its own."""
-        if text is not None or kind not in _OTHERS:
+        """The default_text needle of a kind of secret, the published one for numbers, or one with a text of its own."""
+        if text is not None or kind not in _NEEDLES:
             return cls(PUBLISHED_NEEDLE if text is None else text, question, kind)
-        usual, asked = _OTHERS[kind]
-        return cls(usual, asked if question is None else question, kind)
+        default_text, question_text = _NEEDLES[kind]
+        return cls(default_text, question_text if question is None else question, kind)
 
     @property
-    def asked(self) -> str:
+    def question_text(self) -> str:
         """The question that ends the prompt."""
         if self.question is not None:
             return self.question.strip()
@@ -134,7 +134,7 @@ def build_prompt(
         length: tokens.
         depth: where the needle stands, from 0 (before all filler) to 1 (after it).
         key: the secret to hide.
-        needle: what is hidden and asked for, the published one if None.
+        needle: what is hidden and question_text for, the published one if None.
         haystack: the text around it.
 
     Raises:
@@ -145,7 +145,7 @@ def build_prompt(
 
     def prompt(sentences: int) -> Prompt:
         before, after = haystack.around(sentences, depth)
-        text = "\n".join([TASK, before, needle.text.replace(KEY_FIELD, key), after, needle.asked])
+        text = "\n".join([TASK, before, needle.text.replace(KEY_FIELD, key), after, needle.question_text])
         return Prompt(text, encode(tokenizer, text), key, sentences)
 
     best = prompt(0)
@@ -158,14 +158,14 @@ def build_prompt(
     too_many = length - len(best.input_ids) + 1
     last, guess = best, min(16, too_many - 1)
     while best.sentences + 1 < too_many:
-        tried = prompt(guess)
-        rate = max(1.0, (len(tried.input_ids) - len(last.input_ids)) / (tried.sentences - last.sentences))
-        if len(tried.input_ids) <= length:
-            best = tried
+        candidate = prompt(guess)
+        rate = max(1.0, (len(candidate.input_ids) - len(last.input_ids)) / (candidate.sentences - last.sentences))
+        if len(candidate.input_ids) <= length:
+            best = candidate
         else:
             too_many = guess
-        last = tried
-        guess += int((length - len(tried.input_ids)) // rate)
+        last = candidate
+        guess += int((length - len(candidate.input_ids)) // rate)
         guess = min(max(guess, best.sentences + 1), too_many - 1)
     return best
 
@@ -193,7 +193,7 @@ class Trial:
     Attributes:
         key: the secret that was hidden.
         answer: what the model wrote.
-        correct: whether the answer has it, see `llamory.evaluation.secrets.score`.
+        correct: whether the answer has it, see `llamory.evaluation.secrets.score_answer`.
         digits: share of the key's digits (of a text: of its words) that stand in their places.
         tokens: of the prompt.
         seconds: that `generate` took.
@@ -264,12 +264,12 @@ class PasskeyResult:
         """The mean over all cells."""
         return sum(cell.accuracy for cell in self.cells) / len(self.cells)
 
-    def lengths_beyond(self, context: int | None) -> list[int]:
+    def lengths_beyond_context(self, context: int | None) -> list[int]:
         """The lengths whose prompts have more tokens than a context; none if there is no context."""
         return sorted({cell.length for cell in self.cells if context is not None and cell.tokens > context})
 
     def add(self, cell: Cell) -> None:
-        """Put a cell in its place."""
+        """Put a cell in its cell_key."""
         self.cells = sorted([*self.cells, cell], key=lambda each: (each.length, each.depth))
 
 
@@ -298,13 +298,13 @@ def run_passkey(
     prompts, and a cell is the same whatever else is run.
 
     Args:
-        model: anything with `generate` and `device`; it is asked greedily, one prompt at a time, without template.
+        model: anything with `generate` and `device`; it is question_text greedily, one prompt at a time, without template.
         tokenizer: its tokenizer.
         lengths: of the prompts, in tokens.
         depths: where the needle stands, from 0 (start) to 1 (end).
         trials: prompts per length and depth.
         seed: of the keys.
-        needle: what is hidden and asked for, the published one if None.
+        needle: what is hidden and question_text for, the published one if None.
         haystack: the text around it.
         prompts: makes the prompts, of this needle, instead of `build_prompt`.
         result: what a run before has found; its cells are kept and not run again.
@@ -323,44 +323,44 @@ def run_passkey(
         check_depth(depth)
     result = PasskeyResult() if result is None else result
     needle = needle or Needle()
-    todo = [(length, depth) for length in sorted(set(lengths)) for depth in sorted(set(depths))]
-    todo = [place for place in todo if result.cell(*place) is None]
-    with CellProgress(title, [length for length, _ in todo], trials) as progress:
-        for length, depth in todo:
+    pending = [(length, depth) for length in sorted(set(lengths)) for depth in sorted(set(depths))]
+    pending = [cell_key for cell_key in pending if result.cell(*cell_key) is None]
+    with CellProgress(title, [length for length, _ in pending], trials) as progress:
+        for length, depth in pending:
             done = []
             for number in range(trials):
-                key = draw(needle.kind, random.Random(f"{seed}/{length}/{depth}/{number}"))
+                key = draw_secret(needle.kind, random.Random(f"{seed}/{length}/{depth}/{number}"))
                 if prompts is None:
                     prompt = build_prompt(tokenizer, length, depth, key, needle=needle, haystack=haystack)
                     options: Mapping[str, Any] = {}
                 else:
                     prompt, options = prompts(length, depth, key)
-                done.append(_ask(model, tokenizer, prompt, needle.kind, {**(generate or {}), **options}))
+                done.append(_run_trial(model, tokenizer, prompt, needle.kind, {**(generate or {}), **options}))
                 progress.advance(length)
             cell = Cell(length, depth, tuple(done))
             result.add(cell)
-            progress.tell(cell)
+            progress.report(cell)
             if on_cell is not None:
                 on_cell(cell)
     return result
 
 
-def _ask(
+def _run_trial(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, kind: str, options: Mapping[str, Any]
 ) -> Trial:
     input_ids = torch.tensor([prompt.input_ids], device=model.device)
     key_tokens = len(tokenizer(f" {prompt.key}", add_special_tokens=False)["input_ids"])
-    spare = _SPARE_TOKENS_OF_SENTENCE if prompt.text.endswith((".", "?", "!", ":")) else _SPARE_TOKENS
+    extra_tokens = _EXTRA_TOKENS_OF_SENTENCE if prompt.text.endswith((".", "?", "!", ":")) else _EXTRA_TOKENS
     started = time.perf_counter()
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=key_tokens + spare,
+        max_new_tokens=key_tokens + extra_tokens,
         do_sample=False,
         **options,
     )
     new = output[0, input_ids.shape[1] :].tolist()
     seconds = time.perf_counter() - started
     answer = tokenizer.decode(new, skip_special_tokens=True)
-    correct, digits = score(answer, prompt.key, kind)
+    correct, digits = score_answer(answer, prompt.key, kind)
     return Trial(prompt.key, answer, correct, digits, len(prompt.input_ids) + prompt.in_memory, seconds)

@@ -9,19 +9,19 @@ from typing import Any
 
 from llamory.errors import LlamoryError
 from llamory.evaluation.passkey import Cell, PasskeyResult, Trial
-from llamory.evaluation.results import refuse_other, write_whole
+from llamory.evaluation.results import require_same_settings, write_json_atomic
 
 _TASK = "passkey"
 
 
-class PasskeyReport:
+class PasskeyResultsFile:
     """What one or more models found on the same prompts, kept in a JSON file.
 
     Attributes:
         path: the file.
         settings: all that the prompts and answers depend on but lengths and depths; JSON-able.
         results: per model ("memory", "baseline") what it found.
-        facts: per model, JSON-able facts of it; `context_length` says which prompts are beyond its context.
+        metadata: per model, JSON-able metadata of it; `context_length` says which prompts are beyond its context.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -33,60 +33,60 @@ class PasskeyReport:
         self.path = path
         self.settings = json.loads(json.dumps(settings))  # as it comes back from the file: lists for tuples
         self.results: dict[str, PasskeyResult] = {}
-        self.facts: dict[str, dict[str, Any]] = {}
+        self.metadata: dict[str, dict[str, Any]] = {}
         if path.exists():
-            self._take_up(_read(path))
+            self._load(_read(path))
 
-    def result(self, name: str, facts: Mapping[str, Any]) -> PasskeyResult:
+    def result(self, name: str, metadata: Mapping[str, Any]) -> PasskeyResult:
         """The result of a model, with what was found before, to be filled.
 
         Raises:
             LlamoryError: what was found before is of another model.
         """
-        known: dict[str, Any] = json.loads(json.dumps(facts))
-        refuse_other(self.path, self.facts.get(name, known), known)
-        self.facts[name] = known
+        metadata_json: dict[str, Any] = json.loads(json.dumps(metadata))
+        require_same_settings(self.path, self.metadata.get(name, metadata_json), metadata_json)
+        self.metadata[name] = metadata_json
         return self.results.setdefault(name, PasskeyResult())
 
     def document(self) -> dict[str, Any]:
         """All of it, JSON-able."""
         runs = {
-            name: self.facts[name] | {"cells": [_cell_entry(cell, self.facts[name]) for cell in result.cells]}
+            name: self.metadata[name] | {"cells": [_cell_entry(cell, self.metadata[name]) for cell in result.cells]}
             for name, result in self.results.items()
         }
         return {"evaluation": _TASK, "settings": self.settings, "runs": runs}
 
     def write(self) -> None:
         """Write the file: beside it first, then renamed, so that a kill leaves the old one or the new one."""
-        write_whole(self.path, self.document())
+        write_json_atomic(self.path, self.document())
 
-    def _take_up(self, document: Mapping[str, Any]) -> None:
+    def _load(self, document: Mapping[str, Any]) -> None:
         try:
             settings, runs = document["settings"], document["runs"]
             for name, run in runs.items():
                 self.results[name] = PasskeyResult([_cell(entry) for entry in run["cells"]])
-                self.facts[name] = {key: value for key, value in run.items() if key != "cells"}
+                self.metadata[name] = {key: value for key, value in run.items() if key != "cells"}
         except (KeyError, TypeError, AttributeError) as error:
-            raise _unreadable(self.path) from error
-        refuse_other(self.path, settings, self.settings)
+            raise _unreadable_error(self.path) from error
+        require_same_settings(self.path, settings, self.settings)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise _unreadable(path) from error
+        raise _unreadable_error(path) from error
     if not isinstance(document, dict) or document.get("evaluation") != _TASK:
-        raise _unreadable(path)
+        raise _unreadable_error(path)
     return document
 
 
-def _unreadable(path: Path) -> LlamoryError:
+def _unreadable_error(path: Path) -> LlamoryError:
     return LlamoryError(f"{path} holds no passkey results to go on with; give another --output, or remove the file.")
 
 
-def _cell_entry(cell: Cell, facts: Mapping[str, Any]) -> dict[str, Any]:
-    context = facts.get("context_length")
+def _cell_entry(cell: Cell, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    context = metadata.get("context_length")
     return {
         "length": cell.length,
         "depth": cell.depth,

@@ -68,7 +68,7 @@ class PerplexityPoint:
         loss: the mean of their losses, in nats per token.
         standard_error: of that mean, over documents; None for a single document.
         perplexity: exp(loss).
-        change: mean difference, document by document, to the loss without memory; None if that wasn't scored.
+        change: mean difference, document by document, to the loss no_memory_losses memory; None if that wasn't scored.
         change_standard_error: of that difference: documents differ much more from each other than from themselves
             with another memory, so this one tells whether memory helps.
     """
@@ -92,13 +92,13 @@ def read_long_texts(
 ) -> list[LongText]:
     """The ends of the documents that have at least `length` tokens, in their order.
 
-    Documents are tokenised whole, without special tokens.
+    Documents are tokenised full_windows, no_memory_losses special tokens.
 
     Args:
         paths: files and folders, as for `llamory.documents.find_files`.
         tokenizer: the model's.
         length: tokens needed, and kept.
-        limit: the most documents, the first ones that are long enough; None: all.
+        limit: the max_count documents, the first ones that are long enough; None: all.
         text_field: the entry of a JSON line that holds the text.
 
     Raises:
@@ -115,9 +115,9 @@ def read_long_texts(
             if len(texts) == limit:
                 return texts
     if not texts:
-        most = len(tokenizer(longest, add_special_tokens=False, verbose=False)["input_ids"])
+        max_count = len(tokenizer(longest, add_special_tokens=False, verbose=False)["input_ids"])
         raise LlamoryError(
-            f"No document has the {length:,} tokens that are needed (of {seen}, the longest has {most:,}); "
+            f"No document has the {length:,} tokens that are needed (of {seen}, the longest has {max_count:,}); "
             "name longer documents or give shorter memories."
         )
     return texts
@@ -146,7 +146,7 @@ def tail_loss(
     What comes last is one window: `local` tokens and then the scored ones, each predicted from all before it in the
     window, and from memory. Into memory go the `memory` tokens directly before the window, read anew, by themselves
     and from position 0 of a first window on. So the memory is that of a reader who began there: not a part of a longer
-    memory, whose deeper layers' keys and values would know of what came still earlier.
+    memory, current_text deeper layers' keys and values would know of what came still earlier.
 
     Args:
         model: in evaluation mode.
@@ -154,7 +154,7 @@ def tail_loss(
         memory: tokens to read into memory; 0 for none.
         tokens: how many of the last tokens are scored.
         local: tokens before them that stay local; at least 1, which the first scored one is predicted from.
-        windows: windows of this text that were read apart, to which others are added: with it each window of the
+        windows: windows of this text that were read independent_windows, to which others are added: with it each window of the
             memory is read by itself, counted from the last one back, and they are mounted together.
 
     Returns:
@@ -166,7 +166,7 @@ def tail_loss(
     cache = None
     if memory:
         before = ids[start - memory : start]
-        read = model.read(before) if windows is None else _mounted(model, before, windows)
+        read = model.read(before) if windows is None else _attach_windows(model, before, windows)
         cache = model.memory_cache(read)
     window = ids[None, start:-1].to(model.device)
     output = model(
@@ -180,16 +180,16 @@ def tail_loss(
     return F.cross_entropy(output.logits[0].float(), ids[-tokens:].to(output.logits.device)).item()
 
 
-def _mounted(model: LongLlamaForCausalLM, ids: torch.Tensor, windows: MemoryBank) -> MemoryBank:
-    """A memory of these tokens' windows, each by itself; whole ones are taken from `windows`, or read into it."""
+def _attach_windows(model: LongLlamaForCausalLM, ids: torch.Tensor, windows: MemoryBank) -> MemoryBank:
+    """A memory of these tokens' windows, each by itself; full_windows ones are taken from `windows`, or read into it."""
     context = model.config.max_position_embeddings
-    whole = [str(number) for number in range(len(ids) // context)]
-    for number, name in enumerate(whole):
+    full_windows = [str(number) for number in range(len(ids) // context)]
+    for number, name in enumerate(full_windows):
         if name not in windows.segments:
             end = len(ids) - number * context
             model.read(ids[end - context : end], windows, segment=name)
     memory = model.new_memory()
-    memory.mount(windows, whole[::-1])
+    memory.attach(windows, full_windows[::-1])
     if rest := len(ids) % context:
         model.read(ids[:rest], memory, segment="rest")
     return memory
@@ -202,7 +202,7 @@ def run_perplexity(
     *,
     tokens: int = 256,
     local: int = 1,
-    apart: bool = False,
+    independent_windows: bool = False,
     scores: list[Score] | None = None,
     on_score: Callable[[Score], None] | None = None,
     title: str | None = None,
@@ -218,7 +218,7 @@ def run_perplexity(
         memories: tokens in memory.
         tokens: how many of the last tokens are scored.
         local: tokens before them that stay in the local context.
-        apart: read each window of a document by itself, once for all lengths, document by document.
+        independent_windows: read each window of a document by itself, once for all lengths, document by document.
         scores: what a run before has scored; it is kept, not done again, and filled.
         on_score: called after every score, which is then in `scores`.
         title: what the progress on standard error is called; None for no progress.
@@ -233,17 +233,17 @@ def run_perplexity(
             raise LlamoryError(f"{text.source} is too short: it should have {longest:,} tokens.")
     scores = [] if scores is None else scores
     done = {(score.memory, score.source) for score in scores}
-    todo = [(memory, text) for memory in sorted(set(memories)) for text in texts]
-    todo = [(memory, text) for memory, text in todo if (memory, text.source) not in done]
-    if apart:
-        places = {text.source: place for place, text in enumerate(texts)}
-        todo.sort(key=lambda each: places[each[1].source])
-    windows, whose = None, None
-    with StepProgress(title, [memory + tokens for memory, _ in todo], 1) as progress:
-        for memory, text in todo:
+    pending = [(memory, text) for memory in sorted(set(memories)) for text in texts]
+    pending = [(memory, text) for memory, text in pending if (memory, text.source) not in done]
+    if independent_windows:
+        document_order = {text.source: place for place, text in enumerate(texts)}
+        pending.sort(key=lambda each: document_order[each[1].source])
+    windows, current_text = None, None
+    with StepProgress(title, [memory + tokens for memory, _ in pending], 1) as progress:
+        for memory, text in pending:
             started = time.perf_counter()
-            if apart and whose is not text:
-                windows, whose = model.new_memory(), text
+            if independent_windows and current_text is not text:
+                windows, current_text = model.new_memory(), text
             loss = tail_loss(model, text.input_ids, memory, tokens=tokens, local=local, windows=windows)
             score = Score(memory, text.source, loss, time.perf_counter() - started)
             scores.append(score)
@@ -274,18 +274,18 @@ def perplexity_curve(scores: Sequence[Score]) -> list[PerplexityPoint]:
     by_memory: dict[int, dict[str, float]] = {}
     for score in scores:
         by_memory.setdefault(score.memory, {})[score.source] = score.loss
-    most = max(map(len, by_memory.values()), default=0)
-    without = by_memory.get(0, {})
+    max_count = max(map(len, by_memory.values()), default=0)
+    no_memory_losses = by_memory.get(0, {})
     return [
-        _point(memory, losses, without if len(without) == most else {})
+        _point(memory, losses, no_memory_losses if len(no_memory_losses) == max_count else {})
         for memory, losses in sorted(by_memory.items())
-        if len(losses) == most
+        if len(losses) == max_count
     ]
 
 
-def _point(memory: int, losses: dict[str, float], without: dict[str, float]) -> PerplexityPoint:
+def _point(memory: int, losses: dict[str, float], no_memory_losses: dict[str, float]) -> PerplexityPoint:
     loss, error = _mean(list(losses.values()))
-    changes = [losses[source] - without[source] for source in losses] if without else []
+    changes = [losses[source] - no_memory_losses[source] for source in losses] if no_memory_losses else []
     change, change_error = _mean(changes) if changes else (None, None)
     return PerplexityPoint(memory, len(losses), loss, error, math.exp(loss), change, change_error)
 

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLOURS = "viridis"
-_INK, _QUIET, _NOT_RUN, _ALARM = "#222222", "#666666", "#ededed", "#c1344f"
+_INK, _MUTED, _NOT_RUN, _HIGHLIGHT = "#222222", "#666666", "#ededed", "#c1344f"
 # Inches.
 _CELL_WIDTH, _CELL_HEIGHT = 0.72, 0.46
-_NARROWEST, _WIDEST, _LOWEST, _HIGHEST = 3.2, 15.0, 2.1, 9.0
-_MARGIN, _BETWEEN, _ABOVE, _BELOW = 0.95, 0.6, 0.9, 0.85
-_LONGEST_TITLE = 80
-_MOST_LABELS = 24
+_MIN_WIDTH, _MAX_WIDTH, _MIN_HEIGHT, _MAX_HEIGHT = 3.2, 15.0, 2.1, 9.0
+_MARGIN, _PANEL_GAP, _TOP_MARGIN, _BOTTOM_MARGIN = 0.95, 0.6, 0.9, 0.85
+_MAX_TITLE = 80
+_MAX_LABELS = 24
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def draw_heat_map(path: Path, title: str, panels: Sequence[Panel]) -> None:
     All panels have the same lengths and depths; what wasn't run is grey.
 
     Args:
-        path: the PNG file, written beside and renamed.
+        path: the PNG file, written colorbar_rect and renamed.
         title: of the picture.
         panels: what to draw, from left to right; at least one cell was run.
     """
@@ -52,29 +52,29 @@ def draw_heat_map(path: Path, title: str, panels: Sequence[Panel]) -> None:
 
     lengths = sorted({length for panel in panels for length in panel.result.lengths})
     depths = sorted({depth for panel in panels for depth in panel.result.depths})
-    wide = min(max(_CELL_WIDTH * len(lengths), _NARROWEST), _WIDEST / len(panels))
-    high = min(max(_CELL_HEIGHT * len(depths), _LOWEST), _HIGHEST)
+    panel_width = min(max(_CELL_WIDTH * len(lengths), _MIN_WIDTH), _MAX_WIDTH / len(panels))
+    panel_height = min(max(_CELL_HEIGHT * len(depths), _MIN_HEIGHT), _MAX_HEIGHT)
     bar = 0.9  # for the colour bar at the right
-    width = _MARGIN + len(panels) * wide + (len(panels) - 1) * _BETWEEN + bar
-    height = _ABOVE + high + _BELOW
+    width = _MARGIN + len(panels) * panel_width + (len(panels) - 1) * _PANEL_GAP + bar
+    height = _TOP_MARGIN + panel_height + _BOTTOM_MARGIN
     figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     image: Any = None
     for number, panel in enumerate(panels):
-        left = _MARGIN + number * (wide + _BETWEEN)
-        axes = figure.add_axes((left / width, _BELOW / height, wide / width, high / height))
-        image = _draw(axes, panel, lengths, depths, cell=(wide / len(lengths), high / len(depths)))
+        left = _MARGIN + number * (panel_width + _PANEL_GAP)
+        axes = figure.add_axes((left / width, _BOTTOM_MARGIN / height, panel_width / width, panel_height / height))
+        image = _draw(axes, panel, lengths, depths, cell=(panel_width / len(lengths), panel_height / len(depths)))
         if number == 0:
             axes.set_ylabel("Depth of the needle", color=_INK, fontsize=10)
-    beside = ((width - bar + 0.2) / width, _BELOW / height, 0.14 / width, high / height)
-    colours = figure.colorbar(image, cax=figure.add_axes(beside), ticks=[0, 0.25, 0.5, 0.75, 1])
-    colours.ax.set_yticklabels([f"{share:.0%}" for share in (0, 0.25, 0.5, 0.75, 1)], fontsize=8, color=_QUIET)
+    colorbar_rect = ((width - bar + 0.2) / width, _BOTTOM_MARGIN / height, 0.14 / width, panel_height / height)
+    colours = figure.colorbar(image, cax=figure.add_axes(colorbar_rect), ticks=[0, 0.25, 0.5, 0.75, 1])
+    colours.ax.set_yticklabels([f"{share:.0%}" for share in (0, 0.25, 0.5, 0.75, 1)], fontsize=8, color=_MUTED)
     colours.ax.tick_params(length=0)
     colours.outline.set_visible(False)
     figure.text(
         _MARGIN / width,
         1 - 0.3 / height,
-        title if len(title) <= _LONGEST_TITLE else f"{title[: _LONGEST_TITLE - 1]}…",
+        title if len(title) <= _MAX_TITLE else f"{title[: _MAX_TITLE - 1]}…",
         fontsize=12,
         weight="bold",
         color=_INK,
@@ -94,17 +94,17 @@ def _draw(
     import numpy as np
     from matplotlib import colormaps
 
-    shares = np.full((len(depths), len(lengths)), np.nan)
+    accuracies = np.full((len(depths), len(lengths)), np.nan)
     for each in panel.result.cells:
-        shares[depths.index(each.depth), lengths.index(each.length)] = each.accuracy
+        accuracies[depths.index(each.depth), lengths.index(each.length)] = each.accuracy
     axes.set_facecolor(_NOT_RUN)
-    image = axes.imshow(shares, cmap=_COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    image = axes.imshow(accuracies, cmap=_COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     # 0.6 em is a digit's width; up to four characters ("100%") stand in a cell.
     size = min(10.0, 72 * cell[0] / 2.9, 72 * cell[1] / 1.5)
     if size >= 4:
-        for (row, column), share in np.ndenumerate(shares):
+        for (row, column), share in np.ndenumerate(accuracies):
             known = not np.isnan(share)
-            ink = _readable_on(colormaps[_COLOURS](share)) if known else _QUIET
+            ink = _text_colour(colormaps[_COLOURS](share)) if known else _MUTED
             label = f"{share:.0%}" if known else "–"
             axes.text(column, row, label, ha="center", va="center", fontsize=size, color=ink)
     _label(axes, lengths, depths)
@@ -114,11 +114,11 @@ def _draw(
 
 
 def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float]) -> None:
-    columns = range(0, len(lengths), -(-len(lengths) // _MOST_LABELS))
-    rows = range(0, len(depths), -(-len(depths) // _MOST_LABELS))
-    # Long numbers beside each other need to be turned.
-    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(lengths) > 4 else {}
-    axes.set_xticks(list(columns), [f"{lengths[i]:,}" for i in columns], fontsize=9, color=_INK, **turned)
+    columns = range(0, len(lengths), -(-len(lengths) // _MAX_LABELS))
+    rows = range(0, len(depths), -(-len(depths) // _MAX_LABELS))
+    # Long numbers colorbar_rect each other need to be rotated.
+    rotated: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(lengths) > 4 else {}
+    axes.set_xticks(list(columns), [f"{lengths[i]:,}" for i in columns], fontsize=9, color=_INK, **rotated)
     axes.set_yticks(list(rows), [f"{depths[i]:.0%}" for i in rows], fontsize=9, color=_INK)
     axes.set_xlabel("Length of the prompt (tokens)", color=_INK, fontsize=10)
     # White gaps between the cells.
@@ -131,24 +131,24 @@ def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float]) -> None:
 
 def _mark_context(axes: Axes, panel: Panel, lengths: Sequence[int]) -> None:
     """A line before the first length that is beyond the context."""
-    beyond = panel.result.lengths_beyond(panel.context_length)
+    beyond = panel.result.lengths_beyond_context(panel.context_length)
     if not beyond:
         return
-    place = lengths.index(beyond[0]) - 0.5
-    axes.axvline(place, color=_ALARM, linewidth=2, linestyle=(0, (3, 1.5)), clip_on=False)
+    position = lengths.index(beyond[0]) - 0.5
+    axes.axvline(position, color=_HIGHLIGHT, linewidth=2, linestyle=(0, (3, 1.5)), clip_on=False)
     axes.annotate(
         f"context {panel.context_length:,}",
-        (place, 1),
+        (position, 1),
         xycoords=("data", "axes fraction"),
         xytext=(0, 3),
         textcoords="offset points",
-        ha="left" if place < 0 else "center",
+        ha="left" if position < 0 else "center",
         fontsize=8,
-        color=_ALARM,
+        color=_HIGHLIGHT,
     )
 
 
-def _readable_on(colour: tuple[float, float, float, float]) -> str:
+def _text_colour(colour: tuple[float, float, float, float]) -> str:
     """Dark or light ink for a coloured ground, by its luminance."""
     red, green, blue, _ = colour
     return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"

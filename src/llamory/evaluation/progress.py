@@ -21,7 +21,7 @@ class CellProgress:
         """`lengths` are those of the cells to come; no title: nothing is shown."""
         self.title = title
         self.total = sum(lengths) * trials
-        self.cells, self.told = len(lengths), 0
+        self.cells, self.num_reported = len(lengths), 0
         self.console = Console(file=sys.stderr)
         self.bar: Progress | None = None
         self.task: Any = None
@@ -45,12 +45,12 @@ class CellProgress:
         if self.bar is not None:
             self.bar.advance(self.task, tokens)
 
-    def tell(self, cell: Cell) -> None:
+    def report(self, cell: Cell) -> None:
         """Say what a finished cell has shown."""
-        self.told += 1
+        self.num_reported += 1
         if self.title is not None:
             self.console.print(
-                f"{self.title} {self.told}/{self.cells}: {cell.length:,} tokens, depth {cell.depth:.0%}: "
+                f"{self.title} {self.num_reported}/{self.cells}: {cell.length:,} tokens, depth {cell.depth:.0%}: "
                 f"found {cell.accuracy:.0%} ({cell.seconds:.1f} s a prompt)",
                 highlight=False,
                 soft_wrap=True,

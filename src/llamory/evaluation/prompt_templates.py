@@ -70,7 +70,7 @@ def label_set(*parts: Sequence[Example] | None) -> list[str]:
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-class Wording:
+class PromptTemplate:
     """How demonstrations and questions are worded, as tokens.
 
     A demonstration's text, its label and what follows are tokenised each by itself, so a label has the same tokens
@@ -89,10 +89,10 @@ class Wording:
                 f"The template {template!r} doesn't have {TEXT_FIELD} once and after it {LABEL_FIELD} once."
             )
         # Most tokenizers join a space to the word behind it.
-        self._question = question.rstrip(" ")
-        self._label = question[len(self._question) :]
+        self._question_template = question.rstrip(" ")
+        self._label_prefix = question[len(self._question_template) :]
         self._tokenizer = tokenizer
-        self._after = self._ids(after)
+        self._suffix_ids = self._ids(after)
         with_special: list[int] = tokenizer("a", verbose=False)["input_ids"]
         first = tokenizer.bos_token_id
         #: What the tokenizer puts before every text.
@@ -100,15 +100,15 @@ class Wording:
 
     def question(self, text: str) -> list[int]:
         """The tokens of a text up to its label."""
-        return self._ids(self._question.replace(TEXT_FIELD, text))
+        return self._ids(self._question_template.replace(TEXT_FIELD, text))
 
     def label(self, label: str) -> list[int]:
         """The tokens of a label, at least one."""
-        return self._ids(self._label + label)
+        return self._ids(self._label_prefix + label)
 
     def demonstration(self, example: Example) -> list[int]:
         """The tokens of a text with its label."""
-        return [*self.question(example.text), *self.label(example.label), *self._after]
+        return [*self.question(example.text), *self.label(example.label), *self._suffix_ids]
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -116,15 +116,15 @@ class Wording:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One length with one seed: what is shown and what is asked.
+class ManyshotPrompt:
+    """One length with one seed: what is demonstration_pool and what is sampled_questions.
 
     Attributes:
-        length: the most tokens that may be shown.
+        length: the most tokens that may be demonstration_pool.
         seed: of the draw.
         input_ids: the demonstrations' tokens, at most `length`.
         demonstrations: how many they are.
-        questions: asked one by one; the same for all lengths of a seed.
+        questions: sampled_questions one by one; the same for all lengths of a seed.
     """
 
     length: int
@@ -134,27 +134,27 @@ class Plan:
     questions: tuple[Example, ...]
 
 
-def plan_manyshot(
-    wording: Wording,
+def build_manyshot_prompts(
+    prompt_template: PromptTemplate,
     train: Sequence[Example],
     lengths: Sequence[int],
     seeds: Sequence[int],
     *,
     test: Sequence[Example] | None = None,
     questions: int = 100,
-) -> list[Plan]:
+) -> list[ManyshotPrompt]:
     """Draw demonstrations and questions, for every length and seed.
 
     Demonstrations are taken in the order drawn until the next one doesn't fit, so a longer prompt begins with all of a
     shorter one's.
 
     Args:
-        wording: of the prompts.
+        prompt_template: of the prompts.
         train: what demonstrations are drawn from.
         lengths: the most tokens of demonstrations; 0 for none at all.
         seeds: of the draws.
         test: what questions are drawn from; None: from `train`, which then shows the others only.
-        questions: how many are asked; all of `test` if it has fewer.
+        questions: how many are sampled_questions; all of `test` if it has fewer.
 
     Raises:
         LlamoryError: a length is too small for one demonstration, or larger than all of them; or there are too few
@@ -167,16 +167,16 @@ def plan_manyshot(
             f"The {len(train)} examples are too few to ask {questions} of them and show others; "
             "ask fewer questions, or give more examples."
         )
-    plans = []
+    prompts = []
     for seed in sorted(set(seeds)):
-        shown, asked = _draw(train, test, seed, questions)
+        demonstration_pool, sampled_questions = _sample(train, test, seed, questions)
         for length in sorted(set(lengths)):
-            ids, count = _fill(wording, shown, length)
-            plans.append(Plan(length, seed, tuple(ids), count, tuple(asked)))
-    return sorted(plans, key=lambda plan: (plan.length, plan.seed))
+            ids, count = _pack_demonstrations(prompt_template, demonstration_pool, length)
+            prompts.append(ManyshotPrompt(length, seed, tuple(ids), count, tuple(sampled_questions)))
+    return sorted(prompts, key=lambda prompt: (prompt.length, prompt.seed))
 
 
-def _draw(
+def _sample(
     train: Sequence[Example], test: Sequence[Example] | None, seed: int, questions: int
 ) -> tuple[list[Example], list[Example]]:
     """Demonstrations in their order, and questions."""
@@ -186,13 +186,15 @@ def _draw(
     return shuffled, random.Random(f"{seed}/questions").sample(test, min(questions, len(test)))
 
 
-def _fill(wording: Wording, shown: Sequence[Example], length: int) -> tuple[list[int], int]:
+def _pack_demonstrations(
+    prompt_template: PromptTemplate, demonstration_pool: Sequence[Example], length: int
+) -> tuple[list[int], int]:
     """The tokens of as many demonstrations as fit, and how many they are."""
     if length == 0:
         return [], 0
-    ids = list(wording.start)
-    for count, example in enumerate(shown):
-        more = wording.demonstration(example)
+    ids = list(prompt_template.start)
+    for count, example in enumerate(demonstration_pool):
+        more = prompt_template.demonstration(example)
         if len(ids) + len(more) > length:
             if count == 0:
                 raise LlamoryError(
@@ -203,7 +205,7 @@ def _fill(wording: Wording, shown: Sequence[Example], length: int) -> tuple[list
         ids += more
     if len(ids) < length:
         raise LlamoryError(
-            f"All {len(shown)} demonstrations have {len(ids):,} tokens, less than {length:,}; "
+            f"All {len(demonstration_pool)} demonstrations have {len(ids):,} tokens, less than {length:,}; "
             "give shorter --lengths or more examples."
         )
-    return ids, len(shown)
+    return ids, len(demonstration_pool)

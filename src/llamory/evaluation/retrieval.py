@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from llamory.evaluation.qrels import RetrievalSet
+from llamory.evaluation.qrels import RetrievalDataset
 from llamory.evaluation.retrieval_systems import Ranking
 
 METRICS = ("nDCG@10", "MRR@10", "Recall@100")
-SHOWN = 10  # documents that a query's line names; MRR and nDCG see these
+NUM_SHOWN = 10  # documents that a query's line names; MRR and nDCG see these
 CONFIDENCE = 0.95
 _RESAMPLES = 10_000
 _BATCH = 250  # resamples that are held at a time
@@ -36,32 +36,32 @@ class QueryScore:
         return {"model": model, "query": self.query, **self.values, "found": list(self.found)}
 
 
-def score_queries(data: RetrievalSet, ranking: Ranking) -> list[QueryScore]:
+def score_queries(data: RetrievalDataset, ranking: Ranking) -> list[QueryScore]:
     """The metrics of each query, computed by trec_eval (through `pytrec_eval`); what found nothing has 0.
 
-    nDCG takes the judgements' scores as gains, over the logarithm of rank + 1, as trec_eval and BEIR do.
+    nDCG takes the qrels' scores as gains, over the logarithm of rank + 1, as trec_eval and BEIR do.
     """
     import pytrec_eval
 
     # Places, not scores: trec_eval sorts again, and in less digits two scores may be one.
     run = {query: {key: float(-rank) for rank, (key, _) in enumerate(found)} for query, found in ranking.items()}
-    first = {query: dict(list(found.items())[:10]) for query, found in run.items()}
-    judged = {query: dict(scores) for query, scores in data.judgements.items()}
-    whole = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(run)
-    top = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(first)
+    top_ten = {query: dict(list(found.items())[:10]) for query, found in run.items()}
+    judged = {query: dict(scores) for query, scores in data.qrels.items()}
+    full_results = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(run)
+    mrr_results = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(top_ten)
     scores = []
     for query in data.queries:
         values = (
-            whole.get(query, {}).get("ndcg_cut_10", 0.0),
-            top.get(query, {}).get("recip_rank", 0.0),
-            whole.get(query, {}).get("recall_100", 0.0),
+            full_results.get(query, {}).get("ndcg_cut_10", 0.0),
+            mrr_results.get(query, {}).get("recip_rank", 0.0),
+            full_results.get(query, {}).get("recall_100", 0.0),
         )
-        found = [key for key, _ in ranking.get(query, ())[:SHOWN]]
+        found = [key for key, _ in ranking.get(query, ())[:NUM_SHOWN]]
         scores.append(QueryScore(query, dict(zip(METRICS, values, strict=True)), found))
     return scores
 
 
-def summarise(scores: Sequence[QueryScore]) -> dict[str, Any]:
+def summarize(scores: Sequence[QueryScore]) -> dict[str, Any]:
     """Means over queries and their 95% intervals (None for a single query)."""
     columns = {metric: [score.values[metric] for score in scores] for metric in METRICS}
     means = {metric: sum(values) / len(values) for metric, values in columns.items()}
@@ -78,9 +78,9 @@ def differences(scores: Mapping[str, Sequence[QueryScore]]) -> list[dict[str, An
         entry: dict[str, Any] = {"model": one, "minus": other, "intervals": {}}
         for metric in METRICS:
             pairs = zip(scores[one], scores[other], strict=True)
-            gaps = [first.values[metric] - second.values[metric] for first, second in pairs]
-            entry[metric] = sum(gaps) / len(gaps)
-            entry["intervals"][metric] = interval(gaps)
+            deltas = [top_ten.values[metric] - second.values[metric] for top_ten, second in pairs]
+            entry[metric] = sum(deltas) / len(deltas)
+            entry["intervals"][metric] = interval(deltas)
         found.append(entry)
     return found
 

@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.qrels import RetrievalSet
-from llamory.evaluation.results import refuse_other, write_lines, write_whole
-from llamory.evaluation.retrieval import CONFIDENCE, METRICS, QueryScore, differences, summarise
+from llamory.evaluation.qrels import RetrievalDataset
+from llamory.evaluation.results import require_same_settings, write_json_atomic, write_jsonl
+from llamory.evaluation.retrieval import CONFIDENCE, METRICS, QueryScore, differences, summarize
 
 TASK = "retrieval"
 JSON_FILE, LINES_FILE = "retrieval.json", "queries.jsonl"
 
 
-class RetrievalReport:
+class RetrievalResultsFile:
     """What several models found on the same queries and documents.
 
     Attributes:
         settings: all that scores depend on but the model; JSON-able.
-        facts: per model, by its name, what its scores depend on, and their means; JSON-able.
+        metadata: per model, by its name, what its scores depend on, and their means; JSON-able.
         scores: per model, one score per query, in the set's order.
     """
 
-    def __init__(self, data: RetrievalSet, folder: Path | None = None, per_query: Path | None = None) -> None:
+    def __init__(self, data: RetrievalDataset, folder: Path | None = None, per_query: Path | None = None) -> None:
         """Take up what the folder has, if any.
 
         Args:
@@ -43,73 +43,75 @@ class RetrievalReport:
             "split": data.split,
             "queries": len(data.queries),
             "documents": len(data.ids),
-            "relevant_documents_missing": data.missing,
-            "queries_that_are_documents": len(data.own),
+            "relevant_documents_missing": data.missing_relevant,
+            "queries_that_are_documents": len(data.self_documents),
             "fingerprint": data.fingerprint,
             "confidence": CONFIDENCE,
             "trec_eval": f"pytrec-eval-terrier {version('pytrec-eval-terrier')}",
         }
-        self.facts: dict[str, dict[str, Any]] = {}
+        self.metadata: dict[str, dict[str, Any]] = {}
         self.scores: dict[str, list[QueryScore]] = {}
         self._queries = list(data.queries)
         if folder is not None and (folder / JSON_FILE).exists():
-            self._take_up(folder / JSON_FILE, folder / LINES_FILE)
+            self._load(folder / JSON_FILE, folder / LINES_FILE)
 
-    def has(self, name: str, facts: Mapping[str, Any]) -> bool:
+    def has(self, name: str, metadata: Mapping[str, Any]) -> bool:
         """Whether a model was scored before.
 
         Raises:
             LlamoryError: another model was, under this name.
         """
-        if name not in self.facts or name not in self.scores:
+        if name not in self.metadata or name not in self.scores:
             return False
         assert self.folder is not None
-        refuse_other(self.folder / JSON_FILE, {key: self.facts[name].get(key) for key in facts}, facts)
+        require_same_settings(
+            self.folder / JSON_FILE, {key: self.metadata[name].get(key) for key in metadata}, metadata
+        )
         return True
 
-    def add(self, name: str, facts: Mapping[str, Any], scores: Sequence[QueryScore], seconds: float) -> None:
+    def add(self, name: str, metadata: Mapping[str, Any], scores: Sequence[QueryScore], seconds: float) -> None:
         """Take up a model's scores and write what there is."""
         self.scores[name] = list(scores)
-        self.facts[name] = {**facts, **summarise(scores), "seconds": seconds}
+        self.metadata[name] = {**metadata, **summarize(scores), "seconds": seconds}
         if self.folder is not None:
             # Lines first: a model counts once it stands in the JSON file.
-            write_lines(self.folder / LINES_FILE, self._lines())
-            write_whole(self.folder / JSON_FILE, self.document())
+            write_jsonl(self.folder / LINES_FILE, self._lines())
+            write_json_atomic(self.folder / JSON_FILE, self.document())
         if self.per_query is not None:
-            write_lines(self.per_query, self._lines())
+            write_jsonl(self.per_query, self._lines())
 
     def finish(self) -> None:
         """Write the lines per query also where all models were scored before."""
         if self.per_query is not None:
-            write_lines(self.per_query, self._lines())
+            write_jsonl(self.per_query, self._lines())
 
     def document(self) -> dict[str, Any]:
         """All of it but the single queries, JSON-able."""
         return {
             "evaluation": TASK,
             "settings": self.settings,
-            "runs": self.facts,
+            "runs": self.metadata,
             "differences": differences(self.scores),
         }
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         return (score.line(name) for name, scores in self.scores.items() for score in scores)
 
-    def _take_up(self, path: Path, lines: Path) -> None:
+    def _load(self, path: Path, lines: Path) -> None:
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
             if document["evaluation"] != TASK:
                 raise KeyError("evaluation")
-            settings, facts = dict(document["settings"]), dict(document["runs"])
+            settings, metadata = dict(document["settings"]), dict(document["runs"])
             scores = _read_lines(lines)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise LlamoryError(
                 f"{path} holds no {TASK} results to go on with; give another --output, or remove the file."
             ) from error
-        refuse_other(path, settings, self.settings)
-        for name, found in facts.items():
+        require_same_settings(path, settings, self.settings)
+        for name, found in metadata.items():
             if [score.query for score in scores.get(name, [])] == self._queries:
-                self.facts[name], self.scores[name] = found, scores[name]
+                self.metadata[name], self.scores[name] = found, scores[name]
 
 
 def _read_lines(path: Path) -> dict[str, list[QueryScore]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from llamory.evaluation.qrels import RetrievalSet
+from llamory.evaluation.qrels import RetrievalDataset
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 DEPTH = 100  # documents per query; the deepest metric is Recall@100
 CHUNK = 10_000  # documents whose texts and vectors are held at a time
-_ROWS = 256  # queries whose scores of a chunk are held at a time
+_QUERY_BATCH = 256  # queries whose scores of a chunk are held at a time
 
 Ranking = Mapping[str, Sequence[tuple[str, float]]]
 """Under each query's id the found documents' ids and scores, best first."""
@@ -25,7 +25,7 @@ Advance = Callable[[int], None]
 
 
 def search_vectors(
-    data: RetrievalSet,
+    data: RetrievalDataset,
     embed_queries: Embed,
     embed_documents: Embed,
     similarity: Similarity,
@@ -44,20 +44,20 @@ def search_vectors(
     """
     import numpy as np
 
-    best = _Best(data)
+    best = _TopDocuments(data)
     vectors = embed_queries(list(data.queries.values()))
     for chunk in _chunks(data.read(), CHUNK):
         texts = {key: text for key, text in chunk if text.strip()}
         if texts:
             documents = embed_documents(list(texts.values()))
-            for start in range(0, len(vectors), _ROWS):
-                scores = np.asarray(similarity(vectors[start : start + _ROWS], documents))
+            for start in range(0, len(vectors), _QUERY_BATCH):
+                scores = np.asarray(similarity(vectors[start : start + _QUERY_BATCH], documents))
                 best.add(start, list(texts), np.nan_to_num(scores, nan=-np.inf))
         advance(len(chunk))
     return best.ranking()
 
 
-def search_bm25(data: RetrievalSet, advance: Advance = lambda _: None) -> Ranking:
+def search_bm25(data: RetrievalDataset, advance: Advance = lambda _: None) -> Ranking:
     """The documents with the highest BM25 score (bm25s: Lucene's variant, k1 1.5, b 0.75, English stop words dropped).
 
     Documents without a word of the query aren't found.
@@ -66,26 +66,26 @@ def search_bm25(data: RetrievalSet, advance: Advance = lambda _: None) -> Rankin
     import numpy as np
     from bm25s.tokenization import Tokenizer
 
-    best = _Best(data)
+    best = _TopDocuments(data)
     tokenizer = Tokenizer(stopwords="english")
-    counted = _counting((text for _, text in data.read()), advance)
-    tokens = list(tokenizer.streaming_tokenize(counted, allow_empty=False))
+    counted_texts = _count_texts((text for _, text in data.read()), advance)
+    tokens = list(tokenizer.streaming_tokenize(counted_texts, allow_empty=False))
     if not any(tokens):
         return best.ranking()
     index = bm25s.BM25()
     index.index((tokens, tokenizer.get_vocab_dict()), show_progress=False)
-    asked = tokenizer.streaming_tokenize(data.queries.values(), update_vocab=False, allow_empty=False)
-    for row, words in enumerate(asked):
+    query_tokens = tokenizer.streaming_tokenize(data.queries.values(), update_vocab=False, allow_empty=False)
+    for row, words in enumerate(query_tokens):
         if words:
             scores = index.get_scores_from_ids(words)
             best.add(row, data.ids, np.where(scores > 0, scores, -np.inf)[None])
     return best.ranking()
 
 
-class _Best:
+class _TopDocuments:
     """The best documents so far, per query; of equal scores the greater id is better, as in trec_eval."""
 
-    def __init__(self, data: RetrievalSet) -> None:
+    def __init__(self, data: RetrievalDataset) -> None:
         self.data = data
         self.names = list(data.queries)
         self.found: list[list[tuple[float, str]]] = [[] for _ in self.names]
@@ -94,19 +94,19 @@ class _Best:
         """Take up scores (queries, documents) of the queries from `start` on; minus infinity is not found."""
         import numpy as np
 
-        kept = min(DEPTH + 1, scores.shape[1])  # one more, as a query's own document may have to go
+        kept = min(DEPTH + 1, scores.shape[1])  # one more, as a query's self_documents document may have to go
         worst = np.partition(scores, -kept, axis=1)[:, -kept]
-        for row, (line, least) in enumerate(zip(scores, worst, strict=True), start):
+        for row, (line, threshold) in enumerate(zip(scores, worst, strict=True), start):
             # All that tie with the last place are looked at: which of them is in must not depend on chance.
-            near = np.flatnonzero(line >= least if np.isfinite(least) else np.isfinite(line))
-            merged = self.found[row] + [(float(line[i]), ids[i]) for i in near.tolist()]
+            candidates = np.flatnonzero(line >= threshold if np.isfinite(threshold) else np.isfinite(line))
+            merged = self.found[row] + [(float(line[i]), ids[i]) for i in candidates.tolist()]
             self.found[row] = sorted(merged, reverse=True)[: DEPTH + 1]
 
     def ranking(self) -> Ranking:
         ranked = {}
         for query, found in zip(self.names, self.found, strict=True):
-            own = query if query in self.data.own else None
-            ranked[query] = [(key, score) for score, key in found if key != own][:DEPTH]
+            self_documents = query if query in self.data.self_documents else None
+            ranked[query] = [(key, score) for score, key in found if key != self_documents][:DEPTH]
         return ranked
 
 
@@ -115,7 +115,7 @@ def _chunks(pairs: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[
         yield chunk
 
 
-def _counting(texts: Iterator[str], advance: Advance) -> Iterator[str]:
+def _count_texts(texts: Iterator[str], advance: Advance) -> Iterator[str]:
     for text in texts:
         yield text
         advance(1)

@@ -1,4 +1,4 @@
-"""What a needle may hide: a number, a name, a date or a sentence, drawn by chance, and how much of it an answer has."""
+"""What a needle may hide: a number, a name, a date or a sentence, drawn by rng, and how much of it an answer has."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _QUALITIES = "wooden heavy yellow ancient tiny foreign rusty crooked golden dust
 _OBJECTS = "boats ladders teapots umbrellas trumpets carpets barrels kites mirrors wheels".split()
 
 
-def draw(kind: str, chance: random.Random) -> str:
+def draw_secret(kind: str, rng: random.Random) -> str:
     """A secret of one of the `KINDS`."""
-    return _MAKERS[kind](chance)
+    return _MAKERS[kind](rng)
 
 
-def longest(kind: str) -> str:
+def longest_secret(kind: str) -> str:
     """A secret that is as long as any, in characters."""
     return _MAKERS[kind](_Longest())
 
 
-def score(answer: str, key: str, kind: str = "number") -> tuple[bool, float]:
+def score_answer(answer: str, key: str, kind: str = "number") -> tuple[bool, float]:
     """How much of a secret an answer has.
 
     Of a number the first number in the answer counts, whole, and its digits in their places; of anything else the
@@ -49,19 +49,19 @@ def score(answer: str, key: str, kind: str = "number") -> tuple[bool, float]:
         whether it is the secret, and the share of its digits or words that stand in their places.
     """
     found: str | list[str]
-    wanted: str | list[str]
+    expected: str | list[str]
     if kind == "number":
         number = re.search(r"\d+", answer)
-        found, wanted = number.group() if number else "", key
-        right = found == wanted
+        found, expected = number.group() if number else "", key
+        correct = found == expected
     else:
-        found, wanted = _words(answer), _words(key)
-        right = found[: len(wanted)] == wanted
-    return right, sum(a == b for a, b in zip(found, wanted, strict=False)) / len(wanted)
+        found, expected = _words(answer), _words(key)
+        correct = found[: len(expected)] == expected
+    return correct, sum(a == b for a, b in zip(found, expected, strict=False)) / len(expected)
 
 
 class _Longest(random.Random):
-    """Chance that always draws the longest."""
+    """Chance that always draws the longest_secret."""
 
     def choice(self, seq: Any) -> Any:
         return max(seq, key=len)
@@ -74,14 +74,14 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
-def _sentence(chance: random.Random) -> str:
+def _sentence(rng: random.Random) -> str:
     parts = (_ADJECTIVES, _PEOPLE, _VERBS, _COUNTS, _QUALITIES, _OBJECTS)
-    return f"The {' '.join(chance.choice(words) for words in parts)}."
+    return f"The {' '.join(rng.choice(words) for words in parts)}."
 
 
 _MAKERS: dict[str, Callable[[random.Random], str]] = {
-    "number": lambda chance: str(chance.randint(1, LARGEST_KEY)),
-    "name": lambda chance: f"{chance.choice(_FIRST)} {chance.choice(_LAST)}",
-    "date": lambda chance: f"{chance.randint(1, 28)} {chance.choice(_MONTHS)} {chance.randint(1500, 1999)}",
+    "number": lambda rng: str(rng.randint(1, LARGEST_KEY)),
+    "name": lambda rng: f"{rng.choice(_FIRST)} {rng.choice(_LAST)}",
+    "date": lambda rng: f"{rng.randint(1, 28)} {rng.choice(_MONTHS)} {rng.randint(1500, 1999)}",
     "sentence": _sentence,
 }

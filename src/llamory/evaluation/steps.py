@@ -15,8 +15,8 @@ class StepProgress(CellProgress):
     def step(self, tokens: int, text: str) -> None:
         """A step of so many tokens is done, and this is what it has shown."""
         self.advance(tokens)
-        self.told += 1
+        self.num_reported += 1
         if self.title is not None:
             self.console.print(
-                f"{self.title} {self.told}/{self.cells}: {text}", highlight=False, soft_wrap=True, markup=False
+                f"{self.title} {self.num_reported}/{self.cells}: {text}", highlight=False, soft_wrap=True, markup=False
             )

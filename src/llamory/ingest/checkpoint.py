@@ -67,7 +67,7 @@ class Partial:
         for layer in bank.layers:
             # Copied into blocks that many documents share: short ones would waste most of a block each.
             self.bank.append(layer, bank.keys(layer), bank.values(layer), segment=manuscript.source)
-        self.bank.annotate(manuscript.source, **facts)
+        self.bank.set_metadata(manuscript.source, **facts)
         self._changed = True
 
     def resume(self, manuscript: Manuscript, facts: dict[str, Any]) -> MemoryBank:
@@ -93,8 +93,8 @@ class Partial:
         self._open = None
         self._forget(source)
         bank.rename(bank.segments[0], source)
-        self.bank.mount(bank)
-        self.bank.annotate(source, **facts)
+        self.bank.attach(bank)
+        self.bank.set_metadata(source, **facts)
         self._changed = True
 
     # ---- the file ------------------------------------------------------------------------------------------------
@@ -137,18 +137,18 @@ class Partial:
             source, bank, facts = self._open
             part = bank.fork()
             part.rename(part.segments[0], source)
-            whole.mount(part)
-            whole.annotate(source, **facts, **{_UNFINISHED: True})
+            whole.attach(part)
+            whole.set_metadata(source, **facts, **{_UNFINISHED: True})
         for name in self._old.segments:
             if name not in whole.segments:
-                whole.mount(self._old, [name])
+                whole.attach(self._old, [name])
         return whole
 
     def _set_unfinished_aside(self) -> None:
         self._old = self._model.new_memory()
         for name in self.bank.segments:
-            if self.bank.describe(name).get(_UNFINISHED):
-                self._old.mount(self.bank, [name])
+            if self.bank.metadata(name).get(_UNFINISHED):
+                self._old.attach(self.bank, [name])
                 self.bank.drop(name)
 
     def _forget(self, source: str) -> None:
@@ -159,4 +159,4 @@ class Partial:
     @staticmethod
     def _holds(bank: MemoryBank, manuscript: Manuscript) -> bool:
         name = manuscript.source
-        return name in bank.segments and bank.describe(name).get("digest") == manuscript.digest
+        return name in bank.segments and bank.metadata(name).get("digest") == manuscript.digest

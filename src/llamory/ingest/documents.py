@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llamory.documents import Document, find_files, read_file
 from llamory.errors import LlamoryError
-from llamory.models.base import begins_with, document_ids
+from llamory.models.base import bos_ids, encode_document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ def prepare(
     if max_tokens is not None and max_tokens < 1:
         raise LlamoryError(f"max_tokens is {max_tokens}, but a document has at least 1 token.")
     roots, files = _files(paths)
-    begins = begins_with(tokenizer)
+    begins = bos_ids(tokenizer)
     found = []
     for file in files:
         empty = True
@@ -124,7 +124,7 @@ def _manuscript(document: Document, file: Path, roots: list[Path], tokenizer: Pr
     if line and document.title and not text.startswith(document.title):
         # In a JSON line the title stands beside the text; in all other files it is part of it, or the file's name.
         text = f"{document.title}\n\n{text}"
-    tokens = torch.tensor(document_ids(text, tokenizer), dtype=torch.int32)
+    tokens = torch.tensor(encode_document(text, tokenizer), dtype=torch.int32)
     digest = hashlib.sha256(text.encode())
     digest.update(tokens.numpy().tobytes())
     return Manuscript(

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamory.errors import LlamoryError
-from llamory.memory import peek
-from llamory.models.base import PACKAGED
+from llamory.memory import read_header
+from llamory.models.base import PACKAGED_MODELS
 
 if TYPE_CHECKING:
     from llamory.longllama import LongLlamaForCausalLM
@@ -30,7 +30,7 @@ class Book:
             nobody noted it.
         context_length: tokens of the windows in which it was read; None if nobody noted it.
         layers, dtype, fingerprint: the memory's.
-        segments: `name`, `tokens` and `facts` of each document, in order.
+        segments: `name`, `tokens` and `metadata` of each document, in order.
 
     Raises:
         LlamoryError: there is no such file, or it isn't a whole memory file.
@@ -43,7 +43,7 @@ class Book:
                 f"The memory {path} isn't finished: {partial_path(path)} holds what was read before reading was "
                 "stopped; read the same documents again to go on from there."
             )
-        self.contents: dict[str, Any] = peek(path)
+        self.contents: dict[str, Any] = read_header(path)
         self.segments: list[dict[str, Any]] = self.contents["segments"]
         self.layers: list[int] = self.contents["layers"]
         self.dtype: str = self.contents["dtype"]
@@ -54,13 +54,13 @@ class Book:
         self.context_length: int | None = self._noted("context_length")
 
     def _noted(self, fact: str) -> Any:
-        return next((each["facts"][fact] for each in self.segments if fact in each["facts"]), None)
+        return next((each["metadata"][fact] for each in self.segments if fact in each["metadata"]), None)
 
     def summary(self) -> dict[str, Any]:
         """All that there is to tell, as something that JSON can hold; `bytes` is the file's size."""
         documents = []
         for segment in self.segments:
-            facts = {key: segment["facts"][key] for key in ("title", "source") if key in segment["facts"]}
+            facts = {key: segment["metadata"][key] for key in ("title", "source") if key in segment["metadata"]}
             documents.append({"name": segment["name"], "tokens": segment["tokens"], **facts})
         return {
             "memory": str(self.path),
@@ -83,10 +83,10 @@ def partial_path(path: PathLike) -> Path:
 
 def noted_name(name: PathLike) -> str:
     """A model's name that still fits in another folder, and later: paths become absolute, "default" what it means."""
-    from llamory.longllama.loading import reader_name
+    from llamory.longllama.loading import resolve_reader_name
 
-    name = reader_name(name)
-    path, packaged = Path(name).expanduser(), str(name) in PACKAGED
+    name = resolve_reader_name(name)
+    path, packaged = Path(name).expanduser(), str(name) in PACKAGED_MODELS
     return os.path.abspath(path) if path.exists() and not packaged else str(name)  # noqa: PTH100
 
 
@@ -116,7 +116,7 @@ def load_model_for(
     """
     import torch
 
-    from llamory.longllama.loading import load_long_model, reader_name
+    from llamory.longllama.loading import load_long_model, resolve_reader_name
 
     book = books[0] if books else None
     if book is not None:
@@ -125,7 +125,7 @@ def load_model_for(
         _check_settings(book, mem_layers, context_length, mem_dtype)
         mem_layers, mem_dtype = book.layers, book.dtype
         context_length = book.context_length or context_length
-    known = reader_name(name or (book and book.model) or "default")
+    known = resolve_reader_name(name or (book and book.model) or "default")
     for each in books:
         check_shape(each, known)
     if device is None and torch.accelerator.is_available():
@@ -170,7 +170,7 @@ def check_shape(book: Book, name: str) -> None:
     try:
         config = load_config(name)
     except LlamoryError as error:
-        if name == book.model and name not in PACKAGED:
+        if name == book.model and name not in PACKAGED_MODELS:
             raise LlamoryError(
                 f"The model that made {book.path} isn't where it was ({str(error).rstrip('.')}); name its new place."
             ) from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from llamory.documents import Passage
+from llamory.documents import Chunk
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class StoredDocument:
     """
 
     source: str
-    passages: tuple[Passage, ...]
+    passages: tuple[Chunk, ...]
 
     @property
     def title(self) -> str:

@@ -64,11 +64,11 @@ class Plan:
             bank.rename(name, f"\0{number}")
         for number, (name, new) in enumerate(self.moved.items()):
             bank.rename(f"\0{number}", new)
-            bank.annotate(new, **facts(self.unchanged[name]))
+            bank.set_metadata(new, **facts(self.unchanged[name]))
         fresh = fresh.fork()
         for name, manuscript in self.read.items():
             fresh.rename(manuscript.source, "\0")
-            bank.mount(fresh, ["\0"])
+            bank.attach(fresh, ["\0"])
             bank.rename("\0", name)
             fresh.drop("\0")
         bank.reorder([*order, *(name for name in self.read if name not in order)])
@@ -76,7 +76,7 @@ class Plan:
 
 def make_plan(segments: Sequence[dict[str, Any]], manuscripts: Sequence[Manuscript]) -> Plan:
     """Compare documents with the segments of a memory (`name` and `facts` of each)."""
-    facts = {segment["name"]: segment["facts"] for segment in segments}
+    facts = {segment["name"]: segment["metadata"] for segment in segments}
     plan, free = Plan(), _Matching(facts)
     changed = list(manuscripts)
     # Lines of a JSON lines file may have moved: the same content in the same file is the same document.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from llamory.documents import Passage
+    from llamory.documents import Chunk
 
 _TINY = 1e-300
 
@@ -19,7 +19,7 @@ class Citation:
     """A passage that an answer rests on.
 
     Attributes:
-        place: where it starts, as `path:line`.
+        location: where it starts, as `path:line`.
         share: of the attention that question and answer drew to all passages in memory, from 0 to 1; attention counts
             as drawn where it is far more than the prompt's own words give (see `llamory.qa.attribution`).
         attention: of all attention that the answer's tokens gave to all passages, drawn or not, from 0 to 1.
@@ -29,7 +29,7 @@ class Citation:
         text: the passage.
     """
 
-    place: str
+    location: str
     share: float
     attention: float
     source: str
@@ -55,7 +55,7 @@ def passage_masses(mass: Tensor, starts: Sequence[int]) -> Tensor:
     return torch.zeros(len(starts), len(mass), dtype=mass.dtype).index_add_(0, whose, mass[:, starts[0] :].T)
 
 
-def cite(passages: Sequence[Passage], masses: Tensor, most: int) -> list[Citation]:
+def cite(passages: Sequence[Chunk], masses: Tensor, most: int) -> list[Citation]:
     """The passages with the largest shares, largest first; those that drew nothing aren't cited.
 
     Args:
@@ -74,5 +74,5 @@ def cite(passages: Sequence[Passage], masses: Tensor, most: int) -> list[Citatio
         attention, share = shares[index].tolist()
         if share > 0:
             each = passages[index]
-            cited.append(Citation(each.place, share, attention, each.source, each.title, each.line, each.text))
+            cited.append(Citation(each.location, share, attention, each.source, each.title, each.line, each.text))
     return cited

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedTokenizerBase
 
-    from llamory.documents import Document, Failure
+    from llamory.documents import Document, SkippedFile
 
 # Passages that are embedded before they are written: what is lost when a run is killed.
 PASSAGES_PER_BATCH = 64
@@ -51,7 +51,7 @@ class Recipe:
     """How files become passages. It can be pickled.
 
     Attributes:
-        passage_length: tokens that a passage has at most.
+        chunk_size: tokens that a passage has at most.
         text_field: entry of a JSON line that holds the text.
         roots: the real paths of what was given: nothing outside is read. Empty: anything is.
         max_bytes: larger files, and longer lines of JSON lines, are passed over.
@@ -59,7 +59,7 @@ class Recipe:
         bf16: embed in bfloat16.
     """
 
-    passage_length: int
+    chunk_size: int
     text_field: str = "text"
     roots: tuple[str, ...] = ()
     max_bytes: int | None = None
@@ -84,7 +84,7 @@ class Batch:
     vectors: np.ndarray | None = None
     unchanged: list[str] = field(default_factory=list)
     finished: dict[str, str] = field(default_factory=dict)
-    failed: list[Failure] = field(default_factory=list)
+    failed: list[SkippedFile] = field(default_factory=list)
     files: int = 0
 
 
@@ -164,7 +164,7 @@ class _Cutter:
 
     def cut(self, task: FileTask) -> Iterator[None]:
         """Read and cut one file, pausing after each document; what is wrong with it must not stop the others."""
-        from llamory.documents import Failure
+        from llamory.documents import SkippedFile
 
         try:
             yield from self._cut(task)
@@ -174,26 +174,26 @@ class _Cutter:
                     raise
                 raise LlamoryError(f"{task.file} can't be read ({type(error).__name__}: {error}).") from error
             logger.debug("%s can't be read", task.file, exc_info=True)
-            self.batch.failed.append(Failure(task.file, _reason(error, task.file)))
+            self.batch.failed.append(SkippedFile(task.file, _reason(error, task.file)))
 
     def _cut(self, task: FileTask) -> Iterator[None]:
-        from llamory.documents import Failure, read_file
+        from llamory.documents import SkippedFile, read_file
         from llamory.documents.storage import unchanged_since
 
         path, recipe, broken = Path(task.file), self.recipe, list[str]()
         content, state = _content(path, recipe)
 
-        def note(place: str, reason: str) -> None:
-            broken.append(place)
-            self.batch.failed.append(Failure(place, reason))
+        def note(location: str, reason: str) -> None:
+            broken.append(location)
+            self.batch.failed.append(SkippedFile(location, reason))
 
         told = None if recipe.strict else note
         for document in read_file(path, text_field=recipe.text_field, broken=told, max_bytes=recipe.max_bytes):
-            hashed = document_hash(document, recipe.passage_length)
+            hashed = document_hash(document, recipe.chunk_size)
             if task.known.get(document.source) == hashed:
                 self.batch.unchanged.append(document.source)
             else:
-                self.batch.rows += _rows(document, self.tokenizer, recipe.passage_length, task.file, hashed)
+                self.batch.rows += _rows(document, self.tokenizer, recipe.chunk_size, task.file, hashed)
             yield
         if not unchanged_since(path, state):
             raise LlamoryError(f"{path} changed while it was read; index it again.")
@@ -210,12 +210,12 @@ def is_unchanged(file: str, content: str, recipe: Recipe) -> bool:
 
 def _content(path: Path, recipe: Recipe) -> tuple[str, tuple[int, ...]]:
     """A short name for what would be read of a file, and its state as `unchanged_since` takes it."""
-    from llamory.documents.scan import OUTSIDE, is_within
+    from llamory.documents.scan import LINK_OUTSIDE, is_within
     from llamory.documents.storage import content_hash
 
     # Asked again just before reading: the folders may have changed since they were looked through.
     if recipe.roots and not is_within(path, recipe.roots):
-        raise LlamoryError(f"{path} is {OUTSIDE}.")
+        raise LlamoryError(f"{path} is {LINK_OUTSIDE}.")
     lines = path.suffix.lower() == ".jsonl"
     digest, state = content_hash(path, None if lines else recipe.max_bytes)
     return f"{READERS_VERSION}:{digest}:{recipe.text_field if lines else ''}", state
@@ -232,16 +232,16 @@ def _reason(error: Exception, file: str) -> str:
     return text if isinstance(error, LlamoryError) else f"it can't be read ({type(error).__name__}: {text})"
 
 
-def document_hash(document: Document, passage_length: int) -> str:
+def document_hash(document: Document, chunk_size: int) -> str:
     """Hash of all that a document's passages are made from."""
-    whole = "\0".join([str(passage_length), document.title, document.text])
+    whole = "\0".join([str(chunk_size), document.title, document.text])
     return hashlib.sha256(whole.encode()).hexdigest()[:32]
 
 
 def _rows(
     document: Document, tokenizer: PreTrainedTokenizerBase, length: int, file: str, digest: str
 ) -> list[dict[str, Any]]:
-    from llamory.documents import split_passages
+    from llamory.documents import chunk_document
 
     return [
         {
@@ -254,7 +254,7 @@ def _rows(
             "file": file,
             "hash": digest,
         }
-        for position, passage in enumerate(split_passages(document, tokenizer, length))
+        for position, passage in enumerate(chunk_document(document, tokenizer, length))
     ]
 
 

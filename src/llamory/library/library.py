@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llamory.common.locks import writing
-from llamory.embedding.library_encoder import embed_query, fingerprint, passage_length_for
+from llamory.embedding.library_encoder import embed_query, fingerprint, resolve_chunk_size
 from llamory.errors import LlamoryError
 from llamory.library.indexer import Engine, LocalEngine, Recipe
 from llamory.library.readable import Readable
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SentenceTransformer
 
-    from llamory.documents import Survey
+    from llamory.documents import FileScan
     from llamory.library.qa import Desk
     from llamory.longllama import LongLlamaForCausalLM
 
@@ -105,7 +105,7 @@ class Library(Readable):
         self,
         paths: PathLike | Iterable[PathLike],
         *,
-        passage_length: int | None = None,
+        chunk_size: int | None = None,
         text_field: str = "text",
         max_file_size: float = MAX_FILE_MIB,
         strict: bool = False,
@@ -122,7 +122,7 @@ class Library(Readable):
 
         Args:
             paths: files and folders; their absolute paths become the sources.
-            passage_length: tokens that a passage may have, for a new library; by default 256, or what the model has
+            chunk_size: tokens that a passage may have, for a new library; by default 256, or what the model has
                 room for. A library keeps the length it was made with.
             text_field: entry of a JSON line that holds the text.
             max_file_size: MiB; larger files aren't read. JSON lines are read one by one, so there it holds for a line.
@@ -137,30 +137,30 @@ class Library(Readable):
                 the library's, the passage length doesn't fit, or another process writes and `wait` is off; Ray is
                 asked for and isn't there.
         """
-        from llamory.documents import survey
+        from llamory.documents import scan_files
         from llamory.documents.scan import real_roots
 
         if max_file_size <= 0:
             raise LlamoryError(f"The largest file size must be more than 0 MiB, not {max_file_size}.")
         _check_engine(engine, ray_address)
         roots = _absolute(paths)
-        found = survey(roots)
+        found = scan_files(roots)
         if strict and found.failed:
             raise LlamoryError(f"{found.failed[0].path}: {found.failed[0].reason}.")
-        self._check(passage_length)  # before the folder of a new library is made, and before waiting
+        self._check(chunk_size)  # before the folder of a new library is made, and before waiting
         with self._writing(wait=wait, progress=progress):
             update = Update(self._store, self._create, roots)
             if not found.files and not any(is_under(file, roots) for file, _ in update.known.values()):
                 raise LlamoryError(_nothing_in(roots, found))
             recipe = Recipe(
-                passage_length=self._check(passage_length),
+                chunk_size=self._check(chunk_size),
                 text_field=text_field,
                 roots=real_roots(roots),
                 max_bytes=int(max_file_size * 2**20),
                 strict=strict,
                 bf16=self._bf16,
             )
-            self._new_length = recipe.passage_length
+            self._new_length = recipe.chunk_size
             tasks = update.tasks(found.files, recipe)
             with _Bar(len(tasks), shown=progress) as bar:
                 if tasks:
@@ -312,19 +312,19 @@ class Library(Readable):
             self._checked = True
         return self._loaded
 
-    def _check(self, passage_length: int | None) -> int:
+    def _check(self, chunk_size: int | None) -> int:
         """Check the model and the passage length for adding; gives the length. Loads the model only if it must."""
         if self._store is None:
-            return passage_length_for(self._embedder(merged=True), passage_length)
+            return resolve_chunk_size(self._embedder(merged=True), chunk_size)
         settings = self._store.settings
         if self._model is not None and (not isinstance(self._model, str) or _name(self._model) != settings.model):
             self._embedder(merged=True)
-        if passage_length not in (None, settings.passage_length):
+        if chunk_size not in (None, settings.chunk_size):
             raise LlamoryError(
-                f"The library at {self.path} has passages of {settings.passage_length} tokens, not {passage_length}; "
+                f"The library at {self.path} has passages of {settings.chunk_size} tokens, not {chunk_size}; "
                 "make a new library for another length."
             )
-        return settings.passage_length
+        return settings.chunk_size
 
 
 class _Bar:
@@ -386,9 +386,9 @@ def _listed(paths: Iterable[Path]) -> str:
     return ", ".join(map(str, paths))
 
 
-def _nothing_in(roots: Sequence[Path], found: Survey) -> str:
-    from llamory.documents.readers import kinds
+def _nothing_in(roots: Sequence[Path], found: FileScan) -> str:
+    from llamory.documents.readers import supported_suffixes
 
     if found.failed:
         return f"{found.failed[0].path}: {found.failed[0].reason}."
-    return f"There are no documents in {_listed(roots)}; there should be files of {kinds()}."
+    return f"There are no documents in {_listed(roots)}; there should be files of {supported_suffixes()}."

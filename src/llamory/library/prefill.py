@@ -16,7 +16,7 @@ from llamory.ingest.stored_documents import StoredDocument
 from llamory.library.memory_cache import Shelf
 from llamory.library.qa import Desk
 from llamory.library.reader import SEGMENT
-from llamory.memory import peek
+from llamory.memory import read_header
 
 if TYPE_CHECKING:
     from llamory.library.readable import Readable
@@ -134,7 +134,7 @@ def drop_stale(library: Readable, folder: Path) -> int:
 def _facts(path: Path) -> dict[str, Any] | None:
     """What a memory file says of its document; None if it is damaged, or gone just now."""
     try:
-        facts: dict[str, Any] = peek(path)["segments"][0]["facts"]
+        facts: dict[str, Any] = read_header(path)["segments"][0]["metadata"]
     except (LlamoryError, IndexError):
         return None
     return facts

@@ -21,7 +21,7 @@ from llamory.library.citations import Citation, cite, passage_masses
 from llamory.library.paths import memory_folder
 from llamory.library.reader import SEGMENT, Reader, ReaderSettings, is_noted
 from llamory.memory import MemoryBank
-from llamory.qa.attribution import AttentionLog
+from llamory.qa.attribution import AttentionRecorder
 from llamory.qa.chat import Chat
 from llamory.qa.generation import ADVICE, Answer, Manner, check_question
 
@@ -46,14 +46,14 @@ class CitedAnswer(Answer):
         citations: the passages whose memory got the most attention, most first.
         tokens_read: tokens of documents that had to be read, as their memory wasn't there.
         seconds_to_find: how long finding the documents took.
-        seconds_to_mount: how long mounting (and reading) them took.
+        seconds_to_attach: how long mounting (and reading) them took.
         seconds_to_first_token: from the question to the answer's first token, all of this included.
     """
 
     citations: list[Citation] = field(default_factory=list)
     tokens_read: int = 0
     seconds_to_find: float = 0.0
-    seconds_to_mount: float = 0.0
+    seconds_to_attach: float = 0.0
 
 
 @dataclass
@@ -154,7 +154,7 @@ class Desk:
 
     # ---- their memories ----------------------------------------------------------------------------------------------
 
-    def mount(self, sources: Iterable[str]) -> Mounted:
+    def attach(self, sources: Iterable[str]) -> Mounted:
         """One memory of all these documents, in this order; those that aren't in memory yet are read.
 
         Raises:
@@ -173,7 +173,7 @@ class Desk:
         for key, document in documents.items():
             bank = banks[key]
             assert bank is not None
-            memory.mount(bank, [SEGMENT])
+            memory.attach(bank, [SEGMENT])
             memory.rename(SEGMENT, document.source)
         return Mounted(memory, list(documents.values()), tokens_read)
 
@@ -219,7 +219,7 @@ class Desk:
 
     def cite(
         self,
-        log: AttentionLog,
+        log: AttentionRecorder,
         mounted: Sequence[StoredDocument],
         chat: Chat,
         own: int,
@@ -243,7 +243,7 @@ class Desk:
             chat.memory,
             answer.used_documents,
             {layer: model.layers[layer].self_attn.scaling for layer in chat.memory.layers},
-            own=own,
+            baseline_tokens=own,
             question=answer.question_tokens,
             answer=answer.answer_tokens,
         )
@@ -256,7 +256,7 @@ class Desk:
         for (name, start, stop), tokens in zip(pieces, torch.stack(mass).split(lengths, dim=1), strict=True):
             whole[name][:, start:stop] = tokens
         used = [document for document in mounted if document.source in whole]
-        masses = [passage_masses(whole[each.source], chat.known.describe(each.source)["starts"]) for each in used]
+        masses = [passage_masses(whole[each.source], chat.known.metadata(each.source)["starts"]) for each in used]
         return cite([passage for document in used for passage in document.passages], torch.cat(masses), most)
 
 
@@ -290,7 +290,7 @@ class LibraryChat:
         self._source, self._mode = source, mode
         self._chosen = None if documents is None else desk.choose(documents)
         self._mounted: list[StoredDocument] = []
-        self._log = AttentionLog()
+        self._log = AttentionRecorder()
         self._chat: Chat | None = None
 
     @property
@@ -332,7 +332,7 @@ class LibraryChat:
             citations=self._desk.cite(self._log, self._mounted, self._chat, own, answer, self._citations),
             tokens_read=tokens_read,
             seconds_to_find=found - started,
-            seconds_to_mount=ready - found,
+            seconds_to_attach=ready - found,
         )
         self._chat.turns[-1] = cited
         return cited
@@ -349,13 +349,13 @@ class LibraryChat:
         new = [source for source in sources if source not in there]
         if not new and self._chat is not None:
             return 0
-        mounted = self._desk.mount(new)
+        mounted = self._desk.attach(new)
         if self._chat is None:
             if not mounted.documents:
                 raise LlamoryError("No document was found that fits; ask in other words, or of other sources.")
             self._chat = Chat(self._desk.reader.speaker, mounted.memory, observer=self._log)
         else:
-            self._chat.mount(mounted.memory, [document.source for document in mounted.documents])
+            self._chat.attach(mounted.memory, [document.source for document in mounted.documents])
         self._mounted += mounted.documents
         return mounted.tokens_read
 

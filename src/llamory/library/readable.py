@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llamory.library.paths import memory_folder
 
 if TYPE_CHECKING:
-    from llamory.documents import Passage
+    from llamory.documents import Chunk
     from llamory.library.prefill import MemoryReport
     from llamory.library.qa import CitedAnswer, Desk, LibraryChat
     from llamory.library.reader import ReaderSettings
@@ -30,18 +30,18 @@ class Readable:
         """The documents' sources, sorted."""
         return [] if self._store is None else sorted(self._store.documents())
 
-    def passages(self, source: str) -> list[Passage]:
+    def passages(self, source: str) -> list[Chunk]:
         """A document's passages, in order; none if there is no such document."""
         return self.passages_of([source]).get(source, [])
 
-    def passages_of(self, sources: Iterable[str]) -> dict[str, list[Passage]]:
+    def passages_of(self, sources: Iterable[str]) -> dict[str, list[Chunk]]:
         """The passages of several documents, by source; one that isn't there is left out."""
         return {} if self._store is None else self._store.passages(set(sources))
 
     # ---- asking ------------------------------------------------------------------------------------------------------
 
     def ask(self, question: str, *, progress: bool = False, **settings: Any) -> CitedAnswer:
-        """Find documents, mount their memory, and answer from it.
+        """Find documents, attach their memory, and answer from it.
 
         A document whose memory isn't there yet is read first; the next question has it. Nothing else of the documents
         is read.
@@ -49,7 +49,7 @@ class Readable:
             answer = Library("notes.lib").ask("Who built the bridge?")
             print(answer.text)
             for citation in answer.citations:
-                print(citation.place, citation.share)
+                print(citation.location, citation.share)
 
         Args:
             question: the question.

@@ -149,7 +149,7 @@ class Reader:
     def __init__(self, settings: ReaderSettings, folder: Path, *, device: str | None = None, bf16: bool = False):
         from llamory.ingest.memory_file import load_model_for, noted_name
         from llamory.longllama import LongLlamaForCausalLM
-        from llamory.models.base import begins_with, load_tokenizer
+        from llamory.models.base import bos_ids, load_tokenizer
         from llamory.qa.generation import Speaker
 
         budget = DEFAULT_BUDGET if settings.memory_budget is None else parse_size(settings.memory_budget)
@@ -178,7 +178,7 @@ class Reader:
         self.tokenizer = load_tokenizer(name) if settings.tokenizer is None else settings.tokenizer
         self.speaker = Speaker(self.model, self.tokenizer, self.name)
         self.context: int = self.model.config.max_position_embeddings
-        self._begins = begins_with(self.tokenizer)
+        self._begins = bos_ids(self.tokenizer)
         self._identity = json.dumps(
             [TEXT_VERSION, self.model.memory_fingerprint(), self.model.config.mem_dtype, _digest(self.tokenizer)]
         )
@@ -292,7 +292,7 @@ class Reader:
 
     def _finished(self, document: StoredDocument, reading: Reading, bank: MemoryBank) -> MemoryBank:
         bank.rename(bank.segments[0], SEGMENT)
-        bank.annotate(
+        bank.set_metadata(
             SEGMENT,
             source=document.source,
             title=document.title,

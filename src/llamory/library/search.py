@@ -49,11 +49,11 @@ class Hit:
     bm25: float | None = None
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """Where it starts: `path:line`, or `path, page 3`."""
-        from llamory.documents import place
+        from llamory.documents import location
 
-        return place(self.source, self.line, self.page)
+        return location(self.source, self.line, self.page)
 
 
 def check_mode(mode: str) -> None:

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from llamory.common.locks import local_folder
-from llamory.documents import Passage
+from llamory.documents import Chunk
 from llamory.errors import LlamoryError
 from llamory.library.search import Hit, Mode, find, matches, quoted
 
@@ -51,14 +51,14 @@ class Settings:
         model: folder or hub id of the embedding model, empty if the library was made with a loaded model.
         fingerprint: hash of the model, so that another one isn't taken for it.
         dimension: length of the vectors.
-        passage_length: tokens that a passage has at most.
+        chunk_size: the most tokens of a chunk; "passage_length" in the stored settings.
         version: of the library's format.
     """
 
     model: str
     fingerprint: str
     dimension: int
-    passage_length: int
+    chunk_size: int
     version: int = FORMAT_VERSION
 
 
@@ -102,6 +102,8 @@ class PassageStore:
         import lancedb
         import pyarrow as pa
 
+        stored = asdict(settings)
+        stored["passage_length"] = stored.pop("chunk_size")  # the key of format 1
         schema = pa.schema(
             [
                 ("text", pa.string()),
@@ -115,7 +117,7 @@ class PassageStore:
                 ("key", pa.int64()),  # of the text, so that a text's vector is found again
                 ("vector", pa.list_(pa.float32(), settings.dimension)),
             ],
-            metadata={_METADATA_KEY: json.dumps(asdict(settings)).encode()},
+            metadata={_METADATA_KEY: json.dumps(stored).encode()},
         )
         database = lancedb.connect(uri)
         return cls(database, database.create_table(_TABLE, schema=schema), settings, uri)
@@ -181,7 +183,7 @@ class PassageStore:
         with self._reading() as table:
             return find(table, mode, text, vector, top, matches(source) if source else None)
 
-    def passages(self, sources: Collection[str]) -> dict[str, list[Passage]]:
+    def passages(self, sources: Collection[str]) -> dict[str, list[Chunk]]:
         """All passages of some sources, in order, by source; a source that isn't there has none."""
         if not sources:
             return {}
@@ -190,9 +192,9 @@ class PassageStore:
             if "page" in table.schema.names:
                 columns.append("page")
             found = table.search().where(_is_in("source", sources)).select(columns).to_list()
-        passages: dict[str, list[Passage]] = {}
+        passages: dict[str, list[Chunk]] = {}
         for row in sorted(found, key=lambda row: row["position"]):
-            passage = Passage(row["text"], row["source"], row["title"], row["line"], row.get("page"))
+            passage = Chunk(row["text"], row["source"], row["title"], row["line"], row.get("page"))
             passages.setdefault(row["source"], []).append(passage)
         return passages
 
@@ -323,6 +325,7 @@ def _settings(table: Table, uri: str) -> Settings:
         raise LlamoryError(
             f"{uri} is not a library that this version of llamory can read; make it again with `llamory index`."
         )
+    settings["chunk_size"] = settings.get("passage_length")
     return Settings(**{field.name: settings[field.name] for field in fields(Settings)})
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from llamory.library.indexer import Batch, FileTask, Recipe, is_unchanged
 
 if TYPE_CHECKING:
-    from llamory.documents import Failure
+    from llamory.documents import SkippedFile
     from llamory.library.store import PassageStore
 
 # Batches after which the files that were read so far are noted: what a killed run has to parse again.
@@ -38,8 +38,8 @@ class AddReport:
     updated: int = 0
     removed: int = 0
     passages: int = 0
-    failed: list[Failure] = field(default_factory=list)
-    skipped: list[Failure] = field(default_factory=list)
+    failed: list[SkippedFile] = field(default_factory=list)
+    skipped: list[SkippedFile] = field(default_factory=list)
 
     @property
     def documents(self) -> int:

@@ -17,10 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 from llamory.errors import LlamoryError
-from llamory.llara.layout import SequenceLayout, Span
+from llamory.llara.layout import SegmentLengths, SequenceLayout
 
-# Up to so many tokens a segment is short: measured on CPUs, see the two places that ask.
-_SHORT = 256
+# Up to so many tokens a segment is short: measured on CPUs, see the two indices that ask.
+_SHORT_SEGMENT = 256
 _MANY_RUNS = 4
 
 
@@ -77,8 +77,8 @@ def flat_attention(module: LlamaAttention, query: Tensor, key: Tensor, value: Te
             "flash_attention_3 or flex_attention (or eager, the plain reference)."
         )
     # Many short segments of different lengths are more calls than a CPU likes; the padding of one call costs less.
-    many = len(layout.runs) > _MANY_RUNS and query.shape[2] < _SHORT * len(layout.runs)
-    if query.device.type == "cpu" and not many:
+    many_short = len(layout.runs) > _MANY_RUNS and query.shape[2] < _SHORT_SEGMENT * len(layout.runs)
+    if query.device.type == "cpu" and not many_short:
         return _sdpa_runs(module, query, key, value, layout)
     return _sdpa_padded(module, query, key, value, layout)
 
@@ -86,7 +86,7 @@ def flat_attention(module: LlamaAttention, query: Tensor, key: Tensor, value: Te
 def _sdpa(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
     """SDPA, causal where there is no mask, with fewer key/value heads than query heads."""
     dtype = query.dtype
-    if query.requires_grad and key.shape[2] <= _SHORT and _slow_backward(query):
+    if query.requires_grad and key.shape[2] <= _SHORT_SEGMENT and _slow_backward(query):
         query, key, value = query.float(), key.float(), value.float()
     output = F.scaled_dot_product_attention(
         query,
@@ -108,17 +108,19 @@ def _slow_backward(query: Tensor) -> bool:
 
 def _sdpa_runs(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
     """One causal call per run of equal segments: nothing is padded, views serve (the CPU kernel takes strides)."""
-    sizes = [span.total * count for span, count in layout.runs]
+    sizes = [segment_lengths.total * count for segment_lengths, count in layout.runs]
     parts = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]
     outputs = []
-    for (span, count), q, k, v in zip(layout.runs, *parts, strict=True):
-        q, k, v = (x.unflatten(0, (count, span.total)).transpose(1, 2) for x in (q, k, v))
-        if span.tail:
-            q, q_tail = q.split([span.main, span.tail], dim=2)
-            output = _sdpa(module, q, k[:, :, : span.main], v[:, :, : span.main], None)
+    for (segment_lengths, count), q, k, v in zip(layout.runs, *parts, strict=True):
+        q, k, v = (x.unflatten(0, (count, segment_lengths.total)).transpose(1, 2) for x in (q, k, v))
+        if segment_lengths.tail:
+            q, q_tail = q.split([segment_lengths.main, segment_lengths.tail], dim=2)
+            output = _sdpa(module, q, k[:, :, : segment_lengths.main], v[:, :, : segment_lengths.main], None)
             # Computed again in the backward pass: keeping the tail's keys and values would double all of them.
             keep_random = module.training and module.attention_dropout > 0
-            tail = checkpoint(_tail, module, q_tail, k, v, span, use_reentrant=False, preserve_rng_state=keep_random)
+            tail = checkpoint(
+                _tail, module, q_tail, k, v, segment_lengths, use_reentrant=False, preserve_rng_state=keep_random
+            )
             output = torch.cat([output, tail], dim=2)
         else:
             output = _sdpa(module, q, k, v, None)
@@ -126,10 +128,14 @@ def _sdpa_runs(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor
     return torch.cat(outputs)[None]
 
 
-def _tail(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, span: Span) -> Tensor:
+def _tail(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, segment_lengths: SegmentLengths) -> Tensor:
     """The tail's queries over what it shares with the causal part, and over itself."""
-    key, value = (torch.cat([x[:, :, : span.shared], x[:, :, span.main :]], dim=2) for x in (key, value))
-    mask = torch.ones(span.tail, span.shared + span.tail, dtype=torch.bool).tril(span.shared)
+    key, value = (
+        torch.cat([x[:, :, : segment_lengths.shared], x[:, :, segment_lengths.main :]], dim=2) for x in (key, value)
+    )
+    mask = torch.ones(segment_lengths.tail, segment_lengths.shared + segment_lengths.tail, dtype=torch.bool).tril(
+        segment_lengths.shared
+    )
     return _sdpa(module, query, key, value, mask)
 
 
@@ -138,28 +144,30 @@ def _sdpa_padded(module: LlamaAttention, query: Tensor, key: Tensor, value: Tens
     total = query.shape[2]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
 
-    def gather(x: Tensor, places: Tensor) -> Tensor:
-        # Not x[places]: the backward pass of that sorts its places, as one may stand there twice.
-        return x.index_select(0, places.clamp(max=total - 1).flatten()).unflatten(0, places.shape).transpose(1, 2)
+    def gather(x: Tensor, indices: Tensor) -> Tensor:
+        # Not x[indices]: the backward pass of that sorts its indices, as one may stand there twice.
+        return x.index_select(0, indices.clamp(max=total - 1).flatten()).unflatten(0, indices.shape).transpose(1, 2)
 
-    main = _places(layout.offsets, layout.lengths("main"), total)
+    main = _padded_indices(layout.offsets, layout.lengths("main"), total)
     output = query.new_zeros(total, *q.shape[1:])
     attended = _sdpa(module, gather(q, main), gather(k, main), gather(v, main), None)
     output = output.index_copy(0, main[main < total], attended.transpose(1, 2)[main < total])
     if layout.has_tail:
         lengths = layout.lengths("tail")
-        tail = _places(layout.offsets + layout.lengths("main"), lengths, total)
-        seen = torch.cat([_places(layout.offsets, layout.lengths("shared") * (lengths > 0), total), tail], dim=1)
+        tail = _padded_indices(layout.offsets + layout.lengths("main"), lengths, total)
+        key_indices = torch.cat(
+            [_padded_indices(layout.offsets, layout.lengths("shared") * (lengths > 0), total), tail], dim=1
+        )
         width, order = tail.shape[1], torch.arange(tail.shape[1], device=tail.device)
-        mask = (seen < total)[:, None, :].repeat(1, width, 1)
+        mask = (key_indices < total)[:, None, :].repeat(1, width, 1)
         mask[:, :, -width:] &= order[:, None] >= order[None, :]
         mask |= (tail >= total)[:, :, None]  # a padding query that sees nothing would give NaN
-        attended = _sdpa(module, gather(q, tail), gather(k, seen), gather(v, seen), mask[:, None])
+        attended = _sdpa(module, gather(q, tail), gather(k, key_indices), gather(v, key_indices), mask[:, None])
         output = output.index_copy(0, tail[tail < total], attended.transpose(1, 2)[tail < total])
     return output[None]
 
 
-def _places(offsets: Tensor, lengths: Tensor, total: int) -> Tensor:
+def _padded_indices(offsets: Tensor, lengths: Tensor, total: int) -> Tensor:
     """(S, longest) flat index of each token of a part, padded on the right with `total`."""
     order = torch.arange(int(lengths.max()), device=offsets.device)
     return torch.where(order < lengths[:, None], offsets[:, None] + order, total)
@@ -175,24 +183,27 @@ def _flash(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, la
     has_tail = tail_lengths > 0
     shared_lengths = layout.lengths("shared") * has_tail
 
-    def places(*parts: Tensor) -> Tensor:
+    def indices(*parts: Tensor) -> Tensor:
         joined = torch.cat(parts, dim=1).flatten()
         return joined[joined < total]
 
-    main = places(_places(layout.offsets, main_lengths, total))
-    tail_padded = _places(layout.offsets + main_lengths, tail_lengths, total)
-    tail, seen = places(tail_padded), places(_places(layout.offsets, shared_lengths, total), tail_padded)
-    causal = _flash_call(module, query[:, :, main], key[:, :, main], value[:, :, main], main_lengths, main_lengths)
-    small = _flash_call(
+    main = indices(_padded_indices(layout.offsets, main_lengths, total))
+    tail_padded = _padded_indices(layout.offsets + main_lengths, tail_lengths, total)
+    tail, key_indices = (
+        indices(tail_padded),
+        indices(_padded_indices(layout.offsets, shared_lengths, total), tail_padded),
+    )
+    main_output = _flash_call(module, query[:, :, main], key[:, :, main], value[:, :, main], main_lengths, main_lengths)
+    tail_output = _flash_call(
         module,
         query[:, :, tail],
-        key[:, :, seen],
-        value[:, :, seen],
+        key[:, :, key_indices],
+        value[:, :, key_indices],
         tail_lengths[has_tail],
         (shared_lengths + tail_lengths)[has_tail],
     )
-    output = causal.new_empty(1, total, *causal.shape[2:])
-    return output.index_copy(1, main, causal).index_copy(1, tail, small)
+    output = main_output.new_empty(1, total, *main_output.shape[2:])
+    return output.index_copy(1, main, main_output).index_copy(1, tail, tail_output)
 
 
 def _flash_call(
@@ -238,12 +249,12 @@ def block_mask(layout: SequenceLayout) -> Any:
     tail_start = (layout.offsets + layout.lengths("main"))[segment]
     summary_start = (layout.offsets + layout.lengths("shared"))[segment]
 
-    def rule(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        barred = (q >= tail_start[q]) & (k >= summary_start[q]) & (k < tail_start[q])
-        return (segment[q] == segment[k]) & (q >= k) & ~barred
+    def mask_mod(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        masked = (q >= tail_start[q]) & (k >= summary_start[q]) & (k < tail_start[q])
+        return (segment[q] == segment[k]) & (q >= k) & ~masked
 
     total = len(segment)
-    mask = create_block_mask(rule, None, None, total, total, device=str(segment.device))
+    mask = create_block_mask(mask_mod, None, None, total, total, device=str(segment.device))
     layout.__dict__["_block_mask"] = mask
     return mask
 

@@ -20,12 +20,12 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 import llamory
-from llamory.documents import Document, Passage, find_files, read_file, read_json_lines, split_passages
+from llamory.documents import Chunk, Document, chunk_document, find_files, read_file, read_json_lines
 from llamory.documents.readers import string_entry
 from llamory.errors import LlamoryError
-from llamory.llara.losses import IGNORED
+from llamory.llara.losses import IGNORE_INDEX
 from llamory.llara.template import LlaraTemplate
-from llamory.llara.words import content_words, stop_words, whole_words, word_ids
+from llamory.llara.words import content_words, stop_words, truncate_at_word, word_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,16 +42,16 @@ FEATURES = Features(
         "example": Value("int64"),
     }
 )
-_ROWS = Features(
+_ROW_FEATURES = Features(
     {
         "text": Value("string"),
         "summarize": List(Value("string")),
         "predict": List(Value("string")),
-        "place": Value("string"),
+        "location": Value("string"),
     }
 )
 # Rows tokenised together while streaming: few enough that the first batch is there at once.
-_STREAMED_TOGETHER = 64
+_STREAMING_BATCH_SIZE = 64
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -62,7 +62,7 @@ def load_examples(
     template: LlaraTemplate,
     *,
     max_length: int = 1024,
-    passage_length: int | None = None,
+    chunk_size: int | None = None,
     languages: Sequence[str] = ("en",),
     text_field: str = "text",
     skip_broken: bool = False,
@@ -82,7 +82,7 @@ def load_examples(
         tokenizer: a fast tokenizer with the template's slot tokens.
         template: prompts and slots.
         max_length: the most tokens of a whole sequence; a longer passage is truncated, never a prompt.
-        passage_length: the most tokens of a document's passage; all that `max_length` leaves if not given.
+        chunk_size: the most tokens of a document's passage; all that `max_length` leaves if not given.
         languages: codes of the languages whose stop words are no targets; the first also tells where sentences end.
         text_field: the entry of a JSON line that holds a document's text.
         skip_broken: pass over what is broken, with a warning in the log.
@@ -98,51 +98,51 @@ def load_examples(
 
     Raises:
         LlamoryError: a setting doesn't fit, a language is unknown, a file can't be read or has a broken line or a slot
-            token (place and reason are told), or no example is left. While streaming, errors of a file are raised
+            token (location and reason are told), or no example is left. While streaming, errors of a file are raised
             when it is reached.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files = [str(path) for path in find_files(paths)]
-    recipe = _Recipe(
+    preprocessor = _Preprocessor(
         tokenizer=tokenizer,
         template=template,
         max_length=max_length,
-        passage_length=passage_length,
+        chunk_size=chunk_size,
         languages=(languages,) if isinstance(languages, str) else tuple(languages),
         text_field=text_field,
         skip_broken=skip_broken,
     )
     if streaming:
-        rows = IterableDataset.from_generator(recipe.rows, features=_ROWS, gen_kwargs={"files": files})
+        rows = IterableDataset.from_generator(preprocessor.rows, features=_ROW_FEATURES, gen_kwargs={"files": files})
         stream = rows.map(
-            recipe.examples,
+            preprocessor.examples,
             batched=True,
-            batch_size=_STREAMED_TOGETHER,
+            batch_size=_STREAMING_BATCH_SIZE,
             with_indices=True,
-            remove_columns=list(_ROWS),
+            remove_columns=list(_ROW_FEATURES),
             features=FEATURES,
         )
         if next(iter(rows), None) is None:
-            raise _nothing(paths)
+            raise _no_examples_error(paths)
         return stream
     with _progress_bars(shown=not quiet):
         try:
-            rows = _cached_rows(recipe, files, num_proc, cache_dir)
+            rows = _cached_rows(preprocessor, files, num_proc, cache_dir)
         except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
             if isinstance(error.__cause__, LlamoryError):
                 raise error.__cause__ from None
             # Processes hand their error back without its cause, and no rows at all are an error too: see which.
-            if sum(1 for _ in recipe.rows(files)) == 0:
-                raise _nothing(paths) from None
+            if sum(1 for _ in preprocessor.rows(files)) == 0:
+                raise _no_examples_error(paths) from None
             raise
         return rows.map(
-            recipe.examples,
+            preprocessor.examples,
             batched=True,
             with_indices=True,
-            remove_columns=list(_ROWS),
+            remove_columns=list(_ROW_FEATURES),
             features=FEATURES,
             num_proc=min(num_proc, len(rows)) if num_proc else None,
-            new_fingerprint=recipe.fingerprint(files, "examples"),
+            new_fingerprint=preprocessor.fingerprint(files, "examples"),
             desc="Tokenising",
         )
 
@@ -161,7 +161,7 @@ def passage_texts(
     if isinstance(examples, Dataset):
         examples = examples.shuffle(seed=seed)
     passages = [
-        [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
+        [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORE_INDEX]
         for row in examples.take(number)
     ]
     return tokenizer.batch_decode(passages, clean_up_tokenization_spaces=False)
@@ -200,7 +200,7 @@ class LlaraCollator:
         return {
             "input_ids": self._pad(inputs, self.pad_token_id or 0),
             "attention_mask": self._pad([torch.ones_like(row) for row in inputs], 0),
-            "labels": self._pad(column("labels"), IGNORED),
+            "labels": self._pad(column("labels"), IGNORE_INDEX),
             "output_summarize_ids": _pad_targets(column("summarize_ids")),
             "output_predict_ids": _pad_targets(column("predict_ids")),
             "example": torch.stack(column("example")),
@@ -213,21 +213,21 @@ class LlaraCollator:
 
 
 def _pad_targets(rows: list[torch.Tensor]) -> torch.Tensor:
-    padded = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
-    return padded if padded.shape[1] else torch.full((len(rows), 1), IGNORED)
+    padded = pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
+    return padded if padded.shape[1] else torch.full((len(rows), 1), IGNORE_INDEX)
 
 
 # ---- from files to examples ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _Preprocessor:
     """All that makes examples of files, in two steps: rows of texts and words, then token ids."""
 
     tokenizer: PreTrainedTokenizerBase
     template: LlaraTemplate
     max_length: int
-    passage_length: int | None
+    chunk_size: int | None
     languages: tuple[str, ...]
     text_field: str
     skip_broken: bool
@@ -235,22 +235,22 @@ class _Recipe:
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
             raise LlamoryError("LLARA examples need a fast tokenizer; use one that has a tokenizer.json.")
-        if self.room < 1:
+        if self.max_passage_tokens < 1:
             raise LlamoryError(
                 f"A max_length of {self.max_length} tokens leaves no room for a passage: prefix and prompts take "
                 f"{self.template.overhead()}; choose a greater one."
             )
-        if self.passage_length is not None and self.passage_length < 1:
-            raise LlamoryError(f"passage_length must be at least 1 token, not {self.passage_length}.")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise LlamoryError(f"chunk_size must be at least 1 token, not {self.chunk_size}.")
         stop_words(self.languages)  # an unknown language is told at once
 
     @property
-    def room(self) -> int:
+    def max_passage_tokens(self) -> int:
         """The most tokens of a passage within a sequence."""
         return self.max_length - self.template.overhead()
 
     @cached_property
-    def dropped(self) -> frozenset[str]:
+    def stop_word_set(self) -> frozenset[str]:
         return stop_words(self.languages)
 
     @cached_property
@@ -261,7 +261,7 @@ class _Recipe:
     def fingerprint(self, files: Sequence[str], step: str) -> str:
         """Changes with everything that the examples depend on."""
         tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        settings = [self.max_length, self.passage_length, self.languages, self.text_field, self.skip_broken]
+        settings = [self.max_length, self.chunk_size, self.languages, self.text_field, self.skip_broken]
         stats = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path in files]
         # Truncation and padding are left by the tokenizer's last call.
         tokenizer.update(truncation=None, padding=None)
@@ -276,16 +276,16 @@ class _Recipe:
     def examples(self, rows: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         """Tokenise a batch of rows and put the prompts around the passages."""
         encoded = self.tokenizer(rows["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        passages = [ids[: self.room] for ids in encoded]
-        before = [IGNORED] * len(self.template.prefix_ids)
-        after = [IGNORED] * (self.template.overhead() - len(before))
+        passages = [ids[: self.max_passage_tokens] for ids in encoded]
+        before = [IGNORE_INDEX] * len(self.template.prefix_ids)
+        after = [IGNORE_INDEX] * (self.template.overhead() - len(before))
         ignored = frozenset(self.template.ignored_ids)
         return {
             "input_ids": [self.template.sequence(passage) for passage in passages],
             "labels": [[*before, *passage, *after] for passage in passages],
             "summarize_ids": word_ids(self.tokenizer, rows["summarize"], ignored),
             "predict_ids": word_ids(self.tokenizer, rows["predict"], ignored),
-            "source": rows["place"],
+            "source": rows["location"],
             "example": indices,
         }
 
@@ -294,7 +294,7 @@ class _Recipe:
     def _published_rows(self, path: Path) -> Iterator[dict[str, Any]]:
         for line, row in read_json_lines(path, self._published_row, skip_broken=self.skip_broken):
             if row["text"].strip():
-                yield {**row, "place": f"{path}:{line}"}
+                yield {**row, "location": f"{path}:{line}"}
 
     def _published_row(self, entry: dict[str, Any]) -> dict[str, Any]:
         text = string_entry(entry, "input")
@@ -310,7 +310,7 @@ class _Recipe:
             return []
         if isinstance(target, list):
             return [string_entry({name: word}, name) for word in target]
-        return content_words(string_entry(entry, name), self.dropped)
+        return content_words(string_entry(entry, name), self.stop_word_set)
 
     # ---- documents ----
 
@@ -318,34 +318,43 @@ class _Recipe:
         language = self.languages[0] if self.languages else "en"
         for document in read_file(path, text_field=self.text_field, skip_broken=self.skip_broken):
             self._check_slot_tokens(document)
-            size = self.passage_length or self.room
-            passages = list(split_passages(document, self.tokenizer, size, language=language))
+            size = self.chunk_size or self.max_passage_tokens
+            passages = list(chunk_document(document, self.tokenizer, size, language=language))
             words = [
-                None if self._slot_token_in(passage.text) else content_words(self._kept(passage.text), self.dropped)
+                None
+                if self._slot_token_in(passage.text)
+                else content_words(self._truncated(passage.text), self.stop_word_set)
                 for passage in passages
             ]
-            for passage, own, following in zip(passages, words, [*words[1:], None], strict=True):
-                if own is not None:
-                    yield {"text": passage.text, "summarize": own, "predict": following or [], "place": passage.place}
+            for passage, own_words, next_words in zip(passages, words, [*words[1:], None], strict=True):
+                if own_words is not None:
+                    yield {
+                        "text": passage.text,
+                        "summarize": own_words,
+                        "predict": next_words or [],
+                        "location": passage.location,
+                    }
 
-    def _kept(self, text: str) -> str:
+    def _truncated(self, text: str) -> str:
         """What truncation leaves of a passage, without a word that it cuts in two."""
-        if self.passage_length is None or self.passage_length <= self.room:
+        if self.chunk_size is None or self.chunk_size <= self.max_passage_tokens:
             return text
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = encoded["offset_mapping"]
-        if len(offsets) <= self.room:
+        if len(offsets) <= self.max_passage_tokens:
             return text
         # A character that is cut in two (bytes as tokens) is part of both offsets.
-        end = min(offsets[self.room - 1][1], offsets[self.room][0])
-        return whole_words(text, end)
+        end = min(offsets[self.max_passage_tokens - 1][1], offsets[self.max_passage_tokens][0])
+        return truncate_at_word(text, end)
 
     def _check_slot_tokens(self, document: Document) -> None:
-        for block in document.blocks:
-            if found := self._slot_token_in(block.text):
-                line = block.line + (block.text.count("\n", 0, block.text.index(found)) if block.verbatim else 0)
-                place = Passage(found, document.source, block.title, line).place
-                message = f"{place}: the text has the slot token {found}, which only the prompts may have"
+        for section in document.sections:
+            if found := self._slot_token_in(section.text):
+                line = section.line + (
+                    section.text.count("\n", 0, section.text.index(found)) if section.verbatim else 0
+                )
+                location = Chunk(found, document.source, section.title, line).location
+                message = f"{location}: the text has the slot token {found}, which only the prompts may have"
                 if not self.skip_broken:
                     raise LlamoryError(f"{message}; remove it, or skip broken passages.")
                 logger.warning("Passed over a passage; %s", message)
@@ -363,15 +372,15 @@ def _is_published(path: Path) -> bool:
 
 
 def _cached_rows(
-    recipe: _Recipe, files: list[str], num_proc: int | None, cache_dir: str | os.PathLike[str] | None
+    preprocessor: _Preprocessor, files: list[str], num_proc: int | None, cache_dir: str | os.PathLike[str] | None
 ) -> Dataset:
     return Dataset.from_generator(
-        recipe.rows,
-        features=_ROWS,
+        preprocessor.rows,
+        features=_ROW_FEATURES,
         cache_dir=None if cache_dir is None else os.fspath(cache_dir),  # type: ignore[arg-type]
         gen_kwargs={"files": files},
         num_proc=min(num_proc, len(files)) if num_proc else None,
-        fingerprint=recipe.fingerprint(files, "rows"),
+        fingerprint=preprocessor.fingerprint(files, "rows"),
     )
 
 
@@ -387,5 +396,5 @@ def _progress_bars(*, shown: bool) -> Iterator[None]:
         datasets.enable_progress_bars()
 
 
-def _nothing(paths: Iterable[object]) -> LlamoryError:
+def _no_examples_error(paths: Iterable[object]) -> LlamoryError:
     return LlamoryError(f"No example could be made of {', '.join(map(str, paths))}; they have no usable text.")

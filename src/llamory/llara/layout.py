@@ -18,7 +18,7 @@ from llamory.llara.template import LlaraTemplate
 
 
 @dataclass(frozen=True)
-class Span:
+class SegmentLengths:
     """Lengths in tokens of one segment: what the tail may see, the summary block, and the tail."""
 
     shared: int
@@ -45,7 +45,7 @@ class SequenceLayout:
         index: (N,) place of each real token in the flattened input.
         position_ids: (N,) rotary position of each token.
         segment_ids: (N,) the segment of each token.
-        spans: the S segments, in order.
+        segments: the S segments, in order.
         summarize_slots: (blocks, slots) flat index of each summary slot.
         summarize_segments: (blocks,) the segment of each summary block.
         predict_slots: (blocks, slots) flat index of each prediction slot.
@@ -56,7 +56,7 @@ class SequenceLayout:
     index: Tensor
     position_ids: Tensor
     segment_ids: Tensor
-    spans: tuple[Span, ...]
+    segments: tuple[SegmentLengths, ...]
     summarize_slots: Tensor
     summarize_segments: Tensor
     predict_slots: Tensor
@@ -65,12 +65,12 @@ class SequenceLayout:
     @property
     def has_tail(self) -> bool:
         """Whether any segment has both prompts, so that plain causal attention would be wrong."""
-        return any(span.tail for span in self.spans)
+        return any(segment_lengths.tail for segment_lengths in self.segments)
 
     @property
     def is_packed(self) -> bool:
         """Whether a row holds more than one segment."""
-        return len(self.spans) > self.shape[0]
+        return len(self.segments) > self.shape[0]
 
     @property
     def has_blocks(self) -> bool:
@@ -78,25 +78,25 @@ class SequenceLayout:
         return bool(self.summarize_slots.shape[0] or self.predict_slots.shape[0])
 
     @cached_property
-    def runs(self) -> tuple[tuple[Span, int], ...]:
+    def runs(self) -> tuple[tuple[SegmentLengths, int], ...]:
         """Neighbouring segments of equal shape, each with their number; one attention call serves a run."""
-        runs: list[tuple[Span, int]] = []
-        for span in self.spans:
-            if runs and runs[-1][0] == span:
-                runs[-1] = (span, runs[-1][1] + 1)
+        runs: list[tuple[SegmentLengths, int]] = []
+        for segment_lengths in self.segments:
+            if runs and runs[-1][0] == segment_lengths:
+                runs[-1] = (segment_lengths, runs[-1][1] + 1)
             else:
-                runs.append((span, 1))
+                runs.append((segment_lengths, 1))
         return tuple(runs)
 
     @cached_property
     def offsets(self) -> Tensor:
         """(S,) flat index of each segment's first token."""
-        totals = torch.tensor([span.total for span in self.spans], dtype=torch.long)
+        totals = torch.tensor([segment_lengths.total for segment_lengths in self.segments], dtype=torch.long)
         return (totals.cumsum(0) - totals).to(self.index.device)
 
     def lengths(self, part: str) -> Tensor:
         """(S,) length in tokens of a part ("shared", "summary", "main", "tail") of each segment."""
-        return torch.tensor([getattr(s, part) for s in self.spans], dtype=torch.long, device=self.index.device)
+        return torch.tensor([getattr(s, part) for s in self.segments], dtype=torch.long, device=self.index.device)
 
     def pad(self, flat: Tensor) -> Tensor:
         """Bring flat values (N, ...) back to the input's shape (batch, length, ...), zeros at padding."""
@@ -118,8 +118,8 @@ class SequenceLayout:
         segment, order, in_tail, in_summary = self.pad(columns).unbind(-1)
         same = segment[:, :, None] == segment[:, None, :]
         causal = order[:, :, None] >= order[:, None, :]
-        barred = in_tail.bool()[:, :, None] & in_summary.bool()[:, None, :]
-        return (same & causal & ~barred)[:, None]
+        masked = in_tail.bool()[:, :, None] & in_summary.bool()[:, None, :]
+        return (same & causal & ~masked)[:, None]
 
 
 def find_layout(
@@ -132,7 +132,7 @@ def find_layout(
 
     Passages packed into one row are told apart by `position_ids` that start again at 0 or, without `position_ids`, by
     the template's prefix right after the slots of the passage before. Rotary positions are counted from a segment's
-    first token (from `position_ids` where given), and the tail starts again where the summary block started.
+    first token (from `position_ids` where real_positions), and the tail starts again where the summary block started.
 
     Args:
         input_ids: (batch, length) token ids.
@@ -147,7 +147,7 @@ def find_layout(
     index = real.flatten().nonzero().squeeze(1)
     flat = ids.flatten()[index]
     rows = index // shape[1]
-    given = None if position_ids is None else position_ids.cpu().expand(shape).flatten()[index]
+    real_positions = None if position_ids is None else position_ids.cpu().expand(shape).flatten()[index]
 
     starts = torch.ones_like(flat, dtype=torch.bool)
     starts[1:] = rows[1:] != rows[:-1]
@@ -158,11 +158,11 @@ def find_layout(
         summary_length, predict_length = len(template.summarize_block_ids), len(template.predict_block_ids)
         summary_starts = _find_blocks(flat, rows, template.summarize_block_ids, len(template.summarize_prompt_ids))
         predict_starts = _find_blocks(flat, rows, template.predict_block_ids, len(template.predict_prompt_ids))
-    if given is not None:
+    if real_positions is not None:
         restarts = torch.zeros_like(starts)
-        restarts[1:] = given[1:] <= given[:-1]
+        restarts[1:] = real_positions[1:] <= real_positions[:-1]
         restarts[predict_starts] = False
-        starts |= restarts | (given == 0).index_fill(0, predict_starts, False)
+        starts |= restarts | (real_positions == 0).index_fill(0, predict_starts, False)
     elif template is not None:
         # A prompt may begin with the same token as the prefix; a block that follows a block opens no passage.
         after = torch.cat([summary_starts + summary_length, predict_starts + predict_length])
@@ -180,21 +180,21 @@ def find_layout(
     shared_end, tail_start = ends.clone(), ends.clone()
     shared_end[summary_segments] = summary_starts
     tail_start[predict_segments] = predict_starts
-    joint = (shared_end < tail_start) & (tail_start < ends)
-    barred = joint if template is None or not template.prediction_sees_summary else torch.zeros_like(joint)
-    spans = tuple(
-        Span(shared, tail - shared, end - tail)
+    has_both = (shared_end < tail_start) & (tail_start < ends)
+    masked = has_both if template is None or not template.prediction_sees_summary else torch.zeros_like(has_both)
+    segments = tuple(
+        SegmentLengths(shared, tail - shared, end - tail)
         for shared, tail, end in zip(
-            torch.where(barred, shared_end - offsets, totals).tolist(),
-            torch.where(barred, tail_start - offsets, totals).tolist(),
+            torch.where(masked, shared_end - offsets, totals).tolist(),
+            torch.where(masked, tail_start - offsets, totals).tolist(),
             totals.tolist(),
             strict=True,
         )
     )
 
     order = torch.arange(len(flat))
-    positions = order - offsets[segment_ids] if given is None else given.long().clone()
-    in_tail = joint[segment_ids] & (order >= tail_start[segment_ids])
+    positions = order - offsets[segment_ids] if real_positions is None else real_positions.long().clone()
+    in_tail = has_both[segment_ids] & (order >= tail_start[segment_ids])
     restart = positions[shared_end.clamp(max=max(len(flat) - 1, 0))][segment_ids] if len(flat) else positions
     positions = torch.where(in_tail, restart + order - tail_start[segment_ids], positions)
 
@@ -206,7 +206,7 @@ def find_layout(
         index=index.to(device),
         position_ids=positions.to(device),
         segment_ids=segment_ids.to(device),
-        spans=spans,
+        segments=segments,
         summarize_slots=summarize_slots.to(device),
         summarize_segments=summary_segments.to(device),
         predict_slots=predict_slots.to(device),
@@ -220,12 +220,12 @@ def _find_blocks(flat: Tensor, rows: Tensor, block: tuple[int, ...], prompt_leng
     return candidates[_matches(flat, rows, candidates, block)]
 
 
-def _matches(flat: Tensor, rows: Tensor, places: Tensor, wanted: tuple[int, ...]) -> Tensor:
-    """(places,) whether the ids at a place are the wanted ones, all within one row."""
-    window = places[:, None] + torch.arange(len(wanted))
+def _matches(flat: Tensor, rows: Tensor, starts: Tensor, pattern: tuple[int, ...]) -> Tensor:
+    """(starts,) whether the ids at a place are the pattern ones, all within one row."""
+    window = starts[:, None] + torch.arange(len(pattern))
     inside = (window >= 0) & (window < len(flat))
     window = window.clamp(0, max(len(flat) - 1, 0))
-    if not len(places):
+    if not len(starts):
         return torch.zeros(0, dtype=torch.bool)
     same_row = rows[window] == rows[window[:, -1:]]
-    return (inside & same_row & (flat[window] == torch.tensor(wanted))).all(1)
+    return (inside & same_row & (flat[window] == torch.tensor(pattern))).all(1)

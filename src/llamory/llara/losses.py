@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORED = -100
+IGNORE_INDEX = -100
 # Bytes that one chunk's float32 logits may take, and rows it has at least: matrix products want tall operands.
 _CHUNK_BYTES = 32 * 2**20
-_LEAST_CHUNK = 128
+_MIN_CHUNK_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -132,22 +132,24 @@ class _Head:
     the matrix product that fills it.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, dtype: torch.dtype, wants_hidden: bool, wants_weight: bool):
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, dtype: torch.dtype, needs_hidden_grad: bool, needs_weight_grad: bool
+    ):
         self.hidden, self.dtype = hidden, dtype
         self.weight = weight.to(dtype)
-        self.learns = wants_hidden or wants_weight
-        self.grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        self.needs_grad = needs_hidden_grad or needs_weight_grad
+        self.grad_hidden = torch.zeros_like(hidden) if needs_hidden_grad else None
         # Chunks add up in float32, whatever the products are computed in.
-        self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        self.chunk = max(_LEAST_CHUNK, _CHUNK_BYTES // (4 * weight.shape[0]))
+        self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight_grad else None
+        self.chunk = max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (4 * weight.shape[0]))
         self._buffers: dict[str, Tensor] = {}
 
     def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
         """(rows, vocabulary) of memory that keeps its content until the name is asked for again."""
-        kept = self._buffers.get(name)
-        if kept is None or len(kept) < rows:
-            kept = self._buffers[name] = self.hidden.new_empty(rows, len(self.weight), dtype=dtype)
-        return kept[:rows]
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < rows:
+            buffer = self._buffers[name] = self.hidden.new_empty(rows, len(self.weight), dtype=dtype)
+        return buffer[:rows]
 
     def _logits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of the rows, and their logits."""
@@ -159,14 +161,14 @@ class _Head:
         total = self.hidden.new_zeros((), dtype=torch.float32)
         for part, label in zip(rows.split(self.chunk), labels.split(self.chunk), strict=True):
             chunk, logits = self._logits(part)
-            wanted = logits.gather(1, label[:, None]).squeeze(1).float()
+            target_logits = logits.gather(1, label[:, None]).squeeze(1).float()
             # The CPU's softmax reads each row to its end before it writes it, so float32 logits may give their place.
             in_place = logits.dtype == torch.float32 and logits.device.type == "cpu"
             gradient = logits if in_place else self._buffer("gradient", len(part), torch.float32)
             log_norm = _softmax(logits, gradient)
-            total += (log_norm - wanted).sum()
-            if self.learns:
-                gradient.scatter_(1, label[:, None], (wanted - log_norm).exp()[:, None] - 1)
+            total += (log_norm - target_logits).sum()
+            if self.needs_grad:
+                gradient.scatter_(1, label[:, None], (target_logits - log_norm).exp()[:, None] - 1)
                 self._add_gradient(gradient, chunk, part, factor)
         return total
 
@@ -174,23 +176,23 @@ class _Head:
         """Sum of one head's bag-of-words losses over the passages; gradients are scaled by `factor`."""
         total = self.hidden.new_zeros((), dtype=torch.float32)
         size = max(1, self.chunk // bag.slots.shape[1])
-        share = bag.valid / bag.valid.sum(1, keepdim=True).clamp(min=1)
+        target_weights = bag.valid / bag.valid.sum(1, keepdim=True).clamp(min=1)
         for slots, targets, weights in zip(
-            bag.slots.split(size), bag.targets.split(size), share.split(size), strict=True
+            bag.slots.split(size), bag.targets.split(size), target_weights.split(size), strict=True
         ):
             rows = slots.flatten()
             chunk, logits = self._logits(rows)
-            best, winner = logits.view(*slots.shape, -1).max(dim=1)
-            probability = torch.empty_like(best, dtype=torch.float32)
-            log_norm = _softmax(best, probability)
+            max_logits, argmax_slots = logits.view(*slots.shape, -1).max(dim=1)
+            probability = torch.empty_like(max_logits, dtype=torch.float32)
+            log_norm = _softmax(max_logits, probability)
             has_target = (weights > 0).any(1)
-            wanted = (best.gather(1, targets).float() * weights).sum(1)
-            total += ((log_norm - wanted) * has_target).sum()
-            if self.learns:
-                by_word = probability.mul_(has_target[:, None]).scatter_add_(1, targets, -weights)
+            target_logits = (max_logits.gather(1, targets).float() * weights).sum(1)
+            total += ((log_norm - target_logits) * has_target).sum()
+            if self.needs_grad:
+                vocabulary_gradient = probability.mul_(has_target[:, None]).scatter_add_(1, targets, -weights)
                 # Only the slot that gave the maximum learns from a word.
                 gradient = self._buffer("gradient", len(rows), torch.float32).zero_()
-                gradient.view(*slots.shape, -1).scatter_(1, winner[:, None], by_word[:, None])
+                gradient.view(*slots.shape, -1).scatter_(1, argmax_slots[:, None], vocabulary_gradient[:, None])
                 self._add_gradient(gradient, chunk, rows, factor)
         return total
 
@@ -217,6 +219,6 @@ def _softmax(logits: Tensor, out: Tensor) -> Tensor:
 
     The normaliser follows from the greatest probability, which never underflows, and costs no further exponentials.
     """
-    highest = logits.amax(-1).float()
+    max_logit = logits.amax(-1).float()
     torch.softmax(logits, dim=-1, dtype=torch.float32, out=out)
-    return highest - out.amax(-1).log()
+    return max_logit - out.amax(-1).log()

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from llamory.errors import LlamoryError
 from llamory.llara.attention import additive_mask, replace_attention
 from llamory.llara.layout import SequenceLayout, find_layout
-from llamory.llara.losses import IGNORED, BagOfWords, bag_of_words, head_losses
+from llamory.llara.losses import IGNORE_INDEX, BagOfWords, bag_of_words, head_losses
 from llamory.llara.template import LlaraTemplate
 
 
@@ -85,7 +85,7 @@ class NewLlamaModel(LlamaModel):
             if flat and (found.has_blocks or found.is_packed or self.training):
                 return self._forward_padded(input_ids, found, return_dict, kwargs)  # type: ignore[arg-type]
             if found.has_blocks or found.is_packed:
-                position_ids, attention_mask = self._explicit(
+                position_ids, attention_mask = self._padded_mask(
                     found, attention_mask, position_ids, past_key_values, past
                 )
         if layout is not None:
@@ -121,7 +121,7 @@ class NewLlamaModel(LlamaModel):
             padded.hidden_states = tuple(layout.pad(state[0]) for state in output.hidden_states)
         return padded if return_dict in (None, True) else padded.to_tuple()
 
-    def _explicit(
+    def _padded_mask(
         self,
         layout: SequenceLayout,
         attention_mask: Tensor | None,
@@ -154,12 +154,12 @@ class PreLlamaModel(LlamaForCausalLM):
     weighted by exp(-s_i) and s_i is added (Kendall et al. 2018, arXiv:1705.07115), starting from the fixed weight.
 
     Attributes:
-        head_learns: whether the output head gets a gradient; with adapters it stays as it is, tied or not.
+        head_trainable: whether the output head gets a gradient; with adapters it stays as it is, tied or not.
     """
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
-        self.head_learns = True
+        self.head_trainable = True
         self.model = NewLlamaModel(config)
         if self.template is not None:
             self.use_template(self.template)
@@ -277,35 +277,35 @@ class PreLlamaModel(LlamaForCausalLM):
         num_items: Tensor | int | None,
     ) -> None:
         """Compute the losses from the flat hidden states (N, hidden) and put them into `result`."""
-        rows, wanted = _next_tokens(layout, labels)
+        rows, target_tokens = _next_tokens(layout, labels)
         bags = [
             self._bag("summary", layout, layout.summarize_slots, layout.summarize_segments, summarize_ids),
             self._bag("prediction", layout, layout.predict_slots, layout.predict_segments, predict_ids),
         ]
-        local = torch.stack(
+        local_counts = torch.stack(
             [torch.as_tensor(len(rows), device=hidden.device)]
             + [
                 torch.zeros((), dtype=torch.long, device=hidden.device) if bag is None else bag.has_target.sum()
                 for bag in bags
             ]
         )
-        counts = local
+        counts = local_counts
         if num_items is not None:
             counts = torch.as_tensor(num_items, device=hidden.device)
-            counts = counts if counts.ndim else torch.cat([counts[None], local[1:]])
-        elif not bool(local.any()):
+            counts = counts if counts.ndim else torch.cat([counts[None], local_counts[1:]])
+        elif not bool(local_counts.any()):
             raise LlamoryError(
                 "There is nothing to learn from: no label is a token and no bag-of-words target is left after special "
                 "ids; give passages with labels or target words."
             )
         weights, penalty = self._loss_weights(counts)
-        head = self.lm_head.weight if self.head_learns else self.lm_head.weight.detach()
-        total, losses = head_losses(hidden, head, weights, rows, wanted, counts.float(), *bags)
+        head = self.lm_head.weight if self.head_trainable else self.lm_head.weight.detach()
+        total, losses = head_losses(hidden, head, weights, rows, target_tokens, counts.float(), *bags)
         result.loss = total + penalty
-        given = (labels, summarize_ids, predict_ids)
+        loss_targets = (labels, summarize_ids, predict_ids)
         scaled = losses * torch.cat([weights.new_ones(1), self._bow_weights()]).detach()
         result.ar_loss, result.bow_summarize_loss, result.bow_predict_loss = (
-            None if targets is None else loss for targets, loss in zip(given, scaled.unbind(), strict=True)
+            None if targets is None else loss for targets, loss in zip(loss_targets, scaled.unbind(), strict=True)
         )
 
     def _bow_weights(self) -> Tensor:
@@ -321,11 +321,11 @@ class PreLlamaModel(LlamaForCausalLM):
         Two bag-of-words heads are averaged; one alone is not halved.
         """
         there = (counts[1:] > 0).float()
-        share = there / there.sum().clamp(min=1)
-        weights = torch.cat([share.new_ones(1), self._bow_weights() * share])
-        penalty = share.new_zeros(())
+        head_weights = there / there.sum().clamp(min=1)
+        weights = torch.cat([head_weights.new_ones(1), self._bow_weights() * head_weights])
+        penalty = head_weights.new_zeros(())
         if hasattr(self, "bow_log_variance"):
-            penalty = (self.bow_log_variance.float() * share).sum()
+            penalty = (self.bow_log_variance.float() * head_weights).sum()
         return weights, penalty
 
     def _bag(
@@ -340,10 +340,10 @@ class PreLlamaModel(LlamaForCausalLM):
                 "LlaraTemplate.from_tokenizer(tokenizer).prepare_model(model)."
             )
         if len(targets) != len(slots):
-            if len(targets) != len(layout.spans):
+            if len(targets) != len(layout.segments):
                 raise LlamoryError(
                     f"{len(targets)} rows of {name} targets don't fit {len(slots)} {name} prompts in "
-                    f"{len(layout.spans)} passages; give one row per passage."
+                    f"{len(layout.segments)} passages; give one row per passage."
                 )
             targets = targets[segments]
         if not len(slots):
@@ -363,8 +363,8 @@ class PreLlamaModel(LlamaForCausalLM):
         layout = find_layout(input_ids, self.template, mask, order.clamp(min=0))
         if not layout.has_tail:
             return inputs
-        seen = layout.visible()[:, 0, -1]
-        inputs["attention_mask"] = seen.to(mask.dtype)
+        visible = layout.visible()[:, 0, -1]
+        inputs["attention_mask"] = visible.to(mask.dtype)
         inputs["position_ids"] = layout.pad(layout.position_ids)[:, -1:]
         return inputs
 
@@ -372,13 +372,13 @@ class PreLlamaModel(LlamaForCausalLM):
 def _next_tokens(layout: SequenceLayout, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of the flat hidden states that predict a token, and these tokens; never across two passages."""
     if labels is None:
-        nothing = layout.index.new_zeros(0)
-        return nothing, nothing
-    wanted = layout.flatten(labels)
-    learns = wanted != IGNORED
+        empty = layout.index.new_zeros(0)
+        return empty, empty
+    target_tokens = layout.flatten(labels)
+    learns = target_tokens != IGNORE_INDEX
     learns[layout.offsets] = False
-    places = learns.nonzero().squeeze(1)
-    return places - 1, wanted[places]
+    indices = learns.nonzero().squeeze(1)
+    return indices - 1, target_tokens[indices]
 
 
 class PreModel(nn.Module):

@@ -249,19 +249,19 @@ class LlaraTemplate:
         if new_size > old_size:
             model.resize_token_embeddings(new_size, mean_resizing=False)
         added = set(range(old_size, new_size))
-        fresh = sorted(added if had_template else added.union(all_slots))
-        if fresh:
+        new_rows = sorted(added if had_template else added.union(all_slots))
+        if new_rows:
             inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings()
             known = torch.ones(new_size, dtype=torch.bool)
-            known[fresh] = False
+            known[new_rows] = False
             with torch.no_grad():
-                generator = torch.Generator().manual_seed(len(fresh))
-                noise = torch.randn(len(fresh), inputs.shape[1], generator=generator).to(inputs)
+                generator = torch.Generator().manual_seed(len(new_rows))
+                noise = torch.randn(len(new_rows), inputs.shape[1], generator=generator).to(inputs)
                 trained = inputs[known.to(inputs.device)].float()
-                inputs[fresh] = (trained.mean(0) + noise * trained.std(0)).to(inputs.dtype)
+                inputs[new_rows] = (trained.mean(0) + noise * trained.std(0)).to(inputs.dtype)
                 if head is not None and head.weight is not inputs:
                     trained = head.weight[known.to(head.weight.device)].float()
-                    head.weight[fresh] = trained.mean(0).to(head.weight.dtype)
+                    head.weight[new_rows] = trained.mean(0).to(head.weight.dtype)
         model.config.llara = self.to_dict()
         if hasattr(model, "use_template"):
             model.use_template(self)

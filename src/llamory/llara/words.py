@@ -32,7 +32,7 @@ _NLTK = {
 }
 # As `[\W_]` of the standard library, except that combining marks, which Hindi or Thai words are full of, and joiners
 # stay in their words.
-_NOT_WORD = regex.compile(r"(?:[^\w\p{N}]|[\p{Pc}\p{So}])+")
+_WORD_SEPARATOR = regex.compile(r"(?:[^\w\p{N}]|[\p{Pc}\p{So}])+")
 
 
 def stop_words(languages: Iterable[str]) -> frozenset[str]:
@@ -57,19 +57,19 @@ def stop_words(languages: Iterable[str]) -> frozenset[str]:
 
 def split_words(text: str) -> list[str]:
     """The words of a text; punctuation and underscores part them."""
-    return _NOT_WORD.sub(" ", text).split()
+    return _WORD_SEPARATOR.sub(" ", text).split()
 
 
-def content_words(text: str, dropped: Container[str]) -> list[str]:
+def content_words(text: str, excluded: Container[str]) -> list[str]:
     """The words of a text without stop words, whatever their case."""
-    return [word for word in split_words(text) if word.lower() not in dropped]
+    return [word for word in split_words(text) if word.lower() not in excluded]
 
 
-def whole_words(text: str, end: int) -> str:
+def truncate_at_word(text: str, end: int) -> str:
     """The text up to `end`, without a word that the end cuts in two."""
-    if end >= len(text) or _NOT_WORD.match(text, end):
+    if end >= len(text) or _WORD_SEPARATOR.match(text, end):
         return text[:end]
-    return text[: max((gap.end() for gap in _NOT_WORD.finditer(text, 0, end)), default=0)]
+    return text[: max((gap.end() for gap in _WORD_SEPARATOR.finditer(text, 0, end)), default=0)]
 
 
 def word_ids(

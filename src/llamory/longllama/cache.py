@@ -19,7 +19,7 @@ from llamory.memory.search.base import Search
 
 
 @dataclass
-class Columns:
+class CacheShape:
     """What a cache's layers share; knowing the cache itself, they would keep its memory from being freed with it.
 
     Attributes:
@@ -45,15 +45,15 @@ class LongLlamaCacheLayer(CacheLayerMixin):
 
     BUFFERS = ("keys", "values", "raw_keys", "raw_values")
 
-    def __init__(self, columns: Columns, has_memory: bool, has_projections: bool = False):
+    def __init__(self, shape: CacheShape, has_memory: bool, has_projections: bool = False):
         super().__init__()
-        self._columns, self.has_memory, self.has_projections = columns, has_memory, has_projections
+        self._shape, self.has_memory, self.has_projections = shape, has_memory, has_projections
         self.raw_keys: Tensor | None = None
         self.raw_values: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make buffers for the cache's batch, of the kind of these (rows, kv_heads, tokens, head_dim)."""
-        shape = (self._columns.slots.batch, key_states.shape[1], self._columns.slots.capacity, key_states.shape[3])
+        shape = (self._shape.slots.batch, key_states.shape[1], self._shape.slots.capacity, key_states.shape[3])
         self.keys, self.values = key_states.new_zeros(shape), value_states.new_zeros(shape)
         self.raw_keys = key_states.new_zeros(shape) if self.has_memory else None
         self.raw_values = value_states.new_zeros(shape) if self.has_memory and self.has_projections else None
@@ -61,7 +61,7 @@ class LongLlamaCacheLayer(CacheLayerMixin):
 
     def write(self, rows: Any, slots: slice, key: Tensor, value: Tensor, raw_key: Tensor, raw_value: Tensor) -> None:
         """Write (rows, kv_heads, tokens, head_dim) into the given slots of these rows."""
-        if self.keys is None or self.keys.shape[2] < self._columns.slots.capacity:
+        if self.keys is None or self.keys.shape[2] < self._shape.slots.capacity:
             self.lazy_initialization(key, value)
         for name, new in zip(self.BUFFERS, (key, value, raw_key, raw_value), strict=True):
             buffer = getattr(self, name)
@@ -77,13 +77,13 @@ class LongLlamaCacheLayer(CacheLayerMixin):
             return keys[rows][:, :, slots], values[rows][:, :, slots]
         return keys[rows][..., slots, :], values[rows][..., slots, :]
 
-    def move(self, kept: slice, capacity: int) -> None:
+    def move(self, kept_slots: slice, capacity: int) -> None:
         """Move what is kept to the front of buffers of another capacity."""
         for name in self.BUFFERS:
             old = getattr(self, name)
             if old is not None:
                 new = old.new_zeros((*old.shape[:2], capacity, old.shape[3]))
-                new[:, :, : kept.stop - kept.start] = old[:, :, kept]
+                new[:, :, : kept_slots.stop - kept_slots.start] = old[:, :, kept_slots]
                 setattr(self, name, new)
 
     def select(self, indices: Tensor) -> None:
@@ -99,11 +99,11 @@ class LongLlamaCacheLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Local keys that a query of this length sees, and their offset."""
-        return self._columns.slots.longest + query_length, 0
+        return self._shape.slots.longest + query_length, 0
 
     def get_seq_length(self) -> int:
         """Columns of input that the cache has taken in."""
-        return self._columns.count
+        return self._shape.count
 
     def get_max_length(self) -> int:
         """-1: what the local context can't hold leaves it, so there is no limit."""
@@ -126,47 +126,47 @@ class LongLlamaCache(Cache):
     Attributes:
         observer: if set, is told by each memory layer of each step: its index, the queries to memory (rows, heads,
             width, head_dim) and the log-sum-exp of all that they see, local and in memory, (rows, heads, width), plus
-            what is taken off scores of memory (`mem_log_bias`): a score less that is a share's logarithm.
+            what is taken off scores of memory (`memory_size_bias`): a score less that is a share's logarithm.
         search: how memory is searched, where that isn't the configuration's way.
     """
 
     def __init__(self, config: LongLlamaConfig, memory: MemoryBank | Sequence[MemoryBank] | None = None):
         self.config = config
         self.mem_layers = frozenset(config.mem_layers)
-        self._columns = Columns(self._empty_slots(0))
+        self._shape = CacheShape(self._empty_slots(0))
         indices = range(config.num_hidden_layers)
-        own = config.mem_projections
+        has_projections = config.mem_projections
         super().__init__(
-            layers=[LongLlamaCacheLayer(self._columns, index in self.mem_layers, own) for index in indices]
+            layers=[LongLlamaCacheLayer(self._shape, index in self.mem_layers, has_projections) for index in indices]
         )
         self.observer: Callable[[int, Tensor, Tensor], None] | None = None
         self.search: Search | None = None
-        self._mounted = memory if isinstance(memory, MemoryBank) else None
+        self._attached = memory if isinstance(memory, MemoryBank) else None
         self.memory: list[MemoryBank] = [] if memory is None or isinstance(memory, MemoryBank) else list(memory)
 
     @property
     def slots(self) -> Slots:
         """Where the local columns stand."""
-        return self._columns.slots
+        return self._shape.slots
 
     @slots.setter
     def slots(self, slots: Slots) -> None:
-        self._columns.slots = slots
+        self._shape.slots = slots
 
     @property
     def columns(self) -> int:
         """Columns of input taken in so far."""
-        return self._columns.count
+        return self._shape.count
 
     @columns.setter
     def columns(self, count: int) -> None:
-        self._columns.count = count
+        self._shape.count = count
 
     def memory_length(self, layer_idx: int) -> int:
         """Tokens in a layer's memory (of the row that has the most)."""
         if layer_idx not in self.mem_layers:
             return 0
-        banks = self.memory or ([self._mounted] if self._mounted is not None else [])
+        banks = self.memory or ([self._attached] if self._attached is not None else [])
         return max((bank.length(layer_idx) for bank in banks), default=0)
 
     def local_length(self, layer_idx: int) -> int:  # noqa: ARG002 (all layers have the same)
@@ -189,34 +189,34 @@ class LongLlamaCache(Cache):
             LlamoryError: the cache is another batch's.
         """
         if not self.memory and self.mem_layers:
-            self.memory = [self._mounted.fork() if self._mounted else new_bank() for _ in range(batch)]
+            self.memory = [self._attached.fork() if self._attached else new_bank() for _ in range(batch)]
         if not self.has_local and not self.columns:
             self.slots = self._empty_slots(batch)
         known = len(self.memory) if self.mem_layers else self.slots.batch
         if batch not in (known, self.slots.batch) or known != self.slots.batch:
             raise LlamoryError(f"The cache holds {known} rows, but the input has {batch}; give each row its own cache.")
 
-    def unread(self) -> LongLlamaCache:
+    def fresh_copy(self) -> LongLlamaCache:
         """A cache of its own with the same mounted memory and nothing read."""
-        twin = LongLlamaCache(self.config, self._mounted)
-        twin.search = self.search
-        return twin
+        fresh = LongLlamaCache(self.config, self._attached)
+        fresh.search = self.search
+        return fresh
 
-    def make_room(self, width: int) -> None:
+    def reserve(self, width: int) -> None:
         """Make room for `width` more columns in all layers."""
-        moved = self.slots.room_for(width)
-        if moved is not None:
+        move_args = self.slots.reserve_columns(width)
+        if move_args is not None:
             for layer in self.layers:
-                layer.move(*moved)
+                layer.move(*move_args)
 
-    def rebase(self, rotary: Any, skipped: frozenset[int] = frozenset()) -> None:
+    def rebase_positions(self, rotary: Any, skipped: frozenset[int] = frozenset()) -> None:
         """Turn local keys back once their positions have grown large; distances stay as they are.
 
         Args:
             rotary: the model's rotary embedding.
             skipped: layers whose keys aren't rotated.
         """
-        shift = self.slots.rebase()
+        shift = self.slots.rebase_positions()
         for index, layer in enumerate(self.layers if shift else []):
             if layer.keys is not None and index not in skipped:
                 keys = layer.keys.float()
@@ -234,11 +234,11 @@ class LongLlamaCache(Cache):
         for layer in self.layers:
             layer.select(beam_idx)
         self.slots.select(indices)
-        taken: set[int] = set()
+        used: set[int] = set()
         banks = []
         for index in indices if self.memory else []:
-            banks.append(self.memory[index].fork() if index in taken else self.memory[index])
-            taken.add(index)
+            banks.append(self.memory[index].fork() if index in used else self.memory[index])
+            used.add(index)
         self.memory = banks
 
     def batch_repeat_interleave(self, repeats: int) -> None:

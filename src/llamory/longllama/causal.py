@@ -17,7 +17,7 @@ from llamory.longllama.cache import LongLlamaCache
 from llamory.longllama.configuration import LongLlamaConfig
 from llamory.longllama.crossbatch import Contexts
 from llamory.longllama.fingerprint import fingerprint
-from llamory.longllama.losses import IGNORED, next_token_loss
+from llamory.longllama.losses import IGNORE_INDEX, next_token_loss
 from llamory.longllama.modeling import LongLlamaModel, LongLlamaPreTrained
 from llamory.memory import MemoryBank, checks
 
@@ -44,9 +44,9 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
         if device.type != "meta":
             return device
         hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
-        places = (getattr(hook, "execution_device", None) for hook in hooks)
-        main = next((place for place in places if place is not None), None)
-        return device if main is None else torch.device(main)
+        execution_devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        main_device = next((candidate for candidate in execution_devices if candidate is not None), None)
+        return device if main_device is None else torch.device(main_device)
 
     @can_return_tuple
     def forward(  # type: ignore[override]
@@ -77,11 +77,13 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
             num_items_in_batch: what the sum of the losses is divided by.
             kwargs: passed on, such as `context_weights`.
         """
-        asked = None
+        query_rows = None
         if contexts is not None:
-            shift_labels = _moved(labels) if shift_labels is None and labels is not None else shift_labels
+            shift_labels = _shift_labels(labels) if shift_labels is None and labels is not None else shift_labels
             # Rows that predict nothing are only seen by others.
-            asked = None if shift_labels is None else (shift_labels != IGNORED).any(1).nonzero()[:, 0].tolist()
+            query_rows = (
+                None if shift_labels is None else (shift_labels != IGNORE_INDEX).any(1).nonzero()[:, 0].tolist()
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -93,7 +95,7 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
             logits_to_keep=logits_to_keep,
             return_dict=True,
             contexts=contexts,
-            asked=asked,
+            query_rows=query_rows,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -128,7 +130,7 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
     ) -> dict[str, Any]:
         """As transformers', but without a cache each step reads the whole text anew, with a mounted memory."""
         if use_cache is False and isinstance(past_key_values, LongLlamaCache):
-            past_key_values = past_key_values.unread()
+            past_key_values = past_key_values.fresh_copy()
         return super().prepare_inputs_for_generation(
             input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
         )
@@ -174,16 +176,16 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
         Raises:
             LlamoryError: the model has no memory layers, or the memory is another model's.
         """
-        self._need_memory_layers()
+        self._require_memory_layers()
         memory = self.new_memory() if memory is None else memory
         self._check_memory(memory)
         ids = torch.as_tensor(input_ids, dtype=torch.long).flatten()
         # What is read stands beside until all of it is there: an interruption leaves the memory as it was.
-        alone, order = memory.beside(), memory.segments
+        staging, order = memory.empty_sibling(), memory.segments
         if segment in order:
-            alone.mount(memory, [segment])
+            staging.attach(memory, [segment])
         context, training = self.config.max_position_embeddings, self.training
-        cache = LongLlamaCache(self.config, [alone])
+        cache = LongLlamaCache(self.config, [staging])
         self.eval()
         try:
             for start in range(0, len(ids), context):
@@ -199,8 +201,8 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
             if segment in order:
                 memory.drop(segment)
             else:
-                alone.rename(alone.segments[0], segment)
-            memory.mount(alone)
+                staging.rename(staging.segments[0], segment)
+            memory.attach(staging)
             memory.reorder(order if segment in order else (*order, segment))
         return memory
 
@@ -212,11 +214,11 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
         Raises:
             LlamoryError: the model has no memory layers, or the memory is another model's.
         """
-        self._need_memory_layers()
+        self._require_memory_layers()
         self._check_memory(memory)
         return LongLlamaCache(self.config, memory)
 
-    def _need_memory_layers(self) -> None:
+    def _require_memory_layers(self) -> None:
         if not self.config.mem_layers:
             raise LlamoryError("This model has no memory layers; load it with mem_layers, for instance mem_layers=[8].")
 
@@ -228,9 +230,9 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
             checks.check_fingerprint(what, memory.fingerprint, self.memory_fingerprint())
 
 
-def _moved(labels: Tensor) -> Tensor:
+def _shift_labels(labels: Tensor) -> Tensor:
     """Labels, (batch, length), moved by one: what each place should predict."""
-    return torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    return torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
 
 
 AutoModelForCausalLM.register(LongLlamaConfig, LongLlamaForCausalLM, exist_ok=True)

@@ -18,7 +18,7 @@ from llamory.memory.search.base import SEARCHES
 DEFAULT_LAST_CONTEXT = 1024
 OVERFLOWS = ("slide", "flush")
 # Rotary embeddings whose frequencies change with the length seen; memory mixes windows, so they have no one length.
-_CHANGING_ROPE = ("dynamic", "longrope")
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 _OPEN_LLAMA_3B: dict[str, Any] = {
     "vocab_size": 32000,
@@ -46,6 +46,15 @@ PUBLISHED = {
     "longllama-code-7b": _CODE_LLAMA_7B,
 }
 
+# Keys of configurations that earlier versions wrote.
+RENAMED_KEYS = {
+    "mem_only_top_k": "mem_top_k_attention",
+    "mem_log_scale": "logn_attention_scale",
+    "mem_log_start": "logn_attention_start",
+    "mem_log_bias": "memory_size_bias",
+    "mem_log_bias_start": "memory_size_bias_start",
+}
+
 
 @strict
 class LongLlamaConfig(LlamaConfig):
@@ -69,16 +78,16 @@ class LongLlamaConfig(LlamaConfig):
             the published code. In memory layers they go to memory.
         mem_search: how memory is searched: "exact", "pages" or "faiss".
         mem_top_k: pages, or neighbours, that each query reads (None for the way's own default).
-        mem_only_top_k: leave out what isn't among the `mem_top_k` best tokens of memory (32 if not given), as the
+        mem_top_k_attention: leave out what isn't among the `mem_top_k` best tokens of memory (32 if not given), as the
             paper's inference does, instead of estimating it ("exact" or "faiss").
-        mem_log_scale: in memory layers, scores are multiplied by 1 + `mem_log_scale` · ln(memory / `mem_log_start`)
-            once memory has more tokens than `mem_log_start`, so that the right key isn't drowned by the number of
+        logn_attention_scale: in memory layers, scores are multiplied by 1 + `logn_attention_scale` · ln(memory / `logn_attention_start`)
+            once memory has more tokens than `logn_attention_start`, so that the right key isn't drowned by the number of
             others (log-n scaling: Chiang & Cholak 2022, arXiv:2202.12172; not in LongLLaMA's paper). 0 for never.
-        mem_log_start: tokens of memory up to which scores stay as they are.
-        mem_log_bias: from scores of memory `mem_log_bias` · ln(memory / `mem_log_bias_start`) is taken off once memory
-            has more tokens than `mem_log_bias_start`. With 1 all of memory weighs as much as that many of its tokens,
+        logn_attention_start: tokens of memory up to which scores stay as they are.
+        memory_size_bias: from scores of memory `memory_size_bias` · ln(memory / `memory_size_bias_start`) is taken off once memory
+            has more tokens than `memory_size_bias_start`. With 1 all of memory weighs as much as that many of its tokens,
             so that what stands near isn't drowned by what is far (not in LongLLaMA's paper). 0 for never.
-        mem_log_bias_start: tokens of memory up to which nothing is taken off.
+        memory_size_bias_start: tokens of memory up to which nothing is taken off.
         mem_device: where memory is kept; None for where its layer is.
 
     Raises:
@@ -98,14 +107,17 @@ class LongLlamaConfig(LlamaConfig):
     local_cache_overflow: str = "slide"
     mem_search: str = "exact"
     mem_top_k: int | None = None
-    mem_only_top_k: bool = False
-    mem_log_scale: float = 0.0
-    mem_log_start: int = 8192
-    mem_log_bias: float = 0.0
-    mem_log_bias_start: int = 2048
+    mem_top_k_attention: bool = False
+    logn_attention_scale: float = 0.0
+    logn_attention_start: int = 8192
+    memory_size_bias: float = 0.0
+    memory_size_bias_start: int = 2048
     mem_device: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for old, new in RENAMED_KEYS.items():
+            if old in kwargs:
+                setattr(self, new, kwargs.pop(old))
         self.mem_layers = list(self.mem_layers)
         if self.last_context_length is None:
             self.last_context_length = min(DEFAULT_LAST_CONTEXT, self.max_position_embeddings)
@@ -170,9 +182,9 @@ def check_projections(config: PretrainedConfig, name: str | os.PathLike[str], me
     """
     if not getattr(config, "mem_projections", False) or not mem_layers:
         return
-    own: list[int] = config.mem_layers  # type: ignore[attr-defined]
-    if set(mem_layers) != set(own):
-        layers = ", ".join(map(str, own))
+    config_layers: list[int] = config.mem_layers  # type: ignore[attr-defined]
+    if set(mem_layers) != set(config_layers):
+        layers = ", ".join(map(str, config_layers))
         raise LlamoryError(
             f"{name} has projections for the memory of layers {layers}; leave mem_layers out, or give these."
         )
@@ -199,12 +211,12 @@ def check_memory(config: LongLlamaConfig) -> None:
         raise LlamoryError(
             f"mem_attention_grouping is {grouping}, but it must be two positive numbers, heads and queries."
         )
-    if config.mem_only_top_k and config.mem_search == "pages":
-        raise LlamoryError("mem_only_top_k needs mem_search exact or faiss, as pages are read whole.")
+    if config.mem_top_k_attention and config.mem_search == "pages":
+        raise LlamoryError("mem_top_k_attention needs mem_search exact or faiss, as pages are read whole.")
     if config.mem_top_k is not None and config.mem_top_k < 1:
         raise LlamoryError(f"mem_top_k is {config.mem_top_k}, but it must be at least 1.")
-    for name in ("mem_log_scale", "mem_log_bias"):
-        start = name.removesuffix("_scale") + "_start"
+    for name in ("logn_attention_scale", "memory_size_bias"):
+        start = {"logn_attention_scale": "logn_attention_start"}.get(name) or f"{name}_start"
         value, first = getattr(config, name), getattr(config, start)
         if not 0 <= value < math.inf or first < 1:
             raise LlamoryError(f"{name} must be a number from 0 on and {start} at least 1, not {value} and {first}.")
@@ -213,7 +225,7 @@ def check_memory(config: LongLlamaConfig) -> None:
             f"gradient_checkpoint_every_ith is {config.gradient_checkpoint_every_ith}, but it must be at least 1."
         )
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if config.mem_layers and rope_type in _CHANGING_ROPE:
+    if config.mem_layers and rope_type in _LENGTH_DEPENDENT_ROPE:
         raise LlamoryError(
             f"Memory needs rotary embeddings that don't change with the length, but this model's are of the type "
             f"{rope_type}; set rope_parameters to the type default, linear, llama3 or yarn."
@@ -221,10 +233,10 @@ def check_memory(config: LongLlamaConfig) -> None:
 
 
 def _check_layers(layers: list[int], count: int) -> None:
-    absent = [layer for layer in layers if not 0 <= layer < count]
-    if absent:
+    invalid = [layer for layer in layers if not 0 <= layer < count]
+    if invalid:
         raise LlamoryError(
-            f"mem_layers names layer {absent[0]}, but the model has {count} layers, numbered 0 to {count - 1}."
+            f"mem_layers names layer {invalid[0]}, but the model has {count} layers, numbered 0 to {count - 1}."
         )
     if len(set(layers)) != len(layers):
         raise LlamoryError(f"mem_layers names a layer twice: {layers}.")

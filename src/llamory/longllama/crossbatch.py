@@ -2,7 +2,7 @@
 
 A row of the batch attends, under one softmax, to its own causal context and to the whole contexts of other rows:
 earlier chunks of its document (positives) and other documents (negatives). Gradients flow into the other rows' keys and
-values. Keys of other rows are encoded as if they stood at the first position of the local context, as memory keys are.
+values. Keys of other rows are encoded as if they stood at the first position of the local_key context, as memory keys are.
 """
 
 from __future__ import annotations
@@ -16,13 +16,20 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llamory.errors import LlamoryError
-from llamory.longllama.crossbatch_plan import Contexts, Look, Run, Weights, plan_contexts, plan_outside
-from llamory.longllama.flash_backward import Part, attend_part_backward
+from llamory.longllama.crossbatch_plan import (
+    Contexts,
+    ContiguousGroup,
+    SharedContextGroup,
+    Weights,
+    plan_contexts,
+    plan_frozen_contexts,
+)
+from llamory.longllama.flash_backward import AttentionPart, attend_part_backward
 from llamory.memory.attention import flash
 
 
 def crossbatch_contexts(
-    batch_size: int, cross_batch_range: int, dataset_packing: int = 1, stepping: bool = False
+    batch_size: int, cross_batch_range: int, dataset_packing: int = 1, crossbatch_stepping: bool = False
 ) -> list[list[int]]:
     """Which other rows each row sees: those before it, nearest first, as the published training code has it.
 
@@ -30,7 +37,7 @@ def crossbatch_contexts(
         batch_size: rows of the batch.
         cross_batch_range: how many rows before it a row sees at most.
         dataset_packing: consecutive rows that hold consecutive chunks of one document.
-        stepping: later chunks of a document see more than earlier ones, whose first sees nothing.
+        crossbatch_stepping: later chunks of a document see more than earlier ones, whose first sees nothing.
 
     Raises:
         LlamoryError: a number is too small, packing doesn't divide the batch, or more contexts than there are rows.
@@ -54,9 +61,9 @@ def crossbatch_contexts(
     contexts = []
     for row in range(batch_size):
         seen = cross_batch_range
-        if stepping and dataset_packing > 1:
+        if crossbatch_stepping and dataset_packing > 1:
             seen = min(row % dataset_packing * step, seen)
-        contexts.append([row - back for back in range(1, min(seen, row) + 1)])
+        contexts.append([row - offset for offset in range(1, min(seen, row) + 1)])
     return contexts
 
 
@@ -97,16 +104,16 @@ def cross_batch_attention(
         LlamoryError: contexts, weights or lengths that don't fit the batch, or rows that begin at different positions.
     """
     # One projection for all, so what is found anywhere is one output.
-    given = (query, key, value)
+    qkv = (query, key, value)
     settings: dict[str, Any] = {"scaling": scaling, "lengths": lengths, "rows": rows, "weights": weights}
-    tensors, plan, scaling = _prepared(given, given, cos, sin, contexts, **settings)
+    tensors, plan, scaling = _prepared(qkv, qkv, cos, sin, contexts, **settings)
     output: Tensor = _CrossBatch.apply(*tensors, plan, scaling, False)[0]  # type: ignore[no-untyped-call]
     return output
 
 
 def cross_batch_parts(
-    near: tuple[Tensor, Tensor, Tensor],
-    far: tuple[Tensor, Tensor, Tensor],
+    local_qkv: tuple[Tensor, Tensor, Tensor],
+    memory_qkv: tuple[Tensor, Tensor, Tensor],
     cos: Tensor,
     sin: Tensor,
     contexts: Contexts,
@@ -115,22 +122,22 @@ def cross_batch_parts(
     """`cross_batch_attention` where other rows are seen by projections of their own.
 
     Args:
-        near: query, key and value for a row's own context.
-        far: of the same shapes, for what it sees of other rows; with `outside` keys and values are of rows that aren't
+        local_qkv: query, key and value for a row's own context.
+        memory_qkv: of the same shapes, for what it sees of other rows; with `frozen_contexts` keys and values are of rows that aren't
             in the batch, which `contexts` and `lengths` then mean.
         cos, sin, contexts, settings: as there.
 
     Returns:
         Of one softmax over both, what was found in a row's own context and what in others; their sum is the output.
     """
-    tensors, plan, scaling = _prepared(near, far, cos, sin, contexts, **settings)
+    tensors, plan, scaling = _prepared(local_qkv, memory_qkv, cos, sin, contexts, **settings)
     outputs: tuple[Tensor, Tensor] = _CrossBatch.apply(*tensors, plan, scaling, True)  # type: ignore[no-untyped-call]
     return outputs
 
 
 def _prepared(
-    near: tuple[Tensor, Tensor, Tensor],
-    far: tuple[Tensor, Tensor, Tensor],
+    local_qkv: tuple[Tensor, Tensor, Tensor],
+    memory_qkv: tuple[Tensor, Tensor, Tensor],
     cos: Tensor,
     sin: Tensor,
     contexts: Contexts,
@@ -139,33 +146,37 @@ def _prepared(
     lengths: Sequence[int] | None = None,
     rows: Sequence[int] | None = None,
     weights: Weights | None = None,
-    outside: bool = False,
-) -> tuple[list[Tensor], Sequence[Run | Look], float]:
+    frozen_contexts: bool = False,
+) -> tuple[list[Tensor], Sequence[ContiguousGroup | SharedContextGroup], float]:
     """Rotated queries, keys and values, those for other rows behind, with the plan and the scaling."""
-    query, key, value = near
-    plan: Sequence[Run | Look]
-    if outside:
-        plan = plan_outside(contexts, len(key), len(far[1]), lengths, weights)
+    query, key, value = local_qkv
+    plan: Sequence[ContiguousGroup | SharedContextGroup]
+    if frozen_contexts:
+        plan = plan_frozen_contexts(contexts, len(key), len(memory_qkv[1]), lengths, weights)
     else:
         plan = plan_contexts(contexts, len(key), lengths, rows, weights)
-    if lengths is not None and max(lengths, default=0) > far[1].shape[2]:
-        raise LlamoryError(f"A row can't have {max(lengths)} tokens where the batch has {far[1].shape[2]} columns.")
+    if lengths is not None and max(lengths, default=0) > memory_qkv[1].shape[2]:
+        raise LlamoryError(
+            f"A row can't have {max(lengths)} tokens where the batch has {memory_qkv[1].shape[2]} columns."
+        )
     first_cos, first_sin = cos[:, :1], sin[:, :1]
     if len(first_cos) > 1 and plan and not torch.equal(first_cos, first_cos[:1].expand_as(first_cos)):
         raise LlamoryError("All rows must begin at the same position, as they read one another's keys at it.")
-    near_value = value
+    local_value = value
     if rows is not None:
-        chosen = torch.tensor(rows, device=key.device)
-        key, near_value = key[chosen], value[chosen]
-        cos, sin = (part if len(part) == 1 else part[chosen] for part in (cos, sin))
-    rotated, local = apply_rotary_pos_emb(query, key, cos, sin)
-    to_others = rotated
-    if far[0] is not query:
-        to_others, _ = apply_rotary_pos_emb(far[0], far[0][:, :1], cos, sin)
+        row_ids = torch.tensor(rows, device=key.device)
+        key, local_value = key[row_ids], value[row_ids]
+        cos, sin = (part if len(part) == 1 else part[row_ids] for part in (cos, sin))
+    rotated, local_key = apply_rotary_pos_emb(query, key, cos, sin)
+    memory_query = rotated
+    if memory_qkv[0] is not query:
+        memory_query, _ = apply_rotary_pos_emb(memory_qkv[0], memory_qkv[0][:, :1], cos, sin)
     # At position 0 this leaves keys as they are, but for the factor that some rotary embeddings put on all positions.
-    _, remote = apply_rotary_pos_emb(query[:1, :, :1], far[1], first_cos[:1], first_sin[:1])
+    _, memory_key = apply_rotary_pos_emb(query[:1, :, :1], memory_qkv[1], first_cos[:1], first_sin[:1])
     # Under autocast the rotary embedding leaves queries and keys in float32, values in the shorter type.
-    tensors = [part.to(value.dtype) for part in (rotated, local, near_value, to_others, remote, far[2])]
+    tensors = [
+        part.to(value.dtype) for part in (rotated, local_key, local_value, memory_query, memory_key, memory_qkv[2])
+    ]
     return tensors, plan, query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
@@ -176,90 +187,101 @@ class CrossBatch:
     Attributes:
         contexts: per row, the rows whose whole contexts it also sees in memory layers.
         lengths: real tokens of each row, at its front; None if all columns are real.
-        asked: the only rows whose output is wanted; None for all. Of the others no more is computed than is seen.
-        last_layer: with `asked`, the last memory layer, from which on there are only those rows.
+        query_rows: the only rows whose output is wanted; None for all. Of the others no more is computed than is seen.
+        last_layer: with `query_rows`, the last memory layer, from which on there are only those rows.
         weights: for each of the contexts, how many of its kind it counts as; None for 1.
-        outside: per memory layer, what it gets of rows that were read apart, (rows, width, hidden); `contexts` and
+        frozen_contexts: per memory layer, what it gets of rows that were read separate_outputs, (rows, width, hidden); `contexts` and
             `lengths` then mean those.
     """
 
     contexts: Contexts
     lengths: tuple[int, ...] | None = None
-    asked: tuple[int, ...] | None = None
+    query_rows: tuple[int, ...] | None = None
     last_layer: int | None = None
     weights: Weights | None = None
-    outside: Mapping[int, Tensor] | None = None
+    frozen_contexts: Mapping[int, Tensor] | None = None
 
 
 class _CrossBatch(torch.autograd.Function):
     """Flash attention part by part; the parts' gradients need nothing but the output and log-sum-exp of the whole.
 
-    Gives the output and None, or, `apart`, what was found near and what far.
+    Gives the output and None, or, `separate_outputs`, what was found local_qkv and what memory_qkv.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         query: Tensor,
-        local: Tensor,
-        near_value: Tensor,
-        to_others: Tensor,
-        remote: Tensor,
+        local_key: Tensor,
+        local_value: Tensor,
+        memory_query: Tensor,
+        memory_key: Tensor,
         value: Tensor,
-        plan: Sequence[Run | Look],
+        plan: Sequence[ContiguousGroup | SharedContextGroup],
         scaling: float,
-        apart: bool,
+        separate_outputs: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        output, log_sum = flash(query, local, near_value, scaling=scaling, causal=True)
+        output, lse = flash(query, local_key, local_value, scaling=scaling, causal=True)
         output = output.to(torch.promote_types(output.dtype, torch.float32))
-        found, found_sum = output, log_sum
-        if apart:
-            found, found_sum = torch.zeros_like(output), torch.full_like(log_sum, -torch.inf)
-        for run in plan:
-            part = run.part(to_others, remote, value)
-            new, new_sum = map(run.back, flash(part.query, part.key, part.value, scaling=scaling))
-            _merge_into(found[run.rows], found_sum[run.rows], new, new_sum + run.shift)
-        if apart:
-            whole = torch.logaddexp(log_sum, found_sum)
-            output *= (log_sum - whole).exp().unsqueeze(-1)
-            found *= (found_sum - whole).exp().unsqueeze(-1)
-            log_sum = whole
+        found, found_lse = output, lse
+        if separate_outputs:
+            found, found_lse = torch.zeros_like(output), torch.full_like(lse, -torch.inf)
+        for group in plan:
+            part = group.part(memory_query, memory_key, value)
+            new, new_lse = map(group.ungroup, flash(part.query, part.key, part.value, scaling=scaling))
+            _merge_into(found[group.rows], found_lse[group.rows], new, new_lse + group.log_weight)
+        if separate_outputs:
+            total_lse = torch.logaddexp(lse, found_lse)
+            output *= (lse - total_lse).exp().unsqueeze(-1)
+            found *= (found_lse - total_lse).exp().unsqueeze(-1)
+            lse = total_lse
         output, found = output.to(query.dtype), found.to(query.dtype)
-        ctx.save_for_backward(query, local, near_value, to_others, remote, value, output, found, log_sum)
-        ctx.plan, ctx.scaling, ctx.apart = plan, scaling, apart
-        return output, found if apart else None
+        ctx.save_for_backward(query, local_key, local_value, memory_query, memory_key, value, output, found, lse)
+        ctx.plan, ctx.scaling, ctx.separate_outputs = plan, scaling, separate_outputs
+        return output, found if separate_outputs else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_found: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, local, near_value, to_others, remote, value, output, found, log_sum = ctx.saved_tensors
+        query, local_key, local_value, memory_query, memory_key, value, output, found, lse = ctx.saved_tensors
         delta = None
-        if ctx.apart:
+        if ctx.separate_outputs:
             assert grad_found is not None
-            exact = torch.promote_types(grad.dtype, torch.float32)
-            delta = (grad.to(exact) * output + grad_found.to(exact) * found).sum(-1)
+            compute_dtype = torch.promote_types(grad.dtype, torch.float32)
+            delta = (grad.to(compute_dtype) * output + grad_found.to(compute_dtype) * found).sum(-1)
         else:
             grad_found = grad
-        near = Part(query, local, near_value, causal=True)
-        grad_query, grad_local, grad_near = attend_part_backward(grad, near, output, log_sum, ctx.scaling, delta)
+        local_qkv = AttentionPart(query, local_key, local_value, causal=True)
+        grad_query, grad_local_key, grad_local_value = attend_part_backward(
+            grad, local_qkv, output, lse, ctx.scaling, delta
+        )
         # Where all is one output, queries to others are the same ones, and so is their gradient.
-        grad_others = torch.zeros_like(to_others) if ctx.apart else grad_query
-        grad_remote, grad_value = torch.zeros_like(remote), torch.zeros_like(value)
-        for run in ctx.plan:
-            part = run.part(to_others, remote, value)
-            sums, own_delta = run.of(log_sum) - run.shift, None if delta is None else run.of(delta)
-            parts = attend_part_backward(run.of(grad_found), part, run.of(found), sums, ctx.scaling, own_delta)
-            grad_others[run.rows] += run.back(parts[0])
-            run.add(grad_remote, parts[1])
-            run.add(grad_value, parts[2])
-        asked = (grad_query, grad_local, grad_near, grad_others if ctx.apart else None, grad_remote, grad_value)
-        return *asked, None, None, None
+        grad_memory_query = torch.zeros_like(memory_query) if ctx.separate_outputs else grad_query
+        grad_memory_key, grad_value = torch.zeros_like(memory_key), torch.zeros_like(value)
+        for group in ctx.plan:
+            part = group.part(memory_query, memory_key, value)
+            sums, group_delta = group.select(lse) - group.log_weight, None if delta is None else group.select(delta)
+            parts = attend_part_backward(
+                group.select(grad_found), part, group.select(found), sums, ctx.scaling, group_delta
+            )
+            grad_memory_query[group.rows] += group.ungroup(parts[0])
+            group.add(grad_memory_key, parts[1])
+            group.add(grad_value, parts[2])
+        grads = (
+            grad_query,
+            grad_local_key,
+            grad_local_value,
+            grad_memory_query if ctx.separate_outputs else None,
+            grad_memory_key,
+            grad_value,
+        )
+        return *grads, None, None, None
 
 
-def _merge_into(output: Tensor, log_sum: Tensor, new: Tensor, new_sum: Tensor) -> None:
-    """One softmax of what `output` and `log_sum` hold and another part, in place."""
-    whole = torch.logaddexp(log_sum, new_sum)
-    output.mul_((log_sum - whole).exp_().unsqueeze(-1)).addcmul_(
-        new.to(output.dtype), (new_sum - whole).exp_().unsqueeze(-1)
+def _merge_into(output: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> None:
+    """One softmax of what `output` and `lse` hold and another part, in place."""
+    total_lse = torch.logaddexp(lse, new_lse)
+    output.mul_((lse - total_lse).exp_().unsqueeze(-1)).addcmul_(
+        new.to(output.dtype), (new_lse - total_lse).exp_().unsqueeze(-1)
     )
-    log_sum.copy_(whole)
+    lse.copy_(total_lse)

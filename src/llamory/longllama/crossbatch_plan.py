@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from llamory.errors import LlamoryError
-from llamory.longllama.flash_backward import Part
+from llamory.longllama.flash_backward import AttentionPart
 
 Contexts = Sequence[Sequence[int]]
 Weights = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
-class _Looking:
+class _RowGroup:
     """Consecutive rows that look at others.
 
     Attributes:
@@ -35,26 +35,28 @@ class _Looking:
     weight: float = 1.0
 
     @property
-    def shift(self) -> float:
+    def log_weight(self) -> float:
         """What the weight adds to scores."""
         return math.log(self.weight)
 
 
 @dataclass(frozen=True)
-class Run(_Looking):
+class ContiguousGroup(_RowGroup):
     """Consecutive rows that see as many consecutive rows, one each: `seen` is a slice."""
 
     seen: slice
 
-    def part(self, query: Tensor, key: Tensor, value: Tensor) -> Part:
+    def part(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionPart:
         """The queries, keys and values of it, out of all."""
-        return Part(self.of(query), key[self.seen, :, : self.length], value[self.seen, :, : self.length], causal=False)
+        return AttentionPart(
+            self.select(query), key[self.seen, :, : self.length], value[self.seen, :, : self.length], causal=False
+        )
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def select(self, tensor: Tensor) -> Tensor:
         """A query-like tensor's rows, as they are in `part`."""
         return tensor[self.rows]
 
-    def back(self, tensor: Tensor) -> Tensor:
+    def ungroup(self, tensor: Tensor) -> Tensor:
         """What is shaped as in `part`, as rows."""
         return tensor
 
@@ -64,36 +66,36 @@ class Run(_Looking):
 
 
 @dataclass(frozen=True)
-class Look(_Looking):
+class SharedContextGroup(_RowGroup):
     """Consecutive rows that all see the same rows, as one long row that sees one long row: `seen` are numbers."""
 
     seen: tuple[int, ...]
 
-    def part(self, query: Tensor, key: Tensor, value: Tensor) -> Part:
+    def part(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionPart:
         """The queries, keys and values of it, out of all."""
-        key, value = (_joined(tensor[list(self.seen), :, : self.length]) for tensor in (key, value))
-        return Part(self.of(query), key, value, causal=False)
+        key, value = (_concat_rows(tensor[list(self.seen), :, : self.length]) for tensor in (key, value))
+        return AttentionPart(self.select(query), key, value, causal=False)
 
-    def of(self, tensor: Tensor) -> Tensor:
+    def select(self, tensor: Tensor) -> Tensor:
         """A query-like tensor's rows, as they are in `part`."""
-        return _joined(tensor[self.rows])
+        return _concat_rows(tensor[self.rows])
 
-    def back(self, tensor: Tensor) -> Tensor:
+    def ungroup(self, tensor: Tensor) -> Tensor:
         """What is shaped as in `part`, as rows."""
-        return _parted(tensor, self.rows.stop - self.rows.start)
+        return _split_rows(tensor, self.rows.stop - self.rows.start)
 
     def add(self, total: Tensor, grad: Tensor) -> None:
         """Add the gradient of the part's keys or values to that of all."""
         at = torch.tensor(self.seen, device=total.device)
-        total[:, :, : self.length].index_add_(0, at, _parted(grad, len(self.seen)))
+        total[:, :, : self.length].index_add_(0, at, _split_rows(grad, len(self.seen)))
 
 
-def _joined(tensor: Tensor) -> Tensor:
+def _concat_rows(tensor: Tensor) -> Tensor:
     """(rows, heads, width, …) as (1, heads, rows * width, …)."""
     return tensor.transpose(0, 1).flatten(1, 2)[None]
 
 
-def _parted(tensor: Tensor, rows: int) -> Tensor:
+def _split_rows(tensor: Tensor, rows: int) -> Tensor:
     """(1, heads, rows * width, …) as (rows, heads, width, …)."""
     return tensor[0].unflatten(1, (rows, -1)).transpose(0, 1)
 
@@ -104,7 +106,7 @@ def plan_contexts(
     lengths: Sequence[int] | None = None,
     rows: Sequence[int] | None = None,
     weights: Weights | None = None,
-) -> list[Run]:
+) -> list[ContiguousGroup]:
     """Put pairs of a row and a row it sees together where both go on in step, so that few calls do the work.
 
     Raises:
@@ -112,61 +114,63 @@ def plan_contexts(
             weights that aren't one positive number for each context.
     """
     numbers = range(batch) if rows is None else rows
-    weights = _checked(contexts, numbers, batch, lengths, weights)
-    alike: dict[tuple[int, float], list[int]] = defaultdict(list)
+    weights = _check_contexts(contexts, numbers, batch, lengths, weights)
+    buckets: dict[tuple[int, float], list[int]] = defaultdict(list)
     for at, seen in enumerate(contexts):
         for other, weight in zip(seen, weights[at], strict=True):
-            alike[at - other, weight].append(at)
-    runs = []
-    for (distance, weight), lookers in sorted(alike.items()):
+            buckets[at - other, weight].append(at)
+    groups = []
+    for (distance, weight), query_rows in sorted(buckets.items()):
         start = 0
-        for at in range(1, len(lookers) + 1):
-            length = None if lengths is None else lengths[lookers[start] - distance]
-            goes_on = at < len(lookers) and lookers[at] == lookers[at - 1] + 1
-            if goes_on and (lengths is None or lengths[lookers[at] - distance] == length):
+        for at in range(1, len(query_rows) + 1):
+            length = None if lengths is None else lengths[query_rows[start] - distance]
+            continues = at < len(query_rows) and query_rows[at] == query_rows[at - 1] + 1
+            if continues and (lengths is None or lengths[query_rows[at] - distance] == length):
                 continue
-            first, last = lookers[start], lookers[at - 1] + 1
+            first, last = query_rows[start], query_rows[at - 1] + 1
             if length != 0:
-                runs.append(Run(slice(first, last), slice(first - distance, last - distance), length, weight))
+                groups.append(
+                    ContiguousGroup(slice(first, last), slice(first - distance, last - distance), length, weight)
+                )
             start = at
-    return runs
+    return groups
 
 
-def plan_outside(
+def plan_frozen_contexts(
     contexts: Contexts,
     rows: int,
-    outside: int,
+    context_rows: int,
     lengths: Sequence[int] | None = None,
     weights: Weights | None = None,
-) -> list[Look]:
+) -> list[SharedContextGroup]:
     """Put rows together that see the same rows, none of which is one of them.
 
     Args:
-        contexts: per row, the rows outside the batch that it sees.
+        contexts: per row, the rows context_rows the batch that it sees.
         rows: of the batch.
-        outside: rows that can be seen.
+        context_rows: rows that can be seen.
         lengths: real tokens of these.
         weights: as for `plan_contexts`.
 
     Raises:
         LlamoryError: as for `plan_contexts`.
     """
-    weights = _checked(contexts, range(outside, outside + rows), outside, lengths, weights)
-    looks, start = [], 0
+    weights = _check_contexts(contexts, range(context_rows, context_rows + rows), context_rows, lengths, weights)
+    groups, start = [], 0
     for at in range(1, rows + 1):
         if at < rows and list(contexts[at]) == list(contexts[start]) and list(weights[at]) == list(weights[start]):
             continue
-        alike: dict[tuple[int | None, float], list[int]] = defaultdict(list)
+        buckets: dict[tuple[int | None, float], list[int]] = defaultdict(list)
         for other, weight in zip(contexts[start], weights[start], strict=True):
-            alike[None if lengths is None else lengths[other], weight].append(other)
-        for (length, weight), seen in alike.items():
+            buckets[None if lengths is None else lengths[other], weight].append(other)
+        for (length, weight), seen in buckets.items():
             if length != 0:
-                looks.append(Look(slice(start, at), tuple(seen), length, weight))
+                groups.append(SharedContextGroup(slice(start, at), tuple(seen), length, weight))
         start = at
-    return looks
+    return groups
 
 
-def _checked(
+def _check_contexts(
     contexts: Contexts, numbers: Sequence[int], seen_rows: int, lengths: Sequence[int] | None, weights: Weights | None
 ) -> Weights:
     """The weights, if all fits."""

@@ -12,8 +12,8 @@ from torch import nn
 
 from llamory.models.adapters import merged
 
-_KNOWN: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
-_PART = 1 << 22
+_CACHE: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+_CHUNK_ELEMENTS = 1 << 22
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -25,12 +25,17 @@ def fingerprint(model: nn.Module) -> str:
     """
     versions = tuple((name, parameter.data_ptr(), parameter._version) for name, parameter in model.named_parameters())
     config: Any = model.config
-    made = [config.mem_positionals, config.rope_parameters, list(config.mem_layers), config.max_position_embeddings]
-    state = (versions, json.dumps(made, default=str))
-    known = _KNOWN.get(model)
-    if known is not None and known[0] == state:
-        return known[1]
-    digest = xxhash.xxh3_128(json.dumps(made, default=str, sort_keys=True).encode())
+    key_settings = [
+        config.mem_positionals,
+        config.rope_parameters,
+        list(config.mem_layers),
+        config.max_position_embeddings,
+    ]
+    state = (versions, json.dumps(key_settings, default=str))
+    cached = _CACHE.get(model)
+    if cached is not None and cached[0] == state:
+        return cached[1]
+    digest = xxhash.xxh3_128(json.dumps(key_settings, default=str, sort_keys=True).encode())
     # A tied head has a name of its own only where it is offloaded, which mustn't make another model of this one.
     tied = getattr(model, "all_tied_weights_keys", {})
     # Shared ones count under each of their names, as models whose weights aren't shared have them.
@@ -40,8 +45,8 @@ def fingerprint(model: nn.Module) -> str:
         parameter = make()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.detach().reshape(-1)
-        for start in range(0, len(flat), _PART):
-            part = flat[start : start + _PART].to(torch.bfloat16).view(torch.int16).cpu()
+        for start in range(0, len(flat), _CHUNK_ELEMENTS):
+            part = flat[start : start + _CHUNK_ELEMENTS].to(torch.bfloat16).view(torch.int16).cpu()
             digest.update(part.numpy().tobytes())
-    _KNOWN[model] = (state, digest.hexdigest())
+    _CACHE[model] = (state, digest.hexdigest())
     return digest.hexdigest()

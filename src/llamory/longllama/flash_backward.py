@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-PLAIN_SCORES = 1 << 22  # scores that the plain way holds at once
+MAX_MATMUL_SCORES = 1 << 22  # scores that the plain way holds at once
 _CUDA_LSE_TILE = 32  # the memory-efficient kernel wants its log-sum-exp filled up to a multiple of this
-_MORE = 8  # dimensions: kernels want multiples of 8
+_EXTRA_DIMS = 8  # dimensions: kernels want multiples of 8
 _CPU_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Part:
+class AttentionPart:
     """Queries and the keys that they see.
 
     Attributes:
@@ -37,7 +37,7 @@ class Part:
         """Query heads per key head."""
         return self.query.shape[1] // self.key.shape[1]
 
-    def folded(self, tensor: Tensor) -> Tensor:
+    def grouped(self, tensor: Tensor) -> Tensor:
         """A query-like tensor (batch, heads, queries, …) as (batch, kv_heads, groups * queries, …)."""
         return tensor.reshape(len(tensor), self.key.shape[1], -1, *tensor.shape[3:])
 
@@ -48,7 +48,7 @@ class Part:
 
 
 def attend_part_backward(
-    grad: Tensor, part: Part, output: Tensor, log_sum: Tensor, scaling: float, delta: Tensor | None = None
+    grad: Tensor, part: AttentionPart, output: Tensor, lse: Tensor, scaling: float, delta: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a part's query, key and value.
 
@@ -56,32 +56,32 @@ def attend_part_backward(
         grad: gradient of the whole attention's output, (batch, heads, queries, head_dim).
         part: the part.
         output: of the whole attention, over this part and all others.
-        log_sum: of the whole attention, (batch, heads, queries).
+        lse: of the whole attention, (batch, heads, queries).
         scaling: what scores are multiplied by.
         delta: the sum over head_dim of gradient times output, (batch, heads, queries), where other parts' outputs have
             gradients of their own; worked out from `grad` and `output` if not given.
     """
     if delta is not None:
-        return _with_delta(grad, part, log_sum, scaling, delta)
+        return _with_delta(grad, part, lse, scaling, delta)
     if part.groups == 1:
-        return _backward(grad, part.query, part.key, part.value, output, log_sum, part.causal, scaling)
+        return _backward(grad, part.query, part.key, part.value, output, lse, part.causal, scaling)
     if not part.causal:
         # Heads of a group read the same keys, as in `flash`: more queries of one head.
-        folded = part.folded(grad), part.folded(part.query), part.key, part.value, part.folded(output)
-        grads = _backward(*folded, part.folded(log_sum), part.causal, scaling)
+        grouped = part.grouped(grad), part.grouped(part.query), part.key, part.value, part.grouped(output)
+        grads = _backward(*grouped, part.grouped(lse), part.causal, scaling)
         return grads[0].reshape(part.query.shape), grads[1], grads[2]
     grad_query, grad_key, grad_value = map(torch.zeros_like, (part.query, part.key, part.value))
-    tensors = (grad, part.query, output, log_sum, grad_query)
-    for heads, query, out, sums, into in zip(*map(part.heads_of, tensors), strict=True):
-        grads = _backward(heads, query, part.key, part.value, out, sums, part.causal, scaling)
-        into.copy_(grads[0])
+    tensors = (grad, part.query, output, lse, grad_query)
+    for heads, query, out, lses, grad_out in zip(*map(part.heads_of, tensors), strict=True):
+        grads = _backward(heads, query, part.key, part.value, out, lses, part.causal, scaling)
+        grad_out.copy_(grads[0])
         grad_key += grads[1]
         grad_value += grads[2]
     return grad_query, grad_key, grad_value
 
 
 def _with_delta(
-    grad: Tensor, part: Part, log_sum: Tensor, scaling: float, delta: Tensor
+    grad: Tensor, part: AttentionPart, lse: Tensor, scaling: float, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients for a given `delta`, which kernels work out themselves, from the output and its gradient.
 
@@ -90,15 +90,17 @@ def _with_delta(
     """
     (*shape, width), dtype = grad.shape, grad.dtype
     first = delta.to(dtype)
-    output = grad.new_zeros(*shape, width + _MORE)
+    output = grad.new_zeros(*shape, width + _EXTRA_DIMS)
     output[..., width], output[..., width + 1] = first, (delta - first.to(delta.dtype)).to(dtype)
-    query, key, value, more = (pad(tensor, (0, _MORE)) for tensor in (part.query, part.key, part.value, grad))
-    more[..., width : width + 2] = 1
-    grads = attend_part_backward(more, Part(query, key, value, part.causal), output, log_sum, scaling)
+    query, key, value, padded_grad = (
+        pad(tensor, (0, _EXTRA_DIMS)) for tensor in (part.query, part.key, part.value, grad)
+    )
+    padded_grad[..., width : width + 2] = 1
+    grads = attend_part_backward(padded_grad, AttentionPart(query, key, value, part.causal), output, lse, scaling)
     return grads[0][..., :width], grads[1][..., :width], grads[2][..., :width]
 
 
-def _way(query: Tensor) -> str:
+def _backend(query: Tensor) -> str:
     device, dtype = query.device.type, query.dtype
     if device == "cpu" and dtype in _CPU_TYPES:
         return "cpu"
@@ -113,64 +115,68 @@ def _backward(
     key: Tensor,
     value: Tensor,
     output: Tensor,
-    log_sum: Tensor,
+    lse: Tensor,
     causal: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    way, aten = _way(query), torch.ops.aten
-    if way != "plain":
-        grad, query, key, value = map(_dense, (grad, query, key, value))
-    if way == "cpu":
-        output = _dense(output)
+    backend, aten = _backend(query), torch.ops.aten
+    if backend != "plain":
+        grad, query, key, value = map(_contiguous_rows, (grad, query, key, value))
+    if backend == "cpu":
+        output = _contiguous_rows(output)
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, output, log_sum.contiguous(), 0.0, causal, scale=scaling
+            grad, query, key, value, output, lse.contiguous(), 0.0, causal, scale=scaling
         )
         return grads
-    if way == "cuda":
+    if backend == "cuda":
         queries = query.shape[2]
         # Filled up with what its forward pass fills up with.
-        room = log_sum.new_full((*log_sum.shape[:2], -(-queries // _CUDA_LSE_TILE) * _CUDA_LSE_TILE), torch.inf)
-        room[..., :queries] = log_sum
+        padded_lse = lse.new_full((*lse.shape[:2], -(-queries // _CUDA_LSE_TILE) * _CUDA_LSE_TILE), torch.inf)
+        padded_lse[..., :queries] = lse
         # In half precision the kernel takes the output's rows to lie heads * head_dim apart, as its forward pass left
         # them, and doesn't look where they are.
         output = output.transpose(1, 2).contiguous().transpose(1, 2)
         # Without dropout the kernel reads no random state, but wants to be given one.
         seed = torch.zeros((), dtype=torch.long, device=query.device)
         *grads, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad, query, key, value, None, output, room, seed, seed, 0.0, (True, True, True, False), causal,
+            grad, query, key, value, None, output, padded_lse, seed, seed, 0.0, (True, True, True, False), causal,
             scale=scaling,
         )  # fmt: skip
         return grads[0], grads[1], grads[2]
-    exact = torch.promote_types(query.dtype, torch.float32)
-    grad, wide_key, wide_value = grad.to(exact), key.to(exact), value.to(exact)
-    delta = (grad * output.to(exact)).sum(-1, keepdim=True)
-    grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(wide_key), torch.zeros_like(wide_value)
-    for rows in _pieces(query, key):
-        scores = _scores(query[:, :, rows], key, rows.start if causal else None, scaling, exact)
-        shares = (scores - log_sum[:, :, rows, None]).exp()
-        grad_value += shares.transpose(2, 3) @ grad[:, :, rows]
-        grad_scores = shares * (grad[:, :, rows] @ wide_value.transpose(2, 3) - delta[:, :, rows]) * scaling
-        grad_query[:, :, rows] = (grad_scores @ wide_key).to(query.dtype)
-        grad_key += grad_scores.transpose(2, 3) @ query[:, :, rows].to(exact)
+    compute_dtype = torch.promote_types(query.dtype, torch.float32)
+    grad, upcast_key, upcast_value = grad.to(compute_dtype), key.to(compute_dtype), value.to(compute_dtype)
+    delta = (grad * output.to(compute_dtype)).sum(-1, keepdim=True)
+    grad_query, grad_key, grad_value = (
+        torch.zeros_like(query),
+        torch.zeros_like(upcast_key),
+        torch.zeros_like(upcast_value),
+    )
+    for rows in _query_slices(query, key):
+        scores = _scores(query[:, :, rows], key, rows.start if causal else None, scaling, compute_dtype)
+        weights = (scores - lse[:, :, rows, None]).exp()
+        grad_value += weights.transpose(2, 3) @ grad[:, :, rows]
+        grad_scores = weights * (grad[:, :, rows] @ upcast_value.transpose(2, 3) - delta[:, :, rows]) * scaling
+        grad_query[:, :, rows] = (grad_scores @ upcast_key).to(query.dtype)
+        grad_key += grad_scores.transpose(2, 3) @ query[:, :, rows].to(compute_dtype)
     return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def _contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _pieces(query: Tensor, key: Tensor) -> Iterator[slice]:
+def _query_slices(query: Tensor, key: Tensor) -> Iterator[slice]:
     batch, heads, queries, _ = query.shape
-    step = max(1, PLAIN_SCORES // (batch * heads * key.shape[2]))
+    step = max(1, MAX_MATMUL_SCORES // (batch * heads * key.shape[2]))
     for start in range(0, queries, step):
         yield slice(start, min(start + step, queries))
 
 
 def _scores(query: Tensor, key: Tensor, first: int | None, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Scores (batch, heads, queries, keys); with `first`, query i is number `first` + i and sees no later key."""
+    """Scores (batch, heads, queries, keys); with `first`, query i is number `first` + i and sees no future key."""
     scores = query.to(dtype) @ key.to(dtype).transpose(2, 3) * scaling
     if first is not None:
-        numbers = torch.arange(key.shape[2], device=key.device)
-        later = numbers > torch.arange(first, first + query.shape[2], device=key.device)[:, None]
-        scores = scores.masked_fill(later, -torch.inf)
+        key_positions = torch.arange(key.shape[2], device=key.device)
+        future = key_positions > torch.arange(first, first + query.shape[2], device=key.device)[:, None]
+        scores = scores.masked_fill(future, -torch.inf)
     return scores

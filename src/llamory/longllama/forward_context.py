@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from llamory.longllama.cache import LongLlamaCache
-from llamory.longllama.local_context import Chunk
+from llamory.longllama.local_context import LocalUpdate
 from llamory.memory import MemoryBank
 from llamory.memory.blocks import Span
 from llamory.memory.search.base import Search
 
 
 @dataclass
-class Window:
+class ForwardContext:
     """What the layers need to know of the step that they compute.
 
     Attributes:
@@ -24,9 +24,9 @@ class Window:
         lengths: real tokens per row; what stands behind them is filling.
         banks: the memory of each row.
         search: how memory is searched.
-        stays: whether the tokens stay in the local context, or go into memory.
-        slots: where a first window that stays is written.
-        chunk: how the step goes on from a local context; None for a first window.
+        keep_local: whether the tokens stay in the local context, or go into memory.
+        slots: where a first window that keep_local is written.
+        local_update: how the step goes on from a local context; None for a first window.
         memory_rotary: cosine and sine for queries to memory, where they differ from the local ones.
         key_scale: what the rotary embedding multiplies keys with at position 0 (1 but for yarn's).
         last_layer: with a window of which nothing but memory is wanted, the last layer to compute.
@@ -38,15 +38,15 @@ class Window:
     lengths: tuple[int, ...]
     banks: list[MemoryBank]
     search: Search
-    stays: bool
+    keep_local: bool
     slots: slice | None = None
-    chunk: Chunk | None = None
+    local_update: LocalUpdate | None = None
     memory_rotary: tuple[Tensor, Tensor] | None = None
     key_scale: float = 1.0
     last_layer: int | None = None
     spans: dict[int, list[list[Span]]] = field(default_factory=dict)
 
     @property
-    def chosen(self) -> Any:
+    def row_index(self) -> Any:
         """What picks the window's rows of the local buffers."""
         return slice(None) if self.rows is None else self.rows

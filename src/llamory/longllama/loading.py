@@ -18,14 +18,14 @@ from llamory.models.adapters import load_shared
 
 # A model that wasn't trained for memory finds what it read best with memory in all layers but the first few, and with
 # windows well within its context (SmolLM2-135M: layers 5 to 29 of 30, 512 tokens).
-UNTRAINED_WINDOW = 512
-_FIRST_PART = 6
-READER = "reader"  # the packaged adapter that "default" means to whoever reads
+DEFAULT_WINDOW = 512
+_MEMORY_FREE_DIVISOR = 6
+DEFAULT_READER = "reader"  # the packaged adapter that "default" means to whoever reads
 
 
-def reader_name(name: str | os.PathLike[str]) -> str:
+def resolve_reader_name(name: str | os.PathLike[str]) -> str:
     """The model that a name means as a reader: "default" is the packaged one, all others are as for `backbone`."""
-    return READER if str(name) == "default" else os.fspath(name)
+    return DEFAULT_READER if str(name) == "default" else os.fspath(name)
 
 
 def load_long_model(
@@ -37,11 +37,11 @@ def load_long_model(
     last_context_length: int | None = None,
     mem_search: str | None = None,
     mem_top_k: int | None = None,
-    mem_only_top_k: bool | None = None,
-    mem_log_scale: float | None = None,
-    mem_log_start: int | None = None,
-    mem_log_bias: float | None = None,
-    mem_log_bias_start: int | None = None,
+    mem_top_k_attention: bool | None = None,
+    logn_attention_scale: float | None = None,
+    logn_attention_start: int | None = None,
+    memory_size_bias: float | None = None,
+    memory_size_bias_start: int | None = None,
     mem_dtype: str | None = None,
     dtype: Any = None,
     device: str | None = None,
@@ -60,9 +60,9 @@ def load_long_model(
         last_context_length: tokens of a prompt that stay local.
         mem_search: "exact", "pages" or "faiss".
         mem_top_k: pages or neighbours per query.
-        mem_only_top_k: leave out of the softmax what isn't among the `mem_top_k` best tokens, as the paper does.
-        mem_log_scale, mem_log_start: how much sharper attention gets as memory grows; see `LongLlamaConfig`.
-        mem_log_bias, mem_log_bias_start: how much of its growth is taken off memory's scores; see there.
+        mem_top_k_attention: leave out of the softmax what isn't among the `mem_top_k` best tokens, as the paper does.
+        logn_attention_scale, logn_attention_start: how much sharper attention gets as memory grows; see `LongLlamaConfig`.
+        memory_size_bias, memory_size_bias_start: how much of its growth is taken off memory's scores; see there.
         mem_dtype: how memory is kept.
         dtype: of the weights.
         device: where the model goes.
@@ -73,7 +73,7 @@ def load_long_model(
     Raises:
         LlamoryError: the model can't be loaded, or a setting isn't possible for it.
     """
-    name = reader_name(name)
+    name = resolve_reader_name(name)
     config = backbone.load_config(name)
     check_projections(config, name, mem_layers or ())
     settings: dict[str, Any] = {
@@ -83,15 +83,15 @@ def load_long_model(
         "last_context_length": last_context_length,
         "mem_search": mem_search,
         "mem_top_k": mem_top_k,
-        "mem_only_top_k": mem_only_top_k,
-        "mem_log_scale": mem_log_scale,
-        "mem_log_start": mem_log_start,
-        "mem_log_bias": mem_log_bias,
-        "mem_log_bias_start": mem_log_bias_start,
+        "mem_top_k_attention": mem_top_k_attention,
+        "logn_attention_scale": logn_attention_scale,
+        "logn_attention_start": logn_attention_start,
+        "memory_size_bias": memory_size_bias,
+        "memory_size_bias_start": memory_size_bias_start,
         "mem_dtype": mem_dtype,
     }
     if not isinstance(config, LongLlamaConfig):
-        settings = _for_plain_llama(config) | {key: value for key, value in settings.items() if value is not None}
+        settings = _defaults_for_llama(config) | {key: value for key, value in settings.items() if value is not None}
     elif backbone.adapter_folder(name) is not None:
         # The base model's own configuration knows nothing of memory.
         last = settings.pop("last_context_length")
@@ -116,9 +116,9 @@ def load_long_model(
     return (model.to(device) if device else model).eval()
 
 
-def _for_plain_llama(config: PretrainedConfig) -> dict[str, Any]:
+def _defaults_for_llama(config: PretrainedConfig) -> dict[str, Any]:
     count = config.num_hidden_layers
     return {
-        "mem_layers": list(range(count // _FIRST_PART, count)),
-        "max_position_embeddings": min(UNTRAINED_WINDOW, config.max_position_embeddings),
+        "mem_layers": list(range(count // _MEMORY_FREE_DIVISOR, count)),
+        "max_position_embeddings": min(DEFAULT_WINDOW, config.max_position_embeddings),
     }

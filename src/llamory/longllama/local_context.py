@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 # Positions grow as the local context slides; far beyond this float32 angles of the rotary embedding get coarse.
-REBASE_AT = 65536
+REBASE_THRESHOLD = 65536
 
 
 @dataclass
-class Chunk:
+class LocalUpdate:
     """What attention needs to go on from a local context with a few tokens per row.
 
     Slots are columns of the layers' buffers. Masks are True where a query may look.
@@ -22,10 +22,10 @@ class Chunk:
         write: slots of the new tokens.
         seen: slots that are attended to in the local context, old and new.
         mask: (rows or 1, 1, width, seen) or None where every query sees all of `seen`.
-        leaves_first: per row, slots that leave before attention (None: nothing leaves).
-        leaving: slots among which some leave within the chunk: the queries far enough behind see them as memory.
-        leaving_mask: (rows or 1, 1, width, leaving), for `leaving`.
-        leaves_after: per row, slots that leave after attention.
+        evicted_before: per row, slots that leave before attention (None: nothing leaves).
+        evicted: slots among which some leave within the update: the queries far enough behind see them as memory.
+        evicted_mask: (rows or 1, 1, width, evicted), for `evicted`.
+        evicted_after: per row, slots that leave after attention.
         position_ids: (rows or 1, width) of the new tokens.
         memory_position_ids: the same for queries to memory, which stay within the context; None where equal.
     """
@@ -35,11 +35,11 @@ class Chunk:
     mask: Tensor | None
     position_ids: Tensor
     memory_position_ids: Tensor | None
-    leaves_first: list[Tensor | slice] | None = None
-    leaving: slice | None = None
-    leaving_mask: Tensor | None = None
-    leaves_after: list[Tensor | slice] | None = None
-    # The table's entries after the chunk, kept for `Slots.commit`.
+    evicted_before: list[Tensor | slice] | None = None
+    evicted: slice | None = None
+    evicted_mask: Tensor | None = None
+    evicted_after: list[Tensor | slice] | None = None
+    # The table's entries after the update, kept for `Slots.commit`.
     rows: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     start: int = 0
@@ -89,7 +89,7 @@ class Slots:
                 self.next[row] = count
         return slice(0, width)
 
-    def room_for(self, width: int) -> tuple[slice, int] | None:
+    def reserve_columns(self, width: int) -> tuple[slice, int] | None:
         """Make room for `width` more columns: what of the buffers must move to the front of buffers of which capacity.
 
         None if there is room enough.
@@ -107,33 +107,33 @@ class Slots:
         self.start, self.end = 0, kept.stop - kept.start
         return kept, self.capacity
 
-    def plan(self, rows: Sequence[int], counts: Sequence[int]) -> Chunk:
+    def plan(self, rows: Sequence[int], counts: Sequence[int]) -> LocalUpdate:
         """Plan the next tokens (`counts` of each of `rows`); there must be room for them."""
         if self.table is None and len(rows) == self.batch and len(set(counts)) == 1:
-            return self._plan_even(list(rows), counts[0])
-        self._need_table()
-        return self._plan_uneven(list(rows), list(counts))
+            return self._plan_uniform(list(rows), counts[0])
+        self._ensure_table()
+        return self._plan_ragged(list(rows), list(counts))
 
-    def commit(self, chunk: Chunk) -> None:
-        """The chunk's tokens are written and what left is gone."""
+    def commit(self, update: LocalUpdate) -> None:
+        """The update's tokens are written and what left is expired."""
         if self.table is None:
-            if chunk.flushed[0]:
+            if update.flushed[0]:
                 self.next = [0] * self.batch
-            self.next = [position + count for position, count in zip(self.next, chunk.counts, strict=True)]
-            self.start, self.end = chunk.start, chunk.write.stop
+            self.next = [position + count for position, count in zip(self.next, update.counts, strict=True)]
+            self.start, self.end = update.start, update.write.stop
             return
-        for index, (row, count) in enumerate(zip(chunk.rows, chunk.counts, strict=True)):
-            if chunk.flushed[index]:
+        for index, (row, count) in enumerate(zip(update.rows, update.counts, strict=True)):
+            if update.flushed[index]:
                 self.table[row, self.start : self.end] = -1
                 self.next[row] = 0
             self.table[row, self.end : self.end + count] = torch.arange(self.next[row], self.next[row] + count)
             self.next[row] += count
             if not self.flush:
-                gone = self.table[row] < self.next[row] - self.context
-                self.table[row, gone] = -1
-        self.end = chunk.write.stop
-        taken = (self.table[:, : self.end] >= 0).any(0).nonzero()
-        self.start = int(taken[0]) if len(taken) else self.end
+                expired = self.table[row] < self.next[row] - self.context
+                self.table[row, expired] = -1
+        self.end = update.write.stop
+        occupied = (self.table[:, : self.end] >= 0).any(0).nonzero()
+        self.start = int(occupied[0]) if len(occupied) else self.end
 
     def select(self, indices: Sequence[int]) -> None:
         """Keep these rows, in this order."""
@@ -144,23 +144,23 @@ class Slots:
 
     def crop(self, tokens: int) -> None:
         """Take back the last columns of all rows; what has left doesn't return."""
-        self._need_table()
+        self._ensure_table()
         assert self.table is not None
         for row in range(self.batch):
             self.next[row] -= int((self.table[row, self.end - tokens : self.end] >= 0).sum())
         self.table[:, self.end - tokens :] = -1
         self.end -= tokens
-        if self._is_even():
+        if self._is_uniform():
             self.table = None
 
-    def rebase(self) -> int:
+    def rebase_positions(self) -> int:
         """Let positions start again near 0 once they are large; gives by how much they became smaller."""
-        if max(self.next, default=0) < max(REBASE_AT, 2 * self.context):
+        if max(self.next, default=0) < max(REBASE_THRESHOLD, 2 * self.context):
             return 0
         shift = min(self.next) - self.context
         if self.table is not None:
-            taken = self.table[self.table >= 0]
-            shift = min(shift, int(taken.min())) if len(taken) else shift
+            occupied = self.table[self.table >= 0]
+            shift = min(shift, int(occupied.min())) if len(occupied) else shift
         if shift <= 0:
             return 0
         self.next = [position - shift for position in self.next]
@@ -168,25 +168,25 @@ class Slots:
             self.table[self.table >= 0] -= shift
         return shift
 
-    def _need_table(self) -> None:
+    def _ensure_table(self) -> None:
         if self.table is None:
             self.table = torch.full((self.batch, self.capacity), -1)
             for row, position in enumerate(self.next):
                 self.table[row, self.start : self.end] = torch.arange(position - (self.end - self.start), position)
 
-    def _is_even(self) -> bool:
+    def _is_uniform(self) -> bool:
         assert self.table is not None
         part = self.table[:, self.start : self.end]
         expected = torch.arange(self.next[0] - (self.end - self.start), self.next[0])
         return len(set(self.next)) == 1 and bool((part == expected).all())
 
-    def _plan_even(self, rows: list[int], width: int) -> Chunk:
+    def _plan_uniform(self, rows: list[int], width: int) -> LocalUpdate:
         length, position = self.end - self.start, self.next[0]
         new = slice(self.end, self.end + width)
         counts = [width] * len(rows)
         if self.flush and length + width > self.context:
             positions = torch.arange(width)[None]
-            return Chunk(
+            return LocalUpdate(
                 new, new, _causal(width), positions, None,
                 [slice(self.start, self.end)] * len(rows),
                 rows=rows, counts=counts, start=self.end, flushed=[True] * len(rows),
@@ -195,54 +195,54 @@ class Slots:
         first = min(max(length + 1 - self.context, 0), length)
         last = max(length + width - self.context, 0)
         seen = slice(self.start + first, self.end + width)
-        chunk = Chunk(
-            new, seen, None, positions, self._within(positions),
+        update = LocalUpdate(
+            new, seen, None, positions, self._clamp_positions(positions),
             [slice(self.start, self.start + first)] * len(rows) if first else None,
             rows=rows, counts=counts, start=self.start + last, flushed=[False] * len(rows),
         )  # fmt: skip
         if width > 1:
-            age = torch.arange(width)[:, None] + (length - first) - torch.arange(length - first + width)
-            chunk.mask = ((age >= 0) & (age < self.context))[None, None]
+            distance = torch.arange(width)[:, None] + (length - first) - torch.arange(length - first + width)
+            update.mask = ((distance >= 0) & (distance < self.context))[None, None]
             if last > first:
-                chunk.leaving = slice(self.start + first, self.start + last)
-                chunk.leaving_mask = (age >= self.context)[None, None, :, : last - first]
-                chunk.leaves_after = [chunk.leaving] * len(rows)
-        return chunk
+                update.evicted = slice(self.start + first, self.start + last)
+                update.evicted_mask = (distance >= self.context)[None, None, :, : last - first]
+                update.evicted_after = [update.evicted] * len(rows)
+        return update
 
-    def _plan_uneven(self, rows: list[int], counts: list[int]) -> Chunk:
+    def _plan_ragged(self, rows: list[int], counts: list[int]) -> LocalUpdate:
         assert self.table is not None
         width = max(counts)
         old = self.table[rows, self.start : self.end]
-        following, given = torch.tensor([self.next[row] for row in rows]), torch.tensor(counts)
+        next_positions, token_counts = torch.tensor([self.next[row] for row in rows]), torch.tensor(counts)
         flushed = [False] * len(rows)
         if self.flush:
-            flushed = ((old >= 0).sum(1) + given > self.context).tolist()
-            gone = (old >= 0) & torch.tensor(flushed)[:, None]
-            following = following.masked_fill(torch.tensor(flushed), 0)
+            flushed = ((old >= 0).sum(1) + token_counts > self.context).tolist()
+            expired = (old >= 0) & torch.tensor(flushed)[:, None]
+            next_positions = next_positions.masked_fill(torch.tensor(flushed), 0)
         else:
-            gone = (old >= 0) & (old <= following[:, None] - self.context)
+            expired = (old >= 0) & (old <= next_positions[:, None] - self.context)
         steps = torch.arange(width)
-        queries = following[:, None] + steps
-        new = queries.masked_fill(steps >= given[:, None], -1)
-        keys = torch.cat([old.masked_fill(gone, -1), new], 1)
-        age = queries[:, :, None] - keys[:, None, :]
-        there = (keys >= 0)[:, None, :]
-        chunk = Chunk(
+        queries = next_positions[:, None] + steps
+        new = queries.masked_fill(steps >= token_counts[:, None], -1)
+        keys = torch.cat([old.masked_fill(expired, -1), new], 1)
+        distance = queries[:, :, None] - keys[:, None, :]
+        valid = (keys >= 0)[:, None, :]
+        update = LocalUpdate(
             slice(self.end, self.end + width), slice(self.start, self.end + width),
-            (there & (age >= 0) & (age < self.context))[:, None], queries, self._within(queries),
-            self._slots(gone) if bool(gone.any()) else None, rows=rows, counts=counts, flushed=flushed,
+            (valid & (distance >= 0) & (distance < self.context))[:, None], queries, self._clamp_positions(queries),
+            self._slots(expired) if bool(expired.any()) else None, rows=rows, counts=counts, flushed=flushed,
         )  # fmt: skip
-        leaving = (keys >= 0) & (keys <= (following + given - 1)[:, None] - self.context)
-        if not self.flush and bool(leaving.any()):
-            chunk.leaving = chunk.seen
-            chunk.leaving_mask = (there & (age >= self.context))[:, None]
-            chunk.leaves_after = self._slots(leaving)
-        return chunk
+        evicted = (keys >= 0) & (keys <= (next_positions + token_counts - 1)[:, None] - self.context)
+        if not self.flush and bool(evicted.any()):
+            update.evicted = update.seen
+            update.evicted_mask = (valid & (distance >= self.context))[:, None]
+            update.evicted_after = self._slots(evicted)
+        return update
 
-    def _slots(self, chosen: Tensor) -> list[Tensor | slice]:
-        return [row.nonzero().flatten() + self.start for row in chosen]
+    def _slots(self, slot_mask: Tensor) -> list[Tensor | slice]:
+        return [row.nonzero().flatten() + self.start for row in slot_mask]
 
-    def _within(self, positions: Tensor) -> Tensor | None:
+    def _clamp_positions(self, positions: Tensor) -> Tensor | None:
         """Positions of queries to memory: as far as the local context reaches, which training saw, and no further."""
         if int(positions.max()) < self.context:
             return None

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100
+IGNORE_INDEX = -100
 # Bytes that one chunk's float32 logits may take, and rows it has at least: matrix products want tall operands.
 _CHUNK_BYTES = 32 * 2**20
-_LEAST_CHUNK = 128
+_MIN_CHUNK_ROWS = 128
 
 
 def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, count: Tensor | int | None = None) -> Tensor:
@@ -22,10 +22,10 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, count: Tens
         targets: (...) the token that each place should predict, -100 where none is asked for.
         count: what the sum is divided by instead of the number of targets here: those of a whole step, say.
     """
-    rows, wanted = _asked(hidden, targets)
+    rows, row_targets = _labelled_rows(hidden, targets)
     total = hidden.sum() * 0.0 if not len(rows) else hidden.new_zeros((), dtype=torch.float32)
-    size = _rows_at_once(weight)
-    for chunk, target in zip(rows.split(size), wanted.split(size), strict=True):
+    size = _chunk_rows(weight)
+    for chunk, target in zip(rows.split(size), row_targets.split(size), strict=True):
         total = total + checkpoint(_chunk_loss, chunk, weight, target, use_reentrant=False)
     return total / (max(1, len(rows)) if count is None else count)
 
@@ -40,34 +40,34 @@ def teacher_loss(logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor
     """
     total = logits.new_zeros((), dtype=torch.float32)
     for row, teacher, real in zip(logits, teacher_logits, mask.bool(), strict=True):
-        total = total + checkpoint(_divergence, row[real], teacher[real], use_reentrant=False)
+        total = total + checkpoint(_kl_divergence, row[real], teacher[real], use_reentrant=False)
     return total / mask.sum().clamp(min=1)
 
 
 @torch.no_grad()
 def correct_tokens(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """How many of the targets are the model's first choice; arguments as `next_token_loss`."""
-    rows, wanted = _asked(hidden, targets)
-    size = _rows_at_once(weight)
-    parts = zip(rows.split(size), wanted.split(size), strict=True)
-    right = [(F.linear(chunk, weight).argmax(-1) == target).sum() for chunk, target in parts]
-    return torch.stack(right).sum() if right else wanted.new_zeros(())
+    rows, row_targets = _labelled_rows(hidden, targets)
+    size = _chunk_rows(weight)
+    parts = zip(rows.split(size), row_targets.split(size), strict=True)
+    correct = [(F.linear(chunk, weight).argmax(-1) == target).sum() for chunk, target in parts]
+    return torch.stack(correct).sum() if correct else row_targets.new_zeros(())
 
 
-def _asked(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _labelled_rows(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Hidden states and targets of the places where something is asked for."""
-    asked = targets != IGNORED
-    return hidden[asked], targets[asked]
+    labelled = targets != IGNORE_INDEX
+    return hidden[labelled], targets[labelled]
 
 
-def _rows_at_once(weight: Tensor) -> int:
-    return max(_LEAST_CHUNK, _CHUNK_BYTES // (4 * len(weight)))
+def _chunk_rows(weight: Tensor) -> int:
+    return max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (4 * len(weight)))
 
 
 def _chunk_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
 
 
-def _divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    own, wanted = logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
-    return F.kl_div(own, wanted, reduction="sum", log_target=True)
+def _kl_divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    log_probs, teacher_log_probs = logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+    return F.kl_div(log_probs, teacher_log_probs, reduction="sum", log_target=True)

@@ -18,15 +18,15 @@ from llamory.longllama.attention import LongLlamaAttention, LongLlamaDecoderLaye
 from llamory.longllama.cache import LongLlamaCache
 from llamory.longllama.configuration import LongLlamaConfig, check_last_context, check_memory
 from llamory.longllama.crossbatch import Contexts, CrossBatch, Weights
-from llamory.longllama.forward_context import Window
-from llamory.longllama.memory_scaling import less_weights
+from llamory.longllama.forward_context import ForwardContext
+from llamory.longllama.memory_scaling import scale_context_weights
 from llamory.longllama.projections import MemoryProjection
-from llamory.longllama.windows import RealTokens, Step, cut_continuation, cut_prompt
+from llamory.longllama.windows import RealTokens, Window, split_continuation, split_prompt
 from llamory.memory import MemoryBank
 from llamory.memory.search.base import Search, make_search
 
 # Tokens at once that go on from a local context. Each sees its own part of it; the mask for that sets the limit.
-CHUNK = 512
+MAX_CONTINUATION_TOKENS = 512
 
 
 class LongLlamaPreTrained(PreTrainedModel):
@@ -40,7 +40,7 @@ class LongLlamaPreTrained(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MemoryProjection):
-            module.start()
+            module.init_from_base()
         else:
             super()._init_weights(module)
 
@@ -85,7 +85,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         contexts: Contexts | None = None,
-        asked: Sequence[int] | None = None,
+        query_rows: Sequence[int] | None = None,
         context_weights: Weights | None = None,
         context_states: Mapping[int, Tensor] | None = None,
         context_lengths: Sequence[int] | None = None,
@@ -99,7 +99,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
             position_ids: not used: local positions start at 0 in each window (the paper's section 3.3).
             past_key_values: a `LongLlamaCache` to go on from.
             inputs_embeds: (batch, length, hidden), instead of `input_ids`.
-            use_cache: whether the last window stays in a local context; without, it goes into memory as well.
+            use_cache: whether the last window keep_local in a local context; without, it goes into memory as well.
             last_context_length: tokens in the last window; the configuration's if not given.
             logits_to_keep: hidden states are kept of so many last columns only (0 or a tensor: all;
                 None: of none, which spares computing what nothing but memory is wanted of).
@@ -107,7 +107,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
             return_dict: whether to give a `BaseModelOutputWithPast` or a tuple.
             contexts: per row, the rows of this batch whose whole contexts its memory layers see, with gradients
                 (section 3.2). Nothing is kept then, and padding stands on the right.
-            asked: with `contexts`, the only rows whose hidden states are wanted; those of the others are zeros, and no
+            query_rows: with `contexts`, the only rows whose hidden states are wanted; those of the others are zeros, and no
                 more of them is computed than is seen.
             context_weights: for each of the contexts, how many of its kind it counts as; see `cross_batch_attention`.
             context_states: what `layer_inputs` gave of rows that were read apart; `contexts` then means those.
@@ -126,40 +126,44 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         assert source is not None
         batch, length = source.shape[:2]
         if contexts is not None:
-            together = CrossBatch(contexts, asked=None if asked is None else tuple(asked), weights=context_weights)
+            cross_batch = CrossBatch(
+                contexts, query_rows=None if query_rows is None else tuple(query_rows), weights=context_weights
+            )
             if context_states is not None:
                 lengths = None if context_lengths is None else tuple(context_lengths)
-                together = CrossBatch(contexts, lengths, weights=context_weights, outside=context_states)
-            output = self._read_together(source, attention_mask, together, kwargs)
+                cross_batch = CrossBatch(contexts, lengths, weights=context_weights, frozen_contexts=context_states)
+            output = self._forward_cross_batch(source, attention_mask, cross_batch, kwargs)
             return output if return_dict is not False else output.to_tuple()
-        use_cache = self._uses_cache(use_cache)
+        use_cache = self._resolve_use_cache(use_cache)
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
-        cache = self._cache_for(past_key_values, batch, use_cache)
-        real = RealTokens(_own_columns(attention_mask, batch, length), batch, length)
+        cache = self._prepare_cache(past_key_values, batch, use_cache)
+        real = RealTokens(_current_mask(attention_mask, batch, length), batch, length)
         offset = _first_kept(logits_to_keep, length)
 
-        collected = _Collected(batch, length - offset, output_hidden_states)
-        for step in self._cut(real, cache, last_context_length, use_cache):
-            wanted = output_hidden_states or real.reaches(step, offset) or not self.config.mem_layers
-            states = self._run(step, real, source, cache, wanted, output_hidden_states, kwargs)
-            if wanted:
-                collected.add(states, step, real, offset)
+        collector = _HiddenStateCollector(batch, length - offset, output_hidden_states)
+        for window in self._split_into_windows(real, cache, last_context_length, use_cache):
+            needed = output_hidden_states or real.reaches(window, offset) or not self.config.mem_layers
+            states = self._run_window(window, real, source, cache, needed, output_hidden_states, kwargs)
+            if needed:
+                collector.add(states, window, real, offset)
         cache.columns += length
 
-        nothing_kept = not use_cache and past_key_values is None and not self.config.mem_layers
+        drop_cache = not use_cache and past_key_values is None and not self.config.mem_layers
         output = BaseModelOutputWithPast(
-            last_hidden_state=collected.last(self.config.hidden_size, source.device, self.dtype),
-            past_key_values=None if nothing_kept else cache,
-            hidden_states=collected.all(),
+            last_hidden_state=collector.last(self.config.hidden_size, source.device, self.dtype),
+            past_key_values=None if drop_cache else cache,
+            hidden_states=collector.all(),
         )
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
 
-    # ---- steps ---------------------------------------------------------------------------------------------------
+    # ---- windows ---------------------------------------------------------------------------------------------------
 
-    def _cut(self, real: RealTokens, cache: LongLlamaCache, last: int | None, use_cache: bool) -> list[Step]:
+    def _split_into_windows(
+        self, real: RealTokens, cache: LongLlamaCache, last: int | None, use_cache: bool
+    ) -> list[Window]:
         context = self.config.max_position_embeddings
         last = self.config.last_context_length if last is None else last
         assert last is not None
@@ -167,69 +171,71 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         if cache.has_local and not use_cache:
             raise LlamoryError("A cache with a local context can only be gone on with use_cache=True.")
         if cache.has_local and self.config.local_cache_overflow == "slide":
-            return cut_continuation(real.lengths, min(CHUNK, context))
+            return split_continuation(real.lengths, min(MAX_CONTINUATION_TOKENS, context))
         if not self.config.mem_layers and max(real.lengths, default=0) <= context:
             last = context
-        steps = cut_prompt(real.lengths, context, last, stays=use_cache)
-        return [replace(step, stays=True) for step in steps] if cache.has_local else steps
+        windows = split_prompt(real.lengths, context, last, keep_local=use_cache)
+        return [replace(window, keep_local=True) for window in windows] if cache.has_local else windows
 
-    def _run(
+    def _run_window(
         self,
-        step: Step,
+        window: Window,
         real: RealTokens,
         source: Tensor,
         cache: LongLlamaCache,
-        wanted: bool,
+        needed: bool,
         all_states: bool,
         kwargs: dict[str, Any],
     ) -> list[Tensor]:
-        """Take one step through the layers. Gives the last hidden states, with `all_states` each layer's input too."""
-        part = real.gather(step, source)
+        """Take one window through the layers. Gives the last hidden states, with `all_states` each layer's input too."""
+        part = real.gather(window, source)
         hidden = part if source.is_floating_point() else self.embed_tokens(part)
-        everybody = len(step.rows) == len(source)
-        window = Window(
+        all_rows = len(window.rows) == len(source)
+        forward_context = ForwardContext(
             cache=cache,
-            rows=None if everybody else torch.tensor(step.rows, device=hidden.device),
-            lengths=step.lengths,
-            banks=[cache.memory[row] for row in step.rows] if self.config.mem_layers else [],
+            rows=None if all_rows else torch.tensor(window.rows, device=hidden.device),
+            lengths=window.lengths,
+            banks=[cache.memory[row] for row in window.rows] if self.config.mem_layers else [],
             search=cache.search or self._memory_search(),
-            stays=step.stays,
+            keep_local=window.keep_local,
             key_scale=float(self.rotary_emb.attention_scaling),
-            last_layer=None if wanted or step.stays else max(self.config.mem_layers),
+            last_layer=None if needed or window.keep_local else max(self.config.mem_layers),
         )
         mask, position_ids = None, None
         if cache.has_local:
             unrotated = frozenset() if self.config.mem_positionals else frozenset(self.config.mem_layers)
-            cache.rebase(self.rotary_emb, unrotated)
-            cache.make_room(step.width)
-            window.chunk = chunk = cache.slots.plan(step.rows, step.lengths)
-            position_ids = chunk.position_ids.to(hidden.device)
-            if chunk.memory_position_ids is not None:
-                window.memory_rotary = self.rotary_emb(hidden, chunk.memory_position_ids.to(hidden.device))
+            cache.rebase_positions(self.rotary_emb, unrotated)
+            cache.reserve(window.width)
+            forward_context.local_update = update = cache.slots.plan(window.rows, window.lengths)
+            position_ids = update.position_ids.to(hidden.device)
+            if update.memory_position_ids is not None:
+                forward_context.memory_rotary = self.rotary_emb(hidden, update.memory_position_ids.to(hidden.device))
         else:
-            position_ids = torch.arange(step.width, device=hidden.device)[None]
-            if step.stays:
-                window.slots = cache.slots.fill(step.rows, step.lengths)
+            position_ids = torch.arange(window.width, device=hidden.device)[None]
+            if window.keep_local:
+                forward_context.slots = cache.slots.fill(window.rows, window.lengths)
             mask = self._causal_mask(hidden, position_ids)
         rotary = self.rotary_emb(hidden, position_ids)
         states = [hidden]
         for layer in self.layers:
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, window=window, **kwargs)
+            hidden = layer(
+                hidden, attention_mask=mask, position_embeddings=rotary, forward_context=forward_context, **kwargs
+            )
             if all_states:
                 states.append(hidden)
-            if window.last_layer == layer.self_attn.layer_idx:
+            if forward_context.last_layer == layer.self_attn.layer_idx:
                 return states
-        if window.chunk is not None:
-            cache.slots.commit(window.chunk)
+        if forward_context.local_update is not None:
+            cache.slots.commit(forward_context.local_update)
         last = self.norm(hidden)
         # As in Llama's own output, the last of all states is the normed one.
         return [*states[:-1], last] if all_states else [last]
 
-    def _read_together(
+    def _forward_cross_batch(
         self,
         source: Tensor,
         attention_mask: Tensor | None,
-        together: CrossBatch,
+        cross_batch: CrossBatch,
         kwargs: dict[str, Any],
     ) -> BaseModelOutputWithPast:
         """Rows that see one another's contexts in memory layers."""
@@ -240,29 +246,31 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
                 "documents into shorter rows."
             )
         hidden = source if source.is_floating_point() else self.embed_tokens(source)
-        lengths = _lengths(_own_columns(attention_mask, batch, width))
-        lengths = together.lengths if together.outside is not None else lengths
-        few = together.asked and len(together.asked) < batch and self.config.mem_layers
-        last = max(self.config.mem_layers) if few else None
-        together = replace(together, lengths=lengths, asked=together.asked if few else None, last_layer=last)
-        if self.config.mem_log_bias:
-            outside = together.outside or {}
-            most = next((states.shape[1] for states in outside.values()), width)
-            real = [[most if lengths is None else lengths[row] for row in seen] for seen in together.contexts]
-            weights = together.weights or [[1.0] * len(seen) for seen in real]
-            together = replace(together, weights=less_weights(self.config, weights, real))
+        lengths = _lengths(_current_mask(attention_mask, batch, width))
+        lengths = cross_batch.lengths if cross_batch.frozen_contexts is not None else lengths
+        is_subset = cross_batch.query_rows and len(cross_batch.query_rows) < batch and self.config.mem_layers
+        last = max(self.config.mem_layers) if is_subset else None
+        cross_batch = replace(
+            cross_batch, lengths=lengths, query_rows=cross_batch.query_rows if is_subset else None, last_layer=last
+        )
+        if self.config.memory_size_bias:
+            frozen = cross_batch.frozen_contexts or {}
+            max_length = next((states.shape[1] for states in frozen.values()), width)
+            real = [[max_length if lengths is None else lengths[row] for row in seen] for seen in cross_batch.contexts]
+            weights = cross_batch.weights or [[1.0] * len(seen) for seen in real]
+            cross_batch = replace(cross_batch, weights=scale_context_weights(self.config, weights, real))
         position_ids = torch.arange(width, device=hidden.device)[None]
         # Padding stands behind what is real, where causal attention doesn't look.
         mask = self._causal_mask(hidden, position_ids)
         rotary = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, cross_batch=together, **kwargs)
-            if mask is not None and together.last_layer == layer.self_attn.layer_idx and len(mask) > 1:
-                mask = mask[list(together.asked or ())]
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, cross_batch=cross_batch, **kwargs)
+            if mask is not None and cross_batch.last_layer == layer.self_attn.layer_idx and len(mask) > 1:
+                mask = mask[list(cross_batch.query_rows or ())]
         hidden = self.norm(hidden)
-        if together.asked is not None:
+        if cross_batch.query_rows is not None:
             states = hidden.new_zeros(batch, *hidden.shape[1:])
-            hidden = states.index_copy(0, torch.tensor(together.asked, device=hidden.device), hidden)
+            hidden = states.index_copy(0, torch.tensor(cross_batch.query_rows, device=hidden.device), hidden)
         return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     @torch.no_grad()
@@ -275,18 +283,18 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         Returns:
             Per memory layer (rows, width, hidden), without gradient.
         """
-        hidden, found = self.embed_tokens(input_ids), {}
+        hidden, layer_inputs_by_index = self.embed_tokens(input_ids), {}
         position_ids = torch.arange(input_ids.shape[1], device=hidden.device)[None]
         mask, rotary = self._causal_mask(hidden, position_ids), self.rotary_emb(hidden, position_ids)
         last = max(self.config.mem_layers, default=-1)
         # Memory layers without positions aren't Llama's layers.
-        alone = {} if self.config.mem_positionals else {"cross_batch": CrossBatch([[]] * len(input_ids))}
+        layer_kwargs = {} if self.config.mem_positionals else {"cross_batch": CrossBatch([[]] * len(input_ids))}
         for layer in self.layers[: last + 1]:
             if layer.self_attn.has_memory:
-                found[layer.self_attn.layer_idx] = layer.input_layernorm(hidden)
+                layer_inputs_by_index[layer.self_attn.layer_idx] = layer.input_layernorm(hidden)
             if layer.self_attn.layer_idx < last:
-                hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, **alone)
-        return found
+                hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, **layer_kwargs)
+        return layer_inputs_by_index
 
     def _causal_mask(self, hidden: Tensor, position_ids: Tensor) -> Tensor | None:
         """Only some implementations (eager) need it spelt out that a window is causal."""
@@ -301,11 +309,11 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
 
     # ---- settings ------------------------------------------------------------------------------------------------
 
-    def _uses_cache(self, use_cache: bool | None) -> bool:
+    def _resolve_use_cache(self, use_cache: bool | None) -> bool:
         use_cache = self.config.use_cache if use_cache is None else use_cache
         return bool(use_cache) and not (self.gradient_checkpointing and self.training)
 
-    def _cache_for(self, past: Cache | None, batch: int, use_cache: bool) -> LongLlamaCache:
+    def _prepare_cache(self, past: Cache | None, batch: int, use_cache: bool) -> LongLlamaCache:
         if past is not None and not isinstance(past, LongLlamaCache):
             if past.get_seq_length():
                 raise LlamoryError(
@@ -333,29 +341,29 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
 
     def _memory_search(self) -> Search:
         config = self.config
-        key = (config.mem_search, config.mem_top_k, config.mem_only_top_k)
+        key = (config.mem_search, config.mem_top_k, config.mem_top_k_attention)
         if self._search is None or self._search[0] != key:
-            search = make_search(config.mem_search, config.mem_top_k, only_top_k=config.mem_only_top_k)
+            search = make_search(config.mem_search, config.mem_top_k, top_k_attention=config.mem_top_k_attention)
             self._search = (key, search)
         return self._search[1]
 
 
-class _Collected:
-    """The hidden states of all steps, put back to their columns."""
+class _HiddenStateCollector:
+    """The hidden states of all windows, put back to their columns."""
 
     def __init__(self, batch: int, columns: int, all_states: bool):
         self.shape, self.all_states = (batch, columns), all_states
         self.tensors: list[Tensor] = []
 
-    def add(self, states: list[Tensor], step: Step, real: RealTokens, offset: int) -> None:
-        if real.columns is None and len(step.rows) == self.shape[0] and states[0].shape[1] >= self.shape[1]:
-            # All that is asked for came from this one step, which is most often so.
+    def add(self, states: list[Tensor], window: Window, real: RealTokens, offset: int) -> None:
+        if real.columns is None and len(window.rows) == self.shape[0] and states[0].shape[1] >= self.shape[1]:
+            # All that is asked for came from this one window, which is most often so.
             self.tensors = [state[:, -self.shape[1] :] for state in states]
             return
         if not self.tensors:
             self.tensors = [state.new_zeros((*self.shape, state.shape[-1])) for state in states]
         for tensor, state in zip(self.tensors, states, strict=True):
-            real.scatter(step, state, tensor, offset)
+            real.scatter(window, state, tensor, offset)
 
     def last(self, hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         if not self.tensors:
@@ -373,7 +381,7 @@ def _first_kept(logits_to_keep: int | Tensor | None, length: int) -> int:
     return max(length - logits_to_keep, 0) if isinstance(logits_to_keep, int) and logits_to_keep else 0
 
 
-def _own_columns(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+def _current_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """The mask of the input's own columns."""
     if attention_mask is None:
         return None

@@ -12,16 +12,16 @@ class MemoryProjection(nn.Linear):
     """A projection for memory, which starts as the layer's own.
 
     Args:
-        own: the layer's.
+        base: the layer's.
         bias: whether it has a bias, too.
     """
 
-    def __init__(self, own: nn.Linear, bias: bool):
-        super().__init__(own.in_features, own.out_features, bias, own.weight.device, own.weight.dtype)
-        self._own = (own,)  # in a tuple, as it isn't a part of this one
-        self.start()
+    def __init__(self, base: nn.Linear, bias: bool):
+        super().__init__(base.in_features, base.out_features, bias, base.weight.device, base.weight.dtype)
+        self._base = (base,)  # in a tuple, as it isn't a part of this one
+        self.init_from_base()
 
-    def start(self) -> None:
+    def init_from_base(self) -> None:
         """Take the weights of the layer's own, unless these were loaded."""
         for name, parameter in self.named_parameters():
-            init.copy_(parameter, getattr(self._own[0], name))
+            init.copy_(parameter, getattr(self._base[0], name))

@@ -1,4 +1,4 @@
-"""How a prompt is cut: windows that go into memory one by one, and a last one that stays in the local context."""
+"""How a prompt is cut: windows that go into memory one by one, and a last one that keep_local in the local context."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Step:
+class Window:
     """One pass through the layers: some rows' next real tokens.
 
     Attributes:
         rows: indices of the batch's rows that take part.
-        starts: per row, the first of its real tokens in this step.
+        starts: per row, the first of its real tokens in this window.
         stops: per row, behind the last one.
-        stays: whether the tokens stay in the local context (else they go into memory).
+        keep_local: whether the tokens stay in the local context (else they go into memory).
     """
 
     rows: tuple[int, ...]
     starts: tuple[int, ...]
     stops: tuple[int, ...]
-    stays: bool
+    keep_local: bool
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -36,12 +36,12 @@ class Step:
         return max(self.lengths)
 
     @property
-    def is_even(self) -> bool:
+    def is_uniform(self) -> bool:
         """Whether all rows have as many tokens."""
         return len(set(self.lengths)) == 1
 
 
-def cut_prompt(lengths: Sequence[int], context: int, last: int, stays: bool) -> list[Step]:
+def split_prompt(lengths: Sequence[int], context: int, last: int, keep_local: bool) -> list[Window]:
     """Cut the rows of a new prompt into windows (the paper's section 3; `last_context_length` in the published code).
 
     All but the last `last` tokens are cut into windows of `context` tokens, which go into memory; then comes the last
@@ -51,31 +51,36 @@ def cut_prompt(lengths: Sequence[int], context: int, last: int, stays: bool) -> 
         lengths: real tokens per row; rows without any take no part.
         context: the length of a window.
         last: the length of the last window.
-        stays: whether the last window stays in the local context.
+        keep_local: whether the last window keep_local in the local context.
     """
-    ahead = [max(length - last, 0) for length in lengths]
-    steps = [
-        _step([(row, start, min(start + context, end)) for row, end in enumerate(ahead) if start < end], stays=False)
-        for start in range(0, max(ahead, default=0), context)
+    memory_stops = [max(length - last, 0) for length in lengths]
+    windows = [
+        _window(
+            [(row, start, min(start + context, end)) for row, end in enumerate(memory_stops) if start < end],
+            keep_local=False,
+        )
+        for start in range(0, max(memory_stops, default=0), context)
     ]
-    final = [(row, start, length) for row, (start, length) in enumerate(zip(ahead, lengths, strict=True)) if length]
-    return [*steps, _step(final, stays)] if final else steps
+    final = [
+        (row, start, length) for row, (start, length) in enumerate(zip(memory_stops, lengths, strict=True)) if length
+    ]
+    return [*windows, _window(final, keep_local)] if final else windows
 
 
-def cut_continuation(lengths: Sequence[int], chunk: int) -> list[Step]:
+def split_continuation(lengths: Sequence[int], chunk: int) -> list[Window]:
     """Cut what follows on a local context into chunks; all of them stay."""
     return [
-        _step(
+        _window(
             [(row, start, min(start + chunk, length)) for row, length in enumerate(lengths) if start < length],
-            stays=True,
+            keep_local=True,
         )
         for start in range(0, max(lengths, default=0), chunk)
     ]
 
 
-def _step(parts: list[tuple[int, int, int]], stays: bool) -> Step:
+def _window(parts: list[tuple[int, int, int]], keep_local: bool) -> Window:
     rows, starts, stops = zip(*parts, strict=True)
-    return Step(rows, starts, stops, stays)
+    return Window(rows, starts, stops, keep_local)
 
 
 class RealTokens:
@@ -94,36 +99,36 @@ class RealTokens:
             self.columns = [row.nonzero().flatten() for row in attention_mask != 0]
             self.lengths = [len(columns) for columns in self.columns]
 
-    def gather(self, step: Step, batch: Tensor) -> Tensor:
-        """A step's part of (batch, length, ...), (rows, width, ...); short rows are filled up behind with zeros."""
-        if self.columns is None and step.is_even and len(step.rows) == len(batch):
-            return batch[:, step.starts[0] : step.stops[0]]
-        part = batch.new_zeros((len(step.rows), step.width, *batch.shape[2:]))
-        for target, row, columns in self._rows(step, batch.device):
+    def gather(self, window: Window, batch: Tensor) -> Tensor:
+        """A window's part of (batch, length, ...), (rows, width, ...); short rows are filled up behind with zeros."""
+        if self.columns is None and window.is_uniform and len(window.rows) == len(batch):
+            return batch[:, window.starts[0] : window.stops[0]]
+        part = batch.new_zeros((len(window.rows), window.width, *batch.shape[2:]))
+        for target, row, columns in self._rows(window, batch.device):
             part[target, : len(columns)] = batch[row, columns]
         return part
 
-    def scatter(self, step: Step, part: Tensor, batch: Tensor, offset: int) -> None:
-        """Write a step's results (rows, width, ...) to their columns of `batch`, whose first column is `offset`."""
-        if self.columns is None and step.is_even and len(step.rows) == len(batch):
-            start = max(step.starts[0], offset)
-            if start < step.stops[0]:
-                batch[:, start - offset : step.stops[0] - offset] = part[:, start - step.starts[0] :]
+    def scatter(self, window: Window, part: Tensor, batch: Tensor, offset: int) -> None:
+        """Write a window's results (rows, width, ...) to their columns of `batch`, whose first column is `offset`."""
+        if self.columns is None and window.is_uniform and len(window.rows) == len(batch):
+            start = max(window.starts[0], offset)
+            if start < window.stops[0]:
+                batch[:, start - offset : window.stops[0] - offset] = part[:, start - window.starts[0] :]
             return
-        for source, row, columns in self._rows(step, batch.device):
+        for source, row, columns in self._rows(window, batch.device):
             wanted = columns >= offset
             batch[row, columns[wanted] - offset] = part[source, : len(columns)][wanted]
 
-    def reaches(self, step: Step, offset: int) -> bool:
-        """Whether a step has tokens at column `offset` or behind it."""
+    def reaches(self, window: Window, offset: int) -> bool:
+        """Whether a window has tokens at column `offset` or behind it."""
         if self.columns is None:
-            return max(step.stops) > offset
-        last = [int(self.columns[row][stop - 1]) for row, stop in zip(step.rows, step.stops, strict=True)]
+            return max(window.stops) > offset
+        last = [int(self.columns[row][stop - 1]) for row, stop in zip(window.rows, window.stops, strict=True)]
         return max(last) >= offset
 
-    def _rows(self, step: Step, device: torch.device) -> list[tuple[int, int, Tensor]]:
+    def _rows(self, window: Window, device: torch.device) -> list[tuple[int, int, Tensor]]:
         parts = []
-        for index, (row, start, stop) in enumerate(zip(step.rows, step.starts, step.stops, strict=True)):
+        for index, (row, start, stop) in enumerate(zip(window.rows, window.starts, window.stops, strict=True)):
             columns = (
                 torch.arange(start, stop, device=device)
                 if self.columns is None

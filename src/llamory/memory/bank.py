@@ -16,15 +16,15 @@ from llamory.memory import checks, files
 from llamory.memory.blocks import Block, Span, memory_dtype
 from llamory.memory.segments import (
     LARGEST_BLOCK,
-    Piece,
     Segment,
+    SegmentSpan,
+    block_to_device,
     capacity_for,
-    concatenated,
-    gathered,
-    joined,
-    moved,
-    sliced,
-    stored_segments,
+    compact_tail,
+    concat_tokens,
+    merge_spans,
+    segments_from_file,
+    slice_spans,
 )
 
 DEFAULT_SEGMENT = "context"
@@ -33,14 +33,14 @@ DEFAULT_SEGMENT = "context"
 # many short spans would cost every search a call each.
 _LONG_SPAN = 256
 # Forks may append to one block from several threads; the check for room and the write belong together.
-_writing = threading.Lock()
+_write_lock = threading.Lock()
 
 
 class MemoryBank:
     """The memory of a long reader: tensors only, in named segments (one per document) whose order can be chosen.
 
     Appending writes into preallocated blocks that double in size, so nothing that was written is copied again (but for
-    short pieces that forks of forks cut off, which are gathered). Forks, mounted segments and
+    short segment_spans that forks of forks cut off, which are compact_tail). Forks, attached segments and
     loaded files share blocks, which never change where they are filled; `copy.deepcopy` of a bank is therefore a fork.
 
     Args:
@@ -72,7 +72,9 @@ class MemoryBank:
     ):
         self.layers = tuple(int(layer) for layer in layers)
         if len(set(self.layers)) < len(self.layers) or min(self.layers, default=0) < 0:
-            raise LlamoryError(f"Memory layers must be different and not negative, not {checks.numbers(self.layers)}.")
+            raise LlamoryError(
+                f"Memory layers must be different and not negative, not {checks.format_layers(self.layers)}."
+            )
         if kv_heads < 1 or head_dim < 1:
             raise LlamoryError(f"A memory needs at least one head of size 1, not {kv_heads} of size {head_dim}.")
         self.kv_heads, self.head_dim = kv_heads, head_dim
@@ -83,16 +85,16 @@ class MemoryBank:
         self._lengths = dict.fromkeys(self.layers, 0)
         # Per layer: the block that was written last, where a new segment starts, and all blocks made here. A fork has
         # neither: it may go on where a segment ends in its block, and else makes small room of its own.
-        self._tails: dict[int, Block] = {}
-        self._made: dict[int, WeakSet[Block]] = {layer: WeakSet() for layer in self.layers}
-        # Per layer, the joined spans of all segments but the last, which is the one that usually grows.
-        self._settled: dict[int, list[Span]] = {}
+        self._tail_blocks: dict[int, Block] = {}
+        self._allocated_blocks: dict[int, WeakSet[Block]] = {layer: WeakSet() for layer in self.layers}
+        # Per layer, the merge_spans spans of all segments but the last, which is the one that usually grows.
+        self._cached_prefix_spans: dict[int, list[Span]] = {}
 
     def __repr__(self) -> str:
         kind = checks.dtype_name(self.dtype)
         return (
             f"MemoryBank({len(self._segments)} segments, {self.length():,} tokens, "
-            f"layers {checks.numbers(self.layers)}, {kind})"
+            f"layers {checks.format_layers(self.layers)}, {kind})"
         )
 
     # ---- looking -----------------------------------------------------------------------------------------------------
@@ -130,10 +132,12 @@ class MemoryBank:
         self._check_layer(layer)
         if not self._segments:
             return []
-        *settled, last = self._segments.values()
-        if layer not in self._settled:
-            self._settled[layer] = joined(span for each in settled for span in each.spans.get(layer, ()))
-        return joined(last.spans.get(layer, ()), self._settled[layer])
+        *prefix, last = self._segments.values()
+        if layer not in self._cached_prefix_spans:
+            self._cached_prefix_spans[layer] = merge_spans(
+                span for each in prefix for span in each.spans.get(layer, ())
+            )
+        return merge_spans(last.spans.get(layer, ()), self._cached_prefix_spans[layer])
 
     def keys(self, layer: int, segment: str | None = None) -> Tensor:
         """A layer's keys as float32, for looking: (kv_heads, tokens, head_dim), a copy, of one segment or of all.
@@ -141,19 +145,23 @@ class MemoryBank:
         Raises:
             LlamoryError: the layer has no memory, or there is no such segment.
         """
-        return concatenated([self._nothing(), *(span.keys(torch.float32) for span in self._spans_of(layer, segment))])
+        return concat_tokens(
+            [self._empty_tensor(), *(span.keys(torch.float32) for span in self._spans_of(layer, segment))]
+        )
 
     def values(self, layer: int, segment: str | None = None) -> Tensor:
         """A layer's values, as `keys`."""
-        return concatenated([self._nothing(), *(span.values(torch.float32) for span in self._spans_of(layer, segment))])
+        return concat_tokens(
+            [self._empty_tensor(), *(span.values(torch.float32) for span in self._spans_of(layer, segment))]
+        )
 
-    def describe(self, segment: str) -> dict[str, Any]:
-        """The facts that `annotate` noted of a segment, as a copy.
+    def metadata(self, segment: str) -> dict[str, Any]:
+        """The metadata that `set_metadata` stored of a segment, as a copy.
 
         Raises:
             LlamoryError: there is no such segment.
         """
-        return json.loads(json.dumps(self._segment(segment).facts))
+        return json.loads(json.dumps(self._segment(segment).metadata))
 
     # ---- changing ----------------------------------------------------------------------------------------------------
 
@@ -176,35 +184,35 @@ class MemoryBank:
         if segment not in self._segments:
             self._add(segment, Segment())
         elif segment != next(reversed(self._segments)):
-            self._settled.pop(layer, None)
+            self._cached_prefix_spans.pop(layer, None)
         target = self._segments[segment]
         keys, values = keys.detach(), values.detach()
         done, tokens = 0, keys.shape[1]
-        with _writing:
+        with _write_lock:
             while done < tokens:
-                spans, block = self._room(layer, target.spans.get(layer, ()), tokens - done, keys.device)
+                spans, block = self._writable_block(layer, target.spans.get(layer, ()), tokens - done, keys.device)
                 start, stop = done, min(tokens, done + block.free)
                 first = block.filled
                 block.write(keys[:, start:stop], values[:, start:stop])
-                target.spans[layer] = tuple(joined([Span(block, first, block.filled)], spans))
-                self._tails[layer] = block
+                target.spans[layer] = tuple(merge_spans([Span(block, first, block.filled)], spans))
+                self._tail_blocks[layer] = block
                 self._lengths[layer] += stop - start
                 done = stop
 
-    def annotate(self, segment: str, **facts: Any) -> None:
-        """Note facts of a segment (its source, say) that are kept with it, in files too.
+    def set_metadata(self, segment: str, **metadata: Any) -> None:
+        """Note metadata of a segment (its source, say) that are kept with it, in files too.
 
         Raises:
             LlamoryError: there is no such segment, or a fact isn't something that JSON can hold.
         """
         target = self._segment(segment)
         try:
-            noted = json.loads(json.dumps(facts, allow_nan=False))
+            stored = json.loads(json.dumps(metadata, allow_nan=False))
         except (TypeError, ValueError, RecursionError) as error:
             raise LlamoryError(
                 f"Facts of a segment must be what JSON can hold (text, numbers, lists, dictionaries): {error}."
             ) from error
-        target.facts = {**target.facts, **noted}
+        target.metadata = {**target.metadata, **stored}
 
     def drop(self, segment: str) -> None:
         """Take a segment out; its blocks are freed when nobody else has a part of them.
@@ -214,11 +222,11 @@ class MemoryBank:
         """
         dropped = self._segment(segment)
         del self._segments[segment]
-        self._settled.clear()
+        self._cached_prefix_spans.clear()
         for layer in self.layers:
             self._lengths[layer] -= dropped.length(layer)
-            if not any(span.block is self._tails.get(layer) for span in self._spans_of(layer)):
-                self._tails.pop(layer, None)
+            if not any(span.block is self._tail_blocks.get(layer) for span in self._spans_of(layer)):
+                self._tail_blocks.pop(layer, None)
 
     def rename(self, old: str, new: str) -> None:
         """Give a segment another name; its place stays.
@@ -243,13 +251,13 @@ class MemoryBank:
         """
         if isinstance(segments, str) or sorted(map(str, segments)) != sorted(self._segments):
             raise LlamoryError(
-                f"The new order must name every segment once ({checks.quoted(self.segments)}), "
-                f"not {checks.quoted(segments)}."
+                f"The new order must name every segment once ({checks.format_names(self.segments)}), "
+                f"not {checks.format_names(segments)}."
             )
         self._segments = {name: self._segments[name] for name in segments}
-        self._settled.clear()
+        self._cached_prefix_spans.clear()
 
-    def mount(self, other: MemoryBank, segments: Sequence[str] | None = None) -> None:
+    def attach(self, other: MemoryBank, segments: Sequence[str] | None = None) -> None:
         """Take over segments of another bank, at the end; nothing is copied, and the other bank keeps them too.
 
         Args:
@@ -259,61 +267,61 @@ class MemoryBank:
 
         Raises:
             LlamoryError: the other memory is of another kind, doesn't have such a segment, or has one whose name is
-                taken here. Nothing is mounted then.
+                taken here. Nothing is attached then.
         """
         names = other.segments if segments is None else tuple(segments)
-        what = "The memory to mount"
+        what = "The memory to attach"
         checks.check_fingerprint(what, other.fingerprint, self.fingerprint)
         checks.check_heads(what, (other.kv_heads, other.head_dim), (self.kv_heads, self.head_dim))
         checks.check_layers(what, other.layers, self.layers)
         checks.check_dtype(what, other.dtype, self.dtype)
-        mounted = [other._segment(name).copy() for name in names]
-        taken = [name for i, name in enumerate(names) if name in self._segments or name in names[:i]]
-        if taken:
+        attached = [other._segment(name).copy() for name in names]
+        duplicates = [name for i, name in enumerate(names) if name in self._segments or name in names[:i]]
+        if duplicates:
             raise LlamoryError(
-                f"The memory already has a segment {taken[0]!r}: rename one of the two, or drop the one that is there."
+                f"The memory already has a segment {duplicates[0]!r}: rename one of the two, or drop the one that is there."
             )
         self.fingerprint = self.fingerprint or other.fingerprint
-        for name, segment in zip(names, mounted, strict=True):
+        for name, segment in zip(names, attached, strict=True):
             self._add(name, segment)
 
-    def excerpt(self, pieces: Sequence[Piece]) -> MemoryBank:
-        """A bank with pieces of this one's segments, whose blocks it shares.
+    def slice(self, segment_spans: Sequence[SegmentSpan]) -> MemoryBank:
+        """A bank with segment_spans of this one's segments, whose blocks it shares.
 
         Args:
-            pieces: which tokens of which segments, (segment, start, stop). Several of one segment are put together;
-                the segments' facts, which are of all their tokens, are left out.
+            segment_spans: which tokens of which segments, (segment, start, stop). Several of one segment are put together;
+                the segments' metadata, which are of all their tokens, are left out.
 
         Raises:
             LlamoryError: there is no such segment.
         """
-        twin, segments = self._empty(self.device), dict[str, Segment]()
-        for name, start, stop in pieces:
+        result, segments = self._empty_bank(self.device), dict[str, Segment]()
+        for name, start, stop in segment_spans:
             spans, target = self._segment(name).spans, segments.setdefault(name, Segment())
             for layer in self.layers:
                 target.spans[layer] = tuple(
-                    joined(sliced(spans.get(layer, ()), start, stop), target.spans.get(layer, ()))
+                    merge_spans(slice_spans(spans.get(layer, ()), start, stop), target.spans.get(layer, ()))
                 )
         for name, segment in segments.items():
-            twin._add(name, segment)
-        return twin
+            result._add(name, segment)
+        return result
 
     def fork(self) -> MemoryBank:
         """A bank of the same content that shares all blocks; what is done to either isn't seen by the other."""
-        twin = self._empty(self.device)
-        twin._segments = {name: each.copy() for name, each in self._segments.items()}
-        twin._lengths = dict(self._lengths)
-        return twin
+        result = self._empty_bank(self.device)
+        result._segments = {name: each.copy() for name, each in self._segments.items()}
+        result._lengths = dict(self._lengths)
+        return result
 
-    def beside(self) -> MemoryBank:
+    def empty_sibling(self) -> MemoryBank:
         """An empty bank that writes into this one's blocks, behind all that is there.
 
         Mounted here it takes no more room; in a bank of its own each document would begin a block of its own, most of
         which stays empty.
         """
-        twin = self._empty(self.device)
-        twin._tails, twin._made = self._tails, self._made
-        return twin
+        result = self._empty_bank(self.device)
+        result._tail_blocks, result._allocated_blocks = self._tail_blocks, self._allocated_blocks
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MemoryBank:
         return self.fork()
@@ -322,15 +330,15 @@ class MemoryBank:
         """A bank of the same content that is kept on a device; blocks that are there already are shared."""
         device = torch.device(device)
         blocks = {span.block for each in self._segments.values() for spans in each.spans.values() for span in spans}
-        there = {block: moved(block, device) for block in blocks}
-        twin = self._empty(device)
+        on_device = {block: block_to_device(block, device) for block in blocks}
+        result = self._empty_bank(device)
         for name, segment in self._segments.items():
             spans = {
-                layer: tuple(Span(there[span.block], span.start, span.stop) for span in each)
+                layer: tuple(Span(on_device[span.block], span.start, span.stop) for span in each)
                 for layer, each in segment.spans.items()
             }
-            twin._add(name, Segment(spans, segment.facts))
-        return twin
+            result._add(name, Segment(spans, segment.metadata))
+        return result
 
     # ---- files -------------------------------------------------------------------------------------------------------
 
@@ -345,12 +353,12 @@ class MemoryBank:
             OSError: the file can't be written (no permission, a full disk); the old file is as it was.
         """
         segments = tuple(
-            files.StoredSegment(name, tuple(each.length(layer) for layer in self.layers), each.facts)
+            files.StoredSegment(name, tuple(each.length(layer) for layer in self.layers), each.metadata)
             for name, each in self._segments.items()
         )
         kind = checks.dtype_name(self.dtype)
-        contents = files.Contents(self.layers, self.kv_heads, self.head_dim, kind, self.fingerprint, segments)
-        files.write(path, contents, self._pieces)
+        contents = files.MemoryHeader(self.layers, self.kv_heads, self.head_dim, kind, self.fingerprint, segments)
+        files.write(path, contents, self._tensor_chunks)
 
     @classmethod
     def load(
@@ -393,38 +401,38 @@ class MemoryBank:
             dtype=contents.dtype,
             fingerprint=contents.fingerprint,
         )
-        for name, segment in stored_segments(file).items():
+        for name, segment in segments_from_file(file).items():
             bank._add(name, segment)
         return bank
 
-    def _pieces(self, layer: int, part: str) -> Iterator[Tensor]:
+    def _tensor_chunks(self, layer: int, part: str) -> Iterator[Tensor]:
         """A part of all blocks, as one tensor's elements follow one another: head by head."""
         for head in range(self.kv_heads):
             for span in self.spans(layer):
-                for piece in span.parts(LARGEST_BLOCK):
-                    yield getattr(piece.block, part)[head, piece.start : piece.stop]
+                for subspan in span.split(LARGEST_BLOCK):
+                    yield getattr(subspan.block, part)[head, subspan.start : subspan.stop]
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
-    def _room(
+    def _writable_block(
         self, layer: int, spans: tuple[Span, ...], tokens: int, device: torch.device
     ) -> tuple[tuple[Span, ...], Block]:
-        """A block with room for a segment's next tokens, and the segment's spans, the last ones maybe moved into it."""
+        """A block with room for a segment's next tokens, and the segment's spans, the last ones maybe block_to_device into it."""
         last = spans[-1] if spans else None
-        cut_off = last is not None and last.stop < last.block.filled
-        if last is not None and not cut_off and last.block.free:
+        tail_shared = last is not None and last.stop < last.block.filled
+        if last is not None and not tail_shared and last.block.free:
             return spans, last.block
-        tail = self._tails.get(layer)
-        if tail is not None and tail.free and (last is None or len(last) >= _LONG_SPAN):
-            return spans, tail
-        capacity = capacity_for(tokens, made=sum(block.capacity for block in self._made[layer]))
+        tail_block = self._tail_blocks.get(layer)
+        if tail_block is not None and tail_block.free and (last is None or len(last) >= _LONG_SPAN):
+            return spans, tail_block
+        capacity = capacity_for(tokens, allocated=sum(block.capacity for block in self._allocated_blocks[layer]))
         # A tensor made in inference mode could not be written to outside of inference mode.
         with torch.inference_mode(False):
             block = Block.allocate(self.kv_heads, capacity, self.head_dim, self.dtype, self.device or device)
-        self._made[layer].add(block)
-        return (gathered(spans, block, tokens) if cut_off else spans), block
+        self._allocated_blocks[layer].add(block)
+        return (compact_tail(spans, block, tokens) if tail_shared else spans), block
 
-    def _empty(self, device: torch.device | None) -> MemoryBank:
+    def _empty_bank(self, device: torch.device | None) -> MemoryBank:
         return MemoryBank(
             self.layers, self.kv_heads, self.head_dim, dtype=self.dtype, device=device, fingerprint=self.fingerprint
         )
@@ -432,7 +440,7 @@ class MemoryBank:
     def _add(self, name: str, segment: Segment) -> None:
         checks.check_name(name)
         self._segments[name] = segment
-        self._settled.clear()
+        self._cached_prefix_spans.clear()
         for layer in self.layers:
             self._lengths[layer] += segment.length(layer)
 
@@ -442,16 +450,18 @@ class MemoryBank:
         self._check_layer(layer)
         return list(self._segment(segment).spans.get(layer, ()))
 
-    def _nothing(self) -> Tensor:
+    def _empty_tensor(self) -> Tensor:
         return torch.zeros(self.kv_heads, 0, self.head_dim, device=self.device)
 
     def _segment(self, name: str) -> Segment:
         try:
             return self._segments[name]
         except (KeyError, TypeError):
-            there = f"it has {checks.quoted(self.segments)}" if self._segments else "it is empty"
-            raise LlamoryError(f"The memory has no segment {name!r}: {there}.") from None
+            existing = f"it has {checks.format_names(self.segments)}" if self._segments else "it is empty"
+            raise LlamoryError(f"The memory has no segment {name!r}: {existing}.") from None
 
     def _check_layer(self, layer: int) -> None:
         if layer not in self._lengths:
-            raise LlamoryError(f"Layer {layer} has no memory: the memory layers are {checks.numbers(self.layers)}.")
+            raise LlamoryError(
+                f"Layer {layer} has no memory: the memory layers are {checks.format_layers(self.layers)}."
+            )

@@ -40,10 +40,10 @@ class Block:
         values: (kv_heads, capacity, head_dim), contiguous.
         key_scales, value_scales: (kv_heads, capacity) float32 for int8 memory (number = int8 * scale), else None.
         filled: tokens written so far.
-        summaries: what ways of searching remember of the filled part, each under a name of its own.
+        search_cache: what ways of searching remember of the filled part, each under a name of its own.
     """
 
-    __slots__ = ("__weakref__", "filled", "key_scales", "keys", "summaries", "value_scales", "values")
+    __slots__ = ("__weakref__", "filled", "key_scales", "keys", "search_cache", "value_scales", "values")
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Block:
         self.keys, self.values = keys, values
         self.key_scales, self.value_scales = key_scales, value_scales
         self.filled = filled
-        self.summaries: dict[str, object] = {}
+        self.search_cache: dict[str, object] = {}
 
     @classmethod
     def allocate(
@@ -101,7 +101,7 @@ class Block:
                 target[:, start:stop].copy_((source.float() / scale.unsqueeze(-1)).round_())
         self.filled = stop
 
-    def take(self, span: Span) -> None:
+    def append_span(self, span: Span) -> None:
         """Append a span of a block of the same type as it is: int8 keeps its scales."""
         start, stop, block = self.filled, self.filled + len(span), span.block
         for source, target in (
@@ -140,7 +140,7 @@ class Span:
         """(kv_heads, tokens, head_dim), as `keys`."""
         return _read(self.block.values, self.block.value_scales, self.start, self.stop, dtype)
 
-    def parts(self, tokens: int) -> Iterator[Span]:
+    def split(self, tokens: int) -> Iterator[Span]:
         """This span in parts of at most `tokens` tokens."""
         for start in range(self.start, self.stop, tokens):
             yield Span(self.block, start, min(start + tokens, self.stop))

@@ -32,51 +32,51 @@ def check_tensors(keys: Tensor, values: Tensor, kv_heads: int, head_dim: int) ->
         raise LlamoryError(f"Keys and values must be of the same tokens, not of {keys.shape[1]} and {values.shape[1]}.")
 
 
-def check_fingerprint(what: str, given: str, wanted: str | None) -> None:
+def check_fingerprint(what: str, actual: str, expected: str | None) -> None:
     """A memory must be of the model that uses it; where either isn't known, nothing can be said."""
-    if given and wanted and given != wanted:
+    if actual and expected and actual != expected:
         raise LlamoryError(
-            f"{what} was made by another model (fingerprint {given}, not {wanted}): "
+            f"{what} was made by another model (fingerprint {actual}, not {expected}): "
             "use that model, or read the documents again with this model."
         )
 
 
-def check_layers(what: str, given: Sequence[int], wanted: Sequence[int]) -> None:
+def check_layers(what: str, actual: Sequence[int], expected: Sequence[int]) -> None:
     """A memory must be of the memory layers of the model that uses it."""
-    if tuple(given) != tuple(wanted):
+    if tuple(actual) != tuple(expected):
         raise LlamoryError(
-            f"{what} is of the memory layers {numbers(given)}, not {numbers(wanted)}: "
+            f"{what} is of the memory layers {format_layers(actual)}, not {format_layers(expected)}: "
             "use a model with those memory layers, or read the documents again with this model."
         )
 
 
-def check_dtype(what: str, given: torch.dtype, wanted: torch.dtype) -> None:
+def check_dtype(what: str, actual: torch.dtype, expected: torch.dtype) -> None:
     """Memories of different types aren't mixed."""
-    if given != wanted:
+    if actual != expected:
         raise LlamoryError(
-            f"{what} is kept as {dtype_name(given)}, not as {dtype_name(wanted)}: "
-            f"use mem_dtype {dtype_name(given)}, or read the documents again."
+            f"{what} is kept as {dtype_name(actual)}, not as {dtype_name(expected)}: "
+            f"use mem_dtype {dtype_name(actual)}, or read the documents again."
         )
 
 
-def check_heads(what: str, given: tuple[int, int], wanted: tuple[int, int]) -> None:
+def check_heads(what: str, actual: tuple[int, int], expected: tuple[int, int]) -> None:
     """A memory must have the model's key/value heads."""
-    if given != wanted:
+    if actual != expected:
         raise LlamoryError(
-            f"{what} has {given[0]} key/value heads of size {given[1]}, not {wanted[0]} of size {wanted[1]}: "
+            f"{what} has {actual[0]} key/value heads of size {actual[1]}, not {expected[0]} of size {expected[1]}: "
             "it is of another model."
         )
 
 
-def numbers(layers: Iterable[int]) -> str:
+def format_layers(layers: Iterable[int]) -> str:
     """Layers, as a sentence lists them."""
     return ", ".join(map(str, layers)) or "none"
 
 
-def quoted(names: Sequence[str]) -> str:
+def format_names(names: Sequence[str]) -> str:
     """Segments, as a sentence lists them."""
-    shown = ", ".join(map(repr, names[:_NAMES_SHOWN]))
-    return f"{shown} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else shown or "none"
+    listed = ", ".join(map(repr, names[:_NAMES_SHOWN]))
+    return f"{listed} and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else listed or "none"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -32,13 +32,13 @@ except ImportError:  # not a POSIX system: two processes that save the same file
     fcntl = None  # type: ignore[assignment]
 
 VERSION = 1
-_CHECK_DIGITS = 16
+_CHECKSUM_DIGITS = 16
 # Every memory file starts with its header's length and this; the check is that of the header with zeros in its place.
-_START = b'{"__metadata__":{"format":"llamory memory","check":"'
-_UNCHECKED = "0" * _CHECK_DIGITS
+_HEADER_PREFIX = b'{"__metadata__":{"format":"llamory memory","check":"'
+_CHECKSUM_PLACEHOLDER = "0" * _CHECKSUM_DIGITS
 _ALIGNMENT = 64
 _LENGTH_BYTES = 8
-_MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 # Linux counts a writable mapping as memory that was asked for unless told not to, and refuses one larger than its RAM.
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
 _FILE_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
@@ -52,16 +52,16 @@ class StoredSegment:
     Attributes:
         name: its name.
         tokens: how many it has in each memory layer.
-        facts: what is known of it.
+        metadata: what is known of it.
     """
 
     name: str
     tokens: tuple[int, ...]
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Contents:
+class MemoryHeader:
     """What a memory file says about itself; `dtype` by name, segments in order."""
 
     layers: tuple[int, ...]
@@ -91,20 +91,20 @@ def tensor_name(layer: int, part: str) -> str:
     return f"layers.{layer}.{part}"
 
 
-def peek(path: PathLike) -> dict[str, Any]:
+def read_header(path: PathLike) -> dict[str, Any]:
     """What a memory file holds, read from its header alone, as something that JSON can hold.
 
     Returns:
         `version`, `fingerprint`, `layers`, `kv_heads`, `head_dim`, `dtype`, `tokens` (in the first memory layer),
-        `bytes` (of the file) and `segments`: a list of `name`, `tokens` and `facts`, in order.
+        `bytes` (of the file) and `segments`: a list of `name`, `tokens` and `metadata`, in order.
 
     Raises:
         LlamoryError: there is no such file, it isn't a memory file, or its header is damaged or cut short.
     """
-    with _opened(path) as file:
+    with _open(path) as file:
         contents, _, _ = _read_header(path, file)
         segments = [
-            {"name": each.name, "tokens": each.tokens[0] if each.tokens else 0, "facts": each.facts}
+            {"name": each.name, "tokens": each.tokens[0] if each.tokens else 0, "metadata": each.metadata}
             for each in contents.segments
         ]
         return {
@@ -128,7 +128,7 @@ class MemoryFile:
     """
 
     path: PathLike
-    contents: Contents
+    contents: MemoryHeader
     tensors: dict[str, Tensor]
     checks: dict[str, str]
 
@@ -140,34 +140,34 @@ class MemoryFile:
         """
         for name, tensor in self.tensors.items():
             if xxhash.xxh3_64_hexdigest(_bytes(tensor)) != self.checks[name]:
-                raise LlamoryError(_damaged(self.path, name))
+                raise LlamoryError(_damaged_message(self.path, name))
 
 
 def read(path: PathLike) -> MemoryFile:
     """Map a memory file and check its header; its data is checked by `MemoryFile.verify`.
 
     Raises:
-        LlamoryError: as `peek`.
+        LlamoryError: as `read_header`.
     """
-    with _opened(path) as file:
+    with _open(path) as file:
         contents, start, checks = _read_header(path, file)
         # Not safetensors' own mapping: that is refused for files larger than RAM, and opens the path a second time,
         # when another file may have taken its place.
-        mapped = _mapped(file)
+        mapped = _mmap(file)
     tensors = {}
     for name, (dtype, shape) in contents.tensors().items():
-        numbers, kind = math.prod(shape), DTYPES[dtype]
+        numbers, torch_dtype = math.prod(shape), DTYPES[dtype]
         tensors[name] = (
-            torch.frombuffer(mapped, dtype=kind, count=numbers, offset=start).view(shape)
+            torch.frombuffer(mapped, dtype=torch_dtype, count=numbers, offset=start).view(shape)
             if numbers
-            else torch.empty(shape, dtype=kind)  # a view of nothing is refused
+            else torch.empty(shape, dtype=torch_dtype)  # a view of nothing is refused
         )
-        start += numbers * kind.itemsize
+        start += numbers * torch_dtype.itemsize
     return MemoryFile(path, contents, tensors, checks)
 
 
 @contextmanager
-def _opened(path: PathLike) -> Iterator[BinaryIO]:
+def _open(path: PathLike) -> Iterator[BinaryIO]:
     path = Path(path)
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -178,31 +178,31 @@ def _opened(path: PathLike) -> Iterator[BinaryIO]:
         raise LlamoryError(f"There is no memory file {path}; check the path.") from error
 
 
-def _mapped(file: BinaryIO) -> mmap.mmap:
+def _mmap(file: BinaryIO) -> mmap.mmap:
     if sys.platform == "win32":
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-def _read_header(path: PathLike, file: BinaryIO) -> tuple[Contents, int, dict[str, str]]:
+def _read_header(path: PathLike, file: BinaryIO) -> tuple[MemoryHeader, int, dict[str, str]]:
     """What the file says about itself, where its tensors start, and their checksums."""
     size = os.fstat(file.fileno()).st_size
-    head = file.read(_LENGTH_BYTES + len(_START))
+    head = file.read(_LENGTH_BYTES + len(_HEADER_PREFIX))
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
-    ours = size > _LENGTH_BYTES and _START.startswith(head[_LENGTH_BYTES:])
-    if _LENGTH_BYTES + length > size or length > _MOST_HEADER_BYTES:
-        if ours:
-            raise LlamoryError(_cut_short(path))
+    is_memory_file = size > _LENGTH_BYTES and _HEADER_PREFIX.startswith(head[_LENGTH_BYTES:])
+    if _LENGTH_BYTES + length > size or length > _MAX_HEADER_BYTES:
+        if is_memory_file:
+            raise LlamoryError(_truncated_message(path))
         raise LlamoryError(f"{path} is not a memory file, or what is left of a damaged one: give another file.")
-    raw = (head + file.read(max(0, length - len(_START))))[: _LENGTH_BYTES + length]
+    raw = (head + file.read(max(0, length - len(_HEADER_PREFIX))))[: _LENGTH_BYTES + length]
     try:
         entries = json.loads(raw[_LENGTH_BYTES:])
         metadata = entries.pop("__metadata__", {})
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        if ours:
-            raise LlamoryError(_damaged(path, "its header")) from error
+        if is_memory_file:
+            raise LlamoryError(_damaged_message(path, "its header")) from error
         raise LlamoryError(f"{path} is not a memory file: it isn't even a safetensors file.") from error
-    if not ours:
+    if not is_memory_file:
         raise LlamoryError(f"{path} is a safetensors file, but not of a memory: give a file that `llamory read` made.")
     if (version := metadata.get("version")) != str(VERSION):
         raise LlamoryError(
@@ -210,13 +210,13 @@ def _read_header(path: PathLike, file: BinaryIO) -> tuple[Contents, int, dict[st
             "update llamory, or read the documents again."
         )
     if metadata["check"] != _header_check(raw):
-        raise LlamoryError(_damaged(path, "its header"))
+        raise LlamoryError(_damaged_message(path, "its header"))
     end = _LENGTH_BYTES + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size < end:
-        raise LlamoryError(_cut_short(path))
+        raise LlamoryError(_truncated_message(path))
     if size > end:
         raise LlamoryError(f"The memory file {path} is damaged: something was added at its end.")
-    contents = Contents(
+    contents = MemoryHeader(
         layers=tuple(json.loads(metadata["layers"])),
         kv_heads=int(metadata["kv_heads"]),
         head_dim=int(metadata["head_dim"]),
@@ -230,11 +230,11 @@ def _read_header(path: PathLike, file: BinaryIO) -> tuple[Contents, int, dict[st
     return contents, _LENGTH_BYTES + length, json.loads(metadata["checks"])
 
 
-def _cut_short(path: PathLike) -> str:
+def _truncated_message(path: PathLike) -> str:
     return f"The memory file {path} is cut short: take a whole copy of it, or read the documents again."
 
 
-def _damaged(path: PathLike, part: str) -> str:
+def _damaged_message(path: PathLike, part: str) -> str:
     return (
         f"The memory file {path} is damaged ({part} isn't what was written): "
         "take a whole copy of it, or read the documents again."
@@ -244,13 +244,13 @@ def _damaged(path: PathLike, part: str) -> str:
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write(path: PathLike, contents: Contents, pieces: Callable[[int, str], Iterable[Tensor]]) -> None:
-    """Write a memory file, piece by piece; until it is whole the old one stays in its place.
+def write(path: PathLike, contents: MemoryHeader, chunks: Callable[[int, str], Iterable[Tensor]]) -> None:
+    """Write a memory file, chunk by chunk; until it is whole the old one stays in its place.
 
     Args:
         path: the file; its folder is made if it is missing, and a link is followed.
         contents: what the file says about itself.
-        pieces: gives the pieces of a tensor, by layer and part, in the order of its elements.
+        chunks: gives the chunks of a tensor, by layer and part, in the order of its elements.
 
     Raises:
         LlamoryError: the path is a folder.
@@ -261,15 +261,15 @@ def write(path: PathLike, contents: Contents, pieces: Callable[[int, str], Itera
     if target.is_dir():
         raise LlamoryError(f"{path} is a folder; give the path of a file to save the memory in.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(target) as file:
-        checks = dict.fromkeys(contents.tensors(), _UNCHECKED)
+    with _atomic_write(target) as file:
+        checks = dict.fromkeys(contents.tensors(), _CHECKSUM_PLACEHOLDER)
         header = _header(contents, checks)
         file.write(header)
         for name in checks:
             layer, part = name.removeprefix("layers.").split(".")
             check = xxhash.xxh3_64()
-            for piece in pieces(int(layer), part):
-                content = _bytes(piece)
+            for chunk in chunks(int(layer), part):
+                content = _bytes(chunk)
                 check.update(content)
                 file.write(content)
             checks[name] = check.hexdigest()
@@ -280,11 +280,11 @@ def write(path: PathLike, contents: Contents, pieces: Callable[[int, str], Itera
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[BinaryIO]:
+def _atomic_write(target: Path) -> Iterator[BinaryIO]:
     """A file that takes the target's place at the end, if all went well."""
     partial = target.with_name(f".{target.name}.partial")
     try:
-        with _alone_with(partial) as file:
+        with _open_exclusive(partial) as file:
             try:
                 yield file
                 file.flush()
@@ -301,7 +301,7 @@ def _replacing(target: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _alone_with(partial: Path) -> Iterator[BinaryIO]:
+def _open_exclusive(partial: Path) -> Iterator[BinaryIO]:
     """Open a file to write it anew, once no other process writes it.
 
     Its name is always the same, so a killed run leaves one at most, and the next run writes over it.
@@ -313,10 +313,10 @@ def _alone_with(partial: Path) -> Iterator[BinaryIO]:
                     fcntl.flock(file, fcntl.LOCK_EX)
             # Whoever held the lock may have moved the file to where it belongs: then this is not the partial any more.
             try:
-                moved = not os.path.samestat(partial.stat(), os.fstat(file.fileno()))
+                replaced = not os.path.samestat(partial.stat(), os.fstat(file.fileno()))
             except FileNotFoundError:
-                moved = True
-            if moved:
+                replaced = True
+            if replaced:
                 continue
             file.truncate()
             yield file
@@ -332,19 +332,24 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _header(contents: Contents, checks: dict[str, str]) -> bytes:
+def _header(contents: MemoryHeader, checks: dict[str, str]) -> bytes:
     """The header with its length in front; as long for any checks."""
     entries: dict[str, Any] = {
         "__metadata__": {
             "format": "llamory memory",
-            "check": _UNCHECKED,
+            "check": _CHECKSUM_PLACEHOLDER,
             "version": str(VERSION),
             "fingerprint": json.dumps(contents.fingerprint),
             "layers": json.dumps(contents.layers),
             "dtype": contents.dtype,
             "kv_heads": str(contents.kv_heads),
             "head_dim": str(contents.head_dim),
-            "segments": json.dumps([asdict(segment) for segment in contents.segments]),
+            "segments": json.dumps(
+                [
+                    {"name": segment.name, "tokens": segment.tokens, "facts": segment.metadata}
+                    for segment in contents.segments
+                ]
+            ),
             "checks": json.dumps(checks),
         }
     }
@@ -355,13 +360,13 @@ def _header(contents: Contents, checks: dict[str, str]) -> bytes:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT)
     raw = len(text).to_bytes(_LENGTH_BYTES, "little") + text
-    start = _LENGTH_BYTES + len(_START)
-    return raw[:start] + _header_check(raw).encode() + raw[start + _CHECK_DIGITS :]
+    start = _LENGTH_BYTES + len(_HEADER_PREFIX)
+    return raw[:start] + _header_check(raw).encode() + raw[start + _CHECKSUM_DIGITS :]
 
 
 def _header_check(raw: bytes) -> str:
-    start = _LENGTH_BYTES + len(_START)
-    return xxhash.xxh3_64_hexdigest(raw[:start] + _UNCHECKED.encode() + raw[start + _CHECK_DIGITS :])
+    start = _LENGTH_BYTES + len(_HEADER_PREFIX)
+    return xxhash.xxh3_64_hexdigest(raw[:start] + _CHECKSUM_PLACEHOLDER.encode() + raw[start + _CHECKSUM_DIGITS :])
 
 
 def _bytes(tensor: Tensor) -> memoryview:

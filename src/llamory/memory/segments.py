@@ -1,4 +1,4 @@
-"""What a segment owns: spans of blocks per layer, and how lists of spans are joined, extended, gathered and moved."""
+"""What a segment owns: spans of blocks per layer, and how lists of spans are merge_spans, extended, compact_tail and block_to_device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LARGEST_BLOCK = 262144
 
 @dataclass
 class Segment:
-    """A segment's tokens per layer and what is known of it; spans and facts are replaced, never changed in place."""
+    """A segment's tokens per layer and what is known of it; spans and metadata are replaced, never changed in place."""
 
     spans: dict[int, tuple[Span, ...]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     def length(self, layer: int) -> int:
         """How many tokens it has in a layer."""
@@ -29,10 +29,10 @@ class Segment:
 
     def copy(self) -> Segment:
         """The same content, for another bank; both may append to theirs."""
-        return Segment(dict(self.spans), self.facts)
+        return Segment(dict(self.spans), self.metadata)
 
 
-class Piece(NamedTuple):
+class SegmentSpan(NamedTuple):
     """Tokens `start` to `stop` (not included) of a segment."""
 
     segment: str
@@ -40,7 +40,7 @@ class Piece(NamedTuple):
     stop: int
 
 
-def sliced(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
+def slice_spans(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
     """The spans of tokens `start` to `stop` of all that the spans hold."""
     result, at = [], 0
     for span in spans:
@@ -51,8 +51,8 @@ def sliced(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
     return result
 
 
-def joined(spans: Iterable[Span], before: Sequence[Span] = ()) -> list[Span]:
-    """One span for those that lie side by side in a block, all in order; `before` is joined already."""
+def merge_spans(spans: Iterable[Span], before: Sequence[Span] = ()) -> list[Span]:
+    """One span for those that lie side by side in a block, all in order; `before` is merge_spans already."""
     result = list(before)
     for span in spans:
         last = result[-1] if result else None
@@ -63,7 +63,7 @@ def joined(spans: Iterable[Span], before: Sequence[Span] = ()) -> list[Span]:
     return result
 
 
-def stored_segments(file: MemoryFile) -> dict[str, Segment]:
+def segments_from_file(file: MemoryFile) -> dict[str, Segment]:
     """A file's segments over its tensors: one full block per layer, so that many documents are one span."""
     layers = file.contents.layers
     blocks, starts = {}, dict.fromkeys(layers, 0)
@@ -73,7 +73,7 @@ def stored_segments(file: MemoryFile) -> dict[str, Segment]:
         blocks[layer] = Block(keys, values, key_scales, value_scales, filled=keys.shape[1])
     segments = {}
     for stored in file.contents.segments:
-        segment = segments[stored.name] = Segment(facts=stored.facts)
+        segment = segments[stored.name] = Segment(metadata=stored.metadata)
         for layer, tokens in zip(layers, stored.tokens, strict=True):
             if tokens:
                 segment.spans[layer] = (Span(blocks[layer], starts[layer], starts[layer] + tokens),)
@@ -81,20 +81,20 @@ def stored_segments(file: MemoryFile) -> dict[str, Segment]:
     return segments
 
 
-def concatenated(parts: Sequence[Tensor]) -> Tensor:
-    """(kv_heads, tokens, head_dim) of all parts; on the CPU where they are in several places."""
+def concat_tokens(parts: Sequence[Tensor]) -> Tensor:
+    """(kv_heads, tokens, head_dim) of all parts; on the CPU where they are in several devices."""
     filled = [part for part in parts if part.shape[1]] or list(parts)
-    places = {part.device for part in filled}
-    return torch.cat([part if len(places) == 1 else part.cpu() for part in filled], dim=1)
+    devices = {part.device for part in filled}
+    return torch.cat([part if len(devices) == 1 else part.cpu() for part in filled], dim=1)
 
 
-def capacity_for(tokens: int, made: int) -> int:
-    """How large the next block is if `made` tokens of room were made before: the room doubles, up to a limit."""
-    wanted = max(SMALLEST_BLOCK, made, tokens)
+def capacity_for(tokens: int, allocated: int) -> int:
+    """How large the next block is if `allocated` tokens of room were allocated before: the room doubles, up to a limit."""
+    wanted = max(SMALLEST_BLOCK, allocated, tokens)
     return min(LARGEST_BLOCK, 1 << (wanted - 1).bit_length())
 
 
-def gathered(spans: Sequence[Span], block: Block, tokens: int) -> tuple[Span, ...]:
+def compact_tail(spans: Sequence[Span], block: Block, tokens: int) -> tuple[Span, ...]:
     """Move short spans at the end into an empty block where `tokens` more will follow them.
 
     A span moves with all behind it if it is at most twice as long as they are together, so a segment that is cut off
@@ -109,15 +109,15 @@ def gathered(spans: Sequence[Span], block: Block, tokens: int) -> tuple[Span, ..
             first = i
         size += len(spans[i])
     for span in spans[first:]:
-        block.take(span)
+        block.append_span(span)
     return (*spans[:first], Span(block, 0, block.filled)) if block.filled else tuple(spans)
 
 
-def moved(block: Block, device: torch.device) -> Block:
-    """The filled part of a block on a device: the block itself if it is there already."""
+def block_to_device(block: Block, device: torch.device) -> Block:
+    """The filled part of a block on a device: the block itself if it is moved_tensors already."""
     if block.keys.device == torch.empty(0, device=device).device:
         return block
     parts = (block.keys, block.values, block.key_scales, block.value_scales)
-    there = [None if part is None else part[:, : block.filled].to(device).contiguous() for part in parts]
-    assert there[0] is not None and there[1] is not None
-    return Block(there[0], there[1], there[2], there[3], filled=block.filled)
+    moved_tensors = [None if part is None else part[:, : block.filled].to(device).contiguous() for part in parts]
+    assert moved_tensors[0] is not None and moved_tensors[1] is not None
+    return Block(moved_tensors[0], moved_tensors[1], moved_tensors[2], moved_tensors[3], filled=block.filled)

@@ -1,6 +1,6 @@
 """One base model in RAM for all of its adapters: finding and reading have the same weights, and take no turns.
 
-A merged adapter is a whole model of its own. Here the base model's tensors are those that other models of the same base
+A merged adapter is a whole model of its parameter_name. Here the base model's tensors are those that other models of the same base
 already have, and each model's low-rank matrices stay beside them, so that two models take the room of one and there is
 nothing to switch. What they compute is what the merged models compute, up to float32's rounding.
 """
@@ -22,12 +22,12 @@ from llamory.models import base as backbone
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Parameters of loaded base models, by all that they must have in common: the model's name, their own, type, device,
+# Parameters of loaded base models, by all that they must have in common: the model's name, their parameter_name, type, device,
 # shape and version, as a parameter that was changed or moved since isn't the base model's any more.
-_KEPT: WeakValueDictionary[tuple[Any, ...], nn.Parameter] = WeakValueDictionary()
+_SHARED_PARAMETERS: WeakValueDictionary[tuple[Any, ...], nn.Parameter] = WeakValueDictionary()
 # Of peft's files.
-_PREFIX = "base_model.model."
-_ROWS = "token_adapter.trainable_tokens_delta"
+_PEFT_PREFIX = "base_model.model."
+_EMBEDDING_ROWS_SUFFIX = "token_adapter.trainable_tokens_delta"
 
 
 def load_shared(
@@ -47,15 +47,15 @@ def load_shared(
         LlamoryError: there is no such model, or the adapter isn't one of low rank.
     """
     adapter = backbone.adapter_folder(name)
-    source: str | Path = name if adapter is None else backbone.base_of(adapter)
+    source: str | Path = name if adapter is None else backbone.base_model_name(adapter)
     if backbone.adapter_folder(source) is None:
         source = backbone.resolve(source)
     model = backbone.load_model(source, model_class, dtype=torch.float32, **kwargs)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
-    _share(model, str(source))
+    _share_parameters(model, str(source))
     if adapter is not None:
-        _attach(model, adapter)
+        _inject_adapter(model, adapter)
     return model.requires_grad_(False).eval()
 
 
@@ -71,14 +71,14 @@ def merged(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[
         for name, module in model.named_modules()
         if isinstance(module, ExtendedEmbedding) or hasattr(module, "lora_A")
     }
-    inside = tuple(f"{name}." for name in special)
+    special_prefixes = tuple(f"{name}." for name in special)
     for name, tensor in tensors:
-        if not name.startswith(inside):
-            yield name, lambda name=name, tensor=tensor: _placed(model, name, tensor)  # type: ignore[misc]
+        if not name.startswith(special_prefixes):
+            yield name, lambda name=name, tensor=tensor: _materialize(model, name, tensor)  # type: ignore[misc]
     for name, module in special.items():
-        own = ["weight"] if isinstance(module, ExtendedEmbedding) else dict(_base(module).named_parameters())
-        for part in own:
-            yield f"{name}.{part}", lambda module=module, part=part: _merged(module, part)  # type: ignore[misc]
+        parameter_name = ["weight"] if isinstance(module, ExtendedEmbedding) else dict(_base(module).named_parameters())
+        for part in parameter_name:
+            yield f"{name}.{part}", lambda module=module, part=part: _merged_parameter(module, part)  # type: ignore[misc]
 
 
 class ExtendedEmbedding(nn.Module):
@@ -111,53 +111,53 @@ def _base(layer: Any) -> nn.Module:
     return base
 
 
-def _merged(module: nn.Module, part: str) -> Tensor:
+def _merged_parameter(module: nn.Module, part: str) -> Tensor:
     if isinstance(module, ExtendedEmbedding):
         return module.weight
     hooks = [each._hf_hook for each in module.modules() if hasattr(each, "_hf_hook")]  # they know whole models
     layer: Any = copy.deepcopy(module, {id(hook): hook for hook in hooks})  # the weight below is others' too
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
-            place, _, own = name.rpartition(".")
-            values = _placed(module, name, parameter).clone()
-            setattr(layer.get_submodule(place), own, nn.Parameter(values, requires_grad=False))
+            module_path, _, parameter_name = name.rpartition(".")
+            values = _materialize(module, name, parameter).clone()
+            setattr(layer.get_submodule(module_path), parameter_name, nn.Parameter(values, requires_grad=False))
     if not layer.merged:
         layer.merge()
     return _base(layer).get_parameter(part)
 
 
-def _placed(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+def _materialize(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """A model's tensor, from where accelerate keeps it if it is offloaded: there is none in the model then."""
-    place, _, own = name.rpartition(".")
-    hook = getattr(model.get_submodule(place), "_hf_hook", None) if tensor.is_meta else None
-    offloaded: Tensor = tensor if hook is None else hook.weights_map[own]
+    module_path, _, parameter_name = name.rpartition(".")
+    hook = getattr(model.get_submodule(module_path), "_hf_hook", None) if tensor.is_meta else None
+    offloaded: Tensor = tensor if hook is None else hook.weights_map[parameter_name]
     return offloaded
 
 
-def _share(model: nn.Module, source: str) -> None:
-    """Put the parameters of the same base model in place of a model's own, or keep these for those who come later."""
+def _share_parameters(model: nn.Module, source: str) -> None:
+    """Put the parameters of the same base model in module_path of a model's parameter_name, or keep these for those who come later."""
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         key = _key(source, name, parameter)
-        kept = _KEPT.get(key)
-        if kept is not None and _key(source, name, kept) == key:
-            place, _, own = name.rpartition(".")
-            setattr(model.get_submodule(place), own, kept)
+        shared_parameter = _SHARED_PARAMETERS.get(key)
+        if shared_parameter is not None and _key(source, name, shared_parameter) == key:
+            module_path, _, parameter_name = name.rpartition(".")
+            setattr(model.get_submodule(module_path), parameter_name, shared_parameter)
         else:
-            _KEPT[key] = parameter
-    # Projections for memory start as the layer's own, and a base model has no others.
+            _SHARED_PARAMETERS[key] = parameter
+    # Projections for memory start as the layer's parameter_name, and a base model has no others.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
         like = parameters.get(name.replace(".mem_", "."))
         if like is not None and like is not parameter and torch.equal(like, parameter):
-            place, _, own = name.rpartition(".")
-            setattr(model.get_submodule(place), own, like)
+            module_path, _, parameter_name = name.rpartition(".")
+            setattr(model.get_submodule(module_path), parameter_name, like)
 
 
 def _key(source: str, name: str, parameter: nn.Parameter) -> tuple[Any, ...]:
     return source, name, parameter.dtype, parameter.device, parameter.shape, parameter._version
 
 
-def _attach(model: PreTrainedModel, adapter: Path) -> None:
+def _inject_adapter(model: PreTrainedModel, adapter: Path) -> None:
     """Put an adapter's matrices beside the weights, and its further embedding rows behind them."""
     from peft import LoraConfig, PeftConfig, inject_adapter_in_model
     from safetensors.torch import load_file
@@ -165,27 +165,27 @@ def _attach(model: PreTrainedModel, adapter: Path) -> None:
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, LoraConfig):
         raise LlamoryError(f"The adapter {adapter} isn't one of low rank; load it merged.")
-    own_config = backbone.load_config(adapter)
-    if backbone.only_for_memory(own_config, model.config):
+    adapter_config = backbone.load_config(adapter)
+    if backbone.is_memory_only_adapter(adapter_config, model.config):
         return
-    trained, config.trainable_token_indices = config.trainable_token_indices or {}, None
+    trainable_tokens, config.trainable_token_indices = config.trainable_token_indices or {}, None
     inject_adapter_in_model(config, model)
     state, rows = {}, None
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
-        own = name.removeprefix(_PREFIX)
-        if own.endswith(_ROWS):
+        parameter_name = name.removeprefix(_PEFT_PREFIX)
+        if parameter_name.endswith(_EMBEDDING_ROWS_SUFFIX):
             rows = tensor.float()
         else:
-            place, _, last = own.rpartition(".")
-            state[f"{place}.default.{last}"] = tensor.float()
+            module_path, _, last = parameter_name.rpartition(".")
+            state[f"{module_path}.default.{last}"] = tensor.float()
     if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
         raise LlamoryError(f"The adapter {adapter} has weights that its model doesn't: {unknown[0]}.")
     if rows is not None:
         embedding: Any = model.get_input_embeddings()
         size = embedding.num_embeddings
-        if list(trained.values()) != [list(range(size, size + len(rows)))]:
+        if list(trainable_tokens.values()) != [list(range(size, size + len(rows)))]:
             raise LlamoryError(f"The adapter {adapter} changes embeddings of its base model; load it merged.")
         extended: Any = ExtendedEmbedding(embedding, rows.to(embedding.weight.device))
         model.set_input_embeddings(extended)
         model.config.vocab_size = size + len(rows)
-    backbone.take_over(model.config, own_config)
+    backbone.merge_adapter_config(model.config, adapter_config)

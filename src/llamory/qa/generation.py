@@ -15,13 +15,13 @@ from llamory.common import ram as room
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.cache import LongLlamaCache
-from llamory.models.base import begins_with
-from llamory.qa.evidence import DEFAULT_FOCUS, check_focus, choose
+from llamory.models.base import bos_ids
+from llamory.qa.evidence import DEFAULT_EVIDENCE_RATIO, check_evidence_ratio, choose
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llamory.memory import MemoryBank, Piece
+    from llamory.memory import MemoryBank, SegmentSpan
 
 MAX_NEW_TOKENS = 256
 ADVICE = "choose a smaller model, fewer documents or a shorter answer."
@@ -69,7 +69,7 @@ class Answer:
         prompt: Sequence[int],
         said: Said,
         documents: Sequence[str],
-        pieces: Sequence[Piece],
+        pieces: Sequence[SegmentSpan],
         *,
         memory_tokens: int,
         waited: float,
@@ -113,12 +113,12 @@ class Manner:
     seed: int | None = None
     max_question_tokens: int | None = None
     on_text: Callable[[str], None] | None = None
-    focus: float = DEFAULT_FOCUS
+    focus: float = DEFAULT_EVIDENCE_RATIO
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0:
             raise LlamoryError("An answer needs max_new_tokens of at least 1 and a temperature of at least 0.")
-        check_focus(self.focus)
+        check_evidence_ratio(self.focus)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Speaker:
         if self.tokenizer.chat_template:
             ids = self._tokens(self._written([{"role": "user", "content": question}]))
         else:
-            ids = [*begins_with(self.tokenizer), *self._tokens(_PLAIN.format(question=question))]
+            ids = [*bos_ids(self.tokenizer), *self._tokens(_PLAIN.format(question=question))]
         return _within(ids, limit)
 
     def next_prompt(self, question: str, limit: int | None = None) -> list[int]:
@@ -182,9 +182,9 @@ class Speaker:
         pairs = zip(prompt(question), prompt(other_question), strict=False)
         return next((count for count, (one, other) in enumerate(pairs) if one != other), 0)
 
-    def choose(self, question: str, memory: MemoryBank, documents: Sequence[str], focus: float) -> list[Piece]:
+    def choose(self, question: str, memory: MemoryBank, documents: Sequence[str], focus: float) -> list[SegmentSpan]:
         """What in memory a question is about; see `llamory.qa.evidence.choose`."""
-        ids = [*begins_with(self.tokenizer), *self._tokens(question)]
+        ids = [*bos_ids(self.tokenizer), *self._tokens(question)]
         with room.told_if_memory_is_short(ADVICE):
             return choose(self.model, ids, memory, documents, focus)
 

@@ -13,7 +13,7 @@ from llamory.ingest.memory_file import Book, PathLike, check_maker, load_model_f
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.memory import MemoryBank
 from llamory.qa.chat import Chat
-from llamory.qa.evidence import DEFAULT_FOCUS, search_of
+from llamory.qa.evidence import DEFAULT_EVIDENCE_RATIO, search_of
 from llamory.qa.generation import ADVICE, MAX_NEW_TOKENS, Answer, Manner, Speaker
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class OpenMemory:
         seed: int | None = None,
         max_question_tokens: int | None = None,
         on_text: Callable[[str], None] | None = None,
-        focus: float = DEFAULT_FOCUS,
+        focus: float = DEFAULT_EVIDENCE_RATIO,
     ) -> Answer:
         """Ask a question; the memory stays as it is.
 
@@ -123,7 +123,7 @@ class OpenMemory:
         prompt = self.speaker.first_prompt(question, max_question_tokens)
         started = time.perf_counter()
         chosen = self.speaker.choose(question, self.memory, self.documents, focus)
-        memory = self.memory.excerpt(chosen)
+        memory = self.memory.slice(chosen)
         with room.told_if_memory_is_short(ADVICE):
             cache = self.model.memory_cache(memory)
             cache.search = search_of(self.model, self.memory, chosen)
@@ -148,7 +148,7 @@ class OpenMemory:
             )
             for name in bank.segments:
                 _rename_if_taken(bank, name, whole, Path(book.path).name)
-            whole.mount(bank)
+            whole.attach(bank)
         return whole if documents is None else _only(whole, documents)
 
 
@@ -167,7 +167,7 @@ def _only(bank: MemoryBank, documents: Sequence[str]) -> MemoryBank:
     for document in documents:
         found = [name for name in bank.segments if name == document]
         found = found or [name for name in bank.segments if name.endswith((f"/{document}", f":{document}"))]
-        found = found or [name for name in bank.segments if bank.describe(name).get("title") == document]
+        found = found or [name for name in bank.segments if bank.metadata(name).get("title") == document]
         if len(found) != 1:
             shown = ", ".join((found or list(bank.segments))[:_NAMES_SHOWN])
             more = len(found or bank.segments) - _NAMES_SHOWN

@@ -16,7 +16,7 @@ from llamory.errors import LlamoryError
 MANIFEST = "manifest.json"
 
 
-class MarkWhole(TrainerCallback):
+class WriteManifest(TrainerCallback):
     """Write the manifest of a checkpoint once all processes have written their part."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -41,7 +41,7 @@ def write_manifest(folder: Path) -> None:
     partial.replace(folder / MANIFEST)
 
 
-def is_whole(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
     """Whether a checkpoint has its manifest and every file in it at its full size."""
     try:
         sizes = json.loads((folder / MANIFEST).read_text())
@@ -56,9 +56,9 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
-def newest_whole(output: Path) -> Path | None:
+def latest_complete(output: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
-    return next((folder for folder in reversed(checkpoints(output)) if is_whole(folder)), None)
+    return next((folder for folder in reversed(checkpoints(output)) if is_complete(folder)), None)
 
 
 def prepare_output(output: Path, resume: bool) -> Path | None:
@@ -76,6 +76,6 @@ def prepare_output(output: Path, resume: bool) -> Path | None:
         raise LlamoryError(f"The output folder {output} isn't empty; give a new folder{hint}.")
     output.mkdir(parents=True, exist_ok=True)
     for folder in checkpoints(output):
-        if not is_whole(folder):
+        if not is_complete(folder):
             shutil.rmtree(folder)
-    return newest_whole(output)
+    return latest_complete(output)

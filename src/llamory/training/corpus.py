@@ -23,7 +23,7 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 # A document of a source: number of the file (as `find_files` lists them) and of the document within the file.
 Key = tuple[int, int]
 # How far from 1 the sum of all proportions may be.
-_PROPORTIONS_OFF = 1e-3
+_PROPORTION_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class DocumentStream:
         skip_broken: pass over broken JSON lines and files that aren't UTF-8.
 
     Attributes:
-        taken: tokens given so far, of each source.
+        tokens_emitted: tokens given so far, of each source.
 
     Raises:
         LlamoryError: a file can't be found or read, a number is out of range, proportions aren't positive or don't add
@@ -117,8 +117,8 @@ class DocumentStream:
             "proportions": [source.proportion for source in sources],
         }
         self._readers = [
-            _Reader(
-                _Files(find_files(source.paths), tokenizer, max(1, min_length), text_field, skip_broken),
+            _SourceReader(
+                _SourceFiles(find_files(source.paths), tokenizer, max(1, min_length), text_field, skip_broken),
                 seed=f"{seed}/{number}",
                 shuffle_buffer=shuffle_buffer,
                 shard=shard,
@@ -127,7 +127,7 @@ class DocumentStream:
             for number, source in enumerate(sources)
         ]
         self._digest = _digest([reader.files for reader in self._readers], tokenizer)
-        self.taken = [0] * len(sources)
+        self.tokens_emitted = [0] * len(sources)
         self.check()
 
     def check(self) -> None:
@@ -143,12 +143,12 @@ class DocumentStream:
         return self
 
     def __next__(self) -> tuple[list[int], int, Key]:
-        total = sum(self.taken)
-        shares = zip(self._proportions, self.taken, strict=True)
+        total = sum(self.tokens_emitted)
+        shares = zip(self._proportions, self.tokens_emitted, strict=True)
         behind = [(share * total - taken, share) for share, taken in shares]
         source = max(range(len(behind)), key=behind.__getitem__)
         key, tokens = self._readers[source].draw()
-        self.taken[source] += len(tokens)
+        self.tokens_emitted[source] += len(tokens)
         return tokens, source, key
 
     def read(self, documents: Iterable[tuple[int, Key]]) -> list[list[int]]:
@@ -169,7 +169,7 @@ class DocumentStream:
         return {
             "settings": self._settings,
             "files": self._digest,
-            "taken": list(self.taken),
+            "taken": list(self.tokens_emitted),
             "readers": [reader.state_dict() for reader in self._readers],
         }
 
@@ -179,18 +179,18 @@ class DocumentStream:
         Raises:
             LlamoryError: the state is of other files, another tokenizer or other settings.
         """
-        refuse_other_settings(state["settings"], self._settings)
+        check_same_settings(state["settings"], self._settings)
         if state["files"] != self._digest:
             raise LlamoryError(
                 "The checkpoint's place in the data is of other files or another tokenizer; go on with those that it "
                 "was made with, or start anew."
             )
-        for reader, of_reader in zip(self._readers, state["readers"], strict=True):
-            reader.load_state_dict(of_reader)
-        self.taken = list(state["taken"])
+        for reader, reader_state in zip(self._readers, state["readers"], strict=True):
+            reader.load_state_dict(reader_state)
+        self.tokens_emitted = list(state["taken"])
 
 
-def refuse_other_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def check_same_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Compare a saved state's settings with those at hand.
 
     Raises:
@@ -208,7 +208,7 @@ def refuse_other_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) 
 
 
 @dataclass(frozen=True)
-class _Files:
+class _SourceFiles:
     """Files of one source and how they become tokens."""
 
     paths: list[Path]
@@ -254,29 +254,29 @@ class _Files:
         )
 
 
-class _Reader:
+class _SourceReader:
     """One source's documents in order, through a buffer, epoch after epoch."""
 
-    def __init__(self, files: _Files, *, seed: str, shuffle_buffer: int, shard: int, shards: int) -> None:
+    def __init__(self, files: _SourceFiles, *, seed: str, shuffle_buffer: int, shard: int, shards: int) -> None:
         self.files = files
         self._seed = seed
         self._shuffles = shuffle_buffer > 0
         self._capacity = max(1, shuffle_buffer)
         self._shard, self._shards = shard, shards
-        self._begin(0, alone=False)
+        self._start_epoch(0, unsharded=False)
 
-    def _begin(self, epoch: int, *, alone: bool) -> None:
+    def _start_epoch(self, epoch: int, *, unsharded: bool) -> None:
         """Start an epoch: the process's share of it, or, `alone`, all of it."""
-        self._epoch, self._alone = epoch, alone
-        self._pass_seed = f"{self._seed}/{epoch}" + (f"/{self._shard}" if alone else "")
+        self._epoch, self._unsharded = epoch, unsharded
+        self._epoch_seed = f"{self._seed}/{epoch}" + (f"/{self._shard}" if unsharded else "")
         self._order = list(range(len(self.files.paths)))
         if self._shuffles:
-            random.Random(self._pass_seed).shuffle(self._order)
-        self._at = 0  # files of the order that are read
+            random.Random(self._epoch_seed).shuffle(self._order)
+        self._file_index = 0  # files of the order that are read
         self._document = 0  # documents of the file that are read
-        self._seen = 0  # documents of the epoch that are read, all processes' ones
-        self._drawn = 0  # documents drawn from the buffer
-        self._used = 0  # of them long enough
+        self._num_seen = 0  # documents of the epoch that are read, all processes' ones
+        self._num_drawn = 0  # documents drawn from the buffer
+        self._num_used = 0  # of them long enough
         self._buffer: list[tuple[Key, str]] = []
         self._open: Iterator[Document] | None = None
 
@@ -285,28 +285,28 @@ class _Reader:
         while True:
             self._fill()
             if not self._buffer:
-                self._next_pass()
+                self._next_epoch()
                 continue
             # A draw of its own for each number, so that the state is the number alone.
-            chance = random.Random(f"{self._pass_seed}/{self._shard}/{self._drawn}")
-            self._drawn += 1
-            place = chance.randrange(len(self._buffer))
+            rng = random.Random(f"{self._epoch_seed}/{self._shard}/{self._num_drawn}")
+            self._num_drawn += 1
+            place = rng.randrange(len(self._buffer))
             self._buffer[place], self._buffer[-1] = self._buffer[-1], self._buffer[place]
             key, text = self._buffer.pop()
             tokens = self.files.encode(text)
             if len(tokens) >= self.files.min_length:
-                self._used += 1
+                self._num_used += 1
                 return key, tokens
 
-    def _next_pass(self) -> None:
-        if self._used:
-            self._begin(self._epoch + 1, alone=False)
-        elif not self._alone:
-            self._begin(self._epoch, alone=True)
+    def _next_epoch(self) -> None:
+        if self._num_used:
+            self._start_epoch(self._epoch + 1, unsharded=False)
+        elif not self._unsharded:
+            self._start_epoch(self._epoch, unsharded=True)
         else:
             # Files have changed since they were checked first: say so, or read what is there now.
             self.files.check()
-            self._begin(self._epoch, alone=True)
+            self._start_epoch(self._epoch, unsharded=True)
 
     def _fill(self) -> None:
         while len(self._buffer) < self._capacity:
@@ -317,38 +317,38 @@ class _Reader:
 
     def _read_next(self) -> tuple[Key, str] | None:
         """The process's next document of the epoch, or None at its end."""
-        while self._at < len(self._order):
-            file = self._order[self._at]
+        while self._file_index < len(self._order):
+            file = self._order[self._file_index]
             if self._open is None:
                 self._open = islice(self.files.documents(file), self._document, None)
             for document in self._open:
                 key = (file, self._document)
-                mine = self._alone or self._seen % self._shards == self._shard
+                in_shard = self._unsharded or self._num_seen % self._shards == self._shard
                 self._document += 1
-                self._seen += 1
-                if mine:
+                self._num_seen += 1
+                if in_shard:
                     return key, document.text
-            self._at, self._document, self._open = self._at + 1, 0, None
+            self._file_index, self._document, self._open = self._file_index + 1, 0, None
         return None
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "epoch": self._epoch,
-            "alone": self._alone,
-            "at": self._at,
+            "alone": self._unsharded,
+            "at": self._file_index,
             "document": self._document,
-            "seen": self._seen,
-            "drawn": self._drawn,
-            "used": self._used,
+            "seen": self._num_seen,
+            "drawn": self._num_drawn,
+            "used": self._num_used,
             "buffer": [list(key) for key, _ in self._buffer],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         keys = [(int(file), int(document)) for file, document in state["buffer"]]
         texts = self.files.texts(keys)
-        self._begin(state["epoch"], alone=state["alone"])
-        self._at, self._document, self._seen = state["at"], state["document"], state["seen"]
-        self._drawn, self._used = state["drawn"], state["used"]
+        self._start_epoch(state["epoch"], unsharded=state["alone"])
+        self._file_index, self._document, self._num_seen = state["at"], state["document"], state["seen"]
+        self._num_drawn, self._num_used = state["drawn"], state["used"]
         self._buffer = [(key, texts[key]) for key in keys]
 
 
@@ -362,11 +362,11 @@ def _check_proportions(sources: Sequence[Source]) -> None:
     named = ", ".join(f"{proportion:g}" for proportion in proportions)
     if not all(proportion > 0 for proportion in proportions):
         raise LlamoryError(f"Proportions of sources must be greater than 0, not {named}.")
-    if not abs(sum(proportions) - 1) <= _PROPORTIONS_OFF:
+    if not abs(sum(proportions) - 1) <= _PROPORTION_TOLERANCE:
         raise LlamoryError(f"Proportions of sources must add up to 1; {named} make {sum(proportions):g}.")
 
 
-def _digest(sources: Sequence[_Files], tokenizer: PreTrainedTokenizerBase) -> str:
+def _digest(sources: Sequence[_SourceFiles], tokenizer: PreTrainedTokenizerBase) -> str:
     """Changes with the names and sizes of files and with the vocabulary; folders may move."""
     files = [[(path.name, path.stat().st_size) for path in source.paths] for source in sources]
     whole = json.dumps([files, sorted(tokenizer.get_vocab().items())])

@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from llamory.embedding.pipeline import export_sentence_transformer, whitening_on
-from llamory.embedding.whitening import FEWEST, WHITENING_FILE
+from llamory.embedding.pipeline import export_sentence_transformer, fit_whitening_on_texts
+from llamory.embedding.whitening import MIN_TEXTS, WHITENING_FILE
 from llamory.errors import LlamoryError
 from llamory.llara.data import LlaraCollator, load_examples, passage_texts
-from llamory.llara.losses import IGNORED
+from llamory.llara.losses import IGNORE_INDEX
 from llamory.llara.modeling import PreLlamaModel
 from llamory.llara.template import LlaraTemplate
 from llamory.models import base as backbone
-from llamory.training.checkpoints import MarkWhole, prepare_output
+from llamory.training.checkpoints import WriteManifest, prepare_output
 from llamory.training.progress import RichProgress
 from llamory.training.run import (
     check_settings,
     last_logged,
-    mendable,
     run,
-    save_finished,
+    save_trained_model,
     training_arguments,
+    user_errors,
     with_lora,
 )
 from llamory.training.settings import LlaraSettings
@@ -59,14 +59,14 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
     assert template is not None
     with arguments.main_process_first(desc="data"):
         train, evaluation = _data(settings, tokenizer, template)
-    if settings.whiten and not settings.streaming and len(train) < FEWEST:
+    if settings.whiten and not settings.streaming and len(train) < MIN_TEXTS:
         raise LlamoryError(
-            f"Whitening needs at least {FEWEST} passages and there are {len(train)}; add data, or set whiten to 0."
+            f"Whitening needs at least {MIN_TEXTS} passages and there are {len(train)}; add data, or set whiten to 0."
         )
     if settings.lora:
         model = _with_lora(model, settings)
     progress = RichProgress("LLARA pretraining")
-    with mendable("These settings can't be used"):
+    with user_errors("These settings can't be used"):
         trainer = LlaraTrainer(
             model=model,
             args=arguments,
@@ -74,13 +74,13 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
             eval_dataset=evaluation,
             data_collator=LlaraCollator(tokenizer.pad_token_id),
             processing_class=tokenizer,
-            callbacks=[MarkWhole()] + ([] if settings.quiet else [progress]),
+            callbacks=[WriteManifest()] + ([] if settings.quiet else [progress]),
             template=template,
             losses=settings.losses,
         )
     trainer.remove_callback(PrinterCallback)
     run(trainer, checkpoint, progress)
-    return _finish(trainer, settings, tokenizer, train)
+    return _save_and_export(trainer, settings, tokenizer, train)
 
 
 class LlaraTrainer(Trainer):
@@ -91,11 +91,11 @@ class LlaraTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.template = template
-        self._unlearned = [target for name, target in _TARGETS.items() if name not in losses]
+        self._disabled_targets = [target for name, target in _TARGETS.items() if name not in losses]
         self.model_accepts_loss_kwargs = True
         self.can_return_loss = True
         self._sums: dict[str, Tensor] = {}
-        self._passes = 0
+        self._micro_batches = 0
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The step's batches, and (3,) how many passage tokens and passages with targets they hold in all processes."""
@@ -114,9 +114,9 @@ class LlaraTrainer(Trainer):
         counts = torch.zeros(3, dtype=torch.long, device=device)
         for batch in batches:
             for i, target in enumerate(_TARGETS.values()):
-                if target not in self._unlearned:
+                if target not in self._disabled_targets:
                     values = batch[target]
-                    counts[i] += ((values != IGNORED).sum() if target == "labels" else passages(values)).to(device)
+                    counts[i] += ((values != IGNORE_INDEX).sum() if target == "labels" else passages(values)).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
         return batches, counts
@@ -129,23 +129,23 @@ class LlaraTrainer(Trainer):
         """
         inputs = dict(inputs)
         examples = inputs.pop("example")
-        for target in self._unlearned:
+        for target in self._disabled_targets:
             inputs.pop(target)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if not torch.isfinite(loss):
             parts = ", ".join(f"{key} {float(outputs[key]):.4g}" for key in _LOSSES if outputs.get(key) is not None)
             raise LlamoryError(
-                f"The loss of step {self.state.global_step + 1} isn't finite ({parts}) in {self._name(examples)}; "
+                f"The loss of step {self.state.global_step + 1} isn't finite ({parts}) in {self._describe_examples(examples)}; "
                 "look at these examples or lower the learning rate."
             )
         if model.training:
-            self._passes += 1
+            self._micro_batches += 1
             for key in _LOSSES:
                 if outputs.get(key) is not None:
                     self._sums[key] = self._sums.get(key, 0) + outputs[key].detach()
         return (loss, outputs) if return_outputs else loss
 
-    def _name(self, examples: Tensor) -> str:
+    def _describe_examples(self, examples: Tensor) -> str:
         dataset = self.train_dataset if self.model.training else self.eval_dataset
         numbers = examples.tolist()
         names = ""
@@ -156,13 +156,13 @@ class LlaraTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the three losses to what is logged."""
-        if "loss" in logs and self._passes:
-            steps = max(1, self._passes // self.args.gradient_accumulation_steps)
+        if "loss" in logs and self._micro_batches:
+            steps = max(1, self._micro_batches // self.args.gradient_accumulation_steps)
             for key, value in self._sums.items():
                 # Each pass's value is its share of the step's mean; processes' shares add up.
                 total = self.accelerator.reduce(value.clone(), reduction="sum")
                 logs[key] = round(float(total) / steps, 6)
-            self._sums, self._passes = {}, 0
+            self._sums, self._micro_batches = {}, 0
         super().log(logs, *args, **kwargs)
 
 
@@ -173,8 +173,8 @@ def _check(settings: LlaraSettings) -> None:
     if not settings.losses or (unknown := [name for name in settings.losses if name not in _TARGETS]):
         wrong = f", not {unknown[0]!r}" if settings.losses else ""
         raise LlamoryError(f"losses must name at least one of {', '.join(_TARGETS)}{wrong}.")
-    if settings.whiten and settings.whiten < FEWEST:
-        raise LlamoryError(f"whiten must be 0 or at least {FEWEST} passages, not {settings.whiten}.")
+    if settings.whiten and settings.whiten < MIN_TEXTS:
+        raise LlamoryError(f"whiten must be 0 or at least {MIN_TEXTS} passages, not {settings.whiten}.")
     if settings.streaming and settings.steps is None:
         raise LlamoryError("Streamed data has no known length; set steps too.")
 
@@ -183,7 +183,7 @@ def _arguments(settings: LlaraSettings) -> TrainingArguments:
     return training_arguments(
         settings,
         "LlamaDecoderLayer",
-        evaluates=bool(settings.eval_data or settings.eval_fraction),
+        has_eval_data=bool(settings.eval_data or settings.eval_fraction),
         num_train_epochs=settings.epochs,
         dataloader_num_workers=settings.workers,
     )
@@ -224,7 +224,7 @@ def _data(settings: LlaraSettings, tokenizer: PreTrainedTokenizerBase, template:
             tokenizer,
             template,
             max_length=settings.max_length,
-            passage_length=settings.passage_length,
+            chunk_size=settings.chunk_size,
             languages=tuple(settings.languages),
             text_field=settings.text_field,
             skip_broken=settings.skip_broken,
@@ -238,7 +238,7 @@ def _data(settings: LlaraSettings, tokenizer: PreTrainedTokenizerBase, template:
     if settings.eval_fraction:
         if settings.streaming:
             raise LlamoryError("eval_fraction needs data that isn't streamed; give eval_data instead.")
-        with mendable(f"{len(train)} examples can't be split by eval_fraction"):
+        with user_errors(f"{len(train)} examples can't be split by eval_fraction"):
             parts = train.train_test_split(test_size=settings.eval_fraction, seed=settings.seed)
         return parts["train"], parts["test"]
     return train, None
@@ -250,14 +250,14 @@ def _with_lora(model: PreLlamaModel, settings: LlaraSettings) -> Any:
     assert template is not None
     slots = sorted(template.summarize_slot_ids + template.predict_slot_ids)
     adapted = with_lora(model, settings, trainable_token_indices={"embed_tokens": slots})
-    model.head_learns = False  # of a tied head, too, the slots' rows alone would learn, at the price of all rows
+    model.head_trainable = False  # of a tied head, too, the slots' rows alone would learn, at the price of all rows
     for name, parameter in adapted.named_parameters():
         if name.endswith("bow_log_variance"):
             parameter.requires_grad = True
     return adapted
 
 
-def _finish(
+def _save_and_export(
     trainer: LlaraTrainer, settings: LlaraSettings, tokenizer: PreTrainedTokenizerBase, train: Any
 ) -> dict[str, Any]:
     """Save the model with its whitening, and export the embedder."""
@@ -267,17 +267,17 @@ def _finish(
         "steps": trainer.state.global_step,
         "losses": last_logged(trainer, "loss", *_LOSSES),
     }
-    save_finished(trainer, settings, tokenizer, result)
+    save_trained_model(trainer, settings, tokenizer, result)
     if trainer.args.should_save:
         (output / WHITENING_FILE).unlink(missing_ok=True)  # from an earlier end of the same run
         if settings.whiten:
             texts = passage_texts(train, tokenizer, settings.whiten, settings.seed)
             device = str(trainer.args.device)
-            whitening_on(output, texts, max_length=settings.embed_length, device=device).save(output)
+            fit_whitening_on_texts(output, texts, max_length=settings.max_seq_length, device=device).save(output)
     if settings.export and trainer.args.should_save:
         embedder = output / EMBEDDER_FOLDER
         shutil.rmtree(embedder, ignore_errors=True)  # from an earlier end of the same run
-        export_sentence_transformer(output, embedder, max_length=settings.embed_length)
+        export_sentence_transformer(output, embedder, max_length=settings.max_seq_length)
         result["embedder"] = str(embedder)
     trainer.accelerator.wait_for_everyone()
     return result

@@ -16,10 +16,10 @@ from llamory.models import base as backbone
 from llamory.training.run import with_lora
 from llamory.training.settings import AdaptSettings
 
-_LOG = ("mem_log_scale", "mem_log_start", "mem_log_bias", "mem_log_bias_start")
+_MEMORY_SIZE_KEYS = ("logn_attention_scale", "logn_attention_start", "memory_size_bias", "memory_size_bias_start")
 
 
-def memory_changes(
+def memory_config_overrides(
     config: PretrainedConfig,
     name: str,
     *,
@@ -27,7 +27,7 @@ def memory_changes(
     row_length: int,
     last_context_length: int | None = None,
     mem_projections: bool = False,
-    mem_log_bias: float | None = None,
+    memory_size_bias: float | None = None,
 ) -> dict[str, Any]:
     """What a model's configuration becomes: its memory layers, and rows as its context.
 
@@ -38,7 +38,7 @@ def memory_changes(
         row_length: tokens of a row.
         last_context_length: tokens of the last window; the model's own, within a row, if not given.
         mem_projections: whether memory is to have projections of its own; it keeps those that it has.
-        mem_log_bias: see `LongLlamaConfig`; the model's own if not given.
+        memory_size_bias: see `LongLlamaConfig`; the model's own if not given.
 
     Raises:
         LlamoryError: the model has no such layers, projections for the memory of others, or a shorter context.
@@ -49,28 +49,30 @@ def memory_changes(
             "tokens; choose a smaller row_length."
         )
     check_projections(config, name, mem_layers)
-    layers = list(mem_layers) or list(getattr(config, "mem_layers", ())) or _spread(config.num_hidden_layers)
+    layers = (
+        list(mem_layers) or list(getattr(config, "mem_layers", ())) or _default_mem_layers(config.num_hidden_layers)
+    )
     last = last_context_length or getattr(config, "last_context_length", None)
-    changes: dict[str, Any] = {"mem_layers": layers, "max_position_embeddings": row_length}
-    changes["mem_projections"] = mem_projections or getattr(config, "mem_projections", False)
+    config_overrides: dict[str, Any] = {"mem_layers": layers, "max_position_embeddings": row_length}
+    config_overrides["mem_projections"] = mem_projections or getattr(config, "mem_projections", False)
     # An adapter's settings, of which the model below it knows nothing.
-    changes |= {name: getattr(config, name) for name in _LOG if hasattr(config, name)}
-    changes |= {} if mem_log_bias is None else {"mem_log_bias": mem_log_bias}
+    config_overrides |= {name: getattr(config, name) for name in _MEMORY_SIZE_KEYS if hasattr(config, name)}
+    config_overrides |= {} if memory_size_bias is None else {"memory_size_bias": memory_size_bias}
     if last is not None:
-        changes["last_context_length"] = min(last, row_length)
-    LongLlamaConfig.from_dict(config.to_dict(), **changes)
+        config_overrides["last_context_length"] = min(last, row_length)
+    LongLlamaConfig.from_dict(config.to_dict(), **config_overrides)
     if not layers:
         raise LlamoryError(f"{name} has too few layers for a default; give mem_layers.")
-    return changes
+    return config_overrides
 
 
-def _spread(count: int) -> list[int]:
+def _default_mem_layers(count: int) -> list[int]:
     """Three layers, a quarter of the model apart: 6, 12, 18 of 26 and 8, 16, 24 of 32, as published."""
     step = max(1, count // 4)
     return [layer for layer in (step, 2 * step, 3 * step) if layer < count]
 
 
-def load_long(settings: AdaptSettings, changes: Mapping[str, Any]) -> LongLlamaForCausalLM:
+def load_longllama(settings: AdaptSettings, config_overrides: Mapping[str, Any]) -> LongLlamaForCausalLM:
     """The model in float32, with a changed configuration.
 
     Raises:
@@ -81,40 +83,40 @@ def load_long(settings: AdaptSettings, changes: Mapping[str, Any]) -> LongLlamaF
         LongLlamaForCausalLM,
         dtype=torch.float32,
         attn_implementation=settings.attn_implementation,
-        **changes,
+        **config_overrides,
     )
     assert isinstance(model, LongLlamaForCausalLM)
     return model
 
 
-def trained_part(model: LongLlamaForCausalLM, settings: AdaptSettings, trained: str) -> Any:
+def select_trainable(model: LongLlamaForCausalLM, settings: AdaptSettings, trainable: str) -> Any:
     """The model with adapters, or with those weights frozen that aren't trained.
 
     Args:
         model: the whole.
         settings: of the run.
-        trained: "all", "memory_layers" or "memory_projections", which the model must have then.
+        trainable: "all", "memory_layers" or "memory_projections", which the model must have then.
 
     Raises:
         LlamoryError: adapters that don't fit the model.
     """
     if settings.lora:
         only: dict[str, Any] = {}
-        if trained != "all":
+        if trainable != "all":
             only["layers_to_transform"] = list(model.config.mem_layers)
-        if trained == "memory_projections":
+        if trainable == "memory_projections":
             only["target_modules"] = [f"mem_{name}" for name in PROJECTIONS if name in settings.lora_targets]
         adapted = with_lora(model, settings, **only)
         if (below := backbone.adapter_folder(settings.model)) is not None:
             # peft takes the name of the model below that one, as if there were no other adapter.
             adapted.peft_config["default"].base_model_name_or_path = (
-                settings.model if settings.model in backbone.PACKAGED else str(below.absolute())
+                settings.model if settings.model in backbone.PACKAGED_MODELS else str(below.absolute())
             )
         return adapted
-    if trained != "all":
+    if trainable != "all":
         model.requires_grad_(False)
         for layer in model.config.mem_layers:
             attention = model.model.layers[layer].self_attn
             for name, module in attention.named_children():
-                module.requires_grad_(trained == "memory_layers" or name.startswith("mem_"))
+                module.requires_grad_(trainable == "memory_layers" or name.startswith("mem_"))
     return model

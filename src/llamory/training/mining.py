@@ -14,14 +14,14 @@ from sentence_transformers import SentenceTransformer
 from llamory.documents.readers import read_json_lines
 from llamory.errors import LlamoryError
 from llamory.training.pairs import Pairs
-from llamory.training.run import mendable
+from llamory.training.run import user_errors
 from llamory.training.settings import RetrieverSettings
 
-MINED = "mined.jsonl"
+MINED_FILE = "mined.jsonl"
 _CANDIDATES_PER_NEGATIVE = 10
 
 
-def with_mined(pairs: Pairs, embedder: SentenceTransformer, settings: RetrieverSettings, file: Path) -> Pairs:
+def add_mined_negatives(pairs: Pairs, embedder: SentenceTransformer, settings: RetrieverSettings, file: Path) -> Pairs:
     """The data with mined negatives added; they are kept in a file, and read from it where it is there already.
 
     Args:
@@ -34,12 +34,12 @@ def with_mined(pairs: Pairs, embedder: SentenceTransformer, settings: RetrieverS
         LlamoryError: settings that can't be used, or nothing is found.
     """
     if not file.exists():
-        _write(_mined(pairs, embedder, settings), pairs, file)
+        _write(_mine(pairs, embedder, settings), pairs, file)
     mined = dict(entry for _, entry in read_json_lines(file, lambda entry: (entry["query"], entry["neg"])))
     return Pairs((each.with_negatives(mined.get(each.query, [])) for each in pairs.examples), pairs.documents)
 
 
-def _mined(pairs: Pairs, embedder: SentenceTransformer, settings: RetrieverSettings) -> dict[str, list[str]]:
+def _mine(pairs: Pairs, embedder: SentenceTransformer, settings: RetrieverSettings) -> dict[str, list[str]]:
     """The negatives of each query for which some were found."""
     from datasets import Dataset
     from sentence_transformers.util import mine_hard_negatives
@@ -48,10 +48,10 @@ def _mined(pairs: Pairs, embedder: SentenceTransformer, settings: RetrieverSetti
     answers = [(query, text) for query, texts in pairs.answers.items() for text in sorted(texts)]
     depth = settings.mine_depth or settings.mine_skip + _CANDIDATES_PER_NEGATIVE * wanted
     if not settings.quiet:
-        told = f"Mining negatives for {len(pairs.answers)} queries among {len(pairs.documents)} documents"
-        Console(file=sys.stderr).print(told, highlight=False, soft_wrap=True)
+        message = f"Mining negatives for {len(pairs.answers)} queries among {len(pairs.documents)} documents"
+        Console(file=sys.stderr).print(message, highlight=False, soft_wrap=True)
     lower = torch.autocast(embedder.device.type, torch.bfloat16, enabled=settings.bf16)
-    with mendable("These settings of mining can't be used"), lower:
+    with user_errors("These settings of mining can't be used"), lower:
         found: Any = mine_hard_negatives(
             Dataset.from_dict({"query": [a[0] for a in answers], "positive": [a[1] for a in answers]}),
             embedder,

@@ -16,11 +16,11 @@ from llamory.training.pairs import Example, Pairs
 QUERY, POSITIVE, SCORES = "anchor", "positive", "scores"
 # How many queries are looked through for one batch, in batches: data in which nearly all queries share their positives
 # would otherwise be looked through whole for each.
-_LOOKED_THROUGH = 64
+_MAX_LOOKAHEAD_BATCHES = 64
 # Draws for each document that a query without negatives gets, as some answer it.
-_TRIES = 20
+_DRAWS_PER_NEGATIVE = 20
 # How often an epoch's queries are shuffled anew until there are as many batches as in the first epoch.
-_PASSES = 10
+_MAX_RESHUFFLES = 10
 
 
 def negative_columns(group_size: int) -> list[str]:
@@ -28,7 +28,7 @@ def negative_columns(group_size: int) -> list[str]:
     return [f"negative_{i}" for i in range(1, group_size)]
 
 
-class DrawnGroups(Dataset[dict[str, Any]]):
+class GroupDataset(Dataset[dict[str, Any]]):
     """Groups of one query, one of its positives and `group_size - 1` negatives, drawn anew in each epoch.
 
     Number `epoch * len(pairs) + i` is example `i` as drawn in that epoch, the same at every call, in every process.
@@ -53,9 +53,9 @@ class DrawnGroups(Dataset[dict[str, Any]]):
         """The group's columns: `anchor`, `positive`, `negative_1` and so on, and maybe `scores`."""
         epoch, index = divmod(number, len(self.pairs))
         example = self.pairs.examples[index]
-        chance = random.Random(f"{self.seed} {epoch} {index}")
-        positive = chance.randrange(len(example.positives))
-        negatives, scores = self._negatives(example, chance)
+        rng = random.Random(f"{self.seed} {epoch} {index}")
+        positive = rng.randrange(len(example.positives))
+        negatives, scores = self._negatives(example, rng)
         group: dict[str, Any] = {QUERY: example.query, POSITIVE: example.positives[positive]}
         group |= zip(negative_columns(self.group_size), negatives, strict=True)
         if self.scored:
@@ -68,36 +68,36 @@ class DrawnGroups(Dataset[dict[str, Any]]):
         group = self[number]
         return [group[POSITIVE], *(group[name] for name in negative_columns(self.group_size))]
 
-    def _negatives(self, example: Example, chance: random.Random) -> tuple[list[str], list[float]]:
+    def _negatives(self, example: Example, rng: random.Random) -> tuple[list[str], list[float]]:
         wanted, own = self.group_size - 1, range(len(example.negatives))
         if wanted and not own:
-            return self._others(example, wanted, chance), []
+            return self._sample_other_negatives(example, wanted, rng), []
         chosen: list[int] = []
         while len(chosen) < wanted:
-            chosen += chance.sample(own, min(wanted - len(chosen), len(own)))
+            chosen += rng.sample(own, min(wanted - len(chosen), len(own)))
         scores = example.negative_scores if self.scored else None
         return [example.negatives[i] for i in chosen], [] if scores is None else [scores[i] for i in chosen]
 
-    def _others(self, example: Example, wanted: int, chance: random.Random) -> list[str]:
+    def _sample_other_negatives(self, example: Example, wanted: int, rng: random.Random) -> list[str]:
         """Negatives of other queries that aren't known to answer this one, different ones if there are enough.
 
         Raises:
             LlamoryError: there is none.
         """
-        unfit, documents = self.pairs.answers[example.query] | {example.query}, self.pairs.negatives
-        tried = (documents[chance.randrange(len(documents))] for _ in range(_TRIES * wanted))
-        found = list(dict.fromkeys(text for text in tried if text not in unfit))
-        fit = found or [text for text in documents if text not in unfit]
-        if not fit:
+        excluded, documents = self.pairs.answers[example.query] | {example.query}, self.pairs.negatives
+        sampled = (documents[rng.randrange(len(documents))] for _ in range(_DRAWS_PER_NEGATIVE * wanted))
+        found = list(dict.fromkeys(text for text in sampled if text not in excluded))
+        candidates = found or [text for text in documents if text not in excluded]
+        if not candidates:
             raise LlamoryError(
-                f"{example.place}: the query has no negatives, and all those of other queries answer it; add a `neg`."
+                f"{example.location}: the query has no negatives, and all those of other queries answer it; add a `neg`."
             )
         while len(found) < wanted:
-            found.append(chance.choice(fit))
+            found.append(rng.choice(candidates))
         return found[:wanted]
 
 
-class NoFalseNegatives(BatchSampler):
+class FalseNegativeFreeSampler(BatchSampler):
     """Batches in which no document is another query's positive, or its very text; the Trainer's steps are made of them.
 
     Every document of a batch is a negative of every query that it wasn't drawn for. So two queries go together only if
@@ -105,7 +105,7 @@ class NoFalseNegatives(BatchSampler):
     several processes that share their documents, this holds for all of their batches of a step together.
     """
 
-    def __init__(self, groups: DrawnGroups, batch_size: int, *, process: int = 0, processes: int = 1) -> None:
+    def __init__(self, groups: GroupDataset, batch_size: int, *, process: int = 0, processes: int = 1) -> None:
         """Set the batches' size.
 
         Args:
@@ -116,7 +116,7 @@ class NoFalseNegatives(BatchSampler):
         """
         self.groups, self.batch_size, self.drop_last = groups, batch_size, False
         self.process, self.processes, self.epoch = process, processes, 0
-        self._length = len(list(self._pass(random.Random(f"{groups.seed} 0"), 0)))
+        self._length = len(list(self._epoch_batches(random.Random(f"{groups.seed} 0"), 0)))
 
     def __len__(self) -> int:
         return self._length
@@ -127,42 +127,42 @@ class NoFalseNegatives(BatchSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         """This process's batches of the epoch: as many in each, if it can be."""
-        chance = random.Random(f"{self.groups.seed} {self.epoch}")
-        passes = (self._pass(chance, self.epoch) for _ in range(_PASSES))
+        rng = random.Random(f"{self.groups.seed} {self.epoch}")
+        passes = (self._epoch_batches(rng, self.epoch) for _ in range(_MAX_RESHUFFLES))
         for batch in islice(chain.from_iterable(passes), self._length):
             yield batch[self.process :: self.processes]
 
-    def _pass(self, chance: random.Random, epoch: int) -> Iterator[list[int]]:
-        """Batches for all processes together, until no query is left."""
+    def _epoch_batches(self, rng: random.Random, epoch: int) -> Iterator[list[int]]:
+        """Batches for all processes together, until no query is deferred."""
         count = len(self.groups)
         numbers = list(range(epoch * count, (epoch + 1) * count))
-        chance.shuffle(numbers)
-        waiting = deque(numbers)
-        fewest = self.processes if self.groups.group_size > 1 else max(2, self.processes)
-        while waiting:
-            batch = self._take(waiting, self.batch_size * self.processes)
-            even = len(batch) - len(batch) % self.processes
+        rng.shuffle(numbers)
+        queue = deque(numbers)
+        min_size = self.processes if self.groups.group_size > 1 else max(2, self.processes)
+        while queue:
+            batch = self._next_batch(queue, self.batch_size * self.processes)
+            divisible = len(batch) - len(batch) % self.processes
             # A lone query without negatives has nothing to be told apart from.
-            if even >= fewest:
-                yield batch[:even]
+            if divisible >= min_size:
+                yield batch[:divisible]
 
-    def _take(self, waiting: deque[int], full: int) -> list[int]:
+    def _next_batch(self, queue: deque[int], max_size: int) -> list[int]:
         """The next batch; those that don't go with it wait on, in their order."""
         batch: list[int] = []
-        left: list[int] = []
+        deferred: list[int] = []
         documents: set[str] = set()
-        unfit: set[str] = set()
-        while waiting and len(batch) < full and len(left) < _LOOKED_THROUGH * full:
-            number = waiting.popleft()
+        excluded: set[str] = set()
+        while queue and len(batch) < max_size and len(deferred) < _MAX_LOOKAHEAD_BATCHES * max_size:
+            number = queue.popleft()
             own = self.groups.documents(number)
             example = self.groups.pairs.examples[number % len(self.groups)]
             answers = self.groups.pairs.answers[example.query]
-            if unfit.isdisjoint(own) and documents.isdisjoint(answers) and example.query not in documents:
+            if excluded.isdisjoint(own) and documents.isdisjoint(answers) and example.query not in documents:
                 batch.append(number)
                 documents.update(own)
-                unfit.update(answers)
-                unfit.add(example.query)
+                excluded.update(answers)
+                excluded.add(example.query)
             else:
-                left.append(number)
-        waiting.extendleft(reversed(left))
+                deferred.append(number)
+        queue.extendleft(reversed(deferred))
         return batch

@@ -26,7 +26,7 @@ class Example:
         negatives: documents that don't; none of them is a positive of the same query anywhere in the data.
         positive_scores: a teacher's score for each positive, if there are any.
         negative_scores: the same for each negative.
-        place: where it stands, as `file:line`.
+        location: where it stands, as `file:line`.
     """
 
     query: str
@@ -34,7 +34,7 @@ class Example:
     negatives: tuple[str, ...] = ()
     positive_scores: tuple[float, ...] | None = None
     negative_scores: tuple[float, ...] | None = None
-    place: str = ""
+    location: str = ""
 
     @property
     def scored(self) -> bool:
@@ -79,11 +79,11 @@ class Pairs:
         return [example for example in self.examples if not (example.scored and example.negatives)]
 
     @property
-    def most_negatives(self) -> int:
+    def max_negatives(self) -> int:
         """How many negatives the query with the most has."""
         return max(len(example.negatives) for example in self.examples)
 
-    def rewritten(self, rewrite: Callable[[list[str]], list[str]]) -> Pairs:
+    def map_texts(self, rewrite: Callable[[list[str]], list[str]]) -> Pairs:
         """The same data with every text as `rewrite` gives it."""
         texts = list(dict.fromkeys([*self.answers, *self.documents]))
         new = dict(zip(texts, rewrite(texts), strict=True))
@@ -107,7 +107,7 @@ def load_pairs(paths: Sequence[str | Path], *, split: str = "train", skip_broken
 
     Args:
         paths: .jsonl files, folders of them, and BEIR folders.
-        split: which judgements of BEIR folders are read.
+        split: which qrels of BEIR folders are read.
         skip_broken: pass over broken lines, with a warning in the log.
 
     Raises:
@@ -120,7 +120,7 @@ def load_pairs(paths: Sequence[str | Path], *, split: str = "train", skip_broken
         if is_beir(path):
             data = read_beir(path, split, skip_broken=skip_broken)
             corpus += filter(None, data.corpus.values())
-            examples += _judged(data.corpus, data.queries, data.judgements, data.places)
+            examples += _beir_examples(data.corpus, data.queries, data.qrels, data.locations)
             continue
         files = [file for file in find_files([path]) if file.suffix.lower() == ".jsonl"]
         if not files:
@@ -130,27 +130,27 @@ def load_pairs(paths: Sequence[str | Path], *, split: str = "train", skip_broken
             )
         for file in files:
             lines = read_json_lines(file, _example, skip_broken=skip_broken)
-            examples += (_placed(example, f"{file}:{line}", known) for line, example in lines)
+            examples += (_with_location(example, f"{file}:{line}", known) for line, example in lines)
     if not examples:
         raise LlamoryError(f"There is no query with a positive in {', '.join(map(str, paths))}.")
     return Pairs(examples, corpus)
 
 
-def _judged(
-    corpus: dict[str, str], queries: dict[str, str], judgements: dict[str, dict[str, float]], places: dict[str, str]
+def _beir_examples(
+    corpus: dict[str, str], queries: dict[str, str], qrels: dict[str, dict[str, float]], locations: dict[str, str]
 ) -> Iterable[Example]:
-    for query, scores in judgements.items():
+    for query, scores in qrels.items():
         # BEIR's corpora have a few documents without any text; there is nothing to learn from those.
         positives = tuple(corpus[name] for name, score in scores.items() if score > 0 and corpus[name])
         negatives = tuple(corpus[name] for name, score in scores.items() if score <= 0 and corpus[name])
         if positives and queries[query].strip():
-            yield Example(queries[query], positives, negatives, place=places[query])
+            yield Example(queries[query], positives, negatives, location=locations[query])
 
 
-def _placed(example: Example, place: str, known: dict[str, str]) -> Example:
+def _with_location(example: Example, location: str, known: dict[str, str]) -> Example:
     positives = tuple(known.setdefault(text, text) for text in example.positives)
     negatives = tuple(known.setdefault(text, text) for text in example.negatives)
-    return replace(example, positives=positives, negatives=negatives, place=place)
+    return replace(example, positives=positives, negatives=negatives, location=location)
 
 
 def _without_false_negatives(example: Example, answers: set[str]) -> Example:

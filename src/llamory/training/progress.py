@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-_SHOWN = (
+_DISPLAYED_METRICS = (
     "loss",
     "ar_loss",
     "bow_summarize_loss",
@@ -51,7 +51,7 @@ class RichProgress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         """Show the newest losses."""
-        shown = "  ".join(f"{key} {_number(logs[key])}" for key in _SHOWN if key in (logs or {}))
+        shown = "  ".join(f"{key} {_number(logs[key])}" for key in _DISPLAYED_METRICS if key in (logs or {}))
         if not shown or not state.is_world_process_zero:
             return
         if self.bar is not None:

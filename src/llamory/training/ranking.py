@@ -20,16 +20,18 @@ from torch import Tensor, nn
 from llamory.training.settings import RetrieverSettings
 
 
-def ranking_loss(embedder: SentenceTransformer, settings: RetrieverSettings, *, teacher: str, shared: bool) -> Any:
+def ranking_loss(
+    embedder: SentenceTransformer, settings: RetrieverSettings, *, teacher: str, gather_across_devices: bool
+) -> Any:
     """The loss that settings ask for.
 
     Args:
         embedder: the model.
         settings: of the run.
         teacher: "kl", "margin_mse" or "off".
-        shared: whether the documents of all processes are negatives of every query.
+        gather_across_devices: whether the documents of all processes are negatives of every query.
     """
-    common: dict[str, Any] = {"scale": 1 / settings.temperature, "gather_across_devices": shared}
+    common: dict[str, Any] = {"scale": 1 / settings.temperature, "gather_across_devices": gather_across_devices}
     loss: Any
     if settings.cache:
         loss = CachedMultipleNegativesRankingLoss(embedder, mini_batch_size=settings.mini_batch, **common)
@@ -61,12 +63,12 @@ class CachedDistillation(CachedLossMixin, nn.Module):
         """Take the contrastive loss, cached or not, and what to weigh it with."""
         super().__init__()
         self.model: Any
-        self.contrast: Any
-        self.model, self.contrast = embedder, contrast
+        self.contrastive_loss: Any
+        self.model, self.contrastive_loss = embedder, contrast
         self.uses_gradient_cache = settings.cache
         self.mini_batch_size = settings.mini_batch
         self.contrastive_weight, self.weight = settings.contrastive_weight, settings.distill_weight
-        self.scores_divided_by = settings.teacher_temperature
+        self.teacher_temperature = settings.teacher_temperature
         similarity = torch.nn.CosineSimilarity(dim=1)
         self.distill: DistillKLDivLoss | MarginMSELoss
         if teacher == "kl":
@@ -84,18 +86,18 @@ class CachedDistillation(CachedLossMixin, nn.Module):
         """The loss of embeddings: one list per column, of (mini-batch, dimension) each; as the library asks for it."""
         assert labels is not None
         columns = [torch.cat(column) for column in reps]
-        loss = self.weight * self.distill.compute_loss_from_embeddings(columns, labels / self.scores_divided_by)
+        loss = self.weight * self.distill.compute_loss_from_embeddings(columns, labels / self.teacher_temperature)
         if self.contrastive_weight:
-            loss = loss + self.contrastive_weight * self._contrast(reps, columns, labels)
+            loss = loss + self.contrastive_weight * self._contrastive_loss(reps, columns, labels)
         if with_backward:
             loss.backward()
             loss = loss.detach()
         return loss
 
-    def _contrast(self, reps: list[list[Tensor]], columns: list[Tensor], labels: Tensor) -> Tensor:
-        if isinstance(self.contrast, CachedMultipleNegativesRankingLoss):
-            return self.contrast.calculate_loss(reps)
-        return self.contrast.compute_loss_from_embeddings(columns, labels)
+    def _contrastive_loss(self, reps: list[list[Tensor]], columns: list[Tensor], labels: Tensor) -> Tensor:
+        if isinstance(self.contrastive_loss, CachedMultipleNegativesRankingLoss):
+            return self.contrastive_loss.calculate_loss(reps)
+        return self.contrastive_loss.compute_loss_from_embeddings(columns, labels)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """The loss of a batch's columns, whose labels are the teacher's scores (queries, documents per query)."""

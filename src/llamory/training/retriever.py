@@ -20,15 +20,15 @@ from sentence_transformers.util import is_sentence_transformer_model
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, set_seed
 
-from llamory.embedding.pipeline import hide_slot_tokens, load_embedder, reads_slots, save_embedder
+from llamory.embedding.pipeline import escape_slot_tokens, is_llara, load_embedder, save_embedder
 from llamory.embedding.whitening import Whitening, whitening_router
 from llamory.errors import LlamoryError
 from llamory.llara.modeling import NewLlamaModel
 from llamory.llara.template import LlaraTemplate
 from llamory.models import base as backbone
-from llamory.training.checkpoints import MarkWhole, prepare_output
-from llamory.training.mining import MINED, with_mined
-from llamory.training.pair_batches import POSITIVE, QUERY, DrawnGroups, NoFalseNegatives, negative_columns
+from llamory.training.checkpoints import WriteManifest, prepare_output
+from llamory.training.mining import MINED_FILE, add_mined_negatives
+from llamory.training.pair_batches import POSITIVE, QUERY, FalseNegativeFreeSampler, GroupDataset, negative_columns
 from llamory.training.pairs import Pairs, load_pairs
 from llamory.training.progress import RichProgress
 from llamory.training.ranking import ranking_loss
@@ -36,17 +36,17 @@ from llamory.training.run import (
     check_settings,
     last_logged,
     lora_config,
-    mendable,
     run,
-    save_finished,
+    save_trained_model,
     training_arguments,
+    user_errors,
 )
 from llamory.training.settings import RetrieverSettings
 
 logger = logging.getLogger(__name__)
 
 # A LLaMA with slot tokens added, as long as the run lasts.
-_START = "start"
+_INITIAL_MODEL = "start"
 _ADAPTER = "adapter"
 
 
@@ -68,31 +68,31 @@ def train_retriever(settings: RetrieverSettings) -> dict[str, Any]:
     with arguments.main_process_first(desc="data and model"):
         train, held_out = _load_data(settings)
         teacher = _teacher(settings, train, held_out)
-        source = _source(settings, output, write=arguments.process_index == 0)
+        source = _model_source(settings, output, write=arguments.process_index == 0)
         embedder = _load(settings, source, arguments.device)
-        _leave_out_padding(embedder, settings)
+        _disable_padding(embedder, settings)
         if settings.lora:
             _add_adapters(embedder, settings)
-        train = train.rewritten(lambda texts: hide_slot_tokens(embedder, texts))
-        given = sum(len(example.negatives) for example in train.examples)
+        train = train.map_texts(lambda texts: escape_slot_tokens(embedder, texts))
+        initial_negatives = sum(len(example.negatives) for example in train.examples)
         if settings.mine:
             miner = load_embedder(settings.mine_with) if settings.mine_with else embedder
-            train = with_mined(train, miner, settings, output / MINED)
+            train = add_mined_negatives(train, miner, settings, output / MINED_FILE)
     if held_out is not None:
-        held_out = held_out.rewritten(lambda texts: hide_slot_tokens(embedder, texts))
+        held_out = held_out.map_texts(lambda texts: escape_slot_tokens(embedder, texts))
     groups = _groups(train, settings, teacher)
-    shared = settings.share_negatives and arguments.world_size > 1
+    gather_across_devices = settings.share_negatives and arguments.world_size > 1
     batches = _batches(groups, settings, arguments)
     _columns(arguments, embedder, groups.group_size)
     progress = RichProgress("Retriever training")
-    with mendable("These settings can't be used"):
+    with user_errors("These settings can't be used"):
         trainer = RetrieverTrainer(
             model=embedder,
             args=arguments,
-            eval_dataset=None if held_out is None else _fixed(_groups(held_out, settings, teacher)),
-            loss=ranking_loss(embedder, settings, teacher=teacher, shared=shared),
+            eval_dataset=None if held_out is None else _materialize(_groups(held_out, settings, teacher)),
+            loss=ranking_loss(embedder, settings, teacher=teacher, gather_across_devices=gather_across_devices),
             data_collator=_collator(embedder, settings, arguments),
-            callbacks=[MarkWhole()] + ([] if settings.quiet else [progress]),
+            callbacks=[WriteManifest()] + ([] if settings.quiet else [progress]),
             groups=groups,
             batches=batches,
         )
@@ -102,15 +102,15 @@ def train_retriever(settings: RetrieverSettings) -> dict[str, Any]:
         "output": str(output),
         "steps": trainer.state.global_step,
         "queries": len(train),
-        "mined": sum(len(example.negatives) for example in train.examples) - given,
+        "mined": sum(len(example.negatives) for example in train.examples) - initial_negatives,
         "group_size": groups.group_size,
         "teacher": teacher,
         "dimension": embedder.get_embedding_dimension(),
         "losses": last_logged(trainer, "loss", "eval_loss"),
     }
-    save_finished(trainer, settings, None, result, save=lambda folder: _save(embedder, settings, source, folder))
+    save_trained_model(trainer, settings, None, result, save=lambda folder: _save(embedder, settings, source, folder))
     if arguments.process_index == 0:
-        shutil.rmtree(output / _START, ignore_errors=True)
+        shutil.rmtree(output / _INITIAL_MODEL, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -120,13 +120,13 @@ class RetrieverTrainer(SentenceTransformerTrainer):
 
     control: Any  # the Trainer's, which has no annotation there
 
-    def __init__(self, *args: Any, groups: DrawnGroups, batches: NoFalseNegatives, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, groups: GroupDataset, batches: FalseNegativeFreeSampler, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.groups, self.batches = groups, batches
 
     def get_train_dataloader(self) -> Any:
         """This process's batches; the sampler has shared them out already."""
-        return _Epochs(
+        return _EpochDataLoader(
             self.groups,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
@@ -155,9 +155,9 @@ class RetrieverTrainer(SentenceTransformerTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class _Epochs(DataLoader[Any]):
+class _EpochDataLoader(DataLoader[Any]):
     def set_epoch(self, epoch: int) -> None:
-        assert isinstance(self.batch_sampler, NoFalseNegatives)
+        assert isinstance(self.batch_sampler, FalseNegativeFreeSampler)
         self.batch_sampler.set_epoch(epoch)
 
 
@@ -189,8 +189,8 @@ def _arguments(settings: RetrieverSettings) -> SentenceTransformerTrainingArgume
     arguments = training_arguments(
         settings,
         "LlamaDecoderLayer",
-        evaluates=bool(settings.eval_data),
-        kind=SentenceTransformerTrainingArguments,
+        has_eval_data=bool(settings.eval_data),
+        arguments_class=SentenceTransformerTrainingArguments,
         num_train_epochs=settings.epochs,
         dataloader_num_workers=settings.workers,
         batch_sampler=BatchSamplers.NO_DUPLICATES,  # of held-out data; RetrieverTrainer makes those of training
@@ -206,9 +206,11 @@ def _columns(arguments: SentenceTransformerTrainingArguments, embedder: Sentence
     documents = [POSITIVE, *negative_columns(group_size)]
     arguments.router_mapping = {QUERY: "query", **dict.fromkeys(documents, "document")}
     prompts = embedder.prompts
-    usual = prompts.get(embedder.default_prompt_name or "", "")
+    default_prompt = prompts.get(embedder.default_prompt_name or "", "")
     names = [name for name in ("document", "passage", "corpus") if name in prompts]
-    own = {QUERY: prompts.get("query", usual)} | dict.fromkeys(documents, prompts[names[0]] if names else usual)
+    own = {QUERY: prompts.get("query", default_prompt)} | dict.fromkeys(
+        documents, prompts[names[0]] if names else default_prompt
+    )
     arguments.prompts = {column: prompt for column, prompt in own.items() if prompt}
 
 
@@ -220,16 +222,20 @@ def _teacher(settings: RetrieverSettings, train: Pairs, held_out: Pairs | None) 
     """
     if settings.distill == "off" or (settings.distill == "auto" and (settings.mine or settings.group_size < 2)):
         return "off"
-    lacking = train.unscored or ([] if held_out is None else held_out.unscored)
-    if not lacking:
+    unscored_examples = train.unscored or ([] if held_out is None else held_out.unscored)
+    if not unscored_examples:
         return "kl" if settings.distill == "auto" else settings.distill
     if settings.distill != "auto":
         raise LlamoryError(
-            f"{lacking[0].place}: distill needs negatives, pos_scores and neg_scores for every query; add them, or set "
+            f"{unscored_examples[0].location}: distill needs negatives, pos_scores and neg_scores for every query; add them, or set "
             "distill to off."
         )
     if len(train.unscored) < len(train):
-        logger.warning("Scores aren't learned: %d queries have none; the first: %s", len(lacking), lacking[0].place)
+        logger.warning(
+            "Scores aren't learned: %d queries have none; the first: %s",
+            len(unscored_examples),
+            unscored_examples[0].location,
+        )
     return "off"
 
 
@@ -243,24 +249,24 @@ def _load_data(settings: RetrieverSettings) -> tuple[Pairs, Pairs | None]:
     return train, load_pairs(settings.eval_data, split=settings.eval_split, skip_broken=settings.skip_broken)
 
 
-def _groups(pairs: Pairs, settings: RetrieverSettings, teacher: str) -> DrawnGroups:
-    size = min(settings.group_size, 1 + pairs.most_negatives)
-    return DrawnGroups(pairs, size, settings.seed, scored=teacher != "off")
+def _groups(pairs: Pairs, settings: RetrieverSettings, teacher: str) -> GroupDataset:
+    size = min(settings.group_size, 1 + pairs.max_negatives)
+    return GroupDataset(pairs, size, settings.seed, scored=teacher != "off")
 
 
-def _fixed(groups: DrawnGroups) -> Any:
+def _materialize(groups: GroupDataset) -> Any:
     from datasets import Dataset
 
     return Dataset.from_list([groups[number] for number in range(len(groups))])
 
 
-def _batches(groups: DrawnGroups, settings: RetrieverSettings, arguments: Any) -> NoFalseNegatives:
+def _batches(groups: GroupDataset, settings: RetrieverSettings, arguments: Any) -> FalseNegativeFreeSampler:
     """The sampler.
 
     Raises:
         LlamoryError: no batch can be made.
     """
-    batches = NoFalseNegatives(
+    batches = FalseNegativeFreeSampler(
         groups, settings.batch_size, process=arguments.process_index, processes=arguments.world_size
     )
     if not len(batches):
@@ -302,10 +308,10 @@ def _lengths(embedder: SentenceTransformer, settings: RetrieverSettings) -> dict
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 
-def _source(settings: RetrieverSettings, output: Path, *, write: bool) -> str:
+def _model_source(settings: RetrieverSettings, output: Path, *, write: bool) -> str:
     """What the embedder is loaded from: the model itself, or a folder of it with slot tokens or an adapter added."""
     name = settings.model
-    if name not in backbone.PACKAGED and not name.endswith(".gguf") and is_sentence_transformer_model(name):
+    if name not in backbone.PACKAGED_MODELS and not name.endswith(".gguf") and is_sentence_transformer_model(name):
         return name
     config = backbone.load_config(name)
     if config.model_type != "llama":
@@ -313,13 +319,13 @@ def _source(settings: RetrieverSettings, output: Path, *, write: bool) -> str:
     adapted = backbone.adapter_folder(name) is not None
     if not adapted and LlaraTemplate.from_config(config) is not None:  # type: ignore[arg-type]
         return str(backbone.resolve(name))
-    start = output / _START
+    start = output / _INITIAL_MODEL
     if write:
-        _write_start(settings, start)
+        _write_initial_model(settings, start)
     return str(start)
 
 
-def _write_start(settings: RetrieverSettings, start: Path) -> None:
+def _write_initial_model(settings: RetrieverSettings, start: Path) -> None:
     """Write a plain LLaMA as a LLARA checkpoint, with new slot tokens, or an adapter's; the same at every call."""
     tokenizer = backbone.load_tokenizer(settings.model)
     model = backbone.load_model(settings.model, dtype=torch.float32)
@@ -339,7 +345,7 @@ def _load(settings: RetrieverSettings, source: str, device: torch.device) -> Sen
     loading: dict[str, Any] = {"dtype": torch.float32}
     if settings.attn_implementation:
         loading["attn_implementation"] = settings.attn_implementation
-    with mendable(f"{settings.model} can't be loaded with these settings"):
+    with user_errors(f"{settings.model} can't be loaded with these settings"):
         embedder = load_embedder(
             source, max_length=longest, device=str(device), query_prompt=settings.query_prompt, **loading
         )
@@ -347,7 +353,7 @@ def _load(settings: RetrieverSettings, source: str, device: torch.device) -> Sen
     for module in embedder:
         if isinstance(module, WordWeights):
             module.requires_grad_(False)  # they pick the slots; the library would train them
-    if reads_slots(embedder) and (router := whitening_router(embedder)) is not None:
+    if is_llara(embedder) and (router := whitening_router(embedder)) is not None:
         router.requires_grad_(False)  # it stays as it was fitted
     dimension = embedder.get_embedding_dimension()
     if wrong := [size for size in settings.matryoshka if not 0 < size <= (dimension or size)]:
@@ -356,9 +362,9 @@ def _load(settings: RetrieverSettings, source: str, device: torch.device) -> Sen
     return embedder
 
 
-def _leave_out_padding(embedder: SentenceTransformer, settings: RetrieverSettings) -> None:
+def _disable_padding(embedder: SentenceTransformer, settings: RetrieverSettings) -> None:
     """Let a LLARA model compute without padding while it is trained: the same vectors and gradients in less time."""
-    if reads_slots(embedder) and settings.attn_implementation != "eager":
+    if is_llara(embedder) and settings.attn_implementation != "eager":
         padded = embedder[0].auto_model
         with torch.device("meta"):
             flat = NewLlamaModel(padded.config)
@@ -370,12 +376,12 @@ def _leave_out_padding(embedder: SentenceTransformer, settings: RetrieverSetting
 def _add_adapters(embedder: SentenceTransformer, settings: RetrieverSettings) -> None:
     """Adapters on the named layers; of a LLARA model's embeddings only the slot tokens' rows are trained."""
     slots: dict[str, Any] = {}
-    if reads_slots(embedder):
+    if is_llara(embedder):
         template = LlaraTemplate.from_config(embedder[0].config)
         assert template is not None
         rows = sorted(template.summarize_slot_ids + template.predict_slot_ids)
         slots = {"trainable_token_indices": {"embed_tokens": rows}}
-    with mendable("These LoRA settings don't fit the model"):
+    with user_errors("These LoRA settings don't fit the model"):
         embedder.add_adapter(lora_config(settings, **slots))
     if settings.gradient_checkpointing:
         embedder[0].auto_model.enable_input_require_grads()

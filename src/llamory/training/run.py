@@ -18,12 +18,12 @@ from llamory.training.settings import AdaptSettings, RunSettings
 
 SETTINGS_FILE = "llamory.json"
 # What makes a folder a model is moved up behind all else.
-_LAST = {"config.json": 1, "modules.json": 2}
+_MOVE_ORDER = {"config.json": 1, "modules.json": 2}
 _AT_LEAST_ONE = ("batch_size", "accumulation", "log_every", "save_every")
 
 
 @contextlib.contextmanager
-def mendable(problem: str) -> Iterator[None]:
+def user_errors(problem: str) -> Iterator[None]:
     """Turn what a library says of a setting that it can't use into one sentence."""
     try:
         yield
@@ -55,25 +55,25 @@ def training_arguments(
     settings: RunSettings,
     layer: str,
     *,
-    evaluates: bool,
-    kind: type[TrainingArguments] = TrainingArguments,
-    **more: Any,
+    has_eval_data: bool,
+    arguments_class: type[TrainingArguments] = TrainingArguments,
+    **kwargs: Any,
 ) -> TrainingArguments:
     """The Trainer's arguments.
 
     Args:
         settings: of the run.
         layer: class name of the layers that FSDP shards one by one.
-        evaluates: whether there is something to evaluate on.
-        kind: their class.
-        more: further arguments.
+        has_eval_data: whether there is something to evaluate on.
+        arguments_class: their class.
+        kwargs: further arguments.
 
     Raises:
         LlamoryError: a setting that the Trainer can't use.
     """
     fsdp = {"transformer_layer_cls_to_wrap": [layer], "state_dict_type": "FULL_STATE_DICT"}
-    with mendable("These settings can't be used"):
-        return kind(
+    with user_errors("These settings can't be used"):
+        return arguments_class(
             output_dir=settings.output,
             max_steps=settings.steps or -1,
             per_device_train_batch_size=settings.batch_size,
@@ -92,7 +92,7 @@ def training_arguments(
             logging_nan_inf_filter=False,
             save_steps=settings.save_every,
             save_total_limit=max(2, settings.keep_checkpoints),
-            eval_strategy="steps" if evaluates else "no",
+            eval_strategy="steps" if has_eval_data else "no",
             eval_steps=settings.eval_every or settings.save_every,
             prediction_loss_only=True,
             report_to=settings.report_to or "none",
@@ -102,7 +102,7 @@ def training_arguments(
             fsdp="full_shard auto_wrap" if settings.fsdp else None,
             fsdp_config=fsdp if settings.fsdp else None,
             ddp_find_unused_parameters=False,
-            **more,
+            **kwargs,
         )
 
 
@@ -114,8 +114,8 @@ def _checkpointing(settings: RunSettings) -> dict[str, Any]:
     return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
 
 
-def lora_config(settings: AdaptSettings, **more: Any) -> Any:
-    """What settings say of adapters; `more` goes to peft's `LoraConfig` too."""
+def lora_config(settings: AdaptSettings, **kwargs: Any) -> Any:
+    """What settings say of adapters; `kwargs` goes to peft's `LoraConfig` too."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -123,20 +123,20 @@ def lora_config(settings: AdaptSettings, **more: Any) -> Any:
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         modules_to_save=None,
-        **{"target_modules": settings.lora_targets} | more,
+        **{"target_modules": settings.lora_targets} | kwargs,
     )
 
 
-def with_lora(model: Any, settings: AdaptSettings, **more: Any) -> Any:
-    """The model with adapters on the named layers; `more` goes to peft's `LoraConfig`.
+def with_lora(model: Any, settings: AdaptSettings, **kwargs: Any) -> Any:
+    """The model with adapters on the named layers; `kwargs` goes to peft's `LoraConfig`.
 
     Raises:
         LlamoryError: adapters that don't fit the model.
     """
     from peft import get_peft_model
 
-    with mendable("These LoRA settings don't fit the model"):
-        adapted = get_peft_model(model, lora_config(settings, **more))
+    with user_errors("These LoRA settings don't fit the model"):
+        adapted = get_peft_model(model, lora_config(settings, **kwargs))
     if settings.gradient_checkpointing:
         adapted.enable_input_require_grads()
     return adapted
@@ -168,7 +168,7 @@ def last_logged(trainer: Trainer, *keys: str) -> dict[str, float]:
     return {key: values[-1] for key, values in found.items() if values}
 
 
-def save_finished(
+def save_trained_model(
     trainer: Trainer,
     settings: RunSettings,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -203,15 +203,15 @@ def save_finished(
     if trainer.args.should_save:
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        told = {"settings": dataclasses.asdict(settings)} | dict(result)
-        (partial / SETTINGS_FILE).write_text(json.dumps(told, indent=1))
+        record = {"settings": dataclasses.asdict(settings)} | dict(result)
+        (partial / SETTINGS_FILE).write_text(json.dumps(record, indent=1))
         (partial / "training_args.bin").unlink(missing_ok=True)
-        _move_up(partial, output)
+        _move_to_parent(partial, output)
 
 
-def _move_up(partial: Path, output: Path) -> None:
+def _move_to_parent(partial: Path, output: Path) -> None:
     """Move a finished save one folder up, its config last: a folder without it is no model."""
-    for source in sorted(partial.iterdir(), key=lambda p: (_LAST.get(p.name, 0), p.name)):
+    for source in sorted(partial.iterdir(), key=lambda p: (_MOVE_ORDER.get(p.name, 0), p.name)):
         target = output / source.name
         if target.is_dir():
             shutil.rmtree(target)

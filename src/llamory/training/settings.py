@@ -98,7 +98,7 @@ class LlaraSettings(AdaptSettings):
     )
 
     max_length: int = _setting(1024, "Longest sequence in tokens, prompts included.")
-    passage_length: int | None = _setting(None, "Longest passage cut from documents, in tokens; default: what fits.")
+    chunk_size: int | None = _setting(None, "Longest passage cut from documents, in tokens; default: what fits.")
     languages: list[str] = _setting(["en"], "Languages whose stop words are no bag-of-words targets.")
     text_field: str = _setting("text", "Field that holds the text in JSONL documents.")
     streaming: bool = _setting(False, "Read the data while training instead of preparing it first (needs steps).")
@@ -108,7 +108,7 @@ class LlaraSettings(AdaptSettings):
     epochs: float = _setting(1.0, "Passes over the data; steps takes precedence.")
     export: bool = _setting(True, "Write a Sentence Transformers folder when training ends.")
     whiten: int = _setting(0, "Passages that whitening of the embeddings is fitted on when training ends; 0 for none.")
-    embed_length: int = _setting(512, "Longest sequence that the exported embedder reads, prompts included.")
+    max_seq_length: int = _setting(512, "Longest sequence that the exported embedder reads, prompts included.")
 
 
 @dataclass(kw_only=True)
@@ -167,7 +167,7 @@ class RetrieverSettings(AdaptSettings):
 
 
 @dataclass(kw_only=True)
-class TaughtSettings(AdaptSettings):
+class DistillationSettings(AdaptSettings):
     """Settings of runs that may keep what a teacher predicts without memory."""
 
     teacher: str | None = _setting(
@@ -179,14 +179,14 @@ class TaughtSettings(AdaptSettings):
     teacher_rows: int = _setting(4, "Rows of each pass that are read without memory for it, in turns.")
 
 
-_TRAINED = (
+_TRAINABLE_HELP = (
     "Train all layers, only the attention of memory layers, or only projections that memory gets for itself there, "
     "which leaves what is read without memory as it was; with lora the adapters are there."
 )
 
 
 @dataclass(kw_only=True)
-class FotSettings(TaughtSettings):
+class FotSettings(DistillationSettings):
     """Settings of FoT training. The defaults are the published 3B model's (Tworkowski et al. 2023) where there are any.
 
     The data are as many independent streams of batches as a step has passes (accumulation × processes).
@@ -213,38 +213,44 @@ class FotSettings(TaughtSettings):
     mem_layers: list[int] = _setting(
         [], "Layers with memory; default: the model's own, for a plain LLaMA three spread as in the published models."
     )
-    mix: list[str] = _setting(
+    crossbatch_schedule: list[str] = _setting(
         [],
         "Which rows a row sees: POSITIVES+NEGATIVES for each equal share of the batch, or the published '3b' or '7b'; "
         "default: 3b, if there is no cross_batch_range.",
     )
-    cross_batch_range: int | None = _setting(None, "Instead of a mix: each row sees so many rows before it.")
-    stepping: bool = _setting(False, "With cross_batch_range: later chunks of a document see more rows.")
-    schedule: Literal["constant", "sampled", "grown"] = _setting(
+    cross_batch_range: int | None = _setting(
+        None, "Instead of a crossbatch_schedule: each row sees so many rows before it."
+    )
+    crossbatch_stepping: bool = _setting(False, "With cross_batch_range: later chunks of a document see more rows.")
+    schedule: Literal["constant", "sampled", "curriculum"] = _setting(
         "constant", "Number of contexts: constant, drawn from sizes for each step, or going up through sizes."
     )
-    sizes: list[int] = _setting([], "Numbers of contexts (negatives, with a mix) that the schedule uses.")
-    grow_at: float = _setting(0.98, "Training accuracy at which a grown schedule goes to the next size.")
+    sizes: list[int] = _setting(
+        [], "Numbers of contexts (negatives, with a crossbatch_schedule) that the schedule uses."
+    )
+    advance_at_accuracy: float = _setting(
+        0.98, "Training accuracy at which a curriculum schedule goes to the next size."
+    )
     negatives: Literal["random", "similar"] = _setting(
         "random", "Other documents that a row sees: at random, or those that the retriever finds closest."
     )
     retriever: str | None = _setting(
         None, "Model that finds similar negatives: Sentence Transformers or LLARA, folder or hub id."
     )
-    negative_copies: list[float] = _setting(
+    negative_weight: list[float] = _setting(
         [],
         "Least and most of its kind that a negative counts as in the softmax (drawn for each row, evenly on a "
         "logarithmic scale), so that a few rows stand for a large memory; default: 1.",
     )
-    mem_log_bias: float | None = _setting(
+    memory_size_bias: float | None = _setting(
         None, "How much of memory's growth is taken off its scores, 0 to 1; default: the model's own, or 0."
     )
-    trained: Literal["all", "memory_layers", "memory_projections"] = _setting("all", _TRAINED)
+    trainable: Literal["all", "memory_layers", "memory_projections"] = _setting("all", _TRAINABLE_HELP)
     eval_batches: int = _setting(8, "Batches of eval_data that are evaluated.")
 
 
 @dataclass(kw_only=True)
-class InstructSettings(TaughtSettings):
+class InstructSettings(DistillationSettings):
     """Settings of instruction tuning. The defaults are those of the published LongLLaMA-Instruct-3Bv1.1.
 
     The data are as many independent streams of batches as a step has passes (accumulation × processes).
@@ -276,26 +282,30 @@ class InstructSettings(TaughtSettings):
     negatives: int = _setting(
         0, "Rows of other examples (in front of their answers) that rows with answers see in memory as well."
     )
-    negative_copies: list[float] = _setting(
+    negative_weight: list[float] = _setting(
         [],
         "Least and most of its kind that each of these counts as in the softmax (drawn for each row, evenly on a "
         "logarithmic scale), so that they stand for a large memory; default: 1.",
     )
-    copies_grow: float = _setting(0.0, "Share of the steps over which the most copies grow from the least.")
-    apart: bool = _setting(
+    negative_weight_warmup: float = _setting(0.0, "Share of the steps over which the most copies grow from the least.")
+    frozen_context: bool = _setting(
         False,
         "Read the rows in memory by themselves, without gradient, once for all questions about them (trained: "
         "memory_projections); batch_size is then the number of these rows.",
     )
-    asked_tokens: int = _setting(4096, "With apart: tokens of a pass's questions and answers, padding and all.")
-    kept_rows: int = _setting(0, "With apart: rows whose hidden states are kept in RAM from step to step.")
+    query_token_budget: int = _setting(
+        4096, "With frozen_context: tokens of a pass's questions and answers, padding and all."
+    )
+    context_cache_rows: int = _setting(
+        0, "With frozen_context: rows whose hidden states are kept in RAM from step to step."
+    )
     mem_layers: list[int] = _setting(
         [], "Layers with memory; default: the model's own, for a plain LLaMA three spread as in the published models."
     )
-    mem_log_bias: float | None = _setting(
+    memory_size_bias: float | None = _setting(
         None, "How much of memory's growth is taken off its scores, 0 to 1; default: the model's own, or 0."
     )
-    trained: Literal["all", "memory_layers", "memory_projections"] = _setting("all", _TRAINED)
+    trainable: Literal["all", "memory_layers", "memory_projections"] = _setting("all", _TRAINABLE_HELP)
     eval_batches: int = _setting(8, "Batches of eval_data that are evaluated.")
     num_proc: int | None = _setting(None, "Processes that tokenise.")
 
@@ -342,13 +352,13 @@ class LookupSettings(RunSettings):
     mem_layer: int = _setting(1, "The layer with memory, counted from 0.")
 
     lines: list[int] = _setting([2, 4, 8, 16], "Lines of the short documents that training begins with; [] for none.")
-    lines_at: float = _setting(0.8, "Training accuracy at which documents get longer.")
+    advance_lines_at_accuracy: float = _setting(0.8, "Training accuracy at which documents get longer.")
     sizes: list[int] = _setting(
         [1, 2, 4, 8, 16, 32, 64, 128],
-        "Documents that a question sees definitions of, its own among them; the next number once grow_at is reached.",
+        "Documents that a question sees definitions of, its own among them; the next number once advance_at_accuracy is reached.",
     )
-    grow_at: float = _setting(0.98, "Training accuracy at which the number of documents grows.")
-    crowded: float = _setting(
+    advance_at_accuracy: float = _setting(0.98, "Training accuracy at which the number of documents grows.")
+    confusable: float = _setting(
         0.9, "Share of the steps at the last size whose keys are made of few symbols, so that many are nearly alike."
     )
-    crowded_size: int = _setting(32, "Documents that a question sees definitions of in such a step, at most.")
+    confusable_documents: int = _setting(32, "Documents that a question sees definitions of in such a step, at most.")

@@ -13,25 +13,25 @@ import torch
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from llamory.errors import LlamoryError
-from llamory.longllama.losses import IGNORED, correct_tokens
-from llamory.training.checkpoints import MarkWhole, prepare_output
+from llamory.longllama.losses import IGNORE_INDEX, correct_tokens
+from llamory.training.checkpoints import WriteManifest, prepare_output
 from llamory.training.progress import RichProgress
-from llamory.training.run import last_logged, mendable, run, save_finished, training_arguments
+from llamory.training.run import last_logged, run, save_trained_model, training_arguments, user_errors
 from llamory.training.settings import RunSettings
 from llamory.training.teachers import Teacher
 
 _KIND = "kind of run"
 # What a resumed run may have otherwise than the run that wrote the checkpoint. The streams know their data themselves.
-_MAY_CHANGE = frozenset(
+_CHANGEABLE_SETTINGS = frozenset(
     "data output eval_data eval_batches steps accumulation gradient_checkpointing attn_implementation fsdp cpu "
     "log_every save_every eval_every keep_checkpoints report_to resume quiet".split()
 )
 
 
-class Feed(Protocol):
+class BatchSource(Protocol):
     """The data of one process."""
 
-    def passes(self, step: int) -> list[dict[str, Any]]:
+    def micro_batches(self, step: int) -> list[dict[str, Any]]:
         """The model's arguments for each pass of a step; each has `shift_labels`."""
         ...
 
@@ -47,22 +47,22 @@ class Feed(Protocol):
         ...
 
 
-class StreamedTrainer(Trainer):
-    """The Trainer with the data of a `Feed`; the loss is the mean over all tokens of a step, in all processes."""
+class StreamingTrainer(Trainer):
+    """The Trainer with the data of a `BatchSource`; the loss is the mean over all tokens of a step, in all processes."""
 
     control: Any  # the Trainer's, which has no annotation there
 
     def __init__(
         self,
         *args: Any,
-        feed: Feed,
+        batch_source: BatchSource,
         recipe: Mapping[str, Any],
         teacher: Teacher | None = None,
         teacher_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.feed, self.recipe = feed, dict(recipe)
+        self.batch_source, self.recipe = batch_source, dict(recipe)
         self.teacher, self.teacher_weight = teacher, teacher_weight
         self.model_accepts_loss_kwargs = True
         self.can_return_loss = True
@@ -70,19 +70,19 @@ class StreamedTrainer(Trainer):
         self._divergences: list[float] = []  # since the last were logged
 
     def get_train_dataloader(self) -> Any:
-        """Nothing that could be sharded or looked ahead in: `get_batch_samples` asks the feed."""
-        return _Endless()
+        """Nothing that could be sharded or looked ahead in: `get_batch_samples` asks the batch_source."""
+        return _InfiniteLoader()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:  # noqa: ARG002
-        """The step's passes, and how many tokens they predict in all processes."""
+        """The step's micro_batches, and how many tokens they predict in all processes."""
         if self.state.global_step >= self.state.max_steps:  # a finished run that is resumed
             self.control.should_training_stop = True
             return [], None
-        passes = self.feed.passes(self.state.global_step)
-        count = torch.stack([(batch["shift_labels"] != IGNORED).sum() for batch in passes]).sum().to(device)
+        micro_batches = self.batch_source.micro_batches(self.state.global_step)
+        count = torch.stack([(batch["shift_labels"] != IGNORE_INDEX).sum() for batch in micro_batches]).sum().to(device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count[None]).sum()
-        return passes, count
+        return micro_batches, count
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         """The model's own loss, and what it has moved away from a teacher.
@@ -92,7 +92,7 @@ class StreamedTrainer(Trainer):
         """
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.teacher is not None and model.training:
-            loss = loss + self._moved_away(self.teacher, model, inputs)
+            loss = loss + self._teacher_divergence(self.teacher, model, inputs)
         if not torch.isfinite(loss):
             raise LlamoryError(
                 f"The loss of step {self.state.global_step + 1} isn't finite ({float(loss):.4g}); lower the learning "
@@ -100,14 +100,14 @@ class StreamedTrainer(Trainer):
             )
         return (loss, outputs) if return_outputs else loss
 
-    def _moved_away(self, teacher: Teacher, model: Any, inputs: Any) -> torch.Tensor:
+    def _teacher_divergence(self, teacher: Teacher, model: Any, inputs: Any) -> torch.Tensor:
         """The teacher's part of a pass's loss."""
-        passes = self.args.gradient_accumulation_steps
-        turn = self.state.global_step * passes + len(self._divergences) % passes
+        micro_batches = self.args.gradient_accumulation_steps
+        pass_index = self.state.global_step * micro_batches + len(self._divergences) % micro_batches
         with self.accelerator.autocast():
-            divergence = teacher.loss(model, inputs, turn)
+            divergence = teacher.loss(model, inputs, pass_index)
         self._divergences.append(float(divergence.detach()))
-        return self.teacher_weight * divergence / passes
+        return self.teacher_weight * divergence / micro_batches
 
     def step_accuracy(self, hidden: torch.Tensor, targets: torch.Tensor) -> float | None:
         """Count a pass's right tokens; after a step's last pass, the accuracy of the step in all processes.
@@ -118,16 +118,16 @@ class StreamedTrainer(Trainer):
         """
         weight = self.model.get_output_embeddings().weight
         right = correct_tokens(hidden.to(weight.dtype), weight, targets)
-        self._counts.append(torch.stack([right, (targets != IGNORED).sum()]))
+        self._counts.append(torch.stack([right, (targets != IGNORE_INDEX).sum()]))
         if len(self._counts) < self.args.gradient_accumulation_steps:
             return None
         counts, self._counts = torch.stack(self._counts).sum(0), []
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
-        right, asked = counts.tolist()
-        return right / max(1, asked)
+        right, counted = counts.tolist()
+        return right / max(1, counted)
 
-    def summed(self, batches: Sequence[Any], measure: Callable[[Any], torch.Tensor]) -> list[float]:
+    def sum_over_batches(self, batches: Sequence[Any], measure: Callable[[Any], torch.Tensor]) -> list[float]:
         """The sum of what is measured of each batch, shared out among the processes.
 
         Args:
@@ -136,9 +136,9 @@ class StreamedTrainer(Trainer):
         """
         total = torch.zeros((), device=self.args.device)
         for first in range(0, len(batches), self.args.world_size):
-            mine = first + self.args.process_index
+            index = first + self.args.process_index
             # All processes go through the model equally often, as shards of its weights have to come from all.
-            total = total + measure(batches[min(mine, len(batches) - 1)]) * (mine < len(batches))
+            total = total + measure(batches[min(index, len(batches) - 1)]) * (index < len(batches))
         if self.args.world_size > 1:
             total = self.accelerator.gather(total[None]).sum(0)
         return [float(number) for number in total]
@@ -155,11 +155,11 @@ class StreamedTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
-        position = {"recipe": self.recipe} | self.feed.state_dict()
+        position = {"recipe": self.recipe} | self.batch_source.state_dict()
         (folder / f"position-{self.args.process_index}.json").write_text(json.dumps(position))
 
 
-class _Endless:
+class _InfiniteLoader:
     """Stands where the Trainer wants batches."""
 
     def __iter__(self) -> Iterator[None]:
@@ -168,7 +168,7 @@ class _Endless:
 
 
 @dataclass(frozen=True)
-class Begun:
+class RunContext:
     """What a run knows before it loads anything.
 
     Attributes:
@@ -185,17 +185,17 @@ class Begun:
     recipe: dict[str, Any]
     position: dict[str, Any] | None
 
-    def finish(
+    def train_and_save(
         self,
-        trainer_class: type[StreamedTrainer],
+        trainer_class: type[StreamingTrainer],
         title: str,
         *,
         model: Any,
-        feed: Feed,
+        batch_source: BatchSource,
         tokenizer: PreTrainedTokenizerBase | None = None,
         held_out: Sequence[Any] = (),
-        shown: Sequence[str] = ("loss",),
-        **more: Any,
+        logged_metrics: Sequence[str] = ("loss",),
+        **trainer_kwargs: Any,
     ) -> dict[str, Any]:
         """Train to the end and save.
 
@@ -203,71 +203,75 @@ class Begun:
             trainer_class: the Trainer.
             title: what the progress bar is called.
             model: what is trained.
-            feed: its data.
+            batch_source: its data.
             tokenizer: saved with the model.
-            held_out: what the Trainer evaluates on.
-            shown: logged values whose last ones the result tells.
-            more: further arguments of the Trainer.
+            held_out: what the Trainer has_eval_data on.
+            logged_metrics: logged values whose last ones the result tells.
+            trainer_kwargs: further arguments of the Trainer.
 
         Returns:
-            The output folder, steps done, and the last values of what is shown.
+            The output folder, steps done, and the last values of what is logged_metrics.
         """
         if self.position is not None:
-            feed.load_state_dict(self.position)
+            batch_source.load_state_dict(self.position)
         progress = RichProgress(title)
-        with mendable("These settings can't be used"):
+        with user_errors("These settings can't be used"):
             trainer = trainer_class(
                 model=model,
                 args=self.arguments,
                 eval_dataset=held_out or None,
                 processing_class=tokenizer,
-                callbacks=[MarkWhole()] + ([] if self.settings.quiet else [progress]),
-                feed=feed,
+                callbacks=[WriteManifest()] + ([] if self.settings.quiet else [progress]),
+                batch_source=batch_source,
                 recipe=self.recipe,
-                **more,
+                **trainer_kwargs,
             )
         trainer.remove_callback(PrinterCallback)
         run(trainer, self.checkpoint, progress)
         result = {
             "output": self.settings.output,
             "steps": trainer.state.global_step,
-            "losses": last_logged(trainer, *shown),
+            "losses": last_logged(trainer, *logged_metrics),
         }
-        save_finished(trainer, self.settings, tokenizer, result)
+        save_trained_model(trainer, self.settings, tokenizer, result)
         trainer.accelerator.wait_for_everyone()
         return result
 
 
-def begin(settings: RunSettings, *, evaluates: bool, irrelevant: Sequence[str] = ()) -> Begun:
+def setup_run(settings: RunSettings, *, has_eval_data: bool, ignored_settings: Sequence[str] = ()) -> RunContext:
     """Look at the output folder, and at the checkpoint that the run goes on from, if any.
 
     Args:
         settings: of the run.
-        evaluates: whether there is something to evaluate on.
-        irrelevant: settings that may change when a run goes on.
+        has_eval_data: whether there is something to evaluate on.
+        ignored_settings: settings that may change when a run goes on.
 
     Raises:
         LlamoryError: settings, output folder or checkpoint that can't be used.
     """
-    arguments = training_arguments(settings, "LongLlamaDecoderLayer", evaluates=evaluates, ignore_data_skip=True)
+    arguments = training_arguments(
+        settings, "LongLlamaDecoderLayer", has_eval_data=has_eval_data, ignore_data_skip=True
+    )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process trains on one device: rows that see one another can't be split up
     with arguments.main_process_first(desc="output folder"):
         checkpoint = prepare_output(Path(settings.output), settings.resume or arguments.process_index > 0)
-    recipe = recipe_of(settings, arguments.world_size)
-    for name in irrelevant:
+    recipe = frozen_settings_of(settings, arguments.world_size)
+    for name in ignored_settings:
         recipe.pop(name)
     position = read_position(checkpoint, recipe) if checkpoint else None
-    arguments.eval_on_start = evaluates and position is None
+    arguments.eval_on_start = has_eval_data and position is None
     set_seed(settings.seed)
-    return Begun(settings, arguments, checkpoint, recipe, position)
+    return RunContext(settings, arguments, checkpoint, recipe, position)
 
 
-def recipe_of(settings: RunSettings, world_size: int) -> dict[str, Any]:
+def frozen_settings_of(settings: RunSettings, world_size: int) -> dict[str, Any]:
     """What must be the same where a run goes on; also how many streams a step reads, in whatever processes."""
-    told = {key: value for key, value in dataclasses.asdict(settings).items() if key not in _MAY_CHANGE}
+    fixed_settings = {
+        key: value for key, value in dataclasses.asdict(settings).items() if key not in _CHANGEABLE_SETTINGS
+    }
     streams = {"streams per step (accumulation × processes)": settings.accumulation * world_size}
-    return {_KIND: type(settings).__name__} | told | streams
+    return {_KIND: type(settings).__name__} | fixed_settings | streams
 
 
 def read_position(checkpoint: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -279,12 +283,12 @@ def read_position(checkpoint: Path, recipe: Mapping[str, Any]) -> dict[str, Any]
     parts = [json.loads(file.read_text()) for file in sorted(checkpoint.glob("position-*.json"))]
     if not parts or parts[0]["recipe"][_KIND] != recipe[_KIND]:
         raise LlamoryError(f"{checkpoint} is a checkpoint of another kind of run; give another output folder.")
-    then = parts[0].pop("recipe")
+    saved_settings = parts[0].pop("recipe")
     for key in recipe:
         # A setting that a later version has added was at its default.
-        if key in then and then[key] != recipe[key]:
+        if key in saved_settings and saved_settings[key] != recipe[key]:
             raise LlamoryError(
-                f"{checkpoint} is a checkpoint of another recipe: {key} was {then[key]}, now it is {recipe[key]}; "
+                f"{checkpoint} is a checkpoint of another recipe: {key} was {saved_settings[key]}, now it is {recipe[key]}; "
                 "give the same settings to go on, or another output folder."
             )
     streams = {number: state for part in parts for number, state in part["streams"].items()}

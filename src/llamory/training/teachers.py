@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llamory.errors import LlamoryError
 from llamory.longllama.losses import teacher_loss
 from llamory.models import base as backbone
-from llamory.training.settings import TaughtSettings
+from llamory.training.settings import DistillationSettings
 
 
 class Teacher:
@@ -26,27 +26,27 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, rows: int) -> None:
         self.model, self.rows = model.eval().requires_grad_(False), rows
 
-    def loss(self, student: Any, batch: Mapping[str, Any], turn: int) -> Tensor:
+    def loss(self, student: Any, batch: Mapping[str, Any], pass_index: int) -> Tensor:
         """Mean divergence of the student's predictions from the teacher's, in nats.
 
         Args:
             student: the LongLLaMA that is trained, wrapped or not.
             batch: its arguments; `input_ids` (rows, columns) and, if rows are padded, `attention_mask`.
-            turn: which rows' turn it is.
+            pass_index: which rows' pass_index it is.
         """
         ids = batch["input_ids"]
         mask = batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        chosen = [(turn * self.rows + number) % len(ids) for number in range(min(self.rows, len(ids)))]
-        ids, mask = ids[chosen], mask[chosen]
+        row_indices = [(pass_index * self.rows + number) % len(ids) for number in range(min(self.rows, len(ids)))]
+        ids, mask = ids[row_indices], mask[row_indices]
         with torch.no_grad():
             wanted = self.model.to(ids.device)(ids, attention_mask=mask, use_cache=False).logits
         # A last window of all columns: nothing of the row is in memory.
-        own = student(ids, attention_mask=mask, use_cache=False, last_context_length=ids.shape[1]).logits
-        return teacher_loss(own, wanted, mask)
+        student_logits = student(ids, attention_mask=mask, use_cache=False, last_context_length=ids.shape[1]).logits
+        return teacher_loss(student_logits, wanted, mask)
 
 
-def check_teacher(settings: TaughtSettings) -> None:
+def check_teacher(settings: DistillationSettings) -> None:
     """Refuse settings that no teacher can be had with.
 
     Raises:
@@ -58,7 +58,7 @@ def check_teacher(settings: TaughtSettings) -> None:
         raise LlamoryError(f"teacher_weight must be at least 0, not {settings.teacher_weight}.")
 
 
-def load_teacher(settings: TaughtSettings, student: PretrainedConfig) -> Teacher | None:
+def load_teacher(settings: DistillationSettings, student: PretrainedConfig) -> Teacher | None:
     """The teacher that is wanted, if any.
 
     Args:

@@ -15,9 +15,9 @@ def plain_attention(query, key, value, scaling, mask=None):
     scores = query.double() @ key.transpose(2, 3) * scaling
     if mask is not None:
         scores = scores + mask.double()
-    log_sum = scores.logsumexp(-1)
-    weights = (scores - log_sum.clamp_min(-1e300).unsqueeze(-1)).exp()
-    return weights @ value, log_sum
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.clamp_min(-1e300).unsqueeze(-1)).exp()
+    return weights @ value, lse
 
 
 class StandInBank:

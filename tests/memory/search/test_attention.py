@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamory.memory import attention
-from llamory.memory.attention import Parts, flash, merge
+from llamory.memory.attention import AttentionAccumulator, flash, merge
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
@@ -27,11 +27,11 @@ def close(found, expected, tolerance=1e-5):
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (4, 1)])
 def test_flash_is_softmax_attention_with_a_natural_log_sum(memory, dtype, heads, kv_heads):
     query, key, value = tensors(heads, kv_heads, 5, 33, dtype)
-    output, log_sum = flash(query, key, value, scaling=0.3)
+    output, lse = flash(query, key, value, scaling=0.3)
     expected, expected_sum = memory.plain_attention(query, key, value, 0.3)
-    assert output.dtype == dtype and log_sum.dtype == torch.promote_types(dtype, torch.float32)
+    assert output.dtype == dtype and lse.dtype == torch.promote_types(dtype, torch.float32)
     close(output, expected, TOLERANCE[dtype])
-    close(log_sum, expected_sum, TOLERANCE[dtype])
+    close(lse, expected_sum, TOLERANCE[dtype])
 
 
 def test_a_query_of_another_type_than_the_keys_gets_its_type_back(memory):
@@ -57,11 +57,11 @@ def test_rows_that_see_nothing_are_zero_and_minus_infinity(memory, dtype, unseen
     query, key, value = tensors(2, 2, 5, 33, dtype)
     mask = torch.ones(5, 33, dtype=torch.bool) if unseen is False else torch.zeros(5, 33)
     mask[3] = unseen
-    output, log_sum = flash(query, key, value, scaling=0.3, mask=mask)
+    output, lse = flash(query, key, value, scaling=0.3, mask=mask)
     expected, expected_sum = memory.plain_attention(query, key, value, 0.3)
-    assert (output[:, :, 3] == 0).all() and (log_sum[:, :, 3] == -torch.inf).all()
+    assert (output[:, :, 3] == 0).all() and (lse[:, :, 3] == -torch.inf).all()
     close(output[:, :, :3], expected[:, :, :3])
-    close(log_sum[:, :, 4], expected_sum[:, :, 4])
+    close(lse[:, :, 4], expected_sum[:, :, 4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -75,13 +75,13 @@ def test_causal_queries_see_the_keys_up_to_their_own(memory, dtype):
 
 def test_no_keys_and_no_queries_are_no_error():
     query, key, value = tensors(6, 2, 5, 33)
-    output, log_sum = flash(query, key[:, :, :0], value[:, :, :0], scaling=1.0)
-    assert (output == 0).all() and (log_sum == -torch.inf).all()
+    output, lse = flash(query, key[:, :, :0], value[:, :, :0], scaling=1.0)
+    assert (output == 0).all() and (lse == -torch.inf).all()
     assert flash(query[:, :, :0], key, value, scaling=1.0)[0].shape == (2, 6, 0, 16)
 
 
 def test_the_plain_way_needs_no_more_than_some_queries_at_once(memory, monkeypatch):
-    monkeypatch.setattr(attention, "PLAIN_SCORES", 300)
+    monkeypatch.setattr(attention, "MAX_MATMUL_SCORES", 300)
     query, key, value = tensors(6, 2, 40, 33, torch.float64)
     mask = torch.randn(40, 33)
     found = flash(query, key, value, scaling=0.3, mask=mask)
@@ -99,7 +99,7 @@ def test_parts_merge_into_the_whole(cuts, bound):
         parts.append(flash(query, key[:, :, start:stop], value[:, :, start:stop], scaling=0.3))
     kept, attention.MERGE_ELEMENTS = attention.MERGE_ELEMENTS, bound
     try:
-        gathered = Parts()
+        gathered = AttentionAccumulator()
         for part in parts:
             gathered.add(*part)
         for found in (merge(*zip(*parts, strict=True)), gathered.result(query)):
@@ -110,9 +110,9 @@ def test_parts_merge_into_the_whole(cuts, bound):
 
 
 def test_parts_that_all_see_nothing_merge_into_nothing():
-    parts = Parts()
+    parts = AttentionAccumulator()
     for _ in range(3):
         parts.add(torch.zeros(2, 5, 4), torch.full((2, 5), -torch.inf))
-    output, log_sum = parts.result(torch.zeros(2, 5, 4))
-    assert (output == 0).all() and (log_sum == -torch.inf).all()
-    assert Parts().result(torch.zeros(2, 5, 4))[1].tolist() == [[-torch.inf] * 5] * 2
+    output, lse = parts.result(torch.zeros(2, 5, 4))
+    assert (output == 0).all() and (lse == -torch.inf).all()
+    assert AttentionAccumulator().result(torch.zeros(2, 5, 4))[1].tolist() == [[-torch.inf] * 5] * 2

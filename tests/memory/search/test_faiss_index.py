@@ -29,7 +29,7 @@ def test_as_many_neighbours_as_tokens_equal_reading_everything(memory):
 @pytest.mark.parametrize("queries", [1, 40])
 def test_nearly_all_neighbours_and_the_rest_are_nearly_everything(memory, dtype, queries, monkeypatch):
     # All lists are looked into, so only what top_k leaves out is estimated: found and left add up to the list.
-    monkeypatch.setattr(faiss_parts, "PROBES", 10**6)
+    monkeypatch.setattr(faiss_parts, "MIN_PROBES", 10**6)
     bank, query = memory.filled(4500, dtype=dtype, capacity=4096), memory.queries(2, 6, queries, 16)
     found = FaissSearch(4000, tolerance=math.inf).attend(query, bank, 0, 0.2)
     close(found, memory.expected(query, bank, 0.2), 2e-3)
@@ -37,9 +37,9 @@ def test_nearly_all_neighbours_and_the_rest_are_nearly_everything(memory, dtype,
 
 def test_lists_that_are_not_looked_into_are_estimated(memory):
     bank, query = memory.filled(9000, capacity=8192), memory.queries(1, 4, 5, 16)
-    output, log_sum = FaissSearch(10, tolerance=math.inf).attend(query, bank, 0, 0.1)
+    output, lse = FaissSearch(10, tolerance=math.inf).attend(query, bank, 0, 0.1)
     expected, expected_sum = memory.expected(query, bank, 0.1)
-    close((output, log_sum), (expected, expected_sum), 0.03)
+    close((output, lse), (expected, expected_sum), 0.03)
 
 
 def test_heads_that_look_everywhere_are_right_with_one_neighbour(memory):

@@ -28,21 +28,21 @@ def close(found, expected):
 @pytest.mark.parametrize("name", ["exact", "faiss"])
 @pytest.mark.parametrize("top_k", [1, 5, 32, 10_000])
 def test_the_best_tokens_of_all_spans_and_no_others(memory, name, top_k, monkeypatch):
-    monkeypatch.setattr(nearest, "SCANNED", 64)
-    monkeypatch.setattr(nearest, "GATHERED", 5000)
-    monkeypatch.setattr(faiss_parts, "PROBES", 10_000)  # all lists are looked into, so nothing is missed
+    monkeypatch.setattr(nearest, "MAX_SCANNED_TOKENS", 64)
+    monkeypatch.setattr(nearest, "MAX_GATHERED_ELEMENTS", 5000)
+    monkeypatch.setattr(faiss_parts, "MIN_PROBES", 10_000)  # all lists are looked into, so nothing is missed
     bank = memory.filled(5000, capacity=4096 + 300)
     query = memory.queries(2, 6, 7, 16)
-    found = make_search(name, top_k, only_top_k=True).attend(query, bank, 0, 0.25)
+    found = make_search(name, top_k, top_k_attention=True).attend(query, bank, 0, 0.25)
     close(found, best_only(query, bank, 0.25, top_k))
 
 
 def test_an_empty_memory_gives_nothing(memory):
     bank = memory.filled(0)
-    output, log_sum = make_search("faiss", 4, only_top_k=True).attend(memory.queries(1, 2, 3, 16), bank, 0, 0.25)
-    assert not output.any() and torch.isinf(log_sum).all()
+    output, lse = make_search("faiss", 4, top_k_attention=True).attend(memory.queries(1, 2, 3, 16), bank, 0, 0.25)
+    assert not output.any() and torch.isinf(lse).all()
 
 
 def test_pages_have_no_best_tokens():
     with pytest.raises(LlamoryError, match="whole pages"):
-        make_search("pages", 4, only_top_k=True)
+        make_search("pages", 4, top_k_attention=True)

@@ -11,7 +11,7 @@ from llamory.memory.blocks import Block, Span
 from llamory.memory.search import page_segments as stretches
 from llamory.memory.search import pages
 from llamory.memory.search.base import make_search
-from llamory.memory.search.clustering import alike
+from llamory.memory.search.clustering import balanced_pca_partition
 from llamory.memory.search.pages import PagesSearch
 
 
@@ -33,14 +33,14 @@ def test_like_vectors_come_to_stand_together():
     centres = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)) * 10
     names = torch.arange(8).repeat(32)
     vectors = centres[names] + 0.1 * torch.randn(256, 16, generator=torch.Generator().manual_seed(1))
-    order = alike(torch.stack([vectors, vectors.flip(0)]), 32)
+    order = balanced_pca_partition(torch.stack([vectors, vectors.flip(0)]), 32)
     for head, names_of_head in zip(order, (names, names.flip(0)), strict=True):
         assert head.sort().values.tolist() == list(range(256))
         assert (names_of_head[head].view(8, 32).float().std(1, correction=0) == 0).all()
 
 
 def test_equal_vectors_can_be_sorted_too():
-    order = alike(torch.ones(1, 64, 4), 16)
+    order = balanced_pca_partition(torch.ones(1, 64, 4), 16)
     assert order.sort().values.tolist() == [list(range(64))]
 
 
@@ -48,11 +48,11 @@ def test_equal_vectors_can_be_sorted_too():
 @given(start=st.integers(0, 3000), length=st.integers(1, 9000))
 def test_a_span_is_cut_into_stretches_and_a_rest_without_gap_or_overlap(start, length):
     block = Block.allocate(1, 12000, 4, torch.float32)
-    places, rest = stretches.cut(Span(block, start, start + length))
-    tokens = [t for a, b in places for t in range(a, b)] + [t for span in rest for t in range(span.start, span.stop)]
+    ranges, rest = stretches.aligned_ranges(Span(block, start, start + length))
+    tokens = [t for a, b in ranges for t in range(a, b)] + [t for span in rest for t in range(span.start, span.stop)]
     assert sorted(tokens) == list(range(start, start + length))
-    assert all(a % (b - a) == 0 for a, b in places)
-    assert sum(len(span) for span in rest) < 2 * stretches.CHAPTER
+    assert all(a % (b - a) == 0 for a, b in ranges)
+    assert sum(len(span) for span in rest) < 2 * stretches.SUPERPAGE_SIZE
 
 
 def test_as_many_pages_as_there_are_equal_reading_everything(memory):
@@ -66,8 +66,8 @@ def test_all_pages_but_one_are_nearly_everything(memory, queries, capacity):
     # Reading all but the worst page leaves next to no room for an error of the estimate, and any page that was read
     # twice or not at all would show.
     bank, query = memory.filled(4500, capacity=capacity), memory.queries(2, 6, queries, 16)
-    settled = 4096
-    found = PagesSearch(settled // 32 - 1, tolerance=math.inf).attend(query, bank, 0, 0.2)
+    stable = 4096
+    found = PagesSearch(stable // 32 - 1, tolerance=math.inf).attend(query, bank, 0, 0.2)
     expected = memory.expected(query, bank, 0.2)
     close(found, expected, 5e-3)
 
@@ -147,8 +147,8 @@ def test_a_stretch_is_summarised_once(memory, monkeypatch):
     made = []
     monkeypatch.setattr(
         stretches,
-        "_make",
-        lambda block, start, stop, make=stretches._make: made.append(stop) or make(block, start, stop),
+        "_build",
+        lambda block, start, stop, make=stretches._build: made.append(stop) or make(block, start, stop),
     )
     bank, search, query = memory.filled(5000, capacity=32768), make_search("pages", 2), memory.queries(1, 4, 1, 16)
     for _ in range(4):

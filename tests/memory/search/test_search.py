@@ -74,7 +74,7 @@ def test_queries_may_lie_in_memory_as_projections_leave_them(memory):
 @pytest.mark.parametrize("name", ["pages", "faiss"])
 def test_what_was_read_is_told(memory, name):
     bank, query = memory.filled(9000, head_dim=64, capacity=8192), memory.queries(1, 4, 2, 64)
-    few, many = (make_search(name, count).attend_and_tell(query, bank, 0, 0.125) for count in (10, 200))
+    few, many = (make_search(name, count).attend_with_stats(query, bank, 0, 0.125) for count in (10, 200))
     everything = memory.expected(query, bank, 0.125)[1]
     found = [(told[2].double() - everything).exp() for told in (few, many)]
     assert (found[0] < found[1]).all() and (found[1] < 1 + 1e-5).all() and (found[0] > 808 / 9000 / 2).all()
@@ -83,8 +83,8 @@ def test_what_was_read_is_told(memory, name):
 @pytest.mark.parametrize("name", ["exact", "pages", "faiss"])
 def test_an_empty_memory_gives_nothing(memory, name):
     query = memory.queries(1, 4, 3, 16)
-    output, log_sum = make_search(name).attend(query, memory.Bank(2, 16), 0, 1.0)
-    assert (output == 0).all() and (log_sum == -torch.inf).all()
+    output, lse = make_search(name).attend(query, memory.Bank(2, 16), 0, 1.0)
+    assert (output == 0).all() and (lse == -torch.inf).all()
 
 
 @pytest.mark.parametrize("name", ["exact", "pages", "faiss"])
@@ -92,11 +92,11 @@ def test_rows_get_what_each_gets_alone(memory, name):
     full, other, empty = memory.filled(300), memory.filled(90, seed=5), memory.Bank(2, 16)
     search, query = make_search(name), memory.queries(5, 4, 3, 16)
     banks = [full, empty, other, full.fork(), full]
-    output, log_sum = attend(query, banks, 0, 0.4, search)
+    output, lse = attend(query, banks, 0, 0.4, search)
     for row, bank in enumerate(banks):
         alone = search.attend(query[row : row + 1], bank, 0, 0.4)
-        close((output[row : row + 1], log_sum[row : row + 1]), alone)
-    assert (output[1] == 0).all() and (log_sum[1] == -torch.inf).all()
+        close((output[row : row + 1], lse[row : row + 1]), alone)
+    assert (output[1] == 0).all() and (lse[1] == -torch.inf).all()
 
 
 def test_rows_that_share_a_memory_read_it_once(memory):
@@ -114,9 +114,9 @@ def test_rows_that_share_a_memory_read_it_once(memory):
 
 def test_a_memory_of_another_type_than_the_query_leaves_the_query_its_type(memory):
     bank, query = memory.filled(300, dtype=torch.int8), memory.queries(1, 4, 3, 16).bfloat16()
-    output, log_sum = make_search("exact").attend(query, bank, 0, 0.4)
-    assert output.dtype == torch.bfloat16 and log_sum.dtype == torch.float32
-    close((output, log_sum), memory.expected(query, bank, 0.4), 2e-2)
+    output, lse = make_search("exact").attend(query, bank, 0, 0.4)
+    assert output.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    close((output, lse), memory.expected(query, bank, 0.4), 2e-2)
 
 
 @pytest.mark.parametrize("name", ["exact", "pages", "faiss"])
@@ -130,7 +130,7 @@ def test_a_growing_memory_is_seen_at_every_step(memory, name):
 
 @pytest.mark.parametrize("name", ["exact", "pages", "faiss"])
 def test_a_memory_first_asked_in_inference_mode_can_be_asked_outside_of_it(memory, name, monkeypatch):
-    monkeypatch.setattr(scratch, "_rooms", threading.local())
+    monkeypatch.setattr(scratch, "_buffers", threading.local())
     bank, search, query = (
         memory.filled(9000, dtype=torch.int8, capacity=8192),
         make_search(name),

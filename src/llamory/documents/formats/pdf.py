@@ -7,14 +7,14 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamory.documents.document import Block
+from llamory.documents.document import Section
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
     from pypdf import PdfReader
 
 
-def read_pdf(path: Path, data: bytes) -> tuple[str, str, list[Block]]:
+def read_pdf(path: Path, data: bytes) -> tuple[str, str, list[Section]]:
     """Title, text and one block a page of a PDF file; the outline gives the pages their titles.
 
     Raises:
@@ -28,7 +28,7 @@ def read_pdf(path: Path, data: bytes) -> tuple[str, str, list[Block]]:
         reader = PdfReader(io.BytesIO(data))
         if reader.is_encrypted:
             reader.decrypt("")
-        texts = [_tidy(page.extract_text()) for page in reader.pages]
+        texts = [_clean_text(page.extract_text()) for page in reader.pages]
         title = str((reader.metadata and reader.metadata.title) or "").strip() or path.stem
     except (FileNotDecryptedError, WrongPasswordError) as error:
         raise LlamoryError(f"{path} needs a password; save it without one.") from error
@@ -39,12 +39,12 @@ def read_pdf(path: Path, data: bytes) -> tuple[str, str, list[Block]]:
     if not any(texts):
         raise LlamoryError(f"{path} has no text (perhaps scanned pages); put it through text recognition first.")
     titles = _page_titles(reader, title)
-    blocks = [
-        Block(text, heading, 1, page=number)
+    sections = [
+        Section(text, heading, 1, page=number)
         for number, (text, heading) in enumerate(zip(texts, titles, strict=True), 1)
         if text
     ]
-    return title, "\n\n".join(texts), blocks
+    return title, "\n\n".join(texts), sections
 
 
 def _page_titles(reader: PdfReader, title: str) -> list[str]:
@@ -69,7 +69,7 @@ def _page_titles(reader: PdfReader, title: str) -> list[str]:
     return titles
 
 
-def _tidy(text: str) -> str:
+def _clean_text(text: str) -> str:
     # Fonts without a proper table of characters give halves of surrogate pairs and NUL, which no tokenizer reads.
     text = text.encode("utf-8", "ignore").decode().replace("\0", "")
     return "\n".join(line.rstrip() for line in text.splitlines()).strip()

@@ -1,6 +1,6 @@
 """Read the parts of one text: by headings, by paragraphs, by functions.
 
-Every reader takes the text of a file and the name for a document without title, and gives title, text and blocks.
+Every reader takes the text of a file and the name for a document without title, and gives title, text and document_sections.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ from itertools import pairwise
 
 from markdown_it import MarkdownIt
 
-from llamory.documents.document import Block
+from llamory.documents.document import Section
 
-Parts = tuple[str, str, list[Block]]
+ParsedText = tuple[str, str, list[Section]]
 
 _MARKDOWN = MarkdownIt("commonmark").enable("table")
-# Block structure is enough to find headings, and it is several times faster than a full parse.
+# Section structure is enough to find headings, and it is several times faster than a full parse.
 _MARKDOWN_BLOCKS = MarkdownIt("commonmark").enable("table")
 _MARKDOWN_BLOCKS.core.ruler.enableOnly(["normalize", "block"])
 _FRONT_MATTER = re.compile(r"---\n(?=[\w-]+:)(?:.*\n)*?(?:---|\.\.\.)[ \t]*\n")
 _UNDERLINE = re.compile(r"([!-/:-@\[-`{-~])\1{2,}\s*")
 
 
-def read_text(text: str, name: str) -> Parts:
+def read_text(text: str, name: str) -> ParsedText:
     """Paragraphs, all under the document's name."""
     lines = text.split("\n")
     starts = [i for i, line in enumerate(lines) if line.strip() and (i == 0 or not lines[i - 1].strip())]
-    return name, text, blocks_at(lines, ((start, name) for start in starts))
+    return name, text, sections_at(lines, ((start, name) for start in starts))
 
 
-def read_markdown(text: str, name: str) -> Parts:
+def read_markdown(text: str, name: str) -> ParsedText:
     """Sections of a Markdown text."""
     return _sections(text, markdown_headings(text), name)
 
 
 def markdown_headings(text: str) -> list[tuple[int, str]]:
     """Line (from 0) and plain words of each heading of a Markdown text."""
-    front = _FRONT_MATTER.match(text)
-    body = text if front is None else "\n" * front.group().count("\n") + text[front.end() :]
+    front_matter = _FRONT_MATTER.match(text)
+    body = text if front_matter is None else "\n" * front_matter.group().count("\n") + text[front_matter.end() :]
     tokens = _MARKDOWN_BLOCKS.parse(body)
     return [
         (token.map[0], _plain_heading(inline.content))
@@ -50,7 +50,7 @@ def markdown_headings(text: str) -> list[tuple[int, str]]:
     ]
 
 
-def read_rst(text: str, name: str) -> Parts:
+def read_rst(text: str, name: str) -> ParsedText:
     """Sections of a reStructuredText text."""
     lines = text.split("\n")
     headings = []
@@ -65,19 +65,24 @@ def read_rst(text: str, name: str) -> Parts:
     return _sections(text, headings, name)
 
 
-def read_html(text: str, name: str) -> Parts:
+def read_html(text: str, name: str) -> ParsedText:
     """Sections of an HTML page: what a reader sees of it."""
-    page = _Page()
+    page = _HtmlTextExtractor()
     page.feed(text)
     page.close()
-    sections = [(_tidy("".join(parts)), " ".join("".join(title).split()), line) for parts, title, line in page.sections]
+    sections = [
+        (_normalize_whitespace("".join(parts)), " ".join("".join(title).split()), line)
+        for parts, title, line in page.sections
+    ]
     title = " ".join("".join(page.title).split()) or next((t for _, t, _ in sections if t), name)
-    blocks = [Block(body, heading or title, line, verbatim=False) for body, heading, line in sections if body]
-    return title, "\n\n".join(block.text for block in blocks), blocks
+    document_sections = [
+        Section(body, heading or title, line, verbatim=False) for body, heading, line in sections if body
+    ]
+    return title, "\n\n".join(section.text for section in document_sections), document_sections
 
 
-def read_python(text: str, name: str) -> Parts:
-    """Functions and methods of a Python module, and the code around them; a text that isn't Python has paragraphs."""
+def read_python(text: str, name: str) -> ParsedText:
+    """Functions and methods of a Python module, and the code outer_title them; a text that isn't Python has paragraphs."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd escapes in somebody's strings
@@ -88,32 +93,32 @@ def read_python(text: str, name: str) -> Parts:
     starts = [(0, name)]
     if ast.get_docstring(module, clean=False) is not None and len(module.body) > 1:
         starts.append((module.body[0].end_lineno or 0, name))
-    for first, last, title, around in _definitions(module.body, name):
+    for first, last, title, outer_title in _definitions(module.body, name):
         while first > starts[-1][0] and lines[first - 1].lstrip().startswith("#"):
             first -= 1  # a comment just above belongs to the function
-        starts += [(first, title), (last, around)]
-    return name, text, blocks_at(lines, starts)
+        starts += [(first, title), (last, outer_title)]
+    return name, text, sections_at(lines, starts)
 
 
 # ---- shared by the formats -----------------------------------------------------------------------------------------
 
 
-def blocks_at(lines: list[str], starts: Iterable[tuple[int, str]]) -> list[Block]:
+def sections_at(lines: list[str], starts: Iterable[tuple[int, str]]) -> list[Section]:
     """Blocks that begin at the given lines (counted from 0), each up to the next; blank ones are left out."""
-    blocks = []
+    document_sections = []
     for (start, title), (end, _) in pairwise([*starts, (len(lines), "")]):
         while start < end and not lines[start].strip():
             start += 1
         while end > start and not lines[end - 1].strip():
             end -= 1
         if start < end:
-            blocks.append(Block("\n".join(lines[start:end]), title, start + 1))
-    return blocks
+            document_sections.append(Section("\n".join(lines[start:end]), title, start + 1))
+    return document_sections
 
 
-def _sections(text: str, headings: list[tuple[int, str]], name: str) -> Parts:
+def _sections(text: str, headings: list[tuple[int, str]], name: str) -> ParsedText:
     title = next((heading for _, heading in headings if heading), name)
-    return title, text, blocks_at(text.split("\n"), [(0, title), *((line, head or title) for line, head in headings)])
+    return title, text, sections_at(text.split("\n"), [(0, title), *((line, head or title) for line, head in headings)])
 
 
 def _plain_heading(content: str) -> str:
@@ -143,60 +148,60 @@ def _first_line(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> 
 
 # ---- HTML ----------------------------------------------------------------------------------------------------------
 
-_HEADINGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
-_UNSEEN = {"script", "style", "template", "noscript"}
-_PARAGRAPHS = {
-    *_HEADINGS,
+_HEADING_TAGS = {"h1", "h2", "h3", "h4", "h5", "h6"}
+_HIDDEN_TAGS = {"script", "style", "template", "noscript"}
+_BLOCK_TAGS = {
+    *_HEADING_TAGS,
     *("address", "article", "aside", "blockquote", "body", "details", "dialog", "div", "dl", "fieldset", "figure"),
     *("footer", "form", "header", "hr", "main", "nav", "ol", "p", "pre", "section", "table", "ul"),
 }
-_LINES = {"br", "li", "tr", "dt", "dd", "figcaption", "summary", "caption", "option"}
+_LINE_BREAK_TAGS = {"br", "li", "tr", "dt", "dd", "figcaption", "summary", "caption", "option"}
 
 
-class _Page(HTMLParser):
+class _HtmlTextExtractor(HTMLParser):
     """Collects what is seen of a page: per section its pieces, its heading's pieces, and the line it starts at."""
 
     def __init__(self) -> None:
         super().__init__()
         self.title: list[str] = []
         self.sections: list[tuple[list[str], list[str], int]] = [([], [], 1)]
-        self._unseen: list[str] = []
+        self._hidden_tags: list[str] = []
         self._in_title = self._in_heading = False
         self._preformatted = 0
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:  # noqa: ARG002
-        self._in_title = tag == "title" and not self._body_begun()
-        if tag in _PARAGRAPHS:
-            self._in_heading = tag in _HEADINGS
-        if tag in _UNSEEN:
-            self._unseen.append(tag)
-        elif tag in _HEADINGS and not self._unseen:
+        self._in_title = tag == "title" and not self._has_body_text()
+        if tag in _BLOCK_TAGS:
+            self._in_heading = tag in _HEADING_TAGS
+        if tag in _HIDDEN_TAGS:
+            self._hidden_tags.append(tag)
+        elif tag in _HEADING_TAGS and not self._hidden_tags:
             self.sections.append(([], [], self.getpos()[0]))
         elif tag in ("td", "th"):
             self._add(" ")
         if tag == "pre":
             self._preformatted += 1
-        self._break(tag)
+        self._add_break(tag)
 
     def handle_endtag(self, tag: str) -> None:
-        if self._unseen and tag == self._unseen[-1]:
-            self._unseen.pop()
+        if self._hidden_tags and tag == self._hidden_tags[-1]:
+            self._hidden_tags.pop()
         elif tag == "title":
             self._in_title = False
-        elif tag in _HEADINGS:
+        elif tag in _HEADING_TAGS:
             self._in_heading = False
         elif tag == "pre":
             self._preformatted = max(0, self._preformatted - 1)
-        self._break(tag)
+        self._add_break(tag)
 
     def handle_data(self, data: str) -> None:
-        if self._unseen:
+        if self._hidden_tags:
             return
         if self._in_title:
             self.title.append(data)
             return
         parts, heading, line = self.sections[-1]
-        if len(self.sections) == 1 and data.strip() and not self._body_begun():
+        if len(self.sections) == 1 and data.strip() and not self._has_body_text():
             line = self.getpos()[0] + data[: len(data) - len(data.lstrip())].count("\n")
             self.sections[-1] = (parts, heading, line)
         if self._in_heading:
@@ -208,19 +213,19 @@ class _Page(HTMLParser):
         parts.append(data)
 
     def _add(self, space: str) -> None:
-        if not self._unseen:
+        if not self._hidden_tags:
             self.sections[-1][0].append(space)
 
-    def _break(self, tag: str) -> None:
-        if tag in _PARAGRAPHS:
+    def _add_break(self, tag: str) -> None:
+        if tag in _BLOCK_TAGS:
             self._add("\n\n")
-        elif tag in _LINES:
+        elif tag in _LINE_BREAK_TAGS:
             self._add("\n")
 
-    def _body_begun(self) -> bool:
+    def _has_body_text(self) -> bool:
         return len(self.sections) > 1 or any(part.strip() for part in self.sections[0][0])
 
 
-def _tidy(text: str) -> str:
+def _normalize_whitespace(text: str) -> str:
     text = re.sub(r" +\n", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()

@@ -14,12 +14,12 @@ from pathlib import Path
 from llamory.errors import LlamoryError
 from llamory.evaluation.datasets.builder import Pair, words
 
-LEAST = 10  # words of a description that says something
-_LATER = ("-security", "-updates", "-backports", "-proposed")  # of a release, which change from day to day
+MIN_WORDS = 10  # words of a description that says something
+_UPDATE_SUITES = ("-security", "-updates", "-backports", "-proposed")  # of a release, which change from day to day
 
 
 @contextmanager
-def fetched_lists() -> Iterator[list[Path]]:
+def downloaded_package_lists() -> Iterator[list[Path]]:
     """Descriptions of all packages of this machine's Debian release, fetched by apt-get into a folder of its own.
 
     Needs no rights and changes nothing of the system's. The files are gone afterwards.
@@ -44,13 +44,13 @@ def fetched_lists() -> Iterator[list[Path]]:
             "Dir::Cache": folder / "cache",
         }
         command = [apt, *(part for key, value in options.items() for part in ("-o", f"{key}={value}")), "update"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
         found = sorted((folder / "lists").glob("*Translation-en"))
-        base = [path for path in found if not any(later in path.name for later in _LATER)]
-        if not base:
-            reason = (done.stderr.strip().splitlines() or ["it gave no Translation-en file"])[-1]
+        base_lists = [path for path in found if not any(later in path.name for later in _UPDATE_SUITES)]
+        if not base_lists:
+            reason = (process.stderr.strip().splitlines() or ["it gave no Translation-en file"])[-1]
             raise LlamoryError(f"apt-get couldn't fetch package descriptions: {reason.rstrip('.')}.")
-        yield base
+        yield base_lists
 
 
 def description_pairs(files: Iterable[Path]) -> Iterator[Pair]:
@@ -67,11 +67,11 @@ def description_pairs(files: Iterable[Path]) -> Iterator[Pair]:
     for path in files:
         for package, title, text in _stanzas(path):
             first = text.split("\n\n", 1)[0]
-            if len(words(text)) >= LEAST and len(words(title)) > 1:
+            if len(words(text)) >= MIN_WORDS and len(words(title)) > 1:
                 yield Pair(title, text, first, package)
 
 
-def about_lists(files: Iterable[Path]) -> str:
+def format_package_lists(files: Iterable[Path]) -> str:
     """What the README says of the sources."""
     lines = []
     for path in files:
@@ -87,27 +87,27 @@ def _release(path: Path) -> str:
         return ""
     head = release.read_text(encoding="utf-8", errors="replace").splitlines()[:20]
     fields = dict(line.split(": ", 1) for line in head if ": " in line)
-    told = [fields[key] for key in ("Origin", "Codename", "Version", "Date") if key in fields]
-    return f" ({', '.join(told)})" if told else ""
+    release_fields = [fields[key] for key in ("Origin", "Codename", "Version", "Date") if key in fields]
+    return f" ({', '.join(release_fields)})" if release_fields else ""
 
 
 def _stanzas(path: Path) -> Iterator[tuple[str, str, str]]:
     """Package, title and long description of each stanza that has one."""
-    package, title, lines, inside = "", "", list[str](), False
+    package, title, lines, in_description = "", "", list[str](), False
     try:
         with path.open(encoding="utf-8") as file:
             for line in chain(file, "\n"):
                 if not line.strip():
                     if lines:
-                        yield package, title, _unfold(lines)
-                    package, title, lines, inside = "", "", [], False
+                        yield package, title, _join_paragraphs(lines)
+                    package, title, lines, in_description = "", "", [], False
                 elif line[0] in " \t":
-                    if inside:
+                    if in_description:
                         lines.append(line.rstrip()[1:])
                 else:
                     name, _, value = line.partition(":")
-                    inside = name in ("Description", "Description-en")
-                    if inside:
+                    in_description = name in ("Description", "Description-en")
+                    if in_description:
                         title = value.strip()
                     elif name == "Package":
                         package = value.strip()
@@ -115,7 +115,7 @@ def _stanzas(path: Path) -> Iterator[tuple[str, str, str]]:
         raise LlamoryError(f"{path} is not UTF-8 text; give an uncompressed Translation-en file.") from error
 
 
-def _unfold(lines: list[str]) -> str:
+def _join_paragraphs(lines: list[str]) -> str:
     """Paragraphs as one line each; what is indented more, such as a list, stays as it is (Debian policy 5.6.13)."""
     paragraphs: list[list[str]] = [[]]
     for line in lines:

@@ -17,16 +17,16 @@ from pathlib import Path
 from llamory.errors import LlamoryError
 from llamory.evaluation.datasets.builder import Pair, words
 
-LEAST_WORDS, MOST_WORDS = 3, 100  # of a query
-LEAST_LINES, MOST_LINES = 3, 200  # of a function without its docstring
+MIN_WORDS, MAX_WORDS = 3, 100  # of a query
+MIN_LINES, MAX_LINES = 3, 200  # of a function without its docstring
 # Packages that come with every installation of this one and have many documented functions: sets made of them are alike
 # on machines that have the same versions.
-USUAL = tuple(
+DEFAULT_PACKAGES = tuple(
     "accelerate anyio click datasets dill fonttools fsspec huggingface-hub jinja2 joblib lancedb markdown-it-py "
     "matplotlib mpmath narwhals networkx numpy packaging pandas peft pillow pydantic pygments rich scikit-learn scipy "
     "sentence-transformers sympy torch transformers typer urllib3".split()
 )
-_LEFT_OUT = {
+_EXCLUDED_FOLDERS = {
     *("test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data"),
     *("_vendor", "vendor", "vendored", "_vendored", "extern", "externals", "third_party"),  # of other licences
 }
@@ -48,7 +48,7 @@ _CLASSIFIERS = (
     "The Unlicense",
     "Historical Permission Notice and Disclaimer (HPND)",
 )
-_FREE_WORDS = re.compile(
+_LICENCE_TEXT = re.compile(
     r"(the )?(new |modified |simplified |2-clause |3-clause )?(mit|bsd|apache|isc|psf)( software)?([- ]?licen[sc]e)?"
     r"([ ,-]*(version )?2(\.0)?|[ -][23]-clause)?( licen[sc]e)?",
     re.IGNORECASE,
@@ -73,7 +73,7 @@ class Origin:
         name: of the package, with its version.
         licence: as it says itself.
         files: its Python files.
-        root: the folder that modules are named from.
+        root: the folder that modules are classifiers from.
     """
 
     name: str
@@ -88,9 +88,9 @@ def standard_library() -> Origin:
     return Origin(f"python {platform.python_version()}", "PSF-2.0", _python_files(root), root)
 
 
-def usual_packages() -> list[Origin]:
-    """The installed ones of `USUAL`."""
-    return [origin for origin in installed_packages() if origin.name.split()[0] in USUAL]
+def default_packages() -> list[Origin]:
+    """The installed ones of `DEFAULT_PACKAGES`."""
+    return [origin for origin in installed_packages() if origin.name.split()[0] in DEFAULT_PACKAGES]
 
 
 def installed_packages(names: Sequence[str] | None = None) -> list[Origin]:
@@ -100,7 +100,7 @@ def installed_packages(names: Sequence[str] | None = None) -> list[Origin]:
         names: of packages; None takes all that are installed.
 
     Raises:
-        LlamoryError: a named package isn't installed, or its licence isn't one of those.
+        LlamoryError: a classifiers package isn't installed, or its licence isn't one of those.
     """
     found = {}
     for package in metadata.distributions():
@@ -120,7 +120,7 @@ def installed_packages(names: Sequence[str] | None = None) -> list[Origin]:
     return origins
 
 
-def folder_origin(folder: Path) -> Origin:
+def origin_of_folder(folder: Path) -> Origin:
     """A folder of one's own.
 
     Raises:
@@ -140,15 +140,15 @@ def permissive_licence(package: metadata.PackageMetadata) -> str | None:
     expression = _field(package, "License-Expression")
     if expression:
         choices = [expression] if "(" in expression else re.split(r"\bOR\b", expression)
-        return expression if any(map(_all_known, choices)) else None
-    named = [
+        return expression if any(map(_all_permissive, choices)) else None
+    classifiers = [
         entry.rsplit(" :: ", 1)[1] for entry in package.get_all("Classifier") or [] if entry.startswith("License ")
     ]
-    named = [entry for entry in named if entry != "OSI Approved"]
-    if named:
-        return ", ".join(named) if all(entry in _CLASSIFIERS for entry in named) else None
-    free = _field(package, "License")
-    return free if _all_known(free) or _FREE_WORDS.fullmatch(free) else None
+    classifiers = [entry for entry in classifiers if entry != "OSI Approved"]
+    if classifiers:
+        return ", ".join(classifiers) if all(entry in _CLASSIFIERS for entry in classifiers) else None
+    licence_text = _field(package, "License")
+    return licence_text if _all_permissive(licence_text) or _LICENCE_TEXT.fullmatch(licence_text) else None
 
 
 def function_pairs(origins: Iterable[Origin], on_file: Callable[[], None] = lambda: None) -> Iterator[Pair]:
@@ -162,7 +162,7 @@ def function_pairs(origins: Iterable[Origin], on_file: Callable[[], None] = lamb
             on_file()
             module = ".".join(path.relative_to(origin.root).with_suffix("").parts)
             for name, query, text in documented_functions(_source(path)):
-                if LEAST_WORDS <= len(words(query)) <= MOST_WORDS:
+                if MIN_WORDS <= len(words(query)) <= MAX_WORDS:
                     yield Pair(query, text, text, f"{origin.name}: {module}.{name}")
 
 
@@ -206,10 +206,10 @@ def _without_docstring(node: _Function, lines: Sequence[str]) -> str | None:
     header_ends = max([node.lineno, *(each.end_lineno or 0 for each in _header(node))])
     if docstring.lineno <= header_ends or node.body[1].lineno <= (docstring.end_lineno or 0):
         return None  # on one line with code
-    kept = [*lines[first - 1 : docstring.lineno - 1], *lines[docstring.end_lineno : node.end_lineno]]
-    text = textwrap.dedent("".join(kept)).strip()
+    kept_lines = [*lines[first - 1 : docstring.lineno - 1], *lines[docstring.end_lineno : node.end_lineno]]
+    text = textwrap.dedent("".join(kept_lines)).strip()
     count = sum(1 for line in text.splitlines() if line.strip())
-    return text if LEAST_LINES <= count <= MOST_LINES else None
+    return text if MIN_LINES <= count <= MAX_LINES else None
 
 
 def _header(node: _Function) -> Iterator[ast.expr | ast.arg]:
@@ -236,17 +236,19 @@ def _is_test(name: str) -> bool:
 
 
 def _python_files(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*.py") if _wanted(path.relative_to(root)))
+    return sorted(path for path in root.rglob("*.py") if _is_included(path.relative_to(root)))
 
 
 def _package_files(package: metadata.Distribution) -> list[Path]:
     files = (file for file in package.files or () if file.suffix == ".py" and ".." not in file.parts)
-    return sorted(Path(str(package.locate_file(file))) for file in files if _wanted(Path(file)))
+    return sorted(Path(str(package.locate_file(file))) for file in files if _is_included(Path(file)))
 
 
-def _wanted(path: Path) -> bool:
+def _is_included(path: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and not set(path.parts[:-1]) & _LEFT_OUT and not path.name.startswith(("test_", "conftest"))
+    return (
+        not hidden and not set(path.parts[:-1]) & _EXCLUDED_FOLDERS and not path.name.startswith(("test_", "conftest"))
+    )
 
 
 def _source(path: Path) -> str:
@@ -261,7 +263,7 @@ def _field(package: metadata.PackageMetadata, name: str) -> str:
     return str((package.get_all(name) or [""])[0]).strip()
 
 
-def _all_known(expression: str) -> bool:
+def _all_permissive(expression: str) -> bool:
     names = [name for name in re.split(r"\bAND\b|\bOR\b|[()]", expression) if name.strip()]
     return bool(names) and all(_SPDX.fullmatch(name.strip()) for name in names)
 

@@ -1,4 +1,4 @@
-"""Documents of one's own as a retrieval set: a heading asks for the section that stands under it."""
+"""Documents of one's own as a retrieval set: a heading asks for the section that stands section_text it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from llamory.documents import find_files, read_documents
 from llamory.documents.document import Document
 from llamory.evaluation.datasets.builder import Pair, words
 
-LEAST = 20  # words of a section that says something
-LEAST_IN_HEADING = 2
+MIN_SECTION_WORDS = 20  # words of a section that says something
+MIN_HEADING_WORDS = 2
 
 # "3.", "A.1.4", "IV)" and the like; a first word such as "A" or "2001" stays, as nothing marks it as a number.
 _NUMBER = re.compile(r"(§\s*[0-9]+[.:]?|[0-9]+[.):]|([0-9]+|[A-Z])(\.[0-9A-Za-z]+)+[.):]?|[IVXLC]+[.)])\s+")
-_MARKS = " \t¶#*=-~^"
+_HEADING_MARKS = " \t¶#*=-~^"
 
 
 def section_pairs(paths: Iterable[Path], on_document: Callable[[], None] = lambda: None) -> Iterator[Pair]:
     """Heading and section of all documents that have headings.
 
-    The query is the heading without its number, two words or more; the text is what stands under it up to the next
+    The query is the heading without its number, two words or more; the text is what stands section_text it up to the next
     heading, 20 words or more. Blocks of code and headings that a document has more than once are left out.
 
     Args:
@@ -35,32 +35,36 @@ def section_pairs(paths: Iterable[Path], on_document: Callable[[], None] = lambd
 
 
 def _pairs(document: Document) -> Iterator[Pair]:
-    found: list[tuple[str, str]] = []  # heading, and what stands under it
-    for block in document.blocks:
-        under = _without_heading(block.text, block.title)
-        if under is not None:
-            found.append((block.title, under))
-        elif found and found[-1][0] == block.title:
-            found[-1] = (block.title, f"{found[-1][1]}\n\n{block.text}")
+    found: list[tuple[str, str]] = []  # heading, and what stands section_text it
+    for section in document.sections:
+        section_text = _without_heading(section.text, section.title)
+        if section_text is not None:
+            found.append((section.title, section_text))
+        elif found and found[-1][0] == section.title:
+            found[-1] = (section.title, f"{found[-1][1]}\n\n{section.text}")
     queries = [plain_heading(title) for title, _ in found]
     for query, (title, text) in zip(queries, found, strict=True):
-        if queries.count(query) == 1 and len(words(query)) >= LEAST_IN_HEADING and len(words(text)) >= LEAST:
+        if (
+            queries.count(query) == 1
+            and len(words(query)) >= MIN_HEADING_WORDS
+            and len(words(text)) >= MIN_SECTION_WORDS
+        ):
             yield Pair(query, text, text, f"{document.source}: {title}")
 
 
 def plain_heading(title: str) -> str:
     """A heading without the number before it and the marks around it."""
-    return _NUMBER.sub("", title.strip(_MARKS), count=1).strip()
+    return _NUMBER.sub("", title.strip(_HEADING_MARKS), count=1).strip()
 
 
 def _without_heading(text: str, title: str) -> str | None:
-    """What stands under a heading; None where the text doesn't begin with it, as before a document's first one."""
+    """What stands section_text a heading; None where the text doesn't begin with it, as before a document's first one."""
     lines = text.split("\n")
-    bare = " ".join(title.strip(_MARKS).split())
+    plain_title = " ".join(title.strip(_HEADING_MARKS).split())
     for at, line in enumerate(lines[:3]):
-        if bare and " ".join(line.strip(_MARKS).split()) == bare:
+        if plain_title and " ".join(line.strip(_HEADING_MARKS).split()) == plain_title:
             rest = lines[at + 1 :]
-            while rest and not rest[0].strip(_MARKS):
+            while rest and not rest[0].strip(_HEADING_MARKS):
                 rest = rest[1:]
             return "\n".join(rest).strip()
     return None

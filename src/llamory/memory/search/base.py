@@ -35,7 +35,7 @@ class Search(Protocol):
 
 
 def make_search(
-    name: str, top_k: int | None = None, *, only_top_k: bool = False, folder: str | Path | None = None
+    name: str, top_k: int | None = None, *, top_k_attention: bool = False, folder: str | Path | None = None
 ) -> Search:
     """The way of searching that goes by a name.
 
@@ -43,7 +43,7 @@ def make_search(
         name: "exact" (reads everything), "pages" (reads the best pages, estimates the rest) or "faiss" (reads the
             nearest neighbours from an index, estimates the rest).
         top_k: pages or neighbours that are read per query and head; a sensible number if none is given.
-        only_top_k: leave out what isn't among the `top_k` best tokens, as the paper does, instead of estimating it:
+        top_k_attention: leave out what isn't among the `top_k` best tokens, as the paper does, instead of estimating it:
             with "exact" all of memory is scanned for them, with "faiss" its indexes.
         folder: where "faiss" keeps its indexes, which are read from there piece by piece; in memory if none is given.
 
@@ -52,11 +52,11 @@ def make_search(
     """
     if top_k is not None and top_k < 1:
         raise LlamoryError(f"mem_top_k is {top_k}, but at least 1 page or neighbour must be read.")
-    if only_top_k and name in ("exact", "faiss"):
-        from llamory.memory.search.topk import NearestSearch
+    if top_k_attention and name in ("exact", "faiss"):
+        from llamory.memory.search.topk import TopKSearch
 
-        return NearestSearch(top_k, indexed=name == "faiss", folder=folder)
-    if only_top_k and name == "pages":
+        return TopKSearch(top_k, indexed=name == "faiss", folder=folder)
+    if top_k_attention and name == "pages":
         raise LlamoryError(
             "pages reads whole pages and estimates the others; for the best tokens only use faiss or exact."
         )

@@ -9,11 +9,11 @@ SAMPLE = 128  # vectors of a group that its direction is found from
 POWER_STEPS = 3  # more find the direction more exactly, and no better groups
 
 
-def alike(vectors: Tensor, size: int) -> Tensor:
+def balanced_pca_partition(vectors: Tensor, size: int) -> Tensor:
     """An order of vectors in which every `size` neighbours, from the front, are like each other.
 
     Every group is halved at the median of its projection on its first principal direction until it has `size`
-    vectors, so all groups are equally large, neighbouring groups are alike too, and nothing is left to chance.
+    vectors, so all groups are equally large, neighbouring groups are balanced_pca_partition too, and nothing is left to chance.
 
     Args:
         vectors: (heads, count, head_dim) floating, where count is `size` times a power of two.
@@ -37,10 +37,10 @@ def alike(vectors: Tensor, size: int) -> Tensor:
 def _directions(groups: Tensor) -> Tensor:
     """Each group's direction of largest spread, (groups, head_dim, 1), by power iteration on some of its vectors."""
     sample = groups[:, :: max(1, groups.shape[1] // SAMPLE)]
-    centred = sample - sample.mean(1, keepdim=True)
-    farthest = centred.square().sum(-1).argmax(1)
-    direction = centred[torch.arange(len(groups), device=groups.device), farthest].unsqueeze(-1)
+    centered = sample - sample.mean(1, keepdim=True)
+    farthest = centered.square().sum(-1).argmax(1)
+    direction = centered[torch.arange(len(groups), device=groups.device), farthest].unsqueeze(-1)
     for _ in range(POWER_STEPS):
-        direction = centred.transpose(1, 2) @ (centred @ direction)
+        direction = centered.transpose(1, 2) @ (centered @ direction)
         direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-30)
     return direction

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 # Scores of a page's tokens vary less than the sum over its keys' channels says, as channels go together.
-VARIANCE_SHARE = 0.7
+VARIANCE_SCALE = 0.7
 # Largest score of a page above its mean, in units of what it would be with normally distributed scores.
-TAIL = 1.1
+MAX_SCORE_SCALE = 1.1
 
 
 def score_moments(query: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,11 +24,11 @@ def log_sum_exp(mean: Tensor, variance: Tensor, count: int | Tensor) -> Tensor:
     For a normal distribution it is log(count) + mean + variance / 2; a page's few scores have no such long tail as
     large variances promise, so the correction grows slower there.
     """
-    variance = variance * VARIANCE_SHARE
+    variance = variance * VARIANCE_SCALE
     return (mean + _log(count)).addcdiv_(variance, variance / 8 + 2)
 
 
-def potential(mean: Tensor, variance: Tensor, count: int | Tensor) -> Tensor:
+def log_error_bound(mean: Tensor, variance: Tensor, count: int | Tensor) -> Tensor:
     """Logarithm of the error that not reading a page may bring: the root of its expected sum of exp(2 * score).
 
     Tokens of a page that isn't read get the same share each instead of their own, and their values go each its own
@@ -36,13 +36,13 @@ def potential(mean: Tensor, variance: Tensor, count: int | Tensor) -> Tensor:
     the largest of so many.
     """
     log_count = _log(count)
-    largest = variance.sqrt().mul_((2 * log_count) ** 0.5 * TAIL)
+    largest = variance.sqrt().mul_((2 * log_count) ** 0.5 * MAX_SCORE_SCALE)
     return torch.minimum(largest, variance + log_count / 2, out=largest).add_(mean)
 
 
-def shares(estimates: Tensor, log_sum: Tensor) -> Tensor:
+def softmax_shares(estimates: Tensor, lse: Tensor) -> Tensor:
     """Share of each page (..., queries, pages) in a log-sum-exp (..., queries), 0 where that is -inf; in place."""
-    return estimates.sub_(log_sum.clamp_min(torch.finfo(torch.float32).min).unsqueeze(-1)).exp_()
+    return estimates.sub_(lse.clamp_min(torch.finfo(torch.float32).min).unsqueeze(-1)).exp_()
 
 
 def _log(count: int | Tensor) -> float | Tensor:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from llamory.memory.attention import Parts, flash, nothing
+from llamory.memory.attention import AttentionAccumulator, empty_attention, flash
 from llamory.memory.blocks import Span
-from llamory.memory.search.workspace import scratch
+from llamory.memory.search.workspace import workspace
 
 if TYPE_CHECKING:
     from llamory.memory.bank import MemoryBank
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 CHUNK = 4096  # tokens per head that are converted and read while they are in the processor's cache
 TOLERANCE = 0.1  # expected error, as a share of the values' size, from which a query reads everything after all
 EXACT_QUERIES = 8  # so many of a row's queries may at once, per key-value head,
-EXACT_SHARE = 16  # or one in so many
-TRAVELLING_QUERIES = 512  # per head: more than these stay where they are, and the memory travels to them
+MAX_EXACT_FRACTION = 16  # or one in so many
+MAX_TRANSFERRED_QUERIES = 512  # per head: more than selected stay where they are, and the memory travels to them
 
 
-class Found(NamedTuple):
+class AttentionResult(NamedTuple):
     """Attention of folded queries.
 
     Attributes:
         output: (kv_heads, queries, head_dim).
-        log_sum: log-sum-exp of all tokens, (kv_heads, queries).
-        read_sum: log-sum-exp of those that were read, the same shape: exp(read_sum - log_sum) of the attention.
+        lse: log-sum-exp of all tokens, (kv_heads, queries).
+        read_lse: log-sum-exp of those that were read, the same shape: exp(read_lse - lse) of the attention.
     """
 
     output: Tensor
-    log_sum: Tensor
-    read_sum: Tensor
+    lse: Tensor
+    read_lse: Tensor
 
 
 class ExactSearch:
@@ -44,26 +44,28 @@ class ExactSearch:
         """See `Search.attend`."""
         spans = bank.spans(layer)
         if not spans:
-            return nothing(query)
-        folded = fold(query, spans[0].block.keys.shape[0])
-        return unfold(*read(folded, spans, scaling), query)
+            return empty_attention(query)
+        grouped_query = group_heads(query, spans[0].block.keys.shape[0])
+        return ungroup_heads(*attend_spans(grouped_query, spans, scaling), query)
 
 
-def fold(query: Tensor, kv_heads: int) -> Tensor:
+def group_heads(query: Tensor, kv_heads: int) -> Tensor:
     """Query (rows, heads, queries, head_dim) as (kv_heads, all queries that read that head, head_dim)."""
     rows, head_dim = len(query), query.shape[-1]
     return query.reshape(rows, kv_heads, -1, head_dim).transpose(0, 1).reshape(kv_heads, -1, head_dim)
 
 
-def unfold(output: Tensor, log_sum: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo `fold` for an output and its log-sum-exp."""
+def ungroup_heads(output: Tensor, lse: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `group_heads` for an output and its log-sum-exp."""
     rows = len(query)
     output = output.view(len(output), rows, -1, query.shape[-1]).transpose(0, 1).reshape(query.shape)
-    log_sum = log_sum.view(len(log_sum), rows, -1).transpose(0, 1).reshape(query.shape[:-1])
-    return output.to(query.dtype), log_sum
+    lse = lse.view(len(lse), rows, -1).transpose(0, 1).reshape(query.shape[:-1])
+    return output.to(query.dtype), lse
 
 
-def read(query: Tensor, spans: Sequence[Span], scaling: float, head: int | None = None) -> tuple[Tensor, Tensor]:
+def attend_spans(
+    query: Tensor, spans: Sequence[Span], scaling: float, head: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of folded queries over all tokens of some spans.
 
     Args:
@@ -75,26 +77,32 @@ def read(query: Tensor, spans: Sequence[Span], scaling: float, head: int | None 
     Returns:
         Output of the query's shape, and the log-sum-exp (kv_heads, queries) in float32.
     """
-    parts, heads = Parts(), slice(None) if head is None else slice(head, head + 1)
+    parts, heads = AttentionAccumulator(), slice(None) if head is None else slice(head, head + 1)
     for span in spans:
         if (device := span.block.keys.device) == query.device:
-            _read_span(query, span, scaling, heads, parts)
-        elif query.shape[1] <= TRAVELLING_QUERIES:
-            there = Parts()
-            _read_span(query.to(device), span, scaling, heads, there)
-            output, log_sum = there.result(query)
-            parts.add(output.to(query.device), log_sum.to(query.device))
+            _attend_span(query, span, scaling, heads, parts)
+        elif query.shape[1] <= MAX_TRANSFERRED_QUERIES:
+            device_parts = AttentionAccumulator()
+            _attend_span(query.to(device), span, scaling, heads, device_parts)
+            output, lse = device_parts.result(query)
+            parts.add(output.to(query.device), lse.to(query.device))
         else:
-            for part in span.parts(CHUNK * 4):
+            for part in span.split(CHUNK * 4):
                 keys, values = (t[heads].to(query.device) for t in (part.keys(), part.values()))
-                output, log_sum = flash(query[None], keys[None], values[None], scaling=scaling)
-                parts.add(output[0], log_sum[0])
+                output, lse = flash(query[None], keys[None], values[None], scaling=scaling)
+                parts.add(output[0], lse[0])
     return parts.result(query)
 
 
-def read_uncertain(
-    estimate: Found, error: Tensor, tolerance: float, query: Tensor, rows: int, spans: Sequence[Span], scaling: float
-) -> Found:
+def refine_uncertain(
+    estimate: AttentionResult,
+    error: Tensor,
+    tolerance: float,
+    query: Tensor,
+    rows: int,
+    spans: Sequence[Span],
+    scaling: float,
+) -> AttentionResult:
     """Put exact attention in the place of estimates that may be far off: the worst of a row, but not too many at once.
 
     Args:
@@ -106,49 +114,49 @@ def read_uncertain(
     """
     error = error.view(len(error), rows, -1)
     queries = error.shape[2]
-    limit = min(queries, max(EXACT_QUERIES, queries // EXACT_SHARE))
+    limit = min(queries, max(EXACT_QUERIES, queries // MAX_EXACT_FRACTION))
     largest, at = error.topk(limit, 2)
     at = at + torch.arange(rows, device=at.device).unsqueeze(1) * queries
     uncertain = largest > tolerance
     for head, any_uncertain in enumerate(uncertain.flatten(1).any(1).tolist()):
         if any_uncertain:
-            these = at[head][uncertain[head]]
-            exactly, exact_sum = read(query[head : head + 1, these], spans, scaling, head)
-            estimate.output[head, these] = exactly[0]
-            estimate.log_sum[head, these] = estimate.read_sum[head, these] = exact_sum[0]
+            selected = at[head][uncertain[head]]
+            exact_output, exact_lse = attend_spans(query[head : head + 1, selected], spans, scaling, head)
+            estimate.output[head, selected] = exact_output[0]
+            estimate.lse[head, selected] = estimate.read_lse[head, selected] = exact_lse[0]
     return estimate
 
 
-def _read_span(query: Tensor, span: Span, scaling: float, heads: slice, parts: Parts) -> None:
+def _attend_span(query: Tensor, span: Span, scaling: float, heads: slice, parts: AttentionAccumulator) -> None:
     block = span.block
-    if not converts(block.keys):
-        pieces = span.parts(CHUNK * 4) if block.keys.dtype == torch.int8 else [span]
-        for piece in pieces:
-            keys, values = piece.keys()[heads], piece.values()[heads]
-            output, log_sum = flash(query[None], keys[None], values[None], scaling=scaling)
-            parts.add(output[0], log_sum[0])
+    if not needs_conversion(block.keys):
+        subspans = span.split(CHUNK * 4) if block.keys.dtype == torch.int8 else [span]
+        for subspan in subspans:
+            keys, values = subspan.keys()[heads], subspan.values()[heads]
+            output, lse = flash(query[None], keys[None], values[None], scaling=scaling)
+            parts.add(output[0], lse[0])
         return
     query = query.float()
-    splits = _splits(len(query))
+    splits = _num_splits(len(query))
     repeated = query.repeat_interleave(splits, 0)[None]
     # Tokens that can't be split evenly come last, in a call of their own.
     even = span.stop - len(span) % splits
     for start in range(span.start, even, CHUNK * splits):
         tokens = slice(start, min(start + CHUNK * splits, even))
         shape = (1, len(query) * splits, (tokens.stop - tokens.start) // splits, query.shape[-1])
-        keys = _converted(block.keys, block.key_scales, heads, tokens, "keys").view(shape)
-        values = _converted(block.values, block.value_scales, heads, tokens, "values").view(shape)
-        output, log_sum = flash(repeated, keys, values, scaling=scaling)
+        keys = _to_float32(block.keys, block.key_scales, heads, tokens, "keys").view(shape)
+        values = _to_float32(block.values, block.value_scales, heads, tokens, "values").view(shape)
+        output, lse = flash(repeated, keys, values, scaling=scaling)
         for split in range(splits):
-            parts.add(output[0, split::splits], log_sum[0, split::splits])
+            parts.add(output[0, split::splits], lse[0, split::splits])
     if even < span.stop:
         last = Span(block, even, span.stop)
         keys, values = last.keys(torch.float32)[heads], last.values(torch.float32)[heads]
-        output, log_sum = flash(query[None], keys[None], values[None], scaling=scaling)
-        parts.add(output[0], log_sum[0])
+        output, lse = flash(query[None], keys[None], values[None], scaling=scaling)
+        parts.add(output[0], lse[0])
 
 
-def converts(memory: Tensor) -> bool:
+def needs_conversion(memory: Tensor) -> bool:
     """Whether memory is converted to float32, chunk by chunk, before it is read.
 
     Only on a CPU: its kernels are fast on bfloat16 where it has matrix tiles (AMX). Without them they read one query's
@@ -157,24 +165,24 @@ def converts(memory: Tensor) -> bool:
     """
     if memory.device.type != "cpu" or memory.dtype == torch.float32:
         return False
-    return memory.dtype != torch.bfloat16 or not _has_tiles()
+    return memory.dtype != torch.bfloat16 or not _has_amx_tiles()
 
 
 @cache
-def _has_tiles() -> bool:
+def _has_amx_tiles() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-def _splits(heads: int) -> int:
+def _num_splits(heads: int) -> int:
     """In how many parts a head's keys are read at once, so that all threads get the same work."""
     threads = torch.get_num_threads()
     return next(splits for splits in range(1, threads + 1) if heads * splits % threads == 0)
 
 
-def _converted(tensor: Tensor, scales: Tensor | None, heads: slice, tokens: slice, name: str) -> Tensor:
+def _to_float32(tensor: Tensor, scales: Tensor | None, heads: slice, tokens: slice, name: str) -> Tensor:
     """Tokens of a block in float32."""
     source = tensor[heads, tokens]
-    target = scratch(name, source.shape, torch.float32).copy_(source)
+    target = workspace(name, source.shape, torch.float32).copy_(source)
     if scales is not None:
         target *= scales[heads, tokens].unsqueeze(-1)
     return target

@@ -12,18 +12,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llamory.memory.attention import merge, nothing
+from llamory.memory.attention import empty_attention, merge
 from llamory.memory.blocks import Block, Span
-from llamory.memory.search.estimates import log_sum_exp, potential, score_moments, shares
-from llamory.memory.search.exact import TOLERANCE, Found, fold, read, read_uncertain, unfold
-from llamory.memory.search.faiss_parts import LENGTHS, Part, part_of
-from llamory.memory.search.page_segments import cut, settle
+from llamory.memory.search.estimates import log_error_bound, log_sum_exp, score_moments, softmax_shares
+from llamory.memory.search.exact import (
+    TOLERANCE,
+    AttentionResult,
+    attend_spans,
+    group_heads,
+    refine_uncertain,
+    ungroup_heads,
+)
+from llamory.memory.search.faiss_parts import LENGTHS, IndexedPart, get_or_build_part
+from llamory.memory.search.page_segments import aligned_ranges, stable_spans
 
 if TYPE_CHECKING:
     from llamory.memory.bank import MemoryBank
 
 DEFAULT_NEIGHBOURS = 128
-GATHERED = 1 << 22  # numbers of keys, and of values, that are gathered at once
+MAX_GATHERED_ELEMENTS = 1 << 22  # numbers of keys, and of values, that are gathered at once
 
 
 class FaissSearch:
@@ -42,39 +49,41 @@ class FaissSearch:
 
     def attend(self, query: Tensor, bank: MemoryBank, layer: int, scaling: float) -> tuple[Tensor, Tensor]:
         """See `Search.attend`."""
-        return self.attend_and_tell(query, bank, layer, scaling)[:2]
+        return self.attend_with_stats(query, bank, layer, scaling)[:2]
 
-    def attend_and_tell(
+    def attend_with_stats(
         self, query: Tensor, bank: MemoryBank, layer: int, scaling: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `attend`, and the log-sum-exp of the tokens that were read, to see what was found."""
         spans = bank.spans(layer)
         if not spans or query.numel() == 0:
-            output, log_sum = nothing(query)
-            return output, log_sum, log_sum
-        found = self._attend(fold(query, spans[0].block.keys.shape[0]), spans, scaling, len(query))
-        output, log_sum = unfold(found.output, found.log_sum, query)
-        return output, log_sum, unfold(found.output, found.read_sum, query)[1]
+            output, lse = empty_attention(query)
+            return output, lse, lse
+        found = self._attend(group_heads(query, spans[0].block.keys.shape[0]), spans, scaling, len(query))
+        output, lse = ungroup_heads(found.output, found.lse, query)
+        return output, lse, ungroup_heads(found.output, found.read_lse, query)[1]
 
-    def _attend(self, query: Tensor, spans: list[Span], scaling: float, rows: int) -> Found:
-        settled, rest = settle(spans, LENGTHS[-1])
-        places: list[tuple[Block, int, int]] = []
+    def _attend(self, query: Tensor, spans: list[Span], scaling: float, rows: int) -> AttentionResult:
+        stable, rest = stable_spans(spans, LENGTHS[-1])
+        index_ranges: list[tuple[Block, int, int]] = []
         if sum(map(len, spans)) > self.top_k:
-            for span in settled:
-                parts, left = cut(span, LENGTHS)
-                rest += left
-                places += [(span.block, *part) for part in parts]
-        if not places:
-            output, log_sum = read(query, spans, scaling)
-            return Found(output, log_sum, log_sum)
+            for span in stable:
+                parts, remaining = aligned_ranges(span, LENGTHS)
+                rest += remaining
+                index_ranges += [(span.block, *part) for part in parts]
+        if not index_ranges:
+            output, lse = attend_spans(query, spans, scaling)
+            return AttentionResult(output, lse, lse)
         query = query.float()
-        found = [self._search(query * scaling, *place) for place in places]
-        beside, beside_sum = read(query, rest, scaling)
-        near, near_sums, far, far_sums, risks = zip(*found, strict=True)
-        output, log_sum = merge((beside, *near, *far), (beside_sum, *near_sums, *far_sums))
-        read_sum = torch.stack([beside_sum, *near_sums]).logsumexp(0)
-        error = (torch.stack(risks).logsumexp(0) - log_sum).exp_()
-        return read_uncertain(Found(output, log_sum, read_sum), error, self.tolerance, query, rows, spans, scaling)
+        found = [self._search(query * scaling, *index_range) for index_range in index_ranges]
+        rest_output, rest_lse = attend_spans(query, rest, scaling)
+        neighbors, neighbor_lses, estimated, estimated_lses, log_errors = zip(*found, strict=True)
+        output, lse = merge((rest_output, *neighbors, *estimated), (rest_lse, *neighbor_lses, *estimated_lses))
+        read_lse = torch.stack([rest_lse, *neighbor_lses]).logsumexp(0)
+        error = (torch.stack(log_errors).logsumexp(0) - lse).exp_()
+        return refine_uncertain(
+            AttentionResult(output, lse, read_lse), error, self.tolerance, query, rows, spans, scaling
+        )
 
     def _search(self, query: Tensor, block: Block, start: int, stop: int) -> tuple[Tensor, ...]:
         """Attention of scaled queries (kv_heads, queries, head_dim) to a part of a block.
@@ -83,47 +92,47 @@ class FaissSearch:
             Output and log-sum-exp of the neighbours, those of the rest, and the logarithm of the error that the rest
             may have, not yet divided by the whole sum.
         """
-        part = part_of(block, start, stop, self.folder)
-        here = query.to(block.keys.device)
+        part = get_or_build_part(block, start, stop, self.folder)
+        device_query = query.to(block.keys.device)
         count = min(self.top_k, stop - start)
-        step = max(1, GATHERED // (len(query) * count * query.shape[-1]))
-        pieces = [
-            _attend_part(here[:, at : at + step], Span(block, start, stop), part, count)
-            for at in range(0, here.shape[1], step)
+        step = max(1, MAX_GATHERED_ELEMENTS // (len(query) * count * query.shape[-1]))
+        chunks = [
+            _attend_part(device_query[:, at : at + step], Span(block, start, stop), part, count)
+            for at in range(0, device_query.shape[1], step)
         ]
-        return tuple(torch.cat(tensors, 1).to(query.device) for tensors in zip(*pieces, strict=True))
+        return tuple(torch.cat(tensors, 1).to(query.device) for tensors in zip(*chunks, strict=True))
 
 
-def _attend_part(query: Tensor, span: Span, part: Part, count: int) -> tuple[Tensor, ...]:
+def _attend_part(query: Tensor, span: Span, part: IndexedPart, count: int) -> tuple[Tensor, ...]:
     heads = len(query)
     tokens = part.search(query, count)
-    none = tokens < 0
+    missing = tokens < 0
     tokens = tokens.clamp_min(0)
     keys, values = gather(span, tokens)
-    scores = (keys @ query.unsqueeze(-1)).squeeze(-1).masked_fill_(none, -torch.inf)
-    near_sum = scores.logsumexp(-1)
-    near = (shares(scores.clone(), near_sum).unsqueeze(2) @ values).squeeze(2)
+    scores = (keys @ query.unsqueeze(-1)).squeeze(-1).masked_fill_(missing, -torch.inf)
+    neighbor_lse = scores.logsumexp(-1)
+    neighbors = (softmax_shares(scores.clone(), neighbor_lse).unsqueeze(2) @ values).squeeze(2)
 
-    # What is left of each list, when what was found is taken out.
-    seen = (~none).float()
+    # What is remaining of each list, when what was found is taken out.
+    found_mask = (~missing).float()
     lists = part.lists.gather(1, tokens.view(heads, -1)).view(tokens.shape).long()
     mean, variance = score_moments(query, part.means, part.variances)
     counts = part.counts.unsqueeze(1).expand_as(mean)
-    left = counts.scatter_add(2, lists, -seen)
-    mean = (mean * counts).scatter_add(2, lists, -scores.masked_fill(none, 0)) / left.clamp_min(1)
-    empty = left < 0.5
-    left = left.clamp_min(1)
-    rest = log_sum_exp(mean, variance, left).masked_fill_(empty, -torch.inf)
-    # In a list that was looked into, no score is higher than the lowest that was found.
-    lowest = scores.masked_fill(none, torch.inf).amin(-1, keepdim=True)
-    risks = potential(mean, variance, left)
-    risks = torch.where(left < counts - 0.5, torch.minimum(risks, (rest + lowest) / 2), risks)
-    risk = (2 * risks.masked_fill_(empty, -torch.inf)).logsumexp(-1) / 2
-    far_sum = rest.logsumexp(-1)
-    per_token = shares(rest, far_sum) / left
-    far = (per_token * counts) @ part.values
-    far = far - ((per_token.gather(2, lists) * seen).unsqueeze(2) @ values).squeeze(2)
-    return near, near_sum, far, far_sum, risk
+    remaining = counts.scatter_add(2, lists, -found_mask)
+    mean = (mean * counts).scatter_add(2, lists, -scores.masked_fill(missing, 0)) / remaining.clamp_min(1)
+    empty = remaining < 0.5
+    remaining = remaining.clamp_min(1)
+    rest = log_sum_exp(mean, variance, remaining).masked_fill_(empty, -torch.inf)
+    # In a list that was looked into, no score is higher than the min_score that was found.
+    min_score = scores.masked_fill(missing, torch.inf).amin(-1, keepdim=True)
+    log_errors = log_error_bound(mean, variance, remaining)
+    log_errors = torch.where(remaining < counts - 0.5, torch.minimum(log_errors, (rest + min_score) / 2), log_errors)
+    log_error = (2 * log_errors.masked_fill_(empty, -torch.inf)).logsumexp(-1) / 2
+    estimated_lse = rest.logsumexp(-1)
+    per_token = softmax_shares(rest, estimated_lse) / remaining
+    estimated = (per_token * counts) @ part.values
+    estimated = estimated - ((per_token.gather(2, lists) * found_mask).unsqueeze(2) @ values).squeeze(2)
+    return neighbors, neighbor_lse, estimated, estimated_lse, log_error
 
 
 def gather(span: Span, tokens: Tensor) -> tuple[Tensor, Tensor]:

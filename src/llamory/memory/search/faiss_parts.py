@@ -16,13 +16,13 @@ from llamory.errors import LlamoryError
 from llamory.memory.blocks import Block, Span
 
 LENGTHS = (1 << 20, 1 << 18, 1 << 16, 1 << 14, 1 << 12)  # tokens of a part; every token is in the largest that fits
-PROBES = 8  # lists that are looked into, or
-PROBED_SHARE = 64  # one list in so many, if that is more
+MIN_PROBES = 8  # lists that are looked into, or
+PROBE_DIVISOR = 64  # one list in so many, if that is more
 TRAINING_STEPS = 10
 
 
 @dataclass
-class Part:
+class IndexedPart:
     """A part's indexes and lists, of each head.
 
     Attributes:
@@ -49,37 +49,37 @@ class Part:
         return torch.stack(found).to(query.device)
 
 
-def part_of(block: Block, start: int, stop: int, folder: Path | None) -> Part:
-    """A part of a block, made if it isn't yet known: read from the folder if it is there, else built and kept there.
+def get_or_build_part(block: Block, start: int, stop: int, folder: Path | None) -> IndexedPart:
+    """A part of a block, made if it isn't yet cache: read from the folder if it is there, else built and kept there.
 
     Raises:
         LlamoryError: the folder can't be used.
     """
-    known = block.summaries.setdefault("faiss", {})
-    assert isinstance(known, dict)
+    cache = block.search_cache.setdefault("faiss", {})
+    assert isinstance(cache, dict)
     name = (start, stop, folder)
-    if name not in known:
+    if name not in cache:
         span = Span(block, start, stop)
-        known[name] = _build(span) if folder is None else _kept(span, folder)
-        for other in [(a, b, f) for a, b, f in list(known) if start <= a and b <= stop and f == folder]:
+        cache[name] = _build(span) if folder is None else _load_or_build(span, folder)
+        for other in [(a, b, f) for a, b, f in list(cache) if start <= a and b <= stop and f == folder]:
             if other != name:
-                known.pop(other, None)
-    return known[name]
+                cache.pop(other, None)
+    return cache[name]
 
 
-def _build(span: Span) -> Part:
+def _build(span: Span) -> IndexedPart:
     import faiss
 
     lists, indexes = [], []
     keys = span.keys(torch.float32)
     for head in keys:
-        centred = (head - head.mean(0)).cpu().numpy()
-        index = _new_index(faiss, *centred.shape)
-        index.train(centred)
-        index.add(centred)
+        centered = (head - head.mean(0)).cpu().numpy()
+        index = _new_index(faiss, *centered.shape)
+        index.train(centered)
+        index.add(centered)
         indexes.append(index)
         lists.append(_lists_of(faiss, index))
-    return Part(indexes, *_tables(torch.stack(lists).to(keys.device), keys, span.values(torch.float32)))
+    return IndexedPart(indexes, *_list_statistics(torch.stack(lists).to(keys.device), keys, span.values(torch.float32)))
 
 
 def _new_index(faiss: Any, tokens: int, head_dim: int) -> Any:
@@ -93,7 +93,7 @@ def _new_index(faiss: Any, tokens: int, head_dim: int) -> Any:
         faiss.METRIC_INNER_PRODUCT,
     )
     index.cp.niter = TRAINING_STEPS
-    index.nprobe = max(PROBES, lists // PROBED_SHARE)
+    index.nprobe = max(MIN_PROBES, lists // PROBE_DIVISOR)
     return index
 
 
@@ -107,25 +107,25 @@ def _lists_of(faiss: Any, index: Any) -> Tensor:
     return lists
 
 
-def _tables(lists: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+def _list_statistics(lists: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
     at = lists.long()
     counts = torch.zeros(len(lists), int(at.max()) + 1, device=keys.device)
     counts.scatter_add_(1, at, torch.ones_like(at, dtype=torch.float32))
-    wide = at.unsqueeze(-1).expand_as(keys)
+    expanded = at.unsqueeze(-1).expand_as(keys)
 
     def mean_of(tensor: Tensor) -> Tensor:
-        sums = torch.zeros(*counts.shape, keys.shape[-1], device=keys.device).scatter_add_(1, wide, tensor)
+        sums = torch.zeros(*counts.shape, keys.shape[-1], device=keys.device).scatter_add_(1, expanded, tensor)
         return sums / counts.clamp_min(1).unsqueeze(-1)
 
     means = mean_of(keys)
-    variances = mean_of((keys - means.gather(1, wide)).square_())
+    variances = mean_of((keys - means.gather(1, expanded)).square_())
     return lists, means, variances, mean_of(values), counts
 
 
 # ---- on disk ---------------------------------------------------------------------------------------------------------
 
 
-def _kept(span: Span, folder: Path) -> Part:
+def _load_or_build(span: Span, folder: Path) -> IndexedPart:
     """The part from its files, which are named after its content; built and written if they aren't there or broken."""
     import faiss
 
@@ -140,31 +140,31 @@ def _kept(span: Span, folder: Path) -> Part:
         raise LlamoryError(
             f"The folder {folder} can't keep indexes of memory ({error.strerror}): give one that can be written."
         ) from error
-    indexes = [_mapped(faiss, file) for file in files]
+    indexes = [_open_mmap(faiss, file) for file in files]
     keys = span.keys(torch.float32)
     lists = torch.stack([_lists_of(faiss, index) for index in indexes]).to(keys.device)
-    return Part(indexes, *_tables(lists, keys, span.values(torch.float32)))
+    return IndexedPart(indexes, *_list_statistics(lists, keys, span.values(torch.float32)))
 
 
 def _digest(span: Span) -> str:
     """Name of a span's keys: the same keys have the same index, whatever file or block they are in."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in span.parts(1 << 16):
+    for part in span.split(1 << 16):
         digest.update(part.keys().contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return f"{len(span)}-{digest.hexdigest()}"
 
 
 def _write(faiss: Any, index: Any, file: Path) -> None:
-    handle, unfinished = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    handle, temp_path = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     os.close(handle)
     try:
-        faiss.write_index(index, unfinished)
-        Path(unfinished).replace(file)
+        faiss.write_index(index, temp_path)
+        Path(temp_path).replace(file)
     finally:
-        Path(unfinished).unlink(missing_ok=True)
+        Path(temp_path).unlink(missing_ok=True)
 
 
-def _mapped(faiss: Any, file: Path) -> Any:
+def _open_mmap(faiss: Any, file: Path) -> Any:
     """An index whose lists stay on disk and are read where they are looked into."""
     try:
         return faiss.read_index(str(file), faiss.IO_FLAG_MMAP)

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from llamory.memory.bank import MemoryBank
 from llamory.memory.blocks import Block, Span
-from llamory.memory.search.page_segments import CHAPTER, CHAPTER_PAGES, LENGTHS, PAGE, Stretch, cut, joined_of, know
+from llamory.memory.search.page_segments import (
+    LENGTHS,
+    PAGE_SIZE,
+    PAGES_PER_SUPERPAGE,
+    SUPERPAGE_SIZE,
+    PagedSegment,
+    aligned_ranges,
+    get_or_merge,
+    install,
+)
 
 VERSION = 1
 _PARTS = ("rows", "pages", "means", "variances", "values")
@@ -32,23 +41,23 @@ def save_pages(bank: MemoryBank, path: Path) -> None:
         OSError: it can't be written.
     """
     tensors: dict[str, Tensor] = {}
-    for layer, block, places in _layers(bank):
-        if places:
-            whole = joined_of(block, places)
-            parts = (whole.rows, whole.pages, *whole.chapters)
+    for layer, block, ranges in _layer_ranges(bank):
+        if ranges:
+            merged = get_or_merge(block, ranges)
+            parts = (merged.rows, merged.pages, *merged.superpages)
             tensors |= {f"layers.{layer}.{name}": part for name, part in zip(_PARTS, parts, strict=True)}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temp_path = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         # Not safetensors' own file, which only its writer may read.
-        beside.write_bytes(save(tensors, {"pages": _identity(bank)}))
-        beside.replace(path)
+        temp_path.write_bytes(save(tensors, {"pages": _identity(bank)}))
+        temp_path.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temp_path.unlink(missing_ok=True)
         raise
 
 
 def load_pages(bank: MemoryBank, path: Path) -> bool:
-    """Let a memory know the pages that were written down.
+    """Let a memory install the pages that were written down.
 
     Args:
         bank: as for `save_pages`.
@@ -61,13 +70,13 @@ def load_pages(bank: MemoryBank, path: Path) -> bool:
         if (file.metadata() or {}).get("pages") != _identity(bank):
             return False
         names = set(file.keys())
-        for layer, block, places in _layers(bank):
-            if not places:
+        for layer, block, ranges in _layer_ranges(bank):
+            if not ranges:
                 continue
             if f"layers.{layer}.rows" not in names:
                 return False
-            rows, pages, *chapters = (file.get_tensor(f"layers.{layer}.{name}") for name in _PARTS)
-            know(block, places, Stretch(rows, pages, tuple(chapters)))
+            rows, pages, *superpages = (file.get_tensor(f"layers.{layer}.{name}") for name in _PARTS)
+            install(block, ranges, PagedSegment(rows, pages, tuple(superpages)))
         return True
     return False
 
@@ -75,24 +84,32 @@ def load_pages(bank: MemoryBank, path: Path) -> bool:
 def page_bytes(bank: MemoryBank, tokens: int) -> int:
     """Bytes that the tables take at most for so many tokens of a memory of this kind, without the file's header."""
     kind = 4 if bank.dtype == torch.float32 else 2
-    # Where each token is, three vectors per page, and three per chapter.
-    per_token = 4 + 3 * bank.head_dim * (kind / PAGE + 4 / CHAPTER)
+    # Where each token is, three vectors per page, and three per superpage.
+    per_token = 4 + 3 * bank.head_dim * (kind / PAGE_SIZE + 4 / SUPERPAGE_SIZE)
     return int(len(bank.layers) * bank.kv_heads * tokens * per_token)
 
 
-def _layers(bank: MemoryBank) -> list[tuple[int, Block, list[tuple[int, int]]]]:
+def _layer_ranges(bank: MemoryBank) -> list[tuple[int, Block, list[tuple[int, int]]]]:
     """Each layer's block and the stretches in it; none in a memory that isn't one run of tokens."""
-    found = []
+    layer_ranges = []
     for layer in bank.layers:
         spans = bank.spans(layer)
         if len(spans) == 1:
             span = spans[0]
-            found.append((layer, span.block, cut(Span(span.block, span.start, span.stop))[0]))
-    return found
+            layer_ranges.append((layer, span.block, aligned_ranges(Span(span.block, span.start, span.stop))[0]))
+    return layer_ranges
 
 
 def _identity(bank: MemoryBank) -> str:
     """What pages must have in common with the memory that they are of."""
-    facts: list[Any] = [VERSION, PAGE, CHAPTER_PAGES, LENGTHS, bank.fingerprint, str(bank.dtype), bank.layers]
-    sizes = [[block.capacity, len(places)] for _, block, places in _layers(bank)]
-    return json.dumps([*facts, bank.kv_heads, bank.head_dim, sizes])
+    fields: list[Any] = [
+        VERSION,
+        PAGE_SIZE,
+        PAGES_PER_SUPERPAGE,
+        LENGTHS,
+        bank.fingerprint,
+        str(bank.dtype),
+        bank.layers,
+    ]
+    sizes = [[block.capacity, len(ranges)] for _, block, ranges in _layer_ranges(bank)]
+    return json.dumps([*fields, bank.kv_heads, bank.head_dim, sizes])

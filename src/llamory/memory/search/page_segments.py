@@ -1,8 +1,8 @@
 """Stretches of memory: long runs of tokens sorted into pages of like keys, with the pages' means and spreads.
 
 Tokens that stand side by side have less alike keys than one would think: pages of neighbours catch far less of a real
-model's attention than as many pages sorted by likeness. So a stretch keeps its tokens where they are and remembers, per
-head, an order in which neighbours are alike. Eight pages make a chapter, which is looked at first.
+model's attention than as many pages sorted by likeness. So a paged_segment keeps its tokens where they are and remembers, per
+head, an order in which neighbours are alike. Eight pages make a superpage, which is looked at first.
 """
 
 from __future__ import annotations
@@ -14,148 +14,148 @@ import torch
 from torch import Tensor
 
 from llamory.memory.blocks import Block, Span
-from llamory.memory.search.clustering import alike
+from llamory.memory.search.clustering import balanced_pca_partition
 
-PAGE = 32
-CHAPTER_PAGES = 8
-CHAPTER = PAGE * CHAPTER_PAGES
-# Larger stretches sort better and smaller ones are ready earlier: four of one size become one of the next.
+PAGE_SIZE = 32
+PAGES_PER_SUPERPAGE = 8
+SUPERPAGE_SIZE = PAGE_SIZE * PAGES_PER_SUPERPAGE
+# Larger paged_segments sort better and smaller ones are ready earlier: four of one size become one of the next.
 LENGTHS = (16384, 4096, 1024, 256)
-STEP = 4096  # tokens behind the last multiple of it in a block that may still grow are read as they are
+STABLE_STEP = 4096  # tokens behind the last multiple of it in a block that may still grow are read as they are
 
-Tables = tuple[Tensor, ...]
+PageTables = tuple[Tensor, ...]
 
 
 @dataclass
-class Stretch:
-    """What is known of a stretch's pages.
+class PagedSegment:
+    """What is cache of a paged_segment's pages.
 
     Attributes:
-        rows: (kv_heads, pages, PAGE) int32, where a page's tokens are in the block's (kv_heads * capacity) rows.
+        rows: (kv_heads, pages, PAGE_SIZE) int32, where a page's tokens are in the block's (kv_heads * capacity) rows.
         pages: mean and variance of the keys and mean of the values, (kv_heads, pages, 3 * head_dim).
-        chapters: the same of chapters, each (kv_heads, pages / CHAPTER_PAGES, head_dim) float32.
+        superpages: the same of superpages, each (kv_heads, pages / PAGES_PER_SUPERPAGE, head_dim) float32.
     """
 
     rows: Tensor
     pages: Tensor
-    chapters: Tables
+    superpages: PageTables
 
 
-def cut(span: Span, lengths: Sequence[int] = LENGTHS) -> tuple[list[tuple[int, int]], list[Span]]:
-    """A span as stretches (start, stop), as large as they fit, and the spans that are left over.
+def aligned_ranges(span: Span, lengths: Sequence[int] = LENGTHS) -> tuple[list[tuple[int, int]], list[Span]]:
+    """A span as paged_segments (start, stop), as large as they fit, and the spans that are left over.
 
     Stretches lie at multiples of their length in the block, so that whoever shares the block shares them.
     """
-    stretches: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     rest: list[Span] = []
     at = span.start
     while at < span.stop:
         length = next((n for n in lengths if at % n == 0 and at + n <= span.stop), 0)
         if length:
-            stretches.append((at, at + length))
+            ranges.append((at, at + length))
             at += length
         else:
             stop = min(span.stop, at - at % lengths[-1] + lengths[-1])
             rest.append(Span(span.block, at, stop))
             at = stop
-    return stretches, rest
+    return ranges, rest
 
 
-def stretch_of(block: Block, start: int, stop: int) -> Stretch:
-    """A block's stretch, made if it isn't yet known; it then stands for the smaller ones in it."""
-    known = block.summaries.setdefault("stretches", {})
-    assert isinstance(known, dict)
-    if (start, stop) not in known:
-        known[start, stop] = _make(block, start, stop)
-        for other in [(a, b) for a, b in list(known) if start <= a and b <= stop and (a, b) != (start, stop)]:
-            known.pop(other, None)
-    return known[start, stop]
+def get_or_build(block: Block, start: int, stop: int) -> PagedSegment:
+    """A block's paged_segment, made if it isn't yet cache; it then stands for the smaller ones in it."""
+    cache = block.search_cache.setdefault("page_segments", {})
+    assert isinstance(cache, dict)
+    if (start, stop) not in cache:
+        cache[start, stop] = _build(block, start, stop)
+        for other in [(a, b) for a, b in list(cache) if start <= a and b <= stop and (a, b) != (start, stop)]:
+            cache.pop(other, None)
+    return cache[start, stop]
 
 
-def joined_of(block: Block, places: Sequence[tuple[int, int]]) -> Stretch:
+def get_or_merge(block: Block, ranges: Sequence[tuple[int, int]]) -> PagedSegment:
     """Stretches that lie one behind the other, as one: what single ones hold then are views of its tables."""
-    known = _joined_in(block)
-    place = places[0][0], places[-1][1]
-    if place not in known:
-        stretches = [stretch_of(block, *each) for each in places]
-        if len(stretches) == 1:
-            return stretches[0]
-        chapters = zip(*(stretch.chapters for stretch in stretches), strict=True)
-        whole = Stretch(
-            torch.cat([stretch.rows for stretch in stretches], 1),
-            torch.cat([stretch.pages for stretch in stretches], 1),
-            tuple(torch.cat(tables, 1) for tables in chapters),
+    cache = _merged_cache(block)
+    key = ranges[0][0], ranges[-1][1]
+    if key not in cache:
+        paged_segments = [get_or_build(block, *each) for each in ranges]
+        if len(paged_segments) == 1:
+            return paged_segments[0]
+        superpages = zip(*(paged_segment.superpages for paged_segment in paged_segments), strict=True)
+        merged = PagedSegment(
+            torch.cat([paged_segment.rows for paged_segment in paged_segments], 1),
+            torch.cat([paged_segment.pages for paged_segment in paged_segments], 1),
+            tuple(torch.cat(tables, 1) for tables in superpages),
         )
         at = 0
-        for stretch in stretches:
-            pages = slice(at, at + stretch.rows.shape[1])
-            stretch.rows, stretch.pages = whole.rows[:, pages], whole.pages[:, pages]
+        for paged_segment in paged_segments:
+            pages = slice(at, at + paged_segment.rows.shape[1])
+            paged_segment.rows, paged_segment.pages = merged.rows[:, pages], merged.pages[:, pages]
             at = pages.stop
-        # A longer one takes the place of those before it, which would take as much room again.
-        known.clear()
-        known[place] = whole
-    return known[place]
+        # A longer one takes the key of those before it, which would take as much room again.
+        cache.clear()
+        cache[key] = merged
+    return cache[key]
 
 
-def know(block: Block, places: Sequence[tuple[int, int]], whole: Stretch) -> None:
-    """Take over, as one, stretches that were made before, of a block of the same content and capacity."""
-    _joined_in(block)[places[0][0], places[-1][1]] = whole
+def install(block: Block, ranges: Sequence[tuple[int, int]], merged: PagedSegment) -> None:
+    """Take over, as one, paged_segments that were made before, of a block of the same content and capacity."""
+    _merged_cache(block)[ranges[0][0], ranges[-1][1]] = merged
 
 
-def _joined_in(block: Block) -> dict[tuple[int, int], Stretch]:
-    known = block.summaries.setdefault("joined", {})
-    assert isinstance(known, dict)
-    return known
+def _merged_cache(block: Block) -> dict[tuple[int, int], PagedSegment]:
+    cache = block.search_cache.setdefault("merged_page_segments", {})
+    assert isinstance(cache, dict)
+    return cache
 
 
-def _make(block: Block, start: int, stop: int) -> Stretch:
+def _build(block: Block, start: int, stop: int) -> PagedSegment:
     span = Span(block, start, stop)
     keys = span.keys(torch.float32)
     heads, tokens, head_dim = keys.shape
-    order = alike(keys, PAGE)
+    order = balanced_pca_partition(keys, PAGE_SIZE)
     offsets = torch.arange(heads, device=keys.device).unsqueeze(1)
     rows = (order + offsets * tokens).view(-1)
 
     def sorted_pages(tensor: Tensor) -> Tensor:
-        return tensor.reshape(-1, head_dim).index_select(0, rows).view(heads, -1, PAGE, head_dim)
+        return tensor.reshape(-1, head_dim).index_select(0, rows).view(heads, -1, PAGE_SIZE, head_dim)
 
     keys = sorted_pages(keys)
     means = keys.mean(2)
     pages = (means, keys.var(2, unbiased=False), sorted_pages(span.values(torch.float32)).mean(2))
-    of_chapters = [table.unflatten(1, (-1, CHAPTER_PAGES)) for table in pages]
-    chapters = (
-        of_chapters[0].mean(2),
-        of_chapters[1].mean(2) + of_chapters[0].var(2, unbiased=False),
-        of_chapters[2].mean(2),
+    superpage_tables = [table.unflatten(1, (-1, PAGES_PER_SUPERPAGE)) for table in pages]
+    superpages = (
+        superpage_tables[0].mean(2),
+        superpage_tables[1].mean(2) + superpage_tables[0].var(2, unbiased=False),
+        superpage_tables[2].mean(2),
     )
     # Pages are many: unless the memory itself is more exact, half the bytes are enough for them.
-    kind = torch.float32 if block.keys.dtype == torch.float32 else torch.bfloat16
-    places = (order + start + offsets * block.capacity).view(heads, -1, PAGE).int()
-    return Stretch(places, torch.cat(pages, -1).to(kind), chapters)
+    table_dtype = torch.float32 if block.keys.dtype == torch.float32 else torch.bfloat16
+    token_rows = (order + start + offsets * block.capacity).view(heads, -1, PAGE_SIZE).int()
+    return PagedSegment(token_rows, torch.cat(pages, -1).to(table_dtype), superpages)
 
 
-def settle(spans: Sequence[Span], least: int) -> tuple[list[Span], list[Span]]:
-    """Spans as those that are settled and have at least so many tokens, and what is left of them.
+def stable_spans(spans: Sequence[Span], min_tokens: int) -> tuple[list[Span], list[Span]]:
+    """Spans as those that are stable and have at min_tokens so many tokens, and what is left of them.
 
-    The last tokens in a block with room aren't settled: it pays to know more of them when there are more of them.
+    The last tokens in a block with room aren't stable: it pays to know more of them when there are more of them.
     """
-    settled, rest = [], []
-    for span in _joined(spans):
+    stable, rest = [], []
+    for span in _merge_adjacent(spans):
         stop = span.stop
         if stop == span.block.filled and span.block.free:
-            stop = max(span.start, stop - stop % STEP)
-        if stop - span.start < least:
+            stop = max(span.start, stop - stop % STABLE_STEP)
+        if stop - span.start < min_tokens:
             stop = span.start
-        settled.append(Span(span.block, span.start, stop))
+        stable.append(Span(span.block, span.start, stop))
         rest.append(Span(span.block, stop, span.stop))
-    return [span for span in settled if len(span)], [span for span in rest if len(span)]
+    return [span for span in stable if len(span)], [span for span in rest if len(span)]
 
 
-def _joined(spans: Sequence[Span]) -> list[Span]:
-    joined: list[Span] = []
+def _merge_adjacent(spans: Sequence[Span]) -> list[Span]:
+    merged: list[Span] = []
     for span in sorted(spans, key=lambda span: (id(span.block), span.start)) if len(spans) > 1 else spans:
-        if joined and joined[-1].block is span.block and joined[-1].stop == span.start:
-            joined[-1] = Span(span.block, joined[-1].start, span.stop)
+        if merged and merged[-1].block is span.block and merged[-1].stop == span.start:
+            merged[-1] = Span(span.block, merged[-1].start, span.stop)
         else:
-            joined.append(span)
-    return joined
+            merged.append(span)
+    return merged

@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llamory.memory.attention import nothing
+from llamory.memory.attention import empty_attention
 from llamory.memory.blocks import Span
-from llamory.memory.search.exact import fold, unfold
-from llamory.memory.search.faiss import GATHERED, gather
-from llamory.memory.search.faiss_parts import LENGTHS, part_of
-from llamory.memory.search.page_segments import cut, settle
+from llamory.memory.search.exact import group_heads, ungroup_heads
+from llamory.memory.search.faiss import MAX_GATHERED_ELEMENTS, gather
+from llamory.memory.search.faiss_parts import LENGTHS, get_or_build_part
+from llamory.memory.search.page_segments import aligned_ranges, stable_spans
 
 if TYPE_CHECKING:
     from llamory.memory.bank import MemoryBank
 
-DEFAULT_NEAREST = 32
-CANDIDATES = (
+DEFAULT_TOP_K = 32
+CANDIDATE_FACTOR = (
     2  # times top_k, and a few more, are taken of each index, whose keys are rounded; their exact scores decide
 )
-SPARE = 16
-SCANNED = 1 << 14  # tokens whose scores are held at once
+EXTRA_CANDIDATES = 16
+MAX_SCANNED_TOKENS = 1 << 14  # tokens whose scores are held at once
 
 
-class NearestSearch:
+class TopKSearch:
     """Reads the best tokens only.
 
     Args:
@@ -40,7 +40,7 @@ class NearestSearch:
     """
 
     def __init__(self, top_k: int | None = None, indexed: bool = True, folder: str | Path | None = None):
-        self.top_k = DEFAULT_NEAREST if top_k is None else top_k
+        self.top_k = DEFAULT_TOP_K if top_k is None else top_k
         self.indexed = indexed
         self.folder = None if folder is None else Path(folder)
 
@@ -48,36 +48,38 @@ class NearestSearch:
         """See `Search.attend`; the softmax is over the tokens that are read."""
         spans = bank.spans(layer)
         if not spans or query.numel() == 0:
-            return nothing(query)
-        folded = fold(query, spans[0].block.keys.shape[0]).float() * scaling
-        candidates = CANDIDATES * self.top_k + SPARE
-        step = max(1, GATHERED // (len(folded) * candidates * folded.shape[-1]))
-        pieces = [self._attend(folded[:, at : at + step], spans) for at in range(0, folded.shape[1], step)]
-        outputs, log_sums = zip(*pieces, strict=True)
-        return unfold(torch.cat(outputs, 1), torch.cat(log_sums, 1), query)
+            return empty_attention(query)
+        grouped_query = group_heads(query, spans[0].block.keys.shape[0]).float() * scaling
+        candidates = CANDIDATE_FACTOR * self.top_k + EXTRA_CANDIDATES
+        step = max(1, MAX_GATHERED_ELEMENTS // (len(grouped_query) * candidates * grouped_query.shape[-1]))
+        chunks = [
+            self._attend(grouped_query[:, at : at + step], spans) for at in range(0, grouped_query.shape[1], step)
+        ]
+        outputs, lses = zip(*chunks, strict=True)
+        return ungroup_heads(torch.cat(outputs, 1), torch.cat(lses, 1), query)
 
     def _attend(self, query: Tensor, spans: list[Span]) -> tuple[Tensor, Tensor]:
         """Of scaled queries (kv_heads, queries, head_dim)."""
-        settled, rest = settle(spans, LENGTHS[-1]) if self.indexed else ([], spans)
-        best = _Best(self.top_k)
-        for span in settled:
-            parts, left = cut(span, LENGTHS)
-            rest = rest + left
+        stable, rest = stable_spans(spans, LENGTHS[-1]) if self.indexed else ([], spans)
+        running = _RunningTopK(self.top_k)
+        for span in stable:
+            parts, remaining = aligned_ranges(span, LENGTHS)
+            rest = rest + remaining
             for start, stop in parts:
-                part = part_of(span.block, start, stop, self.folder)
-                here = query.to(span.block.keys.device)
-                tokens = part.search(here, min(CANDIDATES * self.top_k + SPARE, stop - start))
-                best.add(*_scored(here, Span(span.block, start, stop), tokens), query)
+                part = get_or_build_part(span.block, start, stop, self.folder)
+                device_query = query.to(span.block.keys.device)
+                tokens = part.search(device_query, min(CANDIDATE_FACTOR * self.top_k + EXTRA_CANDIDATES, stop - start))
+                running.add(*_score_tokens(device_query, Span(span.block, start, stop), tokens), query)
         for span in rest:
-            for piece in span.parts(SCANNED):
-                here = query.to(piece.block.keys.device)
-                scores = here @ piece.keys(torch.float32).transpose(1, 2)
-                tokens = scores.topk(min(self.top_k, len(piece)), -1, sorted=False).indices
-                best.add(*_scored(here, piece, tokens), query)
-        return best.attention()
+            for subspan in span.split(MAX_SCANNED_TOKENS):
+                device_query = query.to(subspan.block.keys.device)
+                scores = device_query @ subspan.keys(torch.float32).transpose(1, 2)
+                tokens = scores.topk(min(self.top_k, len(subspan)), -1, sorted=False).indices
+                running.add(*_score_tokens(device_query, subspan, tokens), query)
+        return running.attention()
 
 
-class _Best:
+class _RunningTopK:
     """The best scores so far, (kv_heads, queries, at most top_k), and the values that belong to them."""
 
     def __init__(self, top_k: int):
@@ -100,7 +102,7 @@ class _Best:
         return (weights.unsqueeze(2) @ self.values).squeeze(2), self.scores.logsumexp(-1)
 
 
-def _scored(query: Tensor, span: Span, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _score_tokens(query: Tensor, span: Span, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Scores (kv_heads, queries, count) and values of tokens of a span; -inf where there is none (-1)."""
     keys, values = gather(span, tokens.clamp_min(0))
     scores = (keys @ query.unsqueeze(-1)).squeeze(-1)

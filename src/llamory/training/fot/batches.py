@@ -1,11 +1,11 @@
 """Which rows of a batch each row sees in training: chunks of its own document (positives) and of others (negatives).
 
-Tworkowski et al. 2023, section 3.2. A place is `dataset_packing` consecutive rows, which hold consecutive chunks of one
+Tworkowski et al. 2023, section 3.2. A pack is `dataset_packing` consecutive rows, which hold consecutive chunks of one
 document (or of short ones joined).
 
 What a row reads of another in one memory layer carries all that the other has read in the memory layers below. Rows
 that see one another, at once or in a circle, would so be told their own next tokens. So rows are put in an order, in
-which the chunks of a place stay in theirs, and no row sees one behind it. In a mix the order is drawn at each step.
+which the chunks of a pack stay in theirs, and no row sees one behind it. In a crossbatch_schedule the order is drawn at each step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llamory.errors import LlamoryError
 from llamory.longllama.crossbatch import crossbatch_contexts
-from llamory.training.curriculum import Growth
+from llamory.training.curriculum import Curriculum
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -31,55 +31,59 @@ if TYPE_CHECKING:
 Embed = Callable[[list[Tensor]], Tensor]
 
 # (positives, negatives) that each quarter of the batch sees, as LongLLaMA's authors give them for their two models.
-PUBLISHED_MIXES: dict[str, list[tuple[int, int]]] = {
+PUBLISHED_CROSSBATCH_SCHEDULES: dict[str, list[tuple[int, int]]] = {
     "3b": [(0, 0), (1, 1), (2, 1), (3, 0)],
     "7b": [(0, 0), (1, 2), (2, 5), (3, 4)],
 }
-SCHEDULES = ("constant", "sampled", "grown")
+SCHEDULES = ("constant", "sampled", "curriculum")
 NEGATIVES = ("random", "similar")
 
 # Draws that mustn't depend on one another.
-_SIZE, _ROWS, _COPIES = 0, 1, 2
+_SIZE, _ROWS, _WEIGHTS = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class ContextPlan:
-    """How contexts are chosen: by a mix, or by a range as in the published training code.
+class ContextSamplingConfig:
+    """How contexts are chosen: by a crossbatch_schedule, or by a range as in the published training code.
 
     Attributes:
-        mix: (positives, negatives) of each equal share of the batch's places, in their order.
-        cross_batch_range: how many rows before it a row sees at most; exactly one of this and `mix` is given.
-        stepping: with a range, later chunks see more than earlier ones.
-        schedule: of the number of contexts: "constant"; "sampled", drawn from `sizes` at each step; "grown", the next
+        crossbatch_schedule: (positives, negatives) of each equal fraction of the batch's packs, in their order.
+        cross_batch_range: how many rows before it a row sees at most; exactly one of this and `crossbatch_schedule` is given.
+        crossbatch_stepping: with a range, later chunks see more than earlier ones.
+        schedule: of the number of contexts: "constant"; "sampled", drawn from `sizes` at each step; "curriculum", the next
             of `sizes` once training accuracy is reached. A size is the range, or the negatives of all entries of the
-            mix that have any.
-        sizes: numbers of contexts, with a range none above it, and for "grown" from small to large.
-        grow_at: the running mean of training accuracy, above 0 and up to 1, at which the number grows.
+            crossbatch_schedule that have any.
+        sizes: numbers of contexts, with a range none above it, and for "curriculum" from small to large.
+        advance_at_accuracy: the running mean of training accuracy, above 0 and up to 1, at which the number grows.
         negatives: "random", or "similar": the closest ones by a retriever.
-        copies: how many of its kind a negative counts as in the softmax, the least and the most; each row draws one
+        negative_weight: how many of its kind a negative counts as in the softmax, the least and the most; each row draws one
             number, evenly on a logarithmic scale, so that a few rows stand for memories of all sizes. Not in the paper.
 
     Raises:
         LlamoryError: settings that can't be, or can't be together.
     """
 
-    mix: Sequence[Sequence[int]] | None = None
+    crossbatch_schedule: Sequence[Sequence[int]] | None = None
     cross_batch_range: int | None = None
-    stepping: bool = False
+    crossbatch_stepping: bool = False
     schedule: str = "constant"
     sizes: Sequence[int] = ()
-    grow_at: float = 0.98
+    advance_at_accuracy: float = 0.98
     negatives: str = "random"
-    copies: Sequence[float] = (1.0, 1.0)
+    negative_weight: Sequence[float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.mix is not None:
+        if self.crossbatch_schedule is not None:
             object.__setattr__(
-                self, "mix", tuple(tuple(entry) if isinstance(entry, list) else entry for entry in self.mix)
+                self,
+                "crossbatch_schedule",
+                tuple(tuple(entry) if isinstance(entry, list) else entry for entry in self.crossbatch_schedule),
             )
         object.__setattr__(self, "sizes", tuple(self.sizes))
-        if (self.mix is None) == (self.cross_batch_range is None):
-            raise LlamoryError("Give either a mix of positives and negatives or a cross_batch_range, and not both.")
+        if (self.crossbatch_schedule is None) == (self.cross_batch_range is None):
+            raise LlamoryError(
+                "Give either a crossbatch_schedule of positives and negatives or a cross_batch_range, and not both."
+            )
         self._check_names()
         self._check_numbers()
         self._check_schedule()
@@ -89,59 +93,70 @@ class ContextPlan:
             raise LlamoryError(f"There is no schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}.")
         if self.negatives not in NEGATIVES:
             raise LlamoryError(f"negatives can't be {self.negatives!r}; choose one of {', '.join(NEGATIVES)}.")
-        if self.mix is None and self.negatives == "similar":
-            raise LlamoryError("Similar negatives are chosen for a mix; give a mix instead of a cross_batch_range.")
-        if self.mix is not None and self.stepping:
-            raise LlamoryError("Stepping goes with a cross_batch_range; leave it out where a mix is given.")
+        if self.crossbatch_schedule is None and self.negatives == "similar":
+            raise LlamoryError(
+                "Similar negatives are chosen for a crossbatch_schedule; give a crossbatch_schedule instead of a cross_batch_range."
+            )
+        if self.crossbatch_schedule is not None and self.crossbatch_stepping:
+            raise LlamoryError(
+                "Stepping goes with a cross_batch_range; leave it out where a crossbatch_schedule is given."
+            )
 
     def _check_numbers(self) -> None:
-        if self.mix is not None and (
-            not self.mix or any(not isinstance(entry, tuple) or len(entry) != 2 for entry in self.mix)
+        if self.crossbatch_schedule is not None and (
+            not self.crossbatch_schedule
+            or any(not isinstance(entry, tuple) or len(entry) != 2 for entry in self.crossbatch_schedule)
         ):
-            raise LlamoryError(f"A mix is a list of pairs (positives, negatives), not {self.mix!r}.")
-        numbers = [number for entry in self.mix or () for number in entry] + list(self.sizes)
+            raise LlamoryError(
+                f"A crossbatch_schedule is a list of pairs (positives, negatives), not {self.crossbatch_schedule!r}."
+            )
+        numbers = [number for entry in self.crossbatch_schedule or () for number in entry] + list(self.sizes)
         if self.cross_batch_range is not None:
             numbers.append(self.cross_batch_range)
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int) or number < 0:
                 raise LlamoryError(f"A number of contexts is a whole number from 0 on, not {number!r}.")
-        check_copies(self.copies)
-        if not 0 < self.grow_at <= 1:
-            raise LlamoryError(f"grow_at is an accuracy above 0 and up to 1, not {self.grow_at}.")
+        check_negative_weight(self.negative_weight)
+        if not 0 < self.advance_at_accuracy <= 1:
+            raise LlamoryError(
+                f"advance_at_accuracy is an accuracy above 0 and up to 1, not {self.advance_at_accuracy}."
+            )
 
     def _check_schedule(self) -> None:
         if self.schedule == "constant":
             if self.sizes:
-                raise LlamoryError('sizes are for the schedules "sampled" and "grown"; choose one of them.')
+                raise LlamoryError('sizes are for the schedules "sampled" and "curriculum"; choose one of them.')
             return
         if not self.sizes:
             raise LlamoryError(f'The schedule "{self.schedule}" needs sizes: numbers of contexts, such as 1, 2, 4.')
-        if self.schedule == "grown" and any(b <= a for a, b in pairwise(self.sizes)):
+        if self.schedule == "curriculum" and any(b <= a for a, b in pairwise(self.sizes)):
             raise LlamoryError(f"Sizes to grow through go from small to large, not {list(self.sizes)}.")
         if self.cross_batch_range is not None and max(self.sizes) > self.cross_batch_range:
             raise LlamoryError(
                 f"sizes go up to {max(self.sizes)}, which is more than the cross_batch_range of "
                 f"{self.cross_batch_range}; raise it or choose smaller sizes."
             )
-        if self.mix is not None and not any(negatives for _, negatives in self.mix):
-            raise LlamoryError("Sizes are numbers of negatives, but no entry of the mix has any; give one some.")
+        if self.crossbatch_schedule is not None and not any(negatives for _, negatives in self.crossbatch_schedule):
+            raise LlamoryError(
+                "Sizes are numbers of negatives, but no entry of the crossbatch_schedule has any; give one some."
+            )
 
 
-class ContextChooser:
+class ContextSampler:
     """Chooses the contexts of a batch; the same for the same seed, step and stream, whatever was chosen before."""
 
     def __init__(
         self,
-        plan: ContextPlan,
+        sampling_config: ContextSamplingConfig,
         batch_size: int,
         dataset_packing: int = 1,
         seed: int = 0,
         embed: Embed | None = None,
     ) -> None:
-        """See that the plan fits the batch.
+        """See that the sampling_config fits the batch.
 
         Args:
-            plan: how contexts are chosen.
+            sampling_config: how contexts are chosen.
             batch_size: rows of the batch.
             dataset_packing: consecutive rows that hold consecutive chunks of one document.
             seed: of all draws, from 0 on.
@@ -149,39 +164,47 @@ class ContextChooser:
 
         Raises:
             LlamoryError: a batch that packing doesn't divide, more contexts than it has rows for, more entries of the
-                mix than places, or similar negatives without `embed`.
+                crossbatch_schedule than packs, or similar negatives without `embed`.
         """
         if seed < 0:
             raise LlamoryError(f"A seed is a whole number from 0 on, not {seed}.")
-        if plan.negatives == "similar" and embed is None:
+        if sampling_config.negatives == "similar" and embed is None:
             raise LlamoryError("Similar negatives need a retriever that finds them; name one, or take random ones.")
-        # Its checks of batch and packing hold for a mix too.
-        crossbatch_contexts(batch_size, plan.cross_batch_range or 0, dataset_packing)
-        self.plan = plan
+        # Its checks of batch and packing hold for a crossbatch_schedule too.
+        crossbatch_contexts(batch_size, sampling_config.cross_batch_range or 0, dataset_packing)
+        self.sampling_config = sampling_config
         self.batch_size, self.dataset_packing, self.seed, self._embed = batch_size, dataset_packing, seed, embed
-        self._place = np.arange(batch_size) // dataset_packing
-        self._check_mix()
-        grown = plan.schedule == "grown"
-        self._growth = Growth([(size, plan.grow_at) for size in plan.sizes]) if grown else None
+        self._pack = np.arange(batch_size) // dataset_packing
+        self._check_crossbatch_schedule()
+        curriculum = sampling_config.schedule == "curriculum"
+        self._curriculum = (
+            Curriculum([(size, sampling_config.advance_at_accuracy) for size in sampling_config.sizes])
+            if curriculum
+            else None
+        )
 
-    def _check_mix(self) -> None:
-        if self.plan.mix is None:
+    def _check_crossbatch_schedule(self) -> None:
+        if self.sampling_config.crossbatch_schedule is None:
             return
-        places = self.batch_size // self.dataset_packing
-        if len(self.plan.mix) > places:
+        packs = self.batch_size // self.dataset_packing
+        if len(self.sampling_config.crossbatch_schedule) > packs:
             raise LlamoryError(
-                f"The mix has {len(self.plan.mix)} entries, but a batch of {self.batch_size} rows with "
-                f"{self.dataset_packing} rows per document has {places} documents; choose a larger batch or fewer "
+                f"The crossbatch_schedule has {len(self.sampling_config.crossbatch_schedule)} entries, but a batch of {self.batch_size} rows with "
+                f"{self.dataset_packing} rows per document has {packs} documents; choose a larger batch or fewer "
                 "entries."
             )
-        positives = max(entry[0] for entry in self.plan.mix)
+        positives = max(entry[0] for entry in self.sampling_config.crossbatch_schedule)
         if positives >= self.dataset_packing:
             raise LlamoryError(
-                f"The mix asks for {positives} earlier chunks of a document, but with a dataset_packing of "
+                f"The crossbatch_schedule asks for {positives} earlier chunks of a document, but with a dataset_packing of "
                 f"{self.dataset_packing} a row has at most {self.dataset_packing - 1}; choose one of at least "
                 f"{positives + 1}."
             )
-        negatives = max([entry[1] for entry in self.plan.mix] if not self.plan.sizes else self.plan.sizes)
+        negatives = max(
+            [entry[1] for entry in self.sampling_config.crossbatch_schedule]
+            if not self.sampling_config.sizes
+            else self.sampling_config.sizes
+        )
         others = self.batch_size - self.dataset_packing
         if negatives > others:
             raise LlamoryError(
@@ -192,12 +215,12 @@ class ContextChooser:
     # ---- the number of contexts --------------------------------------------------------------------------------------
 
     def size(self, step: int) -> int | None:
-        """The range or number of negatives at a step, the same in all streams; None: what the mix says."""
-        if self.plan.schedule == "constant":
-            return self.plan.cross_batch_range
-        if self._growth is not None:
-            return self._growth.stage
-        return self.plan.sizes[int(self._random(_SIZE, step).integers(len(self.plan.sizes)))]
+        """The range or number of negatives at a step, the same in all streams; None: what the crossbatch_schedule says."""
+        if self.sampling_config.schedule == "constant":
+            return self.sampling_config.cross_batch_range
+        if self._curriculum is not None:
+            return self._curriculum.stage
+        return self.sampling_config.sizes[int(self._random(_SIZE, step).integers(len(self.sampling_config.sizes)))]
 
     def observe(self, accuracy: float) -> None:
         """Hear the training accuracy of a step, once per step and the same in all processes; may go to the next size.
@@ -205,21 +228,21 @@ class ContextChooser:
         Raises:
             LlamoryError: not an accuracy.
         """
-        if self._growth is not None:
-            self._growth.observe(accuracy)
+        if self._curriculum is not None:
+            self._curriculum.observe(accuracy)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the schedule "grown" knows of the steps so far; fit for JSON."""
-        return {} if self._growth is None else self._growth.state_dict()
+        """What the schedule "curriculum" knows of the steps so far; fit for JSON."""
+        return {} if self._curriculum is None else self._curriculum.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken.
 
         Raises:
-            LlamoryError: the state is of a plan with more sizes.
+            LlamoryError: the state is of a sampling_config with more sizes.
         """
-        if self._growth is not None:
-            self._growth.load_state_dict(state)
+        if self._curriculum is not None:
+            self._curriculum.load_state_dict(state)
 
     # ---- the rows ----------------------------------------------------------------------------------------------------
 
@@ -228,38 +251,42 @@ class ContextChooser:
     ) -> list[list[int]]:
         """The contexts of each row of a batch.
 
-        In a mix, a row sees chunks of its place just before it, nearest first, and then negatives. It gets fewer
+        In a crossbatch_schedule, a row sees chunks of its pack just before it, nearest first, and then negatives. It gets fewer
         negatives than asked for where fewer rows stand before it in the step's order.
 
         Args:
             step: of the training, from 0 on.
             stream: which of the step's batches.
             input_ids: (batch, columns) the batch's tokens, for similar negatives.
-            documents: (batch,) numbers of the rows' documents; no row sees its own document at another place.
+            documents: (batch,) numbers of the rows' documents; no row sees its own document at another pack.
 
         Raises:
             LlamoryError: tokens or documents that don't fit the batch, or no tokens for similar negatives.
         """
-        apart = self._apart(documents)
+        is_other_document = self._different_documents(documents)
         size = self.size(step)
-        if self.plan.mix is None:
+        if self.sampling_config.crossbatch_schedule is None:
             assert size is not None
-            contexts = crossbatch_contexts(self.batch_size, size, self.dataset_packing, self.plan.stepping)
-            own = self._place[:, None] == self._place
-            return [[other for other in seen if (own | apart)[row, other]] for row, seen in enumerate(contexts)]
-        scores = self._similarities(input_ids) if self.plan.negatives == "similar" else None
+            contexts = crossbatch_contexts(
+                self.batch_size, size, self.dataset_packing, self.sampling_config.crossbatch_stepping
+            )
+            own = self._pack[:, None] == self._pack
+            return [
+                [other for other in seen if (own | is_other_document)[row, other]] for row, seen in enumerate(contexts)
+            ]
+        scores = self._similarities(input_ids) if self.sampling_config.negatives == "similar" else None
         random = self._random(_ROWS, step, stream)
         order = self._draw_order(random)
         contexts = []
         for row in range(self.batch_size):
             positives, negatives = self._entry(row, size)
             chunk = row % self.dataset_packing
-            before = np.flatnonzero(apart[row] & (order < order[row]))
+            before = np.flatnonzero(is_other_document[row] & (order < order[row]))
             if scores is None:
                 others = random.choice(before, min(negatives, len(before)), replace=False)
             else:
                 others = before[np.argsort(-scores[row, before], kind="stable")][:negatives]
-            contexts.append([row - back for back in range(1, min(positives, chunk) + 1)] + others.tolist())
+            contexts.append([row - offset for offset in range(1, min(positives, chunk) + 1)] + others.tolist())
         return contexts
 
     def weights(self, contexts: Sequence[Sequence[int]], step: int, stream: int = 0) -> list[list[float]] | None:
@@ -270,49 +297,51 @@ class ContextChooser:
             step: of the training, from 0 on.
             stream: which of the step's batches.
         """
-        least, most = self.plan.copies
+        least, most = self.sampling_config.negative_weight
         if least == most == 1:
             return None
-        draws = self._random(_COPIES, step, stream).random(self.batch_size)
-        copies = [between((least, most), float(draw)) for draw in draws]
+        draws = self._random(_WEIGHTS, step, stream).random(self.batch_size)
+        negative_weight = [log_interpolate((least, most), float(draw)) for draw in draws]
         return [
-            [1.0 if self._place[other] == self._place[row] else copies[row] for other in seen]
+            [1.0 if self._pack[other] == self._pack[row] else negative_weight[row] for other in seen]
             for row, seen in enumerate(contexts)
         ]
 
     def order(self, step: int, stream: int = 0) -> list[int]:
-        """Where each row stands in the order of a step's mix: it sees no row behind it. With a range, as they come."""
-        if self.plan.mix is None:
+        """Where each row stands in the order of a step's crossbatch_schedule: it sees no row behind it. With a range, as they come."""
+        if self.sampling_config.crossbatch_schedule is None:
             return list(range(self.batch_size))
         return [int(at) for at in self._draw_order(self._random(_ROWS, step, stream))]
 
     def _draw_order(self, random: np.random.Generator) -> np.ndarray:
-        """(batch,) any interleaving of the places is as likely as any other, behind those that see no negatives."""
+        """(batch,) any interleaving of the packs is as likely as any other, behind those that see no negatives."""
         numbers = np.sort(random.random((self.batch_size // self.dataset_packing, self.dataset_packing)), axis=1)
-        for place, row in enumerate(range(0, self.batch_size, self.dataset_packing)):
-            numbers[place] += self._entry(row, None)[1] > 0
+        for pack, row in enumerate(range(0, self.batch_size, self.dataset_packing)):
+            numbers[pack] += self._entry(row, None)[1] > 0
         order = np.empty(self.batch_size, dtype=np.int64)
         order[np.argsort(numbers, axis=None, kind="stable")] = np.arange(self.batch_size)
         return order
 
     def _entry(self, row: int, size: int | None) -> tuple[int, int]:
         """(positives, negatives) of a row."""
-        assert self.plan.mix is not None
-        places = self.batch_size // self.dataset_packing
-        positives, negatives = self.plan.mix[row // self.dataset_packing * len(self.plan.mix) // places]
+        assert self.sampling_config.crossbatch_schedule is not None
+        packs = self.batch_size // self.dataset_packing
+        positives, negatives = self.sampling_config.crossbatch_schedule[
+            row // self.dataset_packing * len(self.sampling_config.crossbatch_schedule) // packs
+        ]
         return positives, size if negatives and size is not None else negatives
 
-    def _apart(self, documents: Tensor | None) -> np.ndarray:
-        """(batch, batch) whether two rows are of different places and documents."""
-        apart: np.ndarray = self._place[:, None] != self._place
+    def _different_documents(self, documents: Tensor | None) -> np.ndarray:
+        """(batch, batch) whether two rows are of different packs and documents."""
+        is_other_document: np.ndarray = self._pack[:, None] != self._pack
         if documents is None:
-            return apart
+            return is_other_document
         if documents.shape != (self.batch_size,):
             raise LlamoryError(
                 f"There are {self.batch_size} rows, but numbers of documents of shape {tuple(documents.shape)}."
             )
         numbers = documents.cpu().numpy()
-        different: np.ndarray = apart & (numbers[:, None] != numbers)
+        different: np.ndarray = is_other_document & (numbers[:, None] != numbers)
         return different
 
     def _similarities(self, input_ids: Tensor | None) -> np.ndarray:
@@ -336,7 +365,7 @@ def embedder(
     batch_size: int = 16,
     clean: Callable[[list[str]], list[str]] = lambda texts: texts,
 ) -> Embed:
-    """What `ContextChooser` finds similar rows with: any Sentence Transformers model, which isn't trained.
+    """What `ContextSampler` finds similar rows with: any Sentence Transformers model, which isn't trained.
 
     It reads rows as documents, up to the length that it takes.
 
@@ -363,13 +392,15 @@ def embedder(
     return embed
 
 
-def between(copies: tuple[float, float], share: float) -> float:
-    """The number that lies so far, from 0 to 1, between the least and the most copies on a logarithmic scale."""
-    least, most = copies
-    return float(least * (most / least) ** share)
+def log_interpolate(negative_weight: tuple[float, float], fraction: float) -> float:
+    """The number that lies so far, from 0 to 1, log_interpolate the least and the most negative_weight on a logarithmic scale."""
+    least, most = negative_weight
+    return float(least * (most / least) ** fraction)
 
 
-def check_copies(copies: Sequence[float]) -> None:
-    """Raise LlamoryError unless these are the least and the most copies of a negative."""
-    if len(copies) != 2 or not 0 < copies[0] <= copies[1] < math.inf:
-        raise LlamoryError(f"negative_copies must be two numbers above 0, the least and the most, not {list(copies)}.")
+def check_negative_weight(negative_weight: Sequence[float]) -> None:
+    """Raise LlamoryError unless these are the least and the most negative_weight of a negative."""
+    if len(negative_weight) != 2 or not 0 < negative_weight[0] <= negative_weight[1] < math.inf:
+        raise LlamoryError(
+            f"negative_weight must be two numbers above 0, the least and the most, not {list(negative_weight)}."
+        )

@@ -1,4 +1,4 @@
-"""Batches for FoT training: rows that hold consecutive chunks of documents, each document in one place of the batch."""
+"""Batches for FoT training: rows that hold consecutive chunks of documents, each document in one pack of the batch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from llamory.errors import LlamoryError
-from llamory.training.corpus import DocumentStream, Key, refuse_other_settings
+from llamory.training.corpus import DocumentStream, Key, check_same_settings
 
 
 class FotBatches:
     """Batches without end (Tworkowski et al. 2023, section 3.2 and appendix A.2).
 
-    The batch has `batch_size // dataset_packing` places. A document stays in its place, over as many batches as it
-    takes, until it ends; after an end-of-text token the next one begins. Of each batch a place fills `dataset_packing`
+    The batch has `batch_size // dataset_packing` packs. A document stays in its pack, over as many batches as it
+    takes, until it ends; after an end-of-text token the next one begins. Of each batch a pack fills `dataset_packing`
     rows with consecutive chunks. Nothing is padded.
 
     Each batch has
         `input_ids`: (batch_size, row_length), long;
-        `shift_labels`: (batch_size, row_length), long: for each token the one that follows it in its place, across
+        `shift_labels`: (batch_size, row_length), long: for each token the one that follows it in its pack, across
             the ends of rows and batches;
         `documents`: (batch_size,), long: running number of the document that the row's first token belongs to, with
             the tokens around it; rows of one number are chunks of one document.
@@ -69,8 +69,8 @@ class FotBatches:
         self.stream = stream
         self.row_length = row_length
         self.packing = dataset_packing
-        self._before = [] if bos_token_id is None else [bos_token_id]
-        self._after = [eos_token_id]
+        self._prefix = [] if bos_token_id is None else [bos_token_id]
+        self._suffix = [eos_token_id]
         self._settings = {
             "row_length": row_length,
             "batch_size": batch_size,
@@ -78,7 +78,7 @@ class FotBatches:
             "bos_token_id": bos_token_id,
             "eos_token_id": eos_token_id,
         }
-        self._places = [_Place() for _ in range(batch_size // dataset_packing)]
+        self._packs = [_Pack() for _ in range(batch_size // dataset_packing)]
         self._documents = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
@@ -87,64 +87,69 @@ class FotBatches:
     def __next__(self) -> dict[str, Tensor]:
         length = self.packing * self.row_length
         inputs, labels, documents = [], [], []
-        for place in self._places:
+        for pack in self._packs:
             # One more than the rows hold, as their last token has a label too.
-            while place.waiting() <= length:
+            while pack.num_waiting_tokens() <= length:
                 tokens, source, key = next(self.stream)
-                place.pieces.append(self._piece(tokens, source, key, self._documents))
+                pack.queue.append(self._queued_document(tokens, source, key, self._documents))
                 self._documents += 1
-            tokens_and_next = place.peek(length + 1)
+            tokens_and_next = pack.next_tokens(length + 1)
             inputs.append(tokens_and_next[:-1].view(self.packing, self.row_length))
             labels.append(tokens_and_next[1:].view(self.packing, self.row_length))
-            documents += place.owners(range(0, length, self.row_length))
-            place.move_on(length)
+            documents += pack.document_numbers(range(0, length, self.row_length))
+            pack.advance(length)
         return {
             "input_ids": torch.cat(inputs),
             "shift_labels": torch.cat(labels),
             "documents": torch.tensor(documents),
         }
 
-    def _piece(self, tokens: list[int], source: int, key: Key, number: int) -> _Piece:
-        return _Piece(torch.tensor([*self._before, *tokens, *self._after], dtype=torch.int32), source, key, number)
+    def _queued_document(self, tokens: list[int], source: int, key: Key, number: int) -> _QueuedDocument:
+        return _QueuedDocument(
+            torch.tensor([*self._prefix, *tokens, *self._suffix], dtype=torch.int32), source, key, number
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the batches are, for JSON: the stream's state, and of each place the documents and how far it is."""
+        """Where the batches are, for JSON: the stream's state, and of each pack the documents and how far it is."""
         return {
             "settings": self._settings,
             "stream": self.stream.state_dict(),
             "documents": self._documents,
-            "places": [
+            "packs": [
                 {
-                    "offset": place.offset,
-                    "pieces": [[piece.source, list(piece.key), piece.number] for piece in place.pieces],
+                    "offset": pack.offset,
+                    "queue": [[document.source, list(document.key), document.number] for document in pack.queue],
                 }
-                for place in self._places
+                for pack in self._packs
             ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the state was taken, with the same batches to the bit; documents in their places are read again.
+        """Go on where the state was taken, with the same batches to the bit; documents in their packs are read again.
 
         Raises:
             LlamoryError: the state is of other files or settings.
         """
-        refuse_other_settings(state["settings"], self._settings)
+        check_same_settings(state["settings"], self._settings)
         self.stream.load_state_dict(state["stream"])
-        wanted = [(source, tuple(key)) for place in state["places"] for source, key, _ in place["pieces"]]
+        wanted = [(source, tuple(key)) for pack in state["packs"] for source, key, _ in pack["queue"]]
         tokens = iter(self.stream.read(wanted))
         self._documents = state["documents"]
-        self._places = [
-            _Place(
-                deque(self._piece(next(tokens), source, tuple(key), number) for source, key, number in place["pieces"]),
-                place["offset"],
+        self._packs = [
+            _Pack(
+                deque(
+                    self._queued_document(next(tokens), source, tuple(key), number)
+                    for source, key, number in pack["queue"]
+                ),
+                pack["offset"],
             )
-            for place in state["places"]
+            for pack in state["packs"]
         ]
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A document in its place: its tokens with those around it, which one it is, and its running number."""
+class _QueuedDocument:
+    """A document in its pack: its tokens with those around it, which one it is, and its running number."""
 
     tokens: Tensor
     source: int
@@ -153,33 +158,33 @@ class _Piece:
 
 
 @dataclass
-class _Place:
-    """Documents that wait in one place of the batch, and how many tokens of the first were given."""
+class _Pack:
+    """Documents that wait in one pack of the batch, and how many tokens of the first were given."""
 
-    pieces: deque[_Piece] = field(default_factory=deque)
+    queue: deque[_QueuedDocument] = field(default_factory=deque)
     offset: int = 0
 
-    def waiting(self) -> int:
-        return sum(len(piece.tokens) for piece in self.pieces) - self.offset
+    def num_waiting_tokens(self) -> int:
+        return sum(len(document.tokens) for document in self.queue) - self.offset
 
-    def peek(self, count: int) -> Tensor:
+    def next_tokens(self, count: int) -> Tensor:
         """The next `count` tokens."""
         parts: list[Tensor] = []
         start = self.offset
-        for piece in self.pieces:
-            parts.append(piece.tokens[start : start + count])
+        for document in self.queue:
+            parts.append(document.tokens[start : start + count])
             count -= len(parts[-1])
             start = 0
             if not count:
                 break
         return torch.cat(parts).long()
 
-    def owners(self, ahead: range) -> list[int]:
-        """Numbers of the documents whose tokens are so far ahead."""
-        ends = list(accumulate(len(piece.tokens) for piece in self.pieces))
-        return [self.pieces[bisect_right(ends, self.offset + step)].number for step in ahead]
+    def document_numbers(self, offsets: range) -> list[int]:
+        """Numbers of the documents whose tokens are so far offsets."""
+        ends = list(accumulate(len(document.tokens) for document in self.queue))
+        return [self.queue[bisect_right(ends, self.offset + step)].number for step in offsets]
 
-    def move_on(self, count: int) -> None:
+    def advance(self, count: int) -> None:
         self.offset += count
-        while self.pieces and self.offset >= len(self.pieces[0].tokens):
-            self.offset -= len(self.pieces.popleft().tokens)
+        while self.queue and self.offset >= len(self.queue[0].tokens):
+            self.offset -= len(self.queue.popleft().tokens)

@@ -14,24 +14,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llamory.embedding.pipeline import hide_slot_tokens, load_embedder
+from llamory.embedding.pipeline import escape_slot_tokens, load_embedder
 from llamory.errors import LlamoryError
-from llamory.longllama.losses import IGNORED
+from llamory.longllama.losses import IGNORE_INDEX
 from llamory.models import base as backbone
 from llamory.training.corpus import DocumentStream, Source, make_sources
-from llamory.training.fot.batches import PUBLISHED_MIXES, ContextChooser, ContextPlan, embedder
+from llamory.training.fot.batches import PUBLISHED_CROSSBATCH_SCHEDULES, ContextSampler, ContextSamplingConfig, embedder
 from llamory.training.fot.data import FotBatches
-from llamory.training.long_models import load_long, memory_changes, trained_part
+from llamory.training.long_models import load_longllama, memory_config_overrides, select_trainable
 from llamory.training.run import (
     check_settings,
 )
 from llamory.training.settings import FotSettings
-from llamory.training.streaming import StreamedTrainer, begin
+from llamory.training.streaming import StreamingTrainer, setup_run
 from llamory.training.teachers import check_teacher, load_teacher
 
 CURVE_FILE = "curve.json"
-_WITH, _WITHOUT = "eval_loss", "eval_loss_without_memory"
-_DEFAULT_MIX = "3b"
+_LOSS_WITH_MEMORY, _LOSS_WITHOUT_MEMORY = "eval_loss", "eval_loss_without_memory"
+_DEFAULT_CROSSBATCH_SCHEDULE = "3b"
 _PAIR = re.compile(r"(\d+)[+:](\d+)")  # YAML reads 1:1 as a number unless it is quoted
 
 
@@ -45,89 +45,91 @@ def train_fot(settings: FotSettings) -> dict[str, Any]:
         LlamoryError: settings, data, model, checkpoint or output folder that can't be used, or a loss that isn't
             finite.
     """
-    plan = _check(settings)
-    begun = begin(settings, evaluates=bool(settings.eval_data))
-    arguments = begun.arguments
+    sampling_config = _check(settings)
+    run_context = setup_run(settings, has_eval_data=bool(settings.eval_data))
+    arguments = run_context.arguments
     config = backbone.load_config(settings.model)
-    changes = memory_changes(
+    config_overrides = memory_config_overrides(
         config,
         settings.model,
         mem_layers=settings.mem_layers,
         row_length=settings.row_length,
-        mem_projections=settings.trained == "memory_projections",
-        mem_log_bias=settings.mem_log_bias,
+        mem_projections=settings.trainable == "memory_projections",
+        memory_size_bias=settings.memory_size_bias,
     )
     tokenizer = backbone.load_tokenizer(settings.model)
-    chooser = _chooser(settings, plan, tokenizer, str(arguments.device))
-    feed = FotFeed(_streams(settings, tokenizer, arguments.process_index, arguments.world_size), chooser)
+    context_sampler = _context_sampler(settings, sampling_config, tokenizer, str(arguments.device))
+    batch_source = FotBatchSource(
+        _streams(settings, tokenizer, arguments.process_index, arguments.world_size), context_sampler
+    )
     held_out = _held_out(settings, tokenizer)
     teacher = load_teacher(settings, config)
-    model = trained_part(load_long(settings, changes), settings, settings.trained)
-    return begun.finish(
+    model = select_trainable(load_longllama(settings, config_overrides), settings, settings.trainable)
+    return run_context.train_and_save(
         FotTrainer,
         "FoT training",
         model=model,
-        feed=feed,
+        batch_source=batch_source,
         tokenizer=tokenizer,
         held_out=held_out,
-        shown=("loss", _WITH, _WITHOUT),
+        logged_metrics=("loss", _LOSS_WITH_MEMORY, _LOSS_WITHOUT_MEMORY),
         teacher=teacher,
         teacher_weight=settings.teacher_weight,
         settings=settings,
-        chooser=chooser,
+        context_sampler=context_sampler,
     )
 
 
-class FotFeed:
+class FotBatchSource:
     """The batches of one process's streams, with the contexts that their rows see."""
 
-    def __init__(self, streams: Mapping[int, FotBatches], chooser: ContextChooser) -> None:
-        self.streams, self.chooser = dict(streams), chooser
+    def __init__(self, streams: Mapping[int, FotBatches], context_sampler: ContextSampler) -> None:
+        self.streams, self.context_sampler = dict(streams), context_sampler
 
-    def passes(self, step: int) -> list[dict[str, Any]]:
+    def micro_batches(self, step: int) -> list[dict[str, Any]]:
         """A batch of each stream."""
-        return [self._pass(step, number, batches) for number, batches in self.streams.items()]
+        return [self._micro_batch(step, number, batches) for number, batches in self.streams.items()]
 
-    def _pass(self, step: int, number: int, batches: FotBatches) -> dict[str, Any]:
+    def _micro_batch(self, step: int, number: int, batches: FotBatches) -> dict[str, Any]:
         batch = next(batches)
-        contexts = self.chooser.choose(step, number, batch["input_ids"], batch.pop("documents"))
-        weights = self.chooser.weights(contexts, step, number)
+        contexts = self.context_sampler.choose(step, number, batch["input_ids"], batch.pop("documents"))
+        weights = self.context_sampler.weights(contexts, step, number)
         return batch | {"contexts": contexts} | ({} if weights is None else {"context_weights": weights})
 
     def state_dict(self) -> dict[str, Any]:
         """Where the streams stand and how far the number of contexts has grown."""
         streams = {str(number): batches.state_dict() for number, batches in self.streams.items()}
-        return {"streams": streams, "contexts": self.chooser.state_dict()}
+        return {"streams": streams, "contexts": self.context_sampler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken."""
         for number, batches in self.streams.items():
             batches.load_state_dict(state["streams"][str(number)])
-        self.chooser.load_state_dict(state["contexts"])
+        self.context_sampler.load_state_dict(state["contexts"])
 
 
-class FotTrainer(StreamedTrainer):
-    """Counts right tokens where the number of contexts grows with them, and evaluates with memory and without."""
+class FotTrainer(StreamingTrainer):
+    """Counts right tokens where the number of contexts grows with them, and has_eval_data with memory and without."""
 
-    def __init__(self, *args: Any, settings: FotSettings, chooser: ContextChooser, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, settings: FotSettings, context_sampler: ContextSampler, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.settings, self.chooser = settings, chooser
+        self.settings, self.context_sampler = settings, context_sampler
         self._accuracy: float | None = None
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The next-token loss; the chooser hears the accuracy after a step's last pass."""
+        """The next-token loss; the context_sampler hears the accuracy after a step's last pass."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if self.settings.schedule == "grown" and model.training:
+        if self.settings.schedule == "curriculum" and model.training:
             accuracy = self.step_accuracy(outputs["hidden_states"][0], inputs["shift_labels"])
             if accuracy is not None:
                 self._accuracy = accuracy
-                self.chooser.observe(accuracy)
+                self.context_sampler.observe(accuracy)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add training accuracy and number of contexts, where they aren't the same all the time."""
         if "loss" in logs and self.settings.schedule != "constant":
-            size = self.chooser.size(self.state.global_step)
+            size = self.context_sampler.size(self.state.global_step)
             logs |= {} if size is None else {"contexts": size}
             logs |= {} if self._accuracy is None else {"accuracy": round(self._accuracy, 6)}
         super().log(logs, *args, **kwargs)
@@ -139,8 +141,8 @@ class FotTrainer(StreamedTrainer):
         Rows that have no earlier chunk in their batch aren't counted.
         """
         self.model.eval()
-        together, alone, count = self.summed(self.eval_dataset, self._losses)
-        metrics = {_WITH: together / count, _WITHOUT: alone / count}
+        memory_answers, without_memory, count = self.sum_over_batches(self.eval_dataset, self._losses)
+        metrics = {_LOSS_WITH_MEMORY: memory_answers / count, _LOSS_WITHOUT_MEMORY: without_memory / count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.args.should_save:
@@ -151,17 +153,17 @@ class FotTrainer(StreamedTrainer):
         """(3,) sums of the losses with and without memory, and the number of tokens."""
         inputs = self._prepare_inputs(dict(batch))
         contexts = _earlier_chunks(len(inputs["input_ids"]), self.settings.dataset_packing)
-        nothing: list[list[int]] = [[] for _ in contexts]
+        no_contexts: list[list[int]] = [[] for _ in contexts]
         counted = torch.tensor([bool(seen) for seen in contexts], device=inputs["input_ids"].device)
-        targets = inputs["shift_labels"].masked_fill(~counted[:, None], IGNORED)
+        targets = inputs["shift_labels"].masked_fill(~counted[:, None], IGNORE_INDEX)
         losses = [
             self.model(inputs["input_ids"], shift_labels=targets, contexts=seen, num_items_in_batch=1).loss.float()
-            for seen in (contexts, nothing)
+            for seen in (contexts, no_contexts)
         ]
-        return torch.stack([*losses, (targets != IGNORED).sum().float()])
+        return torch.stack([*losses, (targets != IGNORE_INDEX).sum().float()])
 
     def _write_curve(self, tokens: int) -> None:
-        history = [entry for entry in self.state.log_history if _WITH in entry]
+        history = [entry for entry in self.state.log_history if _LOSS_WITH_MEMORY in entry]
         curve = {
             "model": self.settings.model,
             "eval_data": self.settings.eval_data,
@@ -169,7 +171,12 @@ class FotTrainer(StreamedTrainer):
             "memory_rows": self.settings.dataset_packing - 1,
             "tokens": tokens,
             "curve": [
-                {"step": e["step"], "loss_with_memory": e[_WITH], "loss_without_memory": e[_WITHOUT]} for e in history
+                {
+                    "step": e["step"],
+                    "loss_with_memory": e[_LOSS_WITH_MEMORY],
+                    "loss_without_memory": e[_LOSS_WITHOUT_MEMORY],
+                }
+                for e in history
             ],
         }
         file = Path(self.args.output_dir) / CURVE_FILE
@@ -180,53 +187,60 @@ class FotTrainer(StreamedTrainer):
 
 def _earlier_chunks(batch_size: int, dataset_packing: int) -> list[list[int]]:
     """Per row, all earlier chunks of its document, nearest first: what it would have in memory when read on."""
-    return [[row - back for back in range(1, row % dataset_packing + 1)] for row in range(batch_size)]
+    return [[row - offset for offset in range(1, row % dataset_packing + 1)] for row in range(batch_size)]
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
-def _check(settings: FotSettings) -> ContextPlan:
+def _check(settings: FotSettings) -> ContextSamplingConfig:
     check_settings(settings, ["dataset_packing", "eval_batches"])
     check_teacher(settings)
     if settings.steps is None:
         raise LlamoryError("FoT training's data have no end; set steps.")
     if settings.row_length < 2:
         raise LlamoryError(f"row_length must be at least 2, not {settings.row_length}.")
-    if settings.schedule == "grown" and settings.fsdp:
-        raise LlamoryError("A grown schedule needs the training accuracy, which FSDP's shards don't tell; use DDP.")
+    if settings.schedule == "curriculum" and settings.fsdp:
+        raise LlamoryError(
+            "A curriculum schedule needs the training accuracy, which FSDP's shards don't tell; use DDP."
+        )
     if settings.eval_data and settings.dataset_packing < 2:
         raise LlamoryError("Evaluation reads earlier chunks of a document as memory; set dataset_packing to 2 or more.")
     if settings.negatives == "similar" and settings.retriever is None:
         raise LlamoryError("Similar negatives are found by a retriever; give one, a Sentence Transformers model.")
-    plan = ContextPlan(
-        mix=None if settings.cross_batch_range is not None and not settings.mix else _mix(settings.mix),
+    sampling_config = ContextSamplingConfig(
+        crossbatch_schedule=None
+        if settings.cross_batch_range is not None and not settings.crossbatch_schedule
+        else _parse_crossbatch_schedule(settings.crossbatch_schedule),
         cross_batch_range=settings.cross_batch_range,
-        stepping=settings.stepping,
+        crossbatch_stepping=settings.crossbatch_stepping,
         schedule=settings.schedule,
         sizes=settings.sizes,
-        grow_at=settings.grow_at,
+        advance_at_accuracy=settings.advance_at_accuracy,
         negatives=settings.negatives,
-        copies=settings.negative_copies or (1.0, 1.0),
+        negative_weight=settings.negative_weight or (1.0, 1.0),
     )
-    # It checks the plan against the batch; the retriever is loaded later.
-    ContextChooser(
-        dataclasses.replace(plan, negatives="random"), settings.batch_size, settings.dataset_packing, settings.seed
+    # It checks the sampling_config against the batch; the retriever is loaded later.
+    ContextSampler(
+        dataclasses.replace(sampling_config, negatives="random"),
+        settings.batch_size,
+        settings.dataset_packing,
+        settings.seed,
     )
-    return plan
+    return sampling_config
 
 
-def _mix(entries: list[str]) -> list[tuple[int, int]]:
-    """A mix from its texts: a published one's name, or positives+negatives, one text each or parted by commas."""
-    parts = [part.strip() for entry in entries or [_DEFAULT_MIX] for part in str(entry).split(",")]
-    if len(parts) == 1 and parts[0] in PUBLISHED_MIXES:
-        return PUBLISHED_MIXES[parts[0]]
+def _parse_crossbatch_schedule(entries: list[str]) -> list[tuple[int, int]]:
+    """A crossbatch_schedule from its texts: a published one's name, or positives+negatives, one text each or parted by commas."""
+    parts = [part.strip() for entry in entries or [_DEFAULT_CROSSBATCH_SCHEDULE] for part in str(entry).split(",")]
+    if len(parts) == 1 and parts[0] in PUBLISHED_CROSSBATCH_SCHEDULES:
+        return PUBLISHED_CROSSBATCH_SCHEDULES[parts[0]]
     pairs = [_PAIR.fullmatch(part) for part in parts]
     wrong = [part for part, pair in zip(parts, pairs, strict=True) if pair is None]
     if wrong:
         raise LlamoryError(
-            f"mix has the entry {wrong[0]!r}, but it must be POSITIVES+NEGATIVES, such as 2+1, or one of "
-            f"{', '.join(PUBLISHED_MIXES)} alone."
+            f"crossbatch_schedule has the entry {wrong[0]!r}, but it must be POSITIVES+NEGATIVES, such as 2+1, or one of "
+            f"{', '.join(PUBLISHED_CROSSBATCH_SCHEDULES)} alone."
         )
     return [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
 
@@ -234,26 +248,26 @@ def _mix(entries: list[str]) -> list[tuple[int, int]]:
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 
-def _chooser(
-    settings: FotSettings, plan: ContextPlan, tokenizer: PreTrainedTokenizerBase, device: str
-) -> ContextChooser:
+def _context_sampler(
+    settings: FotSettings, sampling_config: ContextSamplingConfig, tokenizer: PreTrainedTokenizerBase, device: str
+) -> ContextSampler:
     embed = None
     if settings.negatives == "similar":
         assert settings.retriever is not None
         retriever = load_embedder(settings.retriever, device=device)
-        embed = embedder(retriever, tokenizer, clean=lambda texts: hide_slot_tokens(retriever, texts))
-    return ContextChooser(plan, settings.batch_size, settings.dataset_packing, settings.seed, embed)
+        embed = embedder(retriever, tokenizer, clean=lambda texts: escape_slot_tokens(retriever, texts))
+    return ContextSampler(sampling_config, settings.batch_size, settings.dataset_packing, settings.seed, embed)
 
 
 def _streams(
     settings: FotSettings, tokenizer: PreTrainedTokenizerBase, process: int, processes: int
 ) -> dict[int, FotBatches]:
-    """One stream for each of this process's passes of a step."""
+    """One stream for each of this process's micro_batches of a step."""
     sources = make_sources(settings.data, settings.proportions or None)
-    own, streams = settings.accumulation, settings.accumulation * processes
+    streams_per_process, streams = settings.accumulation, settings.accumulation * processes
     return {
         number: _batches(settings, sources, tokenizer, shard=number, shards=streams, buffer=settings.shuffle_buffer)
-        for number in range(process * own, (process + 1) * own)
+        for number in range(process * streams_per_process, (process + 1) * streams_per_process)
     }
 
 

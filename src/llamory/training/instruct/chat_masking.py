@@ -15,10 +15,10 @@ ASSISTANT = "assistant"
 # Templates that say themselves what the assistant's words are put them between these tags.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-Span = tuple[int, int]
+CharSpan = tuple[int, int]
 
 
-def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[tuple[str, bool]]:
+def split_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[tuple[str, bool]]:
     """Write a chat with the tokenizer's template.
 
     The assistant's parts are those that the template marks with `{% generation %}`; of a template without marks, what
@@ -40,15 +40,17 @@ def chat_pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
 
     try:
         if _GENERATION.search(tokenizer.get_chat_template()):
-            text, spans = _marked(tokenizer, messages)
+            text, spans = _spans_from_template(tokenizer, messages)
         else:
-            text, spans = _added(tokenizer, messages)
+            text, spans = _spans_by_prefix(tokenizer, messages)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise LlamoryError(f"the chat template refuses these messages ({' '.join(str(error).split())})") from error
-    return _cut(text, spans)
+    return _split_at_spans(text, spans)
 
 
-def _marked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> tuple[str, list[Span]]:
+def _spans_from_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]
+) -> tuple[str, list[CharSpan]]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     texts, spans = render_jinja_template(
@@ -60,13 +62,15 @@ def _marked(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str
     return texts[0], spans[0]
 
 
-def _added(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> tuple[str, list[Span]]:
-    whole = _written(tokenizer, messages)
+def _spans_by_prefix(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]
+) -> tuple[str, list[CharSpan]]:
+    whole = _render(tokenizer, messages)
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] == ASSISTANT:
-            before = _written(tokenizer, messages[:turn], add_generation_prompt=True)
-            after = _written(tokenizer, messages[: turn + 1])
+            before = _render(tokenizer, messages[:turn], add_generation_prompt=True)
+            after = _render(tokenizer, messages[: turn + 1])
             if not after.startswith(before) or not whole.startswith(after):
                 raise LlamoryError(
                     "the chat template writes earlier turns differently once others follow, so answers can't be told "
@@ -76,13 +80,13 @@ def _added(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]
     return whole, spans
 
 
-def _written(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], **settings: Any) -> str:
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], **settings: Any) -> str:
     return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **settings))
 
 
-def _cut(text: str, spans: Iterable[Span]) -> list[tuple[str, bool]]:
-    pieces, at = [], 0
+def _split_at_spans(text: str, spans: Iterable[CharSpan]) -> list[tuple[str, bool]]:
+    parts, at = [], 0
     for start, end in spans:
-        pieces += [(text[at:start], False), (text[start:end], True)]
+        parts += [(text[at:start], False), (text[start:end], True)]
         at = end
-    return [(piece, answer) for piece, answer in (*pieces, (text[at:], False)) if piece]
+    return [(part, answer) for part, answer in (*parts, (text[at:], False)) if part]

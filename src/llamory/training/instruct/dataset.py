@@ -19,9 +19,9 @@ import llamory
 from llamory.documents import find_files, read_json_lines
 from llamory.documents.readers import string_entry
 from llamory.errors import LlamoryError
-from llamory.longllama.losses import IGNORED
-from llamory.models.base import document_ids
-from llamory.training.instruct.chat_masking import ASSISTANT, chat_pieces
+from llamory.longllama.losses import IGNORE_INDEX
+from llamory.models.base import encode_document
+from llamory.training.instruct.chat_masking import ASSISTANT, split_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +48,7 @@ _ROWS = Features(
 
 PathLike = str | os.PathLike[str]
 # A text and whether it is an answer.
-Piece = tuple[str, bool]
+LabeledText = tuple[str, bool]
 
 
 @dataclass(frozen=True)
@@ -78,34 +78,37 @@ class InstructFormat:
     chat_model_response_prefix: str = "\nASSISTANT: "
     chat_human_response_prefix: str = "\nUSER: "
 
-    def read_all(self, entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, list[Piece]]]:
+    def read_all(
+        self, entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+    ) -> list[tuple[str, list[LabeledText]]]:
         """The examples of an object, kind and texts of each; errors as of `read`."""
         document = (string_entry(entry, DOCUMENT), False) if DOCUMENT in entry else None
         if document is not None and CHATS in entry:
             return [
-                self.read({MESSAGES: chat, DOCUMENT: document[0]}, tokenizer) for chat in _listed(entry, CHATS, list)
+                self.read({MESSAGES: chat, DOCUMENT: document[0]}, tokenizer)
+                for chat in _list_entry(entry, CHATS, list)
             ]
         if document is not None and QUESTIONS in entry:
-            return [(QUESTIONS, [document, *self._instruction(each)]) for each in _listed(entry, QUESTIONS)]
+            return [(QUESTIONS, [document, *self._instruction(each)]) for each in _list_entry(entry, QUESTIONS)]
         return [self.read(entry, tokenizer)]
 
-    def read(self, entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Piece]]:
+    def read(self, entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[LabeledText]]:
         """The kind of an object (instruction, chat, messages or document) and its texts.
 
         Raises:
             LlamoryError: a field is missing or not of its kind, or the chat template can't write the messages.
         """
         if MESSAGES in entry:
-            turns = [_turn(turn) for turn in _listed(entry, MESSAGES)]
+            turns = [_message(turn) for turn in _list_entry(entry, MESSAGES)]
             if turns[0]["role"] == ASSISTANT:
                 raise LlamoryError("the messages begin with the assistant's; a system or user message should be first")
             # Without a template the reader stops, whether broken lines are passed over or not.
-            pieces = chat_pieces(tokenizer, turns) if tokenizer.chat_template else []
-            if pieces and DOCUMENT in entry:
-                return DOCUMENT, [(string_entry(entry, DOCUMENT), False), *pieces]
-            return MESSAGES, pieces
+            parts = split_chat(tokenizer, turns) if tokenizer.chat_template else []
+            if parts and DOCUMENT in entry:
+                return DOCUMENT, [(string_entry(entry, DOCUMENT), False), *parts]
+            return MESSAGES, parts
         if self.chat_conversations_field in entry:
-            return "chat", self._chat(_listed(entry, self.chat_conversations_field))
+            return "chat", self._chat(_list_entry(entry, self.chat_conversations_field))
         if self.question_field not in entry:
             raise LlamoryError(
                 f"the object has neither {MESSAGES!r} nor {self.chat_conversations_field!r} nor "
@@ -113,7 +116,7 @@ class InstructFormat:
             )
         return "instruction", self._instruction(entry)
 
-    def _instruction(self, entry: dict[str, Any]) -> list[Piece]:
+    def _instruction(self, entry: dict[str, Any]) -> list[LabeledText]:
         question = self.pre_question_text + string_entry(entry, self.question_field) + self.post_question_text
         if self.prompt_field is not None:
             prompt = string_entry(entry, self.prompt_field)
@@ -121,13 +124,13 @@ class InstructFormat:
         response = self.pre_response_text + string_entry(entry, self.response_field) + self.post_response_text
         return [(question, False), (response, True)]
 
-    def _chat(self, turns: list[dict[str, Any]]) -> list[Piece]:
-        pieces = [(self.chat_initial_prompt, False)]
+    def _chat(self, turns: list[dict[str, Any]]) -> list[LabeledText]:
+        parts = [(self.chat_initial_prompt, False)]
         for turn in turns:
             answers = string_entry(turn, self.chat_source_name_field) == self.chat_model_source_name
             prefix = self.chat_model_response_prefix if answers else self.chat_human_response_prefix
-            pieces += [(prefix, False), (string_entry(turn, self.chat_data_field), answers)]
-        return pieces
+            parts += [(prefix, False), (string_entry(turn, self.chat_data_field), answers)]
+        return parts
 
 
 @dataclass(frozen=True)
@@ -189,23 +192,23 @@ def load_instructions(
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files = [str(path) for path in find_files(paths) if path.suffix.lower() == ".jsonl"]
     if not files:
-        raise LlamoryError(f"{_joined(paths)} holds no .jsonl file; instructions are read from JSON lines.")
-    recipe = _Recipe(tokenizer, format or InstructFormat(), lengths or Lengths(), skip_broken)
-    rows = _cached_rows(recipe, files, paths, cache_dir)
+        raise LlamoryError(f"{_join_paths(paths)} holds no .jsonl file; instructions are read from JSON lines.")
+    preprocessor = _Preprocessor(tokenizer, format or InstructFormat(), lengths or Lengths(), skip_broken)
+    rows = _cached_rows(preprocessor, files, paths, cache_dir)
     examples = rows.map(
-        recipe.examples,
+        preprocessor.examples,
         batched=True,
         remove_columns=list(_ROWS),
         features=FEATURES,
         num_proc=min(num_proc, len(rows)) if num_proc else None,
-        new_fingerprint=recipe.fingerprint(files, "examples"),
+        new_fingerprint=preprocessor.fingerprint(files, "examples"),
         desc="Tokenising",
     )
-    if passed_over := len(rows) - len(examples):
-        logger.warning("Passed over %d of %d examples: no answer within their length", passed_over, len(rows))
+    if skipped := len(rows) - len(examples):
+        logger.warning("Passed over %d of %d examples: no answer within their length", skipped, len(rows))
     if not len(examples):
         raise LlamoryError(
-            f"No example of {_joined(paths)} has an answer within its first {recipe.lengths.total} tokens; choose a "
+            f"No example of {_join_paths(paths)} has an answer within its first {preprocessor.lengths.total} tokens; choose a "
             "greater total_length."
         )
     return examples
@@ -215,7 +218,7 @@ def load_instructions(
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _Preprocessor:
     """All that makes examples of files, in two steps: texts, then token ids."""
 
     tokenizer: PreTrainedTokenizerBase
@@ -242,23 +245,23 @@ class _Recipe:
     def rows(self, files: list[str]) -> Iterator[dict[str, Any]]:
         """The texts of each object."""
 
-        def read(entry: dict[str, Any]) -> list[tuple[str, list[Piece]]]:
+        def read(entry: dict[str, Any]) -> list[tuple[str, list[LabeledText]]]:
             return self.format.read_all(entry, self.tokenizer)
 
-        lines = (each for path in files for each in _examples_of(path, read, self.skip_broken))
-        for path, line, kind, pieces in lines:
-            if not pieces:
+        lines = (each for path in files for each in _iter_examples(path, read, self.skip_broken))
+        for path, line, kind, parts in lines:
+            if not parts:
                 raise LlamoryError(
                     f"{path}:{line} has messages, but the tokenizer of this model has no chat template; choose a "
                     f"model with one, or write the chats as {self.format.chat_conversations_field!r}."
                 )
-            texts, answers = zip(*pieces, strict=True)
+            texts, answers = zip(*parts, strict=True)
             yield {"kind": kind, "texts": list(texts), "answers": list(answers), "source": f"{path}:{line}"}
 
     def examples(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Tokenise a batch of rows; those without an answer within the length are left out."""
         found: dict[str, list[Any]] = {name: [] for name in FEATURES}
-        ways: dict[str, Callable[[list[str], list[bool]], tuple[list[int], list[bool]]]] = {
+        encoders: dict[str, Callable[[list[str], list[bool]], tuple[list[int], list[bool]]]] = {
             "instruction": self._instruction,
             "chat": self._chat,
             MESSAGES: self._messages,
@@ -266,17 +269,17 @@ class _Recipe:
             QUESTIONS: self._questions,
         }
         for kind, texts, answers, source in zip(*(rows[name] for name in _ROWS), strict=True):
-            ids, asked = ways[kind](texts, answers)
-            ids, asked = ids[: self.lengths.total], asked[: self.lengths.total]
-            if any(asked[1:]):  # nothing stands before the first token to predict it from
+            ids, is_answer = encoders[kind](texts, answers)
+            ids, is_answer = ids[: self.lengths.total], is_answer[: self.lengths.total]
+            if any(is_answer[1:]):  # nothing stands before the first token to predict it from
                 found["input_ids"].append(ids)
-                found["labels"].append([i if a else IGNORED for i, a in zip(ids, asked, strict=True)])
+                found["labels"].append([i if a else IGNORE_INDEX for i, a in zip(ids, is_answer, strict=True)])
                 found["source"].append(source)
                 found["document"].append(self._document_tokens(kind, texts))
         return found
 
     def _document_tokens(self, kind: str, texts: list[str]) -> int:
-        return len(document_ids(texts[0], self.tokenizer)) if kind in (DOCUMENT, QUESTIONS) else 0
+        return len(encode_document(texts[0], self.tokenizer)) if kind in (DOCUMENT, QUESTIONS) else 0
 
     def _instruction(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:  # noqa: ARG002
         question, response = self._encode(texts)
@@ -294,16 +297,16 @@ class _Recipe:
         encoded = self.tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         inside = [answer for text, answer in zip(texts, answers, strict=True) for _ in text]
         # Some tokenizers have tokens of no characters at all, which belong to nobody.
-        asked = [start < end and all(inside[start:end]) for start, end in encoded["offset_mapping"]]
-        return encoded["input_ids"], asked
+        is_answer = [start < end and all(inside[start:end]) for start, end in encoded["offset_mapping"]]
+        return encoded["input_ids"], is_answer
 
     def _document(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:
-        read = document_ids(texts[0], self.tokenizer)
-        ids, asked = self._messages(texts[1:], answers[1:])
-        return read + ids, [False] * len(read) + asked
+        read = encode_document(texts[0], self.tokenizer)
+        ids, is_answer = self._messages(texts[1:], answers[1:])
+        return read + ids, [False] * len(read) + is_answer
 
     def _questions(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:  # noqa: ARG002
-        read = document_ids(texts[0], self.tokenizer)
+        read = encode_document(texts[0], self.tokenizer)
         question, response = self._encode(texts[1:])
         response = [*response, *self._eos][: self.lengths.output]
         return read + question + response, [False] * (len(read) + len(question)) + [True] * len(response)
@@ -321,24 +324,26 @@ class _Recipe:
         return [self.tokenizer.eos_token_id]
 
 
-def _cached_rows(recipe: _Recipe, files: list[str], paths: Sequence[object], cache_dir: PathLike | None) -> Dataset:
+def _cached_rows(
+    preprocessor: _Preprocessor, files: list[str], paths: Sequence[object], cache_dir: PathLike | None
+) -> Dataset:
     try:
         return Dataset.from_generator(
-            recipe.rows,
+            preprocessor.rows,
             features=_ROWS,
             cache_dir=None if cache_dir is None else os.fspath(cache_dir),  # type: ignore[arg-type]
             gen_kwargs={"files": files},
-            fingerprint=recipe.fingerprint(files, "rows"),
+            fingerprint=preprocessor.fingerprint(files, "rows"),
         )
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         if isinstance(error.__cause__, LlamoryError):
             raise error.__cause__ from None
-        if next(recipe.rows(files), None) is None:
-            raise LlamoryError(f"No example could be read from {_joined(paths)}.") from None
+        if next(preprocessor.rows(files), None) is None:
+            raise LlamoryError(f"No example could be read from {_join_paths(paths)}.") from None
         raise
 
 
-def _listed(entry: dict[str, Any], field: str, of: type = dict) -> list[Any]:
+def _list_entry(entry: dict[str, Any], field: str, of: type = dict) -> list[Any]:
     turns = entry[field]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, of) for turn in turns):
         what = "objects, one a turn" if of is dict else "lists of messages, one a chat"
@@ -346,16 +351,16 @@ def _listed(entry: dict[str, Any], field: str, of: type = dict) -> list[Any]:
     return turns
 
 
-def _examples_of(path: str, read: Any, skip_broken: bool) -> Iterator[tuple[str, int, str, list[Piece]]]:
+def _iter_examples(path: str, read: Any, skip_broken: bool) -> Iterator[tuple[str, int, str, list[LabeledText]]]:
     """File, line, kind and texts of each example of a file."""
     for line, examples in read_json_lines(Path(path), read, skip_broken=skip_broken):
-        for kind, pieces in examples:
-            yield path, line, kind, pieces
+        for kind, parts in examples:
+            yield path, line, kind, parts
 
 
-def _turn(turn: dict[str, Any]) -> dict[str, str]:
+def _message(turn: dict[str, Any]) -> dict[str, str]:
     return {name: string_entry(turn, name) for name in ("role", "content")}
 
 
-def _joined(paths: Iterable[object]) -> str:
+def _join_paths(paths: Iterable[object]) -> str:
     return ", ".join(map(str, paths))

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-AT_ONCE = 16  # rows that are read together
+BATCH_ROWS = 16  # rows that are read together
 
 
-class LayerStates:
+class HiddenStateCache:
     """Reads rows, and keeps what it read.
 
     Args:
@@ -22,9 +22,9 @@ class LayerStates:
 
     def __init__(self, rows: int = 0) -> None:
         self.rows = rows
-        self._kept: OrderedDict[bytes, Tensor] = OrderedDict()
+        self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
 
-    def of(self, model: Any, input_ids: Tensor, lengths: Sequence[int]) -> dict[int, Tensor]:
+    def get(self, model: Any, input_ids: Tensor, lengths: Sequence[int]) -> dict[int, Tensor]:
         """Per memory layer (rows, width, hidden), as `layer_inputs` gives them.
 
         Args:
@@ -34,30 +34,30 @@ class LayerStates:
         """
         layers = sorted(model.config.mem_layers)
         names = [row[:length].cpu().numpy().tobytes() for row, length in zip(input_ids, lengths, strict=True)]
-        found = {name: self._kept[name] for name in names if name in self._kept}
+        found = {name: self._cache[name] for name in names if name in self._cache}
         new = list({name: at for at, name in enumerate(names) if name not in found}.values())
-        for start in range(0, len(new), AT_ONCE):
-            rows = new[start : start + AT_ONCE]
+        for start in range(0, len(new), BATCH_ROWS):
+            rows = new[start : start + BATCH_ROWS]
             width = max(lengths[row] for row in rows)
             states = model.layer_inputs(input_ids[rows, :width])
-            for place, row in enumerate(rows):
-                state = torch.stack([states[layer][place, : lengths[row]] for layer in layers])
-                found[names[row]] = state.to(_kept_type(state))
-        self._keep(found)
-        whole = next(iter(found.values())).new_zeros(len(layers), *input_ids.shape, model.config.hidden_size)
+            for index, row in enumerate(rows):
+                state = torch.stack([states[layer][index, : lengths[row]] for layer in layers])
+                found[names[row]] = state.to(_cache_dtype(state))
+        self._store(found)
+        output = next(iter(found.values())).new_zeros(len(layers), *input_ids.shape, model.config.hidden_size)
         for row, name in enumerate(names):
-            whole[:, row, : lengths[row]] = found[name]
-        return dict(zip(layers, whole, strict=True))
+            output[:, row, : lengths[row]] = found[name]
+        return dict(zip(layers, output, strict=True))
 
-    def _keep(self, found: dict[bytes, Tensor]) -> None:
+    def _store(self, found: dict[bytes, Tensor]) -> None:
         for name, state in found.items():
-            self._kept[name] = state
-            self._kept.move_to_end(name)
-        while len(self._kept) > self.rows:
-            self._kept.popitem(last=False)
+            self._cache[name] = state
+            self._cache.move_to_end(name)
+        while len(self._cache) > self.rows:
+            self._cache.popitem(last=False)
 
 
-def _kept_type(state: Tensor) -> torch.dtype:
+def _cache_dtype(state: Tensor) -> torch.dtype:
     """The short type of autocast, which projections round to anyway."""
     device = state.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else state.dtype

@@ -12,18 +12,18 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from llamory.errors import LlamoryError
 from llamory.longllama.configuration import DEFAULT_LAST_CONTEXT
-from llamory.longllama.losses import IGNORED
+from llamory.longllama.losses import IGNORE_INDEX
 from llamory.models import base as backbone
 from llamory.training.corpus import make_sources
-from llamory.training.fot.batches import check_copies
-from llamory.training.instruct.cached_rows import MountedBatches
+from llamory.training.fot.batches import check_negative_weight
+from llamory.training.instruct.cached_rows import FrozenContextBatches
 from llamory.training.instruct.dataset import InstructFormat, Lengths, load_instructions
-from llamory.training.instruct.hidden_state_cache import LayerStates
+from llamory.training.instruct.hidden_state_cache import HiddenStateCache
 from llamory.training.instruct.rows import InstructBatches, MemorySplit, check_rows
-from llamory.training.long_models import load_long, memory_changes, trained_part
+from llamory.training.long_models import load_longllama, memory_config_overrides, select_trainable
 from llamory.training.run import check_settings
 from llamory.training.settings import InstructSettings
-from llamory.training.streaming import StreamedTrainer, begin
+from llamory.training.streaming import StreamingTrainer, setup_run
 from llamory.training.teachers import check_teacher, load_teacher
 
 _EVAL = "eval_loss"
@@ -40,56 +40,58 @@ def train_instruct(settings: InstructSettings) -> dict[str, Any]:
             finite.
     """
     _check(settings)
-    begun = begin(settings, evaluates=bool(settings.eval_data), irrelevant=["num_proc"])
-    arguments = begun.arguments
+    run_context = setup_run(settings, has_eval_data=bool(settings.eval_data), ignored_settings=["num_proc"])
+    arguments = run_context.arguments
     config = backbone.load_config(settings.model)
     split = _split(settings, config)
-    changes = memory_changes(
+    config_overrides = memory_config_overrides(
         config,
         settings.model,
         mem_layers=settings.mem_layers,
         row_length=split.row_length,
         last_context_length=split.last_context_length,
-        mem_projections=settings.trained == "memory_projections",
-        mem_log_bias=settings.mem_log_bias,
+        mem_projections=settings.trainable == "memory_projections",
+        memory_size_bias=settings.memory_size_bias,
     )
     tokenizer = backbone.load_tokenizer(settings.model)
     with arguments.main_process_first(desc="data"):
         streams = _streams(settings, split, tokenizer, arguments.process_index, arguments.world_size)
-        growing = round(settings.copies_grow * (settings.steps or 0))
+        negative_weight_warmup_steps = round(settings.negative_weight_warmup * (settings.steps or 0))
         held_out = _held_out(settings, split, tokenizer)
     teacher = load_teacher(settings, config)
-    model = trained_part(load_long(settings, changes), settings, settings.trained)
-    return begun.finish(
+    model = select_trainable(load_longllama(settings, config_overrides), settings, settings.trainable)
+    return run_context.train_and_save(
         InstructTrainer,
         "Instruction tuning",
         model=model,
-        feed=InstructFeed(streams, growing),
+        batch_source=InstructBatchSource(streams, negative_weight_warmup_steps),
         tokenizer=tokenizer,
         held_out=held_out,
-        shown=("loss", _EVAL),
+        logged_metrics=("loss", _EVAL),
         teacher=teacher,
         teacher_weight=settings.teacher_weight,
-        states=LayerStates(settings.kept_rows),
+        hidden_state_cache=HiddenStateCache(settings.context_cache_rows),
     )
 
 
-class InstructFeed:
+class InstructBatchSource:
     """The batches of one process's streams.
 
     Args:
         streams: by number.
-        growing: steps over which the most copies of a negative grow from the least, evenly on a logarithmic scale.
+        negative_weight_warmup_steps: steps over which the most negative_weight of a negative grow from the least, evenly on a logarithmic scale.
     """
 
-    def __init__(self, streams: Mapping[int, InstructBatches], growing: int = 0) -> None:
-        self.streams, self.growing = dict(streams), growing
+    def __init__(self, streams: Mapping[int, InstructBatches], negative_weight_warmup_steps: int = 0) -> None:
+        self.streams, self.negative_weight_warmup_steps = dict(streams), negative_weight_warmup_steps
 
-    def passes(self, step: int) -> list[dict[str, Any]]:
+    def micro_batches(self, step: int) -> list[dict[str, Any]]:
         """A batch of each stream."""
         for batches in self.streams.values():
-            batches.grown = min(1.0, step / self.growing) if self.growing else 1.0
-        return [_arguments(next(batches)) for batches in self.streams.values()]
+            batches.negative_weight_progress = (
+                min(1.0, step / self.negative_weight_warmup_steps) if self.negative_weight_warmup_steps else 1.0
+            )
+        return [_model_inputs(next(batches)) for batches in self.streams.values()]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the streams stand."""
@@ -101,12 +103,12 @@ class InstructFeed:
             batches.load_state_dict(state["streams"][str(number)])
 
 
-class InstructTrainer(StreamedTrainer):
+class InstructTrainer(StreamingTrainer):
     """Evaluates on a list of batches, and reads contexts that are read apart before the model is called."""
 
-    def __init__(self, *args: Any, states: LayerStates, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, hidden_state_cache: HiddenStateCache, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.states = states
+        self.hidden_state_cache = hidden_state_cache
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = super()._prepare_inputs(inputs)
@@ -114,7 +116,7 @@ class InstructTrainer(StreamedTrainer):
             model = self.accelerator.unwrap_model(self.model)
             model = model.get_base_model() if hasattr(model, "get_base_model") else model
             with self.accelerator.autocast():
-                read = self.states.of(model.model, inputs.pop("context_ids"), inputs["context_lengths"])
+                read = self.hidden_state_cache.get(model.model, inputs.pop("context_ids"), inputs["context_lengths"])
             inputs["context_states"] = read
         return inputs
 
@@ -122,7 +124,7 @@ class InstructTrainer(StreamedTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002
         """The mean loss of the answers' tokens in all held-out batches."""
         self.model.eval()
-        total, count = self.summed(self.eval_dataset, self._loss)
+        total, count = self.sum_over_batches(self.eval_dataset, self._loss)
         metrics = {_EVAL: total / count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -132,7 +134,7 @@ class InstructTrainer(StreamedTrainer):
         """(2,) the sum of the answers' losses, and the number of their tokens."""
         inputs = self._prepare_inputs(dict(batch))
         loss = self.model(**inputs, num_items_in_batch=1).loss.float()
-        return torch.stack([loss, (inputs["shift_labels"] != IGNORED).sum()])
+        return torch.stack([loss, (inputs["shift_labels"] != IGNORE_INDEX).sum()])
 
 
 # ---- settings --------------------------------------------------------------------------------------------------------
@@ -142,28 +144,30 @@ def _check(settings: InstructSettings) -> None:
     check_settings(settings, ["eval_batches"])
     if settings.negatives < 0:
         raise LlamoryError(f"negatives must be at least 0, not {settings.negatives}.")
-    if not 0 <= settings.copies_grow <= 1:
-        raise LlamoryError(f"copies_grow must be a share of the steps, from 0 to 1, not {settings.copies_grow}.")
-    check_teacher(settings)
-    if settings.apart and (settings.trained != "memory_projections" or settings.fsdp):
+    if not 0 <= settings.negative_weight_warmup <= 1:
         raise LlamoryError(
-            "What is read apart is read without gradient: it needs trained: memory_projections, and no fsdp."
+            f"negative_weight_warmup must be a share of the steps, from 0 to 1, not {settings.negative_weight_warmup}."
         )
-    if settings.kept_rows < 0:
-        raise LlamoryError(f"kept_rows must be at least 0, not {settings.kept_rows}.")
+    check_teacher(settings)
+    if settings.frozen_context and (settings.trainable != "memory_projections" or settings.fsdp):
+        raise LlamoryError(
+            "What is read apart is read without gradient: it needs trainable: memory_projections, and no fsdp."
+        )
+    if settings.context_cache_rows < 0:
+        raise LlamoryError(f"context_cache_rows must be at least 0, not {settings.context_cache_rows}.")
     if settings.steps is None:
         raise LlamoryError("Instruction tuning's data have no end; set steps.")
     if settings.seed < 0:
         raise LlamoryError(f"seed must be at least 0, not {settings.seed}.")
-    _copies(settings)
+    _negative_weight(settings)
     _lengths(settings)
     make_sources(settings.data, settings.proportions or None)
 
 
-def _copies(settings: InstructSettings) -> tuple[float, float]:
-    copies = settings.negative_copies or [1.0, 1.0]
-    check_copies(copies)
-    return copies[0], copies[1]
+def _negative_weight(settings: InstructSettings) -> tuple[float, float]:
+    negative_weight = settings.negative_weight or [1.0, 1.0]
+    check_negative_weight(negative_weight)
+    return negative_weight[0], negative_weight[1]
 
 
 def _lengths(settings: InstructSettings) -> Lengths:
@@ -195,14 +199,14 @@ def _split(settings: InstructSettings, config: PretrainedConfig) -> MemorySplit:
 def _streams(
     settings: InstructSettings, split: MemorySplit, tokenizer: PreTrainedTokenizerBase, process: int, processes: int
 ) -> dict[int, InstructBatches]:
-    """One stream for each of this process's passes of a step."""
+    """One stream for each of this process's micro_batches of a step."""
     sources = make_sources(settings.data, settings.proportions or None)
     datasets = [_examples(settings, source.paths, tokenizer) for source in sources]
     proportions = [source.proportion for source in sources]
-    own, streams = settings.accumulation, settings.accumulation * processes
+    streams_per_process, streams = settings.accumulation, settings.accumulation * processes
     return {
         number: _batches(settings, split, tokenizer, datasets, proportions, stream=number, streams=streams)
-        for number in range(process * own, (process + 1) * own)
+        for number in range(process * streams_per_process, (process + 1) * streams_per_process)
     }
 
 
@@ -214,7 +218,7 @@ def _held_out(
         return []
     dataset = _examples(settings, settings.eval_data, tokenizer)
     batches = _batches(settings, split, tokenizer, [dataset], [1.0])
-    return [_arguments(batch) for batch in islice(batches, settings.eval_batches)]
+    return [_model_inputs(batch) for batch in islice(batches, settings.eval_batches)]
 
 
 def _batches(
@@ -225,16 +229,18 @@ def _batches(
     proportions: list[float],
     **stream: Any,
 ) -> InstructBatches:
-    shared: dict[str, Any] = {
+    common: dict[str, Any] = {
         "rows": settings.batch_size,
         "pad_token_id": tokenizer.pad_token_id,
         "seed": settings.seed,
         "negatives": settings.negatives,
-        "copies": _copies(settings),
+        "negative_weight": _negative_weight(settings),
     }
-    if settings.apart:
-        return MountedBatches(datasets, proportions, split, most_asked=settings.asked_tokens, **shared, **stream)
-    return InstructBatches(datasets, proportions, split, **shared, **stream)
+    if settings.frozen_context:
+        return FrozenContextBatches(
+            datasets, proportions, split, query_token_budget=settings.query_token_budget, **common, **stream
+        )
+    return InstructBatches(datasets, proportions, split, **common, **stream)
 
 
 def _examples(settings: InstructSettings, paths: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -248,6 +254,6 @@ def _examples(settings: InstructSettings, paths: Any, tokenizer: PreTrainedToken
     )
 
 
-def _arguments(batch: dict[str, Any]) -> dict[str, Any]:
+def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     """What the model takes of a batch."""
     return {key: value for key, value in batch.items() if key != "sources"}
