@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llamory.common.locks import lock_path, writing
+from llamory.common.locks import lock_path, write_lock
 from llamory.embedding import pipeline as retriever_module
 from llamory.errors import LlamoryError
 from llamory.library import AddReport, Library
@@ -87,8 +87,8 @@ def test_files_that_did_not_change_are_not_parsed_again(docs, library, monkeypat
 
 HOLDER = """
 import sys
-from llamory.common.locks import writing
-with writing(sys.argv[1]):
+from llamory.common.locks import write_lock
+with write_lock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -149,9 +149,9 @@ def test_an_object_store_has_its_lock_on_this_machine():
     place = lock_path("s3://shelf/library")
     assert place.parent.is_dir() and place != lock_path("s3://shelf/other")
     with (
-        writing("s3://shelf/library"),
+        write_lock("s3://shelf/library"),
         pytest.raises(LlamoryError, match="Another process"),
-        writing("s3://shelf/library", wait=False),
+        write_lock("s3://shelf/library", wait=False),
     ):
         pass
 

@@ -1,7 +1,6 @@
 """What can't be read is refused in one sentence, and the memory stays as it was."""
 
 import logging
-import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from llamory.common import ram as room
+from llamory.common import ram
 from llamory.errors import LlamoryError
 from llamory.ingest import encode as reading
 from llamory.memory import MemoryBank
@@ -162,7 +161,7 @@ def test_too_little_memory_for_the_weights_is_said_too(refused, texts, monkeypat
 
 
 def test_memory_is_asked_for_before_the_system_ends_the_process(refused, texts, monkeypatch) -> None:
-    monkeypatch.setattr(room, "available", lambda: room.RESERVE - 1)
+    monkeypatch.setattr(ram, "available_ram", lambda: ram.RESERVE - 1)
     assert "too little memory" in refused(texts)
 
 
@@ -191,12 +190,3 @@ def test_a_folder_in_place_of_the_memory_is_refused(read, book, texts) -> None:
     book.mkdir()
     with pytest.raises(LlamoryError, match="is a folder"):
         read(texts)
-
-
-def test_available_memory_is_within_the_machines(monkeypatch, tmp_path) -> None:
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 0 < room.available() <= machine
-    for name, text in {"max": "5000", "current": "4000", "stat": "anon 3000\ninactive_file 700"}.items():
-        (tmp_path / f"memory.{name}").write_text(text)
-    monkeypatch.setattr(room, "_GROUP", tmp_path)
-    assert room.available() == 1700

@@ -1,4 +1,4 @@
-"""One writer at a time: a second process waits until the first is done, or is told."""
+"""A lock that lets one process at a time write to a library."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from llamory.errors import LlamoryError
 
 logger = logging.getLogger(__name__)
 
-_NAME = ".writing.lock"
+_LOCK_NAME = ".writing.lock"
 
 
 @contextmanager
-def writing(uri: str, *, wait: bool = True, say: Callable[[str], None] = logger.info) -> Iterator[None]:
-    """Hold a library's lock; the system lets go of it when the process ends, however it ends.
+def write_lock(uri: str, *, wait: bool = True, notify: Callable[[str], None] = logger.info) -> Iterator[None]:
+    """Hold a library's lock; the system releases it when the process ends, however it ends.
 
-    In a folder the lock lies in the library, so it holds for all who share the disk. For an object store it lies in
-    this machine's folder for temporary files: it holds for the processes of this machine.
+    The lock of a folder is a file in it, so it holds for all machines that share the disk. The lock of an object store
+    is a file in the temporary folder of this machine, so it holds for the processes of this machine only.
 
     Args:
         uri: folder or object-store URI of the library.
-        wait: wait until another process is done.
-        say: is told once if there is another process.
+        wait: wait until the other process is done.
+        notify: called with a sentence if another process holds the lock.
 
     Raises:
-        LlamoryError: another process writes, and `wait` is off.
+        LlamoryError: another process holds the lock, and `wait` is off.
     """
     from filelock import FileLock, Timeout
 
-    place = lock_path(uri)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(place)
+    path = lock_path(uri)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -44,7 +44,7 @@ def writing(uri: str, *, wait: bool = True, say: Callable[[str], None] = logger.
             raise LlamoryError(
                 f"Another process is writing to the library at {uri}; try again when it is done, or wait for it."
             ) from None
-        say(f"Another process is writing to the library at {uri}; waiting until it is done.")
+        notify(f"Another process is writing to the library at {uri}; waiting until it is done.")
         lock.acquire()
     try:
         yield
@@ -53,15 +53,15 @@ def writing(uri: str, *, wait: bool = True, say: Callable[[str], None] = logger.
 
 
 def lock_path(uri: str) -> Path:
-    """Where the lock of a library lies."""
+    """Path of a library's lock file."""
     folder = local_folder(uri)
     if folder is not None:
-        return folder / _NAME
+        return folder / _LOCK_NAME
     return Path(tempfile.gettempdir(), f"llamory-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock")
 
 
 def local_folder(uri: str) -> Path | None:
-    """The folder of a library that lies in one; None for an object store."""
+    """The folder of a library on a file system; None for an object store."""
     if "://" not in uri:
         return Path(uri)
     parts = urlsplit(uri)

@@ -1,4 +1,4 @@
-"""Too little memory, said in time and in one sentence."""
+"""Detect too little memory early, and raise one clear error."""
 
 from __future__ import annotations
 
@@ -11,58 +11,56 @@ import psutil
 
 from llamory.errors import LlamoryError
 
-# What is left for everybody else; below it Linux begins to end processes, without a word.
+# Bytes that stay free for other processes: below it Linux starts to kill processes without a message.
 RESERVE = 256 << 20
 
-_GROUP = Path("/sys/fs/cgroup")
-_GROUP_FILES = (
+_CGROUP = Path("/sys/fs/cgroup")
+# Limit, usage, statistics and the entry with reclaimable bytes: of cgroup versions 2 and 1.
+_CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
-_SIGNS = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "out of memory")
+_OOM_MESSAGES = ("can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc", "out of memory")
 
 
 @contextmanager
-def told_if_memory_is_short(advice: str) -> Iterator[None]:
-    """Turn what Python, torch and the system raise for too little memory into one sentence that ends in `advice`."""
+def translate_oom(advice: str) -> Iterator[None]:
+    """Turn the out-of-memory errors of Python, torch and the system into one LlamoryError that ends in `advice`."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError, LlamoryError) as error:
-        # Loading a model says that its weights can't be read, and why.
+        # Loading a model raises "its weights can't be read" from the error that says why.
         if not (is_out_of_memory(error) or is_out_of_memory(error.__cause__)):
             raise
         raise LlamoryError(f"The computer has too little memory for this: {advice}") from error
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says that no more memory can be had."""
+    """Whether an error reports that an allocation failed."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _OOM_MESSAGES)
 
 
-def need(size: int) -> None:
-    """Make sure that `size` more bytes can be had.
+def require_free_ram(size: int) -> None:
+    """Raise MemoryError unless `size` more bytes are free.
 
-    Linux gives memory that it hasn't got and later ends the process; so this is asked before it comes to that.
-
-    Raises:
-        MemoryError: they can't.
+    Linux grants allocations that it cannot serve and kills the process later, so this checks first.
     """
-    if available() < size + RESERVE:
+    if available_ram() < size + RESERVE:
         raise MemoryError(f"{size} bytes more would leave too little")
 
 
-def available() -> int:
-    """Bytes that this process can still take, on this machine and within its container's limit."""
+def available_ram() -> int:
+    """Bytes that this process can still allocate, on this machine and within its container's limit."""
     free = int(psutil.virtual_memory().available)
-    for limit, used, stat, reclaimable in _GROUP_FILES:
+    for limit, used, stat, reclaimable in _CGROUP_FILES:
         try:
-            room = int((_GROUP / limit).read_text()) - int((_GROUP / used).read_text())
-            entries = dict(line.split() for line in (_GROUP / stat).read_text().splitlines())
-            free = min(free, room + int(entries.get(reclaimable, 0)))
-        except (OSError, ValueError):  # no such group, or "max": no limit
+            unused = int((_CGROUP / limit).read_text()) - int((_CGROUP / used).read_text())
+            entries = dict(line.split() for line in (_CGROUP / stat).read_text().splitlines())
+            free = min(free, unused + int(entries.get(reclaimable, 0)))
+        except (OSError, ValueError):  # no such cgroup, or "max": no limit
             continue
     return free

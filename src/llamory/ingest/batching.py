@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from llamory.common import ram as room
+from llamory.common import ram
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.cache import LongLlamaCache
 from llamory.memory import MemoryBank
@@ -43,7 +43,7 @@ def read_window(model: LongLlamaForCausalLM, rows: Sequence[Tensor], banks: list
     Raises:
         MemoryError: there is too little room for it.
     """
-    room.need(2 * sum(map(len, rows)) * token_bytes(banks[0]))
+    ram.require_free_ram(2 * sum(map(len, rows)) * token_bytes(banks[0]))
     ids = torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]

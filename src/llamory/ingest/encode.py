@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from llamory.common import ram as room
+from llamory.common import ram
 from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
 from llamory.ingest.batching import groups, read_window, token_bytes
@@ -111,7 +111,7 @@ def read_documents_into(
     """
     memory = Path(memory)
     loaded = model if isinstance(model, LongLlamaForCausalLM) else None
-    with room.told_if_memory_is_short(_ADVICE.format(memory=memory) + "."):
+    with ram.translate_oom(_ADVICE.format(memory=memory) + "."):
         name = _name(model, _books(memory))
         if tokenizer is None:
             from llamory.models.base import load_tokenizer

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from llamory.common.locks import writing
+from llamory.common.locks import write_lock
 from llamory.embedding.library_encoder import embed_query, fingerprint, resolve_chunk_size
 from llamory.errors import LlamoryError
 from llamory.library.indexer import Engine, LocalEngine, Recipe
@@ -211,11 +211,11 @@ class Library(Readable):
     def _writing(self, *, wait: bool, progress: bool = True) -> Iterator[None]:
         """Be the only writer, on the library as the one before left it."""
 
-        def say(sentence: str) -> None:
+        def notify(sentence: str) -> None:
             if progress:
                 sys.stderr.write(sentence + "\n")
 
-        with writing(self.path, wait=wait, say=say):
+        with write_lock(self.path, wait=wait, notify=notify):
             if self._store is None:
                 self._store = PassageStore.open(self.path)
             else:

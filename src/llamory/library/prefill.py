@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamory.common import ram as room
+from llamory.common import ram
 from llamory.errors import LlamoryError
 from llamory.ingest.stored_documents import StoredDocument
 from llamory.library.memory_cache import Shelf
@@ -83,7 +83,7 @@ def read_ahead(
     with (
         _reading(desk, engine, ray_address) as read,
         _Bar(len(waiting), shown=progress) as bar,
-        room.told_if_memory_is_short(_ADVICE),
+        ram.translate_oom(_ADVICE),
     ):
         for documents in _some(desk, list(waiting.values())):
             chosen, held = [], 0  # what is read together must fit together

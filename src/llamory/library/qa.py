@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llamory.common import ram as room
+from llamory.common import ram
 from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
 from llamory.ingest.stored_documents import StoredDocument
@@ -98,7 +98,7 @@ class Desk:
     def reader(self) -> Reader:
         """The reader, loaded when it is first needed."""
         settings = self._given.with_noted(self.folder)
-        with room.told_if_memory_is_short(ADVICE):
+        with ram.translate_oom(ADVICE):
             reader = Reader(settings, self.folder, device=self._device, bf16=self._bf16)
         self.note_reader(change=False)
         return reader
@@ -183,7 +183,7 @@ class Desk:
             return
         tokens = sum(len(self.reader.tokenize(document).ids) for document in documents)
         with (
-            room.told_if_memory_is_short(ADVICE),
+            ram.translate_oom(ADVICE),
             ProgressBar("Reading", tokens, unit="tokens", shown=self.progress, speed=True) as bar,
         ):
             for document, bank in self.reader.read(documents, lambda name, read: bar.advance(read, description=name)):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llamory.common import ram as room
+from llamory.common import ram
 from llamory.ingest.memory_file import PathLike
 from llamory.longllama.cache import LongLlamaCache
 from llamory.memory import MemoryBank, SegmentSpan
@@ -78,7 +78,7 @@ class Chat:
         self._turn_to(chosen)
         waited = time.perf_counter() - started
         try:
-            with room.told_if_memory_is_short(ADVICE):
+            with ram.translate_oom(ADVICE):
                 said = self._speaker.answer(ids, self._cache, how)
         except BaseException:
             # The cache has taken in half a turn. The next question reads what was said before anew.

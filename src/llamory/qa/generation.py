@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from llamory.common import ram as room
+from llamory.common import ram
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.cache import LongLlamaCache
@@ -185,7 +185,7 @@ class Speaker:
     def choose(self, question: str, memory: MemoryBank, documents: Sequence[str], focus: float) -> list[SegmentSpan]:
         """What in memory a question is about; see `llamory.qa.evidence.choose`."""
         ids = [*bos_ids(self.tokenizer), *self._tokens(question)]
-        with room.told_if_memory_is_short(ADVICE):
+        with ram.translate_oom(ADVICE):
             return choose(self.model, ids, memory, documents, focus)
 
     def answer(self, ids: list[int], cache: LongLlamaCache, manner: Manner) -> Said:
@@ -208,7 +208,7 @@ class Speaker:
         streamer = _Streamer(self.tokenizer, manner.on_text)
         started = time.perf_counter()
         prompt = torch.tensor([ids], device=self.model.device)
-        with room.told_if_memory_is_short(ADVICE):
+        with ram.translate_oom(ADVICE):
             found = self.model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),

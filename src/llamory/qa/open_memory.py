@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamory.common import ram as room
+from llamory.common import ram
 from llamory.errors import LlamoryError
 from llamory.ingest.memory_file import Book, PathLike, check_maker, load_model_for, noted_name
 from llamory.longllama import LongLlamaForCausalLM
@@ -69,7 +69,7 @@ class OpenMemory:
     ):
         from llamory.models.base import load_tokenizer
 
-        with room.told_if_memory_is_short(ADVICE):
+        with ram.translate_oom(ADVICE):
             books = [Book(path) for path in _each_once(memory)]
             if not any(book.segments for book in books):
                 raise LlamoryError(
@@ -124,7 +124,7 @@ class OpenMemory:
         started = time.perf_counter()
         chosen = self.speaker.choose(question, self.memory, self.documents, focus)
         memory = self.memory.slice(chosen)
-        with room.told_if_memory_is_short(ADVICE):
+        with ram.translate_oom(ADVICE):
             cache = self.model.memory_cache(memory)
             cache.search = search_of(self.model, self.memory, chosen)
         waited = time.perf_counter() - started
