@@ -15,7 +15,12 @@ from llamory.longllama import flash_backward as kernels
 from llamory.longllama.crossbatch import cross_batch_parts
 from llamory.longllama.crossbatch_plan import plan_frozen_contexts
 from llamory.longllama.losses import IGNORE_INDEX
-from llamory.training.instruct.cached_rows import DocumentExamples, FrozenContextBatches, collate_frozen_contexts, mount
+from llamory.training.instruct.cached_rows import (
+    DocumentExamples,
+    FrozenContextBatches,
+    build_context,
+    collate_frozen_contexts,
+)
 from llamory.training.instruct.hidden_state_cache import HiddenStateCache
 from llamory.training.instruct.rows import MemorySplit
 from plain_crossbatch import plain_cross_batch
@@ -206,12 +211,12 @@ def test_examples_of_a_document_are_together():
 
 def test_a_document_is_in_memory_and_each_question_a_row():
     split = MemorySplit(3, 3, 13, "memory")
-    group = mount(DocumentExamples(numbered(2))[1], split, random.Random(0))
+    group = build_context(DocumentExamples(numbered(2))[1], split, random.Random(0))
     assert group.rows == [[1] * 3, [1] * 3, [1]]
     assert [(each.ids, each.targets, each.num_visible_rows) for each in group.queries] == [
         ([50 + q, 50 + q, 60 + q], [IGNORE_INDEX, 60 + q, 60 + q], 3) for q in range(3)
     ]
-    alone = mount(DocumentExamples(numbered(4))[3], split, random.Random(0))
+    alone = build_context(DocumentExamples(numbered(4))[3], split, random.Random(0))
     ids = [3] * 9 + [50, 50, 60, 60]
     following = [IGNORE_INDEX] * 10 + [60, 60, IGNORE_INDEX]
     assert sum(map(list, alone.rows), []) == ids[: sum(map(len, alone.rows))]
@@ -269,7 +274,7 @@ def test_batches_are_of_one_dataset_and_go_on_where_they_were():
 
 
 def test_rows_that_nobody_may_see_make_no_contexts():
-    group = mount(DocumentExamples(numbered(1))[0], MemorySplit(3, 3, 13), random.Random(0))
+    group = build_context(DocumentExamples(numbered(1))[0], MemorySplit(3, 3, 13), random.Random(0))
     batch = collate_frozen_contexts([group], 0, query_token_budget=99, negatives=5, rng=random.Random(1))
     assert batch["contexts"] == [[0, 1, 2]] * 3 and "context_weights" not in batch
     assert batch["context_lengths"] == [3, 3, 1]
