@@ -151,13 +151,13 @@ def _reader(model: str, settings: dict[str, Any]) -> Any:
 
 def _qa_session(reader: Any, library: Any, settings: dict[str, Any]) -> Any:
     """A qa_session that knows no memory yet, with a model that is loaded."""
-    from llamory.library.qa import Desk
+    from llamory.library.qa import QASession
     from llamory.library.reader import ReaderSettings
 
     reader_settings = ReaderSettings(
         reader=reader.model, tokenizer=reader.tokenizer, memory_budget=settings["memory_budget"]
     )
-    qa_session = Desk(library, reader_settings, progress=False)
+    qa_session = QASession(library, reader_settings, progress=False)
     assert qa_session.reader.model is reader.model
     return qa_session
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from llamory.documents import Chunk
-from llamory.library.qa import Desk, LibraryChat
+from llamory.library.qa import LibraryChat, QASession
 from llamory.library.reader import ReaderSettings
 from llamory.qa.attribution import AttentionRecorder
 from measuring import processor
@@ -84,7 +84,7 @@ class StubLibrary:
         }
 
 
-class FirstTokens(AttentionRecorder):
+class FirstTokenRecorder(AttentionRecorder):
     """Also says which share of the answer's attention the documents' first tokens got."""
 
     shares: list[float] = []
@@ -105,13 +105,13 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        qa_session = Desk(StubLibrary(folder), ReaderSettings(reader=options.model), progress=False)
+        qa_session = QASession(StubLibrary(folder), ReaderSettings(reader=options.model), progress=False)
         attached_memory = qa_session.attach(list(DOCUMENTS)).memory
         print(f"{'question':52}{'drawn':>6}{'plain':>6}  answer")
         for question, document, part in QUESTIONS:
             chat = LibraryChat(qa_session, documents=["*"], citations=9)
-            chat._log = FirstTokens()
-            answer = chat.say(question, max_new_tokens=options.max_new_tokens, evidence_ratio=0)
+            chat._recorder = FirstTokenRecorder()
+            answer = chat.ask(question, max_new_tokens=options.max_new_tokens, evidence_ratio=0)
             right = f"{document}:{part}"
             likeliest = qa_session.reader.generator.select_evidence(
                 question, attached_memory, attached_memory.segments, evidence_ratio=1
@@ -120,7 +120,7 @@ def main() -> None:
             plain = [each.location for each in sorted(answer.citations, key=lambda each: -each.attention)]
             row = {"question": question, "drawn": _rank(right, drawn), "plain": _rank(right, plain)}
             row |= {"document": [piece.segment for piece in likeliest] == [document]}
-            rows.append(row | {"answer": answer.text, "first_tokens": FirstTokens.shares[-1]})
+            rows.append(row | {"answer": answer.text, "first_tokens": FirstTokenRecorder.shares[-1]})
             print(f"{question:52}{row['drawn']:>6}{row['plain']:>6}  {answer.text[:60]!r}", flush=True)
     totals = {
         way: {"first": sum(row[way] == 1 for row in rows), "mean_place": sum(row[way] for row in rows) / len(rows)}

@@ -33,7 +33,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from llamory.embedding.library_encoder import embed_passages, passage_tokenizer
+from llamory.embedding.library_encoder import chunk_tokenizer, embed_passages
 from measuring import processor
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def sources() -> dict[str, str]:
 
 def equal_texts(embedder: SentenceTransformer, length: int, count: int) -> list[str]:
     """Pieces of source text that the tokenizer reads as exactly so many tokens."""
-    tokenizer = passage_tokenizer(embedder)
+    tokenizer = chunk_tokenizer(embedder)
     # "" has the prompt and the slots alone.
     overhead = embedder.preprocess([""], task="document")["input_ids"].shape[1]
     texts: list[str] = []
@@ -101,7 +101,7 @@ def passages(embedder: SentenceTransformer, count: int) -> list[str]:
     """Passages of a sample of modules, as a library cuts them."""
     from llamory.documents import chunk_document, read_file
 
-    tokenizer, folder = passage_tokenizer(embedder), Path(sysconfig.get_path("stdlib"))
+    tokenizer, folder = chunk_tokenizer(embedder), Path(sysconfig.get_path("stdlib"))
     files = sorted(folder.glob("*.py"))
     random.Random(0).shuffle(files)
     texts: list[str] = []

@@ -35,7 +35,7 @@ from llamory.library import Library
 from llamory.longllama.loading import load_long_model
 from llamory.models.base import encode_document, load_model, load_tokenizer
 from llamory.qa.evidence import DEFAULT_EVIDENCE_RATIO
-from llamory.qa.generation import Manner, Speaker
+from llamory.qa.generation import GenerationSettings, Generator
 
 HOUSES = [
     f"{name} {kind}"
@@ -106,18 +106,22 @@ def memory_answers(
     for number, text in enumerate(texts):
         model.read(encode_document(text, tokenizer), memory, segment=str(number))
     sys.stdout.write(f"{memory.length():,} tokens in memory\n")
-    generator, generation_settings, answers = Speaker(model, tokenizer, name), Manner(max_new_tokens=ANSWER_TOKENS), []
-    choosing = 0.0
+    generator, generation_settings, answers = (
+        Generator(model, tokenizer, name),
+        GenerationSettings(max_new_tokens=ANSWER_TOKENS),
+        [],
+    )
+    selection_seconds = 0.0
     for case in asked:
         started = time.perf_counter()
         evidence = memory.slice(generator.select_evidence(case.question, memory, memory.segments, evidence_ratio))
-        choosing += time.perf_counter() - started
+        selection_seconds += time.perf_counter() - started
         answers.append(
             generator.answer(
                 generator.first_prompt(case.question), model.memory_cache(evidence), generation_settings
             ).text
         )
-    sys.stdout.write(f"{choosing / len(asked):.2f} s to choose what a question is about\n")
+    sys.stdout.write(f"{selection_seconds / len(asked):.2f} s to choose what a question is about\n")
     return answers
 
 
@@ -214,10 +218,10 @@ def main() -> None:
         if options.json:
             records = [
                 {"question": case.question, "key": case.key, "kind": case.kind}
-                | {way: given[number] for way, given in answers.items()}
+                | {way: way_answers[number] for way, way_answers in answers.items()}
                 for number, case in enumerate(asked)
             ]
-            right = {way: accuracy_by_kind(given, asked) for way, given in answers.items()}
+            right = {way: accuracy_by_kind(way_answers, asked) for way, way_answers in answers.items()}
             whole = {"about": about, "right": right, "answers": records}
             options.json.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -106,7 +106,7 @@ def index_library(folder: str, passages: int, dimension: int) -> dict[str, Any]:
     vectors, texts = make_vectors(passages, dimension), make_texts(passages)
     peak, start = Peak(), time.perf_counter()
     store = PassageStore.create(folder, Settings("made up", "0", dimension, 256))
-    store.begin()
+    store.start_write()
     for at in range(0, passages, BATCH):
         rows = [
             {
@@ -123,9 +123,9 @@ def index_library(folder: str, passages: int, dimension: int) -> dict[str, Any]:
         ]
         store.vectors([row["text"] for row in rows])
         store.write(rows, vectors[at : at + len(rows)], [])
-        store.mark({row["file"]: "content" for row in rows[:1]})
+        store.mark_indexed({row["file"]: "content" for row in rows[:1]})
     writing = {"writing_seconds": time.perf_counter() - start, "writing_peak": peak.bytes()}
-    store.end()
+    store.finish_write()
     return writing | {"seconds": time.perf_counter() - start, "peak": peak.bytes()}
 
 

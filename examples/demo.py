@@ -129,7 +129,7 @@ def ask(library: Library, question: str, out: Console) -> None:
         bar = "█" * round(20 * citation.share)
         out.print(f"  {bar:<20} {citation.share:4.0%}  {citation.title}", highlight=False, markup=False, soft_wrap=True)
     out.print(
-        f"  (from {answer.used_tokens} tokens of memory, {answer.tokens_read} tokens read for it; first word after "
+        f"  (from {answer.evidence_tokens} tokens of memory, {answer.tokens_read} tokens read for it; first word after "
         f"{answer.seconds_to_first_token:.1f} s)",
         highlight=False,
     )

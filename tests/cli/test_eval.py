@@ -236,7 +236,7 @@ def test_depths_are_a_number_of_them_or_a_list(llamory, models, model_folder, tm
         ),
         (
             ["--independent-documents", "--evidence-ratio", "0.5"],
-            "Error: A focus is a factor of at least 1, or 0 for none, not 0.5.",
+            "Error: evidence_ratio must be at least 1, or 0 to disable it, not 0.5.",
         ),
     ],
 )

@@ -115,16 +115,16 @@ def _model_of(book: Path) -> str:
 def test_ask_focuses_as_it_is_told(read, llamory, texts, book, monkeypatch) -> None:
     read(texts)
     monkeypatch.setattr("llamory.qa.evidence.question_likelihoods", lambda *_: torch.tensor([-9.0, -3.0]))
-    for focus, documents in (
+    for evidence_ratio, documents in (
         ([], 1),
         (["--evidence-ratio", "500"], 2),
         (["--evidence-ratio", "0"], 2),
         (["--evidence-ratio", "400"], 1),
     ):
-        ran = llamory("ask", "which river", "--memory", book, "--max-new-tokens", "2", "--json", *focus)
+        ran = llamory("ask", "which river", "--memory", book, "--max-new-tokens", "2", "--json", *evidence_ratio)
         answer = json.loads(ran.out)
-        assert (len(answer["used_documents"]), len(answer["documents"])) == (documents, 2)
-        assert (answer["used_tokens"] < answer["memory_tokens"]) == (documents == 1)
+        assert (len(answer["evidence_documents"]), len(answer["documents"])) == (documents, 2)
+        assert (answer["evidence_tokens"] < answer["memory_tokens"]) == (documents == 1)
 
 
 def test_streaming_reaches_the_reader_before_the_end(read, texts, book, monkeypatch, llamory) -> None:
@@ -174,7 +174,7 @@ def test_wrong_input_is_one_sentence_and_code_2(read, llamory, texts, book, make
     refused(llamory(*ask, "--max-question-tokens", "2"), "limit of 2")
     refused(llamory(*ask, "--document", "none.txt"), "none.txt", "texts/rivers.txt")
     refused(llamory("ask", "", "--memory", book), "blank")
-    refused(llamory(*ask, "--evidence-ratio", "0.5"), "factor of at least 1, or 0", "0.5")
+    refused(llamory(*ask, "--evidence-ratio", "0.5"), "must be at least 1, or 0", "0.5")
     assert book.read_bytes() == before
     assert sorted(path.name for path in book.parent.iterdir()) == ["book", "texts"]
     book.write_bytes(before[:-20])

@@ -47,12 +47,12 @@ def make_library(tmp_path, files, model_folder, reader_folder):
 def read(monkeypatch) -> list[str]:
     """Collects the names of documents that are read."""
     names: list[str] = []
-    whole = Reader.read
+    original_read = Reader.read
 
     def spy(self, documents, advance):
         documents = list(documents)
         names.extend(Path(document.source).name for document in documents)
-        return whole(self, documents, advance)
+        return original_read(self, documents, advance)
 
     monkeypatch.setattr(Reader, "read", spy)
     return names
@@ -87,7 +87,7 @@ def test_more_passages_are_looked_at_until_there_are_enough_documents(tmp_path, 
     (tmp_path / "few.md").write_text("# Few\n\na cat met a dog and money in a river")
     library = Library(tmp_path / "lib", model_folder, reader=reader_folder, **READING)
     library.add([tmp_path / "many.md", tmp_path / "few.md"], progress=False)
-    assert names(library.desk().find("cat", 2)) == ["many.md", "few.md"]
+    assert names(library.qa_session().find("cat", 2)) == ["many.md", "few.md"]
 
 
 def test_five_lines_are_enough(make_library) -> None:
@@ -128,16 +128,16 @@ def test_text_comes_while_it_is_made(make_library) -> None:
 @pytest.mark.parametrize("order", [["cats.md", "dogs.md", "money.txt"], ["money.txt", "cats.md", "dogs.md"]])
 def test_mounting_equals_a_dense_softmax_over_documents_read_alone(make_library, order, dtype, tolerance) -> None:
     library = make_library(mem_dtype=dtype)
-    desk = library.desk()
-    sources = desk.choose(order)
+    qa_session = library.qa_session()
+    sources = qa_session.resolve_documents(order)
     for source in sources:
-        desk.attach([source])  # each is computed apart
-    mounted = desk.attach(sources)
-    assert mounted.tokens_read == 0
-    model, asked = desk.reader.model, torch.tensor([[5, 40, 77, 123, 9]])
-    ids = [desk.reader.tokenize(document).ids for document in mounted.documents]
+        qa_session.attach([source])  # each is computed apart
+    loaded = qa_session.attach(sources)
+    assert loaded.tokens_read == 0
+    model, asked = qa_session.reader.model, torch.tensor([[5, 40, 77, 123, 9]])
+    ids = [qa_session.reader.tokenize(document).ids for document in loaded.documents]
     with torch.no_grad():
-        found = model(asked, past_key_values=model.memory_cache(mounted.memory)).logits[0]
+        found = model(asked, past_key_values=model.memory_cache(loaded.memory)).logits[0]
     seen = mounted_sight([len(each) for each in ids], asked.shape[1], READING["context_length"])
     plain = logits(model, torch.cat([*ids, asked[0]]).long(), seen, READING["mem_layers"])[-asked.shape[1] :]
     assert float((found.double() - plain).abs().max()) < tolerance * (1 if dtype == "float32" else float(plain.std()))
@@ -145,22 +145,22 @@ def test_mounting_equals_a_dense_softmax_over_documents_read_alone(make_library,
 
 def test_the_order_of_documents_makes_no_difference(make_library) -> None:
     library, asked = make_library(), torch.tensor([[5, 40, 77]])
-    desk = library.desk()
-    model, found = desk.reader.model, []
+    qa_session = library.qa_session()
+    model, found = qa_session.reader.model, []
     for order in (["cats", "dogs", "money"], ["dogs", "money", "cats"]):
-        mounted = desk.attach(desk.choose(order))
+        loaded = qa_session.attach(qa_session.resolve_documents(order))
         with torch.no_grad():
-            found.append(model(asked, past_key_values=model.memory_cache(mounted.memory)).logits)
+            found.append(model(asked, past_key_values=model.memory_cache(loaded.memory)).logits)
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
 
 
 def test_short_documents_read_together_are_as_if_read_alone(make_library, reader_folder) -> None:
     library = make_library(context_length=64)
-    library.read_ahead(progress=False)
-    desk = library.desk()
+    library.precompute_memory(progress=False)
+    qa_session = library.qa_session()
     model = load_long_model(reader_folder, **READING | {"context_length": 64})
-    for document in desk.documents(library.sources()):
-        alone, kept = model.read(desk.reader.tokenize(document).ids), desk.reader.known(document)
+    for document in qa_session.documents(library.sources()):
+        alone, kept = model.read(qa_session.reader.tokenize(document).ids), qa_session.reader.cached_memory(document)
         assert kept is not None
         for layer in (0, 1):
             torch.testing.assert_close(kept.keys(layer), alone.keys(layer), atol=1e-5, rtol=1e-5)
@@ -183,42 +183,47 @@ def test_documents_of_the_same_text_share_one_memory(make_library, files, model_
 def test_citations_are_the_dense_attention_of_question_and_answer(make_library, monkeypatch, left_out) -> None:
     if left_out:  # tokens of the first document
 
-        def chosen(_, question, memory, names, focus):
+        def selected(_, question, memory, names, evidence_ratio):
             return [SegmentSpan(name, left_out * (not i), memory.length(segment=name)) for i, name in enumerate(names)]
 
-        monkeypatch.setattr("llamory.qa.generation.choose", chosen)
+        monkeypatch.setattr("llamory.qa.generation.select_evidence", selected)
     library = make_library(context_length=64)
-    chat = LibraryChat(library.desk(), documents=["cats.md", "dogs.md"], citations=9)
-    answer = chat.say(QUESTION, max_new_tokens=6)
-    desk = library.desk()
-    speaker, model = desk.reader.speaker, desk.reader.model
-    documents = desk.documents(desk.choose(["cats.md", "dogs.md"]))
-    readings = [desk.reader.tokenize(document) for document in documents]
-    prompt = speaker.first_prompt(QUESTION)
-    own = speaker.own_words(QUESTION, first=True)
-    assert speaker.tokenizer.decode(prompt[:own]).startswith("Question:")
+    chat = LibraryChat(library.qa_session(), documents=["cats.md", "dogs.md"], citations=9)
+    answer = chat.ask(QUESTION, max_new_tokens=6)
+    qa_session = library.qa_session()
+    generator, model = qa_session.reader.generator, qa_session.reader.model
+    documents = qa_session.documents(qa_session.resolve_documents(["cats.md", "dogs.md"]))
+    tokenized_documents = [qa_session.reader.tokenize(document) for document in documents]
+    prompt = generator.first_prompt(QUESTION)
+    baseline_tokens = generator.num_baseline_tokens(QUESTION, first=True)
+    assert generator.tokenizer.decode(prompt[:baseline_tokens]).startswith("Question:")
     # The whole of it as one dense softmax: documents, question and answer.
     columns = [*prompt, *chat._chat._ids[len(prompt) :]]
-    ids = torch.cat([*(reading.ids.long() for reading in readings), torch.tensor(columns)])
+    ids = torch.cat([*(tokenized.ids.long() for tokenized in tokenized_documents), torch.tensor(columns)])
     dense: dict[int, torch.Tensor] = {}
-    lengths = [len(reading.ids) for reading in readings]
+    lengths = [len(tokenized.ids) for tokenized in tokenized_documents]
     seen = mounted_sight(lengths, len(columns), 64)
     seen.memory[sum(lengths) :, :left_out] = False
     logits(model, ids, seen, READING["mem_layers"], attention=dense)
     first = sum(lengths)
-    given, drawn = torch.zeros(first, dtype=torch.float64), torch.zeros(first, dtype=torch.float64)
+    attention_mass, baseline_corrected_mass = (
+        torch.zeros(first, dtype=torch.float64),
+        torch.zeros(first, dtype=torch.float64),
+    )
     for probabilities in dense.values():
         to_memory = probabilities[:, first:-1, :first]
-        usual = to_memory[:, :own].mean(1, keepdim=True)
-        drawn += (to_memory[:, own:] - BASELINE_FACTOR * usual).clamp(min=0).sum((0, 1))
-        given += to_memory[:, len(prompt) - 1 :].sum((0, 1))
+        baseline = to_memory[:, :baseline_tokens].mean(1, keepdim=True)
+        baseline_corrected_mass += (
+            (to_memory[:, baseline_tokens:] - BASELINE_FACTOR * baseline).clamp(min=0).sum((0, 1))
+        )
+        attention_mass += to_memory[:, len(prompt) - 1 :].sum((0, 1))
     expected, at = {}, 0
-    for document, reading in zip(documents, readings, strict=True):
-        ends = [*reading.starts[1:], len(reading.ids)]
-        for passage, start, end in zip(document.passages, reading.starts, ends, strict=True):
+    for document, tokenized in zip(documents, tokenized_documents, strict=True):
+        ends = [*tokenized.starts[1:], len(tokenized.ids)]
+        for passage, start, end in zip(document.passages, tokenized.starts, ends, strict=True):
             part = slice(at + start, at + end)
-            expected[passage.location] = (float(drawn[part].sum()), float(given[part].sum()))
-        at += len(reading.ids)
+            expected[passage.location] = (float(baseline_corrected_mass[part].sum()), float(attention_mass[part].sum()))
+        at += len(tokenized.ids)
     totals = [sum(each[i] for each in expected.values()) for i in (0, 1)]
     assert len(answer.citations) == sum(share > 0 for share, _ in expected.values())
     for citation in answer.citations:
@@ -238,7 +243,7 @@ def test_a_question_longer_than_a_window_is_cited_too(make_library) -> None:
 def test_a_citation_says_where_its_passage_stands(make_library, files) -> None:
     answer = ask(make_library(), documents=["dogs.md"], citations=9)
     found = {citation.line: citation for citation in answer.citations}
-    assert found[5].place == f"{files / 'pets' / 'dogs.md'}:5"
+    assert found[5].location == f"{files / 'pets' / 'dogs.md'}:5"
     assert (found[5].title, found[5].text) == ("Bones", "# Bones\n\na dog met a dog with the dog")
     assert len(ask(make_library(), citations=1).citations) == 1
     assert ask(make_library(), citations=0).citations == []
@@ -257,7 +262,7 @@ def test_what_was_read_once_is_not_read_again(make_library, read) -> None:
 
 def test_a_changed_documents_memory_is_never_used_and_goes(make_library, files, read) -> None:
     library = make_library()
-    library.read_ahead(progress=False)
+    library.precompute_memory(progress=False)
     before, read[:] = set(memories(library)), []
     (files / "cats.md").write_text("# Cats\n\nno cat at all\n")
     library.add(files, progress=False)
@@ -270,7 +275,7 @@ def test_a_changed_documents_memory_is_never_used_and_goes(make_library, files, 
 
 def test_a_removed_documents_memory_goes(make_library, files) -> None:
     library = make_library()
-    library.read_ahead(progress=False)
+    library.precompute_memory(progress=False)
     (files / "money.txt").unlink()
     library.add(files, progress=False)
     assert len(memories(library)) == 2
@@ -297,19 +302,19 @@ def test_damaged_and_exchanged_memories_are_read_again(make_library, read) -> No
 
 
 def test_memory_ahead_stays_within_the_budget_and_drives_nothing_out(make_library, read) -> None:
-    report = make_library().read_ahead(progress=False)
-    assert (report.read, report.there, report.left) == (3, 0, 0)
+    report = make_library().precompute_memory(progress=False)
+    assert (report.read, report.existing, report.remaining) == (3, 0, 0)
     sizes = [path.stat().st_size for path in memories(make_library())]
     assert report.bytes == sum(sizes)
     for path in memories(make_library()):
         path.unlink()
     budget = max(sizes) + (1 << 16)
-    report = make_library(memory_budget=budget).read_ahead(progress=False)
-    assert report.read + report.left == 3
+    report = make_library(memory_budget=budget).precompute_memory(progress=False)
+    assert report.read + report.remaining == 3
     assert 0 < report.bytes <= budget
     read.clear()
-    again = make_library(memory_budget=budget).read_ahead(progress=False)
-    assert (again.read, again.there, again.left, read) == (0, report.read, report.left, [])
+    again = make_library(memory_budget=budget).precompute_memory(progress=False)
+    assert (again.read, again.existing, again.remaining, read) == (0, report.read, report.remaining, [])
 
 
 def test_a_library_says_what_its_memories_take(make_library, reader_folder) -> None:
@@ -340,7 +345,7 @@ def test_pages_are_kept_with_their_memory_and_go_with_it(make_library, files, mo
     monkeypatch.setattr(stretches, "_build", None)  # none are made anew
     again = ask(make_library(**settings), documents=["long", "cats"])
     assert (again.text, again.citations) == (wanted.text, wanted.citations)
-    report = make_library(**settings | {"memory_budget": 1}).read_ahead(progress=False)
+    report = make_library(**settings | {"memory_budget": 1}).precompute_memory(progress=False)
     assert (report.bytes, list(folder.glob("*.pages"))) == (0, [])
 
 
@@ -349,7 +354,7 @@ def test_a_library_knows_who_read_it(make_library, tmp_path, reader_folder, read
     plain = Library(tmp_path / "lib")
     ask(plain, documents=["money.txt"])
     assert read == ["money.txt"]
-    assert plain.desk().reader.name == str(reader_folder)
+    assert plain.qa_session().reader.name == str(reader_folder)
 
 
 def test_a_loaded_model_reads_too(make_library, reader_folder) -> None:
@@ -386,19 +391,19 @@ def test_a_full_disk_does_not_hide_the_answer(make_library, monkeypatch, caplog)
 
 
 def test_documents_are_chosen_by_source_end_stem_or_pattern(make_library, files) -> None:
-    desk = make_library().desk()
+    qa_session = make_library().qa_session()
     dogs = str(files / "pets" / "dogs.md")
     for name in (dogs, "dogs.md", "pets/dogs.md", "dogs"):
-        assert desk.choose([name]) == [dogs]
-    assert names(desk.choose(["*.md"])) == ["cats.md", "dogs.md"]
-    assert names(desk.choose(["money.txt", "pets/*", "dogs"])) == ["money.txt", "dogs.md"]
+        assert qa_session.resolve_documents([name]) == [dogs]
+    assert names(qa_session.resolve_documents(["*.md"])) == ["cats.md", "dogs.md"]
+    assert names(qa_session.resolve_documents(["money.txt", "pets/*", "dogs"])) == ["money.txt", "dogs.md"]
     with pytest.raises(LlamoryError, match=r"no document birds.md in the library; give one of these names: .*cats.md"):
-        desk.choose(["birds.md"])
+        qa_session.resolve_documents(["birds.md"])
     (files / "dogs.txt").write_text("a dog")
     library = make_library()
     library.add(files, progress=False)
     with pytest.raises(LlamoryError, match="dogs may be several documents"):
-        library.desk().choose(["dogs"])
+        library.qa_session().resolve_documents(["dogs"])
 
 
 @pytest.mark.parametrize(
@@ -445,11 +450,11 @@ def test_an_empty_library_says_so(tmp_path, model_folder) -> None:
 
 def test_each_question_of_a_chat_brings_its_documents_and_all_stay(make_library) -> None:
     chat = make_library().chat(top=1)
-    assert names(chat.say("the cat", max_new_tokens=4).documents) == ["cats.md"]
-    second = chat.say("a dog", max_new_tokens=4, on_text=None)
+    assert names(chat.ask("the cat", max_new_tokens=4).documents) == ["cats.md"]
+    second = chat.ask("a dog", max_new_tokens=4, on_text=None)
     assert names(second.documents) == ["cats.md", "dogs.md"]
     assert {Path(each.source).name for each in second.citations} <= {"cats.md", "dogs.md"}
-    assert chat.say("a dog", max_new_tokens=4).tokens_read == 0
+    assert chat.ask("a dog", max_new_tokens=4).tokens_read == 0
     assert [turn.question for turn in chat.turns] == ["the cat", "a dog", "a dog"]
     assert chat._chat.memory.segments[-1] == "conversation"
 
@@ -457,14 +462,14 @@ def test_each_question_of_a_chat_brings_its_documents_and_all_stay(make_library)
 def test_documents_chosen_by_hand_are_the_only_ones_of_a_chat(make_library) -> None:
     chat = make_library().chat(documents=["money"])
     for question in ("the cat", "a dog"):
-        assert names(chat.say(question, max_new_tokens=4).documents) == ["money.txt"]
+        assert names(chat.ask(question, max_new_tokens=4).documents) == ["money.txt"]
 
 
 def test_a_chat_is_saved_with_its_documents(make_library, tmp_path) -> None:
     chat = make_library().chat(top=1)
     with pytest.raises(LlamoryError, match="Nothing was said"):
         chat.save(tmp_path / "kept")
-    chat.say("the cat", max_new_tokens=4)
+    chat.ask("the cat", max_new_tokens=4)
     chat.save(tmp_path / "kept")
     assert names(MemoryBank.load(tmp_path / "kept").segments) == ["cats.md", "conversation"]
 
@@ -475,24 +480,24 @@ def test_a_chat_is_saved_with_its_documents(make_library, tmp_path) -> None:
 @pytest.mark.parametrize("context_length", [16, 64])
 def test_reading_ahead_goes_on_where_it_was_stopped(make_library, monkeypatch, context_length) -> None:
     wanted = make_library(context_length=context_length)
-    wanted.read_ahead(progress=False)
+    wanted.precompute_memory(progress=False)
     whole = {path.name: path.read_bytes() for path in memories(wanted)}
     for path in memories(wanted):
         path.unlink()
-    keep, kept = Reader.keep, []
+    store_memory, stored = Reader.store, []
 
     def stop(self, document, bank, others=()):
-        if len(kept) == 2:
+        if len(stored) == 2:
             raise KeyboardInterrupt
-        kept.append(document.source)
-        return keep(self, document, bank, others)
+        stored.append(document.source)
+        return store_memory(self, document, bank, others)
 
-    monkeypatch.setattr(Reader, "keep", stop)
+    monkeypatch.setattr(Reader, "store", stop)
     with pytest.raises(KeyboardInterrupt):
-        make_library(context_length=context_length).read_ahead(progress=False)
-    monkeypatch.setattr(Reader, "keep", keep)
-    report = make_library(context_length=context_length).read_ahead(progress=False)
-    assert (report.there, report.read) == (2, 1)
+        make_library(context_length=context_length).precompute_memory(progress=False)
+    monkeypatch.setattr(Reader, "store", store_memory)
+    report = make_library(context_length=context_length).precompute_memory(progress=False)
+    assert (report.existing, report.read) == (2, 1)
     assert {path.name for path in memories(wanted)} == set(whole)
 
 
@@ -502,12 +507,12 @@ def test_an_answer_that_was_interrupted_leaves_the_library_as_it_was(make_librar
 
     library = make_library()
     wanted = ask(library)
-    library.desk().reader.tokenizer.decode, decode = (
+    library.qa_session().reader.tokenizer.decode, decode = (
         (lambda ids, **_: "".join(f"{int(i)} " for i in ids)),
-        library.desk().reader.tokenizer.decode,
+        library.qa_session().reader.tokenizer.decode,
     )
     with pytest.raises(KeyboardInterrupt):
         ask(library, on_text=stop)
-    library.desk().reader.tokenizer.decode = decode
+    library.qa_session().reader.tokenizer.decode = decode
     again = ask(library)
     assert (again.text, again.citations) == (wanted.text, wanted.citations)

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from llamory.documents import Chunk
-from llamory.library.citations import cite, passage_masses
+from llamory.library.citations import cite, sum_mass_by_chunk
 
 PASSAGES = [Chunk(text, "a.md", text.title(), line) for line, text in enumerate("one two three".split(), start=1)]
 
 
 def test_a_passages_mass_is_the_sum_over_its_tokens_and_a_mark_in_front_is_nobodys() -> None:
     mass = torch.tensor([[9.0, 1, 2, 3, 4], [0.0, 1, 1, 1, 1]])
-    assert passage_masses(mass, [1, 2, 2]).tolist() == [[1, 1], [0, 0], [9, 3]]
+    assert sum_mass_by_chunk(mass, [1, 2, 2]).tolist() == [[1, 1], [0, 0], [9, 3]]
 
 
 def test_those_that_drew_most_come_first_and_shares_are_of_all() -> None:

@@ -195,8 +195,8 @@ def test_the_same_path_in_other_words_is_the_same_source(tmp_path, docs, model_f
 
 
 def test_many_commits_are_tidied_on_the_way(tmp_path, model_folder, monkeypatch):
-    monkeypatch.setattr(engine_module, "PASSAGES_PER_BATCH", 1)
-    monkeypatch.setattr(store_module, "COMMITS_PER_TIDY", 4)
+    monkeypatch.setattr(engine_module, "CHUNKS_PER_BATCH", 1)
+    monkeypatch.setattr(store_module, "COMMITS_PER_COMPACTION", 4)
     folder = tmp_path / "docs"
     folder.mkdir()
     for i in range(10):
@@ -227,7 +227,7 @@ def stop_at(monkeypatch):
 
 
 def test_a_stopped_run_keeps_whole_documents_and_the_next_goes_on(tmp_path, model_folder, monkeypatch, stop_at):
-    monkeypatch.setattr(engine_module, "PASSAGES_PER_BATCH", 4)
+    monkeypatch.setattr(engine_module, "CHUNKS_PER_BATCH", 4)
     folder = tmp_path / "docs"
     folder.mkdir()
     for name, word in [("a", "cat"), ("b", "dog"), ("c", "river"), ("d", "money")]:

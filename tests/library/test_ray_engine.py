@@ -18,7 +18,7 @@ from llamory.errors import LlamoryError
 from llamory.library import Library
 from llamory.library import ray as ray_engine
 from llamory.library.indexer import Batch
-from llamory.library.ray import Embedder, Parcel, RayEngine, Reader, _Receiver
+from llamory.library.ray import BatchMessage, Embedder, FileReader, RayEngine, _Deduplicator
 
 FILES, DOCUMENTS = 24, 3
 
@@ -41,15 +41,15 @@ def contents(library: Library) -> dict:
     table = library._store._table.to_arrow().to_pylist()
     rows = {(row["source"], row["position"]): row for row in table}
     assert len(rows) == len(table), "a passage is there twice"
-    vectors = {place: row.pop("vector") for place, row in rows.items()}
-    return {"rows": rows, "vectors": vectors, "marks": library._store.marks()}
+    vectors = {row_key: row.pop("vector") for row_key, row in rows.items()}
+    return {"rows": rows, "vectors": vectors, "file_index": library._store.file_index()}
 
 
 def assert_same(one: Library, other: Library) -> None:
     a, b = contents(one), contents(other)
-    assert a["rows"] == b["rows"] and a["marks"] == b["marks"]
-    for place, vector in a["vectors"].items():
-        np.testing.assert_allclose(vector, b["vectors"][place], atol=1e-6)
+    assert a["rows"] == b["rows"] and a["file_index"] == b["file_index"]
+    for row_key, vector in a["vectors"].items():
+        np.testing.assert_allclose(vector, b["vectors"][row_key], atol=1e-6)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_worker_killed_midway_loses_and_doubles_nothing(cluster, tmp_path, fol
     def run_and_kill(self, tasks):
         for count, batch in enumerate(run(self, tasks)):
             if count == 2:
-                killed.extend(kill_one("Embedder") + kill_one("Reader"))
+                killed.extend(kill_one("Embedder") + kill_one("FileReader"))
             yield batch
 
     monkeypatch.setattr(RayEngine, "run", run_and_kill)
@@ -118,7 +118,7 @@ def test_what_is_unchanged_changed_gone_and_broken_is_told_as_without_ray(cluste
         for number in ("added", "unchanged", "updated", "removed"):
             assert getattr(before, number) == getattr(after, number), number
     assert local[1].failed and local[1].removed and local[1].updated
-    assert on_ray[2]["marks"].keys() == local[2]["marks"].keys()
+    assert on_ray[2]["file_index"].keys() == local[2]["file_index"].keys()
     assert on_ray[2]["rows"].keys() == local[2]["rows"].keys()
 
 
@@ -128,10 +128,10 @@ def test_a_run_whose_own_process_is_killed_is_finished_by_the_next(tmp_path, fol
         "from llamory.library import Library\n"
         "from llamory.library import ray as ray_engine\n"
         "from llamory.library.update import Update\n"
-        "ray_engine.FILES_PER_CALL, take = 2, Update.take\n"
+        "ray_engine.FILES_PER_CALL, write_batch = 2, Update.write_batch\n"
         "def slowly(self, batch):\n"
-        "    take(self, batch); print('written', flush=True); time.sleep(0.3)\n"
-        "Update.take = slowly\n"
+        "    write_batch(self, batch); print('written', flush=True); time.sleep(0.3)\n"
+        "Update.write_batch = slowly\n"
         "Library(sys.argv[1], sys.argv[2]).add(sys.argv[3], engine='ray', progress=False)\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "library"), str(model_folder), str(folder)]
@@ -180,35 +180,37 @@ def test_an_address_without_a_cluster_is_told_at_once(tmp_path, folder, embedder
 def test_parcels_that_arrive_twice_count_once():
     row = {"source": "a", "file": "a"}
     vectors = np.ones((1, 2), dtype=np.float32)
-    parcels = [
-        Parcel(Batch([row], vectors, ["b"]), {"a": "first"}, embedded=1),
-        Parcel(Batch([row, {"source": "c", "file": "a"}], np.ones((2, 2)), ["b"], {"a": "content"}), {"a": "second"}),
-        Parcel(Batch(finished={"d": "content"}), {"d": "third"}),
+    messages = [
+        BatchMessage(Batch([row], vectors, ["b"]), {"a": "first"}, embedded=1),
+        BatchMessage(
+            Batch([row, {"source": "c", "file": "a"}], np.ones((2, 2)), ["b"], {"a": "content"}), {"a": "second"}
+        ),
+        BatchMessage(Batch(completed_files={"d": "content"}), {"d": "third"}),
     ]
-    told: list[int] = []
-    batches = list(_Receiver(told.append).batches(iter(parcels)))
+    counts: list[int] = []
+    batches = list(_Deduplicator(counts.append).batches(iter(messages)))
     assert [[row["source"] for row in batch.rows] for batch in batches] == [["a"], ["c"], []]
     assert [None if batch.vectors is None else len(batch.vectors) for batch in batches] == [1, 1, None]
     assert [batch.unchanged for batch in batches] == [["b"], [], []]
-    assert batches[1].finished == {"a": ""}, "a file put together from two readings isn't noted as read"
-    assert batches[2].finished == {"d": "content"} and sum(told) == 1
+    assert batches[1].completed_files == {"a": ""}, "a file put together from two readings isn't noted as read"
+    assert batches[2].completed_files == {"d": "content"} and sum(counts) == 1
 
 
 def test_an_embedder_uses_what_the_library_holds(tmp_path, folder, model_folder, expected, embedder):
     import pickle
 
-    from llamory.embedding.library_encoder import fingerprint, passage_tokenizer
-    from llamory.library.indexer import FileTask, Recipe
+    from llamory.embedding.library_encoder import chunk_tokenizer, fingerprint
+    from llamory.library.indexer import ChunkingConfig, FileTask
 
-    recipe = Recipe(chunk_size=256)
-    reader = Reader(recipe, passage_tokenizer(embedder))
-    actor = Embedder(recipe, str(model_folder), fingerprint(embedder), str(tmp_path / "expected"), "cpu")
+    config = ChunkingConfig(chunk_size=256)
+    reader = FileReader(config, chunk_tokenizer(embedder))
+    actor = Embedder(config, str(model_folder), fingerprint(embedder), str(tmp_path / "expected"), "cpu")
     new = tmp_path / "new.jsonl"
     new.write_text('{"text": "the cat 1 met dog number 0 at the river"}\n{"text": "money"}\n')
     rows = list(reader({"tasks": [pickle.dumps([FileTask(str(new))])]}))
-    (packed,) = actor(rows[0])
-    parcel = pickle.loads(packed["parcel"][0])
-    assert len(parcel.batch.rows) == 2 and parcel.embedded == 1
+    (output,) = actor(rows[0])
+    message = pickle.loads(output["message"][0])
+    assert len(message.batch.rows) == 2 and message.embedded == 1
     np.testing.assert_allclose(
-        parcel.batch.vectors, embedder.encode_document([row["text"] for row in parcel.batch.rows]), atol=1e-6
+        message.batch.vectors, embedder.encode_document([row["text"] for row in message.batch.rows]), atol=1e-6
     )

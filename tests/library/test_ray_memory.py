@@ -50,10 +50,12 @@ def assert_right(memories, texts):
 
 def test_a_writer_gives_the_files_of_its_readers_memories():
     number, memories, error = MemoryWriter(make_readers()).read(7, TEXTS[:3])
-    assert (number, error) == (7, "") and sorted(place for place, _, _ in memories) == [0, 1, 2]
-    for place, told, data in memories:
-        assert {source for source, _ in told} == {TEXTS[place]} and sum(n for _, n in told) == len(TEXTS[place])
-        assert_right([(TEXTS[place], ray_memory._loaded(data))], [TEXTS[place]])
+    assert (number, error) == (7, "") and sorted(index for index, _, _ in memories) == [0, 1, 2]
+    for index, progress_events, data in memories:
+        assert {source for source, _ in progress_events} == {TEXTS[index]} and sum(
+            n for _, n in progress_events
+        ) == len(TEXTS[index])
+        assert_right([(TEXTS[index], ray_memory._from_bytes(data))], [TEXTS[index]])
 
 
 def test_what_cant_be_read_comes_back_as_a_sentence():
@@ -66,10 +68,10 @@ def test_what_cant_be_read_comes_back_as_a_sentence():
 
 def test_a_writer_killed_midway_loses_and_doubles_nothing(cluster, monkeypatch):
     monkeypatch.setattr(ray_memory, "DOCUMENTS_PER_CALL", 2)
-    told: dict[str, int] = {}
+    token_counts: dict[str, int] = {}
 
     def advance(source, tokens):
-        told[source] = told.get(source, 0) + tokens
+        token_counts[source] = token_counts.get(source, 0) + tokens
 
     memories, killed = [], False
     with MemoryWriters(make_readers(seconds=0.2)) as writers:
@@ -82,7 +84,7 @@ def test_a_writer_killed_midway_loses_and_doubles_nothing(cluster, monkeypatch):
             list(writers.read(["broken"]))
     assert killed
     assert_right(memories, TEXTS)
-    assert told == {text: len(text) for text in TEXTS}
+    assert token_counts == {text: len(text) for text in TEXTS}
 
 
 def kill_one(actor: str) -> bool:

@@ -146,8 +146,8 @@ def test_two_that_make_a_library_at_once_make_one(tmp_path, docs, model_folder, 
 
 
 def test_an_object_store_has_its_lock_on_this_machine():
-    place = lock_path("s3://shelf/library")
-    assert place.parent.is_dir() and place != lock_path("s3://shelf/other")
+    path = lock_path("s3://shelf/library")
+    assert path.parent.is_dir() and path != lock_path("s3://shelf/other")
     with (
         write_lock("s3://shelf/library"),
         pytest.raises(LlamoryError, match="Another process"),
@@ -157,8 +157,8 @@ def test_an_object_store_has_its_lock_on_this_machine():
 
 
 def test_reading_goes_on_while_another_writes(tmp_path, model_folder, monkeypatch):
-    monkeypatch.setattr(engine_module, "PASSAGES_PER_BATCH", 2)
-    monkeypatch.setattr(store_module, "COMMITS_PER_TIDY", 3)
+    monkeypatch.setattr(engine_module, "CHUNKS_PER_BATCH", 2)
+    monkeypatch.setattr(store_module, "COMMITS_PER_COMPACTION", 3)
     docs = tmp_path / "docs"
     docs.mkdir()
 

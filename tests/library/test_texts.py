@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llamory.documents import Chunk
-from llamory.ingest.stored_documents import StoredDocument, tokenized
+from llamory.ingest.stored_documents import StoredDocument, tokenize_document
 
 
 def document(*texts: str, title: str = "") -> StoredDocument:
@@ -21,33 +21,36 @@ def tokenizer(reader_folder):
 
 
 def test_passages_are_joined_and_the_title_goes_first() -> None:
-    assert document("one", "two", title="Top").pieces == ["Top\n\none\n\n", "two"]
-    assert document("# Top\n\none", "two", title="Top").pieces == ["# Top\n\none\n\n", "two"]
-    assert document("one").pieces == ["one"]
+    assert document("one", "two", title="Top").chunk_texts == ["Top\n\none\n\n", "two"]
+    assert document("# Top\n\none", "two", title="Top").chunk_texts == ["# Top\n\none\n\n", "two"]
+    assert document("one").chunk_texts == ["one"]
 
 
 @settings(max_examples=60, deadline=None)
-@given(texts=st.lists(st.text(min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=5), marks=st.booleans())
-def test_every_token_is_of_the_passage_that_its_text_is_of(tokenizer, texts, marks) -> None:
-    begins = [0] if marks else []
+@given(
+    texts=st.lists(st.text(min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=5),
+    with_prefix=st.booleans(),
+)
+def test_every_token_is_of_the_passage_that_its_text_is_of(tokenizer, texts, with_prefix) -> None:
+    prefix_ids = [0] if with_prefix else []
     found = document(*texts)
-    reading = tokenized(found, tokenizer, begins)
-    assert reading.starts[0] == len(begins)
-    assert reading.ids[: len(begins)].tolist() == begins
-    parts = [reading.ids[a:b] for a, b in pairwise([*reading.starts, len(reading.ids)])]
+    tokens = tokenize_document(found, tokenizer, prefix_ids)
+    assert tokens.starts[0] == len(prefix_ids)
+    assert tokens.ids[: len(prefix_ids)].tolist() == prefix_ids
+    parts = [tokens.ids[a:b] for a, b in pairwise([*tokens.starts, len(tokens.ids)])]
     # A byte-level token may stand over an edge only within the blank lines between passages.
     assert [tokenizer.decode(part).strip("\n") for part in parts] == [
-        piece.strip("\n") for piece in tokenized_alone(found, tokenizer)
+        text.strip("\n") for text in tokenize_alone(found, tokenizer)
     ]
 
 
-def tokenized_alone(found, tokenizer) -> list[str]:
-    return [tokenizer.decode(tokenizer(piece, split_special_tokens=True)["input_ids"]) for piece in found.pieces]
+def tokenize_alone(found, tokenizer) -> list[str]:
+    return [tokenizer.decode(tokenizer(text, split_special_tokens=True)["input_ids"]) for text in found.chunk_texts]
 
 
 def test_a_special_token_that_is_spelt_out_is_plain_text(tokenizer) -> None:
-    reading = tokenized(document("a<|end|>b"), tokenizer, [])
-    assert tokenizer.eos_token_id not in reading.ids.tolist()
+    tokens = tokenize_document(document("a<|end|>b"), tokenizer, [])
+    assert tokenizer.eos_token_id not in tokens.ids.tolist()
 
 
 def test_the_key_changes_with_text_title_cut_and_reader_and_with_nothing_else() -> None:

@@ -23,14 +23,14 @@ def asked(request):
     return model, ids, dense, plain
 
 
-def ask(model, ids, log):
+def ask(model, ids, recorder):
     """Read the documents and feed the question at once, then the answer token by token, as `generate` does."""
     memory, first = model.new_memory(), 0
     for number, length in enumerate(DOCUMENTS):
         model.read(ids[first : first + length], memory, segment=str(number))
         first += length
     cache = model.memory_cache(memory)
-    cache.observer = log
+    cache.observer = recorder
     rest, found = ids[first:], []
     with torch.no_grad():
         for part in (rest[:QUESTION], *rest[QUESTION:-1].split(1)):
@@ -38,9 +38,9 @@ def ask(model, ids, log):
     return memory, torch.cat(found)
 
 
-def mass_of(model, memory, log, segments):
+def mass_of(model, memory, recorder, segments):
     scalings = {layer: model.model.layers[layer].self_attn.scaling for layer in memory.layers}
-    return log.mass(memory, segments, scalings, baseline_tokens=OWN, question=QUESTION, answer=ANSWER)
+    return recorder.mass(memory, segments, scalings, baseline_tokens=OWN, question=QUESTION, answer=ANSWER)
 
 
 def expected(dense, ids):
@@ -60,11 +60,11 @@ def expected(dense, ids):
 
 def test_masses_are_those_of_the_dense_softmax(asked) -> None:
     model, ids, dense, plain = asked
-    log = AttentionRecorder()
-    memory, found = ask(model, ids, log)
+    recorder = AttentionRecorder()
+    memory, found = ask(model, ids, recorder)
     torch.testing.assert_close(found.double(), plain[sum(DOCUMENTS) : -1], atol=1e-5, rtol=1e-5)
     attention_mass, baseline_corrected_mass = expected(dense, ids)
-    mass = mass_of(model, memory, log, ["0", "1", "2"])
+    mass = mass_of(model, memory, recorder, ["0", "1", "2"])
     torch.testing.assert_close(mass.attention_mass, attention_mass, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(mass.baseline_corrected_mass, baseline_corrected_mass, atol=1e-5, rtol=1e-4)
     assert float(baseline_corrected_mass.max()) > 0.05
@@ -72,23 +72,23 @@ def test_masses_are_those_of_the_dense_softmax(asked) -> None:
 
 def test_segments_come_in_the_order_asked_for_and_can_be_left_out(asked) -> None:
     model, ids, dense, _ = asked
-    log = AttentionRecorder()
-    memory, _ = ask(model, ids, log)
+    recorder = AttentionRecorder()
+    memory, _ = ask(model, ids, recorder)
     attention_mass, _ = expected(dense, ids)
     zero, _, two = attention_mass.split(DOCUMENTS)
-    mass = mass_of(model, memory, log, ["2", "0"])
+    mass = mass_of(model, memory, recorder, ["2", "0"])
     torch.testing.assert_close(mass.attention_mass, torch.cat([two, zero]), atol=1e-5, rtol=1e-4)
-    assert mass_of(model, memory, log, []).attention_mass.shape == (0,)
+    assert mass_of(model, memory, recorder, []).attention_mass.shape == (0,)
 
 
 @pytest.mark.parametrize("chunk", [7, 64])
 def test_chunks_make_no_difference(asked, monkeypatch, chunk) -> None:
     model, ids, dense, _ = asked
-    monkeypatch.setattr(shares, "CHUNK", chunk)
-    log = AttentionRecorder()
-    memory, _ = ask(model, ids, log)
+    monkeypatch.setattr(shares, "SCORE_BATCH_TOKENS", chunk)
+    recorder = AttentionRecorder()
+    memory, _ = ask(model, ids, recorder)
     torch.testing.assert_close(
-        mass_of(model, memory, log, ["0", "1", "2"]).attention_mass, expected(dense, ids)[0], atol=1e-5, rtol=1e-4
+        mass_of(model, memory, recorder, ["0", "1", "2"]).attention_mass, expected(dense, ids)[0], atol=1e-5, rtol=1e-4
     )
 
 
@@ -96,20 +96,22 @@ def test_a_long_answer_is_measured_at_some_steps_the_last_among_them(asked, monk
     model, ids, dense, _ = asked
     monkeypatch.setattr(shares, "MAX_SCORES", 1)
     monkeypatch.setattr(shares, "MIN_STEPS", 1)
-    log = AttentionRecorder()
-    memory, _ = ask(model, ids, log)
+    recorder = AttentionRecorder()
+    memory, _ = ask(model, ids, recorder)
     first = sum(DOCUMENTS)
     last = sum(dense[layer][:, -2, :first].sum(0) for layer in (1, 2))
-    torch.testing.assert_close(mass_of(model, memory, log, ["0", "1", "2"]).attention_mass, last, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        mass_of(model, memory, recorder, ["0", "1", "2"]).attention_mass, last, atol=1e-5, rtol=1e-4
+    )
 
 
 def test_what_was_asked_before_can_be_forgotten(asked) -> None:
     model, ids, _, _ = asked
-    log = AttentionRecorder()
-    memory, _ = ask(model, ids, log)
-    wanted = mass_of(model, memory, log, ["1"]).baseline_corrected_mass
-    log.clear()
-    memory, _ = ask(model, ids, log)
-    torch.testing.assert_close(mass_of(model, memory, log, ["1"]).baseline_corrected_mass, wanted)
+    recorder = AttentionRecorder()
+    memory, _ = ask(model, ids, recorder)
+    wanted = mass_of(model, memory, recorder, ["1"]).baseline_corrected_mass
+    recorder.clear()
+    memory, _ = ask(model, ids, recorder)
+    torch.testing.assert_close(mass_of(model, memory, recorder, ["1"]).baseline_corrected_mass, wanted)
     assert isinstance(model.memory_cache(memory), LongLlamaCache)
     assert model.memory_cache(memory).observer is None

@@ -30,5 +30,5 @@ def read(model_folder: Path, tmp_path: Path):
 
 
 @pytest.fixture
-def book(tmp_path: Path) -> Path:
+def memory_file(tmp_path: Path) -> Path:
     return tmp_path / "book"

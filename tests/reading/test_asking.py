@@ -21,22 +21,25 @@ QUESTION = "which river has a bridge of stone"
 
 
 @pytest.fixture(scope="module")
-def books(tmp_path_factory, model_folder) -> tuple[Path, Path]:
+def memory_files(tmp_path_factory, model_folder) -> tuple[Path, Path]:
     """Two memories; both have a document a.txt, of different content."""
     folder = tmp_path_factory.mktemp("books")
     made = []
-    for book, texts in {"one": {"a": "silver river " * 12, "b": "stone bridge"}, "two": {"a": "candle forest"}}.items():
-        (folder / f"{book}-texts").mkdir()
+    for memory_file, texts in {
+        "one": {"a": "silver river " * 12, "b": "stone bridge"},
+        "two": {"a": "candle forest"},
+    }.items():
+        (folder / f"{memory_file}-texts").mkdir()
         for name, text in texts.items():
-            (folder / f"{book}-texts" / f"{name}.txt").write_text(text)
-        files = [folder / f"{book}-texts" / f"{name}.txt" for name in texts]
-        read_documents_into(folder / book, files, model=model_folder, progress=False, **SETTINGS)
-        made.append(folder / book)
+            (folder / f"{memory_file}-texts" / f"{name}.txt").write_text(text)
+        files = [folder / f"{memory_file}-texts" / f"{name}.txt" for name in texts]
+        read_documents_into(folder / memory_file, files, model=model_folder, progress=False, **SETTINGS)
+        made.append(folder / memory_file)
     return made[0], made[1]
 
 
-def test_the_answer_is_what_the_model_says_with_that_memory(books, model_folder) -> None:
-    answer = ask(QUESTION, books[0], max_new_tokens=12)
+def test_the_answer_is_what_the_model_says_with_that_memory(memory_files, model_folder) -> None:
+    answer = ask(QUESTION, memory_files[0], max_new_tokens=12)
     model, tokenizer = load_long_model(model_folder, **SETTINGS), AutoTokenizer.from_pretrained(model_folder)
     memory = model.new_memory()
     for name, text in {"a": "silver river " * 12, "b": "stone bridge"}.items():
@@ -56,8 +59,8 @@ def test_the_answer_is_what_the_model_says_with_that_memory(books, model_folder)
     assert 0 < answer.seconds_to_first_token <= answer.seconds
 
 
-def test_the_answer_comes_while_it_is_made(books, monkeypatch) -> None:
-    opened, log = OpenMemory(books[0]), []
+def test_the_answer_comes_while_it_is_made(memory_files, monkeypatch) -> None:
+    opened, log = OpenMemory(memory_files[0]), []
     forward = type(opened.model).forward
 
     @functools.wraps(forward)  # generate looks at its parameters
@@ -68,73 +71,73 @@ def test_the_answer_comes_while_it_is_made(books, monkeypatch) -> None:
     monkeypatch.setattr(type(opened.model), "forward", counted)
     # A random model has no words in its answers; with another tokenizer each token is one.
     monkeypatch.setattr(opened.tokenizer, "decode", lambda ids, **_: "".join(f"{int(i)} " for i in ids))
-    answer = opened.ask(QUESTION, max_new_tokens=8, on_text=log.append, focus=0)
+    answer = opened.ask(QUESTION, max_new_tokens=8, on_text=log.append, evidence_ratio=0)
     texts = [entry for entry in log if entry is not None]
     assert "".join(texts).strip() == answer.answer
     assert len(texts) == answer.answer_tokens
     assert log[:4] == [None, texts[0], None, texts[1]]
 
 
-def test_asking_leaves_the_memory_as_it_is(books) -> None:
-    before, opened = [book.read_bytes() for book in books], OpenMemory(books)
+def test_asking_leaves_the_memory_as_it_is(memory_files) -> None:
+    before, opened = [memory_file.read_bytes() for memory_file in memory_files], OpenMemory(memory_files)
     first = opened.ask(QUESTION, max_new_tokens=40)
     opened.ask("something else", max_new_tokens=30)
     again = opened.ask(QUESTION, max_new_tokens=40)
     assert (again.answer, again.memory_tokens) == (first.answer, first.memory_tokens)
-    assert [book.read_bytes() for book in books] == before
+    assert [memory_file.read_bytes() for memory_file in memory_files] == before
 
 
-def test_several_memories_are_one(books) -> None:
-    opened = OpenMemory(books)
+def test_several_memories_are_one(memory_files) -> None:
+    opened = OpenMemory(memory_files)
     assert opened.documents == ("a.txt", "b.txt", "two:a.txt")
-    one, two = (MemoryBank.load(book) for book in books)
+    one, two = (MemoryBank.load(memory_file) for memory_file in memory_files)
     assert torch.equal(opened.memory.keys(1), torch.cat([one.keys(1), two.keys(1)], 1))
-    assert OpenMemory([books[0], books[0]]).documents == ("a.txt", "b.txt")
+    assert OpenMemory([memory_files[0], memory_files[0]]).documents == ("a.txt", "b.txt")
 
 
-def test_documents_are_chosen_by_name_end_of_name_or_title(books) -> None:
-    assert OpenMemory(books, documents=["two:a.txt", "b.txt"]).documents == ("two:a.txt", "b.txt")
-    assert OpenMemory(books, documents=["a.txt"]).documents == ("a.txt",)
-    assert OpenMemory(books, documents=["b"]).documents == ("b.txt",)
+def test_documents_are_chosen_by_name_end_of_name_or_title(memory_files) -> None:
+    assert OpenMemory(memory_files, documents=["two:a.txt", "b.txt"]).documents == ("two:a.txt", "b.txt")
+    assert OpenMemory(memory_files, documents=["a.txt"]).documents == ("a.txt",)
+    assert OpenMemory(memory_files, documents=["b"]).documents == ("b.txt",)
     with pytest.raises(LlamoryError, match=r"no document c\.txt in memory; .* a\.txt, b\.txt, two:a\.txt"):
-        OpenMemory(books, documents=["c.txt"])
+        OpenMemory(memory_files, documents=["c.txt"])
     with pytest.raises(LlamoryError, match=r"a may be several documents; .* a\.txt, two:a\.txt"):
-        OpenMemory(books, documents=["a"])
+        OpenMemory(memory_files, documents=["a"])
 
 
-def test_the_chat_template_goes_around_the_question_alone(books, model_folder, tmp_path) -> None:
+def test_the_chat_template_goes_around_the_question_alone(memory_files, model_folder, tmp_path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     tokenizer.chat_template = (
         "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}[answer]{% endif %}"
     )
-    prompt = OpenMemory(books[0], tokenizer=tokenizer).speaker.first_prompt(QUESTION)
+    prompt = OpenMemory(memory_files[0], tokenizer=tokenizer).generator.first_prompt(QUESTION)
     assert tokenizer.decode(prompt) == f"[user] {QUESTION}\n[answer]"
 
 
-def test_sampling_differs_by_seed_and_only_by_seed(books) -> None:
-    opened = OpenMemory(books[0])
+def test_sampling_differs_by_seed_and_only_by_seed(memory_files) -> None:
+    opened = OpenMemory(memory_files[0])
     answers = [opened.ask(QUESTION, max_new_tokens=12, temperature=3.0, seed=seed).answer for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_an_answer_ends_where_the_tokenizer_says(books, model_folder) -> None:
-    opened = OpenMemory(books[0])
-    said = opened.model.generate(
-        torch.tensor([opened.speaker.first_prompt(QUESTION)]),
+def test_an_answer_ends_where_the_tokenizer_says(memory_files, model_folder) -> None:
+    opened = OpenMemory(memory_files[0])
+    next_token = opened.model.generate(
+        torch.tensor([opened.generator.first_prompt(QUESTION)]),
         past_key_values=opened.model.memory_cache(opened.memory),
         max_new_tokens=1,
     )[0, -1]
-    opened.tokenizer.eos_token = opened.tokenizer.convert_ids_to_tokens(int(said))
+    opened.tokenizer.eos_token = opened.tokenizer.convert_ids_to_tokens(int(next_token))
     assert opened.ask(QUESTION, max_new_tokens=12).answer_tokens == 1
 
 
-def test_the_model_may_have_been_moved(books, model_folder, tmp_path) -> None:
+def test_the_model_may_have_been_moved(memory_files, model_folder, tmp_path) -> None:
     shutil.copytree(model_folder, tmp_path / "moved")
-    shutil.copy(books[0], tmp_path / "book")
+    shutil.copy(memory_files[0], tmp_path / "book")
     wanted = ask(QUESTION, tmp_path / "book", max_new_tokens=5).answer
     # As if the model's folder were gone.
-    bank = MemoryBank.load(books[0])
+    bank = MemoryBank.load(memory_files[0])
     for name in bank.segments:
         bank.set_metadata(name, model=str(tmp_path / "gone"))
     bank.save(tmp_path / "book")
@@ -146,22 +149,22 @@ def test_the_model_may_have_been_moved(books, model_folder, tmp_path) -> None:
 # ---- what is wrong ---------------------------------------------------------------------------------------------------
 
 
-def test_another_model_is_refused(books, model_folder, tmp_path) -> None:
+def test_another_model_is_refused(memory_files, model_folder, tmp_path) -> None:
     make_long_llama().save_pretrained(tmp_path / "other")
     with pytest.raises(LlamoryError, match=r"made by another model than .*other"):
-        OpenMemory(books[0], model=tmp_path / "other")
+        OpenMemory(memory_files[0], model=tmp_path / "other")
     torch.manual_seed(5)
     model = load_long_model(model_folder, **SETTINGS)
     torch.nn.init.normal_(model.model.layers[0].self_attn.k_proj.weight)
     with pytest.raises(LlamoryError, match="made by another model"):
-        OpenMemory(books[0], model=model)
+        OpenMemory(memory_files[0], model=model)
 
 
-def test_memories_of_different_models_are_refused_together(books, tmp_path, model_folder) -> None:
-    texts = books[0].parent / "one-texts"
+def test_memories_of_different_models_are_refused_together(memory_files, tmp_path, model_folder) -> None:
+    texts = memory_files[0].parent / "one-texts"
     read_documents_into(tmp_path / "other", texts, model=model_folder, progress=False, **SETTINGS | {"mem_layers": [1]})
     with pytest.raises(LlamoryError, match="other was made with memory layers 1, not 0, 1"):
-        OpenMemory([books[0], tmp_path / "other"])
+        OpenMemory([memory_files[0], tmp_path / "other"])
 
 
 @pytest.mark.parametrize(
@@ -173,19 +176,19 @@ def test_memories_of_different_models_are_refused_together(books, tmp_path, mode
         ({"last_context_length": 17}, "last_context_length is 17"),
     ],
 )
-def test_wrong_questions_and_settings_are_one_sentence(books, settings, words) -> None:
+def test_wrong_questions_and_settings_are_one_sentence(memory_files, settings, words) -> None:
     with pytest.raises(LlamoryError, match=words):
-        ask(**{"question": QUESTION, "memory": books[0]} | settings)
+        ask(**{"question": QUESTION, "memory": memory_files[0]} | settings)
 
 
-def test_damaged_missing_and_empty_memories_are_one_sentence(books, tmp_path) -> None:
-    whole = books[0].read_bytes()
+def test_damaged_missing_and_empty_memories_are_one_sentence(memory_files, tmp_path) -> None:
+    whole = memory_files[0].read_bytes()
     for name, content in {"cut": whole[:-9], "wrong": whole[:-9] + b"123456789"}.items():
         (tmp_path / name).write_bytes(content)
     for name, words in {"cut": "cut short", "wrong": "damaged", "none": "no memory file"}.items():
         with pytest.raises(LlamoryError, match=words):
             ask(QUESTION, tmp_path / name)
-    bank = MemoryBank.load(books[0])
+    bank = MemoryBank.load(memory_files[0])
     for segment in bank.segments:
         bank.drop(segment)
     bank.save(tmp_path / "empty")
@@ -193,8 +196,8 @@ def test_damaged_missing_and_empty_memories_are_one_sentence(books, tmp_path) ->
         ask(QUESTION, tmp_path / "empty")
 
 
-def test_too_little_memory_is_one_sentence(books, monkeypatch) -> None:
-    opened = OpenMemory(books[0])
+def test_too_little_memory_is_one_sentence(memory_files, monkeypatch) -> None:
+    opened = OpenMemory(memory_files[0])
 
     def short(*_, **__):
         raise torch.OutOfMemoryError("out of memory")

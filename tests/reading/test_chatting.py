@@ -33,13 +33,13 @@ def make_memory(tmp_path_factory, model_folder):
     return make
 
 
-def said_from_scratch(opened: OpenMemory, ids: list[int], tokens: int) -> list[int]:
+def generate_from_scratch(opened: OpenMemory, ids: list[int], tokens: int) -> list[int]:
     found = opened.model.generate(
         torch.tensor([ids]),
         past_key_values=opened.model.memory_cache(opened.memory),
         max_new_tokens=tokens,
         do_sample=False,
-        eos_token_id=opened.speaker.ends(),
+        eos_token_id=opened.generator.eos_token_ids(),
         pad_token_id=0,
     )
     return found[0, len(ids) :].tolist()
@@ -59,11 +59,11 @@ def test_a_turn_is_as_if_all_turns_were_one_prompt(make_memory, template) -> Non
         # An end that the model has written itself isn't written twice.
         ids = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
         ids = [*ids, *tokenizer(text)["input_ids"]]
-        said = said_from_scratch(opened, ids, 5)
-        answer = chat.say(question, max_new_tokens=5)
-        assert answer.answer == tokenizer.decode(said, skip_special_tokens=True).strip()
-        assert answer.answer_tokens == len(said)
-        ids += said
+        expected_ids = generate_from_scratch(opened, ids, 5)
+        answer = chat.ask(question, max_new_tokens=5)
+        assert answer.answer == tokenizer.decode(expected_ids, skip_special_tokens=True).strip()
+        assert answer.answer_tokens == len(expected_ids)
+        ids += expected_ids
         assert chat._ids == ids
     assert [turn.question for turn in chat.turns] == QUESTIONS
 
@@ -72,10 +72,10 @@ def test_an_end_that_the_model_wrote_is_not_written_twice(make_memory, monkeypat
     opened = OpenMemory(make_memory(256))
     opened.tokenizer.chat_template = TEMPLATE
     chat = opened.chat()
-    chat.say(QUESTIONS[0], max_new_tokens=3)
+    chat.ask(QUESTIONS[0], max_new_tokens=3)
     end = opened.tokenizer.eos_token_id
     chat._ids[-1] = end  # the last token is never taken in, so it can be any
-    chat.say(QUESTIONS[1], max_new_tokens=3)
+    chat.ask(QUESTIONS[1], max_new_tokens=3)
     assert opened.tokenizer.decode(chat._ids).count("<|end|>") == 3 + (chat._ids[-1] == end)
 
 
@@ -84,7 +84,7 @@ def test_what_leaves_the_local_context_is_remembered_in_a_segment_of_its_own(mak
     before = opened.memory.length()
     chat = opened.chat()
     for question in QUESTIONS:
-        chat.say(question, max_new_tokens=12)
+        chat.ask(question, max_new_tokens=12)
     assert chat.documents == opened.documents == ("a.txt", "b.txt")
     columns = len(chat._ids) - 1
     assert chat.memory.length(segment="conversation") == columns - 16
@@ -100,7 +100,7 @@ def test_an_answer_depends_on_what_was_said_long_ago(make_memory) -> None:
     for beginning in ("silver garden", "winter market candle"):
         chat = opened.chat()
         for question in (beginning, *QUESTIONS):
-            answer = chat.say(question, max_new_tokens=12)
+            answer = chat.ask(question, max_new_tokens=12)
         answers.append(chat.memory.values(1, "conversation")[:, :4])
         assert answer.question_tokens
     assert not torch.equal(answers[0], answers[1])
@@ -110,17 +110,17 @@ def test_a_turn_that_was_interrupted_is_as_if_it_had_never_been(make_memory) -> 
     opened = OpenMemory(make_memory(256), last_context_length=256)
     wanted, chat = opened.chat(), opened.chat()
     for each in (wanted, chat):
-        each.say(QUESTIONS[0], max_new_tokens=5)
+        each.ask(QUESTIONS[0], max_new_tokens=5)
 
     def stop(_: str) -> None:
         raise KeyboardInterrupt
 
     opened.tokenizer.decode, decode = (lambda ids, **_: "".join(f"{int(i)} " for i in ids)), opened.tokenizer.decode
     with pytest.raises(KeyboardInterrupt):
-        chat.say("something else", max_new_tokens=9, on_text=stop)
+        chat.ask("something else", max_new_tokens=9, on_text=stop)
     opened.tokenizer.decode = decode
     assert len(chat.turns) == 1
-    again = [each.say(QUESTIONS[1], max_new_tokens=5).answer for each in (wanted, chat)]
+    again = [each.ask(QUESTIONS[1], max_new_tokens=5).answer for each in (wanted, chat)]
     assert again[0] == again[1]
     assert wanted._ids == chat._ids
 
@@ -128,14 +128,14 @@ def test_a_turn_that_was_interrupted_is_as_if_it_had_never_been(make_memory) -> 
 def test_a_saved_chat_is_asked_like_any_memory(make_memory, tmp_path) -> None:
     opened = OpenMemory(make_memory(16))
     chat = opened.chat()
-    chat.say(QUESTIONS[0], max_new_tokens=12)
+    chat.ask(QUESTIONS[0], max_new_tokens=12)
     chat.save(tmp_path / "kept")
     bank = MemoryBank.load(tmp_path / "kept")
     assert bank.segments == ("a.txt", "b.txt", "conversation")
     alone = opened.model.read(torch.tensor(chat._ids))
     torch.testing.assert_close(bank.keys(1, "conversation"), alone.keys(1), atol=1e-5, rtol=1e-5)
     again = OpenMemory(tmp_path / "kept").chat()
-    assert again.say(QUESTIONS[1], max_new_tokens=3).documents == ["a.txt", "b.txt", "conversation"]
+    assert again.ask(QUESTIONS[1], max_new_tokens=3).documents == ["a.txt", "b.txt", "conversation"]
     again.save(tmp_path / "kept")
     assert MemoryBank.load(tmp_path / "kept").segments[-1] == "conversation 2"
 
@@ -145,5 +145,5 @@ def test_wrong_turns_are_one_sentence_and_change_nothing(make_memory) -> None:
     chat = opened.chat()
     for question, settings, words in ((" ", {}, "blank"), ("why", {"max_question_tokens": 1}, "limit of 1")):
         with pytest.raises(LlamoryError, match=words):
-            chat.say(question, **settings)
+            chat.ask(question, **settings)
     assert (chat.turns, chat._ids) == ([], [])

@@ -14,7 +14,14 @@ from llamory.ingest.encode import read_documents_into
 from llamory.library import Library
 from llamory.memory import SegmentSpan
 from llamory.qa import evidence as choosing
-from llamory.qa.evidence import STRETCH, WINDOW, choose, cut, question_likelihoods, search_of
+from llamory.qa.evidence import (
+    COARSE_TOKENS,
+    FINE_TOKENS,
+    make_evidence_search,
+    question_likelihoods,
+    select_evidence,
+    split_units,
+)
 from llamory.qa.open_memory import OpenMemory
 from plain_longllama import logits, mounted_sight
 from tiny_models import make_long_llama
@@ -41,12 +48,12 @@ def tiny():
 @pytest.mark.parametrize(("at_once", "tokens"), [(1, 99), (2, 99), (16, 99), (16, 11), (16, 3)])
 def test_likelihoods_are_those_of_a_dense_model_with_one_document(tiny, monkeypatch, at_once, tokens) -> None:
     model, memory, documents = tiny
-    monkeypatch.setattr(choosing, "_AT_ONCE", at_once)
-    monkeypatch.setattr(choosing, "_TOKENS_AT_ONCE", tokens)
+    monkeypatch.setattr(choosing, "_BATCH_UNITS", at_once)
+    monkeypatch.setattr(choosing, "_BATCH_TOKENS", tokens)
     question = torch.tensor([3, 30, 9, 12, 7])
     units = [("2",), ("0",), ("1",), ("0", "2")]
-    pieces = [[SegmentSpan(name, 0, len(documents[name])) for name in names] for names in units]
-    found = question_likelihoods(model, question.tolist(), memory, pieces)
+    spans = [[SegmentSpan(name, 0, len(documents[name])) for name in names] for names in units]
+    found = question_likelihoods(model, question.tolist(), memory, spans)
     for value, names in zip(found, units, strict=True):
         ids = torch.cat([*(documents[name] for name in names), question])
         seen = mounted_sight([len(documents[name]) for name in names], len(question), CONTEXT)
@@ -57,41 +64,41 @@ def test_likelihoods_are_those_of_a_dense_model_with_one_document(tiny, monkeypa
 
 def test_what_makes_a_question_too_unlikely_is_left_out(tiny, monkeypatch) -> None:
     model, memory, _ = tiny
-    given = torch.tensor([-30.0, -30 - math.log(99), -30 - math.log(101)])
-    monkeypatch.setattr(choosing, "question_likelihoods", lambda *_: given)
+    log_likelihoods = torch.tensor([-30.0, -30 - math.log(99), -30 - math.log(101)])
+    monkeypatch.setattr(choosing, "question_likelihoods", lambda *_: log_likelihoods)
 
-    def chosen(focus: float) -> list[str]:
-        return [piece.segment for piece in choose(model, [1, 2, 3], memory, ["0", "1", "2"], focus)]
+    def selected(evidence_ratio: float) -> list[str]:
+        return [span.segment for span in select_evidence(model, [1, 2, 3], memory, ["0", "1", "2"], evidence_ratio)]
 
-    assert chosen(100) == ["0", "1"]
-    assert chosen(102) == chosen(0) == ["0", "1", "2"]
-    assert chosen(1) == ["0"]
+    assert selected(100) == ["0", "1"]
+    assert selected(102) == selected(0) == ["0", "1", "2"]
+    assert selected(1) == ["0"]
 
 
 def test_of_a_long_question_the_end_is_looked_for(monkeypatch) -> None:
     model = make_long_llama(mem_layers=LAYERS, max_position_embeddings=512)
-    memory, given = model.new_memory(), []
+    memory, questions = model.new_memory(), []
     for name in "ab":
         model.read([1, 2, 3], memory, segment=name)
     monkeypatch.setattr(
-        choosing, "question_likelihoods", lambda _, question, *__: given.append(question) or torch.ones(2)
+        choosing, "question_likelihoods", lambda _, question, *__: questions.append(question) or torch.ones(2)
     )
     question = [i % 90 for i in range(400)]
-    choose(model, question, memory, "ab", 100)
-    assert given == [question[-128:]]
+    select_evidence(model, question, memory, "ab", 100)
+    assert questions == [question[-128:]]
 
 
 def test_one_document_or_one_token_is_nothing_to_choose_by(tiny, monkeypatch) -> None:
     model, memory, _ = tiny
     monkeypatch.setattr(choosing, "question_likelihoods", lambda *_: pytest.fail("there is nothing to choose"))
-    assert choose(model, [1, 2, 3], memory, ["1"], 100) == [("1", 0, 40)]
-    assert choose(model, [1], memory, ["0", "1"], 100) == [("0", 0, 5), ("1", 0, 40)]
+    assert select_evidence(model, [1, 2, 3], memory, ["1"], 100) == [("1", 0, 40)]
+    assert select_evidence(model, [1], memory, ["0", "1"], 100) == [("0", 0, 5), ("1", 0, 40)]
 
 
 def test_choosing_leaves_the_memory_as_it_is(tiny) -> None:
     model, memory, _ = tiny
     lengths = [memory.length(segment=name) for name in memory.segments]
-    choose(model, list(range(1, 40)), memory, memory.segments, 100)  # longer than the context
+    select_evidence(model, list(range(1, 40)), memory, memory.segments, 100)  # longer than the context
     assert [memory.length(segment=name) for name in memory.segments] == lengths
 
 
@@ -101,32 +108,32 @@ def test_choosing_leaves_the_memory_as_it_is(tiny) -> None:
 lengths = st.lists(st.sampled_from([0, 1, 3, 300, 2048, 2049, 5000, 70_000]), min_size=1, max_size=40)
 
 
-@given(lengths, st.sampled_from([WINDOW, STRETCH, 4 * STRETCH, 64 * STRETCH]))
+@given(lengths, st.sampled_from([FINE_TOKENS, COARSE_TOKENS, 4 * COARSE_TOKENS, 64 * COARSE_TOKENS]))
 def test_units_hold_every_token_once_and_are_of_about_one_size(lengths, size) -> None:
-    whole = [SegmentSpan(str(number), 0, length) for number, length in enumerate(lengths)]
-    units = cut(whole, size)
-    pieces = [piece for unit in units for piece in unit]
-    assert list(dict.fromkeys(piece.segment for piece in pieces)) == [piece.segment for piece in whole]
-    for name, _, length in whole:
-        own = [piece for piece in pieces if piece.segment == name]
-        assert (own[0].start, own[-1].stop) == (0, length)
-        assert all(one.stop == other.start for one, other in pairwise(own))
-        assert len(own) == max(1, math.ceil(length / size))
+    full_spans = [SegmentSpan(str(number), 0, length) for number, length in enumerate(lengths)]
+    units = split_units(full_spans, size)
+    spans = [span for unit in units for span in unit]
+    assert list(dict.fromkeys(span.segment for span in spans)) == [span.segment for span in full_spans]
+    for name, _, length in full_spans:
+        document_spans = [span for span in spans if span.segment == name]
+        assert (document_spans[0].start, document_spans[-1].stop) == (0, length)
+        assert all(one.stop == other.start for one, other in pairwise(document_spans))
+        assert len(document_spans) == max(1, math.ceil(length / size))
     for unit in units:
         assert sum(stop - start for _, start, stop in unit) <= size
-        assert len(unit) == 1 or size > STRETCH
+        assert len(unit) == 1 or size > COARSE_TOKENS
 
 
 @pytest.fixture
 def long(monkeypatch):
     """Chooses in documents of so many tokens, one of which is what is asked for; tells how many units it looked at."""
 
-    def run(lengths: list[int], place: tuple[str, int], least: float = -30.0) -> tuple[list[SegmentSpan], int]:
+    def run(lengths: list[int], target: tuple[str, int], least: float = -30.0) -> tuple[list[SegmentSpan], int]:
         looked: list[int] = []
 
         def likelihoods(model, question, memory, units) -> torch.Tensor:
             looked.append(len(units))
-            holds = [any(n == place[0] and start <= place[1] < stop for n, start, stop in unit) for unit in units]
+            holds = [any(n == target[0] and start <= target[1] < stop for n, start, stop in unit) for unit in units]
             return torch.tensor([-10.0 if each else least for each in holds])
 
         monkeypatch.setattr(choosing, "question_likelihoods", likelihoods)
@@ -135,7 +142,7 @@ def long(monkeypatch):
         for number, length in enumerate(lengths):
             for layer in LAYERS:
                 memory.append(layer, torch.zeros(2, length, 8), torch.zeros(2, length, 8), segment=str(number))
-        return choose(model, [1, 2, 3], memory, memory.segments, 100), sum(looked)
+        return select_evidence(model, [1, 2, 3], memory, memory.segments, 100), sum(looked)
 
     return run
 
@@ -172,11 +179,11 @@ def test_no_pages_are_made_for_a_question(tiny, monkeypatch) -> None:
     model, memory, _ = tiny
     monkeypatch.setattr(model.config, "mem_search", "pages")
     monkeypatch.setattr("llamory.memory.search.pages.PagesSearch.attend", lambda *_: pytest.fail("pages were searched"))
-    choose(model, [1, 2, 3, 4], memory, memory.segments, 100)
+    select_evidence(model, [1, 2, 3, 4], memory, memory.segments, 100)
 
 
 @pytest.mark.parametrize(
-    ("pieces", "top_k_attention", "exact"),
+    ("spans", "top_k_attention", "exact"),
     [
         ([("1", 3, 30)], False, True),
         ([("0", 0, 5), ("1", 3, 30)], False, True),
@@ -184,13 +191,13 @@ def test_no_pages_are_made_for_a_question(tiny, monkeypatch) -> None:
         ([("1", 3, 30)], True, False),
     ],
 )
-def test_few_tokens_of_parts_of_documents_are_read_exactly(tiny, monkeypatch, pieces, top_k_attention, exact) -> None:
+def test_few_tokens_of_parts_of_documents_are_read_exactly(tiny, monkeypatch, spans, top_k_attention, exact) -> None:
     model, memory, _ = tiny
     monkeypatch.setattr(model.config, "mem_top_k_attention", top_k_attention)
-    found = search_of(model, memory, [SegmentSpan(*each) for each in pieces])
+    found = make_evidence_search(model, memory, [SegmentSpan(*each) for each in spans])
     assert (found is not None) == exact
-    monkeypatch.setattr(choosing, "MOST_EXACT", 20)
-    assert search_of(model, memory, [SegmentSpan("1", 3, 30)]) is None
+    monkeypatch.setattr(choosing, "MAX_EXACT_TOKENS", 20)
+    assert make_evidence_search(model, memory, [SegmentSpan("1", 3, 30)]) is None
 
 
 # ---- with the packaged reader ----------------------------------------------------------------------------------------
@@ -206,30 +213,30 @@ def texts(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def opened(texts, tmp_path_factory) -> OpenMemory:
-    book = tmp_path_factory.mktemp("book") / "book"
-    read_documents_into(book, [texts], model="reader", progress=False)
-    return OpenMemory(book)
+    memory_file = tmp_path_factory.mktemp("book") / "book"
+    read_documents_into(memory_file, [texts], model="reader", progress=False)
+    return OpenMemory(memory_file)
 
 
 def test_facts_of_one_kind_are_told_apart(opened) -> None:
     for house, year in zip(HOUSES, YEARS, strict=True):
         answer = opened.ask(f"When was the roof of {house} repaired?", max_new_tokens=16)
-        assert [Path(name).stem for name in answer.used_documents] == [house]
+        assert [Path(name).stem for name in answer.evidence_documents] == [house]
         assert year in answer.text
-        assert answer.used_tokens == opened.memory.length(segment=answer.used_documents[0])
+        assert answer.evidence_tokens == opened.memory.length(segment=answer.evidence_documents[0])
         assert answer.seconds >= answer.seconds_to_first_token > 0
-    everything = opened.ask("When was the roof of Quarry Hall repaired?", max_new_tokens=1, focus=0)
-    assert len(everything.used_documents) == len(answer.documents) == 3
-    assert everything.used_tokens == answer.memory_tokens == opened.memory.length()
+    everything = opened.ask("When was the roof of Quarry Hall repaired?", max_new_tokens=1, evidence_ratio=0)
+    assert len(everything.evidence_documents) == len(answer.documents) == 3
+    assert everything.evidence_tokens == answer.memory_tokens == opened.memory.length()
 
 
 def test_a_chat_turns_from_one_document_to_another(opened, tmp_path) -> None:
     chat = opened.chat()
     for house, year in zip(HOUSES, YEARS, strict=True):
-        answer = chat.say(f"When was the roof of {house} repaired?", max_new_tokens=16)
-        assert [Path(name).stem for name in answer.used_documents] == [house]
+        answer = chat.ask(f"When was the roof of {house} repaired?", max_new_tokens=16)
+        assert [Path(name).stem for name in answer.evidence_documents] == [house]
         assert year in answer.text
-    assert [Path(name).stem for name in chat.say("And when?", max_new_tokens=2).used_documents] == [HOUSES[-1]]
+    assert [Path(name).stem for name in chat.ask("And when?", max_new_tokens=2).evidence_documents] == [HOUSES[-1]]
     assert chat.documents == opened.documents
     chat.save(tmp_path / "saved")
     assert OpenMemory(tmp_path / "saved").documents == (*opened.documents, "conversation")
@@ -239,12 +246,12 @@ def test_a_library_cites_what_it_answers_from(texts, tmp_path) -> None:
     library = Library(tmp_path / "lib", "default", reader="reader")
     library.add(texts, progress=False)
     answer = library.ask("When was the roof of Marlow Lodge repaired?", max_new_tokens=16)
-    assert [Path(name).stem for name in answer.used_documents] == ["Marlow Lodge"]
+    assert [Path(name).stem for name in answer.evidence_documents] == ["Marlow Lodge"]
     assert "1788" in answer.text
     assert {Path(citation.source).stem for citation in answer.citations} == {"Marlow Lodge"}
 
 
-@pytest.mark.parametrize("focus", [0.5, -1.0, float("nan")])
-def test_a_focus_below_one_is_refused(opened, focus) -> None:
-    with pytest.raises(LlamoryError, match="A focus is a factor of at least 1, or 0 for none"):
-        opened.ask("when", focus=focus)
+@pytest.mark.parametrize("evidence_ratio", [0.5, -1.0, float("nan")])
+def test_a_focus_below_one_is_refused(opened, evidence_ratio) -> None:
+    with pytest.raises(LlamoryError, match="evidence_ratio must be at least 1, or 0"):
+        opened.ask("when", evidence_ratio=evidence_ratio)

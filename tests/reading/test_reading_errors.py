@@ -16,15 +16,15 @@ from llamory.memory import MemoryBank
 
 
 @pytest.fixture
-def refused(read, book, texts):
+def refused(read, memory_file, texts):
     """The sentence with which reading is refused; the memory must stay as it is."""
     read(texts / "a.txt")
-    before = {path: path.read_bytes() for path in book.parent.iterdir() if path.is_file()}
+    before = {path: path.read_bytes() for path in memory_file.parent.iterdir() if path.is_file()}
 
     def run(*paths, **settings) -> str:
         with pytest.raises(LlamoryError) as error:
             read(*paths, **settings)
-        assert {path: path.read_bytes() for path in book.parent.iterdir() if path.is_file()} == before
+        assert {path: path.read_bytes() for path in memory_file.parent.iterdir() if path.is_file()} == before
         message = str(error.value)
         assert "\n" not in message
         return message
@@ -43,7 +43,7 @@ def test_an_empty_document_alone_is_refused(refused, texts) -> None:
     assert "empty.txt is empty" in refused(texts / "empty.txt")
 
 
-def test_an_empty_document_among_others_is_passed_over(read, book, texts, caplog) -> None:
+def test_an_empty_document_among_others_is_passed_over(read, memory_file, texts, caplog) -> None:
     for name in ("empty.txt", "more/blank.html"):
         (texts / name).write_text("" if name == "empty.txt" else "<p></p>")
     with caplog.at_level(logging.WARNING):
@@ -52,7 +52,7 @@ def test_an_empty_document_among_others_is_passed_over(read, book, texts, caplog
         f"Passed over {texts / 'empty.txt'}: it is empty.",
         f"Passed over {texts / 'more' / 'blank.html'}: it is empty.",
     ]
-    assert MemoryBank.load(book).segments == ("a.txt", "more/d.txt", "more/e.txt")
+    assert MemoryBank.load(memory_file).segments == ("a.txt", "more/d.txt", "more/e.txt")
 
 
 def test_a_broken_file_is_named(refused, texts) -> None:
@@ -93,38 +93,38 @@ def test_other_settings_than_the_memorys_are_refused(refused, texts, setting, wo
     assert words in refused(texts, **setting)
 
 
-def test_layers_that_do_not_exist_and_contexts_too_long_are_refused(read, book, texts) -> None:
+def test_layers_that_do_not_exist_and_contexts_too_long_are_refused(read, memory_file, texts) -> None:
     with pytest.raises(LlamoryError, match="layer 7, but the model has 2 layers"):
         read(texts, mem_layers=[0, 7])
     with pytest.raises(LlamoryError, match="context is 2048"):
         read(texts, context_length=4096)
     with pytest.raises(LlamoryError, match="no memory layers"):
         read(texts, mem_layers=[])
-    assert [path.name for path in book.parent.iterdir()] == ["texts"]
+    assert [path.name for path in memory_file.parent.iterdir()] == ["texts"]
 
 
-def test_a_damaged_memory_is_refused_and_stays(read, book, texts) -> None:
+def test_a_damaged_memory_is_refused_and_stays(read, memory_file, texts) -> None:
     read(texts)
-    for damaged in (book.read_bytes()[:-100], book.read_bytes()[:-4] + b"abcd", b"river"):
-        book.write_bytes(damaged)
+    for damaged in (memory_file.read_bytes()[:-100], memory_file.read_bytes()[:-4] + b"abcd", b"river"):
+        memory_file.write_bytes(damaged)
         with pytest.raises(LlamoryError, match="book"):
             read(texts)
-        assert book.read_bytes() == damaged
+        assert memory_file.read_bytes() == damaged
 
 
-def test_a_partial_file_of_another_model_is_refused(read, book, texts, other_model) -> None:
+def test_a_partial_file_of_another_model_is_refused(read, memory_file, texts, other_model) -> None:
     read(texts / "a.txt", model=other_model)
-    book.rename(reading.partial_path(book))
+    memory_file.rename(reading.checkpoint_path(memory_file))
     with pytest.raises(LlamoryError, match=r"book\.partial was made by another model.*remove that file"):
         read(texts / "a.txt")
-    assert not book.exists()
+    assert not memory_file.exists()
 
 
-def test_a_damaged_partial_file_is_refused(read, book, texts) -> None:
+def test_a_damaged_partial_file_is_refused(read, memory_file, texts) -> None:
     read(texts)
-    part = reading.partial_path(book)
-    book.rename(part)
-    part.write_bytes(part.read_bytes()[:-4] + b"abcd")
+    checkpoint_file = reading.checkpoint_path(memory_file)
+    memory_file.rename(checkpoint_file)
+    checkpoint_file.write_bytes(checkpoint_file.read_bytes()[:-4] + b"abcd")
     with pytest.raises(LlamoryError, match=r"damaged.*or remove that file to begin anew"):
         read(texts)
 
@@ -143,7 +143,7 @@ def test_too_little_memory_is_one_sentence(refused, texts, monkeypatch, error) -
     def short(*_):
         raise error
 
-    monkeypatch.setattr(reading._Reading, "_window", short)
+    monkeypatch.setattr(reading._IngestRun, "_encode", short)
     message = refused(texts)
     assert "too little memory" in message
     assert "int8" in message
@@ -161,7 +161,7 @@ def test_too_little_memory_for_the_weights_is_said_too(refused, texts, monkeypat
 
 
 def test_memory_is_asked_for_before_the_system_ends_the_process(refused, texts, monkeypatch) -> None:
-    monkeypatch.setattr(ram, "available_ram", lambda: ram.RESERVE - 1)
+    monkeypatch.setattr(ram, "available_ram", lambda: ram.RESERVED_BYTES - 1)
     assert "too little memory" in refused(texts)
 
 
@@ -169,7 +169,7 @@ def test_other_errors_are_not_taken_for_too_little_memory(read, texts, monkeypat
     def broken(*_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(reading._Reading, "_window", broken)
+    monkeypatch.setattr(reading._IngestRun, "_encode", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         read(texts)
 
@@ -179,14 +179,14 @@ def test_a_disk_too_small_is_said_before_reading(refused, texts, monkeypatch) ->
     assert "free some space" in refused(texts)
 
 
-def test_two_runs_at_once_are_refused(read, book, texts) -> None:
-    with FileLock(book.with_name(".book.lock")), pytest.raises(LlamoryError, match="Another run"):
+def test_two_runs_at_once_are_refused(read, memory_file, texts) -> None:
+    with FileLock(memory_file.with_name(".book.lock")), pytest.raises(LlamoryError, match="Another run"):
         read(texts)
-    assert not book.exists()
+    assert not memory_file.exists()
     read(texts)
 
 
-def test_a_folder_in_place_of_the_memory_is_refused(read, book, texts) -> None:
-    book.mkdir()
+def test_a_folder_in_place_of_the_memory_is_refused(read, memory_file, texts) -> None:
+    memory_file.mkdir()
     with pytest.raises(LlamoryError, match="is a folder"):
         read(texts)

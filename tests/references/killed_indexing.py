@@ -25,8 +25,8 @@ from llamory.embedding.pipeline import load_embedder
 from llamory.library import Library
 from llamory.library import indexer as engine_module
 
-engine_module.PASSAGES_PER_BATCH = 4
-store_module.COMMITS_PER_TIDY = 3
+engine_module.CHUNKS_PER_BATCH = 4
+store_module.COMMITS_PER_COMPACTION = 3
 
 
 def die() -> None:
@@ -49,7 +49,7 @@ def dying_at(event: int) -> None:
 
         return wrapped
 
-    for name in ("write", "remove", "tidy", "mark", "unmark"):
+    for name in ("write", "remove", "compact", "mark_indexed", "clear_indexed"):
         setattr(store_module.PassageStore, name, around(getattr(store_module.PassageStore, name)))
     store_module.PassageStore.create = around(store_module.PassageStore.create)
 
@@ -79,9 +79,9 @@ def main() -> None:
     model = load_embedder(sys.argv[1], device="cpu")
     for line in sys.stdin:
         job = json.loads(line)
-        told = [index(job["library"], model, job["docs"], kill) for kill in [*job["kills"], None]]
-        assert told.pop()
-        print(json.dumps(["finished" if finished else "killed" for finished in told]), flush=True)
+        outcomes = [index(job["library"], model, job["docs"], kill) for kill in [*job["kills"], None]]
+        assert outcomes.pop()
+        print(json.dumps(["finished" if finished else "killed" for finished in outcomes]), flush=True)
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="Samp
 EvidenceRatio = Annotated[
     float | None,
     typer.Option(
-        "--evidence_ratio",
+        "--evidence-ratio",
         min=0.0,
         help="Leave out documents, and stretches of long ones, that make the question so many times less likely than "
         "the best does; 100 if nothing is said, 0 answers from all.",

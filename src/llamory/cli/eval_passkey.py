@@ -119,7 +119,7 @@ def passkey(
         check_evidence_ratio(evidence_ratio)
         if evidence_ratio and not independent_documents:
             raise LlamoryError(
-                "Windows are left out only where they are read by themselves; add --independent-documents to --evidence_ratio."
+                "Windows are left out only where they are read by themselves; add --independent-documents to --evidence-ratio."
             )
         for depth in depth_values:
             check_depth(depth)

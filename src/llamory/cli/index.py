@@ -89,9 +89,9 @@ def index(
                 **sizes,
             )
         ahead = memory == "eager" and not remove and len(opened_library)
-        read = opened_library.read_ahead(engine=engine, ray_address=ray_address) if ahead else None
+        read = opened_library.precompute_memory(engine=engine, ray_address=ray_address) if ahead else None
         if read is None and reading and len(opened_library):
-            opened_library.qa_session().note_reader(change=True)
+            opened_library.qa_session().save_reader_config(change=True)
     if as_json:
         print_json({"library": library, **asdict(report)} | ({} if read is None else {"memory": asdict(read)}))
     else:
@@ -112,9 +112,9 @@ def _print_report(library: str, report: AddReport) -> None:
 
 
 def _print_memory(read: MemoryReport) -> None:
-    left = f", {read.left} left as the budget is full" if read.left else ""
+    remaining = f", {read.remaining} left as the budget is full" if read.remaining else ""
     typer.echo(
-        f"Memory: {read.read} read, {read.there} there{left}; {read.tokens:,} tokens read; "
+        f"Memory: {read.read} read, {read.existing} there{remaining}; {read.tokens:,} tokens read; "
         f"{show_size(read.bytes)} of {show_size(read.budget)} taken."
     )
 

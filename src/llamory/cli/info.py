@@ -75,9 +75,9 @@ def _is_memory_path(path: str) -> bool:
 
 
 def _memory(path: str) -> dict[str, Any]:
-    from llamory.ingest.memory_file import Book
+    from llamory.ingest.memory_file import MemoryFileInfo
 
-    return Book(path).summary()
+    return MemoryFileInfo(path).summary()
 
 
 def _print_memory(metadata: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import psutil
 from llamory.errors import LlamoryError
 
 # Bytes that stay free for other processes: below it Linux starts to kill processes without a message.
-RESERVE = 256 << 20
+RESERVED_BYTES = 256 << 20
 
 _CGROUP = Path("/sys/fs/cgroup")
 # Limit, usage, statistics and the entry with reclaimable bytes: of cgroup versions 2 and 1.
@@ -49,7 +49,7 @@ def require_free_ram(size: int) -> None:
 
     Linux grants allocations that it cannot serve and kills the process later, so this checks first.
     """
-    if available_ram() < size + RESERVE:
+    if available_ram() < size + RESERVED_BYTES:
         raise MemoryError(f"{size} bytes more would leave too little")
 
 

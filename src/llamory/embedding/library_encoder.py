@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH_SIZE = 32
-DEFAULT_PASSAGE_LENGTH = 256
+DEFAULT_CHUNK_SIZE = 256
 
 
 def embed_passages(
@@ -78,7 +78,7 @@ def embed_queries(embedder: SentenceTransformer, queries: list[str], *, bf16: bo
         return embedder.encode_query(texts, show_progress_bar=False).astype("float32")
 
 
-def passage_tokenizer(embedder: SentenceTransformer) -> PreTrainedTokenizerBase:
+def chunk_tokenizer(embedder: SentenceTransformer) -> PreTrainedTokenizerBase:
     """The model's tokenizer, as transformers knows it."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -87,27 +87,27 @@ def passage_tokenizer(embedder: SentenceTransformer) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
 
 
-def resolve_chunk_size(embedder: SentenceTransformer, wanted: int | None) -> int:
+def resolve_chunk_size(embedder: SentenceTransformer, requested: int | None) -> int:
     """How long passages may be, in tokens, so that the model reads each to its end.
 
     Args:
         embedder: the model.
-        wanted: the length asked for; by default 256, or less where the model has room for less.
+        requested: the length asked for; by default 256, or less where the model has room for less.
 
     Raises:
         LlamoryError: the model has no room for the length asked for.
     """
     limit = embedder.max_seq_length
     if limit is None or not math.isfinite(limit):
-        return wanted or DEFAULT_PASSAGE_LENGTH
+        return requested or DEFAULT_CHUNK_SIZE
     prompt = embedder.preprocess([""], task="document")["input_ids"].shape[-1]
-    room = limit - prompt
-    if wanted is not None and wanted > room:
+    max_chunk_size = limit - prompt
+    if requested is not None and requested > max_chunk_size:
         raise LlamoryError(
-            f"Passages of {wanted} tokens don't fit the model, which reads {limit} with {prompt} of them for its "
-            f"prompt; choose a passage length of at most {room}."
+            f"Passages of {requested} tokens don't fit the model, which reads {limit} with {prompt} of them for its "
+            f"prompt; choose a passage length of at most {max_chunk_size}."
         )
-    return wanted or min(DEFAULT_PASSAGE_LENGTH, room)
+    return requested or min(DEFAULT_CHUNK_SIZE, max_chunk_size)
 
 
 def fingerprint(embedder: SentenceTransformer) -> str:
@@ -116,12 +116,12 @@ def fingerprint(embedder: SentenceTransformer) -> str:
 
     from llamory.models.adapters import merged
 
-    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    int_types = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     # Sums of the weights' bits: exact, the same on every device, and as fast as memory can be read.
     sums: dict[str, Any] = {}
     for name, make in merged(embedder, embedder.state_dict().items()):
         weight = make()
-        bits = weight.detach().contiguous().reshape(-1).view(words[weight.element_size()])
+        bits = weight.detach().contiguous().reshape(-1).view(int_types[weight.element_size()])
         sums[name] = [list(weight.shape), int(bits.sum(dtype=torch.int64))]
     state = {
         "weights": sums,

@@ -15,7 +15,7 @@ from llamory.errors import LlamoryError
 from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, Haystack
 from llamory.evaluation.passkey import KEY_FIELD, TASK, Needle, Prompt, check_depth, encode
 from llamory.evaluation.secrets import longest_secret
-from llamory.qa.evidence import choose as select_evidence
+from llamory.qa.evidence import select_evidence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

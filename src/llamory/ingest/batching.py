@@ -14,36 +14,36 @@ from llamory.longllama.cache import LongLlamaCache
 from llamory.memory import MemoryBank
 
 # Documents of one window at most are read together: one by one, a processor waits for memory more than it computes.
-ROWS_TOGETHER, TOKENS_TOGETHER = 16, 4096
+MAX_BATCH_ROWS, MAX_BATCH_TOKENS = 16, 4096
 
 T = TypeVar("T")
 
 
-def groups(documents: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
+def batches_by_length(documents: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
     """Documents to read together, of rising length.
 
     Args:
         documents: of one window each at most.
         length: gives a document's tokens.
     """
-    group: list[T] = []
+    batch: list[T] = []
     for document in sorted(documents, key=length):
-        if group and (len(group) == ROWS_TOGETHER or (len(group) + 1) * length(document) > TOKENS_TOGETHER):
-            yield group
-            group = []
-        group.append(document)
-    if group:
-        yield group
+        if batch and (len(batch) == MAX_BATCH_ROWS or (len(batch) + 1) * length(document) > MAX_BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(document)
+    if batch:
+        yield batch
 
 
 @torch.no_grad()
-def read_window(model: LongLlamaForCausalLM, rows: Sequence[Tensor], banks: list[MemoryBank]) -> None:
+def encode_window(model: LongLlamaForCausalLM, rows: Sequence[Tensor], banks: list[MemoryBank]) -> None:
     """Read one window of each row, (tokens,), into its bank; the rows see nothing of one another.
 
     Raises:
         MemoryError: there is too little room for it.
     """
-    ram.require_free_ram(2 * sum(map(len, rows)) * token_bytes(banks[0]))
+    ram.require_free_ram(2 * sum(map(len, rows)) * bytes_per_token(banks[0]))
     ids = torch.nn.utils.rnn.pad_sequence([row.long() for row in rows], batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(ids.shape[1]) < lengths[:, None]
@@ -57,7 +57,7 @@ def read_window(model: LongLlamaForCausalLM, rows: Sequence[Tensor], banks: list
     )
 
 
-def token_bytes(bank: MemoryBank) -> int:
+def bytes_per_token(bank: MemoryBank) -> int:
     """What a token takes in all layers of a memory."""
     scale = torch.float32.itemsize if bank.dtype == torch.int8 else 0
     return len(bank.layers) * bank.kv_heads * 2 * (bank.head_dim * bank.dtype.itemsize + scale)

@@ -26,7 +26,7 @@ PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, eq=False)
-class Manuscript:
+class TokenizedDocument:
     """A document as a model reads it.
 
     Attributes:
@@ -46,14 +46,14 @@ class Manuscript:
     ids: Tensor
 
 
-def prepare(
+def load_documents(
     paths: PathLike | Iterable[PathLike],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_tokens: int | None = None,
     text_field: str = "text",
     skip_broken: bool = False,
-) -> list[Manuscript]:
+) -> list[TokenizedDocument]:
     """Tokenise all documents of files and folders. Empty ones are told in the log and passed over.
 
     Args:
@@ -69,40 +69,40 @@ def prepare(
     if max_tokens is not None and max_tokens < 1:
         raise LlamoryError(f"max_tokens is {max_tokens}, but a document has at least 1 token.")
     roots, files = _files(paths)
-    begins = bos_ids(tokenizer)
-    found = []
+    prefix_ids = bos_ids(tokenizer)
+    tokenized_documents = []
     for file in files:
         empty = True
         for document in read_file(file, text_field=text_field, skip_broken=skip_broken):
-            manuscript = _manuscript(document, file, roots, tokenizer)
-            if len(manuscript.ids) == len(begins):
+            tokenized = _tokenize(document, file, roots, tokenizer)
+            if len(tokenized.ids) == len(prefix_ids):
                 continue
-            if max_tokens is not None and len(manuscript.ids) > max_tokens:
+            if max_tokens is not None and len(tokenized.ids) > max_tokens:
                 raise LlamoryError(
-                    f"{document.source} has {len(manuscript.ids):,} tokens, more than the limit of {max_tokens:,}: "
+                    f"{document.source} has {len(tokenized.ids):,} tokens, more than the limit of {max_tokens:,}: "
                     "raise the limit, or leave the document out."
                 )
             empty = False
-            found.append(manuscript)
+            tokenized_documents.append(tokenized)
         if empty:
-            _pass_over(file)
-    if not found:
+            _warn_empty(file)
+    if not tokenized_documents:
         raise LlamoryError(f"No text could be read from {', '.join(map(str, roots))}; there should be some.")
-    return found
+    return tokenized_documents
 
 
 def _files(paths: PathLike | Iterable[PathLike]) -> tuple[list[Path], list[Path]]:
     """The given paths and the files in them that may have text, all absolute."""
-    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    empty = [path for path in given if _is_blank(Path(path))]
-    full = [path for path in given if path not in empty]
-    if not full:
-        find_files(given)  # says what is wrong
-    for path in empty:
-        _pass_over(path)
+    input_paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    empty_paths = [path for path in input_paths if _is_blank(Path(path))]
+    nonempty_paths = [path for path in input_paths if path not in empty_paths]
+    if not nonempty_paths:
+        find_files(input_paths)  # says what is wrong
+    for path in empty_paths:
+        _warn_empty(path)
     # Not resolve(), which would follow links and so change the names.
-    roots = [Path(os.path.abspath(path)) for path in full]  # noqa: PTH100
-    find_files(full)  # so that errors name the paths as they were given
+    roots = [Path(os.path.abspath(path)) for path in nonempty_paths]  # noqa: PTH100
+    find_files(nonempty_paths)  # so that errors name the paths as they were given
     return roots, find_files(roots)
 
 
@@ -114,21 +114,28 @@ def _is_blank(path: Path) -> bool:
         return not any(chunk.removeprefix(b"\xef\xbb\xbf").strip() for chunk in chunks)
 
 
-def _pass_over(path: PathLike) -> None:
+def _warn_empty(path: PathLike) -> None:
     logger.warning("Passed over %s: it is empty.", path)
 
 
-def _manuscript(document: Document, file: Path, roots: list[Path], tokenizer: PreTrainedTokenizerBase) -> Manuscript:
-    line = document.source.removeprefix(str(file))
+def _tokenize(
+    document: Document, file: Path, roots: list[Path], tokenizer: PreTrainedTokenizerBase
+) -> TokenizedDocument:
+    line_suffix = document.source.removeprefix(str(file))
     text = document.text
-    if line and document.title and not text.startswith(document.title):
+    if line_suffix and document.title and not text.startswith(document.title):
         # In a JSON line the title stands beside the text; in all other files it is part of it, or the file's name.
         text = f"{document.title}\n\n{text}"
     tokens = torch.tensor(encode_document(text, tokenizer), dtype=torch.int32)
     digest = hashlib.sha256(text.encode())
     digest.update(tokens.numpy().tobytes())
-    return Manuscript(
-        f"{_label(file, roots)}{line}", f"{file}{line}", str(file), document.title, digest.hexdigest()[:32], tokens
+    return TokenizedDocument(
+        f"{_label(file, roots)}{line_suffix}",
+        f"{file}{line_suffix}",
+        str(file),
+        document.title,
+        digest.hexdigest()[:32],
+        tokens,
     )
 
 

@@ -17,18 +17,24 @@ from torch import Tensor
 from llamory.common import ram
 from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
-from llamory.ingest.batching import groups, read_window, token_bytes
-from llamory.ingest.checkpoint import Partial, facts_of
-from llamory.ingest.documents import Manuscript, PathLike, prepare
-from llamory.ingest.memory_file import Book, check_maker, load_model_for, noted_name, partial_path
-from llamory.ingest.sync_plan import Plan, make_plan
+from llamory.ingest.batching import batches_by_length, bytes_per_token, encode_window
+from llamory.ingest.checkpoint import IngestCheckpoint, document_metadata
+from llamory.ingest.documents import PathLike, TokenizedDocument, load_documents
+from llamory.ingest.memory_file import (
+    MemoryFileInfo,
+    canonical_name,
+    check_model_matches,
+    checkpoint_path,
+    load_model_for,
+)
+from llamory.ingest.sync_plan import SyncPlan, diff_documents
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.memory import MemoryBank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ADVICE = (
+_OOM_ADVICE = (
     "keep the memory as int8, choose fewer memory layers or a smaller model, or read fewer documents at once; "
     "{memory} is as it was before"
 )
@@ -111,71 +117,82 @@ def read_documents_into(
     """
     memory = Path(memory)
     loaded = model if isinstance(model, LongLlamaForCausalLM) else None
-    with ram.translate_oom(_ADVICE.format(memory=memory) + "."):
-        name = _name(model, _books(memory))
+    with ram.translate_oom(_OOM_ADVICE.format(memory=memory) + "."):
+        name = _model_name(model, _memory_files(memory))
         if tokenizer is None:
             from llamory.models.base import load_tokenizer
 
             tokenizer = load_tokenizer(name)
-        manuscripts = prepare(paths, tokenizer, max_tokens=max_tokens, text_field=text_field, skip_broken=skip_broken)
-        with _alone_with(memory):
-            books = _books(memory)
+        documents = load_documents(
+            paths, tokenizer, max_tokens=max_tokens, text_field=text_field, skip_broken=skip_broken
+        )
+        with _exclusive_lock(memory):
+            memory_files = _memory_files(memory)
             if loaded is None:
-                loaded = load_model_for(books, name, **settings)
-            check_maker(books, loaded, name)
-            return _Reading(memory, books, loaded, noted_name(name), progress).run(manuscripts)
+                loaded = load_model_for(memory_files, name, **settings)
+            check_model_matches(memory_files, loaded, name)
+            return _IngestRun(memory, memory_files, loaded, canonical_name(name), progress).run(documents)
 
 
-def _books(memory: Path) -> list[Book]:
+def _memory_files(memory: Path) -> list[MemoryFileInfo]:
     """The memory, and what a run that was stopped has left beside it, as far as they exist."""
     if memory.is_dir():
         raise LlamoryError(f"{memory} is a folder; give the path of a file to keep the memory in.")
-    return [Book(path) for path in (memory, partial_path(memory)) if path.exists()]
+    return [MemoryFileInfo(path) for path in (memory, checkpoint_path(memory)) if path.exists()]
 
 
-def _name(model: PathLike | LongLlamaForCausalLM | None, books: Sequence[Book]) -> str:
+def _model_name(model: PathLike | LongLlamaForCausalLM | None, memory_files: Sequence[MemoryFileInfo]) -> str:
     if isinstance(model, LongLlamaForCausalLM):
         return str(model.config._name_or_path)
-    return str(model or next((book.model for book in books if book.model), "default"))
+    return str(model or next((memory_file.model for memory_file in memory_files if memory_file.model), "default"))
 
 
-class _Reading:
+class _IngestRun:
     """One run: from what is there already to the new memory file."""
 
-    def __init__(self, memory: Path, books: Sequence[Book], model: LongLlamaForCausalLM, name: str, progress: bool):
+    def __init__(
+        self,
+        memory: Path,
+        memory_files: Sequence[MemoryFileInfo],
+        model: LongLlamaForCausalLM,
+        name: str,
+        progress: bool,
+    ):
         self.memory, self.model, self.name, self.progress = memory, model, name, progress
         self.context: int = model.config.max_position_embeddings
-        there = {Path(book.path): book for book in books}
-        beside = partial_path(memory)
-        self.book = there.get(memory)
-        self.bank = model.new_memory() if self.book is None else self._load(memory)
-        self.partial = Partial(beside, model, self._load(beside) if beside in there else None)
+        by_path = {Path(memory_file.path): memory_file for memory_file in memory_files}
+        checkpoint_file = checkpoint_path(memory)
+        self.memory_file = by_path.get(memory)
+        self.bank = model.new_memory() if self.memory_file is None else self._load(memory)
+        self.checkpoint = IngestCheckpoint(
+            checkpoint_file, model, self._load(checkpoint_file) if checkpoint_file in by_path else None
+        )
         self.report = ReadReport(model=name)
 
-    def run(self, manuscripts: list[Manuscript]) -> ReadReport:
+    def run(self, documents: list[TokenizedDocument]) -> ReadReport:
         report, started = self.report, time.perf_counter()
-        plan = make_plan([] if self.book is None else self.book.segments, manuscripts)
-        waiting = [each for each in plan.read.values() if not self.partial.has(each)]
-        begun = [self.partial.begun(each) for each in waiting]
-        total = sum(len(each.ids) for each in plan.read.values())
-        report.resumed = total - sum(len(each.ids) for each in waiting) + sum(begun)
-        self._check_disk(total)
+        plan = diff_documents([] if self.memory_file is None else self.memory_file.segments, documents)
+        pending = [each for each in plan.read.values() if not self.checkpoint.has(each)]
+        resumed_tokens = [self.checkpoint.resumable_tokens(each) for each in pending]
+        num_tokens = sum(len(each.ids) for each in plan.read.values())
+        report.resumed = num_tokens - sum(len(each.ids) for each in pending) + sum(resumed_tokens)
+        self._check_disk(num_tokens)
         with ProgressBar(
             "Reading",
-            total,
+            num_tokens,
             unit="tokens",
             completed=report.resumed,
-            shown=self.progress and bool(waiting),
+            shown=self.progress and bool(pending),
             speed=True,
         ) as bar:
             training = self.model.training
             self.model.eval()
             try:
-                self._read(waiting, bar)
+                self._encode_documents(pending, bar)
             except BaseException:
                 # Not lost: the next run goes on from here.
                 with suppress(Exception):
-                    self.partial.save()
+                    self.checkpoint.save()
                 raise
             finally:
                 self.model.train(training)
@@ -185,46 +202,46 @@ class _Reading:
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
-    def _read(self, waiting: list[Manuscript], bar: ProgressBar) -> None:
+    def _encode_documents(self, pending: list[TokenizedDocument], bar: ProgressBar) -> None:
         # A run that goes on makes the same groups of what is left, as they are made and kept in this order; then
         # what it reads equals what one go would have read, to the bit.
-        short = [each for each in waiting if len(each.ids) <= self.context]
-        for group in groups(short, lambda each: len(each.ids)):
-            self._read_group(group, bar)
-        for manuscript in waiting:
-            if len(manuscript.ids) > self.context:
-                self._read_long(manuscript, bar)
+        short = [each for each in pending if len(each.ids) <= self.context]
+        for batch in batches_by_length(short, lambda each: len(each.ids)):
+            self._encode_batch(batch, bar)
+        for document in pending:
+            if len(document.ids) > self.context:
+                self._encode_long(document, bar)
 
-    def _read_group(self, group: list[Manuscript], bar: ProgressBar) -> None:
+    def _encode_batch(self, batch: list[TokenizedDocument], bar: ProgressBar) -> None:
         """Read documents of one window at most, as the rows of a batch."""
-        banks = [self.model.new_memory() for _ in group]
-        self._window([each.ids for each in group], banks)
-        for manuscript, bank in zip(group, banks, strict=True):
-            self.partial.take(manuscript, bank, self._facts(manuscript))
-            self._advance(bar, manuscript, len(manuscript.ids))
-        self.partial.save_if_due()
+        banks = [self.model.new_memory() for _ in batch]
+        self._encode([each.ids for each in batch], banks)
+        for document, bank in zip(batch, banks, strict=True):
+            self.checkpoint.add(document, bank, self._metadata(document))
+            self._advance(bar, document, len(document.ids))
+        self.checkpoint.save_if_due()
 
-    def _read_long(self, manuscript: Manuscript, bar: ProgressBar) -> None:
+    def _encode_long(self, document: TokenizedDocument, bar: ProgressBar) -> None:
         """Read a document window by window, from where a run that was stopped has come to."""
-        bank = self.partial.resume(manuscript, self._facts(manuscript))
-        for start in range(bank.length(), len(manuscript.ids), self.context):
-            window = manuscript.ids[start : start + self.context]
-            self._window([window], [bank])
-            self._advance(bar, manuscript, len(window))
-            if start + self.context < len(manuscript.ids):
-                self.partial.save_if_due(within=True)
-        self.partial.finish()
-        self.partial.save_if_due()
+        bank = self.checkpoint.resume(document, self._metadata(document))
+        for start in range(bank.length(), len(document.ids), self.context):
+            window = document.ids[start : start + self.context]
+            self._encode([window], [bank])
+            self._advance(bar, document, len(window))
+            if start + self.context < len(document.ids):
+                self.checkpoint.save_if_due(mid_document=True)
+        self.checkpoint.finish_document()
+        self.checkpoint.save_if_due()
 
-    def _window(self, rows: Sequence[Tensor], banks: list[MemoryBank]) -> None:
-        read_window(self.model, rows, banks)
+    def _encode(self, rows: Sequence[Tensor], banks: list[MemoryBank]) -> None:
+        encode_window(self.model, rows, banks)
 
-    def _advance(self, bar: ProgressBar, manuscript: Manuscript, tokens: int) -> None:
+    def _advance(self, bar: ProgressBar, document: TokenizedDocument, tokens: int) -> None:
         self.report.tokens += tokens
-        bar.advance(tokens, description=manuscript.label)
+        bar.advance(tokens, description=document.label)
 
-    def _facts(self, manuscript: Manuscript) -> dict[str, Any]:
-        return facts_of(manuscript) | {"model": self.name, "context_length": self.context}
+    def _metadata(self, document: TokenizedDocument) -> dict[str, Any]:
+        return document_metadata(document) | {"model": self.name, "context_length": self.context}
 
     # ---- the memory file -----------------------------------------------------------------------------------------
 
@@ -244,8 +261,8 @@ class _Reading:
 
     def _check_disk(self, tokens: int) -> None:
         """The partial file and the new one, which is written beside the old one, must fit."""
-        held = self.bank.nbytes
-        needed = (2 * tokens * token_bytes(self.bank) + held) if tokens else 0
+        stored_bytes = self.bank.nbytes
+        needed = (2 * tokens * bytes_per_token(self.bank) + stored_bytes) if tokens else 0
         free = shutil.disk_usage(self.memory.absolute().parent).free
         if needed > free:
             raise LlamoryError(
@@ -253,22 +270,22 @@ class _Reading:
                 f"{free / 1e9:.1f} GB left: free some space, or keep the memory as int8 or of fewer layers."
             )
 
-    def _write(self, plan: Plan) -> None:
+    def _write(self, plan: SyncPlan) -> None:
         """Put the new memory together and in the old one's place."""
         report = self.report
         report.unchanged, report.removed = len(plan.unchanged), len(plan.removed)
         report.replaced = len(plan.replaced)
         report.added = len(plan.read) - report.replaced
-        if plan.changes:
-            plan.apply(self.bank, self.partial.bank, self._facts)
+        if plan.has_changes:
+            plan.apply(self.bank, self.checkpoint.bank, self._metadata)
             self.bank.save(self.memory)
-        self.partial.drop(plan.read.values())
+        self.checkpoint.remove(plan.read.values())
         report.documents, report.memory_tokens = len(self.bank.segments), self.bank.length()
         report.bytes = self.memory.stat().st_size
 
 
 @contextmanager
-def _alone_with(memory: Path) -> Iterator[None]:
+def _exclusive_lock(memory: Path) -> Iterator[None]:
     """Keep a second run away from the same memory."""
     memory.absolute().parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(memory.with_name(f".{memory.name}.lock"))

@@ -14,11 +14,11 @@ from llamory.models.base import PACKAGED_MODELS
 if TYPE_CHECKING:
     from llamory.longllama import LongLlamaForCausalLM
 
-_PARTIAL = ".partial"
+_CHECKPOINT_SUFFIX = ".partial"
 PathLike = str | os.PathLike[str]
 
 
-class Book:
+class MemoryFileInfo:
     """What a memory file says about itself, read from its header alone.
 
     Args:
@@ -38,30 +38,30 @@ class Book:
 
     def __init__(self, path: PathLike):
         self.path = path
-        if not Path(path).exists() and partial_path(path).exists():
+        if not Path(path).exists() and checkpoint_path(path).exists():
             raise LlamoryError(
-                f"The memory {path} isn't finished: {partial_path(path)} holds what was read before reading was "
+                f"The memory {path} isn't finished: {checkpoint_path(path)} holds what was read before reading was "
                 "stopped; read the same documents again to go on from there."
             )
-        self.contents: dict[str, Any] = read_header(path)
-        self.segments: list[dict[str, Any]] = self.contents["segments"]
-        self.layers: list[int] = self.contents["layers"]
-        self.dtype: str = self.contents["dtype"]
-        self.fingerprint: str = self.contents["fingerprint"]
-        noted = self._noted("model")
+        self.header: dict[str, Any] = read_header(path)
+        self.segments: list[dict[str, Any]] = self.header["segments"]
+        self.layers: list[int] = self.header["layers"]
+        self.dtype: str = self.header["dtype"]
+        self.fingerprint: str = self.header["fingerprint"]
+        recorded = self._recorded_value("model")
         # Before there was a packaged reader, "default" was the model as it is.
-        self.model: str | None = "base" if noted == "default" else noted
-        self.context_length: int | None = self._noted("context_length")
+        self.model: str | None = "base" if recorded == "default" else recorded
+        self.context_length: int | None = self._recorded_value("context_length")
 
-    def _noted(self, fact: str) -> Any:
-        return next((each["metadata"][fact] for each in self.segments if fact in each["metadata"]), None)
+    def _recorded_value(self, key: str) -> Any:
+        return next((each["metadata"][key] for each in self.segments if key in each["metadata"]), None)
 
     def summary(self) -> dict[str, Any]:
         """All that there is to tell, as something that JSON can hold; `bytes` is the file's size."""
         documents = []
         for segment in self.segments:
-            facts = {key: segment["metadata"][key] for key in ("title", "source") if key in segment["metadata"]}
-            documents.append({"name": segment["name"], "tokens": segment["tokens"], **facts})
+            metadata = {key: segment["metadata"][key] for key in ("title", "source") if key in segment["metadata"]}
+            documents.append({"name": segment["name"], "tokens": segment["tokens"], **metadata})
         return {
             "memory": str(self.path),
             "model": self.model,
@@ -69,19 +69,19 @@ class Book:
             "mem_layers": self.layers,
             "mem_dtype": self.dtype,
             "fingerprint": self.fingerprint,
-            "tokens": self.contents["tokens"],
-            "bytes": self.contents["bytes"],
+            "tokens": self.header["tokens"],
+            "bytes": self.header["bytes"],
             "documents": documents,
         }
 
 
-def partial_path(path: PathLike) -> Path:
+def checkpoint_path(path: PathLike) -> Path:
     """Where a memory lies while it is being read."""
     path = Path(path)
-    return path.with_name(f"{path.name}{_PARTIAL}")
+    return path.with_name(f"{path.name}{_CHECKPOINT_SUFFIX}")
 
 
-def noted_name(name: PathLike) -> str:
+def canonical_name(name: PathLike) -> str:
     """A model's name that still fits in another folder, and later: paths become absolute, "default" what it means."""
     from llamory.longllama.loading import resolve_reader_name
 
@@ -91,7 +91,7 @@ def noted_name(name: PathLike) -> str:
 
 
 def load_model_for(
-    books: Sequence[Book],
+    memory_files: Sequence[MemoryFileInfo],
     name: PathLike | None = None,
     *,
     mem_layers: Sequence[int] | None = None,
@@ -104,7 +104,7 @@ def load_model_for(
     """Load the model that made these memories; what isn't given is as it was then.
 
     Args:
-        books: the memories; none for a model that begins a new one.
+        memory_files: the memories; none for a model that begins a new one.
         name: the model, if it isn't the noted one ("default" if there is none).
         mem_layers, context_length, mem_dtype: as for `load_long_model`.
         bf16: compute in bfloat16.
@@ -118,20 +118,22 @@ def load_model_for(
 
     from llamory.longllama.loading import load_long_model, resolve_reader_name
 
-    book = books[0] if books else None
-    if book is not None:
-        if name is None and book.model is None:
-            raise LlamoryError(f"The memory file {book.path} doesn't say which model made it; name the model too.")
-        _check_settings(book, mem_layers, context_length, mem_dtype)
-        mem_layers, mem_dtype = book.layers, book.dtype
-        context_length = book.context_length or context_length
-    known = resolve_reader_name(name or (book and book.model) or "default")
-    for each in books:
-        check_shape(each, known)
+    memory_file = memory_files[0] if memory_files else None
+    if memory_file is not None:
+        if name is None and memory_file.model is None:
+            raise LlamoryError(
+                f"The memory file {memory_file.path} doesn't say which model made it; name the model too."
+            )
+        _check_settings(memory_file, mem_layers, context_length, mem_dtype)
+        mem_layers, mem_dtype = memory_file.layers, memory_file.dtype
+        context_length = memory_file.context_length or context_length
+    model_name = resolve_reader_name(name or (memory_file and memory_file.model) or "default")
+    for each in memory_files:
+        check_model_shape(each, model_name)
     if device is None and torch.accelerator.is_available():
         device = str(torch.accelerator.current_accelerator())
     model = load_long_model(
-        known,
+        model_name,
         mem_layers=mem_layers,
         context_length=context_length,
         mem_dtype=mem_dtype,
@@ -140,25 +142,25 @@ def load_model_for(
         **settings,
     )
     if not model.config.mem_layers:
-        raise LlamoryError(f"The model {known} has no memory layers: say which ones shall have memory.")
-    check_maker(books, model, known)
+        raise LlamoryError(f"The model {model_name} has no memory layers: say which ones shall have memory.")
+    check_model_matches(memory_files, model, model_name)
     return model
 
 
-def check_maker(books: Sequence[Book], model: LongLlamaForCausalLM, name: str) -> None:
+def check_model_matches(memory_files: Sequence[MemoryFileInfo], model: LongLlamaForCausalLM, name: str) -> None:
     """Make sure that a model made these memories.
 
     Raises:
         LlamoryError: it didn't, or with other memory layers or another context.
     """
     config = model.config
-    for book in books:
-        _check_settings(book, config.mem_layers, config.max_position_embeddings, None)
-        if book.fingerprint not in ("", model.memory_fingerprint()):
-            raise _other_model(book, name)
+    for memory_file in memory_files:
+        _check_settings(memory_file, config.mem_layers, config.max_position_embeddings, None)
+        if memory_file.fingerprint not in ("", model.memory_fingerprint()):
+            raise _model_mismatch(memory_file, name)
 
 
-def check_shape(book: Book, name: str) -> None:
+def check_model_shape(memory_file: MemoryFileInfo, name: str) -> None:
     """Make sure, before its weights are loaded, that a model of this shape can have made the memory.
 
     Raises:
@@ -170,42 +172,44 @@ def check_shape(book: Book, name: str) -> None:
     try:
         config = load_config(name)
     except LlamoryError as error:
-        if name == book.model and name not in PACKAGED_MODELS:
+        if name == memory_file.model and name not in PACKAGED_MODELS:
             raise LlamoryError(
-                f"The model that made {book.path} isn't where it was ({str(error).rstrip('.')}); name its new place."
+                f"The model that made {memory_file.path} isn't where it was ({str(error).rstrip('.')}); name its new place."
             ) from error
         raise
     shape = (config.num_key_value_heads, config.head_dim)
-    too_deep = max(book.layers, default=0) >= config.num_hidden_layers
-    if too_deep or shape != (book.contents["kv_heads"], book.contents["head_dim"]):
-        raise _other_model(book, name)
+    too_deep = max(memory_file.layers, default=0) >= config.num_hidden_layers
+    if too_deep or shape != (memory_file.header["kv_heads"], memory_file.header["head_dim"]):
+        raise _model_mismatch(memory_file, name)
 
 
-def _other_model(book: Book, name: str) -> LlamoryError:
-    made_by = "" if book.model is None else f", {book.model} as it was then"
+def _model_mismatch(memory_file: MemoryFileInfo, name: str) -> LlamoryError:
+    made_by = "" if memory_file.model is None else f", {memory_file.model} as it was then"
     return LlamoryError(
-        f"The memory file {book.path} was made by another model than {name}{made_by}: use the model that made it, or "
-        f"{_instead(book)}."
+        f"The memory file {memory_file.path} was made by another model than {name}{made_by}: use the model that made it, or "
+        f"{_alternative_advice(memory_file)}."
     )
 
 
 def _check_settings(
-    book: Book, mem_layers: Sequence[int] | None, context_length: int | None, mem_dtype: str | None
+    memory_file: MemoryFileInfo, mem_layers: Sequence[int] | None, context_length: int | None, mem_dtype: str | None
 ) -> None:
-    for what, given, there in (
-        ("memory layers", None if mem_layers is None else sorted(mem_layers), sorted(book.layers)),
-        ("a context of", context_length, book.context_length),
-        ("the dtype", mem_dtype, book.dtype),
+    for setting, requested, recorded in (
+        ("memory layers", None if mem_layers is None else sorted(mem_layers), sorted(memory_file.layers)),
+        ("a context of", context_length, memory_file.context_length),
+        ("the dtype", mem_dtype, memory_file.dtype),
     ):
-        if given is not None and there is not None and given != there:
-            shown, wanted = (", ".join(map(str, each)) if isinstance(each, list) else each for each in (there, given))
+        if requested is not None and recorded is not None and requested != recorded:
+            recorded_text, requested_text = (
+                ", ".join(map(str, each)) if isinstance(each, list) else each for each in (recorded, requested)
+            )
             raise LlamoryError(
-                f"The memory file {book.path} was made with {what} {shown}, not {wanted}: use the same, or "
-                f"{_instead(book)}."
+                f"The memory file {memory_file.path} was made with {setting} {recorded_text}, not {requested_text}: use the same, or "
+                f"{_alternative_advice(memory_file)}."
             )
 
 
-def _instead(book: Book) -> str:
-    if Path(book.path).suffix == _PARTIAL:
+def _alternative_advice(memory_file: MemoryFileInfo) -> str:
+    if Path(memory_file.path).suffix == _CHECKPOINT_SUFFIX:
         return "remove that file to begin anew"
     return "read the documents into a new memory"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-_BETWEEN = "\n\n"
+_SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class StoredDocument:
         return self.passages[0].title
 
     @property
-    def pieces(self) -> list[str]:
+    def chunk_texts(self) -> list[str]:
         """What is read of each passage; joined they are the text. The title goes first if the text lacks it."""
         texts = [passage.text for passage in self.passages]
         if self.title and self.title not in texts[0].split("\n", 1)[0]:
-            texts[0] = f"{self.title}{_BETWEEN}{texts[0]}"
-        return [f"{text}{_BETWEEN}" for text in texts[:-1]] + texts[-1:]
+            texts[0] = f"{self.title}{_SEPARATOR}{texts[0]}"
+        return [f"{text}{_SEPARATOR}" for text in texts[:-1]] + texts[-1:]
 
     @cached_property
     def digest(self) -> str:
         """A hash of all that is read."""
-        return hashlib.sha256(json.dumps(self.pieces).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(self.chunk_texts).encode()).hexdigest()[:32]
 
     def key(self, reader: str) -> str:
         """What its memory is filed under.
@@ -59,7 +59,7 @@ class StoredDocument:
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class DocumentTokens:
     """A document's tokens.
 
     Attributes:
@@ -72,13 +72,15 @@ class Reading:
     starts: list[int]
 
 
-def tokenized(document: StoredDocument, tokenizer: PreTrainedTokenizerBase, begins: Sequence[int]) -> Reading:
+def tokenize_document(
+    document: StoredDocument, tokenizer: PreTrainedTokenizerBase, prefix_ids: Sequence[int]
+) -> DocumentTokens:
     """A document's tokens and whose they are.
 
     Args:
         document: the document.
         tokenizer: the reader's; a fast one.
-        begins: tokens that it puts before each text.
+        prefix_ids: tokens that it puts before each text.
 
     Raises:
         LlamoryError: the tokenizer isn't a fast one.
@@ -87,10 +89,10 @@ def tokenized(document: StoredDocument, tokenizer: PreTrainedTokenizerBase, begi
 
     if not tokenizer.is_fast:
         raise LlamoryError("Memory of a library needs a fast tokenizer; use a reader that has a tokenizer.json.")
-    pieces = document.pieces
+    chunk_texts = document.chunk_texts
     # A document that spells out a special token, such as the end of a chat's turn, doesn't get to use it.
     encoded = tokenizer(
-        "".join(pieces),
+        "".join(chunk_texts),
         add_special_tokens=False,
         split_special_tokens=True,
         return_offsets_mapping=True,
@@ -98,11 +100,11 @@ def tokenized(document: StoredDocument, tokenizer: PreTrainedTokenizerBase, begi
         verbose=False,
     )
     offsets = torch.tensor([end for _, end in encoded["offset_mapping"]], dtype=torch.int64)
-    first, edges = 0, []
-    for piece in pieces:
-        edges.append(first)
-        first += len(piece)
+    offset, boundaries = 0, []
+    for text in chunk_texts:
+        boundaries.append(offset)
+        offset += len(text)
     # The first token that ends behind a passage's beginning is its first: a token over an edge is the later one's.
-    starts = torch.searchsorted(offsets, torch.tensor(edges, dtype=torch.int64), right=True) + len(begins)
-    ids = torch.tensor([*begins, *encoded["input_ids"]], dtype=torch.int32)
-    return Reading(ids, starts.tolist())
+    starts = torch.searchsorted(offsets, torch.tensor(boundaries, dtype=torch.int64), right=True) + len(prefix_ids)
+    ids = torch.tensor([*prefix_ids, *encoded["input_ids"]], dtype=torch.int32)
+    return DocumentTokens(ids, starts.tolist())

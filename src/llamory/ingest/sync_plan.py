@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llamory.ingest.documents import Manuscript
+from llamory.ingest.documents import TokenizedDocument
 from llamory.memory import MemoryBank
 
 
 @dataclass
-class Plan:
+class SyncPlan:
     """What becomes of a memory's segments.
 
     Attributes:
@@ -24,37 +24,39 @@ class Plan:
         moved: segments whose document is now at another place, with their new names.
     """
 
-    read: dict[str, Manuscript] = field(default_factory=dict)
+    read: dict[str, TokenizedDocument] = field(default_factory=dict)
     replaced: list[str] = field(default_factory=list)
-    unchanged: dict[str, Manuscript] = field(default_factory=dict)
+    unchanged: dict[str, TokenizedDocument] = field(default_factory=dict)
     removed: list[str] = field(default_factory=list)
     moved: dict[str, str] = field(default_factory=dict)
 
     @property
-    def changes(self) -> bool:
+    def has_changes(self) -> bool:
         """Whether anything becomes different."""
         return bool(self.read or self.removed or self.moved)
 
-    def keep(
-        self, manuscripts: Iterable[Manuscript], segment_of: Callable[[Manuscript], str | None]
-    ) -> list[Manuscript]:
+    def mark_unchanged(
+        self, documents: Iterable[TokenizedDocument], find_segment: Callable[[TokenizedDocument], str | None]
+    ) -> list[TokenizedDocument]:
         """Note the documents that have a segment as unchanged; gives those that have none."""
-        rest = []
-        for manuscript in manuscripts:
-            name = segment_of(manuscript)
+        unmatched = []
+        for document in documents:
+            name = find_segment(document)
             if name is None:
-                rest.append(manuscript)
+                unmatched.append(document)
             else:
-                self.unchanged[name] = manuscript
-        return rest
+                self.unchanged[name] = document
+        return unmatched
 
-    def apply(self, bank: MemoryBank, fresh: MemoryBank, facts: Callable[[Manuscript], dict[str, Any]]) -> None:
+    def apply(
+        self, bank: MemoryBank, encoded: MemoryBank, get_metadata: Callable[[TokenizedDocument], dict[str, Any]]
+    ) -> None:
         """Change a memory as planned.
 
         Args:
             bank: the memory.
-            fresh: has what was read, in segments named by their source.
-            facts: gives what is noted of a document.
+            encoded: has what was read, in segments named by their source.
+            get_metadata: gives what is noted of a document.
         """
         order = [self.moved.get(name, name) for name in bank.segments if name not in self.removed]
         for name in (*self.removed, *self.replaced):
@@ -64,65 +66,67 @@ class Plan:
             bank.rename(name, f"\0{number}")
         for number, (name, new) in enumerate(self.moved.items()):
             bank.rename(f"\0{number}", new)
-            bank.set_metadata(new, **facts(self.unchanged[name]))
-        fresh = fresh.fork()
-        for name, manuscript in self.read.items():
-            fresh.rename(manuscript.source, "\0")
-            bank.attach(fresh, ["\0"])
+            bank.set_metadata(new, **get_metadata(self.unchanged[name]))
+        encoded = encoded.fork()
+        for name, document in self.read.items():
+            encoded.rename(document.source, "\0")
+            bank.attach(encoded, ["\0"])
             bank.rename("\0", name)
-            fresh.drop("\0")
+            encoded.drop("\0")
         bank.reorder([*order, *(name for name in self.read if name not in order)])
 
 
-def make_plan(segments: Sequence[dict[str, Any]], manuscripts: Sequence[Manuscript]) -> Plan:
-    """Compare documents with the segments of a memory (`name` and `facts` of each)."""
-    facts = {segment["name"]: segment["metadata"] for segment in segments}
-    plan, free = Plan(), _Matching(facts)
-    changed = list(manuscripts)
+def diff_documents(segments: Sequence[dict[str, Any]], documents: Sequence[TokenizedDocument]) -> SyncPlan:
+    """Compare documents with the segments of a memory (`name` and `metadata` of each)."""
+    metadata = {segment["name"]: segment["metadata"] for segment in segments}
+    plan, unmatched = SyncPlan(), _UnmatchedSegments(metadata)
+    remaining = list(documents)
     # Lines of a JSON lines file may have moved: the same content in the same file is the same document.
-    changed = plan.keep(changed, lambda each: free.take(each, ("source", "digest")))
-    changed = plan.keep(changed, lambda each: free.take(each, ("file", "digest")))
-    older = {each.source: free.take(each, ("source",)) for each in changed}
-    changed = plan.keep(changed, lambda each: None if older[each.source] else free.take_lost(each))
-    files = {each.file for each in manuscripts}
-    plan.removed = [name for name in free.names if facts[name].get("file") in files]
-    moved = [name for name, each in plan.unchanged.items() if facts[name]["source"] != each.source]
-    taken = set(facts) - {*plan.removed, *moved}
+    remaining = plan.mark_unchanged(remaining, lambda each: unmatched.match(each, ("source", "digest")))
+    remaining = plan.mark_unchanged(remaining, lambda each: unmatched.match(each, ("file", "digest")))
+    existing_segments = {each.source: unmatched.match(each, ("source",)) for each in remaining}
+    remaining = plan.mark_unchanged(
+        remaining, lambda each: None if existing_segments[each.source] else unmatched.match_moved(each)
+    )
+    files = {each.file for each in documents}
+    plan.removed = [name for name in unmatched.names if metadata[name].get("file") in files]
+    moved = [name for name, each in plan.unchanged.items() if metadata[name]["source"] != each.source]
+    used_names = set(metadata) - {*plan.removed, *moved}
     for name in moved:
-        plan.moved[name] = _unique(plan.unchanged[name], taken)
-        taken.add(plan.moved[name])
-    for manuscript in changed:
-        name = older[manuscript.source] or _unique(manuscript, taken)
-        taken.add(name)
-        plan.read[name] = manuscript
-    plan.replaced = [name for name, each in plan.read.items() if older[each.source] is not None]
+        plan.moved[name] = _unique_segment_name(plan.unchanged[name], used_names)
+        used_names.add(plan.moved[name])
+    for document in remaining:
+        name = existing_segments[document.source] or _unique_segment_name(document, used_names)
+        used_names.add(name)
+        plan.read[name] = document
+    plan.replaced = [name for name, each in plan.read.items() if existing_segments[each.source] is not None]
     return plan
 
 
-class _Matching:
+class _UnmatchedSegments:
     """Segments that no document was found for yet."""
 
-    def __init__(self, facts: dict[str, dict[str, Any]]):
-        self._facts = facts
-        self.names = dict.fromkeys(facts)
-        self._by: dict[tuple, dict[tuple, list[str]]] = {}
+    def __init__(self, metadata: dict[str, dict[str, Any]]):
+        self._metadata = metadata
+        self.names = dict.fromkeys(metadata)
+        self._index: dict[tuple, dict[tuple, list[str]]] = {}
 
-    def take(self, manuscript: Manuscript, key: tuple[str, ...]) -> str | None:
+    def match(self, document: TokenizedDocument, key: tuple[str, ...]) -> str | None:
         """The first segment with these facts in common with a document; it is taken then."""
-        if key not in self._by:
-            self._by[key] = defaultdict(list)
+        if key not in self._index:
+            self._index[key] = defaultdict(list)
             for name in self.names:
-                self._by[key][tuple(self._facts[name].get(fact) for fact in key)].append(name)
-        return self._pick(self._by[key][tuple(getattr(manuscript, fact) for fact in key)])
+                self._index[key][tuple(self._metadata[name].get(field_name) for field_name in key)].append(name)
+        return self._claim(self._index[key][tuple(getattr(document, field_name) for field_name in key)])
 
-    def take_lost(self, manuscript: Manuscript) -> str | None:
+    def match_moved(self, document: TokenizedDocument) -> str | None:
         """A segment of this document's name and content whose file is gone: it was moved here."""
-        facts = self._facts.get(manuscript.label, {})
-        if facts.get("digest") != manuscript.digest or Path(facts.get("file", "")).exists():
+        metadata = self._metadata.get(document.label, {})
+        if metadata.get("digest") != document.digest or Path(metadata.get("file", "")).exists():
             return None
-        return self._pick([manuscript.label])
+        return self._claim([document.label])
 
-    def _pick(self, names: list[str]) -> str | None:
+    def _claim(self, names: list[str]) -> str | None:
         for name in names:
             if name in self.names:
                 del self.names[name]
@@ -130,15 +134,15 @@ class _Matching:
         return None
 
 
-def _unique(manuscript: Manuscript, taken: set[str]) -> str:
+def _unique_segment_name(document: TokenizedDocument, used_names: set[str]) -> str:
     """A name for a document's segment: its label, with more folders in front where others have that name."""
-    name, whole = manuscript.label, manuscript.source.replace("\\", "/")
-    while name in taken and name != whole:
-        rest = whole[: -len(name)].rstrip("/")
-        name = whole[rest.rfind("/") + 1 :] or whole
-        if rest.rfind("/") <= 0:
-            name = whole
+    name, full_path = document.label, document.source.replace("\\", "/")
+    while name in used_names and name != full_path:
+        prefix = full_path[: -len(name)].rstrip("/")
+        name = full_path[prefix.rfind("/") + 1 :] or full_path
+        if prefix.rfind("/") <= 0:
+            name = full_path
     number = 2
-    while name in taken:
-        name, number = f"{whole} ({number})", number + 1
+    while name in used_names:
+        name, number = f"{full_path} ({number})", number + 1
     return name

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from llamory.documents import Chunk
 
-_TINY = 1e-300
+_EPSILON = 1e-300
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Citation:
     text: str
 
 
-def passage_masses(mass: Tensor, starts: Sequence[int]) -> Tensor:
+def sum_mass_by_chunk(mass: Tensor, starts: Sequence[int]) -> Tensor:
     """Sum over each passage's tokens.
 
     Args:
@@ -50,29 +50,31 @@ def passage_masses(mass: Tensor, starts: Sequence[int]) -> Tensor:
     """
     import torch
 
-    edges = torch.tensor([*starts, mass.shape[1]])
-    whose = torch.repeat_interleave(torch.arange(len(starts)), edges.diff())
-    return torch.zeros(len(starts), len(mass), dtype=mass.dtype).index_add_(0, whose, mass[:, starts[0] :].T)
+    boundaries = torch.tensor([*starts, mass.shape[1]])
+    chunk_index = torch.repeat_interleave(torch.arange(len(starts)), boundaries.diff())
+    return torch.zeros(len(starts), len(mass), dtype=mass.dtype).index_add_(0, chunk_index, mass[:, starts[0] :].T)
 
 
-def cite(passages: Sequence[Chunk], masses: Tensor, most: int) -> list[Citation]:
+def cite(passages: Sequence[Chunk], masses: Tensor, limit: int) -> list[Citation]:
     """The passages with the largest shares, largest first; those that drew nothing aren't cited.
 
     Args:
         passages: all in memory.
         masses: attention to each that was given and that was drawn, (passages, 2).
-        most: so many at most.
+        limit: so many at most.
     """
     import torch
 
-    given, drawn = masses.unbind(1)
+    attention_mass, baseline_corrected_mass = masses.unbind(1)
     # A model that looks at everything alike draws nothing; then the plain sums are all there is.
-    masses = torch.stack([given, drawn if float(drawn.sum()) > 0 else given], 1)
-    shares = masses / masses.sum(0).clamp_min(_TINY)
+    masses = torch.stack(
+        [attention_mass, baseline_corrected_mass if float(baseline_corrected_mass.sum()) > 0 else attention_mass], 1
+    )
+    fractions = masses / masses.sum(0).clamp_min(_EPSILON)
     cited = []
-    for index in shares[:, 1].argsort(descending=True, stable=True)[:most].tolist():
-        attention, share = shares[index].tolist()
+    for index in fractions[:, 1].argsort(descending=True, stable=True)[:limit].tolist():
+        attention, share = fractions[index].tolist()
         if share > 0:
-            each = passages[index]
-            cited.append(Citation(each.location, share, attention, each.source, each.title, each.line, each.text))
+            chunk = passages[index]
+            cited.append(Citation(chunk.location, share, attention, chunk.source, chunk.title, chunk.line, chunk.text))
     return cited

@@ -1,6 +1,6 @@
 """The work of indexing: files that may have changed become batches of whole documents, ready to be written.
 
-An engine runs `prepare` over the files, here or on other machines; the library alone decides which files those are, and
+An engine runs `process_files` over the files, here or on other machines; the library alone decides which files those are, and
 alone writes what comes back. So an engine can run a file twice, or stop at any moment, and nothing is lost or doubled.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llamory.documents import Document, SkippedFile
 
 # Passages that are embedded before they are written: what is lost when a run is killed.
-PASSAGES_PER_BATCH = 64
+CHUNKS_PER_BATCH = 64
 # To be raised when files are read in another way than before, so that files that didn't change are read again.
 READERS_VERSION = 1
 
@@ -39,15 +39,15 @@ class FileTask:
 
     Attributes:
         file: absolute path.
-        known: the hash of each document (by source) that the library holds of it.
+        document_hashes: the hash of each document (by source) that the library holds of it.
     """
 
     file: str
-    known: Mapping[str, str] = field(default_factory=dict)
+    document_hashes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ChunkingConfig:
     """How files become passages. It can be pickled.
 
     Attributes:
@@ -75,7 +75,7 @@ class Batch:
         rows: the passages of the documents: all columns of the library's table but the vector.
         vectors: float32 (passages, dimension); None if there are no passages.
         unchanged: sources of documents that the library has as they are.
-        finished: files that were read to their end, each with its content (empty if some of it was broken).
+        completed_files: files that were read to their end, each with its content (empty if some of it was broken).
         failed: what couldn't be read; the library keeps what it has of it.
         files: files that are done with, read or not.
     """
@@ -83,13 +83,13 @@ class Batch:
     rows: list[dict[str, Any]] = field(default_factory=list)
     vectors: np.ndarray | None = None
     unchanged: list[str] = field(default_factory=list)
-    finished: dict[str, str] = field(default_factory=dict)
+    completed_files: dict[str, str] = field(default_factory=dict)
     failed: list[SkippedFile] = field(default_factory=list)
     files: int = 0
 
 
 class Engine(Protocol):
-    """Runs `prepare` over the files."""
+    """Runs `process_files` over the files."""
 
     def run(self, tasks: Collection[FileTask]) -> Iterator[Batch]:
         """Batches of all files; each batch is written before the next is asked for."""
@@ -101,124 +101,126 @@ class LocalEngine:
     """Runs the files one after the other in this process.
 
     Attributes:
-        recipe: how files become passages.
+        config: how files become passages.
         embedder: the library's model.
-        held: gives the vectors of those of some texts that the library holds already.
+        cached_vectors: gives the vectors of those of some texts that the library holds already.
         advance: is told how many passages were embedded.
     """
 
-    recipe: Recipe
+    config: ChunkingConfig
     embedder: SentenceTransformer
-    held: Callable[[Collection[str]], Vectors]
+    cached_vectors: Callable[[Collection[str]], Vectors]
     advance: Callable[[int], None] = lambda _: None
 
     def run(self, tasks: Collection[FileTask]) -> Iterator[Batch]:
         """Batches of all files, in order."""
-        return prepare(tasks, self.recipe, self.embedder, self.held, self.advance)
+        return process_files(tasks, self.config, self.embedder, self.cached_vectors, self.advance)
 
 
-def prepare(
+def process_files(
     tasks: Iterable[FileTask],
-    recipe: Recipe,
+    config: ChunkingConfig,
     embedder: SentenceTransformer,
-    held: Callable[[Collection[str]], Vectors],
+    cached_vectors: Callable[[Collection[str]], Vectors],
     advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Batch]:
-    """Read, cut and embed files, as batches of about `PASSAGES_PER_BATCH` passages of whole documents.
+    """Read, cut and embed files, as batches of about `CHUNKS_PER_BATCH` passages of whole documents.
 
     Args:
         tasks: the files.
-        recipe: how files become passages.
+        config: how files become passages.
         embedder: the library's model.
-        held: gives the vectors of those of some texts that need not be embedded again.
+        cached_vectors: gives the vectors of those of some texts that need not be embedded again.
         advance: is told how many passages were embedded.
 
     Raises:
         LlamoryError: a file can't be read, if the recipe is strict.
     """
-    from llamory.embedding.library_encoder import passage_tokenizer
+    from llamory.embedding.library_encoder import chunk_tokenizer
 
-    for batch in cut(tasks, recipe, passage_tokenizer(embedder)):
-        yield embed(batch, recipe, embedder, held, advance)
+    for batch in chunk_files(tasks, config, chunk_tokenizer(embedder)):
+        yield embed_batch(batch, config, embedder, cached_vectors, advance)
 
 
-def cut(tasks: Iterable[FileTask], recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
-    """The first half of `prepare`: read and cut files, as batches without vectors."""
-    cutter = _Cutter(recipe, tokenizer)
+def chunk_files(
+    tasks: Iterable[FileTask], config: ChunkingConfig, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Batch]:
+    """The first half of `process_files`: read and cut files, as batches without vectors."""
+    chunker = _FileChunker(config, tokenizer)
     for task in tasks:
-        for _ in cutter.cut(task):
-            if len(cutter.batch.rows) >= PASSAGES_PER_BATCH:
-                yield cutter.batch
-                cutter.batch = Batch()
-        cutter.batch.files += 1
-    yield cutter.batch
+        for _ in chunker.chunk(task):
+            if len(chunker.batch.rows) >= CHUNKS_PER_BATCH:
+                yield chunker.batch
+                chunker.batch = Batch()
+        chunker.batch.files += 1
+    yield chunker.batch
 
 
-class _Cutter:
+class _FileChunker:
     """Puts the passages of files into the batch at hand."""
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.recipe = recipe
+    def __init__(self, config: ChunkingConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.config = config
         self.tokenizer = tokenizer
         self.batch = Batch()
 
-    def cut(self, task: FileTask) -> Iterator[None]:
+    def chunk(self, task: FileTask) -> Iterator[None]:
         """Read and cut one file, pausing after each document; what is wrong with it must not stop the others."""
         from llamory.documents import SkippedFile
 
         try:
-            yield from self._cut(task)
+            yield from self._chunk_file(task)
         except Exception as error:
-            if self.recipe.strict:
+            if self.config.strict:
                 if isinstance(error, LlamoryError | OSError):
                     raise
                 raise LlamoryError(f"{task.file} can't be read ({type(error).__name__}: {error}).") from error
             logger.debug("%s can't be read", task.file, exc_info=True)
             self.batch.failed.append(SkippedFile(task.file, _reason(error, task.file)))
 
-    def _cut(self, task: FileTask) -> Iterator[None]:
+    def _chunk_file(self, task: FileTask) -> Iterator[None]:
         from llamory.documents import SkippedFile, read_file
         from llamory.documents.storage import unchanged_since
 
-        path, recipe, broken = Path(task.file), self.recipe, list[str]()
-        content, state = _content(path, recipe)
+        path, config, broken = Path(task.file), self.config, list[str]()
+        content, state = _content_key(path, config)
 
-        def note(location: str, reason: str) -> None:
+        def record_error(location: str, reason: str) -> None:
             broken.append(location)
             self.batch.failed.append(SkippedFile(location, reason))
 
-        told = None if recipe.strict else note
-        for document in read_file(path, text_field=recipe.text_field, broken=told, max_bytes=recipe.max_bytes):
-            hashed = document_hash(document, recipe.chunk_size)
-            if task.known.get(document.source) == hashed:
+        on_error = None if config.strict else record_error
+        for document in read_file(path, text_field=config.text_field, broken=on_error, max_bytes=config.max_bytes):
+            digest = document_hash(document, config.chunk_size)
+            if task.document_hashes.get(document.source) == digest:
                 self.batch.unchanged.append(document.source)
             else:
-                self.batch.rows += _rows(document, self.tokenizer, recipe.chunk_size, task.file, hashed)
+                self.batch.rows += _rows(document, self.tokenizer, config.chunk_size, task.file, digest)
             yield
         if not unchanged_since(path, state):
             raise LlamoryError(f"{path} changed while it was read; index it again.")
-        self.batch.finished[task.file] = "" if broken else content  # what is broken is told again next time
+        self.batch.completed_files[task.file] = "" if broken else content  # what is broken is told again next time
 
 
-def is_unchanged(file: str, content: str, recipe: Recipe) -> bool:
+def is_unchanged(file: str, content: str, config: ChunkingConfig) -> bool:
     """Whether a file has the content that `Batch.finished` told of it; a file that can't be read has not."""
     try:
-        return bool(content) and _content(Path(file), recipe)[0] == content
+        return bool(content) and _content_key(Path(file), config)[0] == content
     except (LlamoryError, OSError):
         return False
 
 
-def _content(path: Path, recipe: Recipe) -> tuple[str, tuple[int, ...]]:
+def _content_key(path: Path, config: ChunkingConfig) -> tuple[str, tuple[int, ...]]:
     """A short name for what would be read of a file, and its state as `unchanged_since` takes it."""
     from llamory.documents.scan import LINK_OUTSIDE, is_within
     from llamory.documents.storage import content_hash
 
     # Asked again just before reading: the folders may have changed since they were looked through.
-    if recipe.roots and not is_within(path, recipe.roots):
+    if config.roots and not is_within(path, config.roots):
         raise LlamoryError(f"{path} is {LINK_OUTSIDE}.")
-    lines = path.suffix.lower() == ".jsonl"
-    digest, state = content_hash(path, None if lines else recipe.max_bytes)
-    return f"{READERS_VERSION}:{digest}:{recipe.text_field if lines else ''}", state
+    is_json_lines = path.suffix.lower() == ".jsonl"
+    digest, state = content_hash(path, None if is_json_lines else config.max_bytes)
+    return f"{READERS_VERSION}:{digest}:{config.text_field if is_json_lines else ''}", state
 
 
 def _reason(error: Exception, file: str) -> str:
@@ -234,8 +236,8 @@ def _reason(error: Exception, file: str) -> str:
 
 def document_hash(document: Document, chunk_size: int) -> str:
     """Hash of all that a document's passages are made from."""
-    whole = "\0".join([str(chunk_size), document.title, document.text])
-    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+    hashed_text = "\0".join([str(chunk_size), document.title, document.text])
+    return hashlib.sha256(hashed_text.encode()).hexdigest()[:32]
 
 
 def _rows(
@@ -245,35 +247,35 @@ def _rows(
 
     return [
         {
-            "text": passage.text,
-            "source": passage.source,
-            "title": passage.title,
-            "line": passage.line,
-            "page": passage.page,
+            "text": chunk.text,
+            "source": chunk.source,
+            "title": chunk.title,
+            "line": chunk.line,
+            "page": chunk.page,
             "position": position,
             "file": file,
             "hash": digest,
         }
-        for position, passage in enumerate(chunk_document(document, tokenizer, length))
+        for position, chunk in enumerate(chunk_document(document, tokenizer, length))
     ]
 
 
-def embed(
+def embed_batch(
     batch: Batch,
-    recipe: Recipe,
+    config: ChunkingConfig,
     embedder: SentenceTransformer,
-    held: Callable[[Collection[str]], Vectors],
+    cached_vectors: Callable[[Collection[str]], Vectors],
     advance: Callable[[int], None],
 ) -> Batch:
-    """The second half of `prepare`: give a batch its vectors; those of texts that are held are used again."""
+    """The second half of `process_files`: give a batch its vectors; those of texts that are held are used again."""
     import numpy as np
 
     from llamory.embedding.library_encoder import embed_passages
 
     if batch.rows:
         texts = list(dict.fromkeys(row["text"] for row in batch.rows))
-        vectors = dict(held(texts))
+        vectors = dict(cached_vectors(texts))
         if new := [text for text in texts if text not in vectors]:
-            vectors |= dict(zip(new, embed_passages(embedder, new, advance, bf16=recipe.bf16), strict=True))
+            vectors |= dict(zip(new, embed_passages(embedder, new, advance, bf16=config.bf16), strict=True))
         batch.vectors = np.stack([vectors[row["text"]] for row in batch.rows])
     return batch

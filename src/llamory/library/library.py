@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from llamory.common.locks import write_lock
 from llamory.embedding.library_encoder import embed_query, fingerprint, resolve_chunk_size
 from llamory.errors import LlamoryError
-from llamory.library.indexer import Engine, LocalEngine, Recipe
-from llamory.library.readable import Readable
+from llamory.library.indexer import ChunkingConfig, Engine, LocalEngine
+from llamory.library.readable import LibraryQAMixin
 from llamory.library.reader import ReaderSettings
-from llamory.library.search import Hit, Mode, check_mode
+from llamory.library.search import Hit, SearchMode, check_mode
 from llamory.library.store import PassageStore, Settings
-from llamory.library.update import AddReport, Update, is_under, take_out
+from llamory.library.update import AddReport, Update, is_under, remove_sources
 
 if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SentenceTransformer
 
     from llamory.documents import FileScan
-    from llamory.library.qa import Desk
+    from llamory.library.qa import QASession
     from llamory.longllama import LongLlamaForCausalLM
 
 # Reading a text file takes some twelve times its size in memory.
@@ -35,7 +35,7 @@ PathLike = str | os.PathLike[str]
 EngineName = Literal["local", "ray"]
 
 
-class Library(Readable):
+class Library(LibraryQAMixin):
     """A folder (or object-store URI) of passages with their vectors.
 
     Args:
@@ -44,10 +44,10 @@ class Library(Readable):
             a hub id, or a loaded model. An existing library knows its own.
         device: a torch device for the model; by default the best there is.
         bf16: compute in bfloat16, which is faster and a little less exact.
-        reader: the LongLLaMA that reads documents and answers (`ask`, `chat`, `read_ahead`): a folder, `.gguf` file,
+        reader: the LongLLaMA that reads documents and answers (`ask`, `chat`, `precompute_memory`): a folder, `.gguf` file,
             hub id, "default" or a loaded model. By default the one that was noted when the library was first asked,
             else "default".
-        reading: how it reads: `mem_layers`, `context_length`, `mem_dtype` ("int8", "bfloat16"), `memory_budget`
+        reader_settings: how it reads: `mem_layers`, `context_length`, `mem_dtype` ("int8", "bfloat16"), `memory_budget`
             ("10GB"), `mem_search`, `mem_top_k`, `last_context_length`, and a loaded reader's `tokenizer`; see
             `llamory.library.reader.ReaderSettings`.
 
@@ -63,7 +63,7 @@ class Library(Readable):
         device: str | None = None,
         bf16: bool = False,
         reader: PathLike | LongLlamaForCausalLM | None = None,
-        **reading: Any,
+        **reader_settings: Any,
     ) -> None:
         self.path = os.fspath(path)
         self._model = os.fspath(model) if isinstance(model, str | os.PathLike) else model
@@ -72,8 +72,10 @@ class Library(Readable):
         self._loaded: SentenceTransformer | None = None
         self._merged = False  # whether its weights are its own, not the base model's that a reader has too
         self._checked = False  # whether the model was seen to be the library's
-        self._new_length = 0  # passage length of a library that is being made
-        self._reading = ReaderSettings(os.fspath(reader) if isinstance(reader, os.PathLike) else reader, **reading)
+        self._new_chunk_size = 0  # passage length of a library that is being made
+        self._reader_settings = ReaderSettings(
+            os.fspath(reader) if isinstance(reader, os.PathLike) else reader, **reader_settings
+        )
         self._store = PassageStore.open(self.path)
         if self._store is None and model is None:
             raise LlamoryError(
@@ -144,37 +146,37 @@ class Library(Readable):
             raise LlamoryError(f"The largest file size must be more than 0 MiB, not {max_file_size}.")
         _check_engine(engine, ray_address)
         roots = _absolute(paths)
-        found = scan_files(roots)
-        if strict and found.failed:
-            raise LlamoryError(f"{found.failed[0].path}: {found.failed[0].reason}.")
-        self._check(chunk_size)  # before the folder of a new library is made, and before waiting
+        scan = scan_files(roots)
+        if strict and scan.failed:
+            raise LlamoryError(f"{scan.failed[0].path}: {scan.failed[0].reason}.")
+        self._check_chunk_size(chunk_size)  # before the folder of a new library is made, and before waiting
         with self._writing(wait=wait, progress=progress):
             update = Update(self._store, self._create, roots)
-            if not found.files and not any(is_under(file, roots) for file, _ in update.known.values()):
-                raise LlamoryError(_nothing_in(roots, found))
-            recipe = Recipe(
-                chunk_size=self._check(chunk_size),
+            if not scan.files and not any(is_under(file, roots) for file, _ in update.stored_documents.values()):
+                raise LlamoryError(_nothing_found_message(roots, scan))
+            config = ChunkingConfig(
+                chunk_size=self._check_chunk_size(chunk_size),
                 text_field=text_field,
                 roots=real_roots(roots),
                 max_bytes=int(max_file_size * 2**20),
                 strict=strict,
                 bf16=self._bf16,
             )
-            self._new_length = recipe.chunk_size
-            tasks = update.tasks(found.files, recipe)
-            with _Bar(len(tasks), shown=progress) as bar:
+            self._new_chunk_size = config.chunk_size
+            tasks = update.tasks(scan.files, config)
+            with _ProgressBar(len(tasks), shown=progress) as bar:
                 if tasks:
-                    chosen = self._engine(engine, recipe, self._embedder(merged=True), bar, ray_address)
-                    for batch in chosen.run(tasks):
-                        update.take(batch)
+                    indexer = self._engine(engine, config, self._embedder(merged=True), bar, ray_address)
+                    for batch in indexer.run(tasks):
+                        update.write_batch(batch)
                         bar.files_done(batch.files)
-                report = update.finish()
+                report = update.complete()
         if report.updated or report.removed:
-            self._drop_stale_memories()
-        report.failed = found.failed + report.failed
-        report.skipped = found.skipped
+            self._delete_stale_memories()
+        report.failed = scan.failed + report.failed
+        report.skipped = scan.skipped
         if self._store is None and not report.failed:
-            raise LlamoryError(f"None of the {len(found.files)} files in {_listed(roots)} has any text.")
+            raise LlamoryError(f"None of the {len(scan.files)} files in {_join_paths(roots)} has any text.")
         return report
 
     def remove(self, paths: PathLike | Iterable[PathLike], *, wait: bool = True) -> AddReport:
@@ -191,21 +193,23 @@ class Library(Readable):
         roots = _absolute(paths)
         with self._writing(wait=wait):
             store = self._require_store()
-            known = store.documents()
-            gone: set[str] = set()
+            stored_documents = store.documents()
+            removed_sources: set[str] = set()
             for root in roots:
-                inside = {
-                    source for source, (file, _) in known.items() if source == str(root) or is_under(file, [root])
+                matching = {
+                    source
+                    for source, (file, _) in stored_documents.items()
+                    if source == str(root) or is_under(file, [root])
                 }
-                if not inside:
+                if not matching:
                     raise LlamoryError(f"The library at {self.path} has nothing of {root}; check the path.")
-                gone |= inside
-            store.marks()
-            store.begin()
-            take_out(store, gone, known)
-            store.end()
-        self._drop_stale_memories()
-        return AddReport(removed=len(gone))
+                removed_sources |= matching
+            store.file_index()
+            store.start_write()
+            remove_sources(store, removed_sources, stored_documents)
+            store.finish_write()
+        self._delete_stale_memories()
+        return AddReport(removed=len(removed_sources))
 
     @contextmanager
     def _writing(self, *, wait: bool, progress: bool = True) -> Iterator[None]:
@@ -223,29 +227,34 @@ class Library(Readable):
             yield
 
     def _engine(
-        self, name: EngineName, recipe: Recipe, embedder: SentenceTransformer, bar: _Bar, address: str | None
+        self,
+        name: EngineName,
+        config: ChunkingConfig,
+        embedder: SentenceTransformer,
+        bar: _ProgressBar,
+        address: str | None,
     ) -> Engine:
         if name == "local":
-            return LocalEngine(recipe, embedder, self._held, bar.embedded)
+            return LocalEngine(config, embedder, self._cached_vectors, bar.chunks_embedded)
         from llamory.library.ray import RayEngine
 
         model = self._require_store().settings.model if self._model is None else self._model
-        model = _name(model) if isinstance(model, str) else ""
-        return RayEngine(recipe, embedder, model, fingerprint(embedder), self.path, address, bar.embedded)
+        model = _canonical_model_name(model) if isinstance(model, str) else ""
+        return RayEngine(config, embedder, model, fingerprint(embedder), self.path, address, bar.chunks_embedded)
 
-    def _held(self, texts: Collection[str]) -> Mapping[str, np.ndarray]:
+    def _cached_vectors(self, texts: Collection[str]) -> Mapping[str, np.ndarray]:
         return {} if self._store is None else self._store.vectors(texts)
 
     def _create(self, dimension: int) -> PassageStore:
-        model = _name(self._model) if isinstance(self._model, str) else ""
-        settings = Settings(model, fingerprint(self._embedder(merged=True)), dimension, self._new_length)
+        model = _canonical_model_name(self._model) if isinstance(self._model, str) else ""
+        settings = Settings(model, fingerprint(self._embedder(merged=True)), dimension, self._new_chunk_size)
         self._store = PassageStore.create(self.path, settings)
         return self._store
 
     # ---- searching ---------------------------------------------------------------------------------------------------
 
     def search(
-        self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: Mode = "fused"
+        self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: SearchMode = "fused"
     ) -> list[Hit]:
         """Find the passages that answer a query.
 
@@ -281,11 +290,11 @@ class Library(Readable):
             raise LlamoryError(f"The library at {self.path} is empty; add documents to it first.")
         return self._store
 
-    def desk(self, *, progress: bool = False) -> Desk:
-        """See `Readable.desk`; the model and the reader have one base model there."""
+    def qa_session(self, *, progress: bool = False) -> QASession:
+        """See `LibraryQAMixin.qa_session`; the model and the reader have one base model there."""
         if self._merged:
             self._loaded, self._merged = None, False
-        return super().desk(progress=progress)
+        return super().qa_session(progress=progress)
 
     def _embedder(self, *, merged: bool = False) -> SentenceTransformer:
         """The model; if it isn't loaded yet and nothing reads, `merged` loads it as it embeds fastest."""
@@ -298,7 +307,7 @@ class Library(Readable):
             if model == "":
                 raise LlamoryError(f"The library at {self.path} doesn't know where its model is; give the model too.")
             if isinstance(model, str):
-                self._merged = merged and self._desk is None
+                self._merged = merged and self._qa_session is None
                 model = load_embedder(model, device=self._device, shared=not self._merged)
             self._loaded = model
         if self._store is not None and not self._checked:
@@ -312,12 +321,14 @@ class Library(Readable):
             self._checked = True
         return self._loaded
 
-    def _check(self, chunk_size: int | None) -> int:
+    def _check_chunk_size(self, chunk_size: int | None) -> int:
         """Check the model and the passage length for adding; gives the length. Loads the model only if it must."""
         if self._store is None:
             return resolve_chunk_size(self._embedder(merged=True), chunk_size)
         settings = self._store.settings
-        if self._model is not None and (not isinstance(self._model, str) or _name(self._model) != settings.model):
+        if self._model is not None and (
+            not isinstance(self._model, str) or _canonical_model_name(self._model) != settings.model
+        ):
             self._embedder(merged=True)
         if chunk_size not in (None, settings.chunk_size):
             raise LlamoryError(
@@ -327,7 +338,7 @@ class Library(Readable):
         return settings.chunk_size
 
 
-class _Bar:
+class _ProgressBar:
     """A progress bar on standard error: files read, passages embedded."""
 
     def __init__(self, files: int, *, shown: bool) -> None:
@@ -346,7 +357,7 @@ class _Bar:
         self._passages = 0
         self._task = self._progress.add_task("", total=files, passages=0)
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> _ProgressBar:
         self._progress.start()
         return self
 
@@ -356,7 +367,7 @@ class _Bar:
     def files_done(self, files: int) -> None:
         self._progress.advance(self._task, files)
 
-    def embedded(self, passages: int) -> None:
+    def chunks_embedded(self, passages: int) -> None:
         self._passages += passages
         self._progress.update(self._task, passages=self._passages)
 
@@ -377,18 +388,18 @@ def _absolute(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     return [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 -- resolve() would follow links
 
 
-def _name(model: str) -> str:
+def _canonical_model_name(model: str) -> str:
     """A model as settings name it: a folder's absolute path, or a hub id."""
     return os.path.abspath(model) if Path(model).is_dir() else model  # noqa: PTH100
 
 
-def _listed(paths: Iterable[Path]) -> str:
+def _join_paths(paths: Iterable[Path]) -> str:
     return ", ".join(map(str, paths))
 
 
-def _nothing_in(roots: Sequence[Path], found: FileScan) -> str:
+def _nothing_found_message(roots: Sequence[Path], scan: FileScan) -> str:
     from llamory.documents.readers import supported_suffixes
 
-    if found.failed:
-        return f"{found.failed[0].path}: {found.failed[0].reason}."
-    return f"There are no documents in {_listed(roots)}; there should be files of {supported_suffixes()}."
+    if scan.failed:
+        return f"{scan.failed[0].path}: {scan.failed[0].reason}."
+    return f"There are no documents in {_join_paths(roots)}; there should be files of {supported_suffixes()}."

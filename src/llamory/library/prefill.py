@@ -13,28 +13,28 @@ from typing import TYPE_CHECKING, Any
 from llamory.common import ram
 from llamory.errors import LlamoryError
 from llamory.ingest.stored_documents import StoredDocument
-from llamory.library.memory_cache import Shelf
-from llamory.library.qa import Desk
+from llamory.library.memory_cache import MemoryCache
+from llamory.library.qa import QASession
 from llamory.library.reader import SEGMENT
 from llamory.memory import read_header
 
 if TYPE_CHECKING:
-    from llamory.library.readable import Readable
+    from llamory.library.readable import LibraryQAMixin
 
 # Documents whose texts are held at once.
-_TOGETHER = 64
+_BATCH_DOCUMENTS = 64
 
-_ADVICE = "keep the memory as int8, choose fewer memory layers or a smaller model; what was read is kept"
+_OOM_ADVICE = "keep the memory as int8, choose fewer memory layers or a smaller model; what was read is kept"
 
 
 @dataclass
 class MemoryReport:
-    """What `Library.read_ahead` did.
+    """What `Library.precompute_memory` did.
 
     Attributes:
         read: documents that were read now.
-        there: documents whose memory was there already, or is that of another document with the same text.
-        left: documents that the budget has no room for; they are read when they are asked.
+        existing: documents whose memory was there already, or is that of another document with the same text.
+        remaining: documents that the budget has no room for; they are read when they are asked.
         tokens: tokens that were read now.
         seconds: how long it took, without loading the model.
         bytes: what all memories take on the disk.
@@ -43,8 +43,8 @@ class MemoryReport:
     """
 
     read: int = 0
-    there: int = 0
-    left: int = 0
+    existing: int = 0
+    remaining: int = 0
     tokens: int = 0
     seconds: float = 0.0
     bytes: int = 0
@@ -52,8 +52,8 @@ class MemoryReport:
     reader: str = ""
 
 
-def read_ahead(
-    desk: Desk, *, progress: bool = True, engine: str = "local", ray_address: str | None = None
+def precompute_memory(
+    qa_session: QASession, *, progress: bool = True, engine: str = "local", ray_address: str | None = None
 ) -> MemoryReport:
     """Read all of a library's documents that have no memory yet, as many as fit the budget.
 
@@ -64,88 +64,88 @@ def read_ahead(
         LlamoryError: the reader can't be loaded, or memory is short.
         OSError: a memory can't be written.
     """
-    reader = desk.reader
-    desk.note_reader(change=True)
+    reader = qa_session.reader
+    qa_session.save_reader_config(change=True)
     started = time.perf_counter()
-    report = MemoryReport(reader=reader.name, budget=reader.shelf.budget)
-    reader.shelf.make_room(0)  # the budget may have become smaller
-    sources = desk.library.sources()
-    waiting: dict[str, str] = {}
+    report = MemoryReport(reader=reader.name, budget=reader.memory_cache.budget)
+    reader.memory_cache.evict(0)  # the budget may have become smaller
+    sources = qa_session.library.sources()
+    pending: dict[str, str] = {}
     keys: set[str] = set()
-    for documents in _some(desk, sources):
+    for documents in _document_batches(qa_session, sources):
         for document in documents:
             key = reader.key(document)
-            if key not in keys and not reader.shelf.has(key):
-                waiting[key] = document.source
+            if key not in keys and not reader.memory_cache.has(key):
+                pending[key] = document.source
             else:
-                report.there += 1
+                report.existing += 1
             keys.add(key)
     with (
-        _reading(desk, engine, ray_address) as read,
-        _Bar(len(waiting), shown=progress) as bar,
-        ram.translate_oom(_ADVICE),
+        _open_encoder(qa_session, engine, ray_address) as read,
+        _ProgressBar(len(pending), shown=progress) as bar,
+        ram.translate_oom(_OOM_ADVICE),
     ):
-        for documents in _some(desk, list(waiting.values())):
-            chosen, held = [], 0  # what is read together must fit together
+        for documents in _document_batches(qa_session, list(pending.values())):
+            batch, batch_bytes = [], 0  # what is read together must fit together
             for document in documents:
-                held += reader.size(reader.tokenize(document))
-                if not reader.shelf.make_room(held, keep=keys):
+                batch_bytes += reader.size(reader.tokenize(document))
+                if not reader.memory_cache.evict(batch_bytes, protected=keys):
                     break
-                chosen.append(document)
-            for document, bank in read(chosen, bar.advance):
+                batch.append(document)
+            for document, bank in read(batch, bar.advance):
                 report.tokens += bank.length(segment=SEGMENT)
-                reader.keep(document, bank, keys)
+                reader.store(document, bank, keys)
                 report.read += 1
                 bar.document_done()
-            if len(chosen) < len(documents):
+            if len(batch) < len(documents):
                 break
-    report.left = len(waiting) - report.read
-    report.seconds, report.bytes = time.perf_counter() - started, reader.shelf.nbytes
+    report.remaining = len(pending) - report.read
+    report.seconds, report.bytes = time.perf_counter() - started, reader.memory_cache.nbytes
     return report
 
 
 @contextmanager
-def _reading(desk: Desk, engine: str, address: str | None) -> Iterator[Callable[..., Any]]:
+def _open_encoder(qa_session: QASession, engine: str, address: str | None) -> Iterator[Callable[..., Any]]:
     """Who reads: this process, or workers of a Ray cluster."""
     if engine == "local":
-        yield desk.reader.read
+        yield qa_session.reader.read
         return
     from llamory.library.ray_memory import MemoryWriters
 
-    on_gpu = desk.reader.model.device.type == "cuda"
-    with MemoryWriters(desk.reader_maker(), address, on_gpu=on_gpu) as writers:
+    on_gpu = qa_session.reader.model.device.type == "cuda"
+    with MemoryWriters(qa_session.reader_factory(), address, on_gpu=on_gpu) as writers:
         yield writers.read
 
 
-def drop_stale(library: Readable, folder: Path) -> int:
+def delete_stale_memories(library: LibraryQAMixin, folder: Path) -> int:
     """Remove memories whose document has changed or is gone from the library; gives how many.
 
     They would never be used, but what a user has removed shouldn't lie about.
     """
-    shelf = Shelf(folder)
-    facts = {key: _facts(shelf.path(key)) for key in shelf.names()}
-    there = library.passages_of({each["source"] for each in facts.values() if each})
-    digests = {source: StoredDocument(source, tuple(passages)).digest for source, passages in there.items()}
-    stale = [key for key, each in facts.items() if not each or digests.get(each["source"]) != each["text"]]
-    shelf.drop(stale)
+    memory_cache = MemoryCache(folder)
+    metadata = {key: _read_metadata(memory_cache.path(key)) for key in memory_cache.stored_keys()}
+    existing = library.passages_of({each["source"] for each in metadata.values() if each})
+    digests = {source: StoredDocument(source, tuple(passages)).digest for source, passages in existing.items()}
+    stale = [key for key, each in metadata.items() if not each or digests.get(each["source"]) != each["text"]]
+    memory_cache.delete(stale)
     return len(stale)
 
 
-def _facts(path: Path) -> dict[str, Any] | None:
+def _read_metadata(path: Path) -> dict[str, Any] | None:
     """What a memory file says of its document; None if it is damaged, or gone just now."""
     try:
-        facts: dict[str, Any] = read_header(path)["segments"][0]["metadata"]
+        metadata: dict[str, Any] = read_header(path)["segments"][0]["metadata"]
     except (LlamoryError, IndexError):
         return None
-    return facts
+    return metadata
 
 
-def _some(desk: Desk, sources: Sequence[str]) -> Iterator[list[StoredDocument]]:
-    for start in range(0, len(sources), _TOGETHER):
-        yield desk.documents(sources[start : start + _TOGETHER])
+def _document_batches(qa_session: QASession, sources: Sequence[str]) -> Iterator[list[StoredDocument]]:
+    for start in range(0, len(sources), _BATCH_DOCUMENTS):
+        yield qa_session.documents(sources[start : start + _BATCH_DOCUMENTS])
 
 
-class _Bar:
+class _ProgressBar:
     """Documents read ahead, on standard error."""
 
     def __init__(self, documents: int, *, shown: bool):
@@ -164,7 +164,7 @@ class _Bar:
         self._tokens = 0
         self._task = self._progress.add_task("", total=documents, tokens=0)
 
-    def __enter__(self) -> _Bar:
+    def __enter__(self) -> _ProgressBar:
         self._progress.start()
         return self
 

@@ -21,7 +21,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from llamory.errors import LlamoryError
-from llamory.library.indexer import Batch, FileTask, Recipe, cut, embed
+from llamory.library.indexer import Batch, ChunkingConfig, FileTask, chunk_files, embed_batch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,16 +57,16 @@ def check_ray(address: str | None = None) -> None:
         raise LlamoryError(
             "Indexing with Ray needs Ray, which isn't installed; install it with `pip install 'llamory[ray]'`."
         ) from error
-    found = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d+)", address or "")
-    if found is not None:
+    match = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d+)", address or "")
+    if match is not None:
         # Ray itself would try for minutes.
         try:
-            socket.create_connection((found[1], int(found[2])), _CONNECTING_SECONDS).close()
+            socket.create_connection((match[1], int(match[2])), _CONNECTING_SECONDS).close()
         except (OSError, OverflowError) as error:
-            raise _nocluster(address, error) from error
+            raise _cluster_error(address, error) from error
 
 
-def _nocluster(address: str | None, error: Exception) -> LlamoryError:
+def _cluster_error(address: str | None, error: Exception) -> LlamoryError:
     where = "on this machine" if address is None else f"at {address}"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     return LlamoryError(
@@ -76,18 +76,18 @@ def _nocluster(address: str | None, error: Exception) -> LlamoryError:
 
 
 @dataclass
-class Parcel:
+class BatchMessage:
     """A batch on its way between workers.
 
     Attributes:
         batch: the batch.
-        readings: the files that its documents are from, each with a name of this one reading of it.
+        read_ids: the files that its documents are from, each with a name of this one reading of it.
         embedded: passages that were embedded for it.
         error: a sentence for the user, in place of a batch.
     """
 
     batch: Batch = field(default_factory=Batch)
-    readings: dict[str, str] = field(default_factory=dict)
+    read_ids: dict[str, str] = field(default_factory=dict)
     embedded: int = 0
     error: str = ""
 
@@ -97,7 +97,7 @@ class RayEngine:
     """Runs the files on a Ray cluster.
 
     Attributes:
-        recipe: how files become passages.
+        config: how files become passages.
         embedder: the library's model, as this process loaded it.
         model: where the workers find it (a folder, which they must see too, or a hub id); empty to send them this one.
         fingerprint: hash of the model, which theirs must have.
@@ -106,7 +106,7 @@ class RayEngine:
         advance: is told how many passages were embedded.
     """
 
-    recipe: Recipe
+    config: ChunkingConfig
     embedder: SentenceTransformer
     model: str
     fingerprint: str
@@ -125,18 +125,18 @@ class RayEngine:
             return
         check_ray(self.address)
         with cluster(self.address):
-            yield from _Receiver(self.advance).batches(self._parcels(list(tasks)))
+            yield from _Deduplicator(self.advance).batches(self._messages(list(tasks)))
 
-    def _parcels(self, tasks: list[FileTask]) -> Iterator[Parcel]:
+    def _messages(self, tasks: list[FileTask]) -> Iterator[BatchMessage]:
         import ray
 
-        from llamory.embedding.library_encoder import passage_tokenizer
+        from llamory.embedding.library_encoder import chunk_tokenizer
 
         resources = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
         on_gpu = gpus > 0 and self.embedder.device.type == "cuda"
         embedders = gpus if on_gpu else cpus
-        each: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
+        actor_resources: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
         items = [{"tasks": pickle.dumps(tasks[i : i + FILES_PER_CALL])} for i in range(0, len(tasks), FILES_PER_CALL)]
         data = ray.data.from_items(items, override_num_blocks=len(items))
         # The end of a file must come after all of it: the library notes then that it has the file.
@@ -145,71 +145,71 @@ class RayEngine:
         data.context.enable_progress_bars = False
         data.context.print_on_execution_start = False
         read = data.map_batches(
-            Reader,
+            FileReader,
             batch_size=1,
-            compute=_pool(max(1, embedders // EMBEDDERS_PER_READER), len(items)),
+            compute=_actor_pool(max(1, embedders // EMBEDDERS_PER_READER), len(items)),
             num_cpus=0,  # beside the embedders, which it only waits for
-            fn_constructor_kwargs={"recipe": self.recipe, "tokenizer": passage_tokenizer(self.embedder)},
+            fn_constructor_kwargs={"config": self.config, "tokenizer": chunk_tokenizer(self.embedder)},
         )
         source = self.model or ray.put(self.embedder)
         embedded = read.map_batches(
             Embedder,
             batch_size=1,
-            compute=_pool(embedders, len(items)),
-            **each,
+            compute=_actor_pool(embedders, len(items)),
+            **actor_resources,
             fn_constructor_kwargs={
-                "recipe": self.recipe,
+                "config": self.config,
                 "model": source,
                 "fingerprint": self.fingerprint,
-                "library": _seen_from_anywhere(self.library),
+                "library": _absolute_uri(self.library),
                 "device": None if on_gpu else "cpu",
             },
         )
         for row in embedded.iter_rows():
-            yield pickle.loads(row["parcel"])
+            yield pickle.loads(row["message"])
 
 
-class Reader:
+class FileReader:
     """An actor that reads and cuts files."""
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._recipe = recipe
+    def __init__(self, config: ChunkingConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._config = config
         self._tokenizer = tokenizer
 
     def __call__(self, rows: Mapping[str, Any]) -> Iterator[dict[str, list[bytes]]]:
         """Parcels without vectors of some lists of files."""
         for row in rows["tasks"]:
-            tasks, reading = pickle.loads(row), uuid.uuid4().hex
+            tasks, read_id = pickle.loads(row), uuid.uuid4().hex
             try:
-                for batch in cut(tasks, self._recipe, self._tokenizer):
-                    files = {row["file"] for row in batch.rows} | set(batch.finished)
-                    yield _packed(Parcel(batch, dict.fromkeys(files, reading)))
+                for batch in chunk_files(tasks, self._config, self._tokenizer):
+                    files = {row["file"] for row in batch.rows} | set(batch.completed_files)
+                    yield _pack(BatchMessage(batch, dict.fromkeys(files, read_id)))
             except (LlamoryError, OSError) as error:
-                yield _packed(Parcel(error=str(error)))
+                yield _pack(BatchMessage(error=str(error)))
 
 
 class Embedder:
     """An actor that loads the model once and gives batches their vectors."""
 
-    def __init__(self, recipe: Recipe, model: Any, fingerprint: str, library: str, device: str | None) -> None:
-        self._recipe = recipe
+    def __init__(self, config: ChunkingConfig, model: Any, fingerprint: str, library: str, device: str | None) -> None:
+        self._config = config
         self._source = model
         self._fingerprint = fingerprint
         self._library = library
         self._device = device
 
     def __call__(self, rows: Mapping[str, Any]) -> Iterator[dict[str, list[bytes]]]:
-        """The same parcels with vectors."""
-        for row in rows["parcel"]:
-            parcel: Parcel = pickle.loads(row)
+        """The same messages with vectors."""
+        for row in rows["message"]:
+            message: BatchMessage = pickle.loads(row)
             embedded: list[int] = []
             try:
-                if parcel.batch.rows:
-                    embed(parcel.batch, self._recipe, self._embedder, self._held, embedded.append)
-                    parcel.embedded = sum(embedded)
+                if message.batch.rows:
+                    embed_batch(message.batch, self._config, self._embedder, self._cached_vectors, embedded.append)
+                    message.embedded = sum(embedded)
             except (LlamoryError, OSError) as error:
-                parcel = Parcel(error=str(error))
-            yield _packed(parcel)
+                message = BatchMessage(error=str(error))
+            yield _pack(message)
 
     @cached_property
     def _embedder(self) -> SentenceTransformer:
@@ -231,7 +231,7 @@ class Embedder:
         return embedder
 
     @cached_property
-    def _held(self) -> Callable[[Collection[str]], Mapping[str, np.ndarray]]:
+    def _cached_vectors(self) -> Callable[[Collection[str]], Mapping[str, np.ndarray]]:
         """What the library held when this actor began; nothing where it can't be seen from here."""
         from llamory.library.store import PassageStore
 
@@ -244,39 +244,43 @@ class Embedder:
         return store.vectors
 
 
-class _Receiver:
-    """Takes parcels in order and lets each document through once."""
+class _Deduplicator:
+    """Takes messages in order and lets each document through once."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self._advance = advance
-        self._arrived: set[str] = set()
-        self._readings: dict[str, str] = {}
+        self._seen_sources: set[str] = set()
+        self._read_ids: dict[str, str] = {}
 
-    def batches(self, parcels: Iterator[Parcel]) -> Iterator[Batch]:
-        for parcel in parcels:
-            if parcel.error:
-                raise LlamoryError(parcel.error)
-            self._advance(parcel.embedded)
-            yield self._once(parcel)
+    def batches(self, messages: Iterator[BatchMessage]) -> Iterator[Batch]:
+        for message in messages:
+            if message.error:
+                raise LlamoryError(message.error)
+            self._advance(message.embedded)
+            yield self._deduplicate(message)
 
-    def _once(self, parcel: Parcel) -> Batch:
-        batch = parcel.batch
-        kept = [i for i, row in enumerate(batch.rows) if row["source"] not in self._arrived]
-        unchanged = [source for source in batch.unchanged if source not in self._arrived]
+    def _deduplicate(self, message: BatchMessage) -> Batch:
+        batch = message.batch
+        new_rows = [i for i, row in enumerate(batch.rows) if row["source"] not in self._seen_sources]
+        unchanged = [source for source in batch.unchanged if source not in self._seen_sources]
         # Of a file that was read twice, some documents may be from before a change and some from after it: it isn't
         # noted as read, so that the next run reads it again.
-        torn = {f for f, reading in parcel.readings.items() if self._readings.setdefault(f, reading) != reading}
-        self._arrived.update(batch.unchanged, (row["source"] for row in batch.rows))
+        inconsistent = {
+            f for f, read_id in message.read_ids.items() if self._read_ids.setdefault(f, read_id) != read_id
+        }
+        self._seen_sources.update(batch.unchanged, (row["source"] for row in batch.rows))
         return dataclasses.replace(
             batch,
-            rows=[batch.rows[i] for i in kept],
-            vectors=batch.vectors[kept] if batch.vectors is not None and kept else None,
+            rows=[batch.rows[i] for i in new_rows],
+            vectors=batch.vectors[new_rows] if batch.vectors is not None and new_rows else None,
             unchanged=unchanged,
-            finished={file: "" if file in torn else content for file, content in batch.finished.items()},
+            completed_files={
+                file: "" if file in inconsistent else content for file, content in batch.completed_files.items()
+            },
         )
 
 
-def _seen_from_anywhere(library: str) -> str:
+def _absolute_uri(library: str) -> str:
     """A library's address, or its absolute path."""
     from llamory.library.store import local_folder
 
@@ -284,15 +288,15 @@ def _seen_from_anywhere(library: str) -> str:
     return library if folder is None else os.path.abspath(folder)  # noqa: PTH100
 
 
-def _packed(parcel: Parcel) -> dict[str, list[bytes]]:
-    return {"parcel": [pickle.dumps(parcel)]}
+def _pack(message: BatchMessage) -> dict[str, list[bytes]]:
+    return {"message": [pickle.dumps(message)]}
 
 
-def _pool(most: int, tasks: int) -> Any:
+def _actor_pool(max_actors: int, tasks: int) -> Any:
     """Between one actor and so many, as there is work."""
     from ray.data import ActorPoolStrategy
 
-    return ActorPoolStrategy(min_size=1, max_size=max(1, min(most, tasks)))
+    return ActorPoolStrategy(min_size=1, max_size=max(1, min(max_actors, tasks)))
 
 
 @contextmanager
@@ -316,7 +320,7 @@ def cluster(address: str | None) -> Iterator[None]:
             else:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _nocluster(address, error) from error
+        raise _cluster_error(address, error) from error
     try:
         yield
     finally:

@@ -85,32 +85,32 @@ class MemoryWriters:
 
         documents = list(documents)
         calls = [documents[i : i + DOCUMENTS_PER_CALL] for i in range(0, len(documents), DOCUMENTS_PER_CALL)]
-        pool = ActorPool(self._started(len(calls)))
+        pool = ActorPool(self._start_writers(len(calls)))
         results = pool.map_unordered(lambda writer, call: writer.read.remote(call[0], call[1]), list(enumerate(calls)))
         while pool.has_next():
             try:
                 number, memories, error = next(results)
-            except ray.exceptions.RayActorError as died:
+            except ray.exceptions.RayActorError as actor_error:
                 raise LlamoryError(
                     "A worker that reads documents into memory died again and again, probably for want of memory; use "
                     "fewer workers or a smaller reader. What was read is kept."
-                ) from died
+                ) from actor_error
             if error:
                 raise LlamoryError(error)
-            for place, told, data in memories:
-                for source, tokens in told:
+            for index, progress_events, data in memories:
+                for source, tokens in progress_events:
                     advance(source, tokens)
-                yield calls[number][place], _loaded(data)
+                yield calls[number][index], _from_bytes(data)
 
-    def _started(self, most: int) -> list[Any]:
+    def _start_writers(self, max_writers: int) -> list[Any]:
         """Writers, as many as there is work and room for."""
         import ray
 
         resources = ray.cluster_resources()
-        room = max(1, int(resources.get("GPU" if self._on_gpu else "CPU", 1)))
-        kind: dict[str, Any] = {"num_gpus": 1} if self._on_gpu else {"num_cpus": 1}
-        actor = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **kind)(MemoryWriter)
-        while len(self._writers) < min(most, room):
+        num_slots = max(1, int(resources.get("GPU" if self._on_gpu else "CPU", 1)))
+        actor_resources: dict[str, Any] = {"num_gpus": 1} if self._on_gpu else {"num_cpus": 1}
+        actor = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, **actor_resources)(MemoryWriter)
+        while len(self._writers) < min(max_writers, num_slots):
             self._writers.append(actor.remote(self._make_reader))
         return list(self._writers)
 
@@ -131,28 +131,30 @@ class MemoryWriter:
             The number as given; per document its place in the list, what `advance` was told, and its memory's file; a
             sentence for the user if something can't be read.
         """
-        told: list[tuple[str, int]] = []
+        progress_events: list[tuple[str, int]] = []
         memories = []
-        places = {id(document): place for place, document in enumerate(documents)}
+        indices = {id(document): index for index, document in enumerate(documents)}
         try:
             if self._reader is None:
                 self._reader = self._make_reader()
-            for document, bank in self._reader.read(documents, lambda source, tokens: told.append((source, tokens))):
-                memories.append((places[id(document)], told.copy(), _file(bank)))
-                told.clear()
+            for document, bank in self._reader.read(
+                documents, lambda source, tokens: progress_events.append((source, tokens))
+            ):
+                memories.append((indices[id(document)], progress_events.copy(), _to_bytes(bank)))
+                progress_events.clear()
         except (LlamoryError, OSError) as error:
             return number, [], str(error)
         return number, memories, ""
 
 
-def _file(bank: MemoryBank) -> bytes:
+def _to_bytes(bank: MemoryBank) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "memory.safetensors"
         bank.save(path)
         return path.read_bytes()
 
 
-def _loaded(data: bytes) -> MemoryBank:
+def _from_bytes(data: bytes) -> MemoryBank:
     from llamory.memory import MemoryBank
 
     # The file stays mapped when its name is gone.

@@ -10,21 +10,21 @@ from llamory.library.paths import memory_folder
 if TYPE_CHECKING:
     from llamory.documents import Chunk
     from llamory.library.prefill import MemoryReport
-    from llamory.library.qa import CitedAnswer, Desk, LibraryChat
+    from llamory.library.qa import CitedAnswer, LibraryChat, QASession
     from llamory.library.reader import ReaderSettings
-    from llamory.library.search import Hit, Mode
+    from llamory.library.search import Hit, SearchMode
     from llamory.library.store import PassageStore
 
 
-class Readable:
+class LibraryQAMixin:
     """The part of `Library` that reads; the other one indexes and searches."""
 
     path: str
     _store: PassageStore | None
-    _reading: ReaderSettings
+    _reader_settings: ReaderSettings
     _device: str | None
     _bf16: bool
-    _desk: Desk | None = None
+    _qa_session: QASession | None = None
 
     def sources(self) -> list[str]:
         """The documents' sources, sorted."""
@@ -56,13 +56,13 @@ class Readable:
             progress: show on standard error how far reading documents has come.
             settings: `documents` (names, instead of finding them), `top` (documents to find, 5), `source` and
                 `mode` (as for `search`), `citations` (the most passages to cite, 5), `max_new_tokens`, `temperature`,
-                `seed`, `max_question_tokens`, `on_text` (called with each piece of the answer as it comes) and `focus`
+                `seed`, `max_question_tokens`, `on_text` (called with each piece of the answer as it comes) and `evidence_ratio`
                 (what in memory is left out, as for `llamory.qa.open_memory.OpenMemory.ask`).
 
         Raises:
             LlamoryError: the library is empty, nothing was found, the reader can't be used, or the question is blank.
         """
-        return self.desk(progress=progress).ask(question, **settings)
+        return self.qa_session(progress=progress).ask(question, **settings)
 
     def chat(self, *, progress: bool = False, **settings: Any) -> LibraryChat:
         """A conversation: each question's documents are mounted, and what was said stays in memory.
@@ -73,9 +73,9 @@ class Readable:
         """
         from llamory.library.qa import LibraryChat
 
-        return LibraryChat(self.desk(progress=progress), **settings)
+        return LibraryChat(self.qa_session(progress=progress), **settings)
 
-    def read_ahead(
+    def precompute_memory(
         self, *, engine: str = "local", ray_address: str | None = None, progress: bool = True
     ) -> MemoryReport:
         """Read the documents that have no memory yet, as many as the budget has room for.
@@ -88,44 +88,48 @@ class Readable:
         Raises:
             LlamoryError: the library is empty, or the reader can't be used.
         """
-        from llamory.library.prefill import read_ahead
+        from llamory.library.prefill import precompute_memory
 
-        return read_ahead(self.desk(), progress=progress, engine=engine, ray_address=ray_address)
+        return precompute_memory(self.qa_session(), progress=progress, engine=engine, ray_address=ray_address)
 
-    def desk(self, *, progress: bool = False) -> Desk:
+    def qa_session(self, *, progress: bool = False) -> QASession:
         """Where memories are mounted and questions answered.
 
         Args:
             progress: show on standard error how far reading has come.
         """
-        from llamory.library.qa import Desk
+        from llamory.library.qa import QASession
 
         self._require_store()
-        if self._desk is None:
-            self._desk = Desk(self, self._reading, device=self._device, bf16=self._bf16)
-        self._desk.progress = progress
-        return self._desk
+        if self._qa_session is None:
+            self._qa_session = QASession(self, self._reader_settings, device=self._device, bf16=self._bf16)
+        self._qa_session.progress = progress
+        return self._qa_session
 
     def memory_info(self) -> dict[str, Any]:
         """What memories take: their number, `bytes` and `reader` (None for the default); empty if there are none."""
-        from llamory.library.memory_cache import Shelf
-        from llamory.library.reader import noted_reader
+        from llamory.library.memory_cache import MemoryCache
+        from llamory.library.reader import saved_reader_name
 
-        shelf = Shelf(memory_folder(self.path))
-        names = shelf.names()
-        return {"memories": len(names), "bytes": shelf.nbytes, "reader": noted_reader(shelf.folder)} if names else {}
+        memory_cache = MemoryCache(memory_folder(self.path))
+        names = memory_cache.stored_keys()
+        return (
+            {"memories": len(names), "bytes": memory_cache.nbytes, "reader": saved_reader_name(memory_cache.folder)}
+            if names
+            else {}
+        )
 
-    def _drop_stale_memories(self) -> None:
+    def _delete_stale_memories(self) -> None:
         folder = memory_folder(self.path)
         if folder.is_dir():
-            from llamory.library.prefill import drop_stale
+            from llamory.library.prefill import delete_stale_memories
 
-            drop_stale(self, folder)
+            delete_stale_memories(self, folder)
 
     # ---- of the other part -------------------------------------------------------------------------------------------
 
     def search(
-        self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: Mode = "fused"
+        self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: SearchMode = "fused"
     ) -> list[Hit]:
         """See `Library.search`."""
         raise NotImplementedError

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from lancedb.table import Table
 
-Mode = Literal["dense", "bm25", "fused"]
-MODES: tuple[str, ...] = get_args(Mode)
+SearchMode = Literal["dense", "bm25", "fused"]
+MODES: tuple[str, ...] = get_args(SearchMode)
 
 # Passages that each of the two searches gives to be fused, and the least that either gives: equal scores are put in
 # order here, and the table gives them in none.
-_DEPTH = 100
+_EXTRA_CANDIDATES = 100
 _COLUMNS = ("text", "source", "title", "line", "page")
 
 
@@ -62,7 +62,9 @@ def check_mode(mode: str) -> None:
         raise LlamoryError(f"There is no search {mode!r}; it should be one of {', '.join(MODES)}.")
 
 
-def find(table: Table, mode: Mode, text: str, vector: np.ndarray | None, top: int, where: str | None) -> list[Hit]:
+def search_table(
+    table: Table, mode: SearchMode, text: str, vector: np.ndarray | None, top: int, condition: str | None
+) -> list[Hit]:
     """The best passages of a table, best first.
 
     Args:
@@ -71,57 +73,57 @@ def find(table: Table, mode: Mode, text: str, vector: np.ndarray | None, top: in
         text: the query.
         vector: its embedding; not used by `bm25`.
         top: how many to give at most.
-        where: SQL that passages must meet.
+        condition: SQL that passages must meet.
     """
-    depth = max(top + _DEPTH, 2 * top)
-    dense = _dense(table, vector, depth, where) if mode != "bm25" and vector is not None else None
-    words = _bm25(table, text, depth, where) if mode != "dense" else None
-    if dense is not None and words is not None:
-        return _fused(text, dense, words)[:top]
-    rows = dense if dense is not None else words
+    depth = max(top + _EXTRA_CANDIDATES, 2 * top)
+    dense = _dense(table, vector, depth, condition) if mode != "bm25" and vector is not None else None
+    lexical = _bm25(table, text, depth, condition) if mode != "dense" else None
+    if dense is not None and lexical is not None:
+        return _fused(text, dense, lexical)[:top]
+    rows = dense if dense is not None else lexical
     assert rows is not None
-    return [_hit(row, row["_score"] if dense is None else 1.0 - row["_distance"]) for row in rows.to_pylist()[:top]]
+    return [_to_hit(row, row["_score"] if dense is None else 1.0 - row["_distance"]) for row in rows.to_pylist()[:top]]
 
 
-def matches(sources: str | Iterable[str]) -> str:
+def source_filter(sources: str | Iterable[str]) -> str:
     """SQL for prefixes or patterns of sources, as `Library.search` explains them."""
     sources = [sources] if isinstance(sources, str) else list(sources)
-    return " OR ".join(map(_matches, sources))
+    return " OR ".join(map(_source_condition, sources))
 
 
-def _dense(table: Table, vector: np.ndarray, depth: int, where: str | None) -> pa.Table:
+def _dense(table: Table, vector: np.ndarray, depth: int, condition: str | None) -> pa.Table:
     query = table.search(vector).metric("cosine").limit(depth)  # type: ignore[attr-defined]
-    return _run(table, query, where, "_distance", "ascending")
+    return _execute(table, query, condition, "_distance", "ascending")
 
 
-def _bm25(table: Table, text: str, depth: int, where: str | None) -> pa.Table:
+def _bm25(table: Table, text: str, depth: int, condition: str | None) -> pa.Table:
     from lancedb.query import MatchQuery
 
     query = table.search(MatchQuery(text, "text"), query_type="fts").limit(depth)
-    return _run(table, query, where, "_score", "descending")
+    return _execute(table, query, condition, "_score", "descending")
 
 
-def _run(table: Table, query: Any, where: str | None, score: str, order: str) -> pa.Table:
+def _execute(table: Table, query: Any, condition: str | None, score: str, order: str) -> pa.Table:
     """Run a query; passages of one score are put in the order of their places, so that results never vary."""
-    if where:
-        query = query.where(where, prefilter=True)
+    if condition:
+        query = query.where(condition, prefilter=True)
     columns = [name for name in _COLUMNS if name in table.schema.names]
     rows = query.select([*columns, score]).with_row_id(True).to_arrow()
     return rows.sort_by([(score, order), ("source", "ascending"), ("line", "ascending"), ("text", "ascending")])
 
 
-def _fused(text: str, dense: pa.Table, words: pa.Table) -> list[Hit]:
+def _fused(text: str, dense: pa.Table, lexical: pa.Table) -> list[Hit]:
     from lancedb.rerankers import RRFReranker
 
-    fused = RRFReranker(return_score="all").rerank_hybrid(text, dense, words).to_pylist()
+    fused = RRFReranker(return_score="all").rerank_hybrid(text, dense, lexical).to_pylist()
     # What both searches found comes with the first one's score only.
-    scores = dict(zip(words["_rowid"].to_pylist(), words["_score"].to_pylist(), strict=True))
-    hits = [_hit(row | {"_score": scores.get(row["_rowid"])}, row["_relevance_score"]) for row in fused]
+    scores = dict(zip(lexical["_rowid"].to_pylist(), lexical["_score"].to_pylist(), strict=True))
+    hits = [_to_hit(row | {"_score": scores.get(row["_rowid"])}, row["_relevance_score"]) for row in fused]
     # First of one search equals first of the other: those found by meaning go first.
-    return sorted(hits, key=lambda hit: (-hit.score, -(hit.cosine if hit.cosine is not None else -2), *_order(hit)))
+    return sorted(hits, key=lambda hit: (-hit.score, -(hit.cosine if hit.cosine is not None else -2), *_tie_break(hit)))
 
 
-def _hit(row: dict[str, Any], score: float) -> Hit:
+def _to_hit(row: dict[str, Any], score: float) -> Hit:
     distance = row.get("_distance")
     return Hit(
         text=row["text"],
@@ -135,19 +137,19 @@ def _hit(row: dict[str, Any], score: float) -> Hit:
     )
 
 
-def _order(hit: Hit) -> tuple[Any, ...]:
+def _tie_break(hit: Hit) -> tuple[Any, ...]:
     return hit.source, hit.line, hit.text
 
 
-def _matches(source: str) -> str:
+def _source_condition(source: str) -> str:
     """SQL for a prefix or a pattern of sources; a relative one may begin after any folder."""
     pattern = "".join({"*": ".*", "?": "."}.get(letter) or re.escape(letter) for letter in source)
     start = "^" if source.startswith("/") or "://" in source or Path(source).is_absolute() else r"(^|[/\\])"
     end = "$" if "*" in source or "?" in source else ""
-    expression = quoted(f"(?s){start}{pattern}{end}")
+    expression = sql_string(f"(?s){start}{pattern}{end}")
     return f"(regexp_like(source, {expression}) OR regexp_like(file, {expression}))"
 
 
-def quoted(text: str) -> str:
+def sql_string(text: str) -> str:
     """A string of SQL."""
     return "'" + text.replace("'", "''") + "'"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llamory.common.locks import local_folder
 from llamory.documents import Chunk
 from llamory.errors import LlamoryError
-from llamory.library.search import Hit, Mode, find, matches, quoted
+from llamory.library.search import Hit, SearchMode, search_table, source_filter, sql_string
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, FORMAT_VERSION)
 # Every commit leaves a small file and a list of all files; they are joined before the lists grow long.
-COMMITS_PER_TIDY = 256
+COMMITS_PER_COMPACTION = 256
 # How long states that were written over are kept for those who read them.
-_KEPT = timedelta(minutes=1)
+_CLEANUP_AGE = timedelta(minutes=1)
 # Lucene's. The list that comes with this tokenizer is of all languages at once, and takes "cat" for such a word.
 _STOP_WORDS = (
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
     "to was will with"
 ).split()
 
-_TABLE = "passages"
-_MARKS = "files"
+_CHUNKS_TABLE = "passages"
+_FILES_TABLE = "files"
 # Stands among the files that were read while a run writes.
-_UNFINISHED = ""
+_WRITE_MARKER = ""
 # Up to so many passages the index of words is made anew after a run that took passages out: a few seconds.
-_INDEXED_ANEW = 50_000
+_MAX_REBUILD_CHUNKS = 50_000
 _METADATA_KEY = b"llamory"
 
 
@@ -68,11 +68,11 @@ class PassageStore:
     def __init__(self, database: DBConnection, table: Table, settings: Settings, uri: str) -> None:
         self._database = database
         self._table = table
-        self._marks: Table | None = None
+        self._file_index: Table | None = None
         self._unfinished = False
         self._uri = uri
-        self._commits = self._untidy = 0  # commits and rows since small files were last joined
-        self._taken_out = False  # whether passages were replaced or removed since `begin`
+        self._commits = self._uncompacted_rows = 0  # commits and rows since small files were last joined
+        self._has_deletions = False  # whether passages were replaced or removed since `begin`
         self._has_keys = "key" in table.schema.names
         self._old_keys: np.ndarray | None = None  # of passages, sorted; as they were when first asked for
         self._new_keys: set[int] = set()  # of passages written since
@@ -91,9 +91,9 @@ class PassageStore:
         folder = local_folder(uri)
         if folder is not None and not folder.is_dir():
             return None
-        with _telling(uri):
+        with _user_errors(uri):
             database = lancedb.connect(uri)
-            table = _open_table(database, _TABLE)
+            table = _open_table(database, _CHUNKS_TABLE)
         return None if table is None else cls(database, table, _settings(table, uri), uri)
 
     @classmethod
@@ -120,51 +120,53 @@ class PassageStore:
             metadata={_METADATA_KEY: json.dumps(stored).encode()},
         )
         database = lancedb.connect(uri)
-        return cls(database, database.create_table(_TABLE, schema=schema), settings, uri)
+        return cls(database, database.create_table(_CHUNKS_TABLE, schema=schema), settings, uri)
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _reading(self) -> Iterator[Table]:
+    def _latest_table(self) -> Iterator[Table]:
         """The table as it is now: others may have written, and old states are cleared away after a while."""
-        with _telling(self._uri):
+        with _user_errors(self._uri):
             self._table.checkout_latest()
             yield self._table
 
     def __len__(self) -> int:
-        with self._reading() as table:
+        with self._latest_table() as table:
             return table.count_rows()
 
     def documents(self) -> dict[str, tuple[str, str]]:
         """File and hash of each source."""
-        with self._reading() as table:
+        with self._latest_table() as table:
             columns = table.search().select(["source", "file", "hash"]).to_arrow()
         rows = columns.group_by(["source", "file", "hash"]).aggregate([]).to_pydict()
         return dict(zip(rows["source"], zip(rows["file"], rows["hash"], strict=True), strict=True))
 
     def vectors(self, texts: Collection[str]) -> dict[str, np.ndarray]:
         """The vectors of those of some passage texts that the table holds, wherever they stand."""
-        wanted = {text_key(text): text for text in texts}
+        text_by_key = {text_key(text): text for text in texts}
         if self._has_keys:
-            wanted = {key: text for key, text in wanted.items() if self._holds(key)}
-        if not wanted:
+            text_by_key = {key: text for key, text in text_by_key.items() if self._may_contain(key)}
+        if not text_by_key:
             return {}
-        where = f"key IN ({', '.join(map(str, wanted))})" if self._has_keys else _is_in("text", set(texts))
-        with self._reading() as table:
+        where = f"key IN ({', '.join(map(str, text_by_key))})" if self._has_keys else _sql_in("text", set(texts))
+        with self._latest_table() as table:
             found = table.search().where(where).select(["text", "vector"]).to_arrow()
         vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(len(found), self.settings.dimension)
-        held = set(texts)
-        return {text: vector for text, vector in zip(found["text"].to_pylist(), vectors, strict=True) if text in held}
+        requested = set(texts)
+        return {
+            text: vector for text, vector in zip(found["text"].to_pylist(), vectors, strict=True) if text in requested
+        }
 
-    def _holds(self, key: int) -> bool:
+    def _may_contain(self, key: int) -> bool:
         """Whether there may be a passage with this key: asked in memory (8 bytes a passage), as most are new."""
         import numpy as np
 
         if self._old_keys is None:
-            with self._reading() as table:
+            with self._latest_table() as table:
                 self._old_keys = np.sort(table.search().select(["key"]).to_arrow()["key"].to_numpy())
-        place = int(np.searchsorted(self._old_keys, key))
-        return key in self._new_keys or (place < len(self._old_keys) and int(self._old_keys[place]) == key)
+        position = int(np.searchsorted(self._old_keys, key))
+        return key in self._new_keys or (position < len(self._old_keys) and int(self._old_keys[position]) == key)
 
     def refresh(self) -> None:
         """Forget what was read: another process may have written since."""
@@ -177,23 +179,23 @@ class PassageStore:
         source: str | Iterable[str] | None = None,
         *,
         text: str = "",
-        mode: Mode = "dense",
+        mode: SearchMode = "dense",
     ) -> list[Hit]:
         """The best passages, best first; the settings are those of `Library.search`."""
-        with self._reading() as table:
-            return find(table, mode, text, vector, top, matches(source) if source else None)
+        with self._latest_table() as table:
+            return search_table(table, mode, text, vector, top, source_filter(source) if source else None)
 
     def passages(self, sources: Collection[str]) -> dict[str, list[Chunk]]:
         """All passages of some sources, in order, by source; a source that isn't there has none."""
         if not sources:
             return {}
         columns = ["source", "position", "text", "title", "line"]
-        with self._reading() as table:
+        with self._latest_table() as table:
             if "page" in table.schema.names:
                 columns.append("page")
-            found = table.search().where(_is_in("source", sources)).select(columns).to_list()
+            rows = table.search().where(_sql_in("source", sources)).select(columns).to_list()
         passages: dict[str, list[Chunk]] = {}
-        for row in sorted(found, key=lambda row: row["position"]):
+        for row in sorted(rows, key=lambda row: row["position"]):
             passage = Chunk(row["text"], row["source"], row["title"], row["line"], row.get("page"))
             passages.setdefault(row["source"], []).append(passage)
         return passages
@@ -210,58 +212,58 @@ class PassageStore:
         """
         data = self._arrow(rows, vectors)
         if replaced:
-            self._taken_out = True
+            self._has_deletions = True
             merge = self._table.merge_insert(["source", "position"])
             merge = merge.when_matched_update_all().when_not_matched_insert_all()
-            merge.when_not_matched_by_source_delete(_is_in("source", replaced)).execute(data)
+            merge.when_not_matched_by_source_delete(_sql_in("source", replaced)).execute(data)
         else:
             self._table.add(data)
         if self._has_keys:
             self._new_keys.update(data["key"].to_pylist())
         self._commits += 1
-        self._untidy += len(rows)
+        self._uncompacted_rows += len(rows)
         # Joining rewrites the table, so it comes the more seldom the larger the table is.
-        if self._commits >= COMMITS_PER_TIDY and self._untidy * 10 >= self._table.count_rows():
-            self.tidy()
+        if self._commits >= COMMITS_PER_COMPACTION and self._uncompacted_rows * 10 >= self._table.count_rows():
+            self.compact()
 
     def remove(self, sources: Collection[str]) -> None:
         """Take away all passages of some sources."""
         if sources:
-            self._taken_out = True
-            self._table.delete(_is_in("source", sources))
+            self._has_deletions = True
+            self._table.delete(_sql_in("source", sources))
 
-    def begin(self) -> None:
+    def start_write(self) -> None:
         """Note that writing goes on. It comes before the first write of a run, and `end` after the last."""
-        self._taken_out = False
-        self.mark({_UNFINISHED: ""})
+        self._has_deletions = False
+        self.mark_indexed({_WRITE_MARKER: ""})
 
-    def end(self) -> None:
+    def finish_write(self) -> None:
         """Put the table in order after a run's writes, and those of a run before that was killed."""
-        self.tidy(anew=(self._taken_out or self._unfinished) and len(self) <= _INDEXED_ANEW)
-        self.unmark([_UNFINISHED])
+        self.compact(rebuild=(self._has_deletions or self._unfinished) and len(self) <= _MAX_REBUILD_CHUNKS)
+        self.clear_indexed([_WRITE_MARKER])
         self._unfinished = False
 
     @property
     def unfinished(self) -> bool:
-        """Whether a run wrote to the table and didn't come to its `end`; `marks` must have been asked."""
+        """Whether a run wrote to the table and didn't come to its `end`; `index` must have been asked."""
         return self._unfinished
 
-    def tidy(self, *, anew: bool = False) -> None:
+    def compact(self, *, rebuild: bool = False) -> None:
         """Join the small files that many commits leave behind, and bring the index of words up to date.
 
         Args:
-            anew: make the index of words anew; else passages that were taken out go on counting in its statistics.
+            rebuild: make the index of words anew; else passages that were taken out go on counting in its statistics.
         """
         from lancedb.index import FTS
 
-        if anew or not self._table.list_indices():
+        if rebuild or not self._table.list_indices():
             # Words of languages without spaces are found too; names in code are cut at points and underscores.
-            words = FTS(base_tokenizer="icu/split", custom_stop_words=_STOP_WORDS)
-            self._table.create_index("text", config=words, replace=True)
-        self._table.optimize(cleanup_older_than=_KEPT)
-        self._commits = self._untidy = 0
-        if self._marks is not None:
-            self._marks.optimize(cleanup_older_than=_KEPT)
+            fts_config = FTS(base_tokenizer="icu/split", custom_stop_words=_STOP_WORDS)
+            self._table.create_index("text", config=fts_config, replace=True)
+        self._table.optimize(cleanup_older_than=_CLEANUP_AGE)
+        self._commits = self._uncompacted_rows = 0
+        if self._file_index is not None:
+            self._file_index.optimize(cleanup_older_than=_CLEANUP_AGE)
 
     def _arrow(self, rows: list[dict[str, Any]], vectors: np.ndarray) -> pa.Table:
         import pyarrow as pa
@@ -278,18 +280,18 @@ class PassageStore:
 
     # ---- files that were read to their end ---------------------------------------------------------------------------
 
-    def marks(self) -> dict[str, str]:
+    def file_index(self) -> dict[str, str]:
         """The content of each file that was read to its end; such a file need not be parsed again."""
-        with _telling(self._uri):
-            self._marks = _open_table(self._database, _MARKS)
-            if self._marks is None:
+        with _user_errors(self._uri):
+            self._file_index = _open_table(self._database, _FILES_TABLE)
+            if self._file_index is None:
                 return {}
-            rows = self._marks.search().select(["file", "content"]).to_arrow().to_pydict()
-        marks = dict(zip(rows["file"], rows["content"], strict=True))
-        self._unfinished = marks.pop(_UNFINISHED, None) is not None
-        return marks
+            rows = self._file_index.search().select(["file", "content"]).to_arrow().to_pydict()
+        index = dict(zip(rows["file"], rows["content"], strict=True))
+        self._unfinished = index.pop(_WRITE_MARKER, None) is not None
+        return index
 
-    def mark(self, contents: Mapping[str, str]) -> None:
+    def mark_indexed(self, contents: Mapping[str, str]) -> None:
         """Note files as read to their end. All of their documents must have been written."""
         import pyarrow as pa
 
@@ -297,14 +299,14 @@ class PassageStore:
             return
         schema = pa.schema([("file", pa.string()), ("content", pa.string())])
         rows = pa.table([list(contents), list(contents.values())], schema=schema)
-        if self._marks is None:
-            self._marks = self._database.create_table(_MARKS, schema=schema, exist_ok=True)
-        self._marks.merge_insert("file").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+        if self._file_index is None:
+            self._file_index = self._database.create_table(_FILES_TABLE, schema=schema, exist_ok=True)
+        self._file_index.merge_insert("file").when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
-    def unmark(self, files: Collection[str]) -> None:
+    def clear_indexed(self, files: Collection[str]) -> None:
         """Forget that files were read. This must come before any passage of theirs is changed."""
-        if files and self._marks is not None:
-            self._marks.delete(_is_in("file", files))
+        if files and self._file_index is not None:
+            self._file_index.delete(_sql_in("file", files))
 
 
 def text_key(text: str) -> int:
@@ -330,7 +332,7 @@ def _settings(table: Table, uri: str) -> Settings:
 
 
 @contextmanager
-def _telling(uri: str) -> Iterator[None]:
+def _user_errors(uri: str) -> Iterator[None]:
     """Say in a sentence that a library can't be read."""
     try:
         yield
@@ -353,5 +355,5 @@ def _open_table(database: DBConnection, name: str) -> Table | None:
         return None
 
 
-def _is_in(column: str, values: Collection[str]) -> str:
-    return f"{column} IN ({', '.join(map(quoted, sorted(values)))})"
+def _sql_in(column: str, values: Collection[str]) -> str:
+    return f"{column} IN ({', '.join(map(sql_string, sorted(values)))})"

@@ -9,14 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llamory.library.indexer import Batch, FileTask, Recipe, is_unchanged
+from llamory.library.indexer import Batch, ChunkingConfig, FileTask, is_unchanged
 
 if TYPE_CHECKING:
     from llamory.documents import SkippedFile
     from llamory.library.store import PassageStore
 
 # Batches after which the files that were read so far are noted: what a killed run has to parse again.
-_BATCHES_PER_MARK = 64
+_BATCHES_PER_INDEX_UPDATE = 64
 
 
 @dataclass
@@ -60,47 +60,47 @@ class Update:
         self, store: PassageStore | None, create: Callable[[int], PassageStore], roots: Sequence[Path]
     ) -> None:
         self.report = AddReport()
-        self.known = {} if store is None else store.documents()
+        self.stored_documents = {} if store is None else store.documents()
         self._store = store
         self._create = create
         self._roots = roots
-        self._marks = {} if store is None else store.marks()
+        self._file_index = {} if store is None else store.file_index()
         self._seen: set[str] = set()  # sources that have passages now
-        self._finished: dict[str, str] = {}
-        self._waiting: dict[str, str] = {}  # contents of finished files that aren't noted yet
+        self._completed_files: dict[str, str] = {}
+        self._pending_index: dict[str, str] = {}  # contents of finished files that aren't noted yet
         self._batches = 0
-        self._begun = False  # whether this run has written
+        self._has_written = False  # whether this run has written
 
-    def tasks(self, files: Iterable[Path], recipe: Recipe) -> list[FileTask]:
+    def tasks(self, files: Iterable[Path], config: ChunkingConfig) -> list[FileTask]:
         """The units of work: all files but those whose content is as it was when they were last read."""
-        held: dict[str, dict[str, str]] = {}
-        for source, (file, digest) in self.known.items():
-            held.setdefault(file, {})[source] = digest
+        documents_by_file: dict[str, dict[str, str]] = {}
+        for source, (file, digest) in self.stored_documents.items():
+            documents_by_file.setdefault(file, {})[source] = digest
         tasks = []
         for file in map(str, files):
-            if is_unchanged(file, self._marks.get(file, ""), recipe):
-                sources = held.get(file, {})
+            if is_unchanged(file, self._file_index.get(file, ""), config):
+                sources = documents_by_file.get(file, {})
                 self._seen.update(sources)
                 self.report.unchanged += len(sources)
             else:
-                tasks.append(FileTask(file, held.get(file, {})))
+                tasks.append(FileTask(file, documents_by_file.get(file, {})))
         return tasks
 
-    def take(self, batch: Batch) -> None:
+    def write_batch(self, batch: Batch) -> None:
         """Write one batch."""
         written = {row["source"] for row in batch.rows}
-        replaced = written & self.known.keys()
+        replaced = written & self.stored_documents.keys()
         if batch.vectors is not None:
             if self._store is None:
                 self._store = self._create(batch.vectors.shape[1])
-            self._begin()
-            self._store.unmark({row["file"] for row in batch.rows} & self._marks.keys())
+            self._start_write()
+            self._store.clear_indexed({row["file"] for row in batch.rows} & self._file_index.keys())
             self._store.write(batch.rows, batch.vectors, replaced)
         self._seen |= written
         self._seen.update(batch.unchanged)
-        self._finished |= batch.finished
-        self._waiting |= {
-            f: content for f, content in batch.finished.items() if content and self._marks.get(f) != content
+        self._completed_files |= batch.completed_files
+        self._pending_index |= {
+            f: content for f, content in batch.completed_files.items() if content and self._file_index.get(f) != content
         }
         self.report.unchanged += len(batch.unchanged)
         self.report.passages += len(batch.rows)
@@ -108,39 +108,41 @@ class Update:
         self.report.added += len(written) - len(replaced)
         self.report.failed += batch.failed
         self._batches += 1
-        if self._batches % _BATCHES_PER_MARK == 0:
-            self._mark()
+        if self._batches % _BATCHES_PER_INDEX_UPDATE == 0:
+            self._update_index()
 
-    def finish(self) -> AddReport:
+    def complete(self) -> AddReport:
         """Take out what is gone, and put the table in order."""
         if self._store is not None:
-            gone = _gone(self.known, self._seen, self._finished, self._roots)
-            if gone:
-                self._begin()
-                take_out(self._store, gone, self.known)
-            self._mark()
-            if self._begun or self._store.unfinished:
-                self._store.end()
-            self.report.removed = len(gone)
+            removed = _removed_sources(self.stored_documents, self._seen, self._completed_files, self._roots)
+            if removed:
+                self._start_write()
+                remove_sources(self._store, removed, self.stored_documents)
+            self._update_index()
+            if self._has_written or self._store.unfinished:
+                self._store.finish_write()
+            self.report.removed = len(removed)
         return self.report
 
-    def _begin(self) -> None:
-        if self._store is not None and not self._begun:
-            self._store.begin()
-            self._begun = True
+    def _start_write(self) -> None:
+        if self._store is not None and not self._has_written:
+            self._store.start_write()
+            self._has_written = True
 
-    def _mark(self) -> None:
+    def _update_index(self) -> None:
         # A file that lost documents may be noted before these are taken out: the removal takes the note back.
         if self._store is not None:
-            self._store.mark(self._waiting)
-            self._marks |= self._waiting
-            self._waiting = {}
+            self._store.mark_indexed(self._pending_index)
+            self._file_index |= self._pending_index
+            self._pending_index = {}
 
 
-def take_out(store: PassageStore, sources: Collection[str], known: Mapping[str, tuple[str, str]]) -> None:
+def remove_sources(
+    store: PassageStore, sources: Collection[str], stored_documents: Mapping[str, tuple[str, str]]
+) -> None:
     """Take sources out of the table."""
     if sources:
-        store.unmark({known[source][0] for source in sources})
+        store.clear_indexed({stored_documents[source][0] for source in sources})
         store.remove(sources)
 
 
@@ -149,17 +151,22 @@ def is_under(file: str, roots: Iterable[Path]) -> bool:
     return any(Path(file).is_relative_to(root) for root in roots)
 
 
-def _gone(
-    known: Mapping[str, tuple[str, str]], seen: Collection[str], finished: Collection[str], roots: Sequence[Path]
+def _removed_sources(
+    stored_documents: Mapping[str, tuple[str, str]],
+    seen_sources: Collection[str],
+    completed_files: Collection[str],
+    roots: Sequence[Path],
 ) -> list[str]:
     """Sources that are no longer in a file that was read, or whose file under one of the roots doesn't exist."""
 
     @cache
-    def file_gone(file: str) -> bool:
+    def is_deleted(file: str) -> bool:
         return is_under(file, roots) and not _exists(file)
 
     return [
-        source for source, (file, _) in known.items() if source not in seen and (file in finished or file_gone(file))
+        source
+        for source, (file, _) in stored_documents.items()
+        if source not in seen_sources and (file in completed_files or is_deleted(file))
     ]
 
 

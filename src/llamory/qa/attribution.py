@@ -18,7 +18,7 @@ from torch import Tensor
 from llamory.memory.bank import MemoryBank
 from llamory.memory.blocks import Span
 
-CHUNK = 2048  # tokens whose scores are held at once
+SCORE_BATCH_TOKENS = 2048  # tokens whose scores are held at once
 BASELINE_FACTOR = 4.0  # times what the prompt's baseline_tokens words give to a token: beyond it, attention was drawn
 # Scores that one answer may cost. A long answer over a large memory is measured at some of its steps only.
 MAX_SCORES = 1 << 30
@@ -127,7 +127,7 @@ def _layer_mass(
     sums = lse.reshape(kv_heads, -1, 1)
     masses = []
     for span in spans:
-        for part in span.split(CHUNK):
+        for part in span.split(SCORE_BATCH_TOKENS):
             keys = part.keys(torch.float32).cpu().transpose(1, 2)
             weights = torch.baddbmm(sums, grouped, keys, beta=-1).exp_().view(len(query), columns, -1)
             baseline = weights[:, :baseline_tokens].mean(1, keepdim=True) if baseline_tokens else weights.new_zeros(1)

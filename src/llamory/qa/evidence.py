@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 
 # What makes the question so many times less likely than the best does isn't answered from.
 DEFAULT_EVIDENCE_RATIO = 100.0
-# Tokens: documents are looked at by stretches of at most STRETCH, the likeliest of these by windows of at most WINDOW.
-STRETCH, WINDOW = 2048, 512
+# Tokens: documents are looked at by stretches of at most COARSE_TOKENS, the likeliest of these by windows of at most WINDOW.
+COARSE_TOKENS, FINE_TOKENS = 2048, 512
 MARGIN = 64
 # Of more than MOST, larger ones are looked at first, and the FEWEST best of these are cut further at least.
-MOST, FEWEST, FACTOR = 128, 8, 4
-_AT_ONCE, _TOKENS_AT_ONCE = 16, 1024  # units, and tokens of the question with all of them: each has logits
-MOST_OF_QUESTION = 128  # tokens: a longer question is looked for by its end, or it would be read like a document
-MOST_EXACT = 8192  # tokens of pieces: making pages of these takes longer than reading them all
+MAX_UNITS, MIN_UNITS, SIZE_FACTOR = 128, 8, 4
+_BATCH_UNITS, _BATCH_TOKENS = 16, 1024  # units, and tokens of the question with all of them: each has logits
+MAX_QUESTION_TOKENS = 128  # tokens: a longer question is looked for by its end, or it would be read like a document
+MAX_EXACT_TOKENS = 8192  # tokens of pieces: making pages of these takes longer than reading them all
 
-Unit = tuple[SegmentSpan, ...]  # what is looked at together: a part of a document, or several documents
+EvidenceUnit = tuple[SegmentSpan, ...]  # what is looked at together: a part of a document, or several documents
 
 
 @torch.no_grad()
@@ -53,20 +53,24 @@ def question_likelihoods(
     Returns:
         (units,) in float64, in nats: the sum of ln p(token | tokens before, unit).
     """
-    found, rows = [], max(1, min(_AT_ONCE, _TOKENS_AT_ONCE // len(question)))
-    for start in range(0, len(units), rows):
-        banks = [memory.slice(unit) for unit in units[start : start + rows]]
+    log_likelihoods, batch_size = [], max(1, min(_BATCH_UNITS, _BATCH_TOKENS // len(question)))
+    for start in range(0, len(units), batch_size):
+        banks = [memory.slice(unit) for unit in units[start : start + batch_size]]
         ids = torch.tensor([list(question)] * len(banks), device=model.device)
         cache = LongLlamaCache(model.config, banks)
         cache.search = ExactSearch()  # pages or an index of a unit would be made for this question only
         logits = model(ids, past_key_values=cache).logits[:, :-1].float()
         tokens = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        found.append(-tokens.view(len(banks), -1).double().sum(1).cpu())
-    return torch.cat(found)
+        log_likelihoods.append(-tokens.view(len(banks), -1).double().sum(1).cpu())
+    return torch.cat(log_likelihoods)
 
 
-def choose(
-    model: LongLlamaForCausalLM, question: Sequence[int], memory: MemoryBank, documents: Sequence[str], focus: float
+def select_evidence(
+    model: LongLlamaForCausalLM,
+    question: Sequence[int],
+    memory: MemoryBank,
+    documents: Sequence[str],
+    evidence_ratio: float,
 ) -> list[SegmentSpan]:
     """What to answer from: documents in their order, whole or in pieces.
 
@@ -74,68 +78,70 @@ def choose(
         model, question: as for `question_likelihoods`.
         memory: with a segment for each of the documents.
         documents: their names.
-        focus: left out is what makes the question so many times less likely than the best does; 0: nothing.
+        evidence_ratio: left out is what makes the question so many times less likely than the best does; 0: nothing.
     """
-    check_evidence_ratio(focus)
-    question = list(question)[-min(MOST_OF_QUESTION, model.config.max_position_embeddings) :]
-    whole = [SegmentSpan(name, 0, memory.length(segment=name)) for name in documents]
-    if not focus or len(question) < 2:
-        return whole
-    sizes, kept, seen = [WINDOW, STRETCH], whole, list[Unit]()
-    while len(cut(whole, sizes[-1])) > MOST:
-        sizes.append(sizes[-1] * FACTOR)
+    check_evidence_ratio(evidence_ratio)
+    question = list(question)[-min(MAX_QUESTION_TOKENS, model.config.max_position_embeddings) :]
+    full_spans = [SegmentSpan(name, 0, memory.length(segment=name)) for name in documents]
+    if not evidence_ratio or len(question) < 2:
+        return full_spans
+    sizes, selected, previous_units = [FINE_TOKENS, COARSE_TOKENS], full_spans, list[EvidenceUnit]()
+    while len(split_units(full_spans, sizes[-1])) > MAX_UNITS:
+        sizes.append(sizes[-1] * SIZE_FACTOR)
     for size in reversed(sizes):
-        units = cut(kept, size)
-        if len(units) < 2 or units == seen:
+        units = split_units(selected, size)
+        if len(units) < 2 or units == previous_units:
             continue
         likelihoods = question_likelihoods(model, question, memory, units)
-        likely = likelihoods >= likelihoods.max() - math.log(focus)
-        if size > STRETCH:
-            likely[likelihoods.topk(min(FEWEST, len(units))).indices] = True
-        seen = [unit for unit, each in zip(units, likely.tolist(), strict=True) if each]
-        kept = [piece for unit in seen for piece in unit]
-    return _widened(kept, whole)
+        is_likely = likelihoods >= likelihoods.max() - math.log(evidence_ratio)
+        if size > COARSE_TOKENS:
+            is_likely[likelihoods.topk(min(MIN_UNITS, len(units))).indices] = True
+        previous_units = [unit for unit, each in zip(units, is_likely.tolist(), strict=True) if each]
+        selected = [span for unit in previous_units for span in unit]
+    return _add_margin(selected, full_spans)
 
 
-def search_of(model: LongLlamaForCausalLM, memory: MemoryBank, pieces: Sequence[SegmentSpan]) -> Search | None:
+def make_evidence_search(
+    model: LongLlamaForCausalLM, memory: MemoryBank, spans: Sequence[SegmentSpan]
+) -> Search | None:
     """How these pieces are searched: few tokens of parts of documents exactly, else as the model is set (None)."""
-    parts = any(stop - start < memory.length(segment=name) for name, start, stop in pieces)
-    few = sum(stop - start for _, start, stop in pieces) <= MOST_EXACT
-    return ExactSearch() if parts and few and not model.config.mem_top_k_attention else None
+    is_partial = any(stop - start < memory.length(segment=name) for name, start, stop in spans)
+    is_small = sum(stop - start for _, start, stop in spans) <= MAX_EXACT_TOKENS
+    return ExactSearch() if is_partial and is_small and not model.config.mem_top_k_attention else None
 
 
-def check_evidence_ratio(focus: float) -> None:
-    """Raise LlamoryError for a focus that would leave out everything."""
-    if focus and not focus >= 1:
-        raise LlamoryError(f"A focus is a factor of at least 1, or 0 for none, not {focus:g}.")
+def check_evidence_ratio(evidence_ratio: float) -> None:
+    """Raise LlamoryError for a evidence_ratio that would leave out everything."""
+    if evidence_ratio and not evidence_ratio >= 1:
+        raise LlamoryError(f"evidence_ratio must be at least 1, or 0 to disable it, not {evidence_ratio:g}.")
 
 
-def cut(pieces: Sequence[SegmentSpan], size: int) -> list[Unit]:
+def split_units(pieces: Sequence[SegmentSpan], size: int) -> list[EvidenceUnit]:
     """Pieces as units of at most `size` tokens.
 
-    Larger ones are cut into equal parts. Where `size` is more than STRETCH, neighbours are put together as long as they
+    Larger ones are cut into equal parts. Where `size` is more than COARSE_TOKENS, neighbours are put together as long as they
     fit.
     """
     units: list[list[SegmentSpan]] = []
-    room = -1
+    free_tokens = -1
     for name, start, stop in pieces:
         length = stop - start
-        if length <= room:
+        if length <= free_tokens:
             units[-1].append(SegmentSpan(name, start, stop))
-            room -= length
+            free_tokens -= length
             continue
-        parts = max(1, math.ceil(length / size))
-        edges = [start + length * part // parts for part in range(parts + 1)]
-        units += [[SegmentSpan(name, *each)] for each in pairwise(edges)]
-        room = size - length if parts == 1 and size > STRETCH else -1
+        num_parts = max(1, math.ceil(length / size))
+        boundaries = [start + length * number // num_parts for number in range(num_parts + 1)]
+        units += [[SegmentSpan(name, *each)] for each in pairwise(boundaries)]
+        free_tokens = size - length if num_parts == 1 and size > COARSE_TOKENS else -1
     return [tuple(unit) for unit in units]
 
 
-def _widened(pieces: Sequence[SegmentSpan], whole: Sequence[SegmentSpan]) -> list[SegmentSpan]:
+def _add_margin(spans: Sequence[SegmentSpan], full_spans: Sequence[SegmentSpan]) -> list[SegmentSpan]:
     """Parts of documents with MARGIN tokens more at both ends, as sentences don't end where windows do."""
-    lengths = {piece.segment: piece.stop for piece in whole}
+    lengths = {span.segment: span.stop for span in full_spans}
     result: list[SegmentSpan] = []
-    for name, start, stop in pieces:
+    for name, start, stop in spans:
         start, stop = max(0, start - MARGIN), min(lengths[name], stop + MARGIN)
         if result and result[-1].segment == name and start <= result[-1].stop:
             start = result.pop().start
