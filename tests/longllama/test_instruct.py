@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llamory.errors import LlamoryError
-from llamory.ingest.documents import prepare
+from llamory.ingest.documents import load_documents
 from llamory.longllama.losses import IGNORE_INDEX
 from llamory.training.instruct.dataset import InstructFormat, Lengths, _Preprocessor, load_instructions
 
@@ -128,7 +128,7 @@ def test_messages_about_a_document_stand_behind_it_as_it_is_read(load, tokenizer
     (chat,) = load(messages())
     (example,) = load(messages() | {"document": text})
     (tmp_path / "river.txt").write_text(text)
-    read = prepare(tmp_path / "river.txt", tokenizer)[0].ids.tolist()
+    read = load_documents(tmp_path / "river.txt", tokenizer)[0].ids.tolist()
     assert tokenizer.eos_token_id not in read[1:]
     assert example["input_ids"] == read + chat["input_ids"]
     assert example["labels"] == [-100] * len(read) + chat["labels"]
