@@ -131,7 +131,7 @@ def test_memory_is_read_ahead_within_a_budget(llamory, tmp_path, texts, embedder
     ran = llamory(*index, "--reader", model_folder, *READING, "--mem-dtype", "int8", "--json", "--quiet")
     assert (ran.code, ran.err) == (0, "")
     memory = json.loads(ran.out)["memory"]
-    assert (memory["read"], memory["there"], memory["left"]) == (2, 0, 0)
+    assert (memory["read"], memory["existing"], memory["remaining"]) == (2, 0, 0)
     files = list((tmp_path / "lib" / "memory").glob("*.safetensors"))
     assert memory["bytes"] == sum(path.stat().st_size for path in files)
     assert all(MemoryBank.load(path).dtype.itemsize == 1 for path in files)

@@ -75,9 +75,9 @@ def memories(library: Library) -> list[Path]:
 
 def test_the_documents_that_fit_are_mounted_and_no_others(make_library) -> None:
     library = make_library()
-    assert names(ask(library, top=1).documents) == ["cats.md"]
-    assert names(ask(library, "a dog", top=1).documents) == ["dogs.md"]
-    assert set(names(ask(library, "dog and cat", top=2).documents)) == {"cats.md", "dogs.md"}
+    assert names(ask(library, top_documents=1).documents) == ["cats.md"]
+    assert names(ask(library, "a dog", top_documents=1).documents) == ["dogs.md"]
+    assert set(names(ask(library, "dog and cat", top_documents=2).documents)) == {"cats.md", "dogs.md"}
     assert names(ask(library, "dog", source="*.txt").documents) == ["money.txt"]
 
 
@@ -410,7 +410,7 @@ def test_documents_are_chosen_by_source_end_stem_or_pattern(make_library, files)
     ("settings", "words"),
     [
         ({"question": " "}, "blank"),
-        ({"top": 0}, "at least 1 document"),
+        ({"top_documents": 0}, "at least 1 document"),
         ({"max_question_tokens": 2}, "limit of 2"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"source": "*.none"}, "No document was found"),
@@ -449,7 +449,7 @@ def test_an_empty_library_says_so(tmp_path, model_folder) -> None:
 
 
 def test_each_question_of_a_chat_brings_its_documents_and_all_stay(make_library) -> None:
-    chat = make_library().chat(top=1)
+    chat = make_library().chat(top_documents=1)
     assert names(chat.ask("the cat", max_new_tokens=4).documents) == ["cats.md"]
     second = chat.ask("a dog", max_new_tokens=4, on_text=None)
     assert names(second.documents) == ["cats.md", "dogs.md"]
@@ -466,7 +466,7 @@ def test_documents_chosen_by_hand_are_the_only_ones_of_a_chat(make_library) -> N
 
 
 def test_a_chat_is_saved_with_its_documents(make_library, tmp_path) -> None:
-    chat = make_library().chat(top=1)
+    chat = make_library().chat(top_documents=1)
     with pytest.raises(LlamoryError, match="Nothing was said"):
         chat.save(tmp_path / "kept")
     chat.ask("the cat", max_new_tokens=4)

@@ -265,10 +265,10 @@ def test_what_answers_attend_to(make_model, ids, gpu, place):
     def work(device):
         memory = model.read(document)
         cache = model.memory_cache(memory)
-        cache.observer = log = AttentionRecorder()
+        cache.observer = recorder = AttentionRecorder()
         model.generate(question.to(device), past_key_values=cache, **SHORT)
         scalings = dict.fromkeys(memory.layers, 8**-0.5)
-        return log.mass(memory, memory.segments, scalings, baseline_tokens=2, question=8, answer=4)
+        return recorder.mass(memory, memory.segments, scalings, baseline_tokens=2, question=8, answer=4)
 
     wanted = work("cpu")
     model.to(gpu)

@@ -253,5 +253,5 @@ def test_a_library_cites_what_it_answers_from(texts, tmp_path) -> None:
 
 @pytest.mark.parametrize("evidence_ratio", [0.5, -1.0, float("nan")])
 def test_a_focus_below_one_is_refused(opened, evidence_ratio) -> None:
-    with pytest.raises(LlamoryError, match="evidence_ratio must be at least 1, or 0"):
+    with pytest.raises(LlamoryError, match="evidence_ratio must be at least 1, or 0 to disable it"):
         opened.ask("when", evidence_ratio=evidence_ratio)

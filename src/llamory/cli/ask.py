@@ -18,7 +18,7 @@ def ask(
     library: options.LibraryPath = None,
     memory: options.MemoryFiles = None,
     documents: options.Documents = None,
-    top: options.TopDocuments = None,
+    top_documents: options.TopDocuments = None,
     source: options.Source = None,
     mode: options.Mode = None,
     citations: options.Citations = None,

@@ -143,7 +143,7 @@ class AskOptions:
             given["documents"] or None,
             selected("mem_search", "mem_top_k", "last_context_length", "bf16", "device"),
             reader_options(given),
-            selected("top", "source", "mode", "citations"),
+            selected("top_documents", "source", "mode", "citations"),
             selected("max_new_tokens", "max_question_tokens", "temperature", "seed", "evidence_ratio")
             | {"on_text": on_text},
         )

@@ -24,7 +24,7 @@ def chat(
     library: options.LibraryPath = None,
     memory: options.MemoryFiles = None,
     documents: options.Documents = None,
-    top: options.TopDocuments = None,
+    top_documents: options.TopDocuments = None,
     source: options.Source = None,
     mode: options.Mode = None,
     citations: options.Citations = None,
@@ -72,7 +72,7 @@ def chat(
             if not interactive and not as_json:
                 options.write_text(out, f"{_PROMPT}{question}\n")
             try:
-                answer = chat_session.say(question, **ask_options.generation_options)
+                answer = chat_session.ask(question, **ask_options.generation_options)
             except LlamoryError as error:
                 if not interactive:
                     raise

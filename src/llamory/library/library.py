@@ -14,7 +14,7 @@ from llamory.common.locks import write_lock
 from llamory.embedding.library_encoder import embed_query, fingerprint, resolve_chunk_size
 from llamory.errors import LlamoryError
 from llamory.library.indexer import ChunkingConfig, Engine, LocalEngine
-from llamory.library.readable import LibraryQAMixin
+from llamory.library.paths import memory_folder
 from llamory.library.reader import ReaderSettings
 from llamory.library.search import Hit, SearchMode, check_mode
 from llamory.library.store import PassageStore, Settings
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SentenceTransformer
 
-    from llamory.documents import FileScan
-    from llamory.library.qa import QASession
+    from llamory.documents import Chunk, FileScan
+    from llamory.library.prefill import MemoryReport
+    from llamory.library.qa import CitedAnswer, LibraryChat, QASession
     from llamory.longllama import LongLlamaForCausalLM
 
 # Reading a text file takes some twelve times its size in memory.
@@ -35,7 +36,7 @@ PathLike = str | os.PathLike[str]
 EngineName = Literal["local", "ray"]
 
 
-class Library(LibraryQAMixin):
+class Library:
     """A folder (or object-store URI) of passages with their vectors.
 
     Args:
@@ -72,6 +73,7 @@ class Library(LibraryQAMixin):
         self._loaded: SentenceTransformer | None = None
         self._merged = False  # whether its weights are its own, not the base model's that a reader has too
         self._checked = False  # whether the model was seen to be the library's
+        self._qa_session: QASession | None = None
         self._new_chunk_size = 0  # passage length of a library that is being made
         self._reader_settings = ReaderSettings(
             os.fspath(reader) if isinstance(reader, os.PathLike) else reader, **reader_settings
@@ -85,6 +87,18 @@ class Library(LibraryQAMixin):
     def __len__(self) -> int:
         """Number of passages."""
         return 0 if self._store is None else len(self._store)
+
+    def sources(self) -> list[str]:
+        """The documents' sources, sorted."""
+        return [] if self._store is None else sorted(self._store.documents())
+
+    def passages(self, source: str) -> list[Chunk]:
+        """A document's passages, in order; none if there is no such document."""
+        return self.passages_of([source]).get(source, [])
+
+    def passages_of(self, sources: Iterable[str]) -> dict[str, list[Chunk]]:
+        """The passages of several documents, by source; one that isn't there is left out."""
+        return {} if self._store is None else self._store.passages(set(sources))
 
     def info(self) -> dict[str, Any]:
         """The library's settings and its numbers of documents and passages; with memories, what they take.
@@ -283,18 +297,102 @@ class Library(LibraryQAMixin):
         vector = None if mode == "bm25" else embed_query(self._embedder(), query)
         return store.search(vector, top, source, text=query, mode=mode)
 
+    # ---- answers -----------------------------------------------------------------------------------------------------
+
+    def ask(self, question: str, *, progress: bool = False, **settings: Any) -> CitedAnswer:
+        """Find documents, attach their memory, and answer from it.
+
+        A document whose memory isn't there yet is read first; the next question has it. Nothing else of the documents
+        is read.
+
+            answer = Library("notes.lib").ask("Who built the bridge?")
+            print(answer.text)
+            for citation in answer.citations:
+                print(citation.location, citation.share)
+
+        Args:
+            question: the question.
+            progress: show on standard error how far reading documents has come.
+            settings: `documents` (names, instead of finding them), `top_documents` (documents to find, 5), `source` and
+                `mode` (as for `search`), `citations` (the most passages to cite, 5), `max_new_tokens`, `temperature`,
+                `seed`, `max_question_tokens`, `on_text` (called with each piece of the answer as it comes) and `evidence_ratio`
+                (what in memory is left out, as for `llamory.qa.open_memory.OpenMemory.ask`).
+
+        Raises:
+            LlamoryError: the library is empty, nothing was found, the reader can't be used, or the question is blank.
+        """
+        return self.qa_session(progress=progress).ask(question, **settings)
+
+    def chat(self, *, progress: bool = False, **settings: Any) -> LibraryChat:
+        """A conversation: each question's documents are mounted, and what was said stays in memory.
+
+        Args:
+            progress: as for `ask`.
+            settings: `documents`, `top_documents`, `source`, `mode` and `citations`, as for `ask`.
+        """
+        from llamory.library.qa import LibraryChat
+
+        return LibraryChat(self.qa_session(progress=progress), **settings)
+
+    def precompute_memory(
+        self, *, engine: str = "local", ray_address: str | None = None, progress: bool = True
+    ) -> MemoryReport:
+        """Read the documents that have no memory yet, as many as the budget has room for.
+
+        Args:
+            engine: `local` reads in this process, `ray` on the workers of a Ray cluster.
+            ray_address: as for `Library.add`.
+            progress: show a progress bar on standard error.
+
+        Raises:
+            LlamoryError: the library is empty, or the reader can't be used.
+        """
+        from llamory.library.prefill import precompute_memory
+
+        return precompute_memory(self.qa_session(), progress=progress, engine=engine, ray_address=ray_address)
+
+    def qa_session(self, *, progress: bool = False) -> QASession:
+        """Where memories are mounted and questions answered.
+
+        Args:
+            progress: show on standard error how far reading has come.
+        """
+        from llamory.library.qa import QASession
+
+        self._require_store()
+        if self._merged:  # the embedder is loaded again so that it shares the base model with the reader
+            self._loaded, self._merged = None, False
+        if self._qa_session is None:
+            self._qa_session = QASession(self, self._reader_settings, device=self._device, bf16=self._bf16)
+        self._qa_session.progress = progress
+        return self._qa_session
+
+    def memory_info(self) -> dict[str, Any]:
+        """What memories take: their number, `bytes` and `reader` (None for the default); empty if there are none."""
+        from llamory.library.memory_cache import MemoryCache
+        from llamory.library.reader import saved_reader_name
+
+        memory_cache = MemoryCache(memory_folder(self.path))
+        names = memory_cache.stored_keys()
+        return (
+            {"memories": len(names), "bytes": memory_cache.nbytes, "reader": saved_reader_name(memory_cache.folder)}
+            if names
+            else {}
+        )
+
+    def _delete_stale_memories(self) -> None:
+        folder = memory_folder(self.path)
+        if folder.is_dir():
+            from llamory.library.prefill import delete_stale_memories
+
+            delete_stale_memories(self, folder)
+
     # ---- the library's model -----------------------------------------------------------------------------------------
 
     def _require_store(self) -> PassageStore:
         if self._store is None:
             raise LlamoryError(f"The library at {self.path} is empty; add documents to it first.")
         return self._store
-
-    def qa_session(self, *, progress: bool = False) -> QASession:
-        """See `LibraryQAMixin.qa_session`; the model and the reader have one base model there."""
-        if self._merged:
-            self._loaded, self._merged = None, False
-        return super().qa_session(progress=progress)
 
     def _embedder(self, *, merged: bool = False) -> SentenceTransformer:
         """The model; if it isn't loaded yet and nothing reads, `merged` loads it as it embeds fastest."""

@@ -8,18 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llamory.common import ram
 from llamory.errors import LlamoryError
 from llamory.ingest.stored_documents import StoredDocument
 from llamory.library.memory_cache import MemoryCache
-from llamory.library.qa import QASession
+from llamory.library.qa import DocumentStore, QASession
 from llamory.library.reader import SEGMENT
 from llamory.memory import read_header
-
-if TYPE_CHECKING:
-    from llamory.library.readable import LibraryQAMixin
 
 # Documents whose texts are held at once.
 _BATCH_DOCUMENTS = 64
@@ -117,7 +114,7 @@ def _open_encoder(qa_session: QASession, engine: str, address: str | None) -> It
         yield writers.read
 
 
-def delete_stale_memories(library: LibraryQAMixin, folder: Path) -> int:
+def delete_stale_memories(library: DocumentStore, folder: Path) -> int:
     """Remove memories whose document has changed or is gone from the library; gives how many.
 
     They would never be used, but what a user has removed shouldn't lie about.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -26,8 +26,8 @@ from llamory.qa.chat import Chat
 from llamory.qa.generation import OOM_ADVICE, Answer, GenerationSettings, check_question
 
 if TYPE_CHECKING:
-    from llamory.library.readable import LibraryQAMixin
-    from llamory.library.search import SearchMode
+    from llamory.documents import Chunk
+    from llamory.library.search import Hit, SearchMode
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,26 @@ DEFAULT_CITATIONS = 5
 # Passages that are looked at per document that is wanted: the best ones are often of the same document.
 _PASSAGES_PER_DOCUMENT = 4
 _NAMES_SHOWN = 5
+
+
+class DocumentStore(Protocol):
+    """What questions and memories need of a library; `Library` is one."""
+
+    path: str
+
+    def sources(self) -> list[str]:
+        """The documents' sources, sorted."""
+        ...
+
+    def passages_of(self, sources: Iterable[str]) -> dict[str, list[Chunk]]:
+        """The passages of several documents, by source; unknown sources are left out."""
+        ...
+
+    def search(
+        self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: SearchMode = "fused"
+    ) -> list[Hit]:
+        """The passages that answer a query, best first."""
+        ...
 
 
 @dataclass
@@ -83,7 +103,7 @@ class QASession:
 
     def __init__(
         self,
-        library: LibraryQAMixin,
+        library: DocumentStore,
         settings: ReaderSettings,
         *,
         device: str | None = None,
@@ -120,18 +140,22 @@ class QASession:
     # ---- which documents ---------------------------------------------------------------------------------------------
 
     def find(
-        self, question: str, top: int, source: str | Sequence[str] | None = None, mode: SearchMode | None = None
+        self,
+        question: str,
+        top_documents: int,
+        source: str | Sequence[str] | None = None,
+        mode: SearchMode | None = None,
     ) -> list[str]:
         """Sources of the documents with the best passages for a question, best first."""
-        if top < 1:
-            raise LlamoryError(f"An answer must be from at least 1 document, not {top}.")
-        passages = top * _PASSAGES_PER_DOCUMENT
+        if top_documents < 1:
+            raise LlamoryError(f"An answer must be from at least 1 document, not {top_documents}.")
+        passages = top_documents * _PASSAGES_PER_DOCUMENT
         search_options: dict[str, Any] = {} if mode is None else {"mode": mode}
         while True:
             hits = self.library.search(question, passages, source=source, **search_options)
             sources = list(dict.fromkeys(hit.source for hit in hits))
-            if len(sources) >= top or len(hits) < passages:
-                return sources[:top]
+            if len(sources) >= top_documents or len(hits) < passages:
+                return sources[:top_documents]
             passages *= _PASSAGES_PER_DOCUMENT
 
     def resolve_documents(self, names: Sequence[str]) -> list[str]:
@@ -207,14 +231,16 @@ class QASession:
         question: str,
         *,
         documents: Sequence[str] | None = None,
-        top: int = DEFAULT_TOP_DOCUMENTS,
+        top_documents: int = DEFAULT_TOP_DOCUMENTS,
         source: str | Sequence[str] | None = None,
         mode: SearchMode | None = None,
         citations: int = DEFAULT_CITATIONS,
         **kwargs: Any,
     ) -> CitedAnswer:
         """Ask a question; see `Library.ask`."""
-        chat = LibraryChat(self, documents=documents, top=top, source=source, mode=mode, citations=citations)
+        chat = LibraryChat(
+            self, documents=documents, top_documents=top_documents, source=source, mode=mode, citations=citations
+        )
         return chat.ask(question, **kwargs)
 
     def cite(
@@ -276,7 +302,7 @@ class LibraryChat:
     Args:
         qa_session: the library's.
         documents: only these documents, mounted for the whole conversation; by default each question finds its own.
-        top: documents that a question finds.
+        top_documents: documents that a question finds.
         source: only documents of these sources, as for `Library.search`.
         mode: how documents are searched, as for `Library.search`.
         citations: how many passages an answer cites.
@@ -287,12 +313,12 @@ class LibraryChat:
         qa_session: QASession,
         *,
         documents: Sequence[str] | None = None,
-        top: int = DEFAULT_TOP_DOCUMENTS,
+        top_documents: int = DEFAULT_TOP_DOCUMENTS,
         source: str | Sequence[str] | None = None,
         mode: SearchMode | None = None,
         citations: int = DEFAULT_CITATIONS,
     ):
-        self._qa_session, self._top, self._citations = qa_session, top, citations
+        self._qa_session, self._top_documents, self._citations = qa_session, top_documents, citations
         self._source, self._mode = source, mode
         self._fixed_sources = None if documents is None else qa_session.resolve_documents(documents)
         self._attached: list[StoredDocument] = []
@@ -323,7 +349,7 @@ class LibraryChat:
         started = time.perf_counter()
         sources = self._fixed_sources
         if sources is None:
-            sources = self._qa_session.find(question, self._top, self._source, self._mode)
+            sources = self._qa_session.find(question, self._top_documents, self._source, self._mode)
         found_at = time.perf_counter()
         tokens_read = self._attach_documents(sources)
         ready_at = time.perf_counter()

@@ -116,7 +116,7 @@ def check_evidence_ratio(evidence_ratio: float) -> None:
         raise LlamoryError(f"evidence_ratio must be at least 1, or 0 to disable it, not {evidence_ratio:g}.")
 
 
-def split_units(pieces: Sequence[SegmentSpan], size: int) -> list[EvidenceUnit]:
+def split_units(spans: Sequence[SegmentSpan], size: int) -> list[EvidenceUnit]:
     """Pieces as units of at most `size` tokens.
 
     Larger ones are cut into equal parts. Where `size` is more than COARSE_TOKENS, neighbours are put together as long as they
@@ -124,7 +124,7 @@ def split_units(pieces: Sequence[SegmentSpan], size: int) -> list[EvidenceUnit]:
     """
     units: list[list[SegmentSpan]] = []
     free_tokens = -1
-    for name, start, stop in pieces:
+    for name, start, stop in spans:
         length = stop - start
         if length <= free_tokens:
             units[-1].append(SegmentSpan(name, start, stop))
