@@ -117,6 +117,7 @@ def load_model_for(
     import torch
 
     from llamory.longllama.loading import load_long_model, resolve_reader_name
+    from llamory.models.device import pick_device
 
     memory_file = memory_files[0] if memory_files else None
     if memory_file is not None:
@@ -130,15 +131,13 @@ def load_model_for(
     model_name = resolve_reader_name(name or (memory_file and memory_file.model) or "default")
     for each in memory_files:
         check_model_shape(each, model_name)
-    if device is None and torch.accelerator.is_available():
-        device = str(torch.accelerator.current_accelerator())
     model = load_long_model(
         model_name,
         mem_layers=mem_layers,
         context_length=context_length,
         mem_dtype=mem_dtype,
         dtype=torch.bfloat16 if bf16 else None,
-        device=device,
+        device=pick_device(device),
         **settings,
     )
     if not model.config.mem_layers:

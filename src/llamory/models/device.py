@@ -1,0 +1,36 @@
+"""The device that models run on."""
+
+from __future__ import annotations
+
+from llamory.errors import LlamoryError
+
+
+def pick_device(name: str | None = None) -> str:
+    """The device called `name`; without a name the accelerator (CUDA, MPS, XPU), or the CPU if there is none.
+
+    Raises:
+        LlamoryError: torch knows no such device, or this machine doesn't have it; the message lists those it has.
+    """
+    import torch
+
+    available = available_devices()
+    kinds = [device.partition(":")[0] for device in available]
+    if name is None:
+        return kinds[-1]
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = ""
+    if name not in available and not (name == kind and kind in kinds):
+        raise LlamoryError(f"There is no device {name!r} on this machine; it has {', '.join(available)}.")
+    return name
+
+
+def available_devices() -> list[str]:
+    """The names of this machine's devices, such as `cpu`, `cuda:0` and `cuda:1`; the CPU comes first."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return ["cpu"]
+    kind = torch.accelerator.current_accelerator().type
+    return ["cpu", *(f"{kind}:{index}" for index in range(torch.accelerator.device_count()))]
