@@ -53,7 +53,7 @@ def test_short_prompts_score_as_with_the_plain_model(model_folder, results):
     accuracy, answers = results(LongLlamaForCausalLM.from_pretrained(model_folder, mem_layers=[1]))
     plain_accuracy, plain_answers = results(LlamaForCausalLM.from_pretrained(model_folder))
     assert accuracy == plain_accuracy
-    torch.testing.assert_close(torch.tensor(answers), torch.tensor(plain_answers), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.tensor(answers), torch.tensor(plain_answers), atol=0, rtol=1e-4)
 
 
 def test_prompts_past_the_context(model_folder, results):
@@ -66,6 +66,6 @@ def test_prompts_past_the_context(model_folder, results):
         assert len(prompt + answer) > 2 * 8
         # The last token has nothing to predict, so the harness leaves it out.
         scores = long(torch.tensor([prompt + answer[:-1]])).logits[0, -len(answer) :].log_softmax(-1)
-        assert found == pytest.approx(
-            sum(row[token].item() for row, token in zip(scores, answer, strict=True)), abs=1e-4
-        )
+        expected = [row[token].item() for row, token in zip(scores, answer, strict=True)]
+        # The harness sums float32 log-probabilities in an order of its own, so the tolerance grows with the terms.
+        assert found == pytest.approx(sum(expected), rel=1e-5 * len(expected))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -184,19 +184,9 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
         staging, order = memory.empty_sibling(), memory.segments
         if segment in order:
             staging.attach(memory, [segment])
-        context, training = self.config.max_position_embeddings, self.training
-        cache = LongLlamaCache(self.config, [staging])
-        self.eval()
-        try:
-            for start in range(0, len(ids), context):
-                window = ids[None, start : start + context].to(self.device)
-                self.model(
-                    window, past_key_values=cache, use_cache=False, last_context_length=context, logits_to_keep=None
-                )
-                if on_window is not None:
-                    on_window(min(start + context, len(ids)))
-        finally:
-            self.train(training)
+        for num_tokens in encode_windows(self, [ids], [staging]):
+            if on_window is not None:
+                on_window(num_tokens)
         if len(ids):
             if segment in order:
                 memory.drop(segment)
@@ -228,6 +218,46 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
         checks.check_heads(what, (memory.kv_heads, memory.head_dim), (config.num_key_value_heads, config.head_dim))
         if memory.fingerprint:
             checks.check_fingerprint(what, memory.fingerprint, self.memory_fingerprint())
+
+
+@torch.no_grad()
+def encode_windows(
+    model: LongLlamaForCausalLM, rows: Sequence[Tensor], banks: Sequence[MemoryBank], start: int = 0
+) -> Iterator[int]:
+    """Encode documents into memory window by window; no document attends to another.
+
+    The model is in evaluation mode meanwhile. Iteration may stop after any window; what was encoded stays in the banks.
+
+    Args:
+        model: the model.
+        rows: the token ids of each document, (tokens,) each. The documents are encoded as one batch.
+        banks: one memory per document. A document attends to all that its memory holds.
+        start: the token to start at; for documents whose first tokens are in their memories already.
+
+    Yields:
+        After each window, how many tokens of each document are encoded, at most.
+    """
+    context, longest = model.config.max_position_embeddings, max(map(len, rows), default=0)
+    training = model.training
+    model.eval()
+    try:
+        for first in range(start, longest, context):
+            active = [index for index, row in enumerate(rows) if len(row) > first]
+            windows = [rows[index][first : first + context].long() for index in active]
+            ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)  # (rows, width)
+            lengths = torch.tensor([len(window) for window in windows])
+            mask = torch.arange(ids.shape[1]) < lengths[:, None]
+            model.model(
+                ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                past_key_values=LongLlamaCache(model.config, [banks[index] for index in active]),
+                use_cache=False,
+                last_context_length=context,
+                logits_to_keep=None,
+            )
+            yield min(first + context, longest)
+    finally:
+        model.train(training)
 
 
 def _shift_labels(labels: Tensor) -> Tensor:
