@@ -8,6 +8,7 @@ from typing import Any
 import typer
 
 from llamory.cli.options import add_dataclass_command
+from llamory.common.extras import require
 from llamory.training.settings import FotSettings, InstructSettings, LlaraSettings, LookupSettings, RetrieverSettings
 
 app = typer.Typer(help="Train a model with one of the recipes.", rich_markup_mode=None)
@@ -19,30 +20,35 @@ def _train() -> None:
 
 
 def _llara(settings: LlaraSettings) -> Mapping[str, Any]:
+    require("train")
     from llamory.training.llara import train_llara
 
     return train_llara(settings)
 
 
 def _retriever(settings: RetrieverSettings) -> Mapping[str, Any]:
+    require("train")
     from llamory.training.retriever import train_retriever
 
     return train_retriever(settings)
 
 
 def _fot(settings: FotSettings) -> Mapping[str, Any]:
+    require("train")
     from llamory.training.fot.train import train_fot
 
     return train_fot(settings)
 
 
 def _instruct(settings: InstructSettings) -> Mapping[str, Any]:
+    require("train")
     from llamory.training.instruct.train import train_instruct
 
     return train_instruct(settings)
 
 
 def _lookup(settings: LookupSettings) -> Mapping[str, Any]:
+    require("train")
     from llamory.training.lookup import train_lookup
 
     return train_lookup(settings)

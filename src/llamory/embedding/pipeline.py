@@ -30,7 +30,6 @@ from llamory.embedding.modules import (
 )
 from llamory.embedding.whitening import Whitening, fit_whitening, pseudo_queries, reroute, whitening_router
 from llamory.errors import LlamoryError
-from llamory.llara.data import Paths, load_examples, passage_texts
 from llamory.llara.template import QUERY_PROMPTS, LlaraTemplate, slot_tokens
 from llamory.models import base as backbone
 
@@ -93,7 +92,11 @@ def export_sentence_transformer(
 
 
 def sample_passages(
-    model: str | Path, paths: Paths, *, number: int = 1024, max_length: int = DEFAULT_MAX_LENGTH
+    model: str | Path,
+    paths: str | Path | Sequence[str | Path],
+    *,
+    number: int = 1024,
+    max_length: int = DEFAULT_MAX_LENGTH,
 ) -> list[str]:
     """Passages of documents, drawn at random, such as `fit_whitening_on_texts` is fitted on.
 
@@ -106,6 +109,8 @@ def sample_passages(
     Raises:
         LlamoryError: the model is no LLARA checkpoint, or the documents can't be read or have no text.
     """
+    from llamory.llara.data import load_examples, passage_texts  # needs the extra "train"
+
     name = _resolve_name(model)
     template, tokenizer = require_template(name, backbone.load_config(name)), backbone.load_tokenizer(name)
     prompt = len(template.encode(tokenizer, "", max_length=max_length, predict=False))

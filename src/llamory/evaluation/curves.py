@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llamory.common.extras import require
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -55,6 +57,7 @@ def draw_curves(
         percent: whether the values are shares, drawn from 0 to 100%.
         reference_line: name and height of a dashed line across, such as chance.
     """
+    require("plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamory.common.extras import require
 from llamory.evaluation.passkey import PasskeyResult
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def draw_heat_map(path: Path, title: str, panels: Sequence[Panel]) -> None:
         title: of the picture.
         panels: what to draw, from left to right; at least one cell was run.
     """
+    require("plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
+from llamory.common.extras import require
 from llamory.evaluation.qrels import RetrievalDataset
 from llamory.evaluation.retrieval_systems import Ranking
 
@@ -41,6 +42,7 @@ def score_queries(data: RetrievalDataset, ranking: Ranking) -> list[QueryScore]:
 
     nDCG takes the qrels' scores as gains, over the logarithm of rank + 1, as trec_eval and BEIR do.
     """
+    require("eval")
     import pytrec_eval
 
     # Places, not scores: trec_eval sorts again, and in less digits two scores may be one.

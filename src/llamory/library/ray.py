@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from llamory.common.extras import import_extra
 from llamory.errors import LlamoryError
 from llamory.library.indexer import Batch, ChunkingConfig, FileTask, chunk_files, embed_batch
 
@@ -51,12 +52,7 @@ def check_ray(address: str | None = None) -> None:
     Raises:
         LlamoryError: it isn't installed, or there is nothing at the address.
     """
-    try:
-        import ray.data  # noqa: F401
-    except ImportError as error:
-        raise LlamoryError(
-            "Indexing with Ray needs Ray, which isn't installed; install it with `pip install 'llamory[ray]'`."
-        ) from error
+    import_extra("ray.data")
     match = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d+)", address or "")
     if match is not None:
         # Ray itself would try for minutes.

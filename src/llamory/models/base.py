@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamory.common.extras import import_extra
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
@@ -328,12 +329,9 @@ def _digest(gguf: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001 (size 
 
 
 def _check_gguf(gguf: Path) -> None:
+    package = import_extra("gguf")
     try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise LlamoryError("Reading a .gguf file needs the package gguf: run `pip install 'llamory[gguf]'`.") from error
-    try:
-        reader = GGUFReader(gguf)
+        reader = package.GGUFReader(gguf)
         architecture = str(reader.fields["general.architecture"].contents())
     except PermissionError:
         raise
