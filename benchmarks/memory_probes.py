@@ -12,7 +12,7 @@ from torch import Tensor
 from contenders import Case, KeyValueStatistics, LlamoryMethod, PublishedMethod, make
 from llamory.longllama import LongLlamaConfig
 from llamory.memory import MemoryBank
-from llamory.memory.search.base import Search, make_search
+from llamory.memory.search import Search, make_search
 from llamory.memory.search.pages import PagesSearch
 from measuring import Peak, product_rate, read_rate
 

@@ -30,8 +30,8 @@ from pathlib import Path
 
 import torch
 
-from llamory.memory.blocks import Block, Span
-from llamory.memory.search.base import make_search
+from llamory.memory.blocks import Block, Span, SpanList
+from llamory.memory.search import make_search
 from llamory.memory.search.exact import ExactSearch
 
 WINDOW = 512
@@ -58,9 +58,9 @@ class SingleBlockBank:
         headers, tokens, head_dim = case.keys.shape
         block = Block.allocate(headers, tokens, head_dim, torch.bfloat16)
         block.write(case.keys, case.values)
-        self._spans = [Span(block, 0, tokens)]
+        self._spans = SpanList([Span(block, 0, tokens)])
 
-    def spans(self, layer: int) -> list[Span]:  # noqa: ARG002 (there is one)
+    def spans(self, layer: int) -> SpanList:  # noqa: ARG002 (there is one)
         return self._spans
 
 

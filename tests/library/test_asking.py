@@ -13,7 +13,7 @@ from llamory.library.qa import LibraryChat
 from llamory.library.reader import Reader
 from llamory.longllama.loading import load_long_model
 from llamory.memory import MemoryBank, SegmentSpan
-from llamory.memory.search import page_segments as stretches
+from llamory.memory.search import page_index
 from llamory.qa.attribution import BASELINE_FACTOR
 from plain_longllama import logits, mounted_sight
 
@@ -342,7 +342,7 @@ def test_pages_are_kept_with_their_memory_and_go_with_it(make_library, files, mo
     wanted = ask(library, documents=["long", "cats"])
     folder = Path(library.path) / "memory"
     assert len(list(folder.glob("*.pages"))) == 2
-    monkeypatch.setattr(stretches, "_build", None)  # none are made anew
+    monkeypatch.setattr(page_index, "_build", None)  # none are made anew
     again = ask(make_library(**settings), documents=["long", "cats"])
     assert (again.text, again.citations) == (wanted.text, wanted.citations)
     report = make_library(**settings | {"memory_budget": 1}).precompute_memory(progress=False)

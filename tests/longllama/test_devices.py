@@ -15,10 +15,8 @@ from llamory.longllama import LongLlamaForCausalLM, crossbatch
 from llamory.longllama.flash_backward import AttentionPart, attend_part_backward
 from llamory.memory import MemoryBank
 from llamory.memory.attention import flash
-from llamory.memory.search import exact, faiss_parts, pages
+from llamory.memory.search import exact, page_index, pages
 from llamory.memory.search import faiss as faiss_index
-from llamory.memory.search import page_segments as stretches
-from llamory.memory.search import topk as nearest
 from llamory.qa.attribution import AttentionRecorder
 from pretend_device import can_pretend, pretended_cuda
 
@@ -60,11 +58,10 @@ def pretended(calls):
 @pytest.fixture
 def small(monkeypatch):
     """Pages and indexes from 256 tokens on; six queries of a head travel to memory, more wait for it."""
-    monkeypatch.setattr(stretches, "STABLE_STEP", 256)
+    monkeypatch.setattr(page_index, "STABLE_STEP", 256)
     monkeypatch.setattr(pages, "EXACT_TOKENS", 64)
     monkeypatch.setattr(exact, "MAX_TRANSFERRED_QUERIES", 6)
-    for module in (faiss_parts, faiss_index, nearest):
-        monkeypatch.setattr(module, "LENGTHS", (256,))
+    monkeypatch.setattr(faiss_index, "LENGTHS", (256,))
 
 
 def places(*banks):

@@ -12,7 +12,7 @@ import torch
 
 from llamory.errors import LlamoryError
 from llamory.memory import MemoryBank
-from llamory.memory.blocks import Block
+from llamory.memory.blocks import Block, Span
 
 
 def blocks(bank: MemoryBank, layer: int = 3) -> list[Block]:
@@ -85,7 +85,7 @@ def test_no_tokens_are_an_empty_segment(tokens):
     bank = MemoryBank([3, 5], 2, 4)
     bank.append(3, *tokens(0), segment="empty")
     assert bank.segments == ("empty",)
-    assert (bank.length(), bank.length(5, "empty"), bank.nbytes, bank.spans(3)) == (0, 0, 0, [])
+    assert (bank.length(), bank.length(5, "empty"), bank.nbytes, bank.spans(3)) == (0, 0, 0, ())
     assert bank.keys(3).shape == bank.values(5, "empty").shape == (2, 0, 4)
 
 
@@ -139,6 +139,40 @@ def test_a_dropped_segments_block_is_freed_when_nobody_has_a_part_of_it(make_ban
     assert block() is not None
     fork.drop("b")
     assert block() is None
+
+
+def test_dropping_or_renaming_all_segments_takes_time_in_proportion(monkeypatch):
+    """Neither looks at the other segments' spans (defect 5)."""
+    bank = MemoryBank([3, 5], 2, 4)
+    for number in range(300):
+        for layer in bank.layers:
+            bank.append(layer, torch.zeros(2, 1, 4), torch.zeros(2, 1, 4), segment=str(number))
+    monkeypatch.setattr("llamory.memory.bank.merge_spans", None)
+    lengths = []
+    monkeypatch.setattr(Span, "__len__", lambda span: lengths.append(span) or span.stop - span.start)
+    bank.rename_all({name: f"{name}'" for name in bank.segments})
+    assert bank.segments[:2] == ("0'", "1'") and not lengths
+    for name in bank.segments[1:]:
+        bank.drop(name)
+    assert (bank.segments, bank.length(3), bank.length(5)) == (("0'",), 1, 1)
+    assert len(lengths) == 299 * 2
+
+
+def test_names_can_be_swapped(make_bank):
+    bank = make_bank({"a": 1, "b": 2, "c": 3})
+    bank.rename_all({"a": "b", "b": "a"})
+    assert [(name, bank.length(3, name)) for name in bank.segments] == [("b", 1), ("a", 2), ("c", 3)]
+
+
+def test_spans_are_the_same_object_until_the_layer_changes(make_bank, tokens):
+    bank = make_bank({"a": 1, "b": 2})
+    before = bank.spans(3), bank.spans(5)
+    bank.append(3, *tokens(2))
+    assert bank.spans(5) is before[1]
+    assert bank.spans(3).tokens == 5 and before[0].tokens == 3
+    assert bank.spans(3).identity != before[0].identity == make_bank({}).spans(3).identity + before[0].identity
+    bank.drop("a")
+    assert bank.spans(5).tokens == 2
 
 
 def test_a_bank_that_drops_what_it_reads_does_not_grow(tokens):
@@ -297,6 +331,8 @@ def test_a_bank_can_be_moved(make_bank, same_content):
         (lambda bank, k: bank.rename("x", "y"), "no segment 'x'"),
         (lambda bank, k: bank.rename("a", "b"), "already has a segment 'b'"),
         (lambda bank, k: bank.rename("a", ""), "name must be a text"),
+        (lambda bank, k: bank.rename_all({"a": "c", "x": "y"}), "no segment 'x'"),
+        (lambda bank, k: bank.rename_all({"a": "c", "b": "c"}), "already has a segment 'c'"),
         (lambda bank, k: bank.reorder(["a"]), r"every segment once \('a', 'b'\), not 'a'"),
         (lambda bank, k: bank.reorder(["a", "b", "b"]), "every segment once"),
         (lambda bank, k: bank.reorder(["a", "c"]), "every segment once"),
@@ -306,7 +342,7 @@ def test_a_bank_can_be_moved(make_bank, same_content):
         (lambda bank, k: bank.attach(MemoryBank([3], 2, 4, dtype="float32")), "memory layers 3, not 3, 5"),
         (lambda bank, k: bank.attach(MemoryBank([3, 5], 1, 4, dtype="float32")), "1 key/value heads"),
         (lambda bank, k: bank.attach(MemoryBank([3, 5], 2, 8, dtype="float32")), "size 8, not 2 of size 4"),
-        (lambda bank, k: bank.attach(MemoryBank([3, 5], 2, 4, dtype="int8")), "kept as int8, not as float32"),
+        (lambda bank, k: bank.attach(MemoryBank([3, 5], 2, 4, dtype="int8")), "stored as int8, not as float32"),
         (
             lambda bank, k: bank.attach(MemoryBank([3, 5], 2, 4, dtype="float32", fingerprint="two")),
             "another model .fingerprint two, not one.",

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from llamory.errors import LlamoryError
-from llamory.memory import MemoryBank, bank, segments
+from llamory.memory import MemoryBank, bank, blocks
 
 DTYPES = ("float32", "bfloat16", "float16", "int8")
 LAYERS, HEADS, SIZE = (4, 1), 2, 3
@@ -189,8 +189,8 @@ class BankMachine(RuleBasedStateMachine):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_bank_does_what_lists_of_tensors_do(dtype, monkeypatch):
     # Small blocks, so that few tokens fill, cut off and gather many.
-    monkeypatch.setattr(segments, "SMALLEST_BLOCK", 8)
-    monkeypatch.setattr(segments, "LARGEST_BLOCK", 32)
+    monkeypatch.setattr(blocks, "SMALLEST_BLOCK", 8)
+    monkeypatch.setattr(blocks, "LARGEST_BLOCK", 32)
     monkeypatch.setattr(bank, "_LONG_SPAN", 3)
     machine = type("Machine", (BankMachine,), {"dtype": dtype})
     run_state_machine_as_test(machine, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))

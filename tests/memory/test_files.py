@@ -130,7 +130,7 @@ def test_a_memory_larger_than_the_machines_can_be_mapped(tmp_path):
     width = 2 * 4 * 4
     tokens = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // width
     contents = files.MemoryHeader((0,), 2, 4, "float32", "", (files.StoredSegment("a", (tokens,)),))
-    header = files._header(contents, dict.fromkeys(contents.tensors(), "0" * 16))
+    header = files._header_bytes(contents, dict.fromkeys(contents.tensors(), "0" * 16))
     with (tmp_path / "book").open("wb") as file:
         file.write(header)
         try:
@@ -367,7 +367,7 @@ def test_a_memory_of_another_model_layers_or_dtype_is_refused(book):
     assert "made by another model (fingerprint one, not two)" in refusal(book, fingerprint="two")
     assert "read the documents again with this model" in refusal(book, fingerprint="two")
     assert "memory layers 3, 5, not 3, 4" in refusal(book, layers=[3, 4])
-    assert "kept as int8, not as bfloat16" in refusal(book, dtype=torch.bfloat16)
+    assert "stored as int8, not as bfloat16" in refusal(book, dtype=torch.bfloat16)
     loaded = MemoryBank.load(book, fingerprint="one", layers=[3, 5], dtype="int8")
     assert (loaded.fingerprint, loaded.dtype) == ("one", torch.int8)
     assert MemoryBank.load(book, fingerprint="").fingerprint == "one"

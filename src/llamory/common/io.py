@@ -8,9 +8,14 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: two processes that write the same file at once are not kept apart
+    fcntl = None  # type: ignore[assignment]
 
 PathLike = str | os.PathLike[str]
 
@@ -37,6 +42,63 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
+    """Open a large file for writing; it replaces `path`, flushed to the disk, if the block ends without an error.
+
+    The temporary file always has the same name and is locked, so killed runs leave one at most, and writers take turns.
+
+    Raises:
+        OSError: the file can't be written; its `filename` is `path`, and the old file stays.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.partial")
+    try:
+        with _open_exclusive(temporary) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                temporary.replace(target)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        _sync_folder(target.parent)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):
+            error.filename, error.filename2 = str(target), None
+        raise
+
+
+@contextmanager
+def _open_exclusive(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that is to be written anew, once no other process writes it."""
+    while True:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+            if fcntl is not None:
+                with suppress(OSError):  # some network file systems have no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            # The process that had the lock may have renamed the file meanwhile.
+            try:
+                renamed = not os.path.samestat(path.stat(), os.fstat(file.fileno()))
+            except FileNotFoundError:
+                renamed = True
+            if not renamed:
+                file.truncate()
+                yield file
+                return
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # the file is in its place; some systems can't flush a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_text(path: PathLike, text: str) -> None:

@@ -224,7 +224,7 @@ class Reader:
     def size(self, document_tokens: DocumentTokens) -> int:
         """Bytes that a document's memory takes on the disk, at most."""
         from llamory.ingest.batching import bytes_per_token
-        from llamory.memory.search.page_files import page_bytes
+        from llamory.memory.search.page_index import page_bytes
 
         bank = self.model.new_memory()
         size = len(document_tokens.ids) * bytes_per_token(bank) + HEADER_BYTES
@@ -288,7 +288,7 @@ class Reader:
         """Have a memory's pages ready, and write them down if they weren't there, as sorting takes its time."""
         if not self._uses_pages:
             return
-        from llamory.memory.search.page_files import load_pages, save_pages
+        from llamory.memory.search.page_index import load_pages, save_pages
 
         path = self.memory_cache.pages_path(key)
         if not load_pages(bank, path):

@@ -21,8 +21,9 @@ from llamory.longllama.crossbatch import CrossBatch, cross_batch_attention, cros
 from llamory.longllama.forward_context import ForwardContext
 from llamory.longllama.memory_scaling import memory_logit_bias, scale_queries, seen_tokens
 from llamory.longllama.projections import PROJECTIONS, MemoryProjection
-from llamory.memory.attention import attend, flash, merge
-from llamory.memory.blocks import Span
+from llamory.memory.attention import flash, merge
+from llamory.memory.blocks import SpanList
+from llamory.memory.search.base import attend
 
 # Queries, keys and values of a part of the attention, and where a query may look (None: everywhere).
 _LocalQKV = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -199,7 +200,7 @@ class LongLlamaAttention(LlamaAttention):
             before = self._memory_spans(forward_context)
             for row, (bank, length) in enumerate(zip(forward_context.banks, forward_context.lengths, strict=True)):
                 # A layer that gradient checkpointing computes once more must not write once more.
-                if bank.length(self.layer_idx) == sum(map(len, before[row])):
+                if bank.length(self.layer_idx) == before[row].tokens:
                     keys, values = (part[row, :, :length].detach() for part in memory_kv)
                     bank.append(self.layer_idx, keys, values)
 
@@ -388,13 +389,13 @@ class LongLlamaAttention(LlamaAttention):
     def _has_memory_tokens(self, forward_context: ForwardContext) -> bool:
         return self.has_memory and any(self._memory_spans(forward_context))
 
-    def _memory_spans(self, forward_context: ForwardContext) -> list[list[Span]]:
+    def _memory_spans(self, forward_context: ForwardContext) -> list[SpanList]:
         """Per row what memory held when the step began."""
         if self.layer_idx not in forward_context.spans:
             forward_context.spans[self.layer_idx] = self._current_spans(forward_context)
         return forward_context.spans[self.layer_idx]
 
-    def _current_spans(self, forward_context: ForwardContext) -> list[list[Span]]:
+    def _current_spans(self, forward_context: ForwardContext) -> list[SpanList]:
         return [bank.spans(self.layer_idx) for bank in forward_context.banks]
 
     # ---- projections ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from llamory.errors import LlamoryError
 from llamory.longllama.configuration import LongLlamaConfig
 from llamory.longllama.local_context import Slots
 from llamory.memory import MemoryBank
-from llamory.memory.search.base import Search
+from llamory.memory.search import Search
 
 
 @dataclass

@@ -19,7 +19,7 @@ from llamory.longllama.crossbatch import Contexts
 from llamory.longllama.fingerprint import fingerprint
 from llamory.longllama.losses import IGNORE_INDEX, next_token_loss
 from llamory.longllama.modeling import LongLlamaModel, LongLlamaPreTrained
-from llamory.memory import MemoryBank, checks
+from llamory.memory import MemoryBank
 
 
 class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
@@ -213,11 +213,13 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
             raise LlamoryError("This model has no memory layers; load it with mem_layers, for instance mem_layers=[8].")
 
     def _check_memory(self, memory: MemoryBank) -> None:
-        what, config = "The memory", self.config
-        checks.check_layers(what, sorted(memory.layers), sorted(config.mem_layers))
-        checks.check_heads(what, (memory.kv_heads, memory.head_dim), (config.num_key_value_heads, config.head_dim))
-        if memory.fingerprint:
-            checks.check_fingerprint(what, memory.fingerprint, self.memory_fingerprint())
+        config = self.config
+        memory.check_compatible(
+            "The memory",
+            fingerprint=self.memory_fingerprint() if memory.fingerprint else None,
+            heads=(config.num_key_value_heads, config.head_dim),
+            layers=config.mem_layers,
+        )
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from llamory.errors import LlamoryError
 from llamory.memory.blocks import DTYPES
-from llamory.memory.search.base import SEARCHES
+from llamory.memory.search import SEARCHES
 
 DEFAULT_LAST_CONTEXT = 1024
 OVERFLOWS = ("slide", "flush")

@@ -10,8 +10,8 @@ from torch import Tensor
 from llamory.longllama.cache import LongLlamaCache
 from llamory.longllama.local_context import LocalUpdate
 from llamory.memory import MemoryBank
-from llamory.memory.blocks import Span
-from llamory.memory.search.base import Search
+from llamory.memory.blocks import SpanList
+from llamory.memory.search import Search
 
 
 @dataclass
@@ -44,7 +44,7 @@ class ForwardContext:
     memory_rotary: tuple[Tensor, Tensor] | None = None
     key_scale: float = 1.0
     last_layer: int | None = None
-    spans: dict[int, list[list[Span]]] = field(default_factory=dict)
+    spans: dict[int, list[SpanList]] = field(default_factory=dict)
 
     @property
     def row_index(self) -> Any:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from llamory.longllama.crossbatch_plan import Weights
-from llamory.memory.blocks import Span
+from llamory.memory.blocks import SpanList
 
 
-def seen_tokens(spans: Sequence[Sequence[Span]], evicted: Tensor | None, device: torch.device) -> Tensor:
+def seen_tokens(spans: Sequence[SpanList], evicted: Tensor | None, device: torch.device) -> Tensor:
     """Tokens of memory that each query sees, (rows, 1, width or 1) in float32.
 
     Args:
@@ -20,9 +20,7 @@ def seen_tokens(spans: Sequence[Sequence[Span]], evicted: Tensor | None, device:
         evicted: (rows, width, slots) of the local context's, true where one has become memory for a query.
         device: where the numbers go.
     """
-    counts = torch.tensor([sum(map(len, row_spans)) for row_spans in spans], dtype=torch.float32, device=device)[
-        :, None, None
-    ]
+    counts = torch.tensor([row.tokens for row in spans], dtype=torch.float32, device=device)[:, None, None]
     return counts if evicted is None else counts + evicted.to(device).sum(-1)
 
 

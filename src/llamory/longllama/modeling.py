@@ -23,7 +23,7 @@ from llamory.longllama.memory_scaling import scale_context_weights
 from llamory.longllama.projections import MemoryProjection
 from llamory.longllama.windows import RealTokens, Window, split_continuation, split_prompt
 from llamory.memory import MemoryBank
-from llamory.memory.search.base import Search, make_search
+from llamory.memory.search import Search, make_search
 
 # Tokens at once that go on from a local context. Each sees its own part of it; the mask for that sets the limit.
 MAX_CONTINUATION_TOKENS = 512

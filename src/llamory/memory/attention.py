@@ -1,38 +1,35 @@
-"""Attention with its log-sum-exp, so that local context and memory, or parts of it, merge into one softmax."""
+"""Attention that also returns its log-sum-exp, so that attention over parts merges into one softmax."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from llamory.memory.bank import MemoryBank
-    from llamory.memory.search.base import Search
-
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
-CUDA_LSE_TILE = 32  # the memory-efficient kernel pads its log-sum-exp to a multiple of this many queries
-CUDA_BIAS_TILE = 16  # and wants the rows of an additive mask to start at such multiples
-MAX_MATMUL_SCORES = 1 << 24  # scores that the plain way holds at once
+CUDA_BIAS_TILE = 16  # CUDA's kernel needs the rows of an additive mask to start at multiples of this
+MAX_MATMUL_SCORES = 1 << 24  # scores that the fallback holds at once
 MERGE_ELEMENTS = 1 << 22  # elements of partial outputs that AttentionAccumulator holds before it merges them
+# Private operators of torch, the only ones that return the log-sum-exp; without them the fallback is used.
+_CPU_KERNEL = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_CUDA_KERNEL = getattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", None)
 
 
 def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """One softmax over everything from the attention over its parts.
+    """Attention over all parts from the attention over each.
 
     Args:
-        outputs: of each part, (..., queries, head_dim).
-        lses: natural logarithm of each part's sum of exponentials, (..., queries); -inf where it saw nothing.
+        outputs: (..., queries, head_dim) of each part.
+        lses: (..., queries), the log-sum-exp of each part's scores; -inf where a query sees nothing.
 
     Returns:
-        The output in the first part's type and its log-sum-exp in float32; 0 and -inf where no part saw anything.
+        The output in the first part's type and its log-sum-exp in float32; 0 and -inf where no part sees anything.
     """
     if len(outputs) == 1:
         return outputs[0], lses[0].float()
-    sums = torch.stack([lse.float() for lse in lses])
-    # -inf minus -inf would be NaN, so a row that sees nothing is measured from 0.
+    sums = torch.stack([lse.float() for lse in lses])  # (parts, ..., queries)
+    # -inf minus -inf would be NaN, so a row that sees nothing is measured from a finite number.
     max_lse = sums.amax(0).clamp_min(torch.finfo(torch.float32).min)
     weights = (sums - max_lse).exp_()
     total = weights.sum(0)
@@ -47,7 +44,7 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Te
 
 
 class AttentionAccumulator:
-    """Gathers the attention over parts, however many there are, in bounded memory."""
+    """Merges the attention over any number of parts in bounded memory."""
 
     def __init__(self) -> None:
         self._outputs: list[Tensor] = []
@@ -55,7 +52,7 @@ class AttentionAccumulator:
         self._elements = 0
 
     def add(self, output: Tensor, lse: Tensor) -> None:
-        """Take one part's output (..., queries, head_dim) and log-sum-exp (..., queries)."""
+        """Add one part's output (..., queries, head_dim) and log-sum-exp (..., queries)."""
         self._outputs.append(output)
         self._lses.append(lse)
         self._elements += output.numel()
@@ -64,7 +61,7 @@ class AttentionAccumulator:
             self._outputs, self._lses, self._elements = [output], [lse], output.numel()
 
     def result(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Output in the type and shape of `like` and its log-sum-exp; 0 and -inf if nothing was added."""
+        """Output in the type and shape of `like`, and its log-sum-exp; 0 and -inf if nothing was added."""
         if not self._outputs:
             return empty_attention(like)
         output, lse = merge(self._outputs, self._lses)
@@ -79,17 +76,15 @@ def empty_attention(query: Tensor) -> tuple[Tensor, Tensor]:
 def flash(
     query: Tensor, key: Tensor, value: Tensor, *, scaling: float, mask: Tensor | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Attention and its log-sum-exp, by the kernel of the device.
-
-    For inference: gradients don't flow through the log-sum-exp.
+    """Attention and its log-sum-exp by the device's kernel. For inference: the log-sum-exp has no gradient.
 
     Args:
         query: (batch, heads, queries, head_dim).
         key: (batch, kv_heads, keys, head_dim); query head h reads key head h // (heads // kv_heads).
         value: the shape of `key`.
-        scaling: what scores are multiplied by.
+        scaling: factor of the scores.
         mask: added to the scores, broadcastable to (batch, heads, queries, keys), or boolean with True where a query
-            sees a key. Keys with half of the type's lowest number or less count as not seen.
+            sees a key. Keys with at most half of the type's lowest number are not seen.
         causal: query i sees the keys 0 to i (instead of a mask).
 
     Returns:
@@ -113,36 +108,6 @@ def flash(
     return output, lse
 
 
-def attend(
-    query: Tensor, banks: Sequence[MemoryBank], layer: int, scaling: float, search: Search
-) -> tuple[Tensor, Tensor]:
-    """Attention of a batch over its rows' memories; rows with the same memory are attended together, read once.
-
-    Args:
-        query: (batch, heads, queries, head_dim).
-        banks: one per row; the same bank, or forks of one, may stand several times.
-        layer: whose memory.
-        scaling: what scores are multiplied by.
-        search: how.
-
-    Returns:
-        Output of the query's shape and type, and the log-sum-exp (batch, heads, queries) in float32; 0 and -inf for
-        rows whose memory is empty.
-    """
-    rows_by_memory: dict[tuple, list[int]] = {}
-    for row, bank in enumerate(banks):
-        spans = tuple((id(span.block), span.start, span.stop) for span in bank.spans(layer))
-        rows_by_memory.setdefault(spans, []).append(row)
-    if len(rows_by_memory) == 1:
-        return search.attend(query, banks[0], layer, scaling)
-    output, lse = empty_attention(query)
-    for spans, rows in rows_by_memory.items():
-        if spans:
-            at = torch.tensor(rows, device=query.device)
-            output[at], lse[at] = search.attend(query[at], banks[rows[0]], layer, scaling)
-    return output, lse
-
-
 def _additive_mask(mask: Tensor | None, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """The mask as four-dimensional numbers to add, and the rows that see nothing."""
     if mask is None:
@@ -158,34 +123,30 @@ def _additive_mask(mask: Tensor | None, query: Tensor) -> tuple[Tensor | None, T
 def _kernel_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    aten = torch.ops.aten
-    supported = key.dtype == value.dtype and key.shape == value.shape and key.dtype in KERNEL_TYPES
     device, head_dim = query.device.type, query.shape[-1]
-    if not supported or device not in ("cpu", "cuda") or (device == "cuda" and head_dim % 8):
+    kernel = {"cpu": _CPU_KERNEL, "cuda": _CUDA_KERNEL if head_dim % 8 == 0 else None}.get(device)
+    supported = key.dtype == value.dtype and key.shape == value.shape and key.dtype in KERNEL_TYPES
+    if kernel is None or not supported:
         return _matmul_attention(query, key, value, scaling, bias, causal)
     query = query.to(key.dtype)
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     if device == "cpu":
         bias = None if bias is None else bias.to(key.dtype)
-        return aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, causal, attn_mask=bias, scale=scaling
-        )
+        return kernel(query, key, value, 0.0, causal, attn_mask=bias, scale=scaling)
     key, value = (_repeat_kv(tensor, query.shape[1]) for tensor in (key, value))
     if bias is not None:
         keys = key.shape[2]
         padded_bias = bias.new_zeros(*bias.shape[:3], -(-keys // CUDA_BIAS_TILE) * CUDA_BIAS_TILE, dtype=key.dtype)
         padded_bias[..., :keys] = bias
         bias = padded_bias[..., :keys].expand(*query.shape[:3], keys)
-    output, lse, *_ = aten._scaled_dot_product_efficient_attention(
-        query, key, value, bias, True, 0.0, causal, scale=scaling
-    )
-    return output, lse[..., : query.shape[2]]
+    output, lse, *_ = kernel(query, key, value, bias, True, 0.0, causal, scale=scaling)
+    return output, lse[..., : query.shape[2]]  # the kernel pads the queries
 
 
 def _matmul_attention(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Matrix products, some queries at a time: for devices and types without a kernel that gives the log-sum-exp."""
+    """Matrix products, some queries at a time: for devices and types without a kernel."""
     batch, heads, queries, _ = query.shape
     compute_dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
     key, value = (_repeat_kv(tensor.to(compute_dtype), heads) for tensor in (key, value))
@@ -194,13 +155,12 @@ def _matmul_attention(
     step = max(1, MAX_MATMUL_SCORES // (batch * heads * key.shape[2]))
     for start in range(0, queries, step):
         rows = slice(start, start + step)
-        scores = query[:, :, rows].to(compute_dtype) @ key.transpose(2, 3) * scaling
+        scores = query[:, :, rows].to(compute_dtype) @ key.transpose(2, 3) * scaling  # (batch, heads, rows, keys)
         if bias is not None:
             scores = scores + bias.expand(batch, -1, queries, -1)[:, :, rows]
         if causal:
-            future = torch.arange(key.shape[2], device=key.device) > torch.arange(
-                start, start + scores.shape[2], device=key.device
-            ).unsqueeze(1)
+            positions = torch.arange(start, start + scores.shape[2], device=key.device)
+            future = torch.arange(key.shape[2], device=key.device) > positions.unsqueeze(1)
             scores = scores.masked_fill(future, -torch.inf)
         lse[:, :, rows] = scores.logsumexp(-1)
         output[:, :, rows] = scores.softmax(-1) @ value
@@ -208,5 +168,5 @@ def _matmul_attention(
 
 
 def _repeat_kv(tensor: Tensor, heads: int) -> Tensor:
-    """Key or value heads (batch, kv_heads, keys, head_dim) as many times as the query has heads for each."""
+    """Key or value heads (batch, kv_heads, keys, head_dim), each repeated for the query heads that read it."""
     return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)

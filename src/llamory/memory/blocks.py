@@ -1,10 +1,13 @@
-"""Blocks of memory: preallocated keys and values of one memory layer, and the spans that segments take of them."""
+"""Blocks of memory (preallocated keys and values of one layer), spans of blocks, and segments made of spans."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,34 +19,50 @@ DTYPES = {
     "float16": torch.float16,
     "int8": torch.int8,
 }
+SMALLEST_BLOCK = 4096
+LARGEST_BLOCK = 262144
 
 
 def memory_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The torch type of a memory's dtype ("float32", "bfloat16", "float16", "int8" or the torch type itself).
+    """The torch type of a memory's dtype: "float32", "bfloat16", "float16", "int8" or the torch type itself.
 
     Raises:
-        LlamoryError: memory can't be kept in that type.
+        LlamoryError: memory can't be stored in that type.
     """
     dtype = DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else name
     if dtype is None or dtype not in DTYPES.values():
-        raise LlamoryError(f"Memory can't be kept as {name}: choose one of {', '.join(DTYPES)}.")
+        raise LlamoryError(f"Memory can't be stored as {name}: choose one of {', '.join(DTYPES)}.")
     return dtype
 
 
-class Block:
-    """Room for `capacity` tokens of one layer's memory, filled from the front and never changed once filled.
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
-    Forks and segments share blocks: what lies before `filled` stays as it is, so nobody's view can change.
+
+class Block:
+    """Storage for `capacity` tokens of one memory layer, filled from the front; filled tokens never change.
+
+    Banks, forks and segments share blocks.
 
     Attributes:
-        keys: (kv_heads, capacity, head_dim), contiguous, not rotated (memory keys are at position 0).
-        values: (kv_heads, capacity, head_dim), contiguous.
+        keys, values: (kv_heads, capacity, head_dim), contiguous; keys are not rotated (position 0).
         key_scales, value_scales: (kv_heads, capacity) float32 for int8 memory (number = int8 * scale), else None.
         filled: tokens written so far.
-        search_cache: what ways of searching remember of the filled part, each under a name of its own.
+        checksum: identifies the content of a block read from a file; "" for other blocks.
+        search_cache: what memory searches store about the filled tokens, by name.
     """
 
-    __slots__ = ("__weakref__", "filled", "key_scales", "keys", "search_cache", "value_scales", "values")
+    __slots__ = (
+        "__weakref__",
+        "checksum",
+        "filled",
+        "key_scales",
+        "keys",
+        "search_cache",
+        "value_scales",
+        "values",
+    )
 
     def __init__(
         self,
@@ -52,17 +71,18 @@ class Block:
         key_scales: Tensor | None = None,
         value_scales: Tensor | None = None,
         filled: int = 0,
+        checksum: str = "",
     ):
         self.keys, self.values = keys, values
         self.key_scales, self.value_scales = key_scales, value_scales
-        self.filled = filled
-        self.search_cache: dict[str, object] = {}
+        self.filled, self.checksum = filled, checksum
+        self.search_cache: dict[str, dict[Any, Any]] = {}
 
     @classmethod
     def allocate(
         cls, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> Block:
-        """An empty block; on a CPU its pages take real memory only once they are written."""
+        """An empty block; on a CPU its memory pages are only committed when they are written."""
         shape = (kv_heads, capacity, head_dim)
         keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         if dtype != torch.int8:
@@ -80,18 +100,19 @@ class Block:
         """Tokens that still fit."""
         return self.capacity - self.filled
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """keys, values, key_scales, value_scales."""
+        return self.keys, self.values, self.key_scales, self.value_scales
+
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Append tokens, converted to the block's type.
 
         Args:
-            keys: (kv_heads, tokens, head_dim) in any floating type, at most `free` tokens.
-            values: the same shape.
+            keys, values: (kv_heads, tokens, head_dim), floating, at most `free` tokens.
         """
         start, stop = self.filled, self.filled + keys.shape[1]
-        for target, scales, source in (
-            (self.keys, self.key_scales, keys),
-            (self.values, self.value_scales, values),
-        ):
+        for target, scales, source in ((self.keys, self.key_scales, keys), (self.values, self.value_scales, values)):
             if scales is None:
                 target[:, start:stop].copy_(source)
             else:
@@ -102,28 +123,25 @@ class Block:
         self.filled = stop
 
     def append_span(self, span: Span) -> None:
-        """Append a span of a block of the same type as it is: int8 keeps its scales."""
-        start, stop, block = self.filled, self.filled + len(span), span.block
-        for source, target in (
-            (block.keys, self.keys),
-            (block.values, self.values),
-            (block.key_scales, self.key_scales),
-            (block.value_scales, self.value_scales),
-        ):
+        """Append a span of a block of the same type without converting it (int8 keeps its scales)."""
+        stop = self.filled + len(span)
+        for source, target in zip(span.block.tensors, self.tensors, strict=True):
             if source is not None and target is not None:
-                target[:, start:stop].copy_(source[:, span.start : span.stop])
+                target[:, self.filled : stop].copy_(source[:, span.start : span.stop])
         self.filled = stop
+
+    def to(self, device: torch.device) -> Block:
+        """The filled part on a device: this block itself if it is there already."""
+        if self.keys.device == torch.empty(0, device=device).device:
+            return self
+        parts = [None if each is None else each[:, : self.filled].to(device).contiguous() for each in self.tensors]
+        assert parts[0] is not None and parts[1] is not None
+        return Block(parts[0], parts[1], parts[2], parts[3], filled=self.filled)
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens `start` to `stop` of a block: what a segment owns of it.
-
-    Attributes:
-        block: whose tokens.
-        start: the first token.
-        stop: behind the last token, never past what the block has filled.
-    """
+    """Tokens `start` to `stop` (exclusive) of a block, all of them filled."""
 
     block: Block
     start: int
@@ -133,21 +151,121 @@ class Span:
         return self.stop - self.start
 
     def keys(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(kv_heads, tokens, head_dim): a view where no conversion is needed, int8 as float32 if no type is given."""
-        return _read(self.block.keys, self.block.key_scales, self.start, self.stop, dtype)
+        """(kv_heads, tokens, head_dim): a view if no conversion is needed; int8 becomes float32 by default."""
+        return self._read(self.block.keys, self.block.key_scales, dtype)
 
     def values(self, dtype: torch.dtype | None = None) -> Tensor:
         """(kv_heads, tokens, head_dim), as `keys`."""
-        return _read(self.block.values, self.block.value_scales, self.start, self.stop, dtype)
+        return self._read(self.block.values, self.block.value_scales, dtype)
 
     def split(self, tokens: int) -> Iterator[Span]:
         """This span in parts of at most `tokens` tokens."""
         for start in range(self.start, self.stop, tokens):
             yield Span(self.block, start, min(start + tokens, self.stop))
 
+    def _read(self, tensor: Tensor, scales: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+        part = tensor[:, self.start : self.stop]
+        if scales is None:
+            return part if dtype is None else part.to(dtype)
+        return (part.float() * scales[:, self.start : self.stop].unsqueeze(-1)).to(dtype or torch.float32)
 
-def _read(tensor: Tensor, scales: Tensor | None, start: int, stop: int, dtype: torch.dtype | None) -> Tensor:
-    part = tensor[:, start:stop]
-    if scales is None:
-        return part if dtype is None else part.to(dtype)
-    return (part.float() * scales[:, start:stop].unsqueeze(-1)).to(dtype or torch.float32)
+
+class SpanList(tuple[Span, ...]):
+    """All spans of one layer of a bank, in order. A bank returns the same object until that layer changes.
+
+    So whatever is derived from a span list is computed once per change of the memory, not once per token.
+    """
+
+    @cached_property
+    def identity(self) -> bytes:
+        """Equal for span lists of the same tokens in the same order; bytes cache their hash."""
+        return np.array([(id(span.block), span.start, span.stop) for span in self], dtype=np.int64).tobytes()
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens in all spans."""
+        return sum(map(len, self))
+
+    @cached_property
+    def by_device(self) -> dict[torch.device, SpanList]:
+        """The spans on each device."""
+        devices = dict.fromkeys(span.block.keys.device for span in self)
+        if len(devices) == 1:
+            return dict.fromkeys(devices, self)
+        return {each: SpanList(span for span in self if span.block.keys.device == each) for each in devices}
+
+    @cached_property
+    def derived(self) -> dict[Any, Any]:
+        """What searches derive from the spans, by name."""
+        return {}
+
+
+class SegmentSpan(NamedTuple):
+    """Tokens `start` to `stop` (exclusive) of a segment."""
+
+    segment: str
+    start: int
+    stop: int
+
+
+@dataclass
+class Segment:
+    """A segment's spans per layer and its metadata; both are replaced, never changed in place."""
+
+    spans: dict[int, tuple[Span, ...]] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def length(self, layer: int) -> int:
+        """Tokens in a layer."""
+        return sum(map(len, self.spans.get(layer, ())))
+
+    def copy(self) -> Segment:
+        """The same content for another bank; both may append to theirs."""
+        return Segment(dict(self.spans), self.metadata)
+
+
+def slice_spans(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
+    """The spans of tokens `start` to `stop`, counted over all spans."""
+    result, position = [], 0
+    for span in spans:
+        first, last = max(start - position, 0), min(stop - position, len(span))
+        if first < last:
+            result.append(Span(span.block, span.start + first, span.start + last))
+        position += len(span)
+    return result
+
+
+def merge_spans(spans: Iterable[Span], before: Sequence[Span] = ()) -> list[Span]:
+    """`before` and the spans, in order; spans that are adjacent in a block become one."""
+    result = list(before)
+    for span in spans:
+        last = result[-1] if result else None
+        if last is not None and last.block is span.block and last.stop == span.start:
+            result[-1] = Span(span.block, last.start, span.stop)
+        else:
+            result.append(span)
+    return result
+
+
+def capacity_for(tokens: int, allocated: int) -> int:
+    """Capacity of the next block after `allocated` tokens: the total doubles, up to a limit per block."""
+    wanted = max(SMALLEST_BLOCK, allocated, tokens)
+    return min(LARGEST_BLOCK, 1 << (wanted - 1).bit_length())
+
+
+def compact_tail(spans: Sequence[Span], block: Block, tokens: int) -> tuple[Span, ...]:
+    """Copy short spans at the end into an empty block in which `tokens` more tokens will follow.
+
+    A span is copied with all spans after it if it is at most twice as long as they are together. So a segment that
+    is forked at every step (beam search) has few spans, and each token is copied a few times at most.
+    """
+    first, size = len(spans), tokens
+    for i in reversed(range(len(spans))):
+        if size + len(spans[i]) > SMALLEST_BLOCK:
+            break
+        if len(spans[i]) <= 2 * size:
+            first = i
+        size += len(spans[i])
+    for span in spans[first:]:
+        block.append_span(span)
+    return (*spans[:first], Span(block, 0, block.filled)) if block.filled else tuple(spans)

@@ -1,8 +1,8 @@
-"""Memory files: safetensors files of one memory, written whole or not at all and checked when they are read.
+"""Memory files: one memory as a safetensors file, written atomically and checked when it is read.
 
-A file holds per memory layer the tensors `layers.N.keys` and `layers.N.values` (kv_heads, tokens, head_dim), for int8
-also `key_scales` and `value_scales` (kv_heads, tokens). The tokens of all segments lie in them one after the other; the
-metadata says which are whose, what made them, and checksums of every tensor and of the header itself.
+Per memory layer N it holds `layers.N.keys` and `layers.N.values` (kv_heads, tokens, head_dim) and, for int8,
+`key_scales` and `value_scales` (kv_heads, tokens), with the tokens of all segments one after the other. The header's
+metadata lists the segments, the model's fingerprint, and checksums of every tensor and of the header itself.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,37 +23,26 @@ import torch
 import xxhash
 from torch import Tensor
 
+from llamory.common.io import PathLike, atomic_file
 from llamory.errors import LlamoryError
-from llamory.memory.blocks import DTYPES
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: two processes that save the same file at once aren't kept apart
-    fcntl = None  # type: ignore[assignment]
+from llamory.memory.blocks import DTYPES, Block, Segment, Span
 
 VERSION = 1
 _CHECKSUM_DIGITS = 16
-# Every memory file starts with its header's length and this; the check is that of the header with zeros in its place.
+# Every file starts with the header's length and this; the checksum is of the header with zeros in its place.
 _HEADER_PREFIX = b'{"__metadata__":{"format":"llamory memory","check":"'
 _CHECKSUM_PLACEHOLDER = "0" * _CHECKSUM_DIGITS
 _ALIGNMENT = 64
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-# Linux counts a writable mapping as memory that was asked for unless told not to, and refuses one larger than its RAM.
+# Linux counts a writable mapping as requested memory unless told not to, and refuses one larger than its RAM.
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
 _FILE_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8"}
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class StoredSegment:
-    """One segment of a file.
-
-    Attributes:
-        name: its name.
-        tokens: how many it has in each memory layer.
-        metadata: what is known of it.
-    """
+    """One segment of a file: its name, its tokens in each memory layer, and its metadata."""
 
     name: str
     tokens: tuple[int, ...]
@@ -62,7 +51,7 @@ class StoredSegment:
 
 @dataclass(frozen=True)
 class MemoryHeader:
-    """What a memory file says about itself; `dtype` by name, segments in order."""
+    """The description in a memory file; `dtype` by name, segments in order."""
 
     layers: tuple[int, ...]
     kv_heads: int
@@ -82,35 +71,30 @@ class MemoryHeader:
             if parts[0] == "keys" or self.dtype == "int8":
                 for layer, count in zip(self.layers, tokens, strict=True):
                     for part in parts:
-                        table[tensor_name(layer, part)] = (dtype, (self.kv_heads, count, *width))
+                        table[f"layers.{layer}.{part}"] = (dtype, (self.kv_heads, count, *width))
         return table
 
 
-def tensor_name(layer: int, part: str) -> str:
-    """The name in the file of a layer's "keys", "values", "key_scales" or "value_scales"."""
-    return f"layers.{layer}.{part}"
-
-
 def read_header(path: PathLike) -> dict[str, Any]:
-    """What a memory file holds, read from its header alone, as something that JSON can hold.
+    """The description of a memory file, read from its header alone, as JSON-serializable values.
 
     Returns:
         `version`, `fingerprint`, `layers`, `kv_heads`, `head_dim`, `dtype`, `tokens` (in the first memory layer),
         `bytes` (of the file) and `segments`: a list of `name`, `tokens` and `metadata`, in order.
 
     Raises:
-        LlamoryError: there is no such file, it isn't a memory file, or its header is damaged or cut short.
+        LlamoryError: there is no such file, it isn't a memory file, or its header is damaged or truncated.
     """
     with _open(path) as file:
-        contents, _, _ = _read_header(path, file)
+        header, _, _ = _read_header(path, file)
         segments = [
             {"name": each.name, "tokens": each.tokens[0] if each.tokens else 0, "metadata": each.metadata}
-            for each in contents.segments
+            for each in header.segments
         ]
         return {
             "version": VERSION,
-            **{name: value for name, value in asdict(contents).items() if name != "segments"},
-            "layers": list(contents.layers),
+            **vars(header),
+            "layers": list(header.layers),
             "tokens": sum(segment["tokens"] for segment in segments),
             "bytes": os.fstat(file.fileno()).st_size,
             "segments": segments,
@@ -122,48 +106,67 @@ def read_header(path: PathLike) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class MemoryFile:
-    """A mapped memory file: what it says about itself, its tensors by name, and their checksums.
+    """A mapped memory file: its header, its tensors by name, and their checksums.
 
-    The tensors are views of a private mapping: nothing is copied, and writing to them would never reach the file.
+    The tensors are views of a private mapping: nothing is copied, and writes never reach the file.
     """
 
     path: PathLike
-    contents: MemoryHeader
+    header: MemoryHeader
     tensors: dict[str, Tensor]
-    checks: dict[str, str]
+    checksums: dict[str, str]
 
     def verify(self) -> None:
-        """Read all of it once and compare the checksums.
+        """Read all data once and compare the checksums.
 
         Raises:
             LlamoryError: a tensor isn't what was written.
         """
         for name, tensor in self.tensors.items():
-            if xxhash.xxh3_64_hexdigest(_bytes(tensor)) != self.checks[name]:
+            if xxhash.xxh3_64_hexdigest(tensor_bytes(tensor)) != self.checksums[name]:
                 raise LlamoryError(_damaged_message(self.path, name))
+
+    def segments(self) -> dict[str, Segment]:
+        """The segments by name; each layer is one full block, so many documents are one span."""
+        layers = self.header.layers
+        blocks, starts = {}, dict.fromkeys(layers, 0)
+        for layer in layers:
+            names = [f"layers.{layer}.{part}" for part in ("keys", "values", "key_scales", "value_scales")]
+            keys, values, key_scales, value_scales = (self.tensors.get(name) for name in names)
+            assert keys is not None and values is not None
+            checksum = "-".join(self.checksums[name] for name in names if name in self.checksums)
+            blocks[layer] = Block(keys, values, key_scales, value_scales, keys.shape[1], checksum)
+        segments = {}
+        for stored in self.header.segments:
+            segment = segments[stored.name] = Segment(metadata=stored.metadata)
+            for layer, tokens in zip(layers, stored.tokens, strict=True):
+                if tokens:
+                    segment.spans[layer] = (Span(blocks[layer], starts[layer], starts[layer] + tokens),)
+                    starts[layer] += tokens
+        return segments
 
 
 def read(path: PathLike) -> MemoryFile:
-    """Map a memory file and check its header; its data is checked by `MemoryFile.verify`.
+    """Map a memory file and check its header; `MemoryFile.verify` checks its data.
 
     Raises:
         LlamoryError: as `read_header`.
     """
     with _open(path) as file:
-        contents, start, checks = _read_header(path, file)
+        header, start, checksums = _read_header(path, file)
         # Not safetensors' own mapping: that is refused for files larger than RAM, and opens the path a second time,
-        # when another file may have taken its place.
+        # when another file may have replaced it.
         mapped = _mmap(file)
     tensors = {}
-    for name, (dtype, shape) in contents.tensors().items():
+    for name, (dtype, shape) in header.tensors().items():
         numbers, torch_dtype = math.prod(shape), DTYPES[dtype]
         tensors[name] = (
             torch.frombuffer(mapped, dtype=torch_dtype, count=numbers, offset=start).view(shape)
             if numbers
-            else torch.empty(shape, dtype=torch_dtype)  # a view of nothing is refused
+            else torch.empty(shape, dtype=torch_dtype)  # frombuffer refuses empty tensors
         )
         start += numbers * torch_dtype.itemsize
-    return MemoryFile(path, contents, tensors, checks)
+    return MemoryFile(path, header, tensors, checksums)
 
 
 @contextmanager
@@ -185,7 +188,7 @@ def _mmap(file: BinaryIO) -> mmap.mmap:
 
 
 def _read_header(path: PathLike, file: BinaryIO) -> tuple[MemoryHeader, int, dict[str, str]]:
-    """What the file says about itself, where its tensors start, and their checksums."""
+    """The header, the offset of the first tensor, and the tensors' checksums."""
     size = os.fstat(file.fileno()).st_size
     head = file.read(_LENGTH_BYTES + len(_HEADER_PREFIX))
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
@@ -193,7 +196,7 @@ def _read_header(path: PathLike, file: BinaryIO) -> tuple[MemoryHeader, int, dic
     if _LENGTH_BYTES + length > size or length > _MAX_HEADER_BYTES:
         if is_memory_file:
             raise LlamoryError(_truncated_message(path))
-        raise LlamoryError(f"{path} is not a memory file, or what is left of a damaged one: give another file.")
+        raise LlamoryError(f"{path} is not a memory file, or the rest of a damaged one: give another file.")
     raw = (head + file.read(max(0, length - len(_HEADER_PREFIX))))[: _LENGTH_BYTES + length]
     try:
         entries = json.loads(raw[_LENGTH_BYTES:])
@@ -209,14 +212,14 @@ def _read_header(path: PathLike, file: BinaryIO) -> tuple[MemoryHeader, int, dic
             f"The memory file {path} has format version {version}, and this llamory reads {VERSION}: "
             "update llamory, or read the documents again."
         )
-    if metadata["check"] != _header_check(raw):
+    if metadata["check"] != _header_checksum(raw):
         raise LlamoryError(_damaged_message(path, "its header"))
     end = _LENGTH_BYTES + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size < end:
         raise LlamoryError(_truncated_message(path))
     if size > end:
         raise LlamoryError(f"The memory file {path} is damaged: something was added at its end.")
-    contents = MemoryHeader(
+    header = MemoryHeader(
         layers=tuple(json.loads(metadata["layers"])),
         kv_heads=int(metadata["kv_heads"]),
         head_dim=int(metadata["head_dim"]),
@@ -227,148 +230,91 @@ def _read_header(path: PathLike, file: BinaryIO) -> tuple[MemoryHeader, int, dic
             for each in json.loads(metadata["segments"])
         ),
     )
-    return contents, _LENGTH_BYTES + length, json.loads(metadata["checks"])
+    return header, _LENGTH_BYTES + length, json.loads(metadata["checks"])
 
 
 def _truncated_message(path: PathLike) -> str:
-    return f"The memory file {path} is cut short: take a whole copy of it, or read the documents again."
+    return f"The memory file {path} is cut short: use a complete copy of it, or read the documents again."
 
 
 def _damaged_message(path: PathLike, part: str) -> str:
     return (
         f"The memory file {path} is damaged ({part} isn't what was written): "
-        "take a whole copy of it, or read the documents again."
+        "use an intact copy of it, or read the documents again."
     )
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write(path: PathLike, contents: MemoryHeader, chunks: Callable[[int, str], Iterable[Tensor]]) -> None:
-    """Write a memory file, chunk by chunk; until it is whole the old one stays in its place.
+def write(path: PathLike, header: MemoryHeader, chunks: Callable[[int, str], Iterable[Tensor]]) -> None:
+    """Write a memory file chunk by chunk; it replaces the old file when it is complete.
 
     Args:
-        path: the file; its folder is made if it is missing, and a link is followed.
-        contents: what the file says about itself.
+        path: the file; a missing folder is made, and a link is followed.
+        header: the description of the memory.
         chunks: gives the chunks of a tensor, by layer and part, in the order of its elements.
 
     Raises:
         LlamoryError: the path is a folder.
-        OSError: the file can't be written; its `filename` is the path, the old file is as it was.
+        OSError: the file can't be written; its `filename` is the path, and the old file stays.
     """
-    # A file that was loaded from this path stays whole for whoever has mapped it: the new one has another inode.
+    # Banks that have mapped the old file keep it: the new one has another inode.
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise LlamoryError(f"{path} is a folder; give the path of a file to save the memory in.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _atomic_write(target) as file:
-        checks = dict.fromkeys(contents.tensors(), _CHECKSUM_PLACEHOLDER)
-        header = _header(contents, checks)
-        file.write(header)
-        for name in checks:
-            layer, part = name.removeprefix("layers.").split(".")
-            check = xxhash.xxh3_64()
+    with atomic_file(target) as file:
+        checksums = dict.fromkeys(header.tensors(), _CHECKSUM_PLACEHOLDER)
+        placeholder = _header_bytes(header, checksums)
+        file.write(placeholder)
+        for name in checksums:
+            _, layer, part = name.split(".")
+            checksum = xxhash.xxh3_64()
             for chunk in chunks(int(layer), part):
-                content = _bytes(chunk)
-                check.update(content)
+                content = tensor_bytes(chunk)
+                checksum.update(content)
                 file.write(content)
-            checks[name] = check.hexdigest()
-        final = _header(contents, checks)
-        assert len(final) == len(header)
+            checksums[name] = checksum.hexdigest()
+        final = _header_bytes(header, checksums)
+        assert len(final) == len(placeholder)
         file.seek(0)
         file.write(final)
 
 
-@contextmanager
-def _atomic_write(target: Path) -> Iterator[BinaryIO]:
-    """A file that takes the target's place at the end, if all went well."""
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        with _open_exclusive(partial) as file:
-            try:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-                partial.replace(target)
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-        _sync_folder(target.parent)
-    except OSError as error:
-        if error.filename in (None, str(partial)):
-            error.filename, error.filename2 = str(target), None
-        raise
-
-
-@contextmanager
-def _open_exclusive(partial: Path) -> Iterator[BinaryIO]:
-    """Open a file to write it anew, once no other process writes it.
-
-    Its name is always the same, so a killed run leaves one at most, and the next run writes over it.
-    """
-    while True:
-        with os.fdopen(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-            if fcntl is not None:
-                with suppress(OSError):  # some network file systems have no locks
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            # Whoever held the lock may have moved the file to where it belongs: then this is not the partial any more.
-            try:
-                replaced = not os.path.samestat(partial.stat(), os.fstat(file.fileno()))
-            except FileNotFoundError:
-                replaced = True
-            if replaced:
-                continue
-            file.truncate()
-            yield file
-            return
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # the file is in its place; some systems can't be asked to write the folder down too
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _header(contents: MemoryHeader, checks: dict[str, str]) -> bytes:
-    """The header with its length in front; as long for any checks."""
+def _header_bytes(header: MemoryHeader, checksums: dict[str, str]) -> bytes:
+    """The file's first bytes: the header's length and the header; equally long for any checksums."""
     entries: dict[str, Any] = {
         "__metadata__": {
             "format": "llamory memory",
             "check": _CHECKSUM_PLACEHOLDER,
             "version": str(VERSION),
-            "fingerprint": json.dumps(contents.fingerprint),
-            "layers": json.dumps(contents.layers),
-            "dtype": contents.dtype,
-            "kv_heads": str(contents.kv_heads),
-            "head_dim": str(contents.head_dim),
+            "fingerprint": json.dumps(header.fingerprint),
+            "layers": json.dumps(header.layers),
+            "dtype": header.dtype,
+            "kv_heads": str(header.kv_heads),
+            "head_dim": str(header.head_dim),
             "segments": json.dumps(
-                [
-                    {"name": segment.name, "tokens": segment.tokens, "facts": segment.metadata}
-                    for segment in contents.segments
-                ]
+                [{"name": each.name, "tokens": each.tokens, "facts": each.metadata} for each in header.segments]
             ),
-            "checks": json.dumps(checks),
+            "checks": json.dumps(checksums),
         }
     }
     stop = 0
-    for name, (dtype, shape) in contents.tensors().items():
+    for name, (dtype, shape) in header.tensors().items():
         start, stop = stop, stop + math.prod(shape) * DTYPES[dtype].itemsize
         entries[name] = {"dtype": _FILE_TYPES[dtype], "shape": shape, "data_offsets": [start, stop]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(_LENGTH_BYTES + len(text)) % _ALIGNMENT)
     raw = len(text).to_bytes(_LENGTH_BYTES, "little") + text
     start = _LENGTH_BYTES + len(_HEADER_PREFIX)
-    return raw[:start] + _header_check(raw).encode() + raw[start + _CHECKSUM_DIGITS :]
+    return raw[:start] + _header_checksum(raw).encode() + raw[start + _CHECKSUM_DIGITS :]
 
 
-def _header_check(raw: bytes) -> str:
+def _header_checksum(raw: bytes) -> str:
     start = _LENGTH_BYTES + len(_HEADER_PREFIX)
     return xxhash.xxh3_64_hexdigest(raw[:start] + _CHECKSUM_PLACEHOLDER.encode() + raw[start + _CHECKSUM_DIGITS :])
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, without a copy where it is contiguous and on the CPU."""
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, without a copy if it is contiguous and on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -18,7 +18,7 @@ from torch import Tensor
 from llamory.errors import LlamoryError
 from llamory.longllama.cache import LongLlamaCache
 from llamory.memory import MemoryBank, SegmentSpan
-from llamory.memory.search.base import Search
+from llamory.memory.search import Search
 from llamory.memory.search.exact import ExactSearch
 
 if TYPE_CHECKING:

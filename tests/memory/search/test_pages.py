@@ -8,21 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamory.memory.blocks import Block, Span
-from llamory.memory.search import page_segments as stretches
-from llamory.memory.search import pages
-from llamory.memory.search.base import make_search
-from llamory.memory.search.clustering import balanced_pca_partition
+from llamory.memory.search import make_search, page_index, pages
+from llamory.memory.search.page_index import balanced_pca_partition
 from llamory.memory.search.pages import PagesSearch
 
 
 @pytest.fixture(autouse=True)
 def _pages_in_small_memories_too(monkeypatch):
     monkeypatch.setattr(pages, "EXACT_TOKENS", 0)
-
-
-def close(found, expected, tolerance=1e-5):
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
 
 
 def relative_error(found, expected):
@@ -46,18 +39,18 @@ def test_equal_vectors_can_be_sorted_too():
 
 @settings(deadline=None)
 @given(start=st.integers(0, 3000), length=st.integers(1, 9000))
-def test_a_span_is_cut_into_stretches_and_a_rest_without_gap_or_overlap(start, length):
+def test_a_span_is_cut_into_page_index_and_a_rest_without_gap_or_overlap(start, length):
     block = Block.allocate(1, 12000, 4, torch.float32)
-    ranges, rest = stretches.aligned_ranges(Span(block, start, start + length))
+    ranges, rest = page_index.aligned_ranges(Span(block, start, start + length))
     tokens = [t for a, b in ranges for t in range(a, b)] + [t for span in rest for t in range(span.start, span.stop)]
     assert sorted(tokens) == list(range(start, start + length))
     assert all(a % (b - a) == 0 for a, b in ranges)
-    assert sum(len(span) for span in rest) < 2 * stretches.SUPERPAGE_SIZE
+    assert sum(len(span) for span in rest) < 2 * page_index.SUPERPAGE_SIZE
 
 
 def test_as_many_pages_as_there_are_equal_reading_everything(memory):
     bank, query = memory.filled(5000, capacity=8192), memory.queries(1, 4, 3, 16)
-    close(make_search("pages", 5000).attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4))
+    memory.close(make_search("pages", 5000).attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4))
 
 
 @pytest.mark.parametrize("queries", [1, 3, 200])
@@ -69,7 +62,7 @@ def test_all_pages_but_one_are_nearly_everything(memory, queries, capacity):
     stable = 4096
     found = PagesSearch(stable // 32 - 1, tolerance=math.inf).attend(query, bank, 0, 0.2)
     expected = memory.expected(query, bank, 0.2)
-    close(found, expected, 5e-3)
+    memory.close(found, expected, 5e-3, size=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
@@ -79,7 +72,7 @@ def test_heads_that_look_everywhere_are_right_with_one_page(memory, dtype):
     bank.append(0, torch.ones(2, 9000, 16), torch.randn(2, 9000, 16, generator=chance) + 1)
     query = memory.queries(1, 4, 3, 16)
     found = make_search("pages", 1).attend(query, bank, 0, 0.4)
-    close(found, memory.expected(query, bank, 0.4), 1e-4 if dtype == torch.float32 else 1e-2)
+    memory.close(found, memory.expected(query, bank, 0.4), 1e-4 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("strength", [1.0, 3.0])
@@ -110,7 +103,7 @@ def test_clusters_are_read_right(memory):
     found = make_search("pages").attend(query, bank, 0, 0.125)
     expected = memory.expected(query, bank, 0.125)
     assert relative_error(found[0], expected[0]) < 0.1
-    close(found[1:], expected[1:], 0.05)
+    memory.close(found[1:], expected[1:], 0.05)
 
 
 @pytest.mark.parametrize("queries", [1, 200])
@@ -130,25 +123,25 @@ def test_memory_may_grow_and_be_shared_between_calls(memory):
     for step, tokens in enumerate((3000, 1500, 1, 6000, 300, 9000)):
         bank.append(0, *memory.queries(2, 2, tokens, 16, seed=step))
         query = memory.queries(1, 4, 2, 16, seed=100 + step)
-        close(search.attend(query, bank, 0, 0.1), memory.expected(query, bank, 0.1), 5e-3)
+        memory.close(search.attend(query, bank, 0, 0.1), memory.expected(query, bank, 0.1), 5e-3, size=1)
         if step == 2:
             early = bank.fork()
             before = search.attend(query, early, 0, 0.1)
-    close(search.attend(memory.queries(1, 4, 2, 16, seed=102), early, 0, 0.1), before)
+    memory.close(search.attend(memory.queries(1, 4, 2, 16, seed=102), early, 0, 0.1), before)
 
 
 def test_a_window_over_a_small_memory_reads_everything(memory, monkeypatch):
     monkeypatch.setattr(pages, "EXACT_TOKENS", 8192)
     bank, query = memory.filled(9000, capacity=16384), memory.queries(1, 4, 100, 16)
-    close(make_search("pages", 1).attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4))
+    memory.close(make_search("pages", 1).attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4))
 
 
 def test_a_stretch_is_summarised_once(memory, monkeypatch):
     made = []
     monkeypatch.setattr(
-        stretches,
+        page_index,
         "_build",
-        lambda block, start, stop, make=stretches._build: made.append(stop) or make(block, start, stop),
+        lambda block, start, stop, make=page_index._build: made.append(stop) or make(block, start, stop),
     )
     bank, search, query = memory.filled(5000, capacity=32768), make_search("pages", 2), memory.queries(1, 4, 1, 16)
     for _ in range(4):
@@ -167,8 +160,8 @@ def test_segments_in_another_order_give_the_same(memory):
     both._spans, reversed_._spans = spans, spans[::-1]
     query, search = memory.queries(1, 4, 70, 16), make_search("pages", 20)
     found = search.attend(query, both, 0, 0.1)
-    close(search.attend(query, reversed_, 0, 0.1), found)
-    close(found, memory.expected(query, both, 0.1), 0.02)
+    memory.close(search.attend(query, reversed_, 0, 0.1), found)
+    memory.close(found, memory.expected(query, both, 0.1), 0.02, size=1)
 
 
 @pytest.mark.parametrize("queries", [2, 150])
@@ -177,4 +170,4 @@ def test_rows_that_share_a_memory_are_what_they_are_apart(memory, queries):
     search = make_search("pages", 4)
     together = search.attend(query, bank, 0, 0.4)
     for row in range(3):
-        close(search.attend(query[row : row + 1], bank, 0, 0.4), [t[row : row + 1] for t in together])
+        memory.close(search.attend(query[row : row + 1], bank, 0, 0.4), [t[row : row + 1] for t in together])

@@ -1,77 +1,42 @@
-"""Exact attention over spans of memory: everything is read, in the way that suits the machine and the memory's type."""
+"""Exact attention over spans of memory: every token is read, in the way that suits the device and the memory's type."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llamory.memory.attention import AttentionAccumulator, empty_attention, flash
-from llamory.memory.blocks import Span
-from llamory.memory.search.workspace import workspace
-
-if TYPE_CHECKING:
-    from llamory.memory.bank import MemoryBank
+from llamory.memory.attention import AttentionAccumulator, flash
+from llamory.memory.blocks import Span, SpanList
+from llamory.memory.search.base import AttentionResult, Search, workspace
 
 CHUNK = 4096  # tokens per head that are converted and read while they are in the processor's cache
-TOLERANCE = 0.1  # expected error, as a share of the values' size, from which a query reads everything after all
-EXACT_QUERIES = 8  # so many of a row's queries may at once, per key-value head,
-MAX_EXACT_FRACTION = 16  # or one in so many
-MAX_TRANSFERRED_QUERIES = 512  # per head: more than selected stay where they are, and the memory travels to them
+TOLERANCE = 0.1  # default expected error, relative to the values' size, from which a query reads everything
+EXACT_QUERIES = 8  # queries per row and key-value head that may read everything at once,
+MAX_EXACT_FRACTION = 16  # or one in so many if that is more
+MAX_TRANSFERRED_QUERIES = 512  # per head: more stay on their device, and the memory is copied to them
 
 
-class AttentionResult(NamedTuple):
-    """Attention of folded queries.
+class ExactSearch(Search):
+    """Reads all keys and values; `top_k` means nothing here."""
 
-    Attributes:
-        output: (kv_heads, queries, head_dim).
-        lse: log-sum-exp of all tokens, (kv_heads, queries).
-        read_lse: log-sum-exp of those that were read, the same shape: exp(read_lse - lse) of the attention.
-    """
-
-    output: Tensor
-    lse: Tensor
-    read_lse: Tensor
-
-
-class ExactSearch:
-    """Reads all keys and values."""
-
-    def attend(self, query: Tensor, bank: MemoryBank, layer: int, scaling: float) -> tuple[Tensor, Tensor]:
-        """See `Search.attend`."""
-        spans = bank.spans(layer)
-        if not spans:
-            return empty_attention(query)
-        grouped_query = group_heads(query, spans[0].block.keys.shape[0])
-        return ungroup_heads(*attend_spans(grouped_query, spans, scaling), query)
-
-
-def group_heads(query: Tensor, kv_heads: int) -> Tensor:
-    """Query (rows, heads, queries, head_dim) as (kv_heads, all queries that read that head, head_dim)."""
-    rows, head_dim = len(query), query.shape[-1]
-    return query.reshape(rows, kv_heads, -1, head_dim).transpose(0, 1).reshape(kv_heads, -1, head_dim)
-
-
-def ungroup_heads(output: Tensor, lse: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Undo `group_heads` for an output and its log-sum-exp."""
-    rows = len(query)
-    output = output.view(len(output), rows, -1, query.shape[-1]).transpose(0, 1).reshape(query.shape)
-    lse = lse.view(len(lse), rows, -1).transpose(0, 1).reshape(query.shape[:-1])
-    return output.to(query.dtype), lse
+    def attend_grouped(self, query: Tensor, spans: SpanList, scaling: float, rows: int) -> AttentionResult:  # noqa: ARG002
+        """See `Search.attend_grouped`."""
+        output, lse = attend_spans(query, spans, scaling)
+        return AttentionResult(output, lse, lse)
 
 
 def attend_spans(
     query: Tensor, spans: Sequence[Span], scaling: float, head: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of folded queries over all tokens of some spans.
+    """Attention of grouped queries over all tokens of some spans, on whatever devices.
 
     Args:
         query: (kv_heads, queries, head_dim), or (1, queries, head_dim) with `head`.
-        spans: what to read, on whatever devices.
-        scaling: what scores are multiplied by.
+        spans: what to read.
+        scaling: factor of the scores.
         head: the only key-value head to read.
 
     Returns:
@@ -88,9 +53,8 @@ def attend_spans(
             parts.add(output.to(query.device), lse.to(query.device))
         else:
             for part in span.split(CHUNK * 4):
-                keys, values = (t[heads].to(query.device) for t in (part.keys(), part.values()))
-                output, lse = flash(query[None], keys[None], values[None], scaling=scaling)
-                parts.add(output[0], lse[0])
+                keys, values = (tensor[heads].to(query.device) for tensor in (part.keys(), part.values()))
+                _add(query, keys, values, scaling, parts)
     return parts.result(query)
 
 
@@ -103,65 +67,64 @@ def refine_uncertain(
     spans: Sequence[Span],
     scaling: float,
 ) -> AttentionResult:
-    """Put exact attention in the place of estimates that may be far off: the worst of a row, but not too many at once.
+    """Replace the most uncertain estimates of each row by exact attention, up to a limited number.
 
     Args:
-        estimate: what was found; changed in place.
-        error: what is expected of it, as a share of the values' size, (kv_heads, queries).
+        estimate: the result so far; changed in place.
+        error: its expected error, relative to the values' size, (kv_heads, queries).
         tolerance: error from which a query reads everything.
-        query, spans, scaling: as for `read`.
-        rows: of the batch, that the queries are of.
+        query, spans, scaling: as for `attend_spans`.
+        rows: rows of the batch.
     """
     error = error.view(len(error), rows, -1)
     queries = error.shape[2]
-    limit = min(queries, max(EXACT_QUERIES, queries // MAX_EXACT_FRACTION))
-    largest, at = error.topk(limit, 2)
-    at = at + torch.arange(rows, device=at.device).unsqueeze(1) * queries
-    uncertain = largest > tolerance
+    largest, indices = error.topk(min(queries, max(EXACT_QUERIES, queries // MAX_EXACT_FRACTION)), 2)
+    indices = indices + torch.arange(rows, device=indices.device).unsqueeze(1) * queries
+    uncertain = largest > tolerance  # (kv_heads, rows, limit)
     for head, any_uncertain in enumerate(uncertain.flatten(1).any(1).tolist()):
         if any_uncertain:
-            selected = at[head][uncertain[head]]
-            exact_output, exact_lse = attend_spans(query[head : head + 1, selected], spans, scaling, head)
-            estimate.output[head, selected] = exact_output[0]
-            estimate.lse[head, selected] = estimate.read_lse[head, selected] = exact_lse[0]
+            selected = indices[head][uncertain[head]]
+            output, lse = attend_spans(query[head : head + 1, selected], spans, scaling, head)
+            estimate.output[head, selected] = output[0]
+            estimate.lse[head, selected] = estimate.read_lse[head, selected] = lse[0]
     return estimate
 
 
 def _attend_span(query: Tensor, span: Span, scaling: float, heads: slice, parts: AttentionAccumulator) -> None:
     block = span.block
     if not needs_conversion(block.keys):
-        subspans = span.split(CHUNK * 4) if block.keys.dtype == torch.int8 else [span]
-        for subspan in subspans:
-            keys, values = subspan.keys()[heads], subspan.values()[heads]
-            output, lse = flash(query[None], keys[None], values[None], scaling=scaling)
-            parts.add(output[0], lse[0])
+        for subspan in span.split(CHUNK * 4) if block.keys.dtype == torch.int8 else [span]:
+            _add(query, subspan.keys()[heads], subspan.values()[heads], scaling, parts)
         return
     query = query.float()
     splits = _num_splits(len(query))
     repeated = query.repeat_interleave(splits, 0)[None]
-    # Tokens that can't be split evenly come last, in a call of their own.
-    even = span.stop - len(span) % splits
-    for start in range(span.start, even, CHUNK * splits):
-        tokens = slice(start, min(start + CHUNK * splits, even))
+    # The tokens that can't be split evenly come last, in a call of their own.
+    even_stop = span.stop - len(span) % splits
+    for start in range(span.start, even_stop, CHUNK * splits):
+        tokens = slice(start, min(start + CHUNK * splits, even_stop))
         shape = (1, len(query) * splits, (tokens.stop - tokens.start) // splits, query.shape[-1])
         keys = _to_float32(block.keys, block.key_scales, heads, tokens, "keys").view(shape)
         values = _to_float32(block.values, block.value_scales, heads, tokens, "values").view(shape)
         output, lse = flash(repeated, keys, values, scaling=scaling)
         for split in range(splits):
             parts.add(output[0, split::splits], lse[0, split::splits])
-    if even < span.stop:
-        last = Span(block, even, span.stop)
-        keys, values = last.keys(torch.float32)[heads], last.values(torch.float32)[heads]
-        output, lse = flash(query[None], keys[None], values[None], scaling=scaling)
-        parts.add(output[0], lse[0])
+    if even_stop < span.stop:
+        last = Span(block, even_stop, span.stop)
+        _add(query, last.keys(torch.float32)[heads], last.values(torch.float32)[heads], scaling, parts)
+
+
+def _add(query: Tensor, keys: Tensor, values: Tensor, scaling: float, parts: AttentionAccumulator) -> None:
+    output, lse = flash(query[None], keys[None], values[None], scaling=scaling)
+    parts.add(output[0], lse[0])
 
 
 def needs_conversion(memory: Tensor) -> bool:
     """Whether memory is converted to float32, chunk by chunk, before it is read.
 
-    Only on a CPU: its kernels are fast on bfloat16 where it has matrix tiles (AMX). Without them they read one query's
-    bfloat16 memory at 5 GB/s, and reading a chunk twice, the second time out of the cache, is 2 to 3.5 times faster
-    and, with many queries, no slower. Matrix products in float16 are slow on all of them, and int8 has to be scaled.
+    Only on a CPU: its kernels are fast on bfloat16 only with matrix tiles (AMX). Without them they read one query's
+    bfloat16 memory at 5 GB/s; converting a chunk and reading it from the cache is 2 to 3.5 times faster and, with many
+    queries, no slower. Matrix products in float16 are slow on all CPUs, and int8 has to be scaled.
     """
     if memory.device.type != "cpu" or memory.dtype == torch.float32:
         return False
@@ -170,17 +133,17 @@ def needs_conversion(memory: Tensor) -> bool:
 
 @cache
 def _has_amx_tiles() -> bool:
-    return torch.cpu._is_amx_tile_supported()
+    is_supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch has no public name for it
+    return bool(is_supported and is_supported())
 
 
 def _num_splits(heads: int) -> int:
-    """In how many parts a head's keys are read at once, so that all threads get the same work."""
+    """Parts in which a head's keys are read at once, so that all threads get the same work."""
     threads = torch.get_num_threads()
     return next(splits for splits in range(1, threads + 1) if heads * splits % threads == 0)
 
 
 def _to_float32(tensor: Tensor, scales: Tensor | None, heads: slice, tokens: slice, name: str) -> Tensor:
-    """Tokens of a block in float32."""
     source = tensor[heads, tokens]
     target = workspace(name, source.shape, torch.float32).copy_(source)
     if scales is not None:

@@ -1,145 +1,134 @@
 """Search by Faiss: nearest neighbours by inner product are read exactly, the rest through the means of their lists.
 
-Every long part of a block has, per head, an inverted file (IVF): its lists hold like keys, and what isn't found in a
-list keeps an estimated share, from the list's means less what was found.
+Every long range of a block has an inverted file (IVF) per head: its lists hold similar keys. The tokens of a list that
+aren't found keep an estimated weight: the list's means less what was found.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llamory.memory.attention import empty_attention, merge
-from llamory.memory.blocks import Block, Span
-from llamory.memory.search.estimates import log_error_bound, log_sum_exp, score_moments, softmax_shares
-from llamory.memory.search.exact import (
-    TOLERANCE,
+from llamory.common.io import atomic_path
+from llamory.errors import LlamoryError
+from llamory.memory.attention import merge
+from llamory.memory.blocks import Span, SpanList
+from llamory.memory.search.base import (
     AttentionResult,
-    attend_spans,
-    group_heads,
-    refine_uncertain,
-    ungroup_heads,
+    Search,
+    log_error_bound,
+    log_sum_exp,
+    score_moments,
+    softmax_weights,
 )
-from llamory.memory.search.faiss_parts import LENGTHS, IndexedPart, get_or_build_part
-from llamory.memory.search.page_segments import aligned_ranges, stable_spans
+from llamory.memory.search.exact import TOLERANCE, attend_spans, refine_uncertain
+from llamory.memory.search.page_index import aligned_ranges, stable_spans
 
-if TYPE_CHECKING:
-    from llamory.memory.bank import MemoryBank
-
-DEFAULT_NEIGHBOURS = 128
+LENGTHS = (1 << 20, 1 << 18, 1 << 16, 1 << 14, 1 << 12)  # tokens of a range; each token is in the largest that fits
+MIN_PROBES = 8  # lists that are searched, or
+PROBE_DIVISOR = 64  # one list in so many, if that is more
+TRAINING_STEPS = 10
 MAX_GATHERED_ELEMENTS = 1 << 22  # numbers of keys, and of values, that are gathered at once
 
 
-class FaissSearch:
-    """Reads the nearest neighbours of each query.
+class FaissSearch(Search):
+    """Reads the `top_k` nearest neighbours of each query and head, of each range that has an index."""
 
-    Args:
-        top_k: neighbours that a query reads per head, of each part of memory that has an index.
-        folder: where indexes are kept; they are then read from disk piece by piece. None for in memory.
-        tolerance: expected error of the output, as a share of the values' size, from which a query reads everything.
-    """
+    default_top_k = 128
 
-    def __init__(self, top_k: int | None = None, folder: str | Path | None = None, tolerance: float = TOLERANCE):
-        self.top_k = DEFAULT_NEIGHBOURS if top_k is None else top_k
-        self.folder = None if folder is None else Path(folder)
-        self.tolerance = tolerance
+    def __init__(self, top_k: int | None = None, *, folder: str | Path | None = None, tolerance: float = TOLERANCE):
+        super().__init__(top_k, folder=folder, tolerance=tolerance)
 
-    def attend(self, query: Tensor, bank: MemoryBank, layer: int, scaling: float) -> tuple[Tensor, Tensor]:
-        """See `Search.attend`."""
-        return self.attend_with_stats(query, bank, layer, scaling)[:2]
-
-    def attend_with_stats(
-        self, query: Tensor, bank: MemoryBank, layer: int, scaling: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `attend`, and the log-sum-exp of the tokens that were read, to see what was found."""
-        spans = bank.spans(layer)
-        if not spans or query.numel() == 0:
-            output, lse = empty_attention(query)
-            return output, lse, lse
-        found = self._attend(group_heads(query, spans[0].block.keys.shape[0]), spans, scaling, len(query))
-        output, lse = ungroup_heads(found.output, found.lse, query)
-        return output, lse, ungroup_heads(found.output, found.read_lse, query)[1]
-
-    def _attend(self, query: Tensor, spans: list[Span], scaling: float, rows: int) -> AttentionResult:
-        stable, rest = stable_spans(spans, LENGTHS[-1])
-        index_ranges: list[tuple[Block, int, int]] = []
-        if sum(map(len, spans)) > self.top_k:
-            for span in stable:
-                parts, remaining = aligned_ranges(span, LENGTHS)
-                rest += remaining
-                index_ranges += [(span.block, *part) for part in parts]
-        if not index_ranges:
+    def attend_grouped(self, query: Tensor, spans: SpanList, scaling: float, rows: int) -> AttentionResult:
+        """See `Search.attend_grouped`."""
+        ranges, rest = indexed_ranges(spans)
+        if not ranges or spans.tokens <= self.top_k:
             output, lse = attend_spans(query, spans, scaling)
             return AttentionResult(output, lse, lse)
         query = query.float()
-        found = [self._search(query * scaling, *index_range) for index_range in index_ranges]
+        results = [self._search(query * scaling, span) for span in ranges]
         rest_output, rest_lse = attend_spans(query, rest, scaling)
-        neighbors, neighbor_lses, estimated, estimated_lses, log_errors = zip(*found, strict=True)
+        neighbors, neighbor_lses, estimated, estimated_lses, log_errors = zip(*results, strict=True)
         output, lse = merge((rest_output, *neighbors, *estimated), (rest_lse, *neighbor_lses, *estimated_lses))
         read_lse = torch.stack([rest_lse, *neighbor_lses]).logsumexp(0)
         error = (torch.stack(log_errors).logsumexp(0) - lse).exp_()
-        return refine_uncertain(
-            AttentionResult(output, lse, read_lse), error, self.tolerance, query, rows, spans, scaling
-        )
+        result = AttentionResult(output, lse, read_lse)
+        return refine_uncertain(result, error, self.tolerance, query, rows, spans, scaling)
 
-    def _search(self, query: Tensor, block: Block, start: int, stop: int) -> tuple[Tensor, ...]:
-        """Attention of scaled queries (kv_heads, queries, head_dim) to a part of a block.
+    def _search(self, query: Tensor, span: Span) -> tuple[Tensor, ...]:
+        """Attention of scaled queries (kv_heads, queries, head_dim) to a range with an index.
 
         Returns:
-            Output and log-sum-exp of the neighbours, those of the rest, and the logarithm of the error that the rest
-            may have, not yet divided by the whole sum.
+            Output and log-sum-exp of the neighbours, those of the rest, and the log of the error that the estimate of
+            the rest may have, not yet divided by the softmax's sum.
         """
-        part = get_or_build_part(block, start, stop, self.folder)
-        device_query = query.to(block.keys.device)
-        count = min(self.top_k, stop - start)
+        part = get_or_build_part(span, self.folder)
+        device_query = query.to(span.block.keys.device)
+        count = min(self.top_k, len(span))
         step = max(1, MAX_GATHERED_ELEMENTS // (len(query) * count * query.shape[-1]))
         chunks = [
-            _attend_part(device_query[:, at : at + step], Span(block, start, stop), part, count)
-            for at in range(0, device_query.shape[1], step)
+            _attend_part(device_query[:, start : start + step], span, part, count)
+            for start in range(0, device_query.shape[1], step)
         ]
         return tuple(torch.cat(tensors, 1).to(query.device) for tensors in zip(*chunks, strict=True))
 
 
+def indexed_ranges(spans: SpanList) -> tuple[list[Span], list[Span]]:
+    """The ranges of some spans that get an index, and the spans that are too short for one."""
+    key = ("faiss", LENGTHS)
+    if key not in spans.derived:
+        stable, rest = stable_spans(spans, LENGTHS[-1])
+        ranges: list[Span] = []
+        for span in stable:
+            aligned, remaining = aligned_ranges(span, LENGTHS)
+            ranges += [Span(span.block, *each) for each in aligned]
+            rest += remaining
+        spans.derived[key] = ranges, rest
+    return spans.derived[key]
+
+
 def _attend_part(query: Tensor, span: Span, part: IndexedPart, count: int) -> tuple[Tensor, ...]:
-    heads = len(query)
-    tokens = part.search(query, count)
+    tokens = part.search(query, count)  # (kv_heads, queries, count)
     missing = tokens < 0
     tokens = tokens.clamp_min(0)
     keys, values = gather(span, tokens)
     scores = (keys @ query.unsqueeze(-1)).squeeze(-1).masked_fill_(missing, -torch.inf)
     neighbor_lse = scores.logsumexp(-1)
-    neighbors = (softmax_shares(scores.clone(), neighbor_lse).unsqueeze(2) @ values).squeeze(2)
+    neighbors = (softmax_weights(scores.clone(), neighbor_lse).unsqueeze(2) @ values).squeeze(2)
 
-    # What is remaining of each list, when what was found is taken out.
+    # What remains of each list without the tokens that were found.
     found_mask = (~missing).float()
-    lists = part.lists.gather(1, tokens.view(heads, -1)).view(tokens.shape).long()
-    mean, variance = score_moments(query, part.means, part.variances)
+    lists = part.lists.gather(1, tokens.view(len(query), -1)).view(tokens.shape).long()
+    mean, variance = score_moments(query, part.means, part.variances)  # (kv_heads, queries, lists)
     counts = part.counts.unsqueeze(1).expand_as(mean)
     remaining = counts.scatter_add(2, lists, -found_mask)
     mean = (mean * counts).scatter_add(2, lists, -scores.masked_fill(missing, 0)) / remaining.clamp_min(1)
     empty = remaining < 0.5
     remaining = remaining.clamp_min(1)
     rest = log_sum_exp(mean, variance, remaining).masked_fill_(empty, -torch.inf)
-    # In a list that was looked into, no score is higher than the min_score that was found.
+    # In a list that was searched, no remaining score is higher than the lowest that was found.
     min_score = scores.masked_fill(missing, torch.inf).amin(-1, keepdim=True)
     log_errors = log_error_bound(mean, variance, remaining)
     log_errors = torch.where(remaining < counts - 0.5, torch.minimum(log_errors, (rest + min_score) / 2), log_errors)
     log_error = (2 * log_errors.masked_fill_(empty, -torch.inf)).logsumexp(-1) / 2
     estimated_lse = rest.logsumexp(-1)
-    per_token = softmax_shares(rest, estimated_lse) / remaining
+    per_token = softmax_weights(rest, estimated_lse) / remaining
     estimated = (per_token * counts) @ part.values
     estimated = estimated - ((per_token.gather(2, lists) * found_mask).unsqueeze(2) @ values).squeeze(2)
     return neighbors, neighbor_lse, estimated, estimated_lse, log_error
 
 
 def gather(span: Span, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values (kv_heads, queries, count, head_dim) in float32 of some tokens, numbered within their span."""
+    """Keys and values (kv_heads, queries, count, head_dim) in float32 of tokens, numbered within their span."""
     block = span.block
-    first = torch.arange(len(tokens), device=tokens.device).view(-1, 1, 1) * block.capacity + span.start
-    rows = (tokens + first).view(-1)
+    offsets = torch.arange(len(tokens), device=tokens.device).view(-1, 1, 1) * block.capacity + span.start
+    rows = (tokens + offsets).view(-1)
     gathered = []
     for tensor, scales in ((block.keys, block.key_scales), (block.values, block.value_scales)):
         numbers = tensor.reshape(-1, tensor.shape[-1]).index_select(0, rows).float()
@@ -147,3 +136,137 @@ def gather(span: Span, tokens: Tensor) -> tuple[Tensor, Tensor]:
             numbers *= scales.reshape(-1).index_select(0, rows).unsqueeze(-1)
         gathered.append(numbers.view(*tokens.shape, -1))
     return gathered[0], gathered[1]
+
+
+# ---- indexes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class IndexedPart:
+    """The indexes of a range and the statistics of their lists, for each head.
+
+    Attributes:
+        indexes: Faiss index per head, of the keys less their mean: that keeps the order of inner products and makes
+            directions differ more.
+        lists: (kv_heads, tokens) int16, the list of each token.
+        means, variances, values: of each list's keys, and mean of its values, (kv_heads, lists, head_dim) float32.
+        counts: tokens of each list, (kv_heads, lists) float32.
+    """
+
+    indexes: list[Any]
+    lists: Tensor
+    means: Tensor
+    variances: Tensor
+    values: Tensor
+    counts: Tensor
+
+    def search(self, query: Tensor, count: int) -> Tensor:
+        """Numbers of the nearest tokens, -1 where there are fewer, for queries (kv_heads, queries, head_dim)."""
+        nearest_tokens = [
+            torch.from_numpy(index.search(head.contiguous().numpy(), count)[1])
+            for index, head in zip(self.indexes, query.cpu(), strict=True)
+        ]
+        return torch.stack(nearest_tokens).to(query.device)
+
+
+def get_or_build_part(span: Span, folder: Path | None) -> IndexedPart:
+    """The cached indexes of a range; else they are read from the folder, or built and stored there.
+
+    Raises:
+        LlamoryError: the folder can't be used.
+    """
+    cache = span.block.search_cache.setdefault("faiss", {})
+    key = (span.start, span.stop, folder)
+    if key not in cache:
+        cache[key] = _build(span) if folder is None else _load_or_build(span, folder)
+        for start, stop, other in list(cache):  # a longer range replaces those in it
+            if span.start <= start and stop <= span.stop and other == folder and (start, stop, other) != key:
+                cache.pop((start, stop, other), None)
+    return cache[key]
+
+
+def _build(span: Span) -> IndexedPart:
+    import faiss
+
+    indexes = []
+    for head in span.keys(torch.float32):
+        centered = (head - head.mean(0)).cpu().numpy()
+        index = _new_index(faiss, *centered.shape)
+        index.train(centered)
+        index.add(centered)
+        indexes.append(index)
+    return _indexed_part(faiss, indexes, span)
+
+
+def _new_index(faiss: Any, tokens: int, head_dim: int) -> Any:
+    lists = 1 << round(tokens.bit_length() / 2)
+    # One byte per number is enough to find neighbours, which are then read from the memory itself.
+    index = faiss.IndexIVFScalarQuantizer(
+        faiss.IndexFlatIP(head_dim), head_dim, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+    )
+    index.cp.niter = TRAINING_STEPS
+    index.nprobe = max(MIN_PROBES, lists // PROBE_DIVISOR)
+    return index
+
+
+def _indexed_part(faiss: Any, indexes: list[Any], span: Span) -> IndexedPart:
+    keys = span.keys(torch.float32)
+    lists = torch.stack([_lists_of(faiss, index) for index in indexes]).to(keys.device)
+    indices = lists.long()
+    counts = torch.zeros(len(lists), int(indices.max()) + 1, device=keys.device)
+    counts.scatter_add_(1, indices, torch.ones_like(indices, dtype=torch.float32))
+    expanded = indices.unsqueeze(-1).expand_as(keys)
+
+    def mean_of(tensor: Tensor) -> Tensor:
+        sums = torch.zeros(*counts.shape, keys.shape[-1], device=keys.device).scatter_add_(1, expanded, tensor)
+        return sums / counts.clamp_min(1).unsqueeze(-1)
+
+    means = mean_of(keys)
+    variances = mean_of((keys - means.gather(1, expanded)).square_())
+    return IndexedPart(indexes, lists, means, variances, mean_of(span.values(torch.float32)), counts)
+
+
+def _lists_of(faiss: Any, index: Any) -> Tensor:
+    """The list of each token of a head, (tokens,) int16."""
+    lists = torch.empty(index.ntotal, dtype=torch.int16)
+    for number in range(index.nlist):
+        size = index.invlists.list_size(number)
+        if size:
+            ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size).copy()
+            lists[torch.from_numpy(ids)] = number
+    return lists
+
+
+def _load_or_build(span: Span, folder: Path) -> IndexedPart:
+    """The indexes from files named by the keys' content; built and written if one is missing."""
+    import faiss
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = _digest(span)
+        files = [folder / f"{digest}-{head}.faiss" for head in range(len(span.block.keys))]
+        if not all(file.is_file() for file in files):
+            for index, file in zip(_build(span).indexes, files, strict=True):
+                with atomic_path(file) as temporary:
+                    faiss.write_index(index, str(temporary))
+    except OSError as error:
+        raise LlamoryError(
+            f"The folder {folder} can't store indexes of memory ({error.strerror}): give a folder that is writable."
+        ) from error
+    return _indexed_part(faiss, [_open_mapped(faiss.read_index, file, faiss.IO_FLAG_MMAP) for file in files], span)
+
+
+def _digest(span: Span) -> str:
+    """Name of a span's keys: equal keys have the same index, whatever file or block they are in."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in span.split(1 << 16):
+        digest.update(part.keys().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return f"{len(span)}-{digest.hexdigest()}"
+
+
+def _open_mapped(read_index: Callable[..., Any], file: Path, flags: int) -> Any:
+    """An index whose lists stay on disk and are read when they are searched."""
+    try:
+        return read_index(str(file), flags)
+    except RuntimeError as error:
+        raise LlamoryError(f"{file} is not a complete memory index: remove it, and it is built again.") from error

@@ -1,186 +1,308 @@
-"""Volumes: all stretches of a layer's memory, of however many documents, in which pages are looked up by number."""
+"""The index of the paged search: tokens grouped by similar keys into pages, and pages into superpages.
+
+Adjacent tokens have less similar keys than one would expect: pages of adjacent tokens catch far less of a real model's
+attention than as many pages grouped by similarity. So tokens stay where they are in their block, and per head the
+index stores an order in which neighbours are similar. Ranges of a block are indexed once, for all banks that share it.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from llamory.memory.blocks import Block, Span
+from llamory.common.io import atomic_file
+from llamory.memory.bank import MemoryBank
+from llamory.memory.blocks import Block, Span, SpanList
+from llamory.memory.files import tensor_bytes
+from llamory.memory.search.base import workspace
 from llamory.memory.search.exact import needs_conversion
-from llamory.memory.search.page_segments import (
-    PAGE_SIZE,
-    PAGES_PER_SUPERPAGE,
-    SUPERPAGE_SIZE,
-    PagedSegment,
-    PageTables,
-    aligned_ranges,
-    get_or_merge,
-    stable_spans,
-)
-from llamory.memory.search.workspace import workspace
 
-MAX_CACHED_INDEXES = 2  # of memories that begin with the same block, such as forks that went on
+PAGE_SIZE = 32
+PAGES_PER_SUPERPAGE = 8
+SUPERPAGE_SIZE = PAGE_SIZE * PAGES_PER_SUPERPAGE
+# Tokens of a range. Longer ranges group better and shorter ones are ready earlier: four of one length become one.
+LENGTHS = (16384, 4096, 1024, 256)
+STABLE_STEP = 4096  # tokens after the last multiple of it in a block that may still grow are not indexed
+MAX_CACHED_INDEXES = 2  # of memories that begin with the same block, such as forks that were continued
+DIRECTION_SAMPLE = 128  # vectors of a group that its principal direction is computed from
+POWER_STEPS = 3  # more make the direction more exact, but not the groups better
+FILE_VERSION = 2
+_TABLES = ("rows", "pages", "means", "variances", "values")
+
+Range = tuple[int, int]
+
+
+@dataclass
+class PagedRange:
+    """The pages of a range of a block.
+
+    Attributes:
+        rows: (kv_heads, pages, PAGE_SIZE) int32, where a page's tokens are in the block's (kv_heads * capacity) rows.
+        pages: mean and variance of the keys and mean of the values, (kv_heads, pages, 3 * head_dim).
+        superpages: the same of superpages, each (kv_heads, pages / PAGES_PER_SUPERPAGE, head_dim) float32.
+    """
+
+    rows: Tensor
+    pages: Tensor
+    superpages: tuple[Tensor, ...]
+
+
+# ---- ranges of blocks ------------------------------------------------------------------------------------------------
+
+
+def stable_spans(spans: Sequence[Span], min_tokens: int) -> tuple[list[Span], list[Span]]:
+    """The parts of spans that are worth indexing (at least `min_tokens` tokens that won't change), and the rest.
+
+    The last tokens of a block that can still grow aren't stable: the index is better with more of them.
+    """
+    merged: list[Span] = []
+    for span in sorted(spans, key=lambda span: (id(span.block), span.start)) if len(spans) > 1 else spans:
+        if merged and merged[-1].block is span.block and merged[-1].stop == span.start:
+            merged[-1] = Span(span.block, merged[-1].start, span.stop)
+        else:
+            merged.append(span)
+    stable, rest = [], []
+    for span in merged:
+        stop = span.stop
+        if stop == span.block.filled and span.block.free:
+            stop = max(span.start, stop - stop % STABLE_STEP)
+        if stop - span.start < min_tokens:
+            stop = span.start
+        stable.append(Span(span.block, span.start, stop))
+        rest.append(Span(span.block, stop, span.stop))
+    return [span for span in stable if len(span)], [span for span in rest if len(span)]
+
+
+def aligned_ranges(span: Span, lengths: Sequence[int] = LENGTHS) -> tuple[list[Range], list[Span]]:
+    """A span as ranges (start, stop), each of the largest length that fits, and the spans that are left over.
+
+    Ranges lie at multiples of their length in the block, so all that share the block share them.
+    """
+    ranges: list[Range] = []
+    rest: list[Span] = []
+    start = span.start
+    while start < span.stop:
+        length = next((n for n in lengths if start % n == 0 and start + n <= span.stop), 0)
+        stop = start + length
+        if length:
+            ranges.append((start, stop))
+        else:
+            stop = min(span.stop, start - start % lengths[-1] + lengths[-1])
+            rest.append(Span(span.block, start, stop))
+        start = stop
+    return ranges, rest
+
+
+def get_or_build(block: Block, start: int, stop: int) -> PagedRange:
+    """The cached pages of a range, built on demand; they replace those of the ranges in it."""
+    cache = block.search_cache.setdefault("paged_ranges", {})
+    if (start, stop) not in cache:
+        cache[start, stop] = _build(block, start, stop)
+        for other in list(cache):
+            if start <= other[0] and other[1] <= stop and other != (start, stop):
+                cache.pop(other, None)
+    return cache[start, stop]
+
+
+def get_or_merge(block: Block, ranges: Sequence[Range]) -> PagedRange:
+    """The pages of adjacent ranges as one; the tables of the single ranges become views of it."""
+    cache = block.search_cache.setdefault("merged_paged_ranges", {})
+    key = ranges[0][0], ranges[-1][1]
+    if key not in cache:
+        parts = [get_or_build(block, *each) for each in ranges]
+        if len(parts) == 1:
+            return parts[0]
+        superpages = zip(*(part.superpages for part in parts), strict=True)
+        merged = PagedRange(
+            torch.cat([part.rows for part in parts], 1),
+            torch.cat([part.pages for part in parts], 1),
+            tuple(torch.cat(tables, 1) for tables in superpages),
+        )
+        first = 0
+        for part in parts:
+            pages = slice(first, first + part.rows.shape[1])
+            part.rows, part.pages = merged.rows[:, pages], merged.pages[:, pages]
+            first = pages.stop
+        cache.clear()  # a longer one replaces those before it, which would take as much memory again
+        cache[key] = merged
+    return cache[key]
+
+
+def _build(block: Block, start: int, stop: int) -> PagedRange:
+    span = Span(block, start, stop)
+    keys = span.keys(torch.float32)
+    heads, tokens, head_dim = keys.shape
+    order = balanced_pca_partition(keys, PAGE_SIZE)
+    offsets = torch.arange(heads, device=keys.device).unsqueeze(1)
+    rows = (order + offsets * tokens).view(-1)
+
+    def sorted_pages(tensor: Tensor) -> Tensor:  # (kv_heads, pages, PAGE_SIZE, head_dim)
+        return tensor.reshape(-1, head_dim).index_select(0, rows).view(heads, -1, PAGE_SIZE, head_dim)
+
+    keys = sorted_pages(keys)
+    pages = (keys.mean(2), keys.var(2, unbiased=False), sorted_pages(span.values(torch.float32)).mean(2))
+    means, variances, values = (table.unflatten(1, (-1, PAGES_PER_SUPERPAGE)) for table in pages)
+    superpages = (means.mean(2), variances.mean(2) + means.var(2, unbiased=False), values.mean(2))
+    # Pages are many: unless the memory itself is more exact, half the bytes are enough for them.
+    table_dtype = torch.float32 if block.keys.dtype == torch.float32 else torch.bfloat16
+    token_rows = (order + start + offsets * block.capacity).view(heads, -1, PAGE_SIZE).int()
+    return PagedRange(token_rows, torch.cat(pages, -1).to(table_dtype), superpages)
+
+
+def balanced_pca_partition(vectors: Tensor, size: int) -> Tensor:
+    """An order of vectors in which every `size` neighbours, from the front, are similar. Deterministic.
+
+    A balanced tree: every group is halved at the median of its projection on its first principal direction until it
+    has `size` vectors.
+
+    Args:
+        vectors: (heads, count, head_dim) floating, where count is `size` times a power of two.
+        size: vectors of a group.
+
+    Returns:
+        (heads, count) int64 positions, for each head independently.
+    """
+    heads, count, head_dim = vectors.shape
+    order = torch.arange(count, device=vectors.device).expand(heads, count)
+    groups = vectors  # (heads * groups, vectors of a group, head_dim)
+    while groups.shape[1] > size:
+        within = (groups @ _directions(groups)).squeeze(-1).argsort(1)
+        half = (2 * len(groups), groups.shape[1] // 2)
+        order = order.reshape(groups.shape[:2]).gather(1, within).view(half)
+        flat = (within + torch.arange(len(groups), device=within.device).unsqueeze(1) * groups.shape[1]).view(-1)
+        groups = groups.reshape(-1, head_dim).index_select(0, flat).view(*half, head_dim)
+    return order.reshape(heads, count)
+
+
+def _directions(groups: Tensor) -> Tensor:
+    """Each group's direction of largest variance, (groups, head_dim, 1), by power iteration on some of its vectors."""
+    sample = groups[:, :: max(1, groups.shape[1] // DIRECTION_SAMPLE)]
+    centered = sample - sample.mean(1, keepdim=True)
+    farthest = centered.square().sum(-1).argmax(1)
+    direction = centered[torch.arange(len(groups), device=groups.device), farthest].unsqueeze(-1)
+    for _ in range(POWER_STEPS):
+        direction = centered.transpose(1, 2) @ (centered @ direction)
+        direction = direction / direction.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    return direction
+
+
+# ---- the index of a layer --------------------------------------------------------------------------------------------
 
 
 @dataclass
 class BlockPages:
-    """The pages of one block.
-
-    Attributes:
-        block: where their tokens are.
-        paged_segment: what is cache of them.
-        first, last: number of the first page in the page_index, and of the one behind the last.
-    """
+    """The pages of one block, which have the numbers `first` to `stop` (exclusive) in the index."""
 
     block: Block
-    paged_segment: PagedSegment
+    paged: PagedRange
     first: int
-    last: int
+    stop: int
 
 
 @dataclass
 class LayerPageIndex:
-    """Pages and superpages of a layer's memory, numbered part by part, and the tokens that are in no page.
+    """All pages and superpages of a layer's memory, numbered part by part, and the tokens that are in no page.
 
-    Only what is cache of the superpages is joined, as all of them are looked at: pages stay where they are, so that
-    mounting a large memory, whose tables come from files, doesn't mean reading it.
+    Only the superpages' tables are concatenated, as every query reads all of them; the pages' tables, which may be
+    mapped from files, stay where they are.
     """
 
     parts: list[BlockPages]
-    superpages: PageTables
+    superpages: tuple[Tensor, ...]
     rest: list[Span]
 
     @property
     def page_count(self) -> int:
         """Pages per head."""
-        return self.parts[-1].last if self.parts else 0
+        return self.parts[-1].stop if self.parts else 0
 
     def superpage_tables(self, page_ids: Tensor) -> Tensor:
-        """What is cache of the pages of superpages (kv_heads, groups, superpages): (kv_heads, groups, pages, 3 * head_dim).
+        """Tables of the pages of superpages (kv_heads, groups, superpages): (kv_heads, groups, pages, 3 * head_dim).
 
-        In float32; the next call uses the same room.
+        In float32; the next call reuses the storage.
         """
-        width = self.parts[0].paged_segment.pages.shape[2]
-        tables = [part.paged_segment.pages.unflatten(1, (-1, PAGES_PER_SUPERPAGE)).flatten(2) for part in self.parts]
+        width = self.parts[0].paged.pages.shape[2]
+        tables = [part.paged.pages.unflatten(1, (-1, PAGES_PER_SUPERPAGE)).flatten(2) for part in self.parts]
         page_gather = _PageGather(page_ids, [part.first // PAGES_PER_SUPERPAGE for part in self.parts])
         selected = page_gather.restore_order(page_gather.select(tables, "tables"), "tables")
         return _convert(selected, torch.float32, "tables").view(*page_ids.shape[:2], -1, width)
 
     def gather(self, page_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (pages, PAGE_SIZE, head_dim) of all of these pages (kv_heads, groups, pages), one after another.
+        """Keys and values (pages, PAGE_SIZE, head_dim) of all these pages (kv_heads, groups, pages), flattened.
 
-        In float32 where that is faster to read, else as the memory is kept. The next call uses the same room.
+        In float32 where that is faster to read, else in the memory's type. The next call reuses the storage.
         """
         block = self.parts[0].block
         dtype = torch.float32 if block.key_scales is not None or needs_conversion(block.keys) else block.keys.dtype
         page_gather = _PageGather(page_ids, [part.first for part in self.parts])
-        rows = page_gather.select([part.paged_segment.rows for part in self.parts], "rows").view(-1)
+        rows = page_gather.select([part.paged.rows for part in self.parts], "rows").view(-1)
 
         def gathered(name: str) -> Tensor:
             tensors = [getattr(part.block, name) for part in self.parts]
-            selected = _workspace_for(name, tensors[0], len(rows), *tensors[0].shape[2:])
+            selected = _workspace_like(name, tensors[0], len(rows), *tensors[0].shape[2:])
             for tensor, part in zip(tensors, page_gather.parts(PAGE_SIZE), strict=True):
                 _select(tensor.flatten(0, 1), rows[part], selected[part])
             return page_gather.restore_order(selected.view(page_ids.numel(), -1), name)
 
-        def pages(name: str) -> Tensor:
-            return _convert(gathered(name), dtype, name).view(-1, PAGE_SIZE, block.keys.shape[2])
-
-        keys, values = pages("keys"), pages("values")
+        keys, values = (
+            _convert(gathered(name), dtype, name).view(-1, PAGE_SIZE, block.keys.shape[2])
+            for name in ("keys", "values")
+        )
         if block.key_scales is not None:
             keys *= gathered("key_scales").unsqueeze(-1)
             values *= gathered("value_scales").unsqueeze(-1)
         return keys, values
 
 
-class _PageGather:
-    """What is sorted_ids out of several parts by number.
+def get_or_build_index(spans: SpanList) -> tuple[LayerPageIndex | None, list[Span]]:
+    """The page index of spans on one device, None if they are too short for one, and the spans to read besides.
 
-    Args:
-        page_ids: (kv_heads, groups, count).
-        offsets: the first number of each part.
+    Indexes are cached by the span list, and by its first block for other lists of the same tokens in any order.
     """
-
-    def __init__(self, page_ids: Tensor, offsets: Sequence[int]):
-        device, per_head = page_ids.device, page_ids[0].numel()
-        sorted_ids = page_ids.reshape(-1)
-        heads = torch.arange(len(page_ids), device=device).repeat_interleave(per_head)
-        self._offsets, self._bounds, self._inverse = offsets, [0, len(sorted_ids)], None
-        if len(offsets) > 1:
-            # Sorted by their number, those of each part stand together.
-            sorted_ids, order = sorted_ids.sort()
-            heads = heads[order]
-            edges = torch.tensor(offsets[1:], device=device)
-            self._bounds = [0, *torch.searchsorted(sorted_ids, edges).tolist(), len(sorted_ids)]
-            self._inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
-        self._sorted_ids, self._heads = sorted_ids, heads
-
-    def parts(self, repeats: int = 1) -> list[slice]:
-        """Where the page_gather of each part stand, if each takes so many ranges."""
-        return [
-            slice(start * repeats, stop * repeats) for start, stop in zip(self._bounds, self._bounds[1:], strict=False)
-        ]
-
-    def select(self, tables: Sequence[Tensor], name: str) -> Tensor:
-        """What was sorted_ids of the parts' tables (kv_heads, entries, width), part by part: (page_gather, width)."""
-        selected = _workspace_for(name, tables[0], len(self._sorted_ids), tables[0].shape[2])
-        for table, first, part in zip(tables, self._offsets, self.parts(), strict=True):
-            at = self._sorted_ids[part] - first + self._heads[part] * table.shape[1]
-            _select(table.reshape(-1, table.shape[2]), at, selected[part])
-        return selected
-
-    def restore_order(self, selected: Tensor, name: str) -> Tensor:
-        """What stands part by part, (page_gather, width), in the order of the page_ids."""
-        if self._inverse is None:
-            return selected
-        return _select(
-            selected, self._inverse, workspace(f"ordered {name}", selected.shape, selected.dtype, selected.device)
-        )
+    key = ("pages", STABLE_STEP)
+    if key not in spans.derived:
+        stable, rest = stable_spans(spans, SUPERPAGE_SIZE)
+        index = _get_or_build_index(stable) if stable else LayerPageIndex([], (), [])
+        spans.derived[key] = (index if index.parts else None), [*index.rest, *rest]
+    return spans.derived[key]
 
 
-def get_or_build_index(spans: Sequence[Span]) -> tuple[LayerPageIndex | None, list[Span]]:
-    """The stretches of some spans, None if they are too few tokens for one, and what is to be read besides.
-
-    The order of the spans makes no difference. Volumes are kept, beside their first block's search_cache, until memory
-    has grown by a step: one new token costs nothing here.
-    """
-    stable, rest = stable_spans(spans, SUPERPAGE_SIZE)
-    if not stable:
-        return None, rest
+def _get_or_build_index(stable: list[Span]) -> LayerPageIndex:
     cache = stable[0].block.search_cache.setdefault("page_indexes", {})
-    assert isinstance(cache, dict)
-    # Blocks stay alive as long as a page_index that holds them, so their ids name them.
+    # An index keeps its blocks alive, so their ids identify them.
     name = tuple((id(span.block), span.start, span.stop) for span in stable)
     if name not in cache:
         while len(cache) >= MAX_CACHED_INDEXES:
             cache.pop(next(iter(cache)), None)
-        cache[name] = _build(stable)
-    page_index = cache[name]
-    return (page_index if page_index.parts else None), [*page_index.rest, *rest]
+        cache[name] = _build_index(stable)
+    return cache[name]
 
 
-def _build(spans: Sequence[Span]) -> LayerPageIndex:
-    """One page_index of what is in some spans."""
+def _build_index(spans: Sequence[Span]) -> LayerPageIndex:
     parts: list[BlockPages] = []
     rest: list[Span] = []
-    at = 0
     for span in spans:
         ranges, remaining = aligned_ranges(span)
         rest += remaining
         if ranges:
-            paged_segment = get_or_merge(span.block, ranges)
-            last = at + paged_segment.rows.shape[1]
-            parts.append(BlockPages(span.block, paged_segment, at, last))
-            at = last
-    tables = zip(*(part.paged_segment.superpages for part in parts), strict=True)
+            paged = get_or_merge(span.block, ranges)
+            first = parts[-1].stop if parts else 0
+            parts.append(BlockPages(span.block, paged, first, first + paged.rows.shape[1]))
+    tables = zip(*(part.paged.superpages for part in parts), strict=True)
     return LayerPageIndex(parts, tuple(torch.cat(each, 1) for each in tables), _compact(rest))
 
 
 def _compact(spans: list[Span]) -> list[Span]:
-    """The same tokens in a block of their own: what many documents leave over is then read at once."""
+    """The same tokens in a block of their own: one read for what many documents leave over."""
     if len(spans) < 2:
         return spans
     keys = spans[0].block.keys
@@ -190,16 +312,142 @@ def _compact(spans: list[Span]) -> list[Span]:
     return [Span(block, 0, block.filled)]
 
 
-def _workspace_for(name: str, like: Tensor, *shape: int) -> Tensor:
-    return workspace(f"sorted_ids {name}", shape, like.dtype, like.device)
+class _PageGather:
+    """Selects numbered entries (kv_heads, groups, count) from the tables of several parts.
+
+    Args:
+        ids: the numbers.
+        offsets: the first number of each part.
+    """
+
+    def __init__(self, ids: Tensor, offsets: Sequence[int]):
+        device, per_head = ids.device, ids[0].numel()
+        sorted_ids = ids.reshape(-1)
+        heads = torch.arange(len(ids), device=device).repeat_interleave(per_head)
+        self._offsets, self._bounds, self._inverse = offsets, [0, len(sorted_ids)], None
+        if len(offsets) > 1:
+            # Sorted by their number, those of each part are adjacent.
+            sorted_ids, order = sorted_ids.sort()
+            heads = heads[order]
+            edges = torch.tensor(offsets[1:], device=device)
+            self._bounds = [0, *torch.searchsorted(sorted_ids, edges).tolist(), len(sorted_ids)]
+            self._inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
+        self._sorted_ids, self._heads = sorted_ids, heads
+
+    def parts(self, repeats: int = 1) -> list[slice]:
+        """The positions of each part's entries, if each entry takes `repeats` positions."""
+        return [slice(a * repeats, b * repeats) for a, b in zip(self._bounds, self._bounds[1:], strict=False)]
+
+    def select(self, tables: Sequence[Tensor], name: str) -> Tensor:
+        """The entries from the parts' tables (kv_heads, entries, width), sorted by part: (entries, width)."""
+        selected = _workspace_like(name, tables[0], len(self._sorted_ids), tables[0].shape[2])
+        for table, offset, part in zip(tables, self._offsets, self.parts(), strict=True):
+            indices = self._sorted_ids[part] - offset + self._heads[part] * table.shape[1]
+            _select(table.reshape(-1, table.shape[2]), indices, selected[part])
+        return selected
+
+    def restore_order(self, selected: Tensor, name: str) -> Tensor:
+        """Entries (entries, width) in the order of the ids instead of sorted by part."""
+        if self._inverse is None:
+            return selected
+        target = workspace(f"ordered {name}", selected.shape, selected.dtype, selected.device)
+        return _select(selected, self._inverse, target)
 
 
-def _select(table: Tensor, at: Tensor, target: Tensor) -> Tensor:
-    """Rows of a table into a target, which is given back."""
-    return torch.index_select(table, 0, at, out=target) if len(at) else target
+def _workspace_like(name: str, like: Tensor, *shape: int) -> Tensor:
+    return workspace(f"selected {name}", shape, like.dtype, like.device)
+
+
+def _select(table: Tensor, indices: Tensor, target: Tensor) -> Tensor:
+    return torch.index_select(table, 0, indices, out=target) if len(indices) else target
 
 
 def _convert(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if tensor.dtype == dtype:
         return tensor
     return workspace(f"converted {name}", tensor.shape, dtype, tensor.device).copy_(tensor)
+
+
+# ---- files of pages, beside a memory file ----------------------------------------------------------------------------
+
+
+def save_pages(bank: MemoryBank, path: Path) -> None:
+    """Build the pages of a memory and write them to a file, atomically.
+
+    Args:
+        bank: of one document, as it was loaded from a memory file.
+        path: the file of pages.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for layer, block, ranges in _layer_ranges(bank):
+        if ranges:
+            paged = get_or_merge(block, ranges)
+            parts = (paged.rows, paged.pages, *paged.superpages)
+            tensors |= {f"layers.{layer}.{name}": part for name, part in zip(_TABLES, parts, strict=True)}
+    with atomic_file(path) as file:
+        file.write(save(tensors, {"pages": _identity(bank), "checksum": _checksum(tensors)}))
+
+
+def load_pages(bank: MemoryBank, path: Path) -> bool:
+    """Read the pages of a memory from a file, so that they need not be built.
+
+    Args:
+        bank: as for `save_pages`.
+        path: the file of pages.
+
+    Returns:
+        Whether the file exists, is undamaged, and has the pages of exactly this memory; else the bank stays as it is.
+    """
+    with suppress(OSError, SafetensorError, KeyError), safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("pages") != _identity(bank):
+            return False
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- it is no dictionary
+        if metadata.get("checksum") != _checksum(tensors):
+            return False
+        layer_ranges = [each for each in _layer_ranges(bank) if each[2]]
+        tables = [[tensors[f"layers.{layer}.{name}"] for name in _TABLES] for layer, _, _ in layer_ranges]
+        for (_, block, ranges), (rows, pages, *superpages) in zip(layer_ranges, tables, strict=True):
+            cache = block.search_cache.setdefault("merged_paged_ranges", {})
+            cache[ranges[0][0], ranges[-1][1]] = PagedRange(rows, pages, tuple(superpages))
+        return True
+    return False
+
+
+def page_bytes(bank: MemoryBank, tokens: int) -> int:
+    """Bytes of the pages' tables, at most, for so many tokens of a memory of this kind, without the file's header."""
+    element_bytes = 4 if bank.dtype == torch.float32 else 2
+    # The row of each token, three vectors per page, and three per superpage.
+    per_token = 4 + 3 * bank.head_dim * (element_bytes / PAGE_SIZE + 4 / SUPERPAGE_SIZE)
+    return int(len(bank.layers) * bank.kv_heads * tokens * per_token)
+
+
+def _layer_ranges(bank: MemoryBank) -> list[tuple[int, Block, list[Range]]]:
+    """Each layer's block and its ranges; nothing for layers whose tokens aren't one span."""
+    spans = [(layer, bank.spans(layer)) for layer in bank.layers]
+    return [(layer, each[0].block, aligned_ranges(each[0])[0]) for layer, each in spans if len(each) == 1]
+
+
+def _identity(bank: MemoryBank) -> str:
+    """What the pages depend on: the memory's content and the constants of the index."""
+    constants = [FILE_VERSION, PAGE_SIZE, PAGES_PER_SUPERPAGE, LENGTHS, bank.fingerprint, str(bank.dtype)]
+    layers = [(layer, block.capacity, len(ranges), _content(block)) for layer, block, ranges in _layer_ranges(bank)]
+    return json.dumps([*constants, bank.kv_heads, bank.head_dim, layers])
+
+
+def _content(block: Block) -> str:
+    """Identifies the tokens of a block: the checksums of its file, or those that a file of it would have."""
+    return block.checksum or "-".join(
+        xxhash.xxh3_64_hexdigest(tensor_bytes(each[:, : block.filled])) for each in block.tensors if each is not None
+    )
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = xxhash.xxh3_64()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)} ".encode())
+        digest.update(tensor_bytes(tensors[name]))
+    return digest.hexdigest()

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from llamory.errors import LlamoryError
-from llamory.memory.search import faiss_parts
-from llamory.memory.search import topk as nearest
-from llamory.memory.search.base import make_search
+from llamory.memory.search import faiss, make_search, topk
 
 
 def best_only(query, bank, scaling, top_k):
@@ -20,21 +18,16 @@ def best_only(query, bank, scaling, top_k):
     return scores.softmax(-1) @ values, scores.logsumexp(-1)
 
 
-def close(found, expected):
-    for ours, plain in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours.double(), plain, atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("name", ["exact", "faiss"])
 @pytest.mark.parametrize("top_k", [1, 5, 32, 10_000])
 def test_the_best_tokens_of_all_spans_and_no_others(memory, name, top_k, monkeypatch):
-    monkeypatch.setattr(nearest, "MAX_SCANNED_TOKENS", 64)
-    monkeypatch.setattr(nearest, "MAX_GATHERED_ELEMENTS", 5000)
-    monkeypatch.setattr(faiss_parts, "MIN_PROBES", 10_000)  # all lists are looked into, so nothing is missed
+    monkeypatch.setattr(topk, "MAX_SCANNED_TOKENS", 64)
+    monkeypatch.setattr(topk, "MAX_GATHERED_ELEMENTS", 5000)
+    monkeypatch.setattr(faiss, "MIN_PROBES", 10_000)  # all lists are looked into, so nothing is missed
     bank = memory.filled(5000, capacity=4096 + 300)
     query = memory.queries(2, 6, 7, 16)
     found = make_search(name, top_k, top_k_attention=True).attend(query, bank, 0, 0.25)
-    close(found, best_only(query, bank, 0.25, top_k))
+    memory.close(found, best_only(query, bank, 0.25, top_k))
 
 
 def test_an_empty_memory_gives_nothing(memory):

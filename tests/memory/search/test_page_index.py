@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from llamory.memory import MemoryBank
-from llamory.memory.search import page_segments as stretches
-from llamory.memory.search.page_files import load_pages, page_bytes, save_pages
+from llamory.memory.search import page_index
+from llamory.memory.search.page_index import load_pages, page_bytes, save_pages
 from llamory.memory.search.pages import PagesSearch
 
 LAYERS, HEADS, SIZE = [2, 5], 2, 16
@@ -48,7 +48,7 @@ def test_pages_that_were_loaded_find_the_same_and_none_are_made(make_file, monke
         save_pages(bank, file.with_suffix(".pages"))
     wanted = found([MemoryBank.load(file) for file in files])
     again = [MemoryBank.load(file) for file in files]
-    monkeypatch.setattr(stretches, "_build", None)
+    monkeypatch.setattr(page_index, "_build", None)
     assert all(load_pages(bank, file.with_suffix(".pages")) for bank, file in zip(again, files, strict=True))
     for one, other in zip(found(again), wanted, strict=True):
         assert torch.equal(one, other)
@@ -69,16 +69,43 @@ def test_a_memory_too_short_for_pages_has_none(make_file) -> None:
     bank = MemoryBank.load(file)
     save_pages(bank, file.with_suffix(".pages"))
     assert load_pages(bank, file.with_suffix(".pages"))
-    assert "page_segments" not in bank.spans(2)[0].block.search_cache
+    assert "paged_ranges" not in bank.spans(2)[0].block.search_cache
 
 
-@pytest.mark.parametrize("other", [{"tokens": 1500}, {"tokens": 1024, "fingerprint": "another"}])
+@pytest.mark.parametrize(
+    "other",
+    [{"tokens": 1500}, {"tokens": 1024, "fingerprint": "another"}, {"tokens": 1024, "seed": 1}],
+    ids=["length", "model", "content"],
+)
 def test_pages_of_another_memory_are_not_taken(make_file, other) -> None:
     file = make_file("a", 1024)
     save_pages(MemoryBank.load(file), file.with_suffix(".pages"))
     bank = MemoryBank.load(make_file("b", **other))
     assert not load_pages(bank, file.with_suffix(".pages"))
     assert not bank.spans(2)[0].block.search_cache
+
+
+def test_a_flipped_bit_in_the_pages_is_noticed(make_file) -> None:
+    file = make_file("a", 1024)
+    pages = file.with_suffix(".pages")
+    save_pages(MemoryBank.load(file), pages)
+    intact = pages.read_bytes()
+    for position in range(len(intact) - 1, 0, -997):
+        pages.write_bytes(intact[:position] + bytes([intact[position] ^ 1]) + intact[position + 1 :])
+        bank = MemoryBank.load(file)
+        assert not load_pages(bank, pages)
+        assert not bank.spans(2)[0].block.search_cache
+    pages.write_bytes(intact)
+    assert load_pages(MemoryBank.load(file), pages)
+
+
+def test_pages_of_a_memory_in_ram_fit_its_file(make_file) -> None:
+    file = make_file("a", 1024)
+    bank = MemoryBank.load(file).fork()
+    for block in {span.block for layer in LAYERS for span in bank.spans(layer)}:
+        block.checksum = ""
+    save_pages(bank, file.with_suffix(".pages"))
+    assert load_pages(bank, file.with_suffix(".pages"))
 
 
 def test_missing_and_broken_pages_are_none(make_file, tmp_path) -> None:

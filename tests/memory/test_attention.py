@@ -19,10 +19,6 @@ def tensors(heads, kv_heads, queries, keys, dtype=torch.float32, batch=2, head_d
     return [torch.randn(*shape, head_dim, generator=chance).to(dtype) for shape in shapes]
 
 
-def close(found, expected, tolerance=1e-5):
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (4, 1)])
 def test_flash_is_softmax_attention_with_a_natural_log_sum(memory, dtype, heads, kv_heads):
@@ -30,15 +26,15 @@ def test_flash_is_softmax_attention_with_a_natural_log_sum(memory, dtype, heads,
     output, lse = flash(query, key, value, scaling=0.3)
     expected, expected_sum = memory.plain_attention(query, key, value, 0.3)
     assert output.dtype == dtype and lse.dtype == torch.promote_types(dtype, torch.float32)
-    close(output, expected, TOLERANCE[dtype])
-    close(lse, expected_sum, TOLERANCE[dtype])
+    memory.close(output, expected, TOLERANCE[dtype])
+    memory.close(lse, expected_sum, TOLERANCE[dtype])
 
 
 def test_a_query_of_another_type_than_the_keys_gets_its_type_back(memory):
     query, key, value = tensors(4, 2, 5, 33)
     output, _ = flash(query.bfloat16(), key, value, scaling=0.3)
     assert output.dtype == torch.bfloat16
-    close(output, memory.plain_attention(query, key, value, 0.3)[0], 3e-2)
+    memory.close(output, memory.plain_attention(query, key, value, 0.3)[0], 3e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -48,7 +44,7 @@ def test_masks_are_added_for_grouped_heads_too(memory, dtype, mask_heads):
     mask = torch.randn(2, mask_heads, 5, 33)
     found = flash(query, key, value, scaling=0.3, mask=mask)
     for one, other in zip(found, memory.plain_attention(query, key, value, 0.3, mask), strict=True):
-        close(one, other)
+        memory.close(one, other)
 
 
 @pytest.mark.parametrize("unseen", [-torch.inf, torch.finfo(torch.float32).min, False])
@@ -60,8 +56,8 @@ def test_rows_that_see_nothing_are_zero_and_minus_infinity(memory, dtype, unseen
     output, lse = flash(query, key, value, scaling=0.3, mask=mask)
     expected, expected_sum = memory.plain_attention(query, key, value, 0.3)
     assert (output[:, :, 3] == 0).all() and (lse[:, :, 3] == -torch.inf).all()
-    close(output[:, :, :3], expected[:, :, :3])
-    close(lse[:, :, 4], expected_sum[:, :, 4])
+    memory.close(output[:, :, :3], expected[:, :, :3])
+    memory.close(lse[:, :, 4], expected_sum[:, :, 4])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -70,7 +66,7 @@ def test_causal_queries_see_the_keys_up_to_their_own(memory, dtype):
     found = flash(query, key, value, scaling=0.3, causal=True)
     mask = torch.full((9, 9), -torch.inf).triu(1)
     for one, other in zip(found, memory.plain_attention(query, key, value, 0.3, mask), strict=True):
-        close(one, other)
+        memory.close(one, other)
 
 
 def test_no_keys_and_no_queries_are_no_error():
@@ -86,7 +82,7 @@ def test_the_plain_way_needs_no_more_than_some_queries_at_once(memory, monkeypat
     mask = torch.randn(40, 33)
     found = flash(query, key, value, scaling=0.3, mask=mask)
     for one, other in zip(found, memory.plain_attention(query, key, value, 0.3, mask), strict=True):
-        close(one, other)
+        memory.close(one, other)
 
 
 @settings(deadline=None, max_examples=30)

@@ -6,14 +6,8 @@ import pytest
 import torch
 
 from llamory.errors import LlamoryError
-from llamory.memory.search import faiss_parts
-from llamory.memory.search.base import make_search
+from llamory.memory.search import faiss, make_search
 from llamory.memory.search.faiss import FaissSearch
-
-
-def close(found, expected, tolerance=1e-5):
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.double(), other.double(), rtol=tolerance, atol=tolerance)
 
 
 def relative_error(found, expected):
@@ -22,24 +16,24 @@ def relative_error(found, expected):
 
 def test_as_many_neighbours_as_tokens_equal_reading_everything(memory):
     bank, query = memory.filled(5000, capacity=8192), memory.queries(1, 4, 3, 16)
-    close(make_search("faiss", 5000).attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4))
+    memory.close(make_search("faiss", 5000).attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("queries", [1, 40])
 def test_nearly_all_neighbours_and_the_rest_are_nearly_everything(memory, dtype, queries, monkeypatch):
     # All lists are looked into, so only what top_k leaves out is estimated: found and left add up to the list.
-    monkeypatch.setattr(faiss_parts, "MIN_PROBES", 10**6)
+    monkeypatch.setattr(faiss, "MIN_PROBES", 10**6)
     bank, query = memory.filled(4500, dtype=dtype, capacity=4096), memory.queries(2, 6, queries, 16)
     found = FaissSearch(4000, tolerance=math.inf).attend(query, bank, 0, 0.2)
-    close(found, memory.expected(query, bank, 0.2), 2e-3)
+    memory.close(found, memory.expected(query, bank, 0.2), 2e-3, size=1)
 
 
 def test_lists_that_are_not_looked_into_are_estimated(memory):
     bank, query = memory.filled(9000, capacity=8192), memory.queries(1, 4, 5, 16)
     output, lse = FaissSearch(10, tolerance=math.inf).attend(query, bank, 0, 0.1)
     expected, expected_sum = memory.expected(query, bank, 0.1)
-    close((output, lse), (expected, expected_sum), 0.03)
+    memory.close((output, lse), (expected, expected_sum), 0.03, size=1)
 
 
 def test_heads_that_look_everywhere_are_right_with_one_neighbour(memory):
@@ -48,7 +42,7 @@ def test_heads_that_look_everywhere_are_right_with_one_neighbour(memory):
     keys = torch.ones(2, 9000, 16) + 0.001 * torch.randn(2, 9000, 16, generator=chance)
     bank.append(0, keys, torch.randn(2, 9000, 16, generator=chance) + 1)
     query = memory.queries(1, 4, 3, 16)
-    close(make_search("faiss", 1).attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4), 1e-3)
+    memory.close(make_search("faiss", 1).attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4), 1e-3, size=1)
 
 
 @pytest.mark.parametrize("strength", [1.0, 3.0])
@@ -73,7 +67,7 @@ def test_memory_may_grow_between_calls(memory):
     for step, tokens in enumerate((3000, 1500, 1, 6000, 300, 9000)):
         bank.append(0, *memory.queries(2, 2, tokens, 16, seed=step))
         query = memory.queries(1, 4, 2, 16, seed=100 + step)
-        close(search.attend(query, bank, 0, 0.1), memory.expected(query, bank, 0.1), 0.03)
+        memory.close(search.attend(query, bank, 0, 0.1), memory.expected(query, bank, 0.1), 0.03, size=1)
 
 
 def test_indexes_in_a_folder_are_used_again_and_give_the_same(memory, tmp_path, monkeypatch):
@@ -82,22 +76,22 @@ def test_indexes_in_a_folder_are_used_again_and_give_the_same(memory, tmp_path, 
     on_disk = make_search("faiss", 10, folder=tmp_path / "indexes").attend(
         query, memory.filled(9000, capacity=8192), 0, 0.1
     )
-    close(on_disk, in_memory)
+    memory.close(on_disk, in_memory)
     assert len(list((tmp_path / "indexes").iterdir())) == 4  # two parts, two heads
-    monkeypatch.setattr(faiss_parts, "_build", lambda span: pytest.fail("built again"))
+    monkeypatch.setattr(faiss, "_build", lambda span: pytest.fail("built again"))
     again = make_search("faiss", 10, folder=tmp_path / "indexes").attend(
         query, memory.filled(9000, capacity=8192), 0, 0.1
     )
-    close(again, in_memory)
+    memory.close(again, in_memory)
 
 
 def test_a_folder_that_cannot_be_and_a_broken_index_are_told(memory, tmp_path):
     (tmp_path / "file").write_text("")
     query = memory.queries(1, 4, 1, 16)
-    with pytest.raises(LlamoryError, match="can't keep indexes"):
+    with pytest.raises(LlamoryError, match="can't store indexes"):
         make_search("faiss", 10, folder=tmp_path / "file").attend(query, memory.filled(9000, capacity=8192), 0, 0.1)
     make_search("faiss", 10, folder=tmp_path).attend(query, memory.filled(9000, capacity=8192), 0, 0.1)
     for file in tmp_path.glob("*.faiss"):
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(LlamoryError, match="not a whole index"):
+    with pytest.raises(LlamoryError, match="not a complete memory index"):
         make_search("faiss", 10, folder=tmp_path).attend(query, memory.filled(9000, capacity=8192), 0, 0.1)
