@@ -19,7 +19,7 @@ def test_available_ram_is_limited_by_the_machine_and_the_container(monkeypatch, 
 
 
 def test_require_free_ram_keeps_a_reserve(monkeypatch):
-    monkeypatch.setattr(ram, "available_ram", lambda: ram.RESERVE + 10)
+    monkeypatch.setattr(ram, "available_ram", lambda: ram.RESERVED_BYTES + 10)
     ram.require_free_ram(10)
     with pytest.raises(MemoryError):
         ram.require_free_ram(11)

@@ -4,16 +4,28 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 
+from llamory.embedding import pipeline as pipeline_module
 from llamory.errors import LlamoryError
 from llamory.library import AddReport, Library
-from llamory.library import indexer as engine_module
+from llamory.library import indexer as indexer_module
 from llamory.library import store as store_module
+
+
+@pytest.fixture
+def library(tmp_path, model_folder) -> Library:
+    return Library(tmp_path / "library", model_folder)
+
+
+def names(library: Library) -> set[str]:
+    return {Path(hit.source).name for hit in library.search("cat", top=100)}
 
 
 def add(library: Library, *paths: Path, **settings) -> AddReport:
@@ -195,7 +207,7 @@ def test_the_same_path_in_other_words_is_the_same_source(tmp_path, docs, model_f
 
 
 def test_many_commits_are_tidied_on_the_way(tmp_path, model_folder, monkeypatch):
-    monkeypatch.setattr(engine_module, "CHUNKS_PER_BATCH", 1)
+    monkeypatch.setattr(indexer_module, "CHUNKS_PER_BATCH", 1)
     monkeypatch.setattr(store_module, "COMMITS_PER_COMPACTION", 4)
     folder = tmp_path / "docs"
     folder.mkdir()
@@ -227,7 +239,7 @@ def stop_at(monkeypatch):
 
 
 def test_a_stopped_run_keeps_whole_documents_and_the_next_goes_on(tmp_path, model_folder, monkeypatch, stop_at):
-    monkeypatch.setattr(engine_module, "CHUNKS_PER_BATCH", 4)
+    monkeypatch.setattr(indexer_module, "CHUNKS_PER_BATCH", 4)
     folder = tmp_path / "docs"
     folder.mkdir()
     for name, word in [("a", "cat"), ("b", "dog"), ("c", "river"), ("d", "money")]:
@@ -261,6 +273,245 @@ def test_a_strict_run_stops_at_a_broken_file(tmp_path, docs, model_folder):
     with pytest.raises(LlamoryError, match=r"broken\.jsonl:1: the line is not valid JSON"):
         add(library, docs, strict=True)
     assert len(library) == 3
+
+
+# ---- removal ---------------------------------------------------------------------------------------------------------
+
+
+def test_files_and_folders_can_be_taken_out(tmp_path, docs, library):
+    (docs / "lines.jsonl").write_text('{"text": "a cat"}\n{"text": "a dog"}\n')
+    add(library, docs)
+    assert library.remove(docs / "pets").removed == 2
+    assert library.remove(f"{docs}/lines.jsonl:1").removed == 1
+    assert names(library) == {"cats.txt", "lines.jsonl:2"}
+    with pytest.raises(LlamoryError, match=r"nothing of .*pets"):
+        library.remove(docs / "pets")
+    # What was taken out isn't taken for read.
+    assert add(library, docs) == AddReport(added=3, unchanged=2, passages=3)
+
+
+def test_removal_needs_no_model(tmp_path, docs, library, monkeypatch):
+    add(library, docs)
+    monkeypatch.setattr(pipeline_module, "load_embedder", None)
+    (docs / "cats.txt").unlink()
+    assert Library(library.path).remove(docs / "cats.txt") == AddReport(removed=1)
+
+
+# ---- folders that are empty, perhaps as their disk isn't mounted -------------------------------------------------------
+
+
+def empty(folder: Path) -> None:
+    for file in list(folder.rglob("*.*")):
+        file.unlink()
+
+
+def test_a_folder_that_lost_all_documents_is_an_error_unless_allowed(docs, library):
+    add(library, docs)
+    empty(docs)
+    with pytest.raises(LlamoryError, match=r"docs holds no documents now, but the library has 3 .*--allow-empty"):
+        add(library, docs)
+    assert len(library) == 3
+    assert add(library, docs, allow_empty=True) == AddReport(removed=3)
+
+
+def test_a_mount_point_that_is_empty_for_a_moment_costs_no_vectors(tmp_path, docs, library, embedded):
+    add(library, docs)
+    docs.rename(tmp_path / "mounted")
+    docs.mkdir()
+    with pytest.raises(LlamoryError, match="check that its disk is mounted"):
+        add(library, docs)
+    docs.rmdir()
+    (tmp_path / "mounted").rename(docs)
+    embedded.clear()
+    assert add(library, docs) == AddReport(unchanged=3)
+    assert embedded == []
+
+
+def test_one_empty_folder_of_several_stops_the_run_before_it_writes(tmp_path, docs, library):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "river.txt").write_text("a river")
+    add(library, docs, other)
+    (other / "river.txt").write_text("a long river")
+    empty(docs)
+    with pytest.raises(LlamoryError, match="docs holds no documents now"):
+        add(library, other, docs)
+    assert {hit.text for hit in library.search("river", source="other/")} == {"a river"}
+
+
+def test_an_empty_folder_below_a_given_one_keeps_its_documents_and_is_listed(docs, library):
+    add(library, docs)
+    (docs / "cats.txt").write_text("a new cat")
+    empty(docs / "pets")
+    report = add(library, docs)
+    assert (report.updated, report.removed, len(library)) == (1, 0, 3)
+    (failure,) = report.failed
+    assert failure.path == str(docs / "pets") and "--allow-empty" in failure.reason
+    assert add(library, docs, allow_empty=True) == AddReport(unchanged=1, removed=2)
+
+
+def test_a_deleted_folder_below_a_given_one_is_removed(docs, library):
+    add(library, docs)
+    empty(docs / "pets")
+    (docs / "pets").rmdir()
+    assert add(library, docs) == AddReport(unchanged=1, removed=2)
+
+
+def test_a_folder_that_is_unmounted_during_the_run_keeps_its_documents(tmp_path, docs, library, monkeypatch):
+    add(library, docs)
+    tasks = indexer_module.Update.tasks
+
+    def unmounting(self, *settings):
+        docs.rename(tmp_path / "mounted")
+        docs.mkdir()
+        return tasks(self, *settings)
+
+    monkeypatch.setattr(indexer_module.Update, "tasks", unmounting)
+    report = add(library, docs)
+    assert (report.removed, len(library)) == (0, 3)
+    assert {failure.reason for failure in report.failed} >= {"it vanished before it was read"}
+
+
+def test_a_given_path_that_is_gone_is_an_error_and_removes_nothing(docs, library):
+    add(library, docs)
+    empty(docs)
+    for folder in (docs / "pets", docs):
+        folder.rmdir()
+    for path in (docs, docs / "cats.txt"):
+        with pytest.raises(LlamoryError, match="no file or folder"):
+            add(library, path, allow_empty=True)
+    assert len(library) == 3
+
+
+# ---- removal without a model -------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_changes_needs_no_model(docs, library, monkeypatch, model_folder):
+    add(library, docs)
+    monkeypatch.setattr(pipeline_module, "load_embedder", None)
+    for model in (None, model_folder):
+        assert add(Library(library.path, model), docs) == AddReport(unchanged=3)
+
+
+def test_files_that_did_not_change_are_not_parsed_again(docs, library, monkeypatch):
+    (docs / "lines.jsonl").write_text('{"text": "a cat"}\n{"text": "a dog"}\n')
+    add(library, docs)
+    (docs / "cats.txt").write_text("a new cat")
+    read: list[str] = []
+    files = sys.modules["llamory.documents"]
+    read_file = files.read_file
+    monkeypatch.setattr(
+        files, "read_file", lambda path, **settings: read.append(path.name) or read_file(path, **settings)
+    )
+    assert add(library, docs) == AddReport(updated=1, unchanged=4, passages=1)
+    assert read == ["cats.txt"]
+    # Another field is another text of the same file.
+    (docs / "lines.jsonl").write_text('{"text": "a cat", "body": "money"}\n')
+    add(library, docs)
+    assert add(library, docs, text_field="body").updated == 1
+
+
+# ---- more than one process -------------------------------------------------------------------------------------------
+
+HOLDER = """
+import sys
+from llamory.common.locks import write_lock
+with write_lock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def holder(library):
+    """Another process that writes to the library until it is told to stop."""
+    command = [sys.executable, "-c", HOLDER, library.path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        yield other
+        other.kill()
+
+
+def test_a_second_process_is_told(docs, library, holder):
+    with pytest.raises(LlamoryError, match="Another process is writing"):
+        add(library, docs, wait=False)
+
+
+def test_a_second_process_waits(docs, library, holder, capsys):
+    done: list[AddReport] = []
+    thread = threading.Thread(target=lambda: done.append(library.add(docs)))
+    thread.start()
+    thread.join(0.5)
+    assert thread.is_alive() and not done
+    holder.stdin.write("\n")
+    holder.stdin.flush()
+    thread.join(60)
+    assert done[0].added == 3
+    assert "waiting until it is done" in capsys.readouterr().err
+
+
+def test_a_killed_process_holds_nothing(docs, library, holder):
+    holder.kill()
+    holder.wait()
+    assert add(library, docs, wait=False).added == 3
+
+
+def test_two_that_make_a_library_at_once_make_one(tmp_path, docs, model_folder, other_model_folder):
+    first, second = (Library(tmp_path / "library", model_folder) for _ in range(2))
+    third = Library(tmp_path / "library", other_model_folder)
+    reports: list[AddReport] = []
+    threads = [
+        threading.Thread(target=lambda which=which: reports.append(add(which, docs))) for which in (first, second)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted((report.added, report.unchanged) for report in reports) == [(0, 3), (3, 0)]
+    assert len(Library(tmp_path / "library")) == 3
+    with pytest.raises(LlamoryError, match="another model"):
+        add(third, docs)
+
+
+def test_reading_goes_on_while_another_writes(tmp_path, model_folder, monkeypatch):
+    monkeypatch.setattr(indexer_module, "CHUNKS_PER_BATCH", 2)
+    monkeypatch.setattr(store_module, "COMMITS_PER_COMPACTION", 3)
+    docs = tmp_path / "docs"
+    docs.mkdir()
+
+    def write(version: int) -> None:
+        for i in range(12):
+            parts = [f"# Part {part}\n\nThe cat of version {version} went on." for part in range(3)]
+            (docs / f"{i}.md").write_text("\n\n".join(parts))
+
+    write(0)
+    writer = Library(tmp_path / "library", model_folder)
+    add(writer, docs)
+    reader, stop, errors, seen = Library(tmp_path / "library"), threading.Event(), [], set()
+
+    def read() -> None:
+        try:
+            while not stop.is_set():
+                for mode in ("dense", "bm25", "fused"):
+                    by_source: dict[str, list[str]] = {}
+                    for hit in reader.search("cat version", top=99, mode=mode):
+                        by_source.setdefault(hit.source, []).append(hit.text.split("version ")[1])
+                    # Every document is there, whole, and of one version.
+                    assert len(by_source) == 12
+                    assert all(len(texts) == 3 and len(set(texts)) == 1 for texts in by_source.values())
+                    seen.update(text for texts in by_source.values() for text in texts)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    for version in range(1, 4):
+        write(version)
+        assert add(writer, docs).updated == 12
+    stop.set()
+    thread.join()
+    assert errors == []
+    assert len(seen) > 1  # the open library saw what was written
 
 
 # ---- opening ---------------------------------------------------------------------------------------------------------
@@ -356,11 +607,57 @@ def test_a_folder_that_holds_some_other_table_is_not_taken_for_a_library(tmp_pat
         Library(tmp_path / "other")
 
 
-def test_progress_goes_to_standard_error(tmp_path, docs, model_folder, capsys):
+def test_progress_goes_to_standard_error(tmp_path, docs, model_folder, capsys, monkeypatch):
+    monkeypatch.setattr("llamory.common.progress.SECONDS_BETWEEN_LINES", 0)
     Library(tmp_path / "library", model_folder).add(docs)
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "3 passages embedded" in shown.err
+
+
+@pytest.mark.parametrize("path", ["", " ", "\t\n", "a\0b", "caf\udce9"])
+def test_a_path_that_names_nothing_is_refused_and_nothing_is_written(tmp_path, model_folder, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    for model in (None, model_folder):
+        with pytest.raises(LlamoryError, match="library's path"):
+            Library(path, model)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_that_no_store_has_is_named(model_folder):
+    with pytest.raises(LlamoryError, match="nothing://here is no address of a library"):
+        Library("nothing://here", model_folder)
+
+
+@pytest.mark.parametrize("size", [0, -1, math.inf, math.nan])
+def test_a_largest_file_size_that_is_no_size_is_refused(docs, library, size):
+    with pytest.raises(LlamoryError, match="more than 0 MiB and finite"):
+        add(library, docs, max_file_size=size)
+
+
+def test_odd_arguments_of_add_are_named(docs, library):
+    with pytest.raises(LlamoryError, match="at least 1 token, not 0"):
+        add(library, docs, chunk_size=0)
+    with pytest.raises(LlamoryError, match="text field is not valid Unicode"):
+        add(library, docs, text_field="\udcff")
+
+
+def test_passages_and_queries_are_embedded_in_the_same_precision(tmp_path, docs, model_folder, monkeypatch):
+    dtypes: list[bool] = []
+    for name in ("encode_document", "encode_query"):
+        encode = getattr(SentenceTransformer, name)
+        monkeypatch.setattr(
+            SentenceTransformer,
+            name,
+            lambda self, inputs, encode=encode, **settings: (
+                dtypes.append(torch.is_autocast_enabled("cpu")) or encode(self, inputs, **settings)
+            ),
+        )
+    for bf16 in (False, True):
+        library = Library(tmp_path / str(bf16), model_folder, device="cpu", bf16=bf16)
+        add(library, docs)
+        library.search("cat")
+    assert dtypes == [False] * 2 + [True] * 2
 
 
 def test_importing_the_library_loads_no_torch():

@@ -23,9 +23,9 @@ import llamory.documents.scan  # noqa: F401
 import llamory.library.store as store_module
 from llamory.embedding.pipeline import load_embedder
 from llamory.library import Library
-from llamory.library import indexer as engine_module
+from llamory.library import indexer as indexer_module
 
-engine_module.CHUNKS_PER_BATCH = 4
+indexer_module.CHUNKS_PER_BATCH = 4
 store_module.COMMITS_PER_COMPACTION = 3
 
 
@@ -51,6 +51,8 @@ def dying_at(event: int) -> None:
 
     for name in ("write", "remove", "compact", "mark_indexed", "clear_indexed"):
         setattr(store_module.PassageStore, name, around(getattr(store_module.PassageStore, name)))
+    for name in ("add", "clear"):
+        setattr(store_module.PendingVectors, name, around(getattr(store_module.PendingVectors, name)))
     store_module.PassageStore.create = around(store_module.PassageStore.create)
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from llamory.documents.document import Document, Section
 from llamory.documents.formats import text as formats
@@ -39,6 +39,13 @@ SUFFIXES = frozenset({*_READERS, _PDF, _JSON_LINES, *_TEXT, *_CODE})
 T = TypeVar("T")
 Broken = Callable[[str, str], None]
 PathLike = str | os.PathLike[str]
+
+
+class Hasher(Protocol):
+    """A hash of `hashlib`."""
+
+    def update(self, data: bytes, /) -> None:
+        """Add data."""
 
 
 def find_files(paths: PathLike | Iterable[PathLike]) -> list[Path]:
@@ -112,6 +119,7 @@ def read_file(
     skip_broken: bool = False,
     broken: Broken | None = None,
     max_bytes: int | None = None,
+    hasher: Hasher | None = None,
 ) -> Iterator[Document]:
     """Read one file: one document, or one per line of a JSON lines file. Settings and errors as `read_documents`.
 
@@ -121,18 +129,27 @@ def read_file(
         skip_broken: pass over what is broken, with a warning in the log.
         broken: is told of each broken JSON line, and the rest of the file is read.
         max_bytes: a larger file, or a longer line of JSON lines, is broken.
+        hasher: its `update` is called with all bytes of the file, in order, as they are read.
     """
     suffix = path.suffix.lower()
     if suffix == _JSON_LINES:
         lines = read_json_lines(
-            path, _text_and_title(text_field), skip_broken=skip_broken, broken=broken, max_bytes=max_bytes
+            path,
+            _text_and_title(text_field),
+            skip_broken=skip_broken,
+            broken=broken,
+            max_bytes=max_bytes,
+            hasher=hasher,
         )
         for line, (text, title) in lines:
             if text.strip():
                 yield Document(text, f"{path}:{line}", title, (Section(text, title, line, verbatim=False),))
         return
     try:
-        title, text, sections = _parse_file(path, suffix, read_limited(path, max_bytes))
+        data = read_limited(path, max_bytes)
+        if hasher is not None:
+            hasher.update(data)
+        title, text, sections = _parse_file(path, suffix, data)
     except LlamoryError as error:
         if not skip_broken:
             raise
@@ -162,6 +179,7 @@ def read_json_lines(
     skip_broken: bool = False,
     broken: Broken | None = None,
     max_bytes: int | None = None,
+    hasher: Hasher | None = None,
 ) -> Iterator[tuple[int, T]]:
     """Read the objects of a JSON lines file with their line numbers; blank lines are passed over.
 
@@ -171,13 +189,14 @@ def read_json_lines(
         skip_broken: pass over broken lines, with their number in the log.
         broken: is told the location and the reason of each broken line, which is passed over.
         max_bytes: a longer line is broken.
+        hasher: as for `read_file`.
 
     Raises:
         LlamoryError: a line isn't UTF-8, not JSON, no object, or unfit; file and line are told.
     """
     skipped, first = 0, ""
     with open_regular(path) as file:
-        for number, raw in _numbered_lines(file, max_bytes):
+        for number, raw in _numbered_lines(file, max_bytes, hasher):
             try:
                 if max_bytes is not None and len(raw) > max_bytes:
                     raise LlamoryError(f"the line {too_large_message(len(raw), max_bytes)}")
@@ -200,17 +219,22 @@ def read_json_lines(
         logger.warning("Passed over %d broken line%s; the first: %s", skipped, "s" if skipped > 1 else "", first)
 
 
-def _numbered_lines(file: BinaryIO, max_bytes: int | None) -> Iterator[tuple[int, bytes]]:
+def _numbered_lines(file: BinaryIO, max_bytes: int | None, hasher: Hasher | None) -> Iterator[tuple[int, bytes]]:
     """Lines with their numbers; of one that is too long only so much that this is seen."""
-    if max_bytes is None:
-        yield from enumerate(file, 1)
-        return
+    size = -1 if max_bytes is None else max_bytes + 1
+
+    def read_line() -> bytes:
+        line = file.readline(size)
+        if hasher is not None:
+            hasher.update(line)
+        return line
+
     number = 0
-    while line := file.readline(max_bytes + 1):
+    while line := read_line():
         number += 1
         yield number, line
-        while len(line) > max_bytes and not line.endswith(b"\n"):
-            line = file.readline(max_bytes + 1)
+        while max_bytes is not None and len(line) > max_bytes and not line.endswith(b"\n"):
+            line = read_line()
 
 
 def _json_object(line: str) -> dict[str, Any]:

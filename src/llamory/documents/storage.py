@@ -114,9 +114,14 @@ def content_hash(path: Path, max_bytes: int | None = None) -> tuple[str, tuple[i
         return hashlib.file_digest(file, "sha256").hexdigest()[:32], state
 
 
+def file_state(path: Path) -> tuple[int, ...]:
+    """What the system says of a file, as `content_hash` gives it."""
+    return _stat_key(path.stat())
+
+
 def unchanged_since(path: Path, state: tuple[int, ...]) -> bool:
-    """Whether a file is as `content_hash` found it."""
-    return _stat_key(path.stat()) == state
+    """Whether a file is as `content_hash` or `file_state` found it."""
+    return file_state(path) == state
 
 
 def _stat_key(status: os.stat_result) -> tuple[int, ...]:

@@ -1,11 +1,11 @@
-"""A library on disk: documents go in, the passages that answer a query come out, and answers from their memory."""
+"""A library on disk: add documents, search their passages, and get answers with citations."""
 
 from typing import TYPE_CHECKING, Any
 
+from llamory.library.indexer import AddReport
 from llamory.library.library import Library
 from llamory.library.search import Hit
 from llamory.library.store import Settings
-from llamory.library.update import AddReport
 
 if TYPE_CHECKING:
     from llamory.library.citations import Citation
@@ -15,13 +15,9 @@ __all__ = ["AddReport", "Citation", "CitedAnswer", "Hit", "Library", "LibraryCha
 
 
 def __getattr__(name: str) -> Any:
-    # Searching needs no LongLLaMA; it is loaded with the first of these that is asked for.
-    if name in ("CitedAnswer", "LibraryChat"):
-        from llamory.library import qa as asking
+    # Search needs no LongLLaMA: it is imported with the first of these.
+    if name in ("Citation", "CitedAnswer", "LibraryChat"):
+        from llamory.library import qa
 
-        return getattr(asking, name)
-    if name == "Citation":
-        from llamory.library import citations as citing
-
-        return citing.Citation
+        return getattr(qa, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

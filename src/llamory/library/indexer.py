@@ -1,20 +1,24 @@
-"""The work of indexing: files that may have changed become batches of whole documents, ready to be written.
+"""Index files into a library: chunk and embed what is new or changed, write it, delete what no longer exists.
 
-An engine runs `process_files` over the files, here or on other machines; the library alone decides which files those are, and
-alone writes what comes back. So an engine can run a file twice, or stop at any moment, and nothing is lost or doubled.
+`Update` decides which files are read and alone writes; `chunk_files` and `embed_batch` do the work in between, in this
+process (`index_files`) or on other machines (`ray.RayIndexer`). A file may be processed twice, and a run may stop at
+any moment: nothing is lost or doubled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from llamory.errors import LlamoryError
+from llamory.library.store import PassageStore, PendingVectors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,27 +27,34 @@ if TYPE_CHECKING:
 
     from llamory.documents import Document, SkippedFile
 
-# Passages that are embedded before they are written: what is lost when a run is killed.
+    FindVectors = Callable[[Collection[str]], Mapping[str, np.ndarray]]
+    SaveVectors = Callable[[Sequence[Mapping[str, Any]], np.ndarray], None]
+
+# Passages that are embedded before they are written: what a killed run computes again.
 CHUNKS_PER_BATCH = 64
-# To be raised when files are read in another way than before, so that files that didn't change are read again.
+# Batches between two updates of the file index: files of the last ones are parsed again after a kill.
+_BATCHES_PER_INDEX_UPDATE = 64
+# Raise it when files are parsed in another way than before, so that unchanged files are parsed again.
 READERS_VERSION = 1
 
 logger = logging.getLogger(__name__)
 
-Vectors = Mapping[str, "np.ndarray"]
-
 
 @dataclass(frozen=True)
 class FileTask:
-    """A unit of work: one file. It can be pickled.
+    """A file to index. It can be pickled.
 
     Attributes:
         file: absolute path.
-        document_hashes: the hash of each document (by source) that the library holds of it.
+        stored: hash of each document (by source) that the library holds of it.
+        content: the file's content key, if it is known; it is valid while the file has this `state`.
+        state: the file's state as `llamory.documents.storage.file_state` gives it.
     """
 
     file: str
-    document_hashes: Mapping[str, str] = field(default_factory=dict)
+    stored: Mapping[str, str] = field(default_factory=dict)
+    content: str = ""
+    state: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,11 @@ class ChunkingConfig:
     """How files become passages. It can be pickled.
 
     Attributes:
-        chunk_size: tokens that a passage has at most.
+        chunk_size: maximum tokens of a passage.
         text_field: entry of a JSON line that holds the text.
-        roots: the real paths of what was given: nothing outside is read. Empty: anything is.
-        max_bytes: larger files, and longer lines of JSON lines, are passed over.
-        strict: stop at what can't be read, instead of telling in the end.
+        roots: real paths of the given files and folders: nothing outside is read. Empty: no limit.
+        max_bytes: larger files, and longer lines of JSON lines, are skipped.
+        strict: raise an error for what can't be read, instead of listing it.
         bf16: embed in bfloat16.
     """
 
@@ -69,15 +80,15 @@ class ChunkingConfig:
 
 @dataclass
 class Batch:
-    """Some whole documents, and what became of the files that were read meanwhile.
+    """Some whole documents, and the outcome of the files that were read for them.
 
     Attributes:
-        rows: the passages of the documents: all columns of the library's table but the vector.
+        rows: the passages: all columns of the library's table except the vector and the key.
         vectors: float32 (passages, dimension); None if there are no passages.
-        unchanged: sources of documents that the library has as they are.
-        completed_files: files that were read to their end, each with its content (empty if some of it was broken).
-        failed: what couldn't be read; the library keeps what it has of it.
-        files: files that are done with, read or not.
+        unchanged: sources of documents that the library holds as they are.
+        completed_files: files that were read to the end, each with its content key (empty if some of it was broken).
+        failed: what couldn't be read; the library keeps what it holds of it.
+        files: number of files that are done, read or not.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -88,64 +99,70 @@ class Batch:
     files: int = 0
 
 
-class Engine(Protocol):
-    """Runs `process_files` over the files."""
-
-    def run(self, tasks: Collection[FileTask]) -> Iterator[Batch]:
-        """Batches of all files; each batch is written before the next is asked for."""
-        ...
-
-
 @dataclass
-class LocalEngine:
-    """Runs the files one after the other in this process.
+class AddReport:
+    """What `Library.add` or `Library.remove` did.
 
     Attributes:
-        config: how files become passages.
-        embedder: the library's model.
-        cached_vectors: gives the vectors of those of some texts that the library holds already.
-        advance: is told how many passages were embedded.
+        added: documents that were new.
+        unchanged: documents that were in the library already.
+        updated: documents whose old passages were replaced.
+        removed: documents that are no longer in their file, or whose file no longer exists.
+        passages: passages that were written.
+        failed: files, folders and JSON lines that couldn't be read; the library keeps what it holds of them.
+        skipped: links that lead out of the given folders or nowhere, and things that aren't files.
     """
 
-    config: ChunkingConfig
-    embedder: SentenceTransformer
-    cached_vectors: Callable[[Collection[str]], Vectors]
-    advance: Callable[[int], None] = lambda _: None
+    added: int = 0
+    unchanged: int = 0
+    updated: int = 0
+    removed: int = 0
+    passages: int = 0
+    failed: list[SkippedFile] = field(default_factory=list)
+    skipped: list[SkippedFile] = field(default_factory=list)
 
-    def run(self, tasks: Collection[FileTask]) -> Iterator[Batch]:
-        """Batches of all files, in order."""
-        return process_files(tasks, self.config, self.embedder, self.cached_vectors, self.advance)
+    @property
+    def documents(self) -> int:
+        """Documents of the given files that the library holds now."""
+        return self.added + self.unchanged + self.updated
 
 
-def process_files(
+# ---- files to passages -----------------------------------------------------------------------------------------------
+
+
+def index_files(
     tasks: Iterable[FileTask],
     config: ChunkingConfig,
     embedder: SentenceTransformer,
-    cached_vectors: Callable[[Collection[str]], Vectors],
+    find_vectors: FindVectors,
+    save_vectors: SaveVectors = lambda *_: None,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Batch]:
-    """Read, cut and embed files, as batches of about `CHUNKS_PER_BATCH` passages of whole documents.
+    """Read, chunk and embed files in this process, as batches of about `CHUNKS_PER_BATCH` passages of whole documents.
 
     Args:
         tasks: the files.
         config: how files become passages.
         embedder: the library's model.
-        cached_vectors: gives the vectors of those of some texts that need not be embedded again.
-        advance: is told how many passages were embedded.
+        find_vectors: gives the vectors of those of some texts that need not be embedded again.
+        save_vectors: called with rows and vectors while a document with many passages is embedded.
+        advance: called with the number of passages that were embedded.
 
     Raises:
-        LlamoryError: a file can't be read, if the recipe is strict.
+        LlamoryError: a file can't be read, and the config is strict.
     """
     from llamory.embedding.library_encoder import chunk_tokenizer
 
     for batch in chunk_files(tasks, config, chunk_tokenizer(embedder)):
-        yield embed_batch(batch, config, embedder, cached_vectors, advance)
+        for rows, vectors in embed_batch(batch, config, embedder, find_vectors, advance):
+            save_vectors(rows, vectors)
+        yield batch
 
 
 def chunk_files(
     tasks: Iterable[FileTask], config: ChunkingConfig, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Batch]:
-    """The first half of `process_files`: read and cut files, as batches without vectors."""
+    """Read and chunk files, as batches without vectors."""
     chunker = _FileChunker(config, tokenizer)
     for task in tasks:
         for _ in chunker.chunk(task):
@@ -157,7 +174,7 @@ def chunk_files(
 
 
 class _FileChunker:
-    """Puts the passages of files into the batch at hand."""
+    """Adds the passages of files to the current batch."""
 
     def __init__(self, config: ChunkingConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config = config
@@ -165,83 +182,96 @@ class _FileChunker:
         self.batch = Batch()
 
     def chunk(self, task: FileTask) -> Iterator[None]:
-        """Read and cut one file, pausing after each document; what is wrong with it must not stop the others."""
+        """Read and chunk one file, pausing after each document; an error in it must not stop the others."""
         from llamory.documents import SkippedFile
 
         try:
-            yield from self._chunk_file(task)
+            yield from self._chunk(task)
+        except (LlamoryError, OSError, RecursionError) as error:
+            if self.config.strict:
+                if isinstance(error, RecursionError):
+                    raise LlamoryError(f"{task.file} can't be read ({_name_error(error)}).") from error
+                raise
+            self.batch.failed.append(SkippedFile(task.file, _failure_reason(error, task.file)))
         except Exception as error:
             if self.config.strict:
-                if isinstance(error, LlamoryError | OSError):
-                    raise
-                raise LlamoryError(f"{task.file} can't be read ({type(error).__name__}: {error}).") from error
-            logger.debug("%s can't be read", task.file, exc_info=True)
-            self.batch.failed.append(SkippedFile(task.file, _reason(error, task.file)))
+                raise
+            logger.warning("An error of llamory in reading %s", task.file, exc_info=True)
+            reason = f"llamory failed unexpectedly on it ({_name_error(error)}); please report this"
+            self.batch.failed.append(SkippedFile(task.file, reason))
 
-    def _chunk_file(self, task: FileTask) -> Iterator[None]:
+    def _chunk(self, task: FileTask) -> Iterator[None]:
         from llamory.documents import SkippedFile, read_file
-        from llamory.documents.storage import unchanged_since
+        from llamory.documents.storage import file_state, unchanged_since
 
-        path, config, broken = Path(task.file), self.config, list[str]()
-        content, state = _content_key(path, config)
+        path, config, broken_locations = Path(task.file), self.config, list[str]()
+        _check_within(path, config)
+        state = file_state(path)
+        hasher = None if task.content and state == task.state else hashlib.sha256()
 
-        def record_error(location: str, reason: str) -> None:
-            broken.append(location)
+        def on_error(location: str, reason: str) -> None:
+            broken_locations.append(location)
             self.batch.failed.append(SkippedFile(location, reason))
 
-        on_error = None if config.strict else record_error
-        for document in read_file(path, text_field=config.text_field, broken=on_error, max_bytes=config.max_bytes):
+        documents = read_file(
+            path,
+            text_field=config.text_field,
+            broken=None if config.strict else on_error,
+            max_bytes=config.max_bytes,
+            hasher=hasher,
+        )
+        for document in documents:
             digest = document_hash(document, config.chunk_size)
-            if task.document_hashes.get(document.source) == digest:
+            if task.stored.get(document.source) == digest:
                 self.batch.unchanged.append(document.source)
             else:
                 self.batch.rows += _rows(document, self.tokenizer, config.chunk_size, task.file, digest)
             yield
         if not unchanged_since(path, state):
             raise LlamoryError(f"{path} changed while it was read; index it again.")
-        self.batch.completed_files[task.file] = "" if broken else content  # what is broken is told again next time
+        content = task.content if hasher is None else _content_key(path, hasher.hexdigest()[:32], config)
+        # A file with broken parts is read again by the next run, which lists them again.
+        self.batch.completed_files[task.file] = "" if broken_locations else content
 
 
-def is_unchanged(file: str, content: str, config: ChunkingConfig) -> bool:
-    """Whether a file has the content that `Batch.finished` told of it; a file that can't be read has not."""
-    try:
-        return bool(content) and _content_key(Path(file), config)[0] == content
-    except (LlamoryError, OSError):
-        return False
+def embed_batch(
+    batch: Batch,
+    config: ChunkingConfig,
+    embedder: SentenceTransformer,
+    find_vectors: FindVectors,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
+    """Give a batch its vectors; vectors that are found need not be computed.
 
+    Yields:
+        Of a batch with more than `CHUNKS_PER_BATCH` new texts: rows and vectors, as soon as they are computed.
+    """
+    import numpy as np
 
-def _content_key(path: Path, config: ChunkingConfig) -> tuple[str, tuple[int, ...]]:
-    """A short name for what would be read of a file, and its state as `unchanged_since` takes it."""
-    from llamory.documents.scan import LINK_OUTSIDE, is_within
-    from llamory.documents.storage import content_hash
+    from llamory.embedding.library_encoder import embed_passages
 
-    # Asked again just before reading: the folders may have changed since they were looked through.
-    if config.roots and not is_within(path, config.roots):
-        raise LlamoryError(f"{path} is {LINK_OUTSIDE}.")
-    is_json_lines = path.suffix.lower() == ".jsonl"
-    digest, state = content_hash(path, None if is_json_lines else config.max_bytes)
-    return f"{READERS_VERSION}:{digest}:{config.text_field if is_json_lines else ''}", state
-
-
-def _reason(error: Exception, file: str) -> str:
-    """What is wrong with a file, without its name and without the end of the sentence."""
-    if isinstance(error, FileNotFoundError):
-        return "it vanished before it was read"
-    if isinstance(error, OSError):
-        return f"it can't be read ({error.strerror})"
-    text = str(error).removeprefix(file).strip().rstrip(".")
-    text = re.sub(r"^:(\d+): ", r"line \1: ", text).removeprefix(": ")
-    return text if isinstance(error, LlamoryError) else f"it can't be read ({type(error).__name__}: {text})"
+    if not batch.rows:
+        return
+    rows = {row["text"]: row for row in batch.rows}
+    vectors = dict(find_vectors(list(rows)))
+    new = [text for text in rows if text not in vectors]
+    for start in range(0, len(new), CHUNKS_PER_BATCH):
+        texts = new[start : start + CHUNKS_PER_BATCH]
+        computed = embed_passages(embedder, texts, advance, bf16=config.bf16)
+        vectors |= dict(zip(texts, computed, strict=True))
+        if len(new) > CHUNKS_PER_BATCH:
+            yield [rows[text] for text in texts], computed
+    batch.vectors = np.stack([vectors[row["text"]] for row in batch.rows])
 
 
 def document_hash(document: Document, chunk_size: int) -> str:
-    """Hash of all that a document's passages are made from."""
-    hashed_text = "\0".join([str(chunk_size), document.title, document.text])
-    return hashlib.sha256(hashed_text.encode()).hexdigest()[:32]
+    """Hash of everything that a document's passages are made from."""
+    content = "\0".join([str(chunk_size), document.title, document.text])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
 def _rows(
-    document: Document, tokenizer: PreTrainedTokenizerBase, length: int, file: str, digest: str
+    document: Document, tokenizer: PreTrainedTokenizerBase, chunk_size: int, file: str, digest: str
 ) -> list[dict[str, Any]]:
     from llamory.documents import chunk_document
 
@@ -256,26 +286,251 @@ def _rows(
             "file": file,
             "hash": digest,
         }
-        for position, chunk in enumerate(chunk_document(document, tokenizer, length))
+        for position, chunk in enumerate(chunk_document(document, tokenizer, chunk_size))
     ]
 
 
-def embed_batch(
-    batch: Batch,
-    config: ChunkingConfig,
-    embedder: SentenceTransformer,
-    cached_vectors: Callable[[Collection[str]], Vectors],
-    advance: Callable[[int], None],
-) -> Batch:
-    """The second half of `process_files`: give a batch its vectors; those of texts that are held are used again."""
-    import numpy as np
+def _check_within(path: Path, config: ChunkingConfig) -> None:
+    # Checked again just before reading: a folder may have become a link since the scan.
+    from llamory.documents.scan import LINK_OUTSIDE, is_within
 
-    from llamory.embedding.library_encoder import embed_passages
+    if config.roots and not is_within(path, config.roots):
+        raise LlamoryError(f"{path} is {LINK_OUTSIDE}.")
 
-    if batch.rows:
-        texts = list(dict.fromkeys(row["text"] for row in batch.rows))
-        vectors = dict(cached_vectors(texts))
-        if new := [text for text in texts if text not in vectors]:
-            vectors |= dict(zip(new, embed_passages(embedder, new, advance, bf16=config.bf16), strict=True))
-        batch.vectors = np.stack([vectors[row["text"]] for row in batch.rows])
-    return batch
+
+def _is_json_lines(path: Path) -> bool:
+    return path.suffix.lower() == ".jsonl"
+
+
+def _content_key(path: Path, digest: str, config: ChunkingConfig) -> str:
+    """What the file index holds of a file: equal keys give equal documents."""
+    return f"{READERS_VERSION}:{digest}:{config.text_field if _is_json_lines(path) else ''}"
+
+
+def _failure_reason(error: Exception, file: str) -> str:
+    """What is wrong with a file, without its name and the final full stop."""
+    if isinstance(error, FileNotFoundError):
+        return "it vanished before it was read"
+    if isinstance(error, OSError):
+        return f"it can't be read ({error.strerror})"
+    if not isinstance(error, LlamoryError):
+        return f"it can't be read ({_name_error(error)})"
+    text = str(error).removeprefix(file).strip().rstrip(".")
+    return re.sub(r"^:(\d+): ", r"line \1: ", text).removeprefix(": ")
+
+
+def _name_error(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+# ---- passages to the table -------------------------------------------------------------------------------------------
+
+
+class Update:
+    """One run over some files and folders: selects the files to read, writes batches, deletes what is gone.
+
+    Args:
+        store: the library's table; None if there is none yet.
+        create: creates the table once the dimension of the vectors is known.
+        roots: absolute paths of the given files and folders.
+        allow_empty: delete the documents of folders that are empty now. Otherwise they stay, since a folder is also
+            empty while its disk isn't mounted.
+    """
+
+    def __init__(
+        self,
+        store: PassageStore | None,
+        create: Callable[[int], PassageStore],
+        roots: Sequence[Path],
+        *,
+        allow_empty: bool = False,
+    ) -> None:
+        self.report = AddReport()
+        self.stored_documents = {} if store is None else store.documents()
+        self.pending: PendingVectors | None = None
+        self.changed_sources: set[str] = set()  # documents that were replaced or removed
+        self._store = store
+        self._create = create
+        self._roots = roots
+        self._allow_empty = allow_empty
+        self._file_index = {} if store is None else store.file_index()
+        self.resumed = store is not None and store.unfinished  # whether an earlier run was killed
+        self._seen_sources: set[str] = set()  # that have passages now
+        self._completed_files: dict[str, str] = {}
+        self._pending_index: dict[str, str] = {}  # content keys of completed files that aren't in the index yet
+        self._batches = 0
+        self._has_written = False
+
+    def check_roots(self, files: Collection[Path]) -> None:
+        """Check that no given folder lost all of its files, given those that it holds now.
+
+        Raises:
+            LlamoryError: a folder held documents and holds none now, and `allow_empty` is off.
+        """
+        if self._allow_empty:
+            return
+        missing = {file for file, _ in self.stored_documents.values()} - set(map(str, files))
+        for root in self._roots:
+            count = sum(is_under(file, [root]) and not _exists(file) for file in missing)
+            if count and not any(file.is_relative_to(root) for file in files):
+                raise LlamoryError(
+                    f"{root} holds no documents now, but the library has {count} of its files; check that its disk is "
+                    "mounted, or remove them with `--allow-empty` (allow_empty=True)."
+                )
+
+    def tasks(self, files: Iterable[Path], config: ChunkingConfig) -> list[FileTask]:
+        """The files that must be read: all but those whose content is as the file index has it."""
+        documents_by_file: dict[str, dict[str, str]] = {}
+        for source, (file, digest) in self.stored_documents.items():
+            documents_by_file.setdefault(file, {})[source] = digest
+        tasks = []
+        for file in map(str, files):
+            sources = documents_by_file.get(file, {})
+            indexed = self._file_index.get(file)
+            content, state = _read_content_key(file, config) if indexed else ("", ())
+            if content and content == indexed:
+                self._seen_sources.update(sources)
+                self.report.unchanged += len(sources)
+            else:
+                tasks.append(FileTask(file, sources, content, state))
+        return tasks
+
+    def find_vectors(self, texts: Collection[str]) -> Mapping[str, np.ndarray]:
+        """The vectors of those of some texts that the library holds or a killed run computed."""
+        return find_vectors(self._store, self.pending, texts)
+
+    def write_batch(self, batch: Batch) -> None:
+        """Write the documents of one batch."""
+        written = {row["source"] for row in batch.rows}
+        replaced = written & self.stored_documents.keys()
+        if batch.vectors is not None:
+            if self._store is None:
+                self._store = self._create(batch.vectors.shape[1])
+            self._start_write()
+            self._store.clear_indexed({row["file"] for row in batch.rows} & self._file_index.keys())
+            self._store.write(batch.rows, batch.vectors, replaced)
+            if self.pending is not None:
+                self.pending.clear(written)
+        self._seen_sources |= written
+        self._seen_sources.update(batch.unchanged)
+        self.changed_sources |= replaced
+        self._completed_files |= batch.completed_files
+        self._pending_index |= {
+            file: content
+            for file, content in batch.completed_files.items()
+            if content and self._file_index.get(file) != content
+        }
+        self.report.unchanged += len(batch.unchanged)
+        self.report.passages += len(batch.rows)
+        self.report.updated += len(replaced)
+        self.report.added += len(written) - len(replaced)
+        self.report.failed += batch.failed
+        self._batches += 1
+        if self._batches % _BATCHES_PER_INDEX_UPDATE == 0:
+            self._update_index()
+
+    def complete(self) -> AddReport:
+        """Delete documents that no longer exist, and compact the table."""
+        if self._store is not None:
+            removed = [source for source, (file, _) in self.stored_documents.items() if self._is_gone(source, file)]
+            if removed:
+                self._start_write()
+                remove_sources(self._store, removed, self.stored_documents)
+            self._update_index()
+            if self._has_written or self._store.unfinished:
+                self._store.finish_write()
+            self.report.removed = len(removed)
+            self.changed_sources.update(removed)
+        if self.pending is not None:  # of documents that changed or vanished before they were written
+            files = self.pending.files
+            self.pending.clear([source for source, file in files.items() if is_under(file, self._roots)])
+        return self.report
+
+    def _is_gone(self, source: str, file: str) -> bool:
+        """Whether a stored source is no longer in its file, which was read, or its file no longer exists."""
+        return source not in self._seen_sources and (file in self._completed_files or self._is_deleted(file))
+
+    @cached_property
+    def _is_deleted(self) -> Callable[[str], bool]:
+        return cache(self._check_deleted)
+
+    def _check_deleted(self, file: str) -> bool:
+        """Whether a file of the roots was deleted. A folder that is empty is listed, and its files count as kept."""
+        from llamory.documents import SkippedFile
+
+        if not is_under(file, self._roots) or _exists(file):
+            return False
+        folder = next(folder for folder in Path(file).parents if _exists(folder))
+        if self._allow_empty or (is_under(str(folder), self._roots) and not _is_empty(folder)):
+            return True
+        if str(folder) not in {failure.path for failure in self.report.failed}:
+            reason = (
+                "the folder is empty; the library keeps its documents: check that its disk is mounted, or remove them "
+                "with `--allow-empty`"
+            )
+            self.report.failed.append(SkippedFile(str(folder), reason))
+        return False
+
+    def _start_write(self) -> None:
+        if self._store is not None and not self._has_written:
+            self._store.start_write()
+            self._has_written = True
+
+    def _update_index(self) -> None:
+        # A file that lost documents may enter the index before these are deleted: deleting them takes it out again.
+        if self._store is not None:
+            self._store.mark_indexed(self._pending_index)
+            self._file_index |= self._pending_index
+            self._pending_index = {}
+
+
+def find_vectors(
+    store: PassageStore | None, pending: PendingVectors | None, texts: Collection[str]
+) -> Mapping[str, np.ndarray]:
+    """The vectors of those of some texts that a library has, or that a killed run computed for it."""
+    return {
+        **({} if pending is None else pending.get(texts)),
+        **({} if store is None else store.vectors(texts)),
+    }
+
+
+def remove_sources(store: PassageStore, sources: Collection[str], stored: Mapping[str, tuple[str, str]]) -> None:
+    """Delete sources from the table, given the stored documents."""
+    store.clear_indexed({stored[source][0] for source in sources})
+    store.remove(sources)
+
+
+def is_under(file: str, roots: Iterable[Path]) -> bool:
+    """Whether a file is one of some paths, or in one of them."""
+    return any(Path(file).is_relative_to(root) for root in roots)
+
+
+def _read_content_key(file: str, config: ChunkingConfig) -> tuple[str, tuple[int, ...]]:
+    """The content key and the state of a file; empty if it can't be read."""
+    from llamory.documents.storage import content_hash
+
+    path = Path(file)
+    try:
+        _check_within(path, config)
+        digest, state = content_hash(path, None if _is_json_lines(path) else config.max_bytes)
+    except (LlamoryError, OSError):
+        return "", ()
+    return _content_key(path, digest, config), state
+
+
+def _exists(file: str | Path) -> bool:
+    try:
+        os.lstat(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # a file out of reach isn't gone
+        return True
+    return True
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return False

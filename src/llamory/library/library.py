@@ -1,27 +1,28 @@
-"""The library: index files by the meaning of their passages, and search them."""
+"""`Library`: index files, search their passages, and answer questions from their memory."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from llamory.common.io import PathLike
 from llamory.common.locks import write_lock
-from llamory.embedding.library_encoder import embed_query, fingerprint, resolve_chunk_size
+from llamory.common.progress import ProgressBar
+from llamory.embedding.library_encoder import embed_queries, fingerprint, resolve_chunk_size
 from llamory.errors import LlamoryError
-from llamory.library.indexer import ChunkingConfig, Engine, LocalEngine
+from llamory.library.indexer import AddReport, ChunkingConfig, FileTask, Update, index_files, is_under, remove_sources
 from llamory.library.paths import memory_folder
 from llamory.library.reader import ReaderSettings
-from llamory.library.search import Hit, SearchMode, check_mode
-from llamory.library.store import PassageStore, Settings
-from llamory.library.update import AddReport, Update, is_under, remove_sources
+from llamory.library.search import Hit, SearchMode, check_search, check_unicode
+from llamory.library.store import PassageStore, PendingVectors, Settings
 
 if TYPE_CHECKING:
-    import numpy as np
     from sentence_transformers import SentenceTransformer
 
     from llamory.documents import Chunk, FileScan
@@ -29,10 +30,9 @@ if TYPE_CHECKING:
     from llamory.library.qa import CitedAnswer, LibraryChat, QASession
     from llamory.longllama import LongLlamaForCausalLM
 
-# Reading a text file takes some twelve times its size in memory.
+# Reading a text file takes about twelve times its size in RAM.
 MAX_FILE_MIB = 64
 
-PathLike = str | os.PathLike[str]
 EngineName = Literal["local", "ray"]
 
 
@@ -40,20 +40,20 @@ class Library:
     """A folder (or object-store URI) of passages with their vectors.
 
     Args:
-        path: where the library is, or will be once something is added.
-        model: the embedding model: "default" for the packaged one, a LLARA checkpoint, a Sentence Transformers folder,
-            a hub id, or a loaded model. An existing library knows its own.
-        device: a torch device for the model; by default the best there is.
-        bf16: compute in bfloat16, which is faster and a little less exact.
-        reader: the LongLLaMA that reads documents and answers (`ask`, `chat`, `precompute_memory`): a folder, `.gguf` file,
-            hub id, "default" or a loaded model. By default the one that was noted when the library was first asked,
-            else "default".
-        reader_settings: how it reads: `mem_layers`, `context_length`, `mem_dtype` ("int8", "bfloat16"), `memory_budget`
-            ("10GB"), `mem_search`, `mem_top_k`, `last_context_length`, and a loaded reader's `tokenizer`; see
+        path: the library's folder or URI; it is created when something is added.
+        model: the embedding model: "default" (packaged), a LLARA checkpoint, a Sentence Transformers folder, a hub id
+            or a loaded model. Default: the model that the library was made with.
+        device: torch device. Default: the best one there is.
+        bf16: compute in bfloat16: faster, and a little less exact.
+        reader: the LongLLaMA that encodes documents and answers (`ask`, `chat`, `precompute_memory`): a folder, a
+            `.gguf` file, a hub id, "default" or a loaded model. Default: the one recorded in the library, else
+            "default".
+        reader_settings: `mem_layers`, `context_length`, `mem_dtype` ("int8", "bfloat16"), `memory_budget` ("10GB"),
+            `mem_search`, `mem_top_k`, `last_context_length`, and a loaded reader's `tokenizer`; see
             `llamory.library.reader.ReaderSettings`.
 
     Raises:
-        LlamoryError: there is no library at `path`, and no model to make one with.
+        LlamoryError: `path` is empty, or there is no library there and no model to make one with.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class Library:
         self._device = device
         self._bf16 = bf16
         self._loaded: SentenceTransformer | None = None
-        self._merged = False  # whether its weights are its own, not the base model's that a reader has too
-        self._checked = False  # whether the model was seen to be the library's
+        self._merged = False  # whether the model has weights of its own instead of sharing the reader's base model
+        self._checked = False  # whether the model's fingerprint is known to be the library's
         self._qa_session: QASession | None = None
-        self._new_chunk_size = 0  # passage length of a library that is being made
+        self._new_chunk_size = 0  # of a library that is being created
         self._reader_settings = ReaderSettings(
             os.fspath(reader) if isinstance(reader, os.PathLike) else reader, **reader_settings
         )
@@ -93,15 +93,15 @@ class Library:
         return [] if self._store is None else sorted(self._store.documents())
 
     def passages(self, source: str) -> list[Chunk]:
-        """A document's passages, in order; none if there is no such document."""
+        """A document's passages, in order; empty for an unknown document."""
         return self.passages_of([source]).get(source, [])
 
     def passages_of(self, sources: Iterable[str]) -> dict[str, list[Chunk]]:
-        """The passages of several documents, by source; one that isn't there is left out."""
+        """The passages of several documents, by source; unknown documents are left out."""
         return {} if self._store is None else self._store.passages(set(sources))
 
     def info(self) -> dict[str, Any]:
-        """The library's settings and its numbers of documents and passages; with memories, what they take.
+        """The library's settings, its numbers of documents and passages, and the size of its memories.
 
         Raises:
             LlamoryError: nothing was added yet.
@@ -109,7 +109,7 @@ class Library:
         store = self._require_store()
         return {
             "path": self.path,
-            "documents": len(store.documents()),
+            "documents": store.num_documents(),
             "passages": len(store),
             **asdict(store.settings),
             **({"memory": memory} if (memory := self.memory_info()) else {}),
@@ -125,47 +125,51 @@ class Library:
         text_field: str = "text",
         max_file_size: float = MAX_FILE_MIB,
         strict: bool = False,
+        allow_empty: bool = False,
         wait: bool = True,
         engine: EngineName = "local",
         ray_address: str | None = None,
         progress: bool = True,
     ) -> AddReport:
-        """Index files and folders. Only what is new or changed is embedded; what is gone from them is removed.
+        """Index files and folders: embed what is new or changed, remove what no longer exists in them.
 
-        A document is written with all of its passages at once, so a run that is killed or fails leaves whole
-        documents, and the next run goes on where it stopped. What can't be read is told in the report, and what the
-        library has of it stays. Nothing outside the given paths is read: links that lead out are passed over.
+        All passages of a document are written at once, so a run that is killed leaves whole documents; the next run
+        goes on from there and computes no vector twice. What can't be read is listed in the report, and the library
+        keeps what it holds of it. Nothing outside the given paths is read: links that lead out are skipped.
 
         Args:
             paths: files and folders; their absolute paths become the sources.
-            chunk_size: tokens that a passage may have, for a new library; by default 256, or what the model has
-                room for. A library keeps the length it was made with.
+            chunk_size: maximum tokens of a passage, for a new library. Default: 256, or what fits the model.
             text_field: entry of a JSON line that holds the text.
-            max_file_size: MiB; larger files aren't read. JSON lines are read one by one, so there it holds for a line.
-            strict: stop at the first thing that can't be read.
+            max_file_size: MiB; larger files, and longer lines of JSON lines, are not read.
+            strict: raise an error at the first thing that can't be read.
+            allow_empty: remove the documents of folders that are empty now. By default a given folder that lost all of
+                its documents is an error and an empty one below it keeps them, as its disk may not be mounted.
             wait: wait while another process writes to the library.
-            engine: `local` reads and embeds in this process, `ray` on the workers of a Ray cluster.
-            ray_address: of a running Ray cluster; by default Ray is started on this machine for the run.
+            engine: `local` works in this process, `ray` on the workers of a Ray cluster.
+            ray_address: address of a running Ray cluster. Default: start Ray on this machine for the run.
             progress: show a progress bar on standard error.
 
         Raises:
-            LlamoryError: a path doesn't exist or is of an unknown kind, there is nothing to index, the model is not
-                the library's, the passage length doesn't fit, or another process writes and `wait` is off; Ray is
-                asked for and isn't there.
+            LlamoryError: a path doesn't exist or is of an unknown kind, there is nothing to index, a folder lost all of
+                its documents, the model or chunk size isn't the library's, another process writes and `wait` is off,
+                or Ray can't be used.
         """
         from llamory.documents import scan_files
         from llamory.documents.scan import real_roots
 
-        if max_file_size <= 0:
-            raise LlamoryError(f"The largest file size must be more than 0 MiB, not {max_file_size}.")
+        if not (math.isfinite(max_file_size) and max_file_size > 0):
+            raise LlamoryError(f"The largest file size must be more than 0 MiB and finite, not {max_file_size}.")
+        check_unicode(text_field, "text field")
         _check_engine(engine, ray_address)
         roots = _absolute(paths)
         scan = scan_files(roots)
         if strict and scan.failed:
             raise LlamoryError(f"{scan.failed[0].path}: {scan.failed[0].reason}.")
-        self._check_chunk_size(chunk_size)  # before the folder of a new library is made, and before waiting
-        with self._writing(wait=wait, progress=progress):
-            update = Update(self._store, self._create, roots)
+        self._check_chunk_size(chunk_size)  # before a new library's folder is created, and before waiting
+        with self._write_lock(wait=wait, progress=progress):
+            update = Update(self._store, self._create, roots, allow_empty=allow_empty)
+            update.check_roots(scan.files)
             if not scan.files and not any(is_under(file, roots) for file, _ in update.stored_documents.values()):
                 raise LlamoryError(_nothing_found_message(roots, scan))
             config = ChunkingConfig(
@@ -177,57 +181,83 @@ class Library:
                 bf16=self._bf16,
             )
             self._new_chunk_size = config.chunk_size
-            tasks = update.tasks(scan.files, config)
-            with _ProgressBar(len(tasks), shown=progress) as bar:
-                if tasks:
-                    indexer = self._engine(engine, config, self._embedder(merged=True), bar, ray_address)
-                    for batch in indexer.run(tasks):
-                        update.write_batch(batch)
-                        bar.files_done(batch.files)
-                report = update.complete()
-        if report.updated or report.removed:
-            self._delete_stale_memories()
+            if tasks := update.tasks(scan.files, config):
+                self._index(update, tasks, config, engine, ray_address, progress=progress)
+            report = update.complete()
+        if update.resumed or update.changed_sources:
+            self._delete_stale_memories(None if update.resumed else update.changed_sources)
         report.failed = scan.failed + report.failed
         report.skipped = scan.skipped
         if self._store is None and not report.failed:
             raise LlamoryError(f"None of the {len(scan.files)} files in {_join_paths(roots)} has any text.")
         return report
 
+    def _index(
+        self,
+        update: Update,
+        tasks: list[FileTask],
+        config: ChunkingConfig,
+        engine: EngineName,
+        ray_address: str | None,
+        *,
+        progress: bool,
+    ) -> None:
+        """Read, embed and write the files of an update."""
+        embedder = self._embedder(merged=True)
+        update.pending = pending = PendingVectors(self.path, fingerprint(embedder))
+        embedded = 0
+        with ProgressBar("Indexing", len(tasks), unit="files", shown=progress) as bar:
+
+            def advance(passages: int) -> None:
+                nonlocal embedded
+                embedded += passages
+                bar.advance(0, detail=f"{embedded:,} passages embedded")
+
+            if engine == "ray":
+                from llamory.library.ray import RayIndexer
+
+                model = self._require_store().settings.model if self._model is None else self._model
+                name = _canonical_model_name(model) if isinstance(model, str) else ""
+                indexer = RayIndexer(config, embedder, name, self.path, ray_address, pending.add, advance)
+                batches = indexer.run(tasks)
+            else:
+                batches = index_files(tasks, config, embedder, update.find_vectors, pending.add, advance)
+            for batch in batches:
+                update.write_batch(batch)
+                bar.advance(batch.files)
+
     def remove(self, paths: PathLike | Iterable[PathLike], *, wait: bool = True) -> AddReport:
-        """Take out all documents of some files and folders, whether these still exist or not.
+        """Remove all documents of some files and folders, whether these still exist or not.
 
         Args:
-            paths: files and folders as they were given to `add`; a source (`path:line`) takes out one JSON line.
+            paths: files and folders as they were given to `add`; a source (`path:line`) removes one JSON line.
             wait: wait while another process writes to the library.
 
         Raises:
-            LlamoryError: there is nothing of one of the paths in the library, or another process writes and `wait` is
-                off.
+            LlamoryError: the library has nothing of one of the paths, or another process writes and `wait` is off.
         """
         roots = _absolute(paths)
-        with self._writing(wait=wait):
+        with self._write_lock(wait=wait):
             store = self._require_store()
-            stored_documents = store.documents()
-            removed_sources: set[str] = set()
+            stored = store.documents()
+            removed: set[str] = set()
             for root in roots:
                 matching = {
-                    source
-                    for source, (file, _) in stored_documents.items()
-                    if source == str(root) or is_under(file, [root])
+                    source for source, (file, _) in stored.items() if source == str(root) or is_under(file, [root])
                 }
                 if not matching:
                     raise LlamoryError(f"The library at {self.path} has nothing of {root}; check the path.")
-                removed_sources |= matching
+                removed |= matching
             store.file_index()
             store.start_write()
-            remove_sources(store, removed_sources, stored_documents)
+            remove_sources(store, removed, stored)
             store.finish_write()
-        self._delete_stale_memories()
-        return AddReport(removed=len(removed_sources))
+        self._delete_stale_memories(removed)
+        return AddReport(removed=len(removed))
 
     @contextmanager
-    def _writing(self, *, wait: bool, progress: bool = True) -> Iterator[None]:
-        """Be the only writer, on the library as the one before left it."""
+    def _write_lock(self, *, wait: bool, progress: bool = True) -> Iterator[None]:
+        """Hold the library's lock, and see what the process before has written."""
 
         def notify(sentence: str) -> None:
             if progress:
@@ -240,25 +270,6 @@ class Library:
                 self._store.refresh()
             yield
 
-    def _engine(
-        self,
-        name: EngineName,
-        config: ChunkingConfig,
-        embedder: SentenceTransformer,
-        bar: _ProgressBar,
-        address: str | None,
-    ) -> Engine:
-        if name == "local":
-            return LocalEngine(config, embedder, self._cached_vectors, bar.chunks_embedded)
-        from llamory.library.ray import RayEngine
-
-        model = self._require_store().settings.model if self._model is None else self._model
-        model = _canonical_model_name(model) if isinstance(model, str) else ""
-        return RayEngine(config, embedder, model, fingerprint(embedder), self.path, address, bar.chunks_embedded)
-
-    def _cached_vectors(self, texts: Collection[str]) -> Mapping[str, np.ndarray]:
-        return {} if self._store is None else self._store.vectors(texts)
-
     def _create(self, dimension: int) -> PassageStore:
         model = _canonical_model_name(self._model) if isinstance(self._model, str) else ""
         settings = Settings(model, fingerprint(self._embedder(merged=True)), dimension, self._new_chunk_size)
@@ -270,31 +281,26 @@ class Library:
     def search(
         self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: SearchMode = "fused"
     ) -> list[Hit]:
-        """Find the passages that answer a query.
+        """Find the passages that match a query.
 
         Args:
             query: a question or any text.
-            top: how many passages to give at most.
-            source: only passages whose source begins so, or matches if there is a `*` or `?` in it (both match `/`
-                too); one that doesn't begin with `/` may begin after any folder of the source. Of several, any.
-            mode: `dense` finds by meaning (the greatest cosine of the vectors), `bm25` by words, `fused` by both: the
-                sum of reciprocal ranks.
+            top: maximum number of passages.
+            source: only passages whose source starts with this text, or matches it if it has a `*` or `?` (both match
+                `/` too); a text that doesn't start with `/` may match after any folder. Several: any of them.
+            mode: `dense` (cosine of the vectors), `bm25` (words), or `fused` (the sum of both reciprocal ranks).
 
         Returns:
             Hits, best first.
 
         Raises:
-            LlamoryError: the library is empty, the model is not the library's, or the query is blank.
+            LlamoryError: the library is empty, the model isn't the library's, or the query is blank or not Unicode.
         """
-        if not query.strip():
-            raise LlamoryError("The query is blank; give at least one word to search for.")
-        if top < 1:
-            raise LlamoryError(f"A search must be for at least 1 passage, not {top}.")
-        check_mode(mode)
+        check_search(query, top, mode)
         store = self._require_store()
         if not len(store):
             raise LlamoryError(f"The library at {self.path} is empty; add documents to it first.")
-        vector = None if mode == "bm25" else embed_query(self._embedder(), query)
+        vector = None if mode == "bm25" else embed_queries(self._embedder(), [query], bf16=self._bf16)[0]
         return store.search(vector, top, source, text=query, mode=mode)
 
     # ---- answers -----------------------------------------------------------------------------------------------------
@@ -380,12 +386,12 @@ class Library:
             else {}
         )
 
-    def _delete_stale_memories(self) -> None:
+    def _delete_stale_memories(self, sources: Collection[str] | None) -> None:
         folder = memory_folder(self.path)
         if folder.is_dir():
             from llamory.library.prefill import delete_stale_memories
 
-            delete_stale_memories(self, folder)
+            delete_stale_memories(self, folder, sources)
 
     # ---- the library's model -----------------------------------------------------------------------------------------
 
@@ -395,13 +401,11 @@ class Library:
         return self._store
 
     def _embedder(self, *, merged: bool = False) -> SentenceTransformer:
-        """The model; if it isn't loaded yet and nothing reads, `merged` loads it as it embeds fastest."""
+        """The model. With `merged` it is loaded as it embeds fastest, unless a reader shares its base model."""
         if self._loaded is None:
             from llamory.embedding.pipeline import load_embedder
 
-            model = self._model
-            if model is None:
-                model = self._require_store().settings.model
+            model = self._require_store().settings.model if self._model is None else self._model
             if model == "":
                 raise LlamoryError(f"The library at {self.path} doesn't know where its model is; give the model too.")
             if isinstance(model, str):
@@ -410,17 +414,19 @@ class Library:
             self._loaded = model
         if self._store is not None and not self._checked:
             if fingerprint(self._loaded) != self._store.settings.fingerprint:
-                made_by = self._store.settings.model or "another model"
                 self._loaded = None
                 raise LlamoryError(
-                    f"The library at {self.path} was made by another model than the one given (it was {made_by} as it "
-                    "was then); give that model, or make a new library."
+                    f"The library at {self.path} was made by another model than the one given (by "
+                    f"{self._store.settings.model or 'a loaded model'}, whose weights may have changed since); give that "
+                    "model, or make a new library."
                 )
             self._checked = True
         return self._loaded
 
     def _check_chunk_size(self, chunk_size: int | None) -> int:
-        """Check the model and the passage length for adding; gives the length. Loads the model only if it must."""
+        """Check the model and the chunk size, and return the latter. Loads the model only if it must."""
+        if chunk_size is not None and chunk_size < 1:
+            raise LlamoryError(f"A passage must have at least 1 token, not {chunk_size}.")
         if self._store is None:
             return resolve_chunk_size(self._embedder(merged=True), chunk_size)
         settings = self._store.settings
@@ -431,43 +437,9 @@ class Library:
         if chunk_size not in (None, settings.chunk_size):
             raise LlamoryError(
                 f"The library at {self.path} has passages of {settings.chunk_size} tokens, not {chunk_size}; "
-                "make a new library for another length."
+                "make a new library for another size."
             )
         return settings.chunk_size
-
-
-class _ProgressBar:
-    """A progress bar on standard error: files read, passages embedded."""
-
-    def __init__(self, files: int, *, shown: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self._progress = Progress(
-            TextColumn("Indexing"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("files, {task.fields[passages]} passages embedded"),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            disable=not shown,
-        )
-        self._passages = 0
-        self._task = self._progress.add_task("", total=files, passages=0)
-
-    def __enter__(self) -> _ProgressBar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def files_done(self, files: int) -> None:
-        self._progress.advance(self._task, files)
-
-    def chunks_embedded(self, passages: int) -> None:
-        self._passages += passages
-        self._progress.update(self._task, passages=self._passages)
 
 
 def _check_engine(name: str, address: str | None) -> None:
@@ -478,7 +450,7 @@ def _check_engine(name: str, address: str | None) -> None:
 
         check_ray(address)
     elif address is not None:
-        raise LlamoryError("A Ray address is of use only with the engine `ray`; choose it, or leave the address out.")
+        raise LlamoryError("A Ray address needs the engine `ray`; choose it, or leave the address out.")
 
 
 def _absolute(paths: PathLike | Iterable[PathLike]) -> list[Path]:
@@ -487,7 +459,7 @@ def _absolute(paths: PathLike | Iterable[PathLike]) -> list[Path]:
 
 
 def _canonical_model_name(model: str) -> str:
-    """A model as settings name it: a folder's absolute path, or a hub id."""
+    """A model as the settings name it: a folder's absolute path, or a hub id."""
     return os.path.abspath(model) if Path(model).is_dir() else model  # noqa: PTH100
 
 

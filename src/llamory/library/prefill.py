@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,20 +107,24 @@ def _open_encoder(qa_session: QASession, engine: str, address: str | None) -> It
     if engine == "local":
         yield qa_session.reader.read
         return
-    from llamory.library.ray_memory import MemoryWriters
+    from llamory.library.ray import MemoryWriters
 
     on_gpu = qa_session.reader.model.device.type == "cuda"
     with MemoryWriters(qa_session.reader_factory(), address, on_gpu=on_gpu) as writers:
         yield writers.read
 
 
-def delete_stale_memories(library: DocumentStore, folder: Path) -> int:
+def delete_stale_memories(library: DocumentStore, folder: Path, sources: Collection[str] | None = None) -> int:
     """Remove memories whose document has changed or is gone from the library; gives how many.
+
+    Only documents of `sources` are checked, if they are given.
 
     They would never be used, but what a user has removed shouldn't lie about.
     """
     memory_cache = MemoryCache(folder)
     metadata = {key: _read_metadata(memory_cache.path(key)) for key in memory_cache.stored_keys()}
+    if sources is not None:
+        metadata = {key: each for key, each in metadata.items() if not each or each["source"] in sources}
     existing = library.passages_of({each["source"] for each in metadata.values() if each})
     digests = {source: StoredDocument(source, tuple(passages)).digest for source, passages in existing.items()}
     stale = [key for key, each in metadata.items() if not each or digests.get(each["source"]) != each["text"]]

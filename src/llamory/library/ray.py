@@ -1,7 +1,7 @@
-"""Indexing on Ray Data: actors that read and cut files, and actors that embed, on this machine or on a cluster.
+"""Run a library's work on Ray, on this machine or a cluster: `RayIndexer` embeds, `MemoryWriters` encode into memory.
 
-Only the process that called `Library.add` writes: what comes back goes through the same commits as without Ray. A
-worker that dies is started again and its files are read again; should a document arrive twice, it is written once.
+Only the process that uses these writes to the library. A worker that dies is started again and repeats its work, so a
+result may arrive twice; it is written once.
 """
 
 from __future__ import annotations
@@ -12,54 +12,93 @@ import os
 import pickle
 import re
 import socket
+import tempfile
 import uuid
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from llamory.common.extras import import_extra
 from llamory.errors import LlamoryError
-from llamory.library.indexer import Batch, ChunkingConfig, FileTask, chunk_files, embed_batch
+from llamory.library.indexer import Batch, ChunkingConfig, FileTask, chunk_files, embed_batch, find_vectors
 
 if TYPE_CHECKING:
     import numpy as np
     from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedTokenizerBase
 
-# Files that one call of a reader takes: what is read again when its worker dies.
+    from llamory.library.indexer import SaveVectors
+    from llamory.memory import MemoryBank
+
+# Files per call of a reader: what is read again when its worker dies.
 FILES_PER_CALL = 16
-# Embedders that one reader can feed: cutting a passage takes far less time than embedding it.
+# Embedders that one reader can feed: chunking takes far less time than embedding.
 EMBEDDERS_PER_READER = 8
-# What a block of passages may weigh, so that one large file still keeps all embedders busy.
+# Documents per call of a memory writer: a reader encodes short ones together.
+DOCUMENTS_PER_CALL = 8
+# Restarts of a memory writer until the run fails, as the same document kills it every time.
+MAX_RESTARTS = 4
+# Size of a block of passages: small, so that one large file keeps all embedders busy.
 _BLOCK_BYTES = 2**18
-# Object store of a cluster of our own: passages pass through it, and a model that was given as an object lies in it.
+# Object store of a cluster that this process starts: for passages, and for a model that was given as an object.
 _STORE_BYTES = 2**28
+_CONNECT_TIMEOUT = 10.0  # seconds
 
-_CONNECTING_SECONDS = 10.0
+D = TypeVar("D")
 
-logger = logging.getLogger(__name__)
+
+# ---- clusters --------------------------------------------------------------------------------------------------------
 
 
 def check_ray(address: str | None = None) -> None:
-    """Make sure that Ray is there, and that something listens at a cluster's address.
+    """Check that Ray is installed, and that something listens at a cluster's address.
 
     Args:
-        address: `host:port` of a running cluster, or another address that `ray.init` takes, which isn't tried.
+        address: `host:port` of a running cluster, or another address of `ray.init`, which isn't checked.
 
     Raises:
-        LlamoryError: it isn't installed, or there is nothing at the address.
+        LlamoryError: Ray isn't installed, or nothing listens at the address.
     """
     import_extra("ray.data")
     match = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d+)", address or "")
     if match is not None:
         # Ray itself would try for minutes.
         try:
-            socket.create_connection((match[1], int(match[2])), _CONNECTING_SECONDS).close()
+            socket.create_connection((match[1], int(match[2])), _CONNECT_TIMEOUT).close()
         except (OSError, OverflowError) as error:
             raise _cluster_error(address, error) from error
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Connect to a Ray cluster: the one this process is connected to, the one at an address, or a new one here."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            # LanceDB warns about the forks that start Ray's programs; none of them uses a table.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            if address is None:
+                ray.init(address="local", object_store_memory=_STORE_BYTES, include_dashboard=False, **quiet)
+            else:
+                ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise _cluster_error(address, error) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _cluster_error(address: str | None, error: Exception) -> LlamoryError:
@@ -71,43 +110,49 @@ def _cluster_error(address: str | None, error: Exception) -> LlamoryError:
     )
 
 
+# ---- indexing --------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class BatchMessage:
     """A batch on its way between workers.
 
     Attributes:
         batch: the batch.
-        read_ids: the files that its documents are from, each with a name of this one reading of it.
-        embedded: passages that were embedded for it.
-        error: a sentence for the user, in place of a batch.
+        read_ids: the files that its documents are from, each with an id of the call that read it.
+        new_rows, new_vectors: instead of a batch, rows of an unfinished one and their vectors.
+        embedded: passages that were embedded since the last message.
+        error: instead of a batch, a sentence for the user.
     """
 
     batch: Batch = field(default_factory=Batch)
     read_ids: dict[str, str] = field(default_factory=dict)
+    new_rows: Sequence[Mapping[str, Any]] = ()
+    new_vectors: np.ndarray | None = None
     embedded: int = 0
     error: str = ""
 
 
 @dataclass
-class RayEngine:
-    """Runs the files on a Ray cluster.
+class RayIndexer:
+    """Chunks and embeds files on a Ray cluster.
 
     Attributes:
         config: how files become passages.
         embedder: the library's model, as this process loaded it.
-        model: where the workers find it (a folder, which they must see too, or a hub id); empty to send them this one.
-        fingerprint: hash of the model, which theirs must have.
-        library: the library's path or address; workers that see it don't embed what it holds.
-        address: of a running cluster; None for one of our own on this machine.
-        advance: is told how many passages were embedded.
+        model: where the workers load it from (a folder that they see too, or a hub id); empty to send them this one.
+        library: path or URI of the library; workers that see it don't embed what it holds.
+        address: address of a running cluster; None to start one on this machine.
+        save_vectors: called with rows and vectors of unfinished documents.
+        advance: called with the number of passages that were embedded.
     """
 
     config: ChunkingConfig
     embedder: SentenceTransformer
     model: str
-    fingerprint: str
     library: str
     address: str | None = None
+    save_vectors: SaveVectors = lambda *_: None
     advance: Callable[[int], None] = lambda _: None
 
     def run(self, tasks: Collection[FileTask]) -> Iterator[Batch]:
@@ -115,18 +160,24 @@ class RayEngine:
 
         Raises:
             LlamoryError: there is no such cluster, a worker can't load the model, or a file can't be read and the
-                recipe is strict.
+                config is strict.
         """
-        if not tasks:
-            return
         check_ray(self.address)
+        deduplicator = _Deduplicator()
         with cluster(self.address):
-            yield from _Deduplicator(self.advance).batches(self._messages(list(tasks)))
+            for message in self._messages(list(tasks)):
+                if message.error:
+                    raise LlamoryError(message.error)
+                self.advance(message.embedded)
+                if message.new_vectors is not None:
+                    self.save_vectors(message.new_rows, message.new_vectors)
+                else:
+                    yield deduplicator.deduplicate(message)
 
     def _messages(self, tasks: list[FileTask]) -> Iterator[BatchMessage]:
         import ray
 
-        from llamory.embedding.library_encoder import chunk_tokenizer
+        from llamory.embedding.library_encoder import chunk_tokenizer, fingerprint
 
         resources = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
@@ -135,28 +186,27 @@ class RayEngine:
         actor_resources: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
         items = [{"tasks": pickle.dumps(tasks[i : i + FILES_PER_CALL])} for i in range(0, len(tasks), FILES_PER_CALL)]
         data = ray.data.from_items(items, override_num_blocks=len(items))
-        # The end of a file must come after all of it: the library notes then that it has the file.
+        # A file's last batch must arrive after all others: the file is then marked as indexed.
         data.context.execution_options.preserve_order = True
         data.context.target_max_block_size = _BLOCK_BYTES
         data.context.enable_progress_bars = False
         data.context.print_on_execution_start = False
-        read = data.map_batches(
+        chunked = data.map_batches(
             FileReader,
             batch_size=1,
             compute=_actor_pool(max(1, embedders // EMBEDDERS_PER_READER), len(items)),
-            num_cpus=0,  # beside the embedders, which it only waits for
+            num_cpus=0,  # it shares a core with the embedders, for which it waits most of the time
             fn_constructor_kwargs={"config": self.config, "tokenizer": chunk_tokenizer(self.embedder)},
         )
-        source = self.model or ray.put(self.embedder)
-        embedded = read.map_batches(
+        embedded = chunked.map_batches(
             Embedder,
             batch_size=1,
             compute=_actor_pool(embedders, len(items)),
             **actor_resources,
             fn_constructor_kwargs={
                 "config": self.config,
-                "model": source,
-                "fingerprint": self.fingerprint,
+                "model": self.model or ray.put(self.embedder),
+                "fingerprint": fingerprint(self.embedder),
                 "library": _absolute_uri(self.library),
                 "device": None if on_gpu else "cpu",
             },
@@ -166,14 +216,14 @@ class RayEngine:
 
 
 class FileReader:
-    """An actor that reads and cuts files."""
+    """An actor that reads and chunks files."""
 
     def __init__(self, config: ChunkingConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._config = config
         self._tokenizer = tokenizer
 
     def __call__(self, rows: Mapping[str, Any]) -> Iterator[dict[str, list[bytes]]]:
-        """Parcels without vectors of some lists of files."""
+        """Messages with the batches of some lists of files, without vectors."""
         for row in rows["tasks"]:
             tasks, read_id = pickle.loads(row), uuid.uuid4().hex
             try:
@@ -189,20 +239,24 @@ class Embedder:
 
     def __init__(self, config: ChunkingConfig, model: Any, fingerprint: str, library: str, device: str | None) -> None:
         self._config = config
-        self._source = model
+        self._model = model
         self._fingerprint = fingerprint
         self._library = library
         self._device = device
 
     def __call__(self, rows: Mapping[str, Any]) -> Iterator[dict[str, list[bytes]]]:
-        """The same messages with vectors."""
+        """The same messages with vectors, and before each the vectors of a large batch as they are computed."""
         for row in rows["message"]:
             message: BatchMessage = pickle.loads(row)
-            embedded: list[int] = []
+            counts: list[int] = []
             try:
                 if message.batch.rows:
-                    embed_batch(message.batch, self._config, self._embedder, self._cached_vectors, embedded.append)
-                    message.embedded = sum(embedded)
+                    for new in embed_batch(
+                        message.batch, self._config, self._embedder, self._find_vectors, counts.append
+                    ):
+                        yield _pack(BatchMessage(new_rows=new[0], new_vectors=new[1], embedded=sum(counts)))
+                        counts.clear()
+                    message.embedded = sum(counts)
             except (LlamoryError, OSError) as error:
                 message = BatchMessage(error=str(error))
             yield _pack(message)
@@ -211,58 +265,51 @@ class Embedder:
     def _embedder(self) -> SentenceTransformer:
         from llamory.embedding.library_encoder import fingerprint
 
-        if isinstance(self._source, str):
+        if isinstance(self._model, str):
             from llamory.embedding.pipeline import load_embedder
 
-            embedder = load_embedder(self._source, device=self._device)
+            embedder = load_embedder(self._model, device=self._device)
         else:
             import ray
 
-            embedder = ray.get(self._source)
+            embedder = ray.get(self._model)
         if fingerprint(embedder) != self._fingerprint:
             raise LlamoryError(
-                f"A worker finds another model at {self._source} than this process; give a path that is the same model "
+                f"A worker finds another model at {self._model} than this process; give a path that is the same model "
                 "on all machines."
             )
         return embedder
 
     @cached_property
-    def _cached_vectors(self) -> Callable[[Collection[str]], Mapping[str, np.ndarray]]:
-        """What the library held when this actor began; nothing where it can't be seen from here."""
-        from llamory.library.store import PassageStore
+    def _find_vectors(self) -> Callable[[Collection[str]], Mapping[str, np.ndarray]]:
+        """Looks up what the library held when this actor started; nothing where the library can't be seen."""
+        from llamory.library.store import PassageStore, PendingVectors
 
         try:
             store = PassageStore.open(self._library)
-        except LlamoryError:
-            store = None
-        if store is None or store.settings.fingerprint != self._fingerprint:
-            return lambda _: {}
-        return store.vectors
+            if store is not None and store.settings.fingerprint != self._fingerprint:
+                store = None
+            pending = PendingVectors(self._library, self._fingerprint, read_only=True)
+        except (LlamoryError, OSError):
+            store = pending = None
+        return lambda texts: find_vectors(store, pending, texts)
 
 
 class _Deduplicator:
-    """Takes messages in order and lets each document through once."""
+    """Takes messages in order and passes each document once."""
 
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self._advance = advance
+    def __init__(self) -> None:
         self._seen_sources: set[str] = set()
         self._read_ids: dict[str, str] = {}
 
-    def batches(self, messages: Iterator[BatchMessage]) -> Iterator[Batch]:
-        for message in messages:
-            if message.error:
-                raise LlamoryError(message.error)
-            self._advance(message.embedded)
-            yield self._deduplicate(message)
-
-    def _deduplicate(self, message: BatchMessage) -> Batch:
+    def deduplicate(self, message: BatchMessage) -> Batch:
         batch = message.batch
         new_rows = [i for i, row in enumerate(batch.rows) if row["source"] not in self._seen_sources]
         unchanged = [source for source in batch.unchanged if source not in self._seen_sources]
         # Of a file that was read twice, some documents may be from before a change and some from after it: it isn't
-        # noted as read, so that the next run reads it again.
+        # marked as indexed, so that the next run reads it again.
         inconsistent = {
-            f for f, read_id in message.read_ids.items() if self._read_ids.setdefault(f, read_id) != read_id
+            file for file, read_id in message.read_ids.items() if self._read_ids.setdefault(file, read_id) != read_id
         }
         self._seen_sources.update(batch.unchanged, (row["source"] for row in batch.rows))
         return dataclasses.replace(
@@ -277,8 +324,8 @@ class _Deduplicator:
 
 
 def _absolute_uri(library: str) -> str:
-    """A library's address, or its absolute path."""
-    from llamory.library.store import local_folder
+    """A library's URI, or its absolute path."""
+    from llamory.common.locks import local_folder
 
     folder = local_folder(library)
     return library if folder is None else os.path.abspath(folder)  # noqa: PTH100
@@ -289,35 +336,142 @@ def _pack(message: BatchMessage) -> dict[str, list[bytes]]:
 
 
 def _actor_pool(max_actors: int, tasks: int) -> Any:
-    """Between one actor and so many, as there is work."""
     from ray.data import ActorPoolStrategy
 
     return ActorPoolStrategy(min_size=1, max_size=max(1, min(max_actors, tasks)))
 
 
-@contextmanager
-def cluster(address: str | None) -> Iterator[None]:
-    """A connection to a Ray cluster: the one that this process has, the one at an address, or one of our own."""
-    import ray
+# ---- memories --------------------------------------------------------------------------------------------------------
 
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": False}
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            # LanceDB warns of the forks with which Ray starts its programs; none of them uses a table.
-            warnings.simplefilter("ignore", RuntimeWarning)
-            if address is None:
-                ray.init(address="local", object_store_memory=_STORE_BYTES, **quiet)
-            else:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise _cluster_error(address, error) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+
+class DocumentReader(Protocol[D]):
+    """Encodes documents into memory."""
+
+    def read(self, documents: Iterable[D], advance: Callable[[str, int], None]) -> Iterator[tuple[D, MemoryBank]]:
+        """Each of the documents with its memory, in any order; `advance` is called with (source, tokens) meanwhile."""
+        ...
+
+
+class MemoryWriters:
+    """Actors that encode documents into memory; their models stay loaded until the `with` block ends.
+
+    Args:
+        make_reader: makes a reader on a worker; it is pickled.
+        address: address of a running cluster; None to start one on this machine.
+        on_gpu: one writer per GPU instead of one per core.
+
+    Raises:
+        LlamoryError: Ray isn't installed, or there is no such cluster.
+    """
+
+    def __init__(
+        self, make_reader: Callable[[], DocumentReader[Any]], address: str | None = None, *, on_gpu: bool = False
+    ):
+        self._make_reader, self._address, self._on_gpu = make_reader, address, on_gpu
+        self._stack = ExitStack()
+        self._writers: list[Any] = []
+
+    def __enter__(self) -> MemoryWriters:
+        check_ray(self._address)
+        self._stack.enter_context(cluster(self._address))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        for writer in self._writers:
+            ray.kill(writer)
+        self._writers = []
+        self._stack.close()
+
+    def read(
+        self, documents: Iterable[D], advance: Callable[[str, int], None] = lambda *_: None
+    ) -> Iterator[tuple[D, MemoryBank]]:
+        """Encode documents, and yield each with its memory as soon as it has arrived.
+
+        Args:
+            documents: anything that the readers read; each is pickled.
+            advance: called with a document's source and tokens when its memory has arrived.
+
+        Raises:
+            LlamoryError: a document can't be read, or a writer died more than `MAX_RESTARTS` times.
+        """
+        import ray
+        from ray.util import ActorPool
+
+        documents = list(documents)
+        calls = [documents[i : i + DOCUMENTS_PER_CALL] for i in range(0, len(documents), DOCUMENTS_PER_CALL)]
+        pool = ActorPool(self._start_writers(len(calls)))
+        results = pool.map_unordered(lambda writer, call: writer.read.remote(call[0], call[1]), list(enumerate(calls)))
+        while pool.has_next():
+            try:
+                number, memories, error = next(results)
+            except ray.exceptions.RayActorError as actor_error:
+                raise LlamoryError(
+                    "A worker that encodes documents died several times, probably because memory ran out; use fewer "
+                    "workers or a smaller reader. Finished memories are kept."
+                ) from actor_error
+            if error:
+                raise LlamoryError(error)
+            for index, token_counts, data in memories:
+                for source, tokens in token_counts:
+                    advance(source, tokens)
+                yield calls[number][index], _from_bytes(data)
+
+    def _start_writers(self, max_writers: int) -> list[Any]:
+        import ray
+
+        resources = ray.cluster_resources()
+        max_actors = max(1, int(resources.get("GPU" if self._on_gpu else "CPU", 1)))
+        actor_resources: dict[str, Any] = {"num_gpus": 1} if self._on_gpu else {"num_cpus": 1}
+        actor = ray.remote(max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS, **actor_resources)(MemoryWriter)
+        while len(self._writers) < min(max_writers, max_actors):
+            self._writers.append(actor.remote(self._make_reader))
+        return list(self._writers)
+
+
+class MemoryWriter:
+    """An actor that turns documents into memory files."""
+
+    def __init__(self, make_reader: Callable[[], DocumentReader[Any]]) -> None:
+        self._make_reader = make_reader
+        self._reader: DocumentReader | None = None
+
+    def read(
+        self, number: int, documents: list[Any]
+    ) -> tuple[int, list[tuple[int, list[tuple[str, int]], bytes]], str]:
+        """The memories of some documents.
+
+        Returns:
+            The given number; per document its index, its (source, tokens) counts and its memory file; and a sentence
+            for the user if a document can't be read.
+        """
+        token_counts: list[tuple[str, int]] = []
+        memories = []
+        indices = {id(document): index for index, document in enumerate(documents)}
+        try:
+            if self._reader is None:
+                self._reader = self._make_reader()
+            for document, bank in self._reader.read(documents, lambda *counts: token_counts.append(counts)):
+                memories.append((indices[id(document)], token_counts.copy(), _to_bytes(bank)))
+                token_counts.clear()
+        except (LlamoryError, OSError) as error:
+            return number, [], str(error)
+        return number, memories, ""
+
+
+def _to_bytes(bank: MemoryBank) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "memory.safetensors"
+        bank.save(path)
+        return path.read_bytes()
+
+
+def _from_bytes(data: bytes) -> MemoryBank:
+    from llamory.memory import MemoryBank
+
+    # The file stays mapped after its name is deleted.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "memory.safetensors"
+        path.write_bytes(data)
+        return MemoryBank.load(path)

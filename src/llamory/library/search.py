@@ -1,4 +1,4 @@
-"""Search one table of passages: by meaning, by words, or by both."""
+"""Search a table of passages: dense (cosine), lexical (BM25), or both fused by reciprocal ranks."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
     from lancedb.table import Table
 
 SearchMode = Literal["dense", "bm25", "fused"]
-MODES: tuple[str, ...] = get_args(SearchMode)
+SEARCH_MODES: tuple[str, ...] = get_args(SearchMode)
 
-# Passages that each of the two searches gives to be fused, and the least that either gives: equal scores are put in
-# order here, and the table gives them in none.
+# Candidates beyond `top` that each search returns, at least: the table returns equal scores in any order, and fusion
+# needs the ranks of both searches.
 _EXTRA_CANDIDATES = 100
-_COLUMNS = ("text", "source", "title", "line", "page")
+_RESULT_COLUMNS = ("text", "source", "title", "line", "page")
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A passage that was found.
+    """A passage found by a search.
 
     Attributes:
         text: the passage.
         source: the document's source: its path, for a line of JSON lines `path:line`.
-        title: the title of the part of the document that it stands in.
-        line: where it starts, counted from 1.
-        score: what the hits are ordered by: the cosine (dense), BM25, or the sum of reciprocal ranks (fused).
-        page: the page (PDF) or cell (notebook) where it starts; lines are then counted in it.
-        cosine: of its vector and the query's, from -1 to 1; None if it wasn't found by meaning.
-        bm25: its BM25 score; None if it wasn't found by words.
+        title: title of the document's section that holds the passage.
+        line: first line, counted from 1.
+        score: what the hits are sorted by: the cosine (dense), BM25, or the sum of reciprocal ranks (fused).
+        page: page (PDF) or cell (notebook) of the first line, which is then counted within it.
+        cosine: cosine of its vector and the query's, from -1 to 1; None if the dense search did not find it.
+        bm25: its BM25 score; None if the lexical search did not find it.
     """
 
     text: str
@@ -50,16 +50,32 @@ class Hit:
 
     @property
     def location(self) -> str:
-        """Where it starts: `path:line`, or `path, page 3`."""
+        """Where the passage starts: `path:line`, or `path, page 3`."""
         from llamory.documents import location
 
         return location(self.source, self.line, self.page)
 
 
-def check_mode(mode: str) -> None:
-    """Raise LlamoryError for an unknown way to search."""
-    if mode not in MODES:
-        raise LlamoryError(f"There is no search {mode!r}; it should be one of {', '.join(MODES)}.")
+def check_search(query: str, top: int, mode: str) -> None:
+    """Raise LlamoryError for a query, a number of hits or a mode that no search takes."""
+    if not query.strip():
+        raise LlamoryError("The query is blank; give at least one word to search for.")
+    check_unicode(query, "query")
+    if top < 1:
+        raise LlamoryError(f"A search must be for at least 1 passage, not {top}.")
+    if mode not in SEARCH_MODES:
+        raise LlamoryError(f"There is no search {mode!r}; it should be one of {', '.join(SEARCH_MODES)}.")
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Raise LlamoryError for a text with half a surrogate pair, as an argument has that isn't valid UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise LlamoryError(
+            f"The {name} is not valid Unicode text at character {error.start + 1}; give it in UTF-8 (is the locale "
+            "set to UTF-8?)."
+        ) from error
 
 
 def search_table(
@@ -69,26 +85,30 @@ def search_table(
 
     Args:
         table: the passages.
-        mode: `dense` (greatest cosine), `bm25`, or `fused` (reciprocal ranks of both, k = 60).
+        mode: `dense` (greatest cosine), `bm25`, or `fused` (sum of 1 / (60 + rank) over both).
         text: the query.
-        vector: its embedding; not used by `bm25`.
-        top: how many to give at most.
-        condition: SQL that passages must meet.
+        vector: (dimension,) its embedding; not used by `bm25`.
+        top: number of passages, at most.
+        condition: SQL condition that a passage must meet.
     """
+    top = min(top, table.count_rows())
     depth = max(top + _EXTRA_CANDIDATES, 2 * top)
     dense = _dense(table, vector, depth, condition) if mode != "bm25" and vector is not None else None
     lexical = _bm25(table, text, depth, condition) if mode != "dense" else None
     if dense is not None and lexical is not None:
-        return _fused(text, dense, lexical)[:top]
+        return _fuse(text, dense, lexical)[:top]
     rows = dense if dense is not None else lexical
     assert rows is not None
     return [_to_hit(row, row["_score"] if dense is None else 1.0 - row["_distance"]) for row in rows.to_pylist()[:top]]
 
 
 def source_filter(sources: str | Iterable[str]) -> str:
-    """SQL for prefixes or patterns of sources, as `Library.search` explains them."""
-    sources = [sources] if isinstance(sources, str) else list(sources)
-    return " OR ".join(map(_source_condition, sources))
+    """SQL condition for prefixes or patterns of sources, which `Library.search` explains.
+
+    Raises:
+        LlamoryError: a source is not valid Unicode.
+    """
+    return " OR ".join(map(_source_condition, [sources] if isinstance(sources, str) else sources))
 
 
 def _dense(table: Table, vector: np.ndarray, depth: int, condition: str | None) -> pa.Table:
@@ -104,22 +124,22 @@ def _bm25(table: Table, text: str, depth: int, condition: str | None) -> pa.Tabl
 
 
 def _execute(table: Table, query: Any, condition: str | None, score: str, order: str) -> pa.Table:
-    """Run a query; passages of one score are put in the order of their places, so that results never vary."""
+    """Run a query; passages of equal score are sorted by source, line and text, so that results never vary."""
     if condition:
         query = query.where(condition, prefilter=True)
-    columns = [name for name in _COLUMNS if name in table.schema.names]
+    columns = [name for name in _RESULT_COLUMNS if name in table.schema.names]
     rows = query.select([*columns, score]).with_row_id(True).to_arrow()
     return rows.sort_by([(score, order), ("source", "ascending"), ("line", "ascending"), ("text", "ascending")])
 
 
-def _fused(text: str, dense: pa.Table, lexical: pa.Table) -> list[Hit]:
+def _fuse(text: str, dense: pa.Table, lexical: pa.Table) -> list[Hit]:
     from lancedb.rerankers import RRFReranker
 
     fused = RRFReranker(return_score="all").rerank_hybrid(text, dense, lexical).to_pylist()
-    # What both searches found comes with the first one's score only.
+    # A passage found by both searches comes with the score of the first one only.
     scores = dict(zip(lexical["_rowid"].to_pylist(), lexical["_score"].to_pylist(), strict=True))
     hits = [_to_hit(row | {"_score": scores.get(row["_rowid"])}, row["_relevance_score"]) for row in fused]
-    # First of one search equals first of the other: those found by meaning go first.
+    # Equal sums of ranks: the greater cosine comes first.
     return sorted(hits, key=lambda hit: (-hit.score, -(hit.cosine if hit.cosine is not None else -2), *_tie_break(hit)))
 
 
@@ -142,14 +162,15 @@ def _tie_break(hit: Hit) -> tuple[Any, ...]:
 
 
 def _source_condition(source: str) -> str:
-    """SQL for a prefix or a pattern of sources; a relative one may begin after any folder."""
+    """SQL condition for one prefix or pattern; a relative one may start after any folder."""
+    check_unicode(source, "source")
     pattern = "".join({"*": ".*", "?": "."}.get(letter) or re.escape(letter) for letter in source)
-    start = "^" if source.startswith("/") or "://" in source or Path(source).is_absolute() else r"(^|[/\\])"
-    end = "$" if "*" in source or "?" in source else ""
-    expression = sql_string(f"(?s){start}{pattern}{end}")
+    prefix = "^" if source.startswith("/") or "://" in source or Path(source).is_absolute() else r"(^|[/\\])"
+    suffix = "$" if "*" in source or "?" in source else ""
+    expression = sql_string(f"(?s){prefix}{pattern}{suffix}")
     return f"(regexp_like(source, {expression}) OR regexp_like(file, {expression}))"
 
 
 def sql_string(text: str) -> str:
-    """A string of SQL."""
+    """A SQL string literal."""
     return "'" + text.replace("'", "''") + "'"

@@ -1,10 +1,12 @@
-"""Passages and their vectors in a LanceDB table, whose schema carries the library's settings as JSON."""
+"""Passages and their vectors in a LanceDB table, whose schema holds the library's settings as JSON."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llamory.common.locks import local_folder
 from llamory.documents import Chunk
 from llamory.errors import LlamoryError
-from llamory.library.search import Hit, SearchMode, search_table, source_filter, sql_string
+from llamory.library.search import Hit, SearchMode, check_unicode, search_table, source_filter, sql_string
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,38 +23,39 @@ if TYPE_CHECKING:
     from lancedb import DBConnection
     from lancedb.table import Table
 
-# Version 1 had no `key`, no `page` and no index of words.
+# Version 1 had no `key` and `page` columns and no full-text index.
 FORMAT_VERSION = 2
 _READABLE_VERSIONS = (1, FORMAT_VERSION)
-# Every commit leaves a small file and a list of all files; they are joined before the lists grow long.
+# Each commit adds a small file and a list of all files; compaction joins them before the lists grow long.
 COMMITS_PER_COMPACTION = 256
-# How long states that were written over are kept for those who read them.
+# How long overwritten states stay for processes that read them.
 _CLEANUP_AGE = timedelta(minutes=1)
-# Lucene's. The list that comes with this tokenizer is of all languages at once, and takes "cat" for such a word.
+# Lucene's list. The tokenizer's own list is of all languages at once, and has "cat" in it.
 _STOP_WORDS = (
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
     "to was will with"
 ).split()
+# Values in one SQL list: longer lists take the parser long.
+_SQL_LIST_LENGTH = 1000
 
-_CHUNKS_TABLE = "passages"
-_FILES_TABLE = "files"
-# Stands among the files that were read while a run writes.
+_CHUNKS_TABLE, _FILES_TABLE, _PENDING_TABLE = "passages", "files", "pending"
+# Entry of the files table while a run writes.
 _WRITE_MARKER = ""
-# Up to so many passages the index of words is made anew after a run that took passages out: a few seconds.
+# Largest table (in passages, a few seconds) whose full-text index is rebuilt after passages were removed.
 _MAX_REBUILD_CHUNKS = 50_000
 _METADATA_KEY = b"llamory"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a library was made with; never changes.
+    """Settings that a library keeps from its first document on.
 
     Attributes:
-        model: folder or hub id of the embedding model, empty if the library was made with a loaded model.
-        fingerprint: hash of the model, so that another one isn't taken for it.
+        model: folder or hub id of the embedding model; empty if the library was made with a loaded model.
+        fingerprint: hash of the model.
         dimension: length of the vectors.
-        chunk_size: the most tokens of a chunk; "passage_length" in the stored settings.
-        version: of the library's format.
+        chunk_size: maximum tokens of a passage ("passage_length" in the file).
+        version: version of the library's format.
     """
 
     model: str
@@ -63,7 +66,7 @@ class Settings:
 
 
 class PassageStore:
-    """One library's table. Every method that writes does so in one commit: all of it is seen, or nothing."""
+    """The table of one library. Each batch of whole documents is written in one commit."""
 
     def __init__(self, database: DBConnection, table: Table, settings: Settings, uri: str) -> None:
         self._database = database
@@ -71,10 +74,10 @@ class PassageStore:
         self._file_index: Table | None = None
         self._unfinished = False
         self._uri = uri
-        self._commits = self._uncompacted_rows = 0  # commits and rows since small files were last joined
-        self._has_deletions = False  # whether passages were replaced or removed since `begin`
+        self._commits = self._uncompacted_rows = 0  # since the last compaction
+        self._has_deletions = False  # since `start_write`
         self._has_keys = "key" in table.schema.names
-        self._old_keys: np.ndarray | None = None  # of passages, sorted; as they were when first asked for
+        self._old_keys: np.ndarray | None = None  # sorted (passages,) int64, as of the first use
         self._new_keys: set[int] = set()  # of passages written since
         self.settings = settings
 
@@ -83,22 +86,27 @@ class PassageStore:
         """Open the table of a library; None if there is none.
 
         Raises:
-            LlamoryError: the table isn't a library's, is damaged, or of a format that this version doesn't know.
+            LlamoryError: `uri` is empty or no address, or the table isn't a library's, is damaged or of a format that
+                this version can't read.
         """
         import lancedb
 
-        # Connecting makes the folder, which looking for a library must not.
+        check_uri(uri)
+        # Connecting creates the folder; looking for a library must not.
         folder = local_folder(uri)
         if folder is not None and not folder.is_dir():
             return None
-        with _user_errors(uri):
-            database = lancedb.connect(uri)
-            table = _open_table(database, _CHUNKS_TABLE)
-        return None if table is None else cls(database, table, _settings(table, uri), uri)
+        try:
+            with _user_errors(uri):
+                database = lancedb.connect(uri)
+                table = _open_table(database, _CHUNKS_TABLE)
+        except ValueError as error:
+            raise LlamoryError(f"{uri} is no address of a library ({_first_words(error)}); check it.") from error
+        return None if table is None else cls(database, table, _load_settings(table, uri), uri)
 
     @classmethod
     def create(cls, uri: str, settings: Settings) -> PassageStore:
-        """Make an empty table."""
+        """Create an empty table."""
         import lancedb
         import pyarrow as pa
 
@@ -110,23 +118,24 @@ class PassageStore:
                 ("source", pa.string()),
                 ("title", pa.string()),
                 ("line", pa.int32()),
-                ("page", pa.int32()),  # or cell; null where there are no such
-                ("position", pa.int32()),  # of the passage in its document
+                ("page", pa.int32()),  # or cell of a notebook; null for other formats
+                ("position", pa.int32()),  # number of the passage in its document, from 0
                 ("file", pa.string()),
                 ("hash", pa.string()),  # of the whole document
-                ("key", pa.int64()),  # of the text, so that a text's vector is found again
+                ("key", pa.int64()),  # of the text: finds its vector again
                 ("vector", pa.list_(pa.float32(), settings.dimension)),
             ],
             metadata={_METADATA_KEY: json.dumps(stored).encode()},
         )
-        database = lancedb.connect(uri)
-        return cls(database, database.create_table(_CHUNKS_TABLE, schema=schema), settings, uri)
+        with _user_errors(uri):
+            database = lancedb.connect(uri)
+            return cls(database, database.create_table(_CHUNKS_TABLE, schema=schema), settings, uri)
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _latest_table(self) -> Iterator[Table]:
-        """The table as it is now: others may have written, and old states are cleared away after a while."""
+        """The table as of now: other processes write to it, and old states are deleted after a while."""
         with _user_errors(self._uri):
             self._table.checkout_latest()
             yield self._table
@@ -135,31 +144,35 @@ class PassageStore:
         with self._latest_table() as table:
             return table.count_rows()
 
+    def num_documents(self) -> int:
+        """Number of documents."""
+        with self._latest_table() as table:
+            return table.count_rows("position = 0")
+
     def documents(self) -> dict[str, tuple[str, str]]:
         """File and hash of each source."""
-        with self._latest_table() as table:
-            columns = table.search().select(["source", "file", "hash"]).to_arrow()
-        rows = columns.group_by(["source", "file", "hash"]).aggregate([]).to_pydict()
+        with self._latest_table() as table:  # the first passage of each document
+            rows = table.search().where("position = 0").select(["source", "file", "hash"]).to_arrow().to_pydict()
         return dict(zip(rows["source"], zip(rows["file"], rows["hash"], strict=True), strict=True))
 
     def vectors(self, texts: Collection[str]) -> dict[str, np.ndarray]:
-        """The vectors of those of some passage texts that the table holds, wherever they stand."""
-        text_by_key = {text_key(text): text for text in texts}
-        if self._has_keys:
-            text_by_key = {key: text for key, text in text_by_key.items() if self._may_contain(key)}
-        if not text_by_key:
-            return {}
-        where = f"key IN ({', '.join(map(str, text_by_key))})" if self._has_keys else _sql_in("text", set(texts))
-        with self._latest_table() as table:
-            found = table.search().where(where).select(["text", "vector"]).to_arrow()
-        vectors = found["vector"].combine_chunks().flatten().to_numpy().reshape(len(found), self.settings.dimension)
+        """The vectors of those of some passage texts that the table holds, in any document."""
         requested = set(texts)
-        return {
-            text: vector for text, vector in zip(found["text"].to_pylist(), vectors, strict=True) if text in requested
-        }
+        if self._has_keys:
+            keys = [str(key) for key in map(text_key, requested) if self._may_contain(key)]
+            conditions = [f"key IN ({', '.join(some)})" for some in _slices(keys)]
+        else:
+            conditions = _sql_in("text", requested)
+        vectors: dict[str, np.ndarray] = {}
+        for condition in conditions:
+            with self._latest_table() as table:
+                rows = table.search().where(condition).select(["text", "vector"]).to_arrow()
+            found = zip(rows["text"].to_pylist(), _matrix(rows, self.settings.dimension), strict=True)
+            vectors |= {text: vector for text, vector in found if text in requested}
+        return vectors
 
     def _may_contain(self, key: int) -> bool:
-        """Whether there may be a passage with this key: asked in memory (8 bytes a passage), as most are new."""
+        """Whether a passage may have this key: looked up in memory (8 bytes a passage), since most texts are new."""
         import numpy as np
 
         if self._old_keys is None:
@@ -169,7 +182,7 @@ class PassageStore:
         return key in self._new_keys or (position < len(self._old_keys) and int(self._old_keys[position]) == key)
 
     def refresh(self) -> None:
-        """Forget what was read: another process may have written since."""
+        """Forget cached keys, since another process may have written."""
         self._old_keys, self._new_keys = None, set()
 
     def search(
@@ -181,19 +194,18 @@ class PassageStore:
         text: str = "",
         mode: SearchMode = "dense",
     ) -> list[Hit]:
-        """The best passages, best first; the settings are those of `Library.search`."""
+        """The best passages, best first; arguments as for `Library.search`."""
+        condition = source_filter(source) if source else None
         with self._latest_table() as table:
-            return search_table(table, mode, text, vector, top, source_filter(source) if source else None)
+            return search_table(table, mode, text, vector, top, condition)
 
     def passages(self, sources: Collection[str]) -> dict[str, list[Chunk]]:
-        """All passages of some sources, in order, by source; a source that isn't there has none."""
-        if not sources:
-            return {}
-        columns = ["source", "position", "text", "title", "line"]
-        with self._latest_table() as table:
-            if "page" in table.schema.names:
-                columns.append("page")
-            rows = table.search().where(_sql_in("source", sources)).select(columns).to_list()
+        """All passages of some sources, in order, by source; unknown sources are left out."""
+        rows: list[dict[str, Any]] = []
+        for condition in _sql_in("source", sources):
+            with self._latest_table() as table:
+                columns = ["source", "position", "text", "title", "line", *{"page"}.intersection(table.schema.names)]
+                rows += table.search().where(condition).select(columns).to_list()
         passages: dict[str, list[Chunk]] = {}
         for row in sorted(rows, key=lambda row: row["position"]):
             passage = Chunk(row["text"], row["source"], row["title"], row["line"], row.get("page"))
@@ -203,69 +215,72 @@ class PassageStore:
     # ---- writing -----------------------------------------------------------------------------------------------------
 
     def write(self, rows: list[dict[str, Any]], vectors: np.ndarray, replaced: Collection[str]) -> None:
-        """Add whole documents, and take away what was there of them.
+        """Add whole documents and delete their old passages, in one commit.
 
         Args:
-            rows: the passages: all columns but the vector and the key.
+            rows: the passages: all columns except the vector and the key.
             vectors: float32 (passages, dimension).
             replaced: sources among the rows that may have passages already.
         """
-        data = self._arrow(rows, vectors)
-        if replaced:
-            self._has_deletions = True
-            merge = self._table.merge_insert(["source", "position"])
-            merge = merge.when_matched_update_all().when_not_matched_insert_all()
-            merge.when_not_matched_by_source_delete(_sql_in("source", replaced)).execute(data)
-        else:
-            self._table.add(data)
+        data = self._to_arrow(rows, vectors)
+        with _user_errors(self._uri):
+            if replaced:
+                self._has_deletions = True
+                merge = self._table.merge_insert(["source", "position"])
+                merge = merge.when_matched_update_all().when_not_matched_insert_all()
+                merge.when_not_matched_by_source_delete(" OR ".join(_sql_in("source", replaced))).execute(data)
+            else:
+                self._table.add(data)
         if self._has_keys:
             self._new_keys.update(data["key"].to_pylist())
         self._commits += 1
         self._uncompacted_rows += len(rows)
-        # Joining rewrites the table, so it comes the more seldom the larger the table is.
+        # Compaction rewrites the table, so the larger the table, the rarer it is.
         if self._commits >= COMMITS_PER_COMPACTION and self._uncompacted_rows * 10 >= self._table.count_rows():
             self.compact()
 
     def remove(self, sources: Collection[str]) -> None:
-        """Take away all passages of some sources."""
-        if sources:
+        """Delete all passages of some sources."""
+        for condition in _sql_in("source", sources):
             self._has_deletions = True
-            self._table.delete(_sql_in("source", sources))
+            with _user_errors(self._uri):
+                self._table.delete(condition)
 
     def start_write(self) -> None:
-        """Note that writing goes on. It comes before the first write of a run, and `end` after the last."""
+        """Record that a run writes; call it before the run's first write, and `finish_write` after the last."""
         self._has_deletions = False
         self.mark_indexed({_WRITE_MARKER: ""})
 
     def finish_write(self) -> None:
-        """Put the table in order after a run's writes, and those of a run before that was killed."""
+        """Compact the table after a run's writes and those of an earlier run that was killed."""
         self.compact(rebuild=(self._has_deletions or self._unfinished) and len(self) <= _MAX_REBUILD_CHUNKS)
         self.clear_indexed([_WRITE_MARKER])
         self._unfinished = False
 
     @property
     def unfinished(self) -> bool:
-        """Whether a run wrote to the table and didn't come to its `end`; `index` must have been asked."""
+        """Whether an earlier run wrote without `finish_write`; known after `file_index`."""
         return self._unfinished
 
     def compact(self, *, rebuild: bool = False) -> None:
-        """Join the small files that many commits leave behind, and bring the index of words up to date.
+        """Join the small files of many commits, and update the full-text index.
 
         Args:
-            rebuild: make the index of words anew; else passages that were taken out go on counting in its statistics.
+            rebuild: build the full-text index anew; otherwise deleted passages keep counting in its statistics.
         """
         from lancedb.index import FTS
 
-        if rebuild or not self._table.list_indices():
-            # Words of languages without spaces are found too; names in code are cut at points and underscores.
-            fts_config = FTS(base_tokenizer="icu/split", custom_stop_words=_STOP_WORDS)
-            self._table.create_index("text", config=fts_config, replace=True)
-        self._table.optimize(cleanup_older_than=_CLEANUP_AGE)
-        self._commits = self._uncompacted_rows = 0
-        if self._file_index is not None:
-            self._file_index.optimize(cleanup_older_than=_CLEANUP_AGE)
+        with _user_errors(self._uri):
+            if rebuild or not self._table.list_indices():
+                # Splits languages without spaces too, and identifiers at points and underscores.
+                fts_config = FTS(base_tokenizer="icu/split", custom_stop_words=_STOP_WORDS)
+                self._table.create_index("text", config=fts_config, replace=True)
+            self._table.optimize(cleanup_older_than=_CLEANUP_AGE)
+            self._commits = self._uncompacted_rows = 0
+            if self._file_index is not None:
+                self._file_index.optimize(cleanup_older_than=_CLEANUP_AGE)
 
-    def _arrow(self, rows: list[dict[str, Any]], vectors: np.ndarray) -> pa.Table:
+    def _to_arrow(self, rows: list[dict[str, Any]], vectors: np.ndarray) -> pa.Table:
         import pyarrow as pa
 
         schema = self._table.schema
@@ -278,10 +293,10 @@ class PassageStore:
                 columns[field.name] = pa.array([row[field.name] for row in rows], type=field.type)
         return pa.table([columns[name] for name in schema.names], schema=schema)
 
-    # ---- files that were read to their end ---------------------------------------------------------------------------
+    # ---- the file index ----------------------------------------------------------------------------------------------
 
     def file_index(self) -> dict[str, str]:
-        """The content of each file that was read to its end; such a file need not be parsed again."""
+        """The content key of each file that was indexed completely; an unchanged one need not be parsed again."""
         with _user_errors(self._uri):
             self._file_index = _open_table(self._database, _FILES_TABLE)
             if self._file_index is None:
@@ -292,35 +307,132 @@ class PassageStore:
         return index
 
     def mark_indexed(self, contents: Mapping[str, str]) -> None:
-        """Note files as read to their end. All of their documents must have been written."""
+        """Add files with their content keys to the index. All of their documents must have been written."""
         import pyarrow as pa
 
         if not contents:
             return
         schema = pa.schema([("file", pa.string()), ("content", pa.string())])
         rows = pa.table([list(contents), list(contents.values())], schema=schema)
-        if self._file_index is None:
-            self._file_index = self._database.create_table(_FILES_TABLE, schema=schema, exist_ok=True)
-        self._file_index.merge_insert("file").when_matched_update_all().when_not_matched_insert_all().execute(rows)
+        with _user_errors(self._uri):
+            if self._file_index is None:
+                self._file_index = self._database.create_table(_FILES_TABLE, schema=schema, exist_ok=True)
+            merge = self._file_index.merge_insert("file")
+            merge.when_matched_update_all().when_not_matched_insert_all().execute(rows)
 
     def clear_indexed(self, files: Collection[str]) -> None:
-        """Forget that files were read. This must come before any passage of theirs is changed."""
-        if files and self._file_index is not None:
-            self._file_index.delete(_sql_in("file", files))
+        """Delete files from the index; call it before any of their passages changes."""
+        if self._file_index is not None:
+            for condition in _sql_in("file", files):
+                with _user_errors(self._uri):
+                    self._file_index.delete(condition)
+
+
+class PendingVectors:
+    """Vectors of passages whose document isn't complete, so that a killed run need not compute them again.
+
+    They lie in a table of their own beside the library's, which need not exist yet.
+
+    Args:
+        uri: folder or object-store URI of the library.
+        fingerprint: of the model; the table of another model is deleted.
+        read_only: leave everything as it is.
+    """
+
+    def __init__(self, uri: str, fingerprint: str, *, read_only: bool = False) -> None:
+        import lancedb
+
+        self._uri, self._fingerprint = uri, fingerprint
+        self._files: dict[str, str] = {}  # by source
+        self._vectors: dict[str, np.ndarray] = {}  # by the text's digest
+        folder = local_folder(uri)
+        if read_only and folder is not None and not folder.is_dir():
+            return
+        with _user_errors(uri):
+            self._database = lancedb.connect(uri)
+            self._table = _open_table(self._database, _PENDING_TABLE)
+            if self._table is None:
+                return
+            if (self._table.schema.metadata or {}).get(_METADATA_KEY) != fingerprint.encode():
+                if not read_only:
+                    self._drop()
+                return
+            rows = self._table.to_arrow()
+        self._files = dict(zip(rows["source"].to_pylist(), rows["file"].to_pylist(), strict=True))
+        matrix = _matrix(rows, rows.schema.field("vector").type.list_size)
+        self._vectors = dict(zip(rows["digest"].to_pylist(), matrix, strict=True))
+
+    def get(self, texts: Collection[str]) -> dict[str, np.ndarray]:
+        """The vectors of those of some texts that an earlier run computed."""
+        digests = {text: _digest(text) for text in texts} if self._vectors else {}
+        return {text: self._vectors[digest] for text, digest in digests.items() if digest in self._vectors}
+
+    def add(self, rows: Sequence[Mapping[str, Any]], vectors: np.ndarray) -> None:
+        """Write the vectors (passages, dimension) of some rows, of which `text`, `source` and `file` are used."""
+        import pyarrow as pa
+
+        dimension = vectors.shape[1]
+        columns = {
+            "digest": pa.array([_digest(row["text"]) for row in rows]),
+            "source": pa.array([row["source"] for row in rows]),
+            "file": pa.array([row["file"] for row in rows]),
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dimension),
+        }
+        data = pa.table(columns).replace_schema_metadata({_METADATA_KEY: self._fingerprint.encode()})
+        with _user_errors(self._uri):
+            if self._table is None:
+                self._table = self._database.create_table(_PENDING_TABLE, data)
+            else:
+                self._table.add(data)
+        self._files |= {row["source"]: row["file"] for row in rows}
+
+    def clear(self, sources: Collection[str]) -> None:
+        """Delete the vectors of some sources; those of others stay."""
+        known = self._files.keys() & set(sources)
+        if self._table is None or not known:
+            return
+        for source in known:
+            del self._files[source]
+        with _user_errors(self._uri):
+            if not self._files:
+                self._drop()
+                return
+            for condition in _sql_in("source", known):
+                self._table.delete(condition)
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The file of each source that has vectors here."""
+        return dict(self._files)
+
+    def _drop(self) -> None:
+        self._database.drop_table(_PENDING_TABLE)
+        self._table = None
 
 
 def text_key(text: str) -> int:
-    """64 bits that tell a passage's text from others."""
+    """64-bit hash of a passage's text."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big", signed=True)
 
 
-def _settings(table: Table, uri: str) -> Settings:
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def check_uri(uri: str) -> None:
+    """Raise LlamoryError for a path or URI that can't be a library's."""
+    if not uri.strip() or "\0" in uri:
+        raise LlamoryError(f"The library's path is {uri!r}; give a folder or the URI of an object store.")
+    check_unicode(uri, "library's path")
+
+
+def _load_settings(table: Table, uri: str) -> Settings:
     stored = (table.schema.metadata or {}).get(_METADATA_KEY)
     settings = json.loads(stored) if stored else {}
     version = settings.get("version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise LlamoryError(
-            f"The library at {uri} was made by a later llamory (format {version}; this one knows up to "
+            f"The library at {uri} was made by a later llamory (format {version}; this one reads up to "
             f"{FORMAT_VERSION}); upgrade llamory to use it."
         )
     if version not in _READABLE_VERSIONS:
@@ -333,17 +445,26 @@ def _settings(table: Table, uri: str) -> Settings:
 
 @contextmanager
 def _user_errors(uri: str) -> Iterator[None]:
-    """Say in a sentence that a library can't be read."""
+    """Turn what LanceDB reports of the disk into an OSError, and what it reports of a table into a LlamoryError.
+
+    LanceDB raises a RuntimeError for both, and a ValueError for arguments that are wrong: a bug, which passes.
+    """
     try:
         yield
-    except (LlamoryError, OSError):
-        raise
-    except Exception as error:  # LanceDB raises ValueError and RuntimeError for what is missing or broken
-        reason = " ".join(str(error).split())[:300]
+    except RuntimeError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), uri) from error
+        if "lance error" not in str(error).lower():
+            raise
         raise LlamoryError(
-            f"The library at {uri} can't be read: it is damaged or out of reach ({reason}); restore it, or make it "
-            "again with `llamory index` in another place."
+            f"The library at {uri} can't be read: it is damaged or out of reach ({_first_words(error)}); restore it, "
+            "or make it again with `llamory index` in another place."
         ) from error
+
+
+def _first_words(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _open_table(database: DBConnection, name: str) -> Table | None:
@@ -355,5 +476,17 @@ def _open_table(database: DBConnection, name: str) -> Table | None:
         return None
 
 
-def _sql_in(column: str, values: Collection[str]) -> str:
-    return f"{column} IN ({', '.join(map(sql_string, sorted(values)))})"
+def _matrix(rows: pa.Table, dimension: int) -> np.ndarray:
+    """The vector column as an array (rows, dimension)."""
+    vectors: np.ndarray = rows["vector"].combine_chunks().flatten().to_numpy().reshape(len(rows), dimension)
+    return vectors
+
+
+def _slices(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(values), _SQL_LIST_LENGTH):
+        yield values[start : start + _SQL_LIST_LENGTH]
+
+
+def _sql_in(column: str, values: Collection[str]) -> list[str]:
+    """SQL conditions that hold together for the rows whose column has one of some values."""
+    return [f"{column} IN ({', '.join(map(sql_string, some))})" for some in _slices(sorted(values))]

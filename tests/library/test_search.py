@@ -145,3 +145,36 @@ def test_equal_passages_come_in_the_order_of_their_places(tmp_path, model_folder
 def test_an_unknown_search_is_refused(library):
     with pytest.raises(LlamoryError, match=r"no search 'sparse'; it should be one of dense, bm25, fused"):
         library.search("cat", mode="sparse")
+
+
+# ---- odd queries and numbers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["dense", "bm25", "fused"])
+@pytest.mark.parametrize("top", [len(TEXTS), 10**6, 2**31, 2**63, 99999999999999999999])
+def test_a_number_of_hits_beyond_the_passages_gives_all(library, mode, top):
+    query = "cat dog river money bank"
+    assert found(library, query, mode=mode, top=top) == found(library, query, mode=mode, top=99)
+
+
+@pytest.mark.parametrize("mode", ["dense", "bm25", "fused"])
+@pytest.mark.parametrize("query", ["\udce6\udcb8\udca9", "cat \udcff\udcfe"])
+def test_a_query_that_is_no_unicode_is_named(library, mode, query):
+    with pytest.raises(LlamoryError, match=r"The query is not valid Unicode text at character \d"):
+        library.search(query, mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["dense", "bm25", "fused"])
+@pytest.mark.parametrize("query", ["\0", "'", '"', "\\", "[a-", "(", "%", "{}", "cat\0dog", "🐈" * 9, "a" * 100_000])
+def test_odd_queries_find_something_or_nothing(library, mode, query):
+    library.search(query, mode=mode)
+
+
+@pytest.mark.parametrize("source", ["(", "[a-", "\\", "'; DROP TABLE", "\0"])
+def test_odd_sources_match_nothing(library, source):
+    assert found(library, "cat", source=source) == []
+
+
+def test_a_source_that_is_no_unicode_is_named(library):
+    with pytest.raises(LlamoryError, match="The source is not valid Unicode"):
+        library.search("cat", source="caf\udce9")

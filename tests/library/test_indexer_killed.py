@@ -11,6 +11,7 @@ import pytest
 
 from llamory.library import Library
 
+pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).parents[1] / "references" / "killed_indexing.py"
 QUERIES = ("cat and dog", "river 3", "the money of the cats", "part 2")
 
@@ -21,6 +22,8 @@ def write_documents(folder: Path) -> None:
         words = " ".join(word for j, word in enumerate(("cat", "dog", "river", "money")) if i >> j & 1)
         parts = [f"# Part {part}\n\nThe {words} went on, number {part} of {i}." for part in range(1 + i % 3)]
         (folder / f"page {i}.md").write_text("\n\n".join(parts))
+    long = "\n\n".join(f"# Part {part}\n\nA cat saw river number {part}." for part in range(10))
+    (folder / "a long page.md").write_text(long)
     (folder / "lines.jsonl").write_text("".join(f'{{"text": "a cat, a line {i}"}}\n' for i in range(9)))
 
 

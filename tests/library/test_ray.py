@@ -1,4 +1,4 @@
-"""Indexing on Ray makes the same library as without, whatever dies meanwhile."""
+"""On Ray, indexing gives the same library and encoding the same memories as in one process, whatever dies meanwhile."""
 
 import contextlib
 import re
@@ -12,13 +12,23 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 from sentence_transformers.base.modules.normalize import Normalize
 
 from llamory.errors import LlamoryError
 from llamory.library import Library
-from llamory.library import ray as ray_engine
+from llamory.library import ray as ray_module
 from llamory.library.indexer import Batch
-from llamory.library.ray import BatchMessage, Embedder, FileReader, RayEngine, _Deduplicator
+from llamory.library.ray import (
+    BatchMessage,
+    Embedder,
+    FileReader,
+    MemoryWriter,
+    MemoryWriters,
+    RayIndexer,
+    _Deduplicator,
+)
+from llamory.memory import MemoryBank
 
 FILES, DOCUMENTS = 24, 3
 
@@ -70,10 +80,11 @@ def slow(embedder):
     return type(embedder)(modules=[*embedder, Slow()], device="cpu")
 
 
+@pytest.mark.slow
 def test_a_worker_killed_midway_loses_and_doubles_nothing(cluster, tmp_path, folder, expected, embedder, monkeypatch):
-    monkeypatch.setattr(ray_engine, "FILES_PER_CALL", 2)
+    monkeypatch.setattr(ray_module, "FILES_PER_CALL", 2)
     killed: list[str] = []
-    run = RayEngine.run
+    run = RayIndexer.run
 
     def run_and_kill(self, tasks):
         for count, batch in enumerate(run(self, tasks)):
@@ -81,7 +92,7 @@ def test_a_worker_killed_midway_loses_and_doubles_nothing(cluster, tmp_path, fol
                 killed.extend(kill_one("Embedder") + kill_one("FileReader"))
             yield batch
 
-    monkeypatch.setattr(RayEngine, "run", run_and_kill)
+    monkeypatch.setattr(RayIndexer, "run", run_and_kill)
     library = Library(tmp_path / "library", slow(embedder))
     report = library.add(folder, engine="ray", progress=False)
     assert any("Embedder" in name for name in killed)
@@ -94,12 +105,13 @@ def kill_one(actor: str) -> list[str]:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             name = " ".join(process.cmdline())
-            if f"({actor}" in name:
+            if actor in name:
                 process.kill()
                 return [name]
     return []
 
 
+@pytest.mark.slow
 def test_what_is_unchanged_changed_gone_and_broken_is_told_as_without_ray(cluster, tmp_path, folder, embedder):
     reports = []
     for engine in ("local", "ray"):
@@ -122,13 +134,14 @@ def test_what_is_unchanged_changed_gone_and_broken_is_told_as_without_ray(cluste
     assert on_ray[2]["rows"].keys() == local[2]["rows"].keys()
 
 
+@pytest.mark.slow
 def test_a_run_whose_own_process_is_killed_is_finished_by_the_next(tmp_path, folder, model_folder, expected):
     script = (
         "import sys, time\n"
         "from llamory.library import Library\n"
-        "from llamory.library import ray as ray_engine\n"
-        "from llamory.library.update import Update\n"
-        "ray_engine.FILES_PER_CALL, write_batch = 2, Update.write_batch\n"
+        "from llamory.library import ray as ray_module\n"
+        "from llamory.library.indexer import Update\n"
+        "ray_module.FILES_PER_CALL, write_batch = 2, Update.write_batch\n"
         "def slowly(self, batch):\n"
         "    write_batch(self, batch); print('written', flush=True); time.sleep(0.3)\n"
         "Update.write_batch = slowly\n"
@@ -156,6 +169,7 @@ def test_a_run_whose_own_process_is_killed_is_finished_by_the_next(tmp_path, fol
     assert len(gone) > len(alive)
 
 
+@pytest.mark.slow
 def test_a_worker_that_finds_another_model_says_so(cluster, tmp_path, folder, model_folder, other_model_folder):
     library = Library(tmp_path / "library", model_folder)
     library.add(folder / "0.md", progress=False)
@@ -177,7 +191,7 @@ def test_an_address_without_a_cluster_is_told_at_once(tmp_path, folder, embedder
             Library(tmp_path / "library", embedder).add(folder, engine="ray", ray_address=address, progress=False)
 
 
-def test_parcels_that_arrive_twice_count_once():
+def test_messages_that_arrive_twice_count_once():
     row = {"source": "a", "file": "a"}
     vectors = np.ones((1, 2), dtype=np.float32)
     messages = [
@@ -187,13 +201,13 @@ def test_parcels_that_arrive_twice_count_once():
         ),
         BatchMessage(Batch(completed_files={"d": "content"}), {"d": "third"}),
     ]
-    counts: list[int] = []
-    batches = list(_Deduplicator(counts.append).batches(iter(messages)))
+    deduplicator = _Deduplicator()
+    batches = [deduplicator.deduplicate(message) for message in messages]
     assert [[row["source"] for row in batch.rows] for batch in batches] == [["a"], ["c"], []]
     assert [None if batch.vectors is None else len(batch.vectors) for batch in batches] == [1, 1, None]
     assert [batch.unchanged for batch in batches] == [["b"], [], []]
     assert batches[1].completed_files == {"a": ""}, "a file put together from two readings isn't noted as read"
-    assert batches[2].completed_files == {"d": "content"} and sum(counts) == 1
+    assert batches[2].completed_files == {"d": "content"}
 
 
 def test_an_embedder_uses_what_the_library_holds(tmp_path, folder, model_folder, expected, embedder):
@@ -214,3 +228,78 @@ def test_an_embedder_uses_what_the_library_holds(tmp_path, folder, model_folder,
     np.testing.assert_allclose(
         message.batch.vectors, embedder.encode_document([row["text"] for row in message.batch.rows]), atol=1e-6
     )
+
+
+# ---- memories --------------------------------------------------------------------------------------------------------
+
+TEXTS = [f"a document of {'many ' * i}words" for i in range(12)]
+
+
+def make_readers(seconds=0.0):
+    """A maker of readers that is pickled as it is: one token per letter, its key made of the letter, in any order."""
+
+    class Letters:
+        def read(self, documents, advance):
+            for document in sorted(documents, key=len, reverse=True):
+                if "broken" in document:
+                    raise LlamoryError(f"{document} can't be read.")
+                time.sleep(seconds)
+                letters = torch.tensor([float(ord(letter)) for letter in document])
+                bank = MemoryBank([1, 2], 2, 4, dtype="float32", fingerprint="letters")
+                for layer in (1, 2):
+                    keys = letters[None, :, None].expand(2, -1, 4) * layer
+                    bank.append(layer, keys, -keys, "document")
+                bank.set_metadata("document", source=document)
+                advance(document, len(document) // 2)
+                advance(document, len(document) - len(document) // 2)
+                yield document, bank
+
+    return Letters
+
+
+def assert_right(memories, texts):
+    assert sorted(text for text, _ in memories) == sorted(texts)
+    for text, bank in memories:
+        ((_, expected),) = make_readers()().read([text], lambda *_: None)
+        assert bank.segments == ("document",) and bank.fingerprint == expected.fingerprint
+        assert bank.metadata("document") == expected.metadata("document")
+        for layer in (1, 2):
+            assert torch.equal(bank.keys(layer), expected.keys(layer))
+            assert torch.equal(bank.values(layer), expected.values(layer))
+
+
+def test_a_writer_gives_the_files_of_its_readers_memories():
+    number, memories, error = MemoryWriter(make_readers()).read(7, TEXTS[:3])
+    assert (number, error) == (7, "") and sorted(index for index, _, _ in memories) == [0, 1, 2]
+    for index, progress_events, data in memories:
+        assert {source for source, _ in progress_events} == {TEXTS[index]} and sum(
+            n for _, n in progress_events
+        ) == len(TEXTS[index])
+        assert_right([(TEXTS[index], ray_module._from_bytes(data))], [TEXTS[index]])
+
+
+def test_what_cant_be_read_comes_back_as_a_sentence():
+    _, memories, error = MemoryWriter(make_readers()).read(0, ["fine", "broken"])
+    assert memories == [] and error == "broken can't be read."
+
+
+@pytest.mark.slow
+def test_a_writer_killed_midway_loses_and_doubles_nothing(cluster, monkeypatch):
+    monkeypatch.setattr(ray_module, "DOCUMENTS_PER_CALL", 2)
+    token_counts: dict[str, int] = {}
+
+    def advance(source, tokens):
+        token_counts[source] = token_counts.get(source, 0) + tokens
+
+    memories, killed = [], False
+    with MemoryWriters(make_readers(seconds=0.2)) as writers:
+        for text, bank in writers.read(TEXTS, advance):
+            memories.append((text, bank))
+            killed = killed or bool(kill_one("MemoryWriter"))
+        # The writers stay for the next documents.
+        assert_right(list(writers.read(TEXTS[:1])), TEXTS[:1])
+        with pytest.raises(LlamoryError, match="broken can't be read"):
+            list(writers.read(["broken"]))
+    assert killed
+    assert_right(memories, TEXTS)
+    assert token_counts == {text: len(text) for text in TEXTS}
