@@ -22,10 +22,14 @@ from transformers import logging
 from llamory.longllama.loading import load_long_model
 from llamory.longllama.losses import IGNORE_INDEX
 from llamory.models.base import load_tokenizer
-from llamory.training.instruct.cached_rows import DocumentExamples, build_context, collate_frozen_contexts
+from llamory.training.instruct.batches import (
+    DocumentExamples,
+    HiddenStateCache,
+    MemorySplit,
+    build_context,
+    collate_frozen_contexts,
+)
 from llamory.training.instruct.dataset import InstructFormat, Lengths, load_instructions
-from llamory.training.instruct.hidden_state_cache import HiddenStateCache
-from llamory.training.instruct.rows import MemorySplit
 
 MAX_TOKENS, UNLIMITED_TOKENS = 16_384, 1 << 40  # tokens
 

@@ -21,8 +21,8 @@ from torch.nn.functional import cross_entropy
 from llamory.longllama.loading import load_long_model
 from llamory.longllama.losses import IGNORE_INDEX
 from llamory.models.base import load_config, load_tokenizer
+from llamory.training.instruct.batches import SplitExample, collate
 from llamory.training.instruct.dataset import InstructFormat, Lengths, load_instructions
-from llamory.training.instruct.rows import SplitExample, collate
 
 ROW_TOKENS, MAX_TOKENS = 512, 3072
 BATCH_SIZE = 4  # examples of a pass, which are one another's negatives

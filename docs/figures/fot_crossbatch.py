@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llamory.training.fot.batches import ContextSampler, ContextSamplingConfig
+from llamory.training.fot.contexts import ContextSampler, ContextSamplingConfig
 
 BATCH, PACKING, SCHEDULE = 12, 3, [(0, 0), (1, 1), (2, 1), (2, 2)]
 CELL, LEFT, TOP = 40, 250, 96

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
 from llamory.longllama.crossbatch import cross_batch_attention, crossbatch_contexts
-from llamory.training.fot.batches import PUBLISHED_CROSSBATCH_SCHEDULES, ContextSampler, ContextSamplingConfig
+from llamory.training.fot.contexts import PUBLISHED_CROSSBATCH_SCHEDULES, ContextSampler, ContextSamplingConfig
 
 
 def first_token_vectors(rows):

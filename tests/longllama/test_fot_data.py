@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llamory.errors import LlamoryError
 from llamory.training.corpus import DocumentStream, Source, make_sources
-from llamory.training.fot.data import FotBatches
+from llamory.training.fot.batches import FotBatches
 
 BOS, EOS, FIRST = 1, 2, 3
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
 from llamory.longllama.losses import IGNORE_INDEX
-from llamory.training.instruct.rows import InstructBatches, MemorySplit, SplitExample, collate
+from llamory.training.instruct.batches import InstructBatches, MemorySplit, SplitExample, collate
 from tiny_models import CONTEXT, LAST, make_long_llama
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def test_rebasing_positions_keeps_the_distances(make_model, ids, monkeypatch):
     row = ids(200)
     model = make_model()
     wanted = expected(model, row, 10)[10:]
-    monkeypatch.setattr("llamory.longllama.local_context.REBASE_THRESHOLD", 50)
+    monkeypatch.setattr("llamory.longllama.windows.REBASE_THRESHOLD", 50)
     cache = model(row[None, :10]).past_key_values
     found = torch.cat([model(token[None, None], past_key_values=cache).logits[0] for token in row[10:]])
     close(found, wanted, atol=1e-4)

@@ -12,17 +12,16 @@ from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
 from llamory.longllama import flash_backward as kernels
-from llamory.longllama.crossbatch import cross_batch_parts
-from llamory.longllama.crossbatch_plan import plan_frozen_contexts
+from llamory.longllama.crossbatch import cross_batch_parts, plan_frozen_contexts
 from llamory.longllama.losses import IGNORE_INDEX
-from llamory.training.instruct.cached_rows import (
+from llamory.training.instruct.batches import (
     DocumentExamples,
     FrozenContextBatches,
+    HiddenStateCache,
+    MemorySplit,
     build_context,
     collate_frozen_contexts,
 )
-from llamory.training.instruct.hidden_state_cache import HiddenStateCache
-from llamory.training.instruct.rows import MemorySplit
 from plain_crossbatch import plain_cross_batch
 from tiny_models import make_long_llama
 
@@ -56,7 +55,7 @@ def test_rows_outside_the_batch_equal_the_plain_way(way, data):
     cos, sin = rotary(seq, dim)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_backend", lambda query: way)
-        given_settings = {"lengths": lengths, "weights": weights, "outside": True}
+        given_settings = {"lengths": lengths, "weights": weights, "frozen_contexts": True}
         found = cross_batch_parts(tuple(near), tuple(far), cos, sin, contexts, **given_settings)
         cotangents = [torch.randn(part.shape, generator=generator, dtype=torch.float64) for part in found]
         got = torch.autograd.grad(list(found), near + far, cotangents)

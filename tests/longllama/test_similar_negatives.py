@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from llamory.embedding.pipeline import escape_slot_tokens, export_sentence_transformer, load_embedder
 from llamory.llara import LlaraTemplate
-from llamory.training.fot.batches import ContextSampler, ContextSamplingConfig, embedder
+from llamory.training.fot.contexts import ContextSampler, ContextSamplingConfig, embedder
 
 WORDS = ["river", "money", "cat", "dog"]
 

@@ -18,8 +18,8 @@ from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.loading import load_long_model
 from llamory.training import long_models
 from llamory.training.corpus import DocumentStream, Source
-from llamory.training.fot.batches import ContextSampler, ContextSamplingConfig
-from llamory.training.fot.data import FotBatches
+from llamory.training.fot.batches import FotBatches
+from llamory.training.fot.contexts import ContextSampler, ContextSamplingConfig
 from llamory.training.fot.train import train_fot
 from llamory.training.settings import FotSettings
 from training_runs import TORCHRUN, finish, kill_behind, losses, start, weights

@@ -13,9 +13,8 @@ from llamory.cli.options import read_settings
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.losses import IGNORE_INDEX
-from llamory.training.instruct.cached_rows import FrozenContextBatches
+from llamory.training.instruct.batches import FrozenContextBatches, InstructBatches, MemorySplit, log_interpolate
 from llamory.training.instruct.dataset import InstructFormat, Lengths, load_instructions
-from llamory.training.instruct.rows import InstructBatches, MemorySplit, log_interpolate
 from llamory.training.instruct.train import InstructBatchSource, train_instruct
 from llamory.training.settings import InstructSettings
 from training_runs import TORCHRUN, finish, kill_behind, losses, start, weights

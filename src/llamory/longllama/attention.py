@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -16,14 +17,72 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from llamory.longllama.cache import LongLlamaCacheLayer
-from llamory.longllama.crossbatch import CrossBatch, cross_batch_attention, cross_batch_parts
-from llamory.longllama.forward_context import ForwardContext
-from llamory.longllama.memory_scaling import memory_logit_bias, scale_queries, seen_tokens
-from llamory.longllama.projections import PROJECTIONS, MemoryProjection
+from llamory.longllama.cache import ForwardContext, LongLlamaCacheLayer
+from llamory.longllama.crossbatch import CrossBatch, Weights, cross_batch_attention, cross_batch_parts
 from llamory.memory.attention import flash, merge
 from llamory.memory.blocks import SpanList
 from llamory.memory.search.base import attend
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class MemoryProjection(nn.Linear):
+    """A projection for memory, which starts as the layer's own.
+
+    Args:
+        base: the layer's.
+        bias: whether it has a bias, too.
+    """
+
+    def __init__(self, base: nn.Linear, bias: bool):
+        super().__init__(base.in_features, base.out_features, bias, base.weight.device, base.weight.dtype)
+        self._base = (base,)  # in a tuple, as it isn't a part of this one
+        self.init_from_base()
+
+    def init_from_base(self) -> None:
+        """Take the weights of the layer's own, unless these were loaded."""
+        for name, parameter in self.named_parameters():
+            init.copy_(parameter, getattr(self._base[0], name))
+
+
+def seen_tokens(spans: Sequence[SpanList], evicted: Tensor | None, device: torch.device) -> Tensor:
+    """Tokens of memory that each query sees, (rows, 1, width or 1) in float32.
+
+    Args:
+        spans: what is in memory, per row.
+        evicted: (rows, width, slots) of the local context's, true where one has become memory for a query.
+        device: where the numbers go.
+    """
+    counts = torch.tensor([row.tokens for row in spans], dtype=torch.float32, device=device)[:, None, None]
+    return counts if evicted is None else counts + evicted.to(device).sum(-1)
+
+
+def scale_queries(config: Any, tensors: Sequence[Tensor], seen: Tensor) -> list[Tensor]:
+    """Queries (rows, heads, width, head_dim), times what `logn_attention_scale` says for the memory that each sees."""
+    factor = 1 + config.logn_attention_scale * (seen[..., None] / config.logn_attention_start).clamp(min=1).log()
+    return [tensor * factor.to(tensor.dtype) for tensor in tensors]
+
+
+def memory_logit_bias(config: Any, seen: Tensor) -> Tensor:
+    """What `memory_size_bias` takes off all scores of memory, in the shape of `seen`."""
+    return config.memory_size_bias * (seen / config.memory_size_bias_start).clamp(min=1).log()
+
+
+def scale_context_weights(config: Any, weights: Weights, lengths: Sequence[Sequence[int]]) -> Weights:
+    """The same in training: what each of a row's contexts counts as.
+
+    Args:
+        config: the model's.
+        weights: per row, what each of its contexts counts as without it.
+        lengths: of the same shape, the contexts' real tokens.
+    """
+    scaled = []
+    for row_weights, row_lengths in zip(weights, lengths, strict=True):
+        tokens = sum(weight * length for weight, length in zip(row_weights, row_lengths, strict=True))
+        scale = max(1.0, tokens / config.memory_size_bias_start) ** -config.memory_size_bias
+        scaled.append([weight * scale for weight in row_weights])
+    return scaled
+
 
 # Queries, keys and values of a part of the attention, and where a query may look (None: everywhere).
 _LocalQKV = tuple[Tensor, Tensor, Tensor, Tensor | None]

@@ -1,4 +1,4 @@
-"""Load any LLaMA as a long reader."""
+"""Load any LLaMA with memory in some of its layers."""
 
 from __future__ import annotations
 

@@ -14,13 +14,15 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llamory.errors import LlamoryError
-from llamory.longllama.attention import LongLlamaAttention, LongLlamaDecoderLayer
-from llamory.longllama.cache import LongLlamaCache
+from llamory.longllama.attention import (
+    LongLlamaAttention,
+    LongLlamaDecoderLayer,
+    MemoryProjection,
+    scale_context_weights,
+)
+from llamory.longllama.cache import ForwardContext, LongLlamaCache
 from llamory.longllama.configuration import LongLlamaConfig, check_last_context, check_memory
 from llamory.longllama.crossbatch import Contexts, CrossBatch, Weights
-from llamory.longllama.forward_context import ForwardContext
-from llamory.longllama.memory_scaling import scale_context_weights
-from llamory.longllama.projections import MemoryProjection
 from llamory.longllama.windows import RealTokens, Window, split_continuation, split_prompt
 from llamory.memory import MemoryBank
 from llamory.memory.search import Search, make_search

@@ -1,9 +1,9 @@
-"""How a prompt is cut: windows that go into memory one by one, and a last one that keep_local in the local context."""
+"""Windows: how an input is cut, and which tokens of the local context a window reads, moves and evicts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -136,3 +136,248 @@ class RealTokens:
             )
             parts.append((index, row, columns))
         return parts
+
+
+# Positions grow as the local context slides; far beyond this float32 angles of the rotary embedding get coarse.
+REBASE_THRESHOLD = 65536
+
+
+@dataclass
+class LocalUpdate:
+    """What attention needs to go on from a local context with a few tokens per row.
+
+    Slots are columns of the layers' buffers. Masks are True where a query may look.
+
+    Attributes:
+        write: slots of the new tokens.
+        seen: slots that are attended to in the local context, old and new.
+        mask: (rows or 1, 1, width, seen) or None where every query sees all of `seen`.
+        evicted_before: per row, slots that leave before attention (None: nothing leaves).
+        evicted: slots among which some leave within the update: the queries far enough behind see them as memory.
+        evicted_mask: (rows or 1, 1, width, evicted), for `evicted`.
+        evicted_after: per row, slots that leave after attention.
+        position_ids: (rows or 1, width) of the new tokens.
+        memory_position_ids: the same for queries to memory, which stay within the context; None where equal.
+    """
+
+    write: slice
+    seen: slice
+    mask: Tensor | None
+    position_ids: Tensor
+    memory_position_ids: Tensor | None
+    evicted_before: list[Tensor | slice] | None = None
+    evicted: slice | None = None
+    evicted_mask: Tensor | None = None
+    evicted_after: list[Tensor | slice] | None = None
+    # The table's entries after the update, kept for `Slots.commit`.
+    rows: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    start: int = 0
+    flushed: list[bool] = field(default_factory=list)
+
+
+class Slots:
+    """Which tokens of each row stand in which columns of the local buffers, the same for all layers.
+
+    Args:
+        batch: rows.
+        context: the most tokens of a row that are local.
+        flush: whether all local tokens leave when the next don't fit (else the oldest leave, one by one).
+    """
+
+    def __init__(self, batch: int, context: int, flush: bool):
+        self.batch, self.context, self.flush = batch, context, flush
+        self.start = self.end = self.capacity = 0
+        self.next = [0] * batch
+        # (batch, capacity) position of the token in each slot, -1 for none. None while all rows are alike: slot j then
+        # has the position next - (end - j).
+        self.table: Tensor | None = None
+
+    def length(self, row: int) -> int:
+        """Local tokens of a row."""
+        if self.table is None:
+            return self.end - self.start
+        return int((self.table[row, self.start : self.end] >= 0).sum())
+
+    @property
+    def longest(self) -> int:
+        """Local tokens of the longest row."""
+        return max((self.length(row) for row in range(self.batch)), default=0)
+
+    def fill(self, rows: Sequence[int], counts: Sequence[int]) -> slice:
+        """Take in a first window; its tokens start at slot 0. Gives the slots to write."""
+        width = max(counts)
+        self.start, self.end = 0, width
+        self.capacity = max(self.capacity, width + min(256, self.context))
+        if len(rows) == self.batch and len(set(counts)) == 1:
+            self.table, self.next = None, [width] * self.batch
+        else:
+            self.table = torch.full((self.batch, self.capacity), -1)
+            self.next = [0] * self.batch
+            for row, count in zip(rows, counts, strict=True):
+                self.table[row, :count] = torch.arange(count)
+                self.next[row] = count
+        return slice(0, width)
+
+    def reserve_columns(self, width: int) -> tuple[slice, int] | None:
+        """Make room for `width` more columns: what of the buffers must move to the front of buffers of which capacity.
+
+        None if there is room enough.
+        """
+        if self.end + width <= self.capacity:
+            return None
+        kept = slice(self.start, self.end)
+        used = self.end - self.start + width
+        # Some room to slide in, so that moving to the front stays rare.
+        self.capacity = max(used, min(2 * used, self.context + width + max(64, self.context // 8)))
+        if self.table is not None:
+            table = torch.full((self.batch, self.capacity), -1)
+            table[:, : kept.stop - kept.start] = self.table[:, kept]
+            self.table = table
+        self.start, self.end = 0, kept.stop - kept.start
+        return kept, self.capacity
+
+    def plan(self, rows: Sequence[int], counts: Sequence[int]) -> LocalUpdate:
+        """Plan the next tokens (`counts` of each of `rows`); there must be room for them."""
+        if self.table is None and len(rows) == self.batch and len(set(counts)) == 1:
+            return self._plan_uniform(list(rows), counts[0])
+        self._ensure_table()
+        return self._plan_ragged(list(rows), list(counts))
+
+    def commit(self, update: LocalUpdate) -> None:
+        """The update's tokens are written and what left is expired."""
+        if self.table is None:
+            if update.flushed[0]:
+                self.next = [0] * self.batch
+            self.next = [position + count for position, count in zip(self.next, update.counts, strict=True)]
+            self.start, self.end = update.start, update.write.stop
+            return
+        for index, (row, count) in enumerate(zip(update.rows, update.counts, strict=True)):
+            if update.flushed[index]:
+                self.table[row, self.start : self.end] = -1
+                self.next[row] = 0
+            self.table[row, self.end : self.end + count] = torch.arange(self.next[row], self.next[row] + count)
+            self.next[row] += count
+            if not self.flush:
+                expired = self.table[row] < self.next[row] - self.context
+                self.table[row, expired] = -1
+        self.end = update.write.stop
+        occupied = (self.table[:, : self.end] >= 0).any(0).nonzero()
+        self.start = int(occupied[0]) if len(occupied) else self.end
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
+        self.batch = len(indices)
+        self.next = [self.next[index] for index in indices]
+        if self.table is not None:
+            self.table = self.table[list(indices)]
+
+    def crop(self, tokens: int) -> None:
+        """Take back the last columns of all rows; what has left doesn't return."""
+        self._ensure_table()
+        assert self.table is not None
+        for row in range(self.batch):
+            self.next[row] -= int((self.table[row, self.end - tokens : self.end] >= 0).sum())
+        self.table[:, self.end - tokens :] = -1
+        self.end -= tokens
+        if self._is_uniform():
+            self.table = None
+
+    def rebase_positions(self) -> int:
+        """Let positions start again near 0 once they are large; gives by how much they became smaller."""
+        if max(self.next, default=0) < max(REBASE_THRESHOLD, 2 * self.context):
+            return 0
+        shift = min(self.next) - self.context
+        if self.table is not None:
+            occupied = self.table[self.table >= 0]
+            shift = min(shift, int(occupied.min())) if len(occupied) else shift
+        if shift <= 0:
+            return 0
+        self.next = [position - shift for position in self.next]
+        if self.table is not None:
+            self.table[self.table >= 0] -= shift
+        return shift
+
+    def _ensure_table(self) -> None:
+        if self.table is None:
+            self.table = torch.full((self.batch, self.capacity), -1)
+            for row, position in enumerate(self.next):
+                self.table[row, self.start : self.end] = torch.arange(position - (self.end - self.start), position)
+
+    def _is_uniform(self) -> bool:
+        assert self.table is not None
+        part = self.table[:, self.start : self.end]
+        expected = torch.arange(self.next[0] - (self.end - self.start), self.next[0])
+        return len(set(self.next)) == 1 and bool((part == expected).all())
+
+    def _plan_uniform(self, rows: list[int], width: int) -> LocalUpdate:
+        length, position = self.end - self.start, self.next[0]
+        new = slice(self.end, self.end + width)
+        counts = [width] * len(rows)
+        if self.flush and length + width > self.context:
+            positions = torch.arange(width)[None]
+            return LocalUpdate(
+                new, new, _causal(width), positions, None,
+                [slice(self.start, self.end)] * len(rows),
+                rows=rows, counts=counts, start=self.end, flushed=[True] * len(rows),
+            )  # fmt: skip
+        positions = torch.arange(position, position + width)[None]
+        first = min(max(length + 1 - self.context, 0), length)
+        last = max(length + width - self.context, 0)
+        seen = slice(self.start + first, self.end + width)
+        update = LocalUpdate(
+            new, seen, None, positions, self._clamp_positions(positions),
+            [slice(self.start, self.start + first)] * len(rows) if first else None,
+            rows=rows, counts=counts, start=self.start + last, flushed=[False] * len(rows),
+        )  # fmt: skip
+        if width > 1:
+            distance = torch.arange(width)[:, None] + (length - first) - torch.arange(length - first + width)
+            update.mask = ((distance >= 0) & (distance < self.context))[None, None]
+            if last > first:
+                update.evicted = slice(self.start + first, self.start + last)
+                update.evicted_mask = (distance >= self.context)[None, None, :, : last - first]
+                update.evicted_after = [update.evicted] * len(rows)
+        return update
+
+    def _plan_ragged(self, rows: list[int], counts: list[int]) -> LocalUpdate:
+        assert self.table is not None
+        width = max(counts)
+        old = self.table[rows, self.start : self.end]
+        next_positions, token_counts = torch.tensor([self.next[row] for row in rows]), torch.tensor(counts)
+        flushed = [False] * len(rows)
+        if self.flush:
+            flushed = ((old >= 0).sum(1) + token_counts > self.context).tolist()
+            expired = (old >= 0) & torch.tensor(flushed)[:, None]
+            next_positions = next_positions.masked_fill(torch.tensor(flushed), 0)
+        else:
+            expired = (old >= 0) & (old <= next_positions[:, None] - self.context)
+        steps = torch.arange(width)
+        queries = next_positions[:, None] + steps
+        new = queries.masked_fill(steps >= token_counts[:, None], -1)
+        keys = torch.cat([old.masked_fill(expired, -1), new], 1)
+        distance = queries[:, :, None] - keys[:, None, :]
+        valid = (keys >= 0)[:, None, :]
+        update = LocalUpdate(
+            slice(self.end, self.end + width), slice(self.start, self.end + width),
+            (valid & (distance >= 0) & (distance < self.context))[:, None], queries, self._clamp_positions(queries),
+            self._slots(expired) if bool(expired.any()) else None, rows=rows, counts=counts, flushed=flushed,
+        )  # fmt: skip
+        evicted = (keys >= 0) & (keys <= (next_positions + token_counts - 1)[:, None] - self.context)
+        if not self.flush and bool(evicted.any()):
+            update.evicted = update.seen
+            update.evicted_mask = (valid & (distance >= self.context))[:, None]
+            update.evicted_after = self._slots(evicted)
+        return update
+
+    def _slots(self, slot_mask: Tensor) -> list[Tensor | slice]:
+        return [row.nonzero().flatten() + self.start for row in slot_mask]
+
+    def _clamp_positions(self, positions: Tensor) -> Tensor | None:
+        """Positions of queries to memory: as far as the local context reaches, which training saw, and no further."""
+        if int(positions.max()) < self.context:
+            return None
+        return positions.clamp(max=self.context - 1)
+
+
+def _causal(width: int) -> Tensor | None:
+    return torch.ones(width, width, dtype=torch.bool).tril()[None, None] if width > 1 else None

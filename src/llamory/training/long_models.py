@@ -9,9 +9,9 @@ import torch
 from transformers import PretrainedConfig
 
 from llamory.errors import LlamoryError
+from llamory.longllama.attention import PROJECTIONS
 from llamory.longllama.causal import LongLlamaForCausalLM
 from llamory.longllama.configuration import LongLlamaConfig, check_projections
-from llamory.longllama.projections import PROJECTIONS
 from llamory.models import base as backbone
 from llamory.training.run import with_lora
 from llamory.training.settings import AdaptSettings

@@ -19,8 +19,13 @@ from llamory.errors import LlamoryError
 from llamory.longllama.losses import IGNORE_INDEX
 from llamory.models import base as backbone
 from llamory.training.corpus import DocumentStream, Source, make_sources
-from llamory.training.fot.batches import PUBLISHED_CROSSBATCH_SCHEDULES, ContextSampler, ContextSamplingConfig, embedder
-from llamory.training.fot.data import FotBatches
+from llamory.training.fot.batches import FotBatches
+from llamory.training.fot.contexts import (
+    PUBLISHED_CROSSBATCH_SCHEDULES,
+    ContextSampler,
+    ContextSamplingConfig,
+    embedder,
+)
 from llamory.training.long_models import load_longllama, memory_config_overrides, select_trainable
 from llamory.training.run import (
     check_settings,

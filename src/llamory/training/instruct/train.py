@@ -15,11 +15,15 @@ from llamory.longllama.configuration import DEFAULT_LAST_CONTEXT
 from llamory.longllama.losses import IGNORE_INDEX
 from llamory.models import base as backbone
 from llamory.training.corpus import make_sources
-from llamory.training.fot.batches import check_negative_weight
-from llamory.training.instruct.cached_rows import FrozenContextBatches
+from llamory.training.fot.contexts import check_negative_weight
+from llamory.training.instruct.batches import (
+    FrozenContextBatches,
+    HiddenStateCache,
+    InstructBatches,
+    MemorySplit,
+    check_rows,
+)
 from llamory.training.instruct.dataset import InstructFormat, Lengths, load_instructions
-from llamory.training.instruct.hidden_state_cache import HiddenStateCache
-from llamory.training.instruct.rows import InstructBatches, MemorySplit, check_rows
 from llamory.training.long_models import load_longllama, memory_config_overrides, select_trainable
 from llamory.training.run import check_settings
 from llamory.training.settings import InstructSettings
