@@ -14,7 +14,7 @@ from pathlib import Path
 
 from transformers import logging
 
-from llamory.cli.options import read_settings
+from llamory.cli.settings import read_settings
 from llamory.training.llara import train_llara
 from llamory.training.settings import LlaraSettings
 from whitening import arguments, dev_sets, measure, table

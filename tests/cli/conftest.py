@@ -1,13 +1,18 @@
 """Runs the command line inside the test, and puts back what it changes in the process."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 
 from llamory.cli import main
+from llamory.documents import SkippedFile
+from llamory.library import AddReport, Hit
 
 
 class Ran(NamedTuple):
@@ -38,3 +43,48 @@ def llamory(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     yield run
     os.environ.clear()
     os.environ.update(before)
+
+
+HITS = [
+    Hit(
+        "A lamp gives light.\n\nIt needs oil.\nAnd a wick.\nAnd a match.",
+        "docs/lamp.md",
+        "Lamps",
+        12,
+        0.8125,
+        cosine=0.8125,
+    ),
+    Hit("Wicks are cotton\x1b[31m.", "docs/wick.md", "", 1, 0.5),
+]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """Stands in for the library and records what it is asked."""
+    made: list[tuple] = []
+
+    class Library:
+        def __init__(self, path: str, **settings: Any) -> None:
+            made.append(("library", path, settings))
+
+        def search(self, query: str, top: int, **settings: Any) -> list[Hit]:
+            print("searching ...")
+            made.append(("search", query, top, settings))
+            return [] if query == "nothing" else HITS[:top]
+
+        def add(self, paths: list[Path], **settings: Any) -> AddReport:
+            print("reading ...")
+            made.append(("add", paths, settings))
+            broken = [SkippedFile("b/bad\x1b.txt", "no text")] if "b" in map(str, paths) else []
+            nothing = AddReport(failed=broken)
+            return nothing if paths == [Path("b")] else AddReport(3, 2, 1, 0, 41, broken)
+
+        def remove(self, paths: list[Path], **settings: Any) -> AddReport:
+            made.append(("remove", paths, settings))
+            return AddReport(removed=2)
+
+        def info(self) -> dict[str, Any]:
+            return {"path": made[-1][1], "documents": 3, "passages": 41}
+
+    monkeypatch.setitem(sys.modules, "llamory.library", SimpleNamespace(Library=Library))
+    return made

@@ -37,7 +37,7 @@ def modules(tmp_path) -> Path:
 
 
 def test_descriptions_become_a_set_that_is_evaluated(llamory, packages, tmp_path) -> None:
-    ran = llamory("dataset", "descriptions", "--source", packages, "--output", tmp_path / "set", "--json")
+    ran = llamory("dataset", "descriptions", "--package-list", packages, "--output", tmp_path / "set", "--json")
     assert ran.code == 0, ran.err
     counts = json.loads(ran.out)["pairs"]
     assert sum(counts.values()) == 200 and set(counts) == {"train", "dev", "test"}
@@ -47,20 +47,20 @@ def test_descriptions_become_a_set_that_is_evaluated(llamory, packages, tmp_path
         document = json.loads(scored.out)
         assert document["settings"]["data"] == f"set/{part}"
         assert document["settings"]["queries"] == document["settings"]["documents"] == counts[part]
-    again = llamory("dataset", "descriptions", "--source", packages, "--output", tmp_path / "set")
+    again = llamory("dataset", "descriptions", "--package-list", packages, "--output", tmp_path / "set")
     assert (again.code, again.out) == (2, "")
     assert "isn't an empty folder" in again.err
 
 
 def test_functions_become_a_set(llamory, modules, tmp_path) -> None:
-    ran = llamory("dataset", "functions", "--source", modules, "--output", tmp_path / "set")
+    ran = llamory("dataset", "functions", "--folder", modules, "--output", tmp_path / "set")
     assert ran.code == 0, ran.err
     counts = [
         len((tmp_path / "set" / part / "corpus.jsonl").read_text().splitlines()) for part in ("test", "dev", "train")
     ]
     assert ran.out == (
         f"{tmp_path / 'set'}: {counts[0]} test, {counts[1]} dev, {counts[2]} train pairs; "
-        "0 copies and 0 near copies were left out.\n"
+        "0 duplicates and 0 near duplicates were removed.\n"
     )
     entry = json.loads((tmp_path / "set" / "train" / "corpus.jsonl").read_text().splitlines()[0])
     number = entry["metadata"]["source"].removeprefix("code: steps.f")
@@ -72,12 +72,12 @@ def test_functions_become_a_set(llamory, modules, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["descriptions", "--source", "nowhere"], "There is no file nowhere."),
-        (["functions", "--source", "nowhere"], "nowhere is no folder with Python files."),
+        (["descriptions", "--package-list", "nowhere"], "There is no file nowhere."),
+        (["functions", "--folder", "nowhere"], "nowhere is no folder with Python files."),
         (["functions", "--package", "nowhere-to-be-found"], "The package nowhere-to-be-found isn't installed"),
         (
-            ["functions", "--package", "rich", "--source", "."],
-            "--package can't be given with --source; give one of them.",
+            ["functions", "--package", "rich", "--folder", "."],
+            "--package can't be given with --folder; give one of them.",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from keyword_models import keyword_model
-from llamory.cli.options import read_settings
+from llamory.cli.settings import read_settings
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.loading import load_long_model

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, LlamaForCausalLM, LlamaModel
 
-from llamory.cli.options import read_settings
+from llamory.cli.settings import read_settings
 from llamory.embedding.pipeline import load_embedder
 from llamory.errors import LlamoryError
 from llamory.library import Library

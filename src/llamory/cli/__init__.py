@@ -1,7 +1,8 @@
-"""The command line: `llamory VERB ...`, one module per verb, with heavy imports inside the commands."""
+"""The command line `llamory COMMAND ...`; the commands import heavy libraries when they run."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -10,63 +11,68 @@ import typer
 from typer.main import get_command
 
 from llamory import __version__
-from llamory.cli import ask, chat, dataset, export, index, info, read, search, train
+from llamory.cli import ask, dataset, export, index, info, read, search, train
 from llamory.cli import eval as evaluate
-from llamory.cli.errors import INTERRUPTED, discard_stdout, extract_debug_flag, print_error
-from llamory.cli.output import silence_libraries
+from llamory.cli.options import add_command
+from llamory.cli.output import INTERRUPTED, exit_interrupted, open_closed_streams, silence_libraries, user_errors
 
 app = typer.Typer(
     name="llamory",
     help="Retrieval and long-term memory for LLaMA-family models.",
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(train.app, name="train")
-app.command(name="export")(export.export)
-app.command(name="index")(index.index)
-app.command(name="search")(search.search)
-app.command(name="read")(read.read)
-app.command(name="ask")(ask.ask)
-app.command(name="chat")(chat.chat)
-app.command(name="info")(info.info)
-app.add_typer(evaluate.app, name="eval")
-app.add_typer(dataset.app, name="dataset")
+_DATA, _MODELS = "Libraries and memories", "Models"
+add_command(app, index.index, "index", panel=_DATA)
+add_command(app, search.search, "search", panel=_DATA)
+add_command(app, ask.ask, "ask", panel=_DATA)
+add_command(app, ask.chat, "chat", panel=_DATA)
+add_command(app, read.read, "read", panel=_DATA)
+add_command(app, info.info, "info", panel=_DATA)
+app.add_typer(train.app, name="train", rich_help_panel=_MODELS)
+add_command(app, export.export, "export", panel=_MODELS)
+app.add_typer(evaluate.app, name="eval", rich_help_panel=_MODELS)
+app.add_typer(dataset.app, name="dataset", rich_help_panel=_MODELS)
 
 
 @app.callback(invoke_without_command=True)
 def _llamory(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own messages.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and the messages of libraries.")] = False,
 ) -> None:
     if version:
         typer.echo(f"llamory {__version__}")
         raise typer.Exit
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        context.get_help()  # prints it
     if not debug:
         silence_libraries()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line (with `sys.argv`'s arguments if none are arguments_list) and leave with its exit code.
+    """Run the command line, with the arguments of `sys.argv` by default, and exit.
 
-    Exit codes: 0 done, 1 a fault of llamory's own, 2 an error that the user can mend, 130 stopped with Ctrl-C.
+    Exit codes: 0 success, 1 a fault of llamory, 2 an error that the user can correct, 130 stopped with Ctrl-C.
     """
-    arguments_list = list(sys.argv[1:] if arguments is None else arguments)
-    debug, arguments_list = extract_debug_flag(arguments_list)
-    try:
-        code = get_command(app).main(arguments_list, prog_name="llamory", standalone_mode=False)
+    open_closed_streams()
+    debug, remaining = _extract_debug_flag(list(sys.argv[1:] if arguments is None else arguments))
+    with user_errors(debug=debug):
+        code = get_command(app).main(remaining, prog_name="llamory", standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        discard_stdout()
-        code = 0
-    except (Exception, KeyboardInterrupt) as error:
-        code = print_error(error, debug=debug)
-    else:
-        # typer turns Ctrl-C inside a command into this exit code.
-        if code == INTERRUPTED:
-            print_error(KeyboardInterrupt(), debug=False)
+    if code == INTERRUPTED:  # how typer reports Ctrl-C inside a command
+        exit_interrupted()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _extract_debug_flag(arguments: list[str]) -> tuple[bool, list[str]]:
+    """Whether to show tracebacks, and the arguments with `--debug` moved to the front, as it may follow the command."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    if "--debug" in arguments[:end]:
+        remaining = [argument for argument in arguments[:end] if argument != "--debug"]
+        return True, ["--debug", *remaining, *arguments[end:]]
+    if os.environ.get("LLAMORY_DEBUG", "0") not in ("", "0"):
+        return True, ["--debug", *arguments]
+    return False, arguments

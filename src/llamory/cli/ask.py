@@ -1,71 +1,285 @@
-"""`llamory ask`: asks a library, or what was read into a memory."""
+"""`llamory ask` and `llamory chat`: questions to a library or to memory files."""
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import sys
-from dataclasses import asdict
-from typing import Annotated, Any
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
-from llamory.cli import ask_options as options
-from llamory.cli.memory_options import Bf16, Device, MemSearch, MemTopK
-from llamory.cli.output import Json, Quiet, print_json, stdout_redirected
+from llamory.cli import options
+from llamory.cli.options import ADVANCED, GENERATION, SEARCH, chosen, integer, number, option
+from llamory.cli.output import print_json, stdout_redirected, write_printable
+from llamory.errors import LlamoryError
+
+if TYPE_CHECKING:
+    from llamory.library import Citation
+
+_PROMPT = "> "
+_QUIT_COMMANDS = ("/quit", "/exit")
+_HELP = "Ask away; /quit or Ctrl-D ends."
+_BAR_WIDTH = 12
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+
+
+@dataclasses.dataclass(kw_only=True)
+class SourceOptions:
+    """What is asked, a library or memory files, and the model."""
+
+    library: Annotated[
+        str | None, option("--library", parser=options.name, help="Library: a folder or an object-store address.")
+    ] = None
+    memory: Annotated[
+        list[Path] | None,
+        option("--memory", parser=options.path, metavar="FILE", help="Memory file of `llamory read` (repeatable)."),
+    ] = None
+    model: Annotated[
+        str | None,
+        option(
+            "--model",
+            parser=options.name,
+            help="Model that made the memory, or that embedded the library, if it has moved.",
+        ),
+    ] = None
+    device: options.Device = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class RetrievalOptions:
+    """Which documents of a library a question finds, and how many of its passages are cited."""
+
+    documents: Annotated[
+        list[str] | None,
+        option(
+            "--document", parser=options.name, panel=SEARCH, metavar="NAME", help="Ask this document only (repeatable)."
+        ),
+    ] = None
+    top_documents: Annotated[
+        int | None,
+        option(
+            "--top-documents",
+            parser=integer(),
+            panel=SEARCH,
+            help="Documents to retrieve per question, 5 if not given.",
+        ),
+    ] = None
+    source: options.Source = None
+    mode: Annotated[
+        Literal["dense", "bm25", "fused"] | None,
+        typer.Option("--mode", rich_help_panel=SEARCH, help=options.SEARCH_MODE_HELP),
+    ] = None
+    citations: Annotated[
+        int | None,
+        option("--citations", parser=integer(0), panel=SEARCH, help="Largest number of passages to cite."),
+    ] = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class GenerationOptions:
+    """How the answer is generated."""
+
+    max_new_tokens: Annotated[
+        int,
+        option("--max-new-tokens", parser=integer(), panel=GENERATION, help="Largest number of tokens of an answer."),
+    ] = 256
+    temperature: Annotated[
+        float,
+        option("--temperature", parser=number(), panel=GENERATION, help="Sampling temperature; 0 decodes greedily."),
+    ] = 0.0
+    seed: options.Seed = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class AdvancedOptions(options.MemorySearchOptions, options.ReaderOptions):
+    """The expert options of `ask` and `chat`."""
+
+    last_context_length: options.LastContextLength = None
+    evidence_ratio: Annotated[
+        float | None,
+        option(
+            "--evidence-ratio",
+            parser=number(),
+            panel=ADVANCED,
+            help="Drop evidence whose query likelihood is more than this many times below the best; 0 keeps all.",
+        ),
+    ] = None
+    max_question_tokens: Annotated[
+        int | None,
+        option("--max-question-tokens", parser=integer(), panel=ADVANCED, help="Refuse a question of more tokens."),
+    ] = None
+    bf16: options.Bf16 = False
 
 
 def ask(
-    question: Annotated[str, typer.Argument(help="The question.")],
-    library: options.LibraryPath = None,
-    memory: options.MemoryFiles = None,
-    documents: options.Documents = None,
-    top_documents: options.TopDocuments = None,
-    source: options.Source = None,
-    mode: options.Mode = None,
-    citations: options.Citations = None,
-    model: options.Model = None,
-    reader: options.ReaderName = None,
-    mem_layers: options.MemLayers = None,
-    context_length: options.ContextLength = None,
-    mem_dtype: options.MemDtype = None,
-    memory_budget: options.MemoryBudget = None,
-    mem_search: MemSearch = None,
-    mem_top_k: MemTopK = None,
-    max_new_tokens: options.MaxNewTokens = 256,
-    max_question_tokens: options.MaxQuestionTokens = None,
-    evidence_ratio: options.EvidenceRatio = None,
-    temperature: options.Temperature = 0.0,
-    seed: options.Seed = None,
-    last_context_length: options.LastContextLength = None,
-    bf16: Bf16 = False,
-    device: Device = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    question: Annotated[str, typer.Argument(parser=options.text, help="The question.")],
+    target: SourceOptions,
+    retrieval: RetrievalOptions,
+    generation: GenerationOptions,
+    advanced: AdvancedOptions,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Ask a library: the documents that fit are found, mounted and cited. Or ask one or more memory files.
+    """Ask a library or memory files a question, and get an answer with citations.
 
-    The answer comes word by word; under it are the passages that drew the most attention, with the share of each.
+    A library is searched for the documents that fit the question, and their memories are loaded. Under the answer are
+    the passages that drew the most attention, each with its share.
     """
-    arguments, out = dict(locals()), sys.stdout
+    out = sys.stdout
     with stdout_redirected(quiet=quiet):
-        ask_options = options.AskOptions.of(arguments, None if as_json else lambda text: options.write_text(out, text))
-        if ask_options.memory:
-            opened_memory = ask_options.open_memory()
-            answer: Any = opened_memory.ask(question, **ask_options.generation_options)
+        _check_target(target, retrieval, advanced)
+        kwargs = _generation_kwargs(generation, advanced, None if as_json else out)
+        if target.memory:
+            opened_memory = _open_memory(target, retrieval, advanced)
+            answer: Any = opened_memory.ask(question, **kwargs)
             name = opened_memory.name
         else:
-            opened_library = ask_options.open_library()
-            answer = opened_library.ask(
-                question,
-                progress=True,
-                documents=ask_options.documents,
-                **ask_options.retrieval_options,
-                **ask_options.generation_options,
-            )
-            name = opened_library.qa_session().reader.name
+            library = _open_library(target, advanced)
+            answer = library.ask(question, progress=True, **_retrieval_kwargs(retrieval), **kwargs)
+            name = library.qa_session().reader.name
     if as_json:
-        print_json(ask_options.target | {"model": name} | asdict(answer))
+        print_json(_describe(target) | {"model": name} | dataclasses.asdict(answer))
         return
     out.write("\n")
-    if citations_of := getattr(answer, "citations", []):
-        out.write("\n")
-        options.write_citations(out, citations_of)
+    _write_citations(out, getattr(answer, "citations", []))
+
+
+def chat(
+    target: SourceOptions,
+    retrieval: RetrievalOptions,
+    generation: GenerationOptions,
+    advanced: AdvancedOptions,
+    save: Annotated[
+        Path | None,
+        option(
+            "--save",
+            parser=options.path,
+            panel=options.OUTPUT,
+            metavar="FILE",
+            help="Write the documents and the conversation to this memory file at the end.",
+        ),
+    ] = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Chat with a library or memory files; each line of standard input is a question.
+
+    The questions and answers stay in memory. Each question to a library retrieves the documents it needs, which stay
+    in memory as well. Empty lines are skipped; /quit or the end of the input (Ctrl-D) ends the chat.
+    """
+    out, interactive = sys.stdout, sys.stdin.isatty()
+    with stdout_redirected(quiet=quiet):
+        _check_target(target, retrieval, advanced)
+        kwargs = _generation_kwargs(generation, advanced, None if as_json else out)
+        session: Any
+        if target.memory:
+            session = _open_memory(target, retrieval, advanced).chat()
+        else:
+            session = _open_library(target, advanced).chat(progress=True, **_retrieval_kwargs(retrieval))
+        if interactive:
+            sys.stderr.write(f"{_HELP}\n")
+        for question in _questions(interactive=interactive):
+            if not interactive and not as_json:
+                write_printable(out, f"{_PROMPT}{question}\n")
+            try:
+                answer = session.ask(question, **kwargs)
+            except LlamoryError as error:
+                if not interactive:
+                    raise
+                sys.stderr.write(f"{error}\n")  # the user can ask something else
+                continue
+            if not as_json:
+                out.write("\n")
+                _write_citations(out, getattr(answer, "citations", []))
+                write_printable(out, "\n")
+        if save is not None:
+            session.save(save)
+    if as_json:
+        print_json(_describe(target) | {"turns": [dataclasses.asdict(turn) for turn in session.turns]})
+
+
+# ---- from options to arguments ---------------------------------------------------------------------------------------
+
+
+def _check_target(target: SourceOptions, retrieval: RetrievalOptions, advanced: AdvancedOptions) -> None:
+    if bool(target.library) == bool(target.memory):
+        raise LlamoryError("Give either --library DIR or --memory FILE, to say what is asked.")
+    library_only = chosen(retrieval, "top_documents", "source", "mode", "citations") | _reader_settings(advanced)
+    if target.memory and library_only:
+        flag = next(iter(library_only)).replace("_", "-")
+        raise LlamoryError(f"--{flag} goes with --library; the settings of a memory file are fixed when it is read.")
+
+
+def _reader_settings(advanced: AdvancedOptions) -> dict[str, Any]:
+    return chosen(advanced, *(field.name for field in dataclasses.fields(options.ReaderOptions)))
+
+
+def _model_kwargs(target: SourceOptions, advanced: AdvancedOptions) -> dict[str, Any]:
+    kwargs = chosen(advanced, "mem_search", "mem_top_k", "last_context_length", "bf16")
+    return kwargs | {"model": target.model} | options.device_kwargs(target.device)
+
+
+def _retrieval_kwargs(retrieval: RetrievalOptions) -> dict[str, Any]:
+    return chosen(retrieval) | {"documents": retrieval.documents or None}
+
+
+def _generation_kwargs(generation: GenerationOptions, advanced: AdvancedOptions, out: TextIO | None) -> dict[str, Any]:
+    on_text: Callable[[str], None] | None = None if out is None else lambda text: write_printable(out, text)
+    return chosen(generation) | chosen(advanced, "evidence_ratio", "max_question_tokens") | {"on_text": on_text}
+
+
+def _open_memory(target: SourceOptions, retrieval: RetrievalOptions, advanced: AdvancedOptions) -> Any:
+    from llamory.qa.open_memory import OpenMemory
+
+    files = list(target.memory or ())
+    return OpenMemory(files, documents=retrieval.documents or None, **_model_kwargs(target, advanced))
+
+
+def _open_library(target: SourceOptions, advanced: AdvancedOptions) -> Any:
+    from llamory.library import Library
+
+    return Library(str(target.library), **_reader_settings(advanced), **_model_kwargs(target, advanced))
+
+
+def _describe(target: SourceOptions) -> dict[str, Any]:
+    return {"memory": list(map(str, target.memory))} if target.memory else {"library": target.library}
+
+
+# ---- input and output ------------------------------------------------------------------------------------------------
+
+
+def _questions(*, interactive: bool) -> Iterator[str]:
+    """The lines of standard input that aren't blank, with a prompt if `interactive`; invalid bytes are replaced."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    while True:
+        try:
+            line = input(_PROMPT if interactive else "").strip()
+        except EOFError:
+            return
+        if line in _QUIT_COMMANDS:
+            return
+        if line:
+            yield line
+
+
+def _write_citations(out: TextIO, citations: Iterable[Citation]) -> None:
+    """Write one line per citation, after an empty one: its share as a bar and in percent, its location, its title."""
+    for index, citation in enumerate(citations):
+        title = "" if citation.title in citation.location else f"  {citation.title}"
+        line = f"{share_bar(citation.share, out.encoding)} {citation.share:>4.0%}  {citation.location}{title}"
+        write_printable(out, ("" if index else "\n") + line.replace("\n", " ").rstrip() + "\n")
+
+
+def share_bar(share: float, encoding: str | None = "utf-8") -> str:
+    """A bar of 12 characters for a share from 0 to 1, of # if the encoding has no block characters."""
+    eighths = round(share * _BAR_WIDTH * 8)
+    shown = "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+    try:
+        shown.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        shown = "#" * round(share * _BAR_WIDTH)
+    return f"{shown:<{_BAR_WIDTH}}"

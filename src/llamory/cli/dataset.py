@@ -1,4 +1,4 @@
-"""`llamory dataset`: builds real retrieval sets from what a machine has or fetches, to train and to judge with."""
+"""`llamory dataset`: builds retrieval datasets for training and evaluation."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from llamory.cli.output import Json, Quiet, print_json, stdout_redirected
+from llamory.cli import options
+from llamory.cli.options import option
+from llamory.cli.output import print_json, stdout_redirected
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
     from llamory.evaluation.datasets.builder import Pair
-    from llamory.evaluation.datasets.functions import Origin
 
-app = typer.Typer(help="Build real retrieval sets, to train and to judge with.", rich_markup_mode=None)
+app = typer.Typer(help="Build retrieval datasets for training and evaluation.", rich_markup_mode="rich")
 
-Output = Annotated[Path, typer.Option(help="Folder to make: one BEIR folder each in train, dev and test.")]
-
-
-@app.callback()
-def _dataset() -> None:
-    pass
+Output = Annotated[
+    Path,
+    option("--output", parser=options.path, metavar="DIR", help="Folder for the BEIR folders train, dev and test."),
+]
 
 
-@app.command()
 def descriptions(
     output: Output,
-    source: Annotated[
+    package_list: Annotated[
         list[Path] | None,
-        typer.Option(
+        option(
+            "--package-list",
+            parser=options.path,
             metavar="FILE",
-            help="A Debian Translation-en file, or /var/lib/dpkg/status, instead of what apt-get fetches; repeatable.",
-            show_default=False,
+            help="A Debian Translation-en file, or /var/lib/dpkg/status, instead of the lists that apt-get downloads "
+            "(repeatable).",
         ),
     ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Build the set of package descriptions: a Debian package's title asks for its long description."""
+    """Pair the titles of Debian packages with their long descriptions."""
     with stdout_redirected(quiet=quiet):
         from llamory.evaluation.datasets.builder import require_empty_folder
         from llamory.evaluation.datasets.descriptions import (
@@ -50,43 +50,49 @@ def descriptions(
         )
 
         require_empty_folder(output)
-        for path in source or ():
+        for path in package_list or ():
             if not path.is_file():
                 raise LlamoryError(f"There is no file {path}.")
-        with nullcontext(source) if source else downloaded_package_lists() as files:
-            result = _build_dataset(
-                output, description_pairs(files), _DESCRIPTIONS.format(lists=format_package_lists(files))
-            )
+        with nullcontext(package_list) if package_list else downloaded_package_lists() as files:
+            readme = _DESCRIPTIONS.format(lists=format_package_lists(files))
+            result = _build_dataset(output, description_pairs(files), readme)
     _print_summary(output, result, as_json=as_json)
 
 
-@app.command()
 def functions(
     output: Output,
     package: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            "--package",
+            parser=options.name,
             metavar="NAME",
-            help="Take this installed package beside the standard library, not --packages; repeatable.",
-            show_default=False,
+            help="Take this installed package besides the standard library, instead of --package-set (repeatable).",
         ),
     ] = None,
-    packages: Annotated[
-        Literal["usual", "all", "none"],
+    package_set: Annotated[
+        Literal["default", "all", "none"],
         typer.Option(
-            help="Take packages beside the standard library: those that come with this one, all that are installed and "
-            "have a permissive licence, or none."
+            "--package-set",
+            help="Packages besides the standard library: the dependencies of llamory, all installed ones with a "
+            "permissive licence, or none.",
         ),
-    ] = "usual",
-    source: Annotated[
+    ] = "default",
+    folder: Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIR", help="Take the Python files of this folder, nothing else; repeatable."),
+        option(
+            "--folder",
+            parser=options.path,
+            metavar="DIR",
+            help="Take the Python files of this folder and nothing else (repeatable).",
+        ),
     ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Build the set of Python functions: a docstring asks for the function it was taken out of."""
+    """Pair the docstrings of Python functions with the functions."""
     with stdout_redirected(quiet=quiet):
+        from llamory.common.progress import ProgressBar
         from llamory.evaluation.datasets.builder import require_empty_folder
         from llamory.evaluation.datasets.functions import (
             default_packages,
@@ -96,47 +102,46 @@ def functions(
             standard_library,
         )
 
-        if package and source:
-            raise LlamoryError("--package can't be given with --source; give one of them.")
+        if package and folder:
+            raise LlamoryError("--package can't be given with --folder; give one of them.")
         require_empty_folder(output)
-        if source:
-            origins = [origin_of_folder(folder) for folder in source]
+        if folder:
+            origins = [origin_of_folder(each) for each in folder]
         else:
             origins = [standard_library()]
-            if package or packages == "all":
+            if package or package_set == "all":
                 origins += installed_packages(package)
-            elif packages == "usual":
+            elif package_set == "default":
                 origins += default_packages()
-        source_list = "\n".join(f"- {origin.name}: {origin.licence}" for origin in origins)
-        with _FileProgress("Python files", origins) as progress:
-            pairs = function_pairs(origins, progress.step)
-            result = _build_dataset(output, pairs, _FUNCTIONS.format(origins=source_list))
+        readme = _FUNCTIONS.format(origins="\n".join(f"- {origin.name}: {origin.licence}" for origin in origins))
+        with ProgressBar("Python files", sum(len(origin.files) for origin in origins), unit="files") as progress:
+            result = _build_dataset(output, function_pairs(origins, progress.advance), readme)
     _print_summary(output, result, as_json=as_json)
 
 
-@app.command()
 def sections(
-    documents: Annotated[list[Path], typer.Argument(help="Files and folders of documents with headings.")],
+    documents: options.Documents,
     output: Output,
     test_only: Annotated[
-        bool,
-        typer.Option("--test-only", help="Put all pairs into the test split, to judge with and never to train on."),
+        bool, typer.Option("--test-only", help="Put all pairs into the test split, for evaluation only.")
     ] = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Build a set of documents of your own: a heading asks for the section that stands under it."""
+    """Pair the headings of your own documents with the sections under them."""
     with stdout_redirected(quiet=quiet):
         from llamory.evaluation.datasets.builder import require_empty_folder
         from llamory.evaluation.datasets.sections import section_pairs
 
         require_empty_folder(output)
-        source_list = "\n".join(f"- {path.name}" for path in documents)
-        pairs = section_pairs(documents)
-        result = _build_dataset(
-            output, pairs, _SECTIONS.format(documents=source_list), {"test": 1.0} if test_only else None
-        )
+        readme = _SECTIONS.format(documents="\n".join(f"- {path.name}" for path in documents))
+        result = _build_dataset(output, section_pairs(documents), readme, {"test": 1.0} if test_only else None)
     _print_summary(output, result, as_json=as_json)
+
+
+options.add_command(app, descriptions, "descriptions")
+options.add_command(app, functions, "functions")
+options.add_command(app, sections, "sections")
 
 
 def _build_dataset(
@@ -147,7 +152,7 @@ def _build_dataset(
     splits = split_pairs(pairs, fractions or SPLITS)
     counts = {split: len(found) for split, found in splits.pairs.items()}
     rows = "\n".join(f"| {split} | {count:,} |" for split, count in counts.items())
-    removed = f"{splits.duplicates:,} duplicates and {splits.near_duplicates:,} near duplicates were left out."
+    removed = f"{splits.duplicates:,} duplicates and {splits.near_duplicates:,} near duplicates were removed."
     write_set(output, splits, f"{readme}\n| split | pairs |\n|---|---:|\n{rows}\n\n{removed}\n{_SPLITS_NOTE}")
     return {"pairs": counts, "duplicates_removed": splits.duplicates, "near_duplicates_removed": splits.near_duplicates}
 
@@ -155,53 +160,31 @@ def _build_dataset(
 def _print_summary(output: Path, result: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
         print_json({"output": str(output), **result})
-    else:
-        counts = ", ".join(f"{count:,} {split}" for split, count in result["pairs"].items())
-        typer.echo(f"{output}: {counts} pairs; {result['duplicates_removed']:,} duplicates and ", nl=False)
-        typer.echo(f"{result['near_duplicates_removed']:,} near duplicates were left out.")
-
-
-class _FileProgress:
-    """A bar on standard error, on a terminal, that counts files."""
-
-    def __init__(self, title: str, origins: Iterable[Origin]) -> None:
-        import sys
-
-        from rich.console import Console
-        from rich.progress import Progress
-
-        console = Console(file=sys.stderr)
-        self.bar = Progress(console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task(title, total=sum(len(origin.files) for origin in origins))
-
-    def __enter__(self) -> _FileProgress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def step(self) -> None:
-        self.bar.advance(self.task)
+        return
+    counts = ", ".join(f"{count:,} {split}" for split, count in result["pairs"].items())
+    typer.echo(
+        f"{output}: {counts} pairs; {result['duplicates_removed']:,} duplicates and "
+        f"{result['near_duplicates_removed']:,} near duplicates were removed."
+    )
 
 
 _DESCRIPTIONS = """# Package descriptions
 
-Titles and long descriptions of Debian packages, made by `llamory dataset descriptions`: a title asks for the
-description it belongs to. Of packages whose descriptions begin with the same paragraph, one is here.
+Titles and long descriptions of Debian packages, made by `llamory dataset descriptions`. The query is a title, the
+relevant text is the description of that package. Of descriptions that begin with the same paragraph, one is included.
 
 Source:
 
 {lists}
 
-A description is split of its package and under that package's licence, which the Debian Free Software Guidelines allow
-to be used, changed and passed on; see https://metadata.ftp-master.debian.org/changelogs/ for each.
+A description is part of its package and has its licence, which under the Debian Free Software Guidelines allows use,
+modification and redistribution; see https://metadata.ftp-master.debian.org/changelogs/.
 """
 
 _FUNCTIONS = """# Python functions
 
-Docstrings and functions, made by `llamory dataset functions`: the first paragraph of a docstring asks for the function
-that it was taken out of.
+Docstrings and functions, made by `llamory dataset functions`. The query is the first paragraph of a docstring, the
+relevant text is the function without it.
 
 Sources, each under its own licence:
 
@@ -210,7 +193,8 @@ Sources, each under its own licence:
 
 _SECTIONS = """# Sections
 
-Headings and sections of documents, made by `llamory dataset sections`: a heading asks for the text under it.
+Headings and sections of documents, made by `llamory dataset sections`. The query is a heading, the relevant text is
+the section under it.
 
 Documents, each under its own licence:
 
@@ -218,8 +202,8 @@ Documents, each under its own licence:
 """
 
 _SPLITS_NOTE = """
-The splits are BEIR folders of their own (corpus.jsonl, queries.jsonl, qrels/PART.tsv). A pair's split follows from a hash
-of its text, so that new sources move no pair. No query and no text stands in two splits, in other case or punctuation
-neither; of texts in different splits that share half of the shorter one's runs of five words, the one in test stays,
-before dev, before train.
+Each split is a BEIR folder (corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv). A hash of its text assigns a pair to a
+split, so new sources move no pair. No query and no text is in two splits, regardless of case and punctuation. Of texts
+in different splits that share half of the five-word sequences of the shorter one, only one is kept: test comes before
+dev, dev before train.
 """

@@ -7,7 +7,7 @@ import typer
 from llamory.cli import eval_lookup, eval_manyshot, eval_passkey, eval_perplexity, eval_retrieval
 
 app = typer.Typer(
-    help="Measure what a model does with long texts, and how well it finds things.", rich_markup_mode=None
+    help="Measure what a model does with long texts, and how well it finds things.", rich_markup_mode="rich"
 )
 app.command(name="passkey")(eval_passkey.passkey)
 app.command(name="perplexity")(eval_perplexity.perplexity)

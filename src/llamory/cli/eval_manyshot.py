@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from llamory.cli import eval_options as shared
-from llamory.cli.output import Json, Quiet, print_json, stdout_redirected
+from llamory.cli.options import Json, Quiet
+from llamory.cli.output import print_json, stdout_redirected
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:

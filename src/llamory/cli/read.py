@@ -1,50 +1,46 @@
-"""`llamory read`: reads documents into a memory."""
+"""`llamory read`: encodes documents into a memory file."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from llamory.cli.memory_options import Bf16, Device, MemSearch, MemTopK, parse_layers, show_size
-from llamory.cli.output import Json, Quiet, print_json, stdout_redirected
+from llamory.cli import options
+from llamory.cli.options import integer, option
+from llamory.cli.output import print_json, show_count, show_size, stdout_redirected
 
 
 def read(
-    paths: Annotated[list[Path], typer.Argument(help="Files and folders to read.")],
-    memory: Annotated[Path, typer.Option(help="File that keeps the memory; made if need be.")],
+    paths: options.Documents,
+    memory: Annotated[
+        Path,
+        option("--memory", parser=options.path, metavar="FILE", help="Memory file, created if it does not exist."),
+    ],
+    search: options.MemorySearchOptions,
     model: Annotated[
         str | None,
-        typer.Option(help="A model (folder, .gguf file, hub id or 'default') for a new memory.", show_default=False),
+        option("--model", parser=options.name, help="Model of a new memory: folder, .gguf file, hub id or 'default'."),
     ] = None,
-    mem_layers: Annotated[
-        str | None, typer.Option(help="Memory layers, such as 6,12,18 or 5-29.", show_default=False)
-    ] = None,
-    context_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that are read at once.", show_default=False)
-    ] = None,
-    mem_dtype: Annotated[
-        Literal["float32", "bfloat16", "float16", "int8"] | None,
-        typer.Option(help="How a new memory is kept; int8 takes the least room.", show_default=False),
-    ] = None,
-    mem_search: MemSearch = None,
-    mem_top_k: MemTopK = None,
+    device: options.Device = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Refuse documents of more tokens.", show_default=False)
+        int | None, option("--max-tokens", parser=integer(), help="Refuse documents of more tokens.")
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Field that holds the text in JSONL files.")] = "text",
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Pass over broken lines and files.")] = False,
-    bf16: Bf16 = False,
-    device: Device = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    text_field: options.TextField = "text",
+    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Skip broken lines and files.")] = False,
+    mem_layers: options.MemLayers = None,
+    context_length: options.ContextLength = None,
+    mem_dtype: options.MemDtype = None,
+    bf16: options.Bf16 = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Read documents into a memory, or bring it up to date with them. A run that was stopped goes on."""
+    """Encode documents into a memory file, or update the file. An interrupted run resumes."""
     with stdout_redirected(quiet=quiet):
-        layers = parse_layers(mem_layers)
         from llamory.ingest.encode import read_documents_into
+        from llamory.models.device import pick_device
 
         report = read_documents_into(
             memory,
@@ -53,24 +49,25 @@ def read(
             max_tokens=max_tokens,
             text_field=text_field,
             skip_broken=skip_broken,
-            mem_layers=layers,
+            mem_layers=mem_layers,
             context_length=context_length,
             mem_dtype=mem_dtype,
-            mem_search=mem_search,
-            mem_top_k=mem_top_k,
+            mem_search=search.mem_search,
+            mem_top_k=search.mem_top_k,
             bf16=bf16,
-            device=device,
+            device=pick_device(device),
         )
     if as_json:
-        print_json({"memory": str(memory), **asdict(report), "tokens_per_second": report.tokens_per_second})
+        fields = dataclasses.asdict(report)
+        print_json({"memory": str(memory), **fields, "tokens_per_second": report.tokens_per_second})
         return
     speed = f" in {report.seconds:.1f} s, {report.tokens_per_second:,.0f} tokens/s" if report.tokens else ""
-    before = f" ({report.resumed:,} more before it was stopped)" if report.resumed else ""
+    resumed = f" ({report.resumed:,} more before the interruption)" if report.resumed else ""
     typer.echo(
         f"{memory}: {report.added} added, {report.replaced} replaced, {report.unchanged} unchanged, "
-        f"{report.removed} removed; {report.tokens:,} tokens read{before}{speed}."
+        f"{report.removed} removed; {report.tokens:,} tokens read{resumed}{speed}."
     )
     typer.echo(
-        f"It holds {report.documents} document{'' if report.documents == 1 else 's'}, {report.memory_tokens:,} "
-        f"tokens, {show_size(report.bytes)}."
+        f"It holds {show_count(report.documents, 'document')}, {report.memory_tokens:,} tokens, "
+        f"{show_size(report.bytes)}."
     )

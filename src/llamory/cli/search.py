@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
-from dataclasses import asdict
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from llamory.cli.output import Json, Quiet, print_json, printable, stdout_redirected
+from llamory.cli import options
+from llamory.cli.options import integer, option
+from llamory.cli.output import print_json, printable, stdout_redirected
 
 if TYPE_CHECKING:
     from llamory.library import Hit
@@ -17,37 +18,33 @@ if TYPE_CHECKING:
 _SHOWN_LINES = 3
 
 
-class Mode(StrEnum):
-    """Ways to search, as `llamory.library` names them."""
-
-    dense = "dense"
-    bm25 = "bm25"
-    fused = "fused"
-
-
 def search(
-    query: Annotated[str, typer.Argument(help="What to look for, in plain words.")],
-    library: Annotated[str, typer.Option(help="Folder (or object-store address) of the library.")],
-    top: Annotated[int, typer.Option(min=1, help="How many passages to show.")] = 10,
-    mode: Annotated[Mode, typer.Option(help="By meaning, by words, or by both.")] = Mode.fused,
-    source: Annotated[
-        list[str] | None,
-        typer.Option(help="Only passages of files that this pattern fits, such as 'docs/*.md'; may be given again."),
-    ] = None,
+    query: Annotated[str, typer.Argument(parser=options.text, help="The query, in plain words.")],
+    library: options.Library,
+    top: Annotated[int, option("--top", parser=integer(), panel=options.SEARCH, help="Passages to return.")] = 10,
+    mode: Annotated[
+        Literal["dense", "bm25", "fused"],
+        typer.Option("--mode", rich_help_panel=options.SEARCH, help=options.SEARCH_MODE_HELP),
+    ] = "fused",
+    source: options.Source = None,
     model: Annotated[
-        str | None, typer.Option(help="Where the library's model is, if it was moved.", show_default=False)
+        str | None, option("--model", parser=options.name, help="The embedding model of the library, if it has moved.")
     ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    device: options.Device = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Find the passages of a library that answer a query, best first."""
+    """Search a library and print the best passages first."""
     with stdout_redirected(quiet=quiet):
         from llamory.library import Library
 
-        hits = Library(library, model=model).search(query, top, source=source or None, mode=mode.value)
+        opened = Library(library, model=model, **options.device_kwargs(device))
+        hits = opened.search(query, top, source=source or None, mode=mode)
     if as_json:
-        ranked = [{"rank": rank, "location": hit.location, **asdict(hit)} for rank, hit in enumerate(hits, start=1)]
-        print_json({"query": query, "library": library, "mode": mode.value, "hits": ranked})
+        ranked = [
+            {"rank": rank, "location": hit.location, **dataclasses.asdict(hit)} for rank, hit in enumerate(hits, 1)
+        ]
+        print_json({"query": query, "library": library, "mode": mode, "hits": ranked})
     elif hits:
         _print_hits(hits)
     else:

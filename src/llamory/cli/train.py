@@ -1,79 +1,59 @@
-"""`llamory train`: one command per training recipe, its flags taken from the recipe's settings."""
+"""`llamory train`: one command per training recipe, with a flag for each of its settings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import typer
 
-from llamory.cli.options import add_dataclass_command
+from llamory.cli.settings import add_settings_command
 from llamory.common.extras import require
 from llamory.training.settings import FotSettings, InstructSettings, LlaraSettings, LookupSettings, RetrieverSettings
 
-app = typer.Typer(help="Train a model with one of the recipes.", rich_markup_mode=None)
+app = typer.Typer(help="Train a model.", rich_markup_mode="rich")
+
+# Command: settings, module and function of the recipe, help.
+RECIPES: dict[str, tuple[type, str, str]] = {
+    "llara": (
+        LlaraSettings,
+        "llamory.training.llara:train_llara",
+        "Train a LLaMA to embed texts, without labels (LLARA).",
+    ),
+    "retriever": (
+        RetrieverSettings,
+        "llamory.training.retriever:train_retriever",
+        "Train a LLARA model, or any LLaMA, on pairs of queries and documents.",
+    ),
+    "fot": (
+        FotSettings,
+        "llamory.training.fot.train:train_fot",
+        "Train a LLaMA to attend to a memory of earlier text (Focused Transformer, LongLLaMA).",
+    ),
+    "instruct": (
+        InstructSettings,
+        "llamory.training.instruct.train:train_instruct",
+        "Tune a LLaMA with memory to follow instructions and to chat.",
+    ),
+    "lookup": (
+        LookupSettings,
+        "llamory.training.lookup:train_lookup",
+        "Train a small model from scratch on dictionary look-up.",
+    ),
+}
 
 
-@app.callback()
-def _train() -> None:
-    pass
+def _recipe(target: str) -> Callable[[Any], Mapping[str, Any]]:
+    module, _, function = target.partition(":")
+
+    def run(settings: Any) -> Mapping[str, Any]:
+        require("train")
+        result: Mapping[str, Any] = getattr(import_module(module), function)(settings)
+        return result
+
+    return run
 
 
-def _llara(settings: LlaraSettings) -> Mapping[str, Any]:
-    require("train")
-    from llamory.training.llara import train_llara
-
-    return train_llara(settings)
-
-
-def _retriever(settings: RetrieverSettings) -> Mapping[str, Any]:
-    require("train")
-    from llamory.training.retriever import train_retriever
-
-    return train_retriever(settings)
-
-
-def _fot(settings: FotSettings) -> Mapping[str, Any]:
-    require("train")
-    from llamory.training.fot.train import train_fot
-
-    return train_fot(settings)
-
-
-def _instruct(settings: InstructSettings) -> Mapping[str, Any]:
-    require("train")
-    from llamory.training.instruct.train import train_instruct
-
-    return train_instruct(settings)
-
-
-def _lookup(settings: LookupSettings) -> Mapping[str, Any]:
-    require("train")
-    from llamory.training.lookup import train_lookup
-
-    return train_lookup(settings)
-
-
-add_dataclass_command(
-    app, "llara", LlaraSettings, _llara, help="Train a LLaMA, without labels, to embed texts (LLARA)."
-)
-add_dataclass_command(
-    app, "retriever", RetrieverSettings, _retriever, help="Train a LLARA model, or any LLaMA, on queries and documents."
-)
-add_dataclass_command(
-    app,
-    "fot",
-    FotSettings,
-    _fot,
-    help="Train a LLaMA to use a memory of what it read (FoT, LongLLaMA).",
-)
-add_dataclass_command(
-    app,
-    "instruct",
-    InstructSettings,
-    _instruct,
-    help="Tune a LLaMA with memory to follow instructions and to chat.",
-)
-add_dataclass_command(
-    app, "lookup", LookupSettings, _lookup, help="Train a small model from scratch on dictionary look-up."
-)
+for _name, (_settings, _target, _help) in RECIPES.items():
+    add_settings_command(app, _name, _settings, _recipe(_target), help=_help)

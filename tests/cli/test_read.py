@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamory.cli.memory_options import parse_layers, show_layers, show_size
-from llamory.errors import LlamoryError
 from llamory.memory import MemoryBank
 from processes import heed_interrupts
 
@@ -141,9 +139,9 @@ def test_streaming_reaches_the_reader_before_the_end(read, texts, book, monkeypa
         def flush(self) -> None:
             flushed.append(None)
 
-    from llamory.cli import ask_options as asking_options
+    from llamory.cli.output import write_printable
 
-    asking_options.write_text(Out(), "Ein Fluß\x1b[31m\n")  # type: ignore[arg-type]
+    write_printable(Out(), "Ein Fluß\x1b[31m\n")  # type: ignore[arg-type]
     assert flushed == ["Ein Flu? [31m\n", None]
 
 
@@ -167,7 +165,7 @@ def test_wrong_input_is_one_sentence_and_code_2(read, llamory, texts, book, make
     refused(llamory("read", texts, "--memory", book, "--max-tokens", "8"), "bridges.md has 12 tokens", "limit of 8")
     refused(llamory("read", texts, "--memory", book, "--model", make_other), "made by another model")
     refused(llamory("read", texts, "--memory", book.with_name("new"), "--mem-layers", "0,9", "--model", make_other))
-    refused(llamory("read", texts, "--memory", book, "--mem-layers", "a-3"), "6,12,18 or 5-29")
+    refused(llamory("read", texts, "--memory", book, "--mem-layers", "a-3"), "--mem-layers", "6,12,18 or 5-29")
     refused(llamory("read", texts / "none.txt", "--memory", book), "none.txt")
     refused(llamory(*ask, "--model", make_other), "made by another model")
     refused(llamory(*ask, "--last-context-length", "99"), "last_context_length is 99", "16")
@@ -228,24 +226,3 @@ def test_ctrl_c_leaves_the_memory_and_keeps_what_was_read(texts, book, model_fol
     assert (out, err.splitlines()[-1]) == ("", "Interrupted.")
     assert sorted(path.name for path in book.parent.iterdir()) == ["book.partial", "texts"]
     assert str(texts / "bridges.md") in MemoryBank.load(partial).segments
-
-
-@pytest.mark.parametrize(
-    ("text", "layers"), [("6,12,18", [6, 12, 18]), ("5-8", [5, 6, 7, 8]), ("1, 3-4", None), ("1 3-4", [1, 3, 4])]
-)
-def test_layers_as_text(text, layers) -> None:
-    if layers is None:
-        with pytest.raises(LlamoryError, match="5-29"):
-            parse_layers(text)
-    else:
-        assert parse_layers(text) == layers
-
-
-def test_layers_and_sizes_are_shown_short() -> None:
-    assert show_layers([5, 6, 7, 9, 12, 11]) == "5-7,9,11-12"
-    assert [show_size(size) for size in (999, 1500, 20_000_000, 3_210_000_000)] == [
-        "999 bytes",
-        "1.5 kB",
-        "20.0 MB",
-        "3.2 GB",
-    ]

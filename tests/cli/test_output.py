@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import llamory as package
-from llamory.cli.errors import user_message
+from llamory.cli.output import show_size, user_message
 from llamory.errors import LlamoryError
 
 
@@ -39,7 +39,8 @@ def test_without_arguments_help_is_shown(llamory) -> None:
     ran = llamory()
     assert ran.code == 0
     for verb in ("train", "export", "index", "search", "info"):
-        assert f"\n  {verb} " in ran.out
+        assert f"\n│ {verb} " in ran.out
+    assert "…" not in ran.out  # nothing is cut off
 
 
 def test_python_dash_m_is_the_same_command() -> None:
@@ -169,3 +170,15 @@ def test_libraries_are_quiet_unless_debugging_or_told_otherwise(llamory, monkeyp
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
     llamory()
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
+
+
+def test_sizes_are_shown_with_a_unit() -> None:
+    sizes = (999, 1500, 20_000_000, 3_210_000_000)
+    assert [show_size(size) for size in sizes] == ["999 bytes", "1.5 kB", "20.0 MB", "3.2 GB"]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_a_standard_stream_may_be_closed(closed: str) -> None:
+    command = f"{sys.executable} -m llamory --version {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

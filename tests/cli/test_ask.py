@@ -1,4 +1,4 @@
-"""`llamory index --memory`, `ask --library` and `chat`: for people and as JSON."""
+"""`llamory ask` and `llamory chat`, and memories that `llamory index` precomputes."""
 
 import io
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from llamory.cli.ask_options import share_bar
+from llamory.cli.ask import share_bar
 from llamory.memory import MemoryBank
 
 READING = ("--mem-layers", "0-1", "--context-length", "16")
@@ -127,7 +127,7 @@ def test_bars_are_as_long_as_their_shares() -> None:
 
 
 def test_memory_is_read_ahead_within_a_budget(llamory, tmp_path, texts, embedder, model_folder) -> None:
-    index = ("index", texts, "--library", tmp_path / "lib", "--model", embedder, "--memory", "eager")
+    index = ("index", texts, "--library", tmp_path / "lib", "--model", embedder, "--precompute-memory")
     ran = llamory(*index, "--reader", model_folder, *READING, "--mem-dtype", "int8", "--json", "--quiet")
     assert (ran.code, ran.err) == (0, "")
     memory = json.loads(ran.out)["memory"]
@@ -136,10 +136,10 @@ def test_memory_is_read_ahead_within_a_budget(llamory, tmp_path, texts, embedder
     assert memory["bytes"] == sum(path.stat().st_size for path in files)
     assert all(MemoryBank.load(path).dtype.itemsize == 1 for path in files)
     again = llamory(*index)  # the reader is known
-    assert "Memory: 0 read, 2 there; 0 tokens read" in again.out
+    assert "Memory: 0 read, 2 existing; 0 tokens read" in again.out
     for path in files:
         path.unlink()
-    assert "0 read, 0 there, 2 left as the budget is full" in llamory(*index, "--memory-budget", "1kB").out
+    assert "0 read, 0 existing, 2 left because the budget is full" in llamory(*index, "--memory-budget", "1kB").out
     wrong = llamory(*index, "--memory-budget", "much")
     assert wrong.code == 2
     assert "10GB" in wrong.err

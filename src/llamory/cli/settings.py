@@ -1,0 +1,204 @@
+"""Commands made from dataclasses of settings: every field is a flag and a key of a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import typer
+
+from llamory.cli import options
+from llamory.cli.output import print_result, stdout_redirected
+from llamory.errors import LlamoryError
+
+Settings = TypeVar("Settings")
+
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+
+
+def add_settings_command(
+    app: typer.Typer,
+    name: str,
+    settings_class: type[Settings],
+    run: Callable[[Settings], Mapping[str, Any]],
+    *,
+    help: str | None = None,
+) -> None:
+    """Add a command whose flags are the fields of a dataclass.
+
+    The field `learning_rate` is the flag `--learning-rate`; its help is `metadata["help"]`. `--config FILE.yaml` holds
+    values under the names of the fields; flags take precedence. The command prints what `run` returns.
+
+    Args:
+        app: the app that gets the command.
+        name: the name of the command.
+        settings_class: a dataclass of str, int, float, bool, Path, Literal, lists of these, or one of these or None.
+            A field `quiet` of its own replaces the flag `--quiet`.
+        run: does the work.
+        help: the description of the command, by default the docstring of the class.
+    """
+    fields = _fields(settings_class)
+
+    def command(context: typer.Context, config: Path | None, as_json: bool, **values: Any) -> None:
+        quiet = values["quiet"]
+        given = {key: values[key] for key in fields if _is_given(context, key)}
+        settings = read_settings(settings_class, config, given)
+        with stdout_redirected(quiet=bool(getattr(settings, "quiet", quiet))):
+            result = run(settings)
+        if os.environ.get("RANK", "0") == "0":  # one of the processes that train together prints
+            print_result(result, as_json=as_json)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    config_option = options.option(
+        "--config", parser=options.path, metavar="FILE.yaml", help="Settings by name; flags take precedence."
+    )
+    parameters = [
+        inspect.Parameter("context", keyword, annotation=typer.Context),
+        inspect.Parameter("config", keyword, default=None, annotation=Annotated[Path | None, config_option]),
+        *(_parameter(field, hint) for field, hint in fields.values()),
+        inspect.Parameter("as_json", keyword, default=False, annotation=options.Json),
+    ]
+    if "quiet" not in fields:
+        parameters.append(inspect.Parameter("quiet", keyword, default=False, annotation=options.Quiet))
+    # typer reads the options of a command from its signature.
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command(name=name, help=help or inspect.getdoc(settings_class))(command)
+
+
+def read_settings(settings_class: type[Settings], file: Path | None, given: Mapping[str, Any]) -> Settings:
+    """Make a dataclass of settings from a YAML file and from values that take precedence over it.
+
+    Raises:
+        LlamoryError: the file can't be read, a key is unknown, a value is missing or invalid; the message names it.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    fields = _fields(settings_class)
+    values = _file_values(file, fields) if file else {}
+    values |= {key: options.layers(value) if key == "mem_layers" and value else value for key, value in given.items()}
+    missing = [_flag(name) for name, (field, _) in fields.items() if name not in values and is_required(field)]
+    if missing:
+        raise LlamoryError(f"{' and '.join(missing)} must be given, as flags or as keys of the --config file.")
+    try:
+        return TypeAdapter(settings_class).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        if key in fields:
+            message = f"{first['msg'].removeprefix('Value error, ').rstrip('.')}, not {first['input']!r}"
+            where = _flag(key) if key in given else f"{key} in {file}"
+            raise LlamoryError(f"{where}: {message}.") from error
+        raise LlamoryError(first["msg"].removeprefix("Value error, ")) from error
+
+
+def _fields(settings_class: type) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    hints = get_type_hints(settings_class)
+    return {field.name: (field, hints[field.name]) for field in dataclasses.fields(settings_class) if field.init}
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _kind(hint: Any) -> Any:
+    """The type of a field without `| None`."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    return kinds[0] if NoneType in get_args(hint) and len(kinds) == 1 else hint
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    kind, flag = _kind(hint), _flag(field.name)
+    help = field.metadata.get("help", "")
+    if get_origin(kind) is list:
+        help = f"{help} (repeatable)" if help else "(repeatable)"
+    default = None
+    if is_required(field):
+        help += " Required here or in --config."
+    else:
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if field.name == "mem_layers":
+        kind, default = list[str], [options.show_layers(default)] if default else None
+    # A panel of their own for switches, whose two names take much space.
+    names, panel = (f"{flag}/--no-{flag[2:]}", "Switches") if kind is bool else (flag, None)
+    option = typer.Option(names, help=help.replace("[", r"\[").strip(), rich_help_panel=panel)
+    annotation = Annotated[kind if isinstance(default, bool) else kind | None, option]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and not source.name.startswith("DEFAULT")
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _file_values(file: Path, fields: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in _read_yaml(file).items():
+        name = str(key).replace("-", "_")
+        if name not in fields:
+            close = get_close_matches(name, fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(fields)}."
+            raise LlamoryError(f"{file} has an unknown key, {key}; {hint}")
+        kind = _kind(fields[name][1])
+        if name == "mem_layers" and isinstance(value, int | str):
+            values[name] = options.layers([str(value)])
+            continue
+        is_list = get_origin(kind) is list
+        entries = value if is_list and isinstance(value, list) else [value]
+        scalar = get_args(kind)[0] if is_list else kind
+        optional, where = kind is not fields[name][1], f"{name} in {file}"
+        entries = [_scalar(scalar, entry, optional=optional, where=where) for entry in entries]
+        values[name] = entries if is_list and value is not None else entries[0]
+    return values
+
+
+def _scalar(kind: Any, value: Any, *, optional: bool, where: str) -> Any:
+    """A value as the type of its field; truth values are no numbers, and `1e3`, text in YAML, is one."""
+    if value is None and optional:
+        return None
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        if isinstance(value, bool) != (kind is bool):
+            raise ValueError(value)
+        return TypeAdapter(kind).validate_python(float(value) if kind is int and isinstance(value, str) else value)
+    except (ValueError, ValidationError) as error:
+        expected = _EXPECTED.get(kind) or f"one of {', '.join(map(str, get_args(kind)))}"
+        raise LlamoryError(f"{where} must be {expected}, not {value!r}.") from error
+
+
+def _read_yaml(file: Path) -> dict[Any, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LlamoryError(f"There is no settings file {file}.") from error
+    except UnicodeDecodeError as error:
+        raise LlamoryError(f"The settings file {file} is not a text file in UTF-8.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise LlamoryError(f"{file} is not valid YAML: {getattr(error, 'problem', error)}{where}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise LlamoryError(f"{file} must hold settings, one `name: value` a line, not a {type(content).__name__}.")
+    return content
