@@ -71,6 +71,10 @@ def test_a_wrong_command_line_is_one_sentence_and_code_2(llamory, arguments: lis
     [
         (LlamoryError("The lamp is out; light it."), "The lamp is out; light it."),
         (FileNotFoundError(errno.ENOENT, "No such file", "lamp.txt"), "There is no file or folder lamp.txt."),
+        (
+            ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib"),
+            "This needs the package matplotlib, which is not installed: run pip install 'llamory[plot]'.",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "lamp.txt"), "You have no permission to use lamp.txt."),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "lamps"), "lamps can't be used: Is a directory."),
     ],

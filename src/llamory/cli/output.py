@@ -161,12 +161,15 @@ def exit_interrupted() -> None:
 
 def user_message(error: BaseException) -> str | None:
     """One sentence for an error that the user can correct; None for any other."""
+    from llamory.common.extras import explain_import_error
     from llamory.common.ram import is_out_of_memory
 
     if isinstance(error, typer.TyperException):
         return error.format_message()
     if isinstance(error, LlamoryError):
         return str(error)
+    if isinstance(error, ImportError):
+        return explain_import_error(error)
     # Libraries written in Rust report a full disk as an error of their own that quotes the system.
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
