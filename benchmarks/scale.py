@@ -1,10 +1,10 @@
-"""What a library of 10^6, 10^8 and 10^10 tokens takes: the tables of docs/scale.md, from figures that were measured.
+"""What a library of 10^6, 10^8 and 10^10 tokens takes: the tables of docs/guides/scale_out.md, from figures that were measured.
 
     python benchmarks/scale.py --measure docs/results/scale.json     # the texts' statistics and how fast memory is read
-    python benchmarks/scale.py [--write docs/scale.md]               # the tables, printed or put into the page
+    python benchmarks/scale.py [--write docs/guides/scale_out.md]               # the tables, printed or put into the page
 
 The tables take what `benchmarks/encode.py`, `benchmarks/index.py` and `--measure` wrote to docs/results; without these
-files there are no tables. docs/scale.md tells every formula; the names here are the page's. Nothing about a GPU is
+files there are no tables. docs/guides/scale_out.md tells every formula; the names here are the page's. Nothing about a GPU is
 measured: its hours are FLOPs divided by a rate that its maker states, times a share of it that is assumed.
 """
 

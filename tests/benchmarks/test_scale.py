@@ -1,4 +1,4 @@
-"""The formulas of docs/scale.md count what models really do and keep; tables take measured figures and nothing else."""
+"""The formulas of docs/guides/scale_out.md count what models really do and keep; tables take measured figures and nothing else."""
 
 import json
 from pathlib import Path
@@ -97,5 +97,5 @@ def test_without_measurements_there_are_no_tables(tmp_path):
 
 
 def test_the_page_has_a_place_for_them():
-    page = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "scale_out.md").read_text()
     assert page.count(scale.BEGIN) == page.count(scale.END) == 1 and page.index(scale.BEGIN) < page.index(scale.END)
