@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv demo test lint
+.PHONY: venv demo test lint docs
 
 venv: $(STAMP)
 
@@ -26,3 +26,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The reference of commands and settings, from the code.
+docs: $(STAMP)
+	$(BIN)/python docs/reference/generate.py

@@ -48,6 +48,7 @@ def add_settings_command(
     def command(context: typer.Context, config: Path | None, as_json: bool, **values: Any) -> None:
         quiet = values["quiet"]
         given = {key: values[key] for key in fields if _is_given(context, key)}
+        given |= {key: False for key in fields if _is_given(context, f"no_{key}")}
         settings = read_settings(settings_class, config, given)
         with stdout_redirected(quiet=bool(getattr(settings, "quiet", quiet))):
             result = run(settings)
@@ -61,7 +62,7 @@ def add_settings_command(
     parameters = [
         inspect.Parameter("context", keyword, annotation=typer.Context),
         inspect.Parameter("config", keyword, default=None, annotation=Annotated[Path | None, config_option]),
-        *(_parameter(field, hint) for field, hint in fields.values()),
+        *(parameter for field, hint in fields.values() for parameter in _parameters(field, hint)),
         inspect.Parameter("as_json", keyword, default=False, annotation=options.Json),
     ]
     if "quiet" not in fields:
@@ -121,7 +122,8 @@ def _kind(hint: Any) -> Any:
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
-def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+def _parameters(field: dataclasses.Field[Any], hint: Any) -> list[inspect.Parameter]:
+    keyword = inspect.Parameter.KEYWORD_ONLY
     kind, flag = _kind(hint), _flag(field.name)
     help = field.metadata.get("help", "")
     if get_origin(kind) is list:
@@ -133,11 +135,16 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if field.name == "mem_layers":
         kind, default = list[str], [options.show_layers(default)] if default else None
-    # A panel of their own for switches, whose two names take much space.
-    names, panel = (f"{flag}/--no-{flag[2:]}", "Switches") if kind is bool else (flag, None)
+    no_flag = f"--no-{flag[2:]}"
+    names, panel = (f"{flag}/{no_flag}" if default else flag, "Switches") if kind is bool else (flag, None)
     option = typer.Option(names, help=help.replace("[", r"\[").strip(), rich_help_panel=panel)
     annotation = Annotated[kind if isinstance(default, bool) else kind | None, option]
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    parameters = [inspect.Parameter(field.name, keyword, default=default, annotation=annotation)]
+    if kind is bool and not default:
+        # It overrides a setting of the file. Help is easier to read without it.
+        hidden = Annotated[bool, typer.Option(no_flag, hidden=True)]
+        parameters.append(inspect.Parameter(f"no_{field.name}", keyword, default=False, annotation=hidden))
+    return parameters
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
