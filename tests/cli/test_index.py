@@ -13,6 +13,7 @@ def test_index_reports_what_it_did(llamory, calls: list[tuple]) -> None:
     ran = llamory("index", "a.md", "c", "--library", "lib")
     assert ran == (0, SUMMARY, "reading ...\n")
     unset = {"chunk_size": None, "text_field": "text", "max_file_size": 64.0, "strict": False, "wait": True}
+    unset |= {"allow_empty": False}
     unset |= {"engine": "local", "ray_address": None}
     assert calls == [("library", "lib", {"model": "default", "bf16": False}), ("add", [Path("a.md"), Path("c")], unset)]
 
@@ -31,7 +32,7 @@ def test_index_that_took_nothing_in_is_an_error(llamory, calls: list[tuple]) -> 
 
 def test_index_hands_on_what_it_is_told(llamory, calls: list[tuple]) -> None:
     told = (
-        "--model m --chunk-size 99 --text-field body --max-file-size 0.5 --strict --no-wait --bf16 --json --quiet"
+        "--model m --chunk-size 99 --text-field body --max-file-size 0.5 --strict --allow-empty --no-wait --bf16 --json --quiet"
         " --engine ray --ray-address here:6379"
     )
     ran = llamory("index", "a.md", "--library", "s3://shelf/lib", *told.split())
@@ -46,7 +47,14 @@ def test_index_hands_on_what_it_is_told(llamory, calls: list[tuple]) -> None:
         "skipped": [],
     }
     assert ran.err == ""
-    settings = {"chunk_size": 99, "text_field": "body", "strict": True, "wait": False, "max_file_size": 0.5}
+    settings = {
+        "chunk_size": 99,
+        "text_field": "body",
+        "strict": True,
+        "allow_empty": True,
+        "wait": False,
+        "max_file_size": 0.5,
+    }
     settings |= {"engine": "ray", "ray_address": "here:6379"}
     assert calls == [("library", "s3://shelf/lib", {"model": "m", "bf16": True}), ("add", [Path("a.md")], settings)]
 
@@ -78,7 +86,7 @@ def test_ray_that_isnt_installed_is_told_with_the_remedy(llamory, tmp_path, fold
 
 def test_an_address_without_ray_is_of_no_use(llamory, tmp_path, folder):
     ran = llamory("index", folder, "--library", tmp_path / "l", "--model", tmp_path, "--ray-address", "here:1")
-    assert ran.code == 2 and "only with the engine `ray`" in " ".join(ran.err.split())
+    assert ran.code == 2 and "needs the engine `ray`" in " ".join(ran.err.split())
 
 
 def test_an_unknown_engine_is_refused(llamory, tmp_path, folder):

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from llamory.library.prefill import MemoryReport
 
 _MAX_LISTED = 20
-_NO_LIMIT_MIB = 2.0**40
 
 
 def index(
@@ -53,6 +52,10 @@ def index(
         ),
     ] = 64.0,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first file that can't be read.")] = False,
+    allow_empty: Annotated[
+        bool,
+        typer.Option("--allow-empty", help="Remove the documents of folders that are empty now; otherwise they stay."),
+    ] = False,
     precompute_memory: Annotated[
         bool,
         typer.Option(
@@ -104,8 +107,9 @@ def index(
                 paths,
                 chunk_size=chunk_size,
                 text_field=text_field,
-                max_file_size=min(max_file_size, _NO_LIMIT_MIB),
+                max_file_size=max_file_size,
                 strict=strict,
+                allow_empty=allow_empty,
                 wait=wait,
                 engine=engine,
                 ray_address=ray_address,

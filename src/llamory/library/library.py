@@ -141,7 +141,7 @@ class Library:
             paths: files and folders; their absolute paths become the sources.
             chunk_size: maximum tokens of a passage, for a new library. Default: 256, or what fits the model.
             text_field: entry of a JSON line that holds the text.
-            max_file_size: MiB; larger files, and longer lines of JSON lines, are not read.
+            max_file_size: MiB; larger files, and longer lines of JSON lines, are not read. `math.inf`: no limit.
             strict: raise an error at the first thing that can't be read.
             allow_empty: remove the documents of folders that are empty now. By default a given folder that lost all of
                 its documents is an error and an empty one below it keeps them, as its disk may not be mounted.
@@ -158,8 +158,8 @@ class Library:
         from llamory.documents import scan_files
         from llamory.documents.scan import real_roots
 
-        if not (math.isfinite(max_file_size) and max_file_size > 0):
-            raise LlamoryError(f"The largest file size must be more than 0 MiB and finite, not {max_file_size}.")
+        if not max_file_size > 0:
+            raise LlamoryError(f"The largest file size must be more than 0 MiB, not {max_file_size}.")
         check_unicode(text_field, "text field")
         _check_engine(engine, ray_address)
         roots = _absolute(paths)
@@ -176,7 +176,7 @@ class Library:
                 chunk_size=self._check_chunk_size(chunk_size),
                 text_field=text_field,
                 roots=real_roots(roots),
-                max_bytes=int(max_file_size * 2**20),
+                max_bytes=None if max_file_size == math.inf else int(max_file_size * 2**20),
                 strict=strict,
                 bf16=self._bf16,
             )
