@@ -174,6 +174,13 @@ def test_a_chat_with_a_memory_file_can_be_kept(llamory, texts, tmp_path, model_f
     assert asked["documents"][-1] == "conversation"
 
 
+def test_a_byte_that_is_not_utf_8_is_replaced_and_the_chat_goes_on(llamory, library, monkeypatch) -> None:
+    lines = io.BytesIO(b"the silver river\nWer ist Frau M\xfcller?\nstone\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, encoding="utf-8", errors="surrogateescape"))
+    found = json.loads(llamory("chat", "--library", library, *SHORT, "--json").out)
+    assert [turn["question"] for turn in found["turns"]] == ["the silver river", "Wer ist Frau M\ufffdller?", "stone"]
+
+
 def test_a_chat_ends_with_its_input(llamory, library, typed) -> None:
     typed()
     ran = llamory("chat", "--library", library, "--quiet")

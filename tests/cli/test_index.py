@@ -91,3 +91,14 @@ def test_an_address_without_ray_is_of_no_use(llamory, tmp_path, folder):
 
 def test_an_unknown_engine_is_refused(llamory, tmp_path, folder):
     assert llamory("index", folder, "--library", tmp_path / "l", "--engine", "steam").code == 2
+
+
+def test_infinity_is_no_limit_of_the_file_size(llamory, tmp_path, folder, model_folder, calls):
+    assert llamory("index", folder, "--library", "lib", "--max-file-size", "inf").code == 0
+    assert calls[1][2]["max_file_size"] >= 2**40
+
+
+def test_the_device_is_handed_on(llamory, folder, calls):
+    assert llamory("index", folder, "--library", "lib", "--device", "cpu").code == 0
+    assert llamory("search", "light", "--library", "lib", "--device", "cpu").code == 0
+    assert [call[2]["device"] for call in calls if call[0] == "library"] == ["cpu", "cpu"]

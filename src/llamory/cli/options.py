@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from llamory.errors import LlamoryError
+
 SEARCH, READER, GENERATION, OUTPUT, ADVANCED = "Search", "Reader", "Generation", "Output", "Advanced"
 MAX_COUNT = 2**31 - 1
 MAX_SEED = 2**63 - 1
@@ -132,21 +134,47 @@ def show_layers(layers: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _many(parse: Callable[[Sequence[str]], list[Any]]) -> Callable[[Sequence[str] | None], list[Any] | None]:
-    """A callback that parses all values of an option together, if there are any."""
-    return lambda values: parse(values) if values else None
-
-
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-def option(*flags: str, parser: Callable[[str], Any], help: str, panel: str | None = None, **settings: Any) -> Any:
-    """A typer option with one of the parsers above, which also names its kind of value in the help."""
+def option(
+    *flags: str,
+    parser: Callable[[str], Any] | None = None,
+    parse_all: Callable[[Sequence[str]], list[Any]] | None = None,
+    help: str,
+    panel: str | None = None,
+    **settings: Any,
+) -> Any:
+    """A typer option whose values go through a parser, one by one or, with `parse_all`, all together."""
     kinds: dict[Any, str] = {text: "TEXT", name: "TEXT", path: "PATH", token_counts: "TOKENS", layers: "LAYERS"}
-    settings.setdefault("metavar", kinds.get(parser, "NUMBER"))
-    if parser in (token_counts, layers):
-        return typer.Option(*flags, callback=_many(parser), help=help, rich_help_panel=panel, **settings)
+    settings.setdefault("metavar", kinds.get(parser or parse_all, "NUMBER"))
+    if parse_all is not None:
+        parser, settings["callback"] = text, lambda values: parse_all(values) if values else None
     return typer.Option(*flags, parser=parser, help=help, rich_help_panel=panel, **settings)
+
+
+def distinct_names(names: list[str]) -> list[str]:
+    """The names of models, none of which may be given twice.
+
+    Raises:
+        LlamoryError: one is given twice.
+    """
+    for name in names:
+        if names.count(name) > 1:
+            raise LlamoryError(f"The model {name} was named twice; compare it with another one.")
+    return names
+
+
+def output_folder(path: Path) -> Path:
+    """The folder for results, created if it does not exist.
+
+    Raises:
+        LlamoryError: it is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise LlamoryError(f"{path} is a file; give a folder as --output.")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.", rich_help_panel=OUTPUT)]
@@ -177,8 +205,8 @@ Source = Annotated[
 ]
 SEARCH_MODE_HELP = "Search by meaning (dense), by words (bm25) or by both (fused)."
 MemLayers = Annotated[
-    list[str] | None,
-    option("--mem-layers", parser=layers, panel=ADVANCED, help="Layers that attend to memory, such as 5-29 or 3,7-9."),
+    list[Any] | None,
+    option("--mem-layers", parse_all=layers, panel=ADVANCED, help="Layers that attend to memory, such as 5-29 or 3,7-9."),
 ]
 ContextLength = Annotated[
     int | None, option("--context-length", parser=integer(), panel=ADVANCED, help="Tokens per encoder window.")
