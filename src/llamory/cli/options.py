@@ -206,7 +206,9 @@ Source = Annotated[
 SEARCH_MODE_HELP = "Search by meaning (dense), by words (bm25) or by both (fused)."
 MemLayers = Annotated[
     list[Any] | None,
-    option("--mem-layers", parse_all=layers, panel=ADVANCED, help="Layers that attend to memory, such as 5-29 or 3,7-9."),
+    option(
+        "--mem-layers", parse_all=layers, panel=ADVANCED, help="Layers that attend to memory, such as 5-29 or 3,7-9."
+    ),
 ]
 ContextLength = Annotated[
     int | None, option("--context-length", parser=integer(), panel=ADVANCED, help="Tokens per encoder window.")
