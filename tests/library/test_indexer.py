@@ -114,10 +114,12 @@ def test_only_broken_files_are_a_report_and_no_library(tmp_path, library):
 
 
 def replace_parser(monkeypatch, suffix: str, error: Exception) -> None:
+    from llamory.documents import formats
+
     def failing(text: str, name: str):
         raise error
 
-    monkeypatch.setitem(sys.modules["llamory.documents.readers"]._READERS, suffix, failing)
+    monkeypatch.setitem(formats.FORMATS, suffix, formats.Format(failing))
 
 
 def test_a_file_nested_too_deep_is_listed_as_unreadable(docs, library, monkeypatch):

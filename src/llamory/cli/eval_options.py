@@ -147,7 +147,7 @@ def file_identity(paths: Sequence[Path]) -> dict[str, Any]:
 
     from llamory.documents import find_files
 
-    digest, files = hashlib.sha256(), find_files(paths)
+    digest, files = hashlib.sha256(), find_files(paths, log_skipped=False)
     for path in files:
         digest.update(path.read_bytes())
     return {"files": [path.name for path in files[:10]], "sha256": digest.hexdigest()}

@@ -1,9 +1,10 @@
-"""Documents: text files of many kinds as parts with titles and lines, and as passages of bounded length."""
+"""Documents: files of many formats as sections with titles and lines, and as chunks of bounded length."""
 
 from llamory.documents.chunking import chunk_document
 from llamory.documents.document import Chunk, Document, Section, location
-from llamory.documents.readers import SUFFIXES, find_files, read_documents, read_file, read_json_lines
-from llamory.documents.scan import FileScan, scan_files
+from llamory.documents.formats import SUFFIXES, supported_suffixes
+from llamory.documents.readers import read_documents, read_file, read_json_lines
+from llamory.documents.scan import FileScan, find_files, scan_files
 from llamory.documents.storage import SkippedFile
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "read_file",
     "read_json_lines",
     "scan_files",
+    "supported_suffixes",
 ]

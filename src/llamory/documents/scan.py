@@ -1,28 +1,32 @@
-"""FileScan folders for an index: what can be read, and what is passed over and why. Nothing outside them is touched."""
+"""Find the documents in files and folders. Nothing outside of them is read, whatever links lead there."""
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llamory.documents.readers import SUFFIXES, supported_suffixes
-from llamory.documents.storage import SkippedFile
+from llamory.common.io import PathLike
+from llamory.documents.formats import SUFFIXES, supported_suffixes
+from llamory.documents.storage import SkippedFile, open_regular
 from llamory.errors import LlamoryError
 
 LINK_OUTSIDE = "a link that leads out of the given folders"
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class FileScan:
-    """What some paths hold.
+    """The documents in some paths.
 
     Attributes:
         files: the files to read, each once, sorted within each folder.
-        skipped: links that lead outside or nowhere, and things that aren't files.
-        failed: folders that can't be looked into, and files whose name is no text.
+        skipped: links that lead outside or nowhere, and things that aren't regular files.
+        failed: folders that can't be read, and files whose name isn't valid Unicode.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -31,75 +35,103 @@ class FileScan:
 
 
 def real_roots(paths: Iterable[Path]) -> tuple[str, ...]:
-    """Where the given paths really are: the only places that may be read."""
+    """The real paths of the given paths: nothing outside of them may be read."""
     return tuple(os.path.realpath(path) for path in paths)
 
 
-def is_within(path: str | os.PathLike[str], roots: Sequence[str]) -> bool:
-    """Whether a path, all its links followed, is one of the real roots or inside one."""
+def is_within(path: PathLike, roots: Sequence[str]) -> bool:
+    """Whether a path, with all links followed, is one of the real roots or inside one."""
     real = os.path.realpath(path)
     return any(real == root or real.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
 
 
 def scan_files(paths: Sequence[Path]) -> FileScan:
-    """List what can be read in files and folders; hidden files and folders are left out.
+    """List the documents in files and folders, without hidden files and folders.
 
-    Links to folders aren't followed (what they lead to inside the given folders is found anyway); links to files are,
-    as long as they lead to a directory inside the given folders.
+    Links to folders aren't followed (a folder inside the given ones is found anyway). Links to files are followed if
+    they lead to a file inside the given folders.
 
     Raises:
-        LlamoryError: a path doesn't exist, is no file or folder, or a file of a kind that can't be read.
+        LlamoryError: a path doesn't exist, is no file or folder, or is of an unknown format.
     """
     if not paths:
         raise LlamoryError("No documents were given; name at least one file or folder.")
     roots = real_roots(paths)
-    found: dict[Path, None] = {}
-    result = FileScan()
+    files: dict[Path, None] = {}
+    scan = FileScan()
     for path in paths:
         if path.is_dir():
-            found.update(dict.fromkeys(_scan_folder(path, roots, result)))
+            files.update(dict.fromkeys(_scan_folder(path, roots, scan)))
         elif not path.exists():
-            raise LlamoryError(
-                f"There is no file or folder {path}; check the path (`llamory index --remove` takes out what is gone)."
-            )
+            raise LlamoryError(f"There is no file or folder {path}; check the path.")
         elif path.suffix.lower() not in SUFFIXES:
             raise LlamoryError(f"{path} is not of a kind that can be read; it should be one of {supported_suffixes()}.")
         elif not path.is_file():
             raise LlamoryError(f"{path} is not a regular file; give a file that holds text.")
         else:
-            found[path] = None
-    result.files = [path for path in found if _has_valid_name(path, result)]
-    return result
+            files[path] = None
+    scan.files = [path for path in files if _has_valid_name(path, scan)]
+    return scan
 
 
-def _scan_folder(folder: Path, roots: Sequence[str], result: FileScan) -> list[Path]:
-    def unreadable(error: OSError) -> None:
-        result.failed.append(SkippedFile(str(error.filename), f"the folder can't be read ({error.strerror})"))
+def find_files(paths: PathLike | Iterable[PathLike], *, log_skipped: bool = True) -> list[Path]:
+    """List the documents in files and folders, as `scan_files`, and check that there is text.
+
+    Args:
+        paths: files and folders.
+        log_skipped: log a warning for each file and folder that is skipped.
+
+    Raises:
+        LlamoryError: as `scan_files`; or a folder has no documents, a file given by name is empty, or no file has text.
+    """
+    given = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+    scan = scan_files(given)
+    for skipped in (*scan.skipped, *scan.failed) if log_skipped else ():
+        logger.warning("Skipped %s: %s.", skipped.path, skipped.reason)
+    for path in given:
+        if path.is_dir() and not any(path in file.parents for file in scan.files):
+            raise LlamoryError(f"The folder {path} has no documents; it should hold files of {supported_suffixes()}.")
+        if path.is_file() and not has_text(path):
+            raise LlamoryError(f"The file {path} is empty; it should have text.")
+    if not any(map(has_text, scan.files)):
+        raise LlamoryError(f"None of the {len(scan.files)} files in {', '.join(map(str, given))} has any text.")
+    return scan.files
+
+
+def has_text(path: Path) -> bool:
+    """Whether a file has anything but white space and a byte order mark."""
+    with open_regular(path) as file:
+        return any(chunk.removeprefix(b"\xef\xbb\xbf").strip() for chunk in iter(lambda: file.read(1 << 16), b""))
+
+
+def _scan_folder(folder: Path, roots: Sequence[str], scan: FileScan) -> list[Path]:
+    def add_failed(error: OSError) -> None:
+        scan.failed.append(SkippedFile(str(error.filename), f"the folder can't be read ({error.strerror})"))
 
     files = []
-    for directory, folders, names in os.walk(folder, onerror=unreadable):
+    for directory, folders, names in os.walk(folder, onerror=add_failed):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             path = Path(directory, name)
             if path.is_symlink() and not is_within(path, roots):
-                result.skipped.append(SkippedFile(str(path), LINK_OUTSIDE))
+                scan.skipped.append(SkippedFile(str(path), LINK_OUTSIDE))
         for name in sorted(names):
             path = Path(directory, name)
             if name.startswith(".") or path.suffix.lower() not in SUFFIXES:
                 continue
             if reason := _skip_reason(path, roots):
-                result.skipped.append(SkippedFile(str(path), reason))
+                scan.skipped.append(SkippedFile(str(path), reason))
             else:
                 files.append(path)
     return sorted(files)
 
 
 def _skip_reason(path: Path, roots: Sequence[str]) -> str:
-    """Why a directory entry is passed over; empty if it isn't."""
+    """Why a directory entry is skipped; "" if it isn't."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
-        return "a link that leads nowhere" if path.is_symlink() else ""  # gone meanwhile: reading it will tell
+        return "a link that leads nowhere" if path.is_symlink() else ""  # deleted meanwhile: reading it will fail
     except OSError as error:  # links in a circle, folders without permission
         return f"can't be reached ({error.strerror})"
     if not stat.S_ISREG(mode):
@@ -107,10 +139,10 @@ def _skip_reason(path: Path, roots: Sequence[str]) -> str:
     return LINK_OUTSIDE if path.is_symlink() and not is_within(path, roots) else ""
 
 
-def _has_valid_name(path: Path, result: FileScan) -> bool:
+def _has_valid_name(path: Path, scan: FileScan) -> bool:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        result.failed.append(SkippedFile(str(path), "its name is not valid Unicode; rename it"))
+        scan.failed.append(SkippedFile(str(path), "its name is not valid Unicode; rename it"))
         return False
     return True

@@ -103,7 +103,7 @@ def _files(paths: PathLike | Iterable[PathLike]) -> tuple[list[Path], list[Path]
     # Not resolve(), which would follow links and so change the names.
     roots = [Path(os.path.abspath(path)) for path in nonempty_paths]  # noqa: PTH100
     find_files(nonempty_paths)  # so that errors name the paths as they were given
-    return roots, find_files(roots)
+    return roots, find_files(roots, log_skipped=False)
 
 
 def _is_blank(path: Path) -> bool:

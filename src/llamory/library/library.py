@@ -468,7 +468,7 @@ def _join_paths(paths: Iterable[Path]) -> str:
 
 
 def _nothing_found_message(roots: Sequence[Path], scan: FileScan) -> str:
-    from llamory.documents.readers import supported_suffixes
+    from llamory.documents import supported_suffixes
 
     if scan.failed:
         return f"{scan.failed[0].path}: {scan.failed[0].reason}."

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llamory.documents import find_files, read_json_lines
 from llamory.documents.beir import CORPUS, is_beir, read_beir
-from llamory.documents.readers import find_files, read_json_lines, string_entry
+from llamory.documents.readers import string_entry
 from llamory.errors import LlamoryError
 
 logger = logging.getLogger(__name__)

@@ -1,15 +1,16 @@
-"""Read Jupyter notebooks: the text and the code of their cells."""
+"""Jupyter notebooks: the text and the code of their cells."""
 
 from __future__ import annotations
 
 import json
 
 from llamory.documents.document import Section
-from llamory.documents.formats import text as formats
+from llamory.documents.formats.markdown import markdown_headings
+from llamory.documents.formats.text import ParsedFile, read_text, sections_at
 
 
-def read_notebook(text: str, name: str) -> formats.ParsedText:
-    """Sections of a notebook's Markdown cells, with the code below each; the outputs are left out.
+def read_notebook(text: str, name: str) -> ParsedFile:
+    """Sections of the Markdown and code cells, under the last heading; outputs are left out.
 
     Raises:
         ValueError: the text isn't a notebook.
@@ -25,12 +26,12 @@ def read_notebook(text: str, name: str) -> formats.ParsedText:
     for number, (source, kind) in enumerate(sources, 1):
         source = source.replace("\r\n", "\n").encode("utf-8", "ignore").decode()
         if kind == "markdown":
-            headings = [(line, heading or current) for line, heading in formats.markdown_headings(source)]
+            headings = [(line, heading or current) for line, heading in markdown_headings(source)]
             title = title or (headings[0][1] if headings else "")
-            cell_sections = formats.sections_at(source.split("\n"), [(0, current), *headings])
+            cell_sections = sections_at(source.split("\n"), [(0, current), *headings])
         else:
-            cell_sections = formats.read_text(source, current)[2]
+            cell_sections = read_text(source, current).sections
         for section in cell_sections:
             current = section.title
             sections.append(Section(section.text, current, section.line, page=number))
-    return title or name, "\n\n".join(section.text for section in sections), sections
+    return ParsedFile(title or name, "\n\n".join(section.text for section in sections), sections)

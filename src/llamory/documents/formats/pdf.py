@@ -1,29 +1,40 @@
-"""Read the text of PDF files, page by page."""
+"""PDF files: the text of each page, under the headings of the outline."""
 
 from __future__ import annotations
 
 import io
 import logging
+import struct
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamory.documents.document import Section
+from llamory.documents.formats.text import ParsedFile
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
     from pypdf import PdfReader
 
+logger = logging.getLogger(__name__)
 
-def read_pdf(path: Path, data: bytes) -> tuple[str, str, list[Section]]:
-    """Title, text and one block a page of a PDF file; the outline gives the pages their titles.
+# What pypdf raises for malformed files, besides its own errors: it checks little before it uses a value.
+_MALFORMED = (
+    *(LookupError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
+    *(OSError, EOFError, struct.error, zlib.error),
+)
+
+
+def read_pdf(path: Path, data: bytes) -> ParsedFile:
+    """Title, text and one section per page with text.
 
     Raises:
-        LlamoryError: it can't be parsed, needs a password, or holds pictures of text only.
+        LlamoryError: the file can't be parsed, needs a password, or has no text.
     """
     from pypdf import PdfReader
-    from pypdf.errors import FileNotDecryptedError, WrongPasswordError
+    from pypdf.errors import DependencyError, FileNotDecryptedError, PyPdfError, WrongPasswordError
 
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of each small fault that it mends
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of each small fault that it repairs
     try:
         reader = PdfReader(io.BytesIO(data))
         if reader.is_encrypted:
@@ -32,23 +43,20 @@ def read_pdf(path: Path, data: bytes) -> tuple[str, str, list[Section]]:
         title = str((reader.metadata and reader.metadata.title) or "").strip() or path.stem
     except (FileNotDecryptedError, WrongPasswordError) as error:
         raise LlamoryError(f"{path} needs a password; save it without one.") from error
-    except Exception as error:  # a broken file can make it fail anywhere
-        if isinstance(error, MemoryError):
-            raise
+    except (PyPdfError, DependencyError, *_MALFORMED) as error:
         raise LlamoryError(f"{path} can't be read as PDF ({type(error).__name__}: {error}).") from error
     if not any(texts):
         raise LlamoryError(f"{path} has no text (perhaps scanned pages); put it through text recognition first.")
-    titles = _page_titles(reader, title)
-    sections = [
-        Section(text, heading, 1, page=number)
-        for number, (text, heading) in enumerate(zip(texts, titles, strict=True), 1)
-        if text
-    ]
-    return title, "\n\n".join(texts), sections
+    titles = _page_titles(path, reader, title)
+    pages = enumerate(zip(texts, titles, strict=True), 1)
+    sections = [Section(text, heading, 1, page=number) for number, (text, heading) in pages if text]
+    return ParsedFile(title, "\n\n".join(texts), sections)
 
 
-def _page_titles(reader: PdfReader, title: str) -> list[str]:
-    """For each page the last entry of the outline that begins on it or before it."""
+def _page_titles(path: Path, reader: PdfReader, title: str) -> list[str]:
+    """For each page, the last outline entry that starts on it or before it."""
+    from pypdf.errors import PyPdfError
+
     starts: dict[int, str] = {}
 
     def visit(entries: list[Any]) -> None:
@@ -60,8 +68,8 @@ def _page_titles(reader: PdfReader, title: str) -> list[str]:
 
     try:
         visit(reader.outline)
-    except Exception:  # an outline that is broken is no reason to leave the text out
-        logging.getLogger(__name__).debug("The outline of a PDF file can't be read.", exc_info=True)
+    except (PyPdfError, *_MALFORMED) as error:
+        logger.warning("The outline of %s is damaged, so headings of its pages are missing (%r).", path, error)
     titles, current = [], title
     for number in range(len(reader.pages)):
         current = starts.get(number) or current
@@ -70,6 +78,6 @@ def _page_titles(reader: PdfReader, title: str) -> list[str]:
 
 
 def _clean_text(text: str) -> str:
-    # Fonts without a proper table of characters give halves of surrogate pairs and NUL, which no tokenizer reads.
+    # Fonts without a proper character table give halves of surrogate pairs and NUL, which no tokenizer reads.
     text = text.encode("utf-8", "ignore").decode().replace("\0", "")
     return "\n".join(line.rstrip() for line in text.splitlines()).strip()
