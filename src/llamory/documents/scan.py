@@ -45,11 +45,15 @@ def is_within(path: PathLike, roots: Sequence[str]) -> bool:
     return any(real == root or real.startswith(root.rstrip(os.sep) + os.sep) for root in roots)
 
 
-def scan_files(paths: Sequence[Path]) -> FileScan:
+def scan_files(paths: Sequence[Path], *, log_skipped: bool = False) -> FileScan:
     """List the documents in files and folders, without hidden files and folders.
 
     Links to folders aren't followed (a folder inside the given ones is found anyway). Links to files are followed if
     they lead to a file inside the given folders.
+
+    Args:
+        paths: files and folders.
+        log_skipped: log a warning for each file and folder that is skipped or can't be read.
 
     Raises:
         LlamoryError: a path doesn't exist, is no file or folder, or is of an unknown format.
@@ -71,6 +75,8 @@ def scan_files(paths: Sequence[Path]) -> FileScan:
         else:
             files[path] = None
     scan.files = [path for path in files if _has_valid_name(path, scan)]
+    for each in (*scan.skipped, *scan.failed) if log_skipped else ():
+        logger.warning("Skipped %s: %s.", each.path, each.reason)
     return scan
 
 
@@ -79,15 +85,13 @@ def find_files(paths: PathLike | Iterable[PathLike], *, log_skipped: bool = True
 
     Args:
         paths: files and folders.
-        log_skipped: log a warning for each file and folder that is skipped.
+        log_skipped: as for `scan_files`.
 
     Raises:
         LlamoryError: as `scan_files`; or a folder has no documents, a file given by name is empty, or no file has text.
     """
     given = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
-    scan = scan_files(given)
-    for skipped in (*scan.skipped, *scan.failed) if log_skipped else ():
-        logger.warning("Skipped %s: %s.", skipped.path, skipped.reason)
+    scan = scan_files(given, log_skipped=log_skipped)
     for path in given:
         if path.is_dir() and not any(path in file.parents for file in scan.files):
             raise LlamoryError(f"The folder {path} has no documents; it should hold files of {supported_suffixes()}.")

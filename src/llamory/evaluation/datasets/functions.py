@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from llamory.documents import scan_files
 from llamory.errors import LlamoryError
 from llamory.evaluation.datasets.builder import Pair, words
 
@@ -126,7 +127,8 @@ def origin_of_folder(folder: Path) -> Origin:
     Raises:
         LlamoryError: there is no such folder, or it has no Python files.
     """
-    files = _python_files(folder) if folder.is_dir() else []
+    scanned = scan_files([folder], log_skipped=True).files if folder.is_dir() else []
+    files = [path for path in scanned if path.suffix == ".py" and _is_included(path.relative_to(folder))]
     if not files:
         raise LlamoryError(f"{folder} is no folder with Python files.")
     return Origin(folder.resolve().name, "your own", files, folder)
