@@ -30,7 +30,7 @@ import torch
 from transformers import DynamicCache, logging
 
 from llamory.documents import find_files, read_file
-from llamory.evaluation.secrets import draw_secret
+from llamory.evaluation.haystack import draw_secret
 from llamory.library import Library
 from llamory.longllama.loading import load_long_model
 from llamory.models.base import encode_document, load_model, load_tokenizer

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from transformers import logging
 
-from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, Haystack, read_haystack
-from llamory.evaluation.passkey import Needle, build_prompt
+from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, Haystack, Needle, build_prompt, read_haystack
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.cache import LongLlamaCache
 from llamory.longllama.loading import load_long_model

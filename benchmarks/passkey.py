@@ -29,9 +29,8 @@ mpl.rcParams["svg.hashsalt"] = "llamory"
 from matplotlib import pyplot as plt  # noqa: E402
 
 from llamory.cli.eval_options import token_count  # noqa: E402
-from llamory.evaluation.passkey import PasskeyResult  # noqa: E402
-from llamory.evaluation.passkey_results import PasskeyResultsFile  # noqa: E402
-from llamory.evaluation.plots import Panel, draw_heat_map  # noqa: E402
+from llamory.evaluation.passkey import PasskeyResult, PasskeyResultsFile  # noqa: E402
+from llamory.evaluation.plots import draw_heat_map  # noqa: E402
 
 LENGTHS = ("4k", "8k", "16k", "32k", "64k", "128k", "256k", "1M")
 OTHER_LENGTHS = ("4k", "16k", "64k")
@@ -116,8 +115,7 @@ def found(name: str, options: argparse.Namespace) -> PasskeyResult | None:
     file = folder(name, options) / "passkey.json"
     if not file.exists():
         return None
-    document = json.loads(file.read_text(encoding="utf-8"))
-    return PasskeyResultsFile(file, document["settings"]).results["memory"]
+    return PasskeyResultsFile(file).results["memory"]
 
 
 def mean_by_length(result: PasskeyResult) -> dict[int, tuple[float, float, float]]:
@@ -150,7 +148,7 @@ def draw(results: dict[str, PasskeyResult], all_runs: dict[str, Run], target: Pa
     shown = {name: result for name, result in results.items() if all_runs[name].published}
     if not shown:
         return
-    draw_heat_map(target / "passkey.png", "Passkeys found", [Panel(name, result) for name, result in shown.items()])
+    draw_heat_map(target / "passkey.png", "Passkeys found", [result.panel(name) for name, result in shown.items()])
     figure, axes = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
     for name, result in shown.items():
         points = mean_by_length(result)

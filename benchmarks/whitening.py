@@ -21,8 +21,7 @@ from llamory.embedding.pipeline import fit_whitening_on_texts, load_embedder, sa
 from llamory.embedding.whitening import whitening_router
 from llamory.evaluation.beir import read_beir
 from llamory.evaluation.qrels import RetrievalDataset, sample
-from llamory.evaluation.retrieval import score_queries
-from llamory.evaluation.retrieval_systems import search_vectors
+from llamory.evaluation.retrieval import score_queries, search_vectors
 from llamory.llara.template import QUERY_PROMPTS
 
 

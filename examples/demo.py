@@ -161,7 +161,7 @@ def find_passkey(out: Console) -> None:
     """Find the key of the published passkey prompt, whose windows are read each by itself and mounted."""
     import torch
 
-    from llamory.evaluation.loaded_documents import IndependentDocumentPrompts
+    from llamory.evaluation.haystack import IndependentDocumentPrompts
     from llamory.evaluation.passkey import run_passkey
     from llamory.longllama.loading import load_long_model
     from llamory.models.base import load_tokenizer

@@ -159,7 +159,7 @@ def test_windows_that_are_read_apart_are_told(llamory, model_folder, tmp_path) -
     arguments = ("--independent-documents", "--mem-top-k-attention", "--mem-top-k", "8", "--context-length", "512")
     ran = llamory("eval", "passkey", model_folder, *lengths, *arguments, "--json")
     document = json.loads(ran.out)
-    assert document["settings"]["windows"] == "apart"
+    assert document["settings"]["windows"] == "independent"
     (run,) = document["runs"].values()
     assert (run["mem_top_k_attention"], run["mem_top_k"]) == (True, 8)
     assert [(cell["length"], cell["depth"]) for cell in run["cells"]] == [
@@ -225,14 +225,14 @@ def test_depths_are_a_number_of_them_or_a_list(llamory, models, model_folder, tm
         (["--question", "Is it {key}?"], "Error: The question holds {key}"),
         (["--haystack", "nowhere.txt"], "Error: There is no file or folder nowhere.txt"),
         (["--model", "another"], "Error: Two models were named"),
-        (["--independent-documents", "--baseline"], "Error: The plain model has no memory to attach windows in"),
+        (["--independent-documents", "--baseline"], "Error: The plain model has no memory to attach windows to"),
         (
             ["--independent-documents", "--last-context-length", "64"],
             "Error: With --independent-documents only the question isn't in memory",
         ),
         (
             ["--evidence-ratio", "100"],
-            "Error: Windows are left out only where they are read by themselves; add --independent-documents",
+            "Error: --evidence-ratio needs windows that are read by themselves; add --independent-documents",
         ),
         (
             ["--independent-documents", "--evidence-ratio", "0.5"],

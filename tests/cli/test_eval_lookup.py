@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llamory.evaluation.lookup_data import LookupTask, save_task
+from llamory.evaluation.lookup import LookupTask, save_task
 from tiny_models import make_long_llama
 
 TASK = LookupTask(vocabulary=20, key_length=2, value_length=2, half=20)

@@ -45,7 +45,7 @@ def test_json_is_one_document_and_what_was_run_is_not_run_again(llamory, model_f
     document = json.loads(first.out)
     assert document == json.loads((tmp_path / "out" / "manyshot.json").read_text())
     assert (document["evaluation"], document["settings"]["labels"]) == ("manyshot", ["cedar", "delta fjord"])
-    assert document["settings"]["measure"] == "sum"
+    assert document["settings"]["score_type"] == "sum"
     assert document["settings"]["template"] == "{text}\n{label}\n\n"
     run = document["runs"][str(model_folder)]
     assert (run["mem_layers"], run["context_length"], run["dtype"]) == ([1], 64, "bfloat16")

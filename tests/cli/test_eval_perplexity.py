@@ -66,7 +66,7 @@ def test_windows_can_be_read_apart(llamory, model_folder, books, tmp_path):
         json.loads(llamory(*arguments, "--output", tmp_path / name, *flags).out)
         for name, flags in (("apart", ["--independent-windows"]), ("in_order", []))
     )
-    assert apart["settings"]["windows"] == "apart" and "windows" not in in_order["settings"]
+    assert apart["settings"]["windows"] == "independent" and "windows" not in in_order["settings"]
     losses = [[score["loss"] for score in next(iter(each["runs"].values()))["scores"]] for each in (apart, in_order)]
     assert len(losses[0]) == len(losses[1]) and losses[0] != losses[1]
 

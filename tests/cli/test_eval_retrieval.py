@@ -85,7 +85,7 @@ def test_the_table_names_metrics_and_intervals(llamory, data, models) -> None:
     assert ["(1.000", "to", "1.000)"] * 3 in rows
     assert any(row[:1] == ["feline"] and row[2] == "0.688" for row in rows)
     assert "nDCG@10 of BM25 minus feline: +0.235 (+" in ran.out
-    assert "BM25 1/1: nDCG@10 1.000" in ran.err
+    assert "BM25: nDCG@10 1.000" in ran.err
     alone = llamory("eval", "retrieval", data, "--quiet")
     assert (alone.code, alone.err) == (0, "")
     assert "minus" not in alone.out

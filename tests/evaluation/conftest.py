@@ -9,8 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from llamory.evaluation.haystack import PUBLISHED_HAYSTACK
-from llamory.evaluation.passkey import PUBLISHED_NEEDLE, TASK
+from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, PUBLISHED_NEEDLE, TASK
 
 
 class Oracle:

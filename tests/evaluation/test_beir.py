@@ -107,7 +107,7 @@ def test_relevant_documents_that_are_not_there_are_counted(folder: Path) -> None
         ("h\th\th\nq1 d1 1\n", r"test.tsv:2: a line should be a query's id"),
         ("h\th\th\nq1\td1\tyes\n", r"test.tsv:2: "),
         ("h\th\th\nq1\td1\t0.5\n", r"test.tsv:2: .* a whole number"),
-        ("q9\td1\t1\n", r"judges documents for the query 'q9'"),
+        ("q9\td1\t1\n", r"has qrels for the query 'q9'"),
         ("q1\td1\t0\n", r"no query with a relevant document"),
         ("", r"no query with a relevant document"),
     ],

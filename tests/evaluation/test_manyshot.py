@@ -10,14 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.manyshot import Trial, label_scores, manyshot_curve, run_manyshot
-from llamory.evaluation.prompt_templates import (
+from llamory.evaluation.manyshot import (
     Example,
     ManyshotPrompt,
     PromptTemplate,
+    Trial,
     build_manyshot_prompts,
+    label_scores,
     label_set,
+    manyshot_curve,
     read_examples,
+    run_manyshot,
 )
 from plain_longllama import logits, sight
 from tiny_models import CONTEXT, make_long_llama

@@ -8,9 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.haystack import Haystack
-from llamory.evaluation.passkey import Needle, PasskeyResult, build_prompt, run_passkey
-from llamory.evaluation.secrets import KINDS, draw_secret, longest_secret, score_answer
+from llamory.evaluation.haystack import KINDS, Haystack, Needle, build_prompt, draw_secret, longest_secret, score_answer
+from llamory.evaluation.passkey import PasskeyResult, run_passkey
 
 # Written by hand from the published task: five lines, the needle between two runs of the same sentences.
 PUBLISHED = """\

@@ -1,6 +1,5 @@
 """The loss of a text's end with memory is that of the plainest computation over what the method says a token sees."""
 
-import json
 import math
 import statistics
 
@@ -19,7 +18,6 @@ from llamory.evaluation.perplexity import (
     run_perplexity,
     tail_loss,
 )
-from llamory.evaluation.results import ResultsFile
 from plain_longllama import logits, sight
 from tiny_models import CONTEXT, make_long_llama
 
@@ -191,39 +189,3 @@ def test_the_order_of_scores_plays_no_part(losses) -> None:
     assert [vars(point) for point in perplexity_curve(scores[::-1])] == [
         pytest.approx(vars(point)) for point in perplexity_curve(scores)
     ]
-
-
-# ---- records ---------------------------------------------------------------------------------------------------------
-
-
-def record(path, **settings) -> ResultsFile[Score]:
-    return ResultsFile(path, "perplexity", {"tokens": 6} | settings, Score, perplexity_curve)
-
-
-def test_a_record_comes_back_from_its_file(tmp_path) -> None:
-    path = tmp_path / "perplexity.json"
-    first = record(path)
-    first.run("one", {"mem_layers": (1, 2)}).extend(scored({0: [2.0, 3.0]}))
-    first.write()
-    document = json.loads(path.read_text())
-    assert document == first.document()
-    assert document["runs"]["one"]["curve"][0]["loss"] == 2.5
-    assert document["runs"]["one"]["scores"][1] == {"memory": 0, "source": "1", "loss": 3.0, "seconds": 0.1}
-    again = record(path)
-    assert again.run("one", {"mem_layers": [1, 2]}) == scored({0: [2.0, 3.0]})
-    assert again.run("two", {}) == []
-
-
-def test_a_record_of_something_else_is_refused(tmp_path) -> None:
-    path = tmp_path / "perplexity.json"
-    first = record(path)
-    first.run("one", {"mem_layers": [1]})
-    first.write()
-    with pytest.raises(LlamoryError, match=r"other settings \(tokens 6, now 7\)"):
-        record(path, tokens=7)
-    with pytest.raises(LlamoryError, match=r"other settings \(mem layers \[1\], now \[2\]\)"):
-        record(path).run("one", {"mem_layers": [2]})
-    for content in ("", "[]", '{"evaluation": "passkey", "settings": {}, "runs": {}}', '{"evaluation": "perplexity"}'):
-        path.write_text(content)
-        with pytest.raises(LlamoryError, match="holds no perplexity results to go on with"):
-            record(path)

@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
-from llamory.evaluation import retrieval_systems as searching
+from llamory.evaluation import retrieval
 from llamory.evaluation.qrels import RetrievalDataset, sample
-from llamory.evaluation.retrieval import differences, interval, score_queries, summarize
-from llamory.evaluation.retrieval_systems import search_bm25, search_vectors
+from llamory.evaluation.retrieval import differences, interval, score_queries, search_bm25, search_vectors, summarize
 
 
 def make_set(queries: dict[str, str], qrels: dict[str, dict[str, int]], documents: dict[str, str], **more):
@@ -89,16 +88,16 @@ def test_search_in_chunks_is_sorting_all(data) -> None:
     asked = {f"q{number}": str(number) for number in range(3)}
     judged = make_set(asked, {query: {"x": 1} for query in asked}, texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(searching, "CHUNK", data.draw(st.integers(1, 31), "chunk"))
-        patch.setattr(searching, "_ROWS", data.draw(st.integers(1, 4), "rows"))
-        patch.setattr(searching, "DEPTH", data.draw(st.integers(1, 8), "depth"))
+        patch.setattr(retrieval, "CHUNK", data.draw(st.integers(1, 31), "chunk"))
+        patch.setattr(retrieval, "_QUERY_BATCH", data.draw(st.integers(1, 4), "rows"))
+        patch.setattr(retrieval, "DEPTH", data.draw(st.integers(1, 8), "depth"))
         found = search_vectors(
             judged,
             lambda given: queries[list(map(int, given))],
             lambda given: vectors[list(map(int, given))],
             lambda one, other: one @ other.T,
         )
-        depth = searching.DEPTH
+        depth = retrieval.DEPTH
     for query, row in zip(asked, queries @ vectors.T, strict=True):
         pairs = sorted(zip(row.tolist(), texts, strict=True), reverse=True)
         assert [(score, key) for key, score in found[query]] == pairs[:depth]

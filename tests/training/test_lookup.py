@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.lookup_data import LookupTask, load_task
+from llamory.evaluation.lookup import LookupTask, load_task
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.training.curriculum import Curriculum
 from llamory.training.lookup import LookupBatchSource, train_lookup

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,8 +13,7 @@ from llamory.cli.output import print_json, stdout_redirected
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
-    from llamory.evaluation.lookup import LookupCell
-    from llamory.evaluation.results import ResultsFile
+    from llamory.evaluation.lookup import LookupResultsFile
 
 _JSON_FILE, _PICTURE = "lookup.json", "lookup.png"
 _MEMORY = "4k,16k,64k,256k,1M,4M,16M"
@@ -55,48 +54,16 @@ def lookup(
     names = shared.model_names(model_argument, model, compare)
     lengths = shared.token_counts(memory_tokens or [_MEMORY], "--memory-tokens")
     with stdout_redirected(quiet=quiet):
-        from llamory.evaluation.lookup import LookupCell, peak_memory, run_lookup
-        from llamory.evaluation.lookup_data import load_task
-        from llamory.evaluation.results import ResultsFile
-        from llamory.evaluation.steps import StepProgress
-        from llamory.longllama.loading import load_long_model
+        from llamory.evaluation import lookup as evaluation
 
-        settings: dict[str, Any] = {"documents": num_documents, "seed": seed}
-        results = ResultsFile(shared.output_folder(output) / _JSON_FILE, "lookup", settings, LookupCell, list)
-        shown = shared.display_names(names)
-        for name in names:
-            long = load_long_model(
-                name, mem_search=mem_search, mem_top_k=mem_top_k, mem_top_k_attention=True, mem_dtype=mem_dtype
-            )
-            cells = results.run(name, shared.memory_model_metadata(long) | {"mem_top_k_attention": True})
-            done = {cell.tokens for cell in cells}
-            task = load_task(long.config)
-            remaining = [length for length in lengths if length // task.half * task.half not in done]
-
-            def add_cell(cell: LookupCell, cells: list[LookupCell] = cells) -> None:
-                cells.append(cell)
-                cells.sort(key=lambda each: each.tokens)
-                results.write()
-                progress.step(
-                    0,
-                    f"{cell.tokens:,} tokens: {cell.accuracy:.1%} of tokens, {cell.whole:.1%} of values right "
-                    f"({cell.asking:.0f} s, {peak_memory() / 2**30:.1f} GiB)",
-                )
-
-            with StepProgress(None if quiet else shown[name], remaining, 1) as progress:
-                if remaining:
-                    run_lookup(
-                        long,
-                        remaining,
-                        task=task,
-                        documents=num_documents,
-                        seed=seed,
-                        on_cell=add_cell,
-                        on_read=lambda tokens: progress.advance(tokens),
-                    )
-            del long
-        results.write()
-        _draw_plot(results, output / _PICTURE)
+        results = evaluation.evaluate(
+            names,
+            lengths,
+            output,
+            documents=num_documents,
+            seed=seed,
+            model_kwargs={"mem_search": mem_search, "mem_top_k": mem_top_k, "mem_dtype": mem_dtype},
+        )
     if as_json:
         print_json(results.document())
     else:
@@ -104,36 +71,19 @@ def lookup(
         typer.echo(f"Written: {output / _JSON_FILE} and {output / _PICTURE}")
 
 
-def _draw_plot(results: ResultsFile[LookupCell], path: Path) -> None:
-    from llamory.evaluation.curves import Line, draw_curves
+def _print_tables(results: LookupResultsFile) -> None:
+    from llamory.evaluation.results import display_names
 
-    shown = shared.display_names(results.scores)
-    lines = [
-        Line(shown[name], [cell.tokens for cell in cells], [cell.accuracy for cell in cells])
-        for name, cells in results.scores.items()
-        if cells
-    ]
-    draw_curves(
-        path,
-        "Dictionary look-up",
-        lines,
-        x_label="Tokens in memory",
-        y_label="Accuracy of the values' tokens",
-        percent=True,
-    )
-
-
-def _print_tables(results: ResultsFile[LookupCell]) -> None:
-    shown = shared.display_names(results.scores)
+    shown = display_names(results.scores)
     for name, cells in results.scores.items():
-        typer.echo(f"{shown[name]}: {cells[0].asked if cells else 0} values asked for")
+        typer.echo(f"{shown[name]}: {cells[0].num_values if cells else 0} values asked for")
         rows = [
             [
                 f"{cell.tokens:,}",
                 f"{cell.accuracy:.1%}",
-                f"{cell.whole:.1%}",
-                f"{cell.reading:.0f}",
-                f"{cell.asking:.0f}",
+                f"{cell.value_accuracy:.1%}",
+                f"{cell.encode_seconds:.0f}",
+                f"{cell.query_seconds:.0f}",
             ]
             for cell in cells
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,8 +13,7 @@ from llamory.cli.output import print_json, stdout_redirected
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
-    from llamory.evaluation.manyshot import Trial
-    from llamory.evaluation.results import ResultsFile
+    from llamory.evaluation.manyshot import ManyshotResultsFile
 
 _JSON_FILE, _PICTURE = "manyshot.json", "manyshot.png"
 
@@ -82,88 +81,33 @@ def manyshot(
         bf16=bf16,
     )
     with stdout_redirected(quiet=quiet):
-        from llamory.evaluation.manyshot import Trial, manyshot_curve, run_manyshot
-        from llamory.evaluation.prompt_templates import PromptTemplate, build_manyshot_prompts, label_set, read_examples
-        from llamory.evaluation.results import ResultsFile
-        from llamory.models.base import load_tokenizer
+        from llamory.evaluation import manyshot as evaluation
 
-        fields = {"text_field": text_field, "label_field": label_field}
-        demonstration_examples = read_examples(train, **fields)
-        question_examples = None if test is None else read_examples(test, **fields)
-        labels = label_set(demonstration_examples, question_examples)
-        template = template.replace(r"\n", "\n")
-        templates_by_model = {name: PromptTemplate(load_tokenizer(name), template) for name in names}
-        # All prompts are made before a model is loaded, which takes longer.
-        prompts = {
-            name: build_manyshot_prompts(
-                prompt_template,
-                demonstration_examples,
-                tokens,
-                range(num_seeds),
-                test=question_examples,
-                questions=num_questions,
-            )
-            for name, prompt_template in templates_by_model.items()
-        }
-        settings: dict[str, Any] = {"train": shared.file_identity([train])}
-        settings["test"] = None if test is None else shared.file_identity([test])
-        settings |= {
-            **fields,
-            "labels": labels,
-            "questions": num_questions,
-            "template": template,
-            "measure": score_type,
-        }
-        results = ResultsFile(shared.output_folder(output) / _JSON_FILE, "manyshot", settings, Trial, manyshot_curve)
-        from llamory.longllama.loading import load_long_model
-
-        shown = shared.display_names(names)
-        for name in names:
-            long = load_long_model(name, **model_kwargs)
-            run_manyshot(
-                long,
-                templates_by_model[name],
-                prompts[name],
-                labels,
-                score_type=score_type,
-                trials=results.run(name, shared.memory_model_metadata(long)),
-                on_trial=lambda _: results.write(),
-                title=shown[name],
-            )
-            del long  # both at once may be too much
-        results.write()
-        _draw_plot(results, output / _PICTURE, train.stem, len(labels))
+        results = evaluation.evaluate(
+            names,
+            train,
+            tokens,
+            output,
+            test=test,
+            seeds=num_seeds,
+            questions=num_questions,
+            text_field=text_field,
+            label_field=label_field,
+            template=template.replace(r"\n", "\n"),
+            score_type=score_type,
+            model_kwargs=model_kwargs,
+        )
     if as_json:
         print_json(results.document())
     else:
-        _print_tables(results, len(labels))
+        _print_tables(results)
         typer.echo(f"Written: {output / _JSON_FILE} and {output / _PICTURE}")
 
 
-def _draw_plot(results: ResultsFile[Trial], path: Path, data: str, labels: int) -> None:
-    from llamory.evaluation.curves import Line, draw_curves
+def _print_tables(results: ManyshotResultsFile) -> None:
+    from llamory.evaluation.results import display_names
 
-    shown = shared.display_names(results.scores)
-    lines = []
-    for name in results.scores:
-        curve = results.curve(name)
-        error_bars = None if curve[0].deviation is None else [point.deviation for point in curve]
-        lines.append(
-            Line(shown[name], [point.length for point in curve], [point.accuracy for point in curve], error_bars)
-        )
-    draw_curves(
-        path,
-        f"{data}: answers with demonstrations in memory",
-        lines,
-        x_label="Tokens of demonstrations",
-        y_label="Right answers",
-        percent=True,
-        reference_line=(f"one of {labels} labels by chance", 1 / labels),
-    )
-
-
-def _print_tables(results: ResultsFile[Trial], labels: int) -> None:
-    shown = shared.display_names(results.scores)
+    shown, labels = display_names(results.scores), len(results.settings["labels"])
     for name in results.scores:
         curve = results.curve(name)
         count = curve[0].seeds

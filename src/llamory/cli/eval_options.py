@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -127,63 +126,6 @@ def token_counts(given: Sequence[str], flag: str) -> list[int]:
     if min(counts) < 0:
         raise LlamoryError(f"{flag} must be numbers of tokens from 0 on, not {min(counts)}.")
     return counts
-
-
-def output_folder(path: Path) -> Path:
-    """The folder for results, made if need be.
-
-    Raises:
-        LlamoryError: it is a file.
-    """
-    if path.exists() and not path.is_dir():
-        raise LlamoryError(f"{path} is a file; give a folder as --output.")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def file_identity(paths: Sequence[Path]) -> dict[str, Any]:
-    """Names and content of files: results of another text can't be gone on with."""
-    import hashlib
-
-    from llamory.documents import find_files
-
-    digest, files = hashlib.sha256(), find_files(paths, log_skipped=False)
-    for path in files:
-        digest.update(path.read_bytes())
-    return {"files": [path.name for path in files[:10]], "sha256": digest.hexdigest()}
-
-
-def memory_model_metadata(model: Any) -> dict[str, Any]:
-    """What of a model with memory its answers depend on."""
-    config = model.config
-    return {
-        "fingerprint": model.memory_fingerprint(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "context_length": config.max_position_embeddings,
-        "last_context_length": config.last_context_length,
-        "mem_layers": list(config.mem_layers),
-        "mem_dtype": config.mem_dtype,
-        "mem_search": config.mem_search,
-        "mem_top_k": config.mem_top_k,
-        **({"mem_top_k_attention": True} if config.mem_top_k_attention else {}),
-        **(
-            {name: getattr(config, name) for name in ("logn_attention_scale", "logn_attention_start")}
-            if config.logn_attention_scale
-            else {}
-        ),
-        **(
-            {name: getattr(config, name) for name in ("memory_size_bias", "memory_size_bias_start")}
-            if config.memory_size_bias
-            else {}
-        ),
-    }
-
-
-def display_names(names: Iterable[str]) -> dict[str, str]:
-    """Per model what it is called in tables and pictures: a folder's own name, if that tells it from the others."""
-    names = list(names)
-    short = [Path(name).resolve().name if Path(name).exists() else name for name in names]
-    return {name: each if short.count(each) == 1 else name for name, each in zip(names, short, strict=True)}
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,15 +13,11 @@ from llamory.cli import eval_options as shared
 from llamory.cli.options import Json, Quiet
 from llamory.cli.output import print_json, stdout_redirected
 from llamory.errors import LlamoryError
-from llamory.evaluation.secrets import Kind
+from llamory.evaluation.haystack import Kind, Needle
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from llamory.evaluation.passkey import PasskeyResult, PasskeyResultsFile
 
-    from llamory.evaluation.passkey import PasskeyResult, PromptMaker
-    from llamory.evaluation.passkey_results import PasskeyResultsFile
-
-_TITLES = {"memory": "With memory", "baseline": "Plain model, full cache"}
 _JSON_FILE, _PICTURE = "passkey.json", "passkey.png"
 
 
@@ -102,99 +98,27 @@ def passkey(
         bf16=bf16,
     )
     with stdout_redirected(quiet=quiet):
-        from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, read_haystack
-        from llamory.evaluation.passkey import Needle, build_prompt, check_depth, run_passkey
-        from llamory.evaluation.passkey_results import PasskeyResultsFile
-        from llamory.evaluation.secrets import longest_secret
-        from llamory.models.base import load_model, load_tokenizer
-        from llamory.qa.evidence import check_evidence_ratio
+        from llamory.evaluation import passkey as evaluation
 
-        if independent_documents and baseline:
-            raise LlamoryError(
-                "The plain model has no memory to attach windows in; leave out --independent-documents or --baseline."
-            )
-        if independent_documents and last_context_length is not None:
-            raise LlamoryError(
-                "With --independent-documents only the question isn't in memory; leave out --last-context-length."
-            )
-        check_evidence_ratio(evidence_ratio)
-        if evidence_ratio and not independent_documents:
-            raise LlamoryError(
-                "Windows are left out only where they are read by themselves; add --independent-documents to --evidence-ratio."
-            )
-        for depth in depth_values:
-            check_depth(depth)
-        hidden = Needle.of(key, needle, question)
-        haystack_text = read_haystack(haystack, max(tokens)) if haystack else PUBLISHED_HAYSTACK
-        tokenizer = load_tokenizer(name)
-        # The shortest prompt is tried before the model is loaded, which takes longer.
-        build_prompt(
-            tokenizer, min(tokens), depth_values[0], longest_secret(key), needle=hidden, haystack=haystack_text
+        results = evaluation.evaluate(
+            name,
+            tokens,
+            depth_values,
+            output,
+            trials=trials,
+            seed=seed,
+            needle=Needle.of(key, needle, question),
+            haystack=haystack,
+            independent_documents=independent_documents,
+            evidence_ratio=evidence_ratio,
+            last_context_length=last_context_length,
+            baseline=baseline,
+            model_kwargs=model_kwargs,
         )
-        settings = {
-            "model": name,
-            "needle": hidden.text,
-            "question": hidden.question_text,
-            "trials": trials,
-            "seed": seed,
-        }
-        settings |= {"key": key} if key != "number" else {}
-        settings |= {"windows": "apart"} if independent_documents else {}
-        settings |= {"focus": evidence_ratio} if evidence_ratio else {}
-        settings["haystack"] = shared.file_identity(haystack) if haystack else "published"
-        report = PasskeyResultsFile(shared.output_folder(output) / _JSON_FILE, settings)
-
-        def run(
-            kind: str,
-            evaluated_model: PreTrainedModel,
-            metadata: dict[str, Any],
-            options: dict[str, Any],
-            prompts: PromptMaker | None = None,
-        ) -> None:
-            result = report.result(kind, metadata)
-            run_passkey(
-                evaluated_model,
-                tokenizer,
-                tokens,
-                depth_values,
-                trials=trials,
-                seed=seed,
-                needle=hidden,
-                haystack=haystack_text,
-                prompts=prompts,
-                result=result,
-                on_cell=lambda _: report.write(),
-                title=_TITLES[kind],
-                generate=options,
-            )
-
-        from llamory.longllama.loading import load_long_model
-
-        long = load_long_model(name, **model_kwargs)
-        device, dtype = long.device, long.dtype
-        options = {} if last_context_length is None else {"last_context_length": last_context_length}
-        prompt_maker = None
-        if independent_documents:
-            from llamory.evaluation.loaded_documents import IndependentDocumentPrompts
-
-            prompt_maker = IndependentDocumentPrompts(
-                long, tokenizer, needle=hidden, haystack=haystack_text, evidence_ratio=evidence_ratio
-            )
-        run("memory", long, shared.memory_model_metadata(long) | options, options, prompt_maker)
-        if baseline:
-            del long  # both at once may be too much
-            plain = load_model(name, dtype=dtype).to(device)
-            metadata = {
-                "context_length": plain.config.max_position_embeddings,
-                "dtype": str(dtype).removeprefix("torch."),
-            }
-            run("baseline", plain, metadata, {})
-        report.write()
-        _draw_plot(report, name, output / _PICTURE)
     if as_json:
-        print_json(report.document())
+        print_json(results.document())
     else:
-        _print_tables(report)
+        _print_tables(results, evaluation.TITLES)
         typer.echo(f"Written: {output / _JSON_FILE} and {output / _PICTURE}")
 
 
@@ -217,21 +141,10 @@ def _depths(given: Sequence[str]) -> list[float]:
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def _draw_plot(report: PasskeyResultsFile, name: str, path: Path) -> None:
-    from llamory.evaluation.plots import Panel, draw_heat_map
-
-    panels = [
-        Panel(_TITLES.get(kind, kind), result, report.metadata[kind].get("context_length"))
-        for kind, result in report.results.items()
-    ]
-    shown = Path(name).resolve().name if Path(name).exists() else name
-    draw_heat_map(path, f"Passkeys found by {shown}", panels)
-
-
-def _print_tables(report: PasskeyResultsFile) -> None:
-    for kind, result in report.results.items():
-        context = report.metadata[kind].get("context_length")
-        typer.echo(f"{_TITLES.get(kind, kind)}: {result.accuracy:.0%} of the keys found")
+def _print_tables(results: PasskeyResultsFile, titles: Mapping[str, str]) -> None:
+    for kind, result in results.results.items():
+        context = results.metadata[kind].get("context_length")
+        typer.echo(f"{titles.get(kind, kind)}: {result.accuracy:.0%} of the keys found")
         for line in _table(result, context):
             typer.echo(line)
         if result.lengths_beyond_context(context):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,8 +13,7 @@ from llamory.cli.output import print_json, stdout_redirected
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
-    from llamory.evaluation.perplexity import LongText, Score
-    from llamory.evaluation.results import ResultsFile
+    from llamory.evaluation.perplexity import PerplexityResultsFile
 
 _JSON_FILE, _PICTURE = "perplexity.json", "perplexity.png"
 _MEMORY = "0,2k,4k,8k,16k,32k,64k"
@@ -79,37 +78,20 @@ def perplexity(
         bf16=bf16,
     )
     with stdout_redirected(quiet=quiet):
-        from llamory.evaluation.perplexity import Score, check_window, perplexity_curve, run_perplexity
-        from llamory.evaluation.results import ResultsFile
+        from llamory.evaluation import perplexity as evaluation
 
-        if context_length is not None:
-            check_window(tokens, local, context_length)
-        texts = _texts(names, data, max(memories) + tokens + local, limit=limit, text_field=text_field)
-        settings: dict[str, Any] = {"files": shared.file_identity(data), "tokens": tokens, "local": local}
-        settings |= {"windows": "apart"} if independent_windows else {}
-        settings["documents"] = [text.source for text in texts]
-        results = ResultsFile(
-            shared.output_folder(output) / _JSON_FILE, "perplexity", settings, Score, perplexity_curve
+        results = evaluation.evaluate(
+            names,
+            data,
+            memories,
+            output,
+            tokens=tokens,
+            local=local,
+            independent_windows=independent_windows,
+            limit=limit,
+            text_field=text_field,
+            model_kwargs=model_kwargs,
         )
-        from llamory.longllama.loading import load_long_model
-
-        shown = shared.display_names(names)
-        for name in names:
-            long = load_long_model(name, **model_kwargs)
-            run_perplexity(
-                long,
-                texts,
-                memories,
-                tokens=tokens,
-                local=local,
-                independent_windows=independent_windows,
-                scores=results.run(name, shared.memory_model_metadata(long)),
-                on_score=lambda _: results.write(),
-                title=shown[name],
-            )
-            del long  # both at once may be too much
-        results.write()
-        _draw_plot(results, output / _PICTURE, tokens)
     if as_json:
         print_json(results.document())
     else:
@@ -117,40 +99,10 @@ def perplexity(
         typer.echo(f"Written: {output / _JSON_FILE} and {output / _PICTURE}")
 
 
-def _texts(names: list[str], data: list[Path], length: int, *, limit: int | None, text_field: str) -> list[LongText]:
-    """The documents' ends as tokens, which must be the same tokens for all models."""
-    from llamory.evaluation.perplexity import read_long_texts
-    from llamory.models.base import load_tokenizer
+def _print_tables(results: PerplexityResultsFile, tokens: int) -> None:
+    from llamory.evaluation.results import display_names
 
-    texts: list[LongText] | None = None
-    for name in names:
-        found = read_long_texts(data, load_tokenizer(name), length, limit=limit, text_field=text_field)
-        if texts is not None and found != texts:
-            raise LlamoryError(
-                f"The model {name} has another tokenizer than {names[0]}, so their perplexities can't be compared; "
-                "score them one by one."
-            )
-        texts = found
-    assert texts is not None
-    return texts
-
-
-def _draw_plot(results: ResultsFile[Score], path: Path, tokens: int) -> None:
-    from llamory.evaluation.curves import Line, draw_curves
-
-    shown = shared.display_names(results.scores)
-    curves = {shown[name]: results.curve(name) for name in results.scores}
-    # No error bars: documents differ much more from each other than a document from itself with another memory.
-    lines = [
-        Line(name, [point.memory for point in curve], [point.perplexity for point in curve])
-        for name, curve in curves.items()
-    ]
-    title = f"The last {tokens} tokens of long documents"
-    draw_curves(path, title, lines, x_label="Tokens in memory", y_label="Perplexity")
-
-
-def _print_tables(results: ResultsFile[Score], tokens: int) -> None:
-    shown = shared.display_names(results.scores)
+    shown = display_names(results.scores)
     for name in results.scores:
         curve = results.curve(name)
         count = curve[0].documents

@@ -1,19 +1,110 @@
-"""The text that hides a needle: sentences, repeated as often as need be."""
+"""Prompts with a needle: a sentence with a secret, hidden in a long text, and a question about it at the end."""
 
 from __future__ import annotations
 
+import random
+import re
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, cycle, islice, pairwise
 from pathlib import Path
-
-import sentencex
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llamory.documents import Document, read_documents
 from llamory.errors import LlamoryError
 
-# More characters than one token stands for in any usual text; a shorter text is repeated.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llamory.longllama import LongLlamaForCausalLM
+    from llamory.memory import MemoryBank
+
+# ---- secrets ---------------------------------------------------------------------------------------------------------
+
+
+# Numbers are drawn from 1 to this, as published.
+LARGEST_KEY = 49999
+Kind = Literal["number", "name", "date", "sentence"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+_FIRST = (
+    "Agnes Bernard Celia Dominic Esther Florian Gwen Harald Isobel Jasper Kamila Leopold Miriam Nikolai Ottilie Philip "
+    "Quentin Ruth Stefan Theodora Ulrich Vivian Wendell Xenia Yvonne Zachary"
+).split()
+_LAST = (
+    "Abernathy Bellweather Castellan Drummond Eastlake Farnham Galloway Hathersage Innsworth Jarrow Kettering Lockwood "
+    "Merriweather Northcote Oakhurst Pemberton Quillfeather Ravenscroft Stanhope Thornbury Underwood Whitlock"
+).split()
+_MONTHS = ("January February March April May June July August September October November December").split()
+_ADJECTIVES = "tired clever gentle nervous famous hungry silent cheerful stubborn curious".split()
+_PEOPLE = "gardener violinist surgeon baker plumber senator tailor pilot juggler clerk".split()
+_VERBS = "painted borrowed counted repaired buried polished forgot sold carried hid".split()
+_COUNTS = "two three four five six seven eight nine eleven twelve".split()
+_QUALITIES = "wooden heavy yellow ancient tiny foreign rusty crooked golden dusty".split()
+_OBJECTS = "boats ladders teapots umbrellas trumpets carpets barrels kites mirrors wheels".split()
+
+
+def draw_secret(kind: str, rng: random.Random) -> str:
+    """Draw a secret of one of the `KINDS`."""
+    return _MAKERS[kind](rng)
+
+
+def longest_secret(kind: str) -> str:
+    """The longest secret of a kind, in characters."""
+    return _MAKERS[kind](_Longest())
+
+
+def score_answer(answer: str, key: str, kind: str = "number") -> tuple[bool, float]:
+    """Compare an answer with a secret.
+
+    For a number, the first number in the answer counts; for other kinds, the first words, without case and punctuation.
+
+    Returns:
+        whether the answer is the secret, and the fraction of its digits or words at their positions.
+    """
+    found: str | list[str]
+    expected: str | list[str]
+    if kind == "number":
+        number = re.search(r"\d+", answer)
+        found, expected = number.group() if number else "", key
+        correct = found == expected
+    else:
+        found, expected = _words(answer), _words(key)
+        correct = found[: len(expected)] == expected
+    return correct, sum(a == b for a, b in zip(found, expected, strict=False)) / len(expected)
+
+
+class _Longest(random.Random):
+    """A generator that always draws the longest choice."""
+
+    def choice(self, seq: Any) -> Any:
+        return max(seq, key=len)
+
+    def randint(self, a: int, b: int) -> int:  # noqa: ARG002
+        return b
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _sentence(rng: random.Random) -> str:
+    parts = (_ADJECTIVES, _PEOPLE, _VERBS, _COUNTS, _QUALITIES, _OBJECTS)
+    return f"The {' '.join(rng.choice(words) for words in parts)}."
+
+
+_MAKERS: dict[str, Callable[[random.Random], str]] = {
+    "number": lambda rng: str(rng.randint(1, LARGEST_KEY)),
+    "name": lambda rng: f"{rng.choice(_FIRST)} {rng.choice(_LAST)}",
+    "date": lambda rng: f"{rng.randint(1, 28)} {rng.choice(_MONTHS)} {rng.randint(1500, 1999)}",
+    "sentence": _sentence,
+}
+
+# ---- haystacks -------------------------------------------------------------------------------------------------------
+
+
+# An upper bound of the characters per token in usual text; a text that turns out shorter is repeated.
 _CHARACTERS_PER_TOKEN = 32
 
 
@@ -23,18 +114,18 @@ class Haystack:
 
     Attributes:
         sentences: each with the white space that follows it.
-        restart_after_needle: whether the text after the needle begins anew instead of going on where the needle broke in.
+        restart_after_needle: whether the text after the needle starts again instead of continuing.
     """
 
     sentences: tuple[str, ...]
     restart_after_needle: bool = False
 
     def around(self, count: int, depth: float) -> tuple[str, str]:
-        """Text before and after a needle, `count` sentences in all.
+        """Text before and after a needle, `count` sentences in total.
 
         Args:
-            count: how many sentences; past the last one the first follows again.
-            depth: the share of the text, in characters, that comes before the needle, to the nearest sentence.
+            count: number of sentences; after the last one the first follows again.
+            depth: fraction of the text, in characters, before the needle, to the nearest sentence.
         """
         selected = list(islice(cycle(self.sentences), count))
         ends = list(accumulate(map(len, selected), initial=0))
@@ -46,7 +137,7 @@ class Haystack:
         return "".join(selected[:before]).strip(), "".join(after).strip()
 
 
-# The text of the passkey task as it was published (Mohtashami & Jaggi 2023, Landmark Attention, arXiv:2305.16300).
+# The text of the passkey task as published (Mohtashami & Jaggi 2023, Landmark Attention, arXiv:2305.16300).
 PUBLISHED_HAYSTACK = Haystack(
     ("The grass is green. ", "The sky is blue. ", "The sun is yellow. ", "Here we go. ", "There and back again. "),
     restart_after_needle=True,
@@ -54,15 +145,15 @@ PUBLISHED_HAYSTACK = Haystack(
 
 
 def read_haystack(paths: Iterable[Path], tokens: int, *, language: str = "en") -> Haystack:
-    """Make a haystack of files; of program text the lines count as sentences.
+    """Make a haystack of the text of files; in source code, lines count as sentences.
 
     Args:
-        paths: files and folders that `llamory.documents` reads, selected one after the other.
-        tokens: length of the longest prompt; text beyond what it can hold isn't read.
-        language: code of the language whose rules for sentences hold.
+        paths: files and folders that `llamory.documents` reads, in this order.
+        tokens: length of the longest prompt; text beyond it isn't read.
+        language: code of the language whose sentence rules apply.
 
     Raises:
-        LlamoryError: a path isn't there, is of an unknown kind or broken, or there is no text.
+        LlamoryError: a path doesn't exist, has an unknown format or is broken, or there is no text.
     """
     sentences: list[str] = []
     remaining_chars = tokens * _CHARACTERS_PER_TOKEN
@@ -77,19 +168,306 @@ def read_haystack(paths: Iterable[Path], tokens: int, *, language: str = "en") -
 
 
 def _sentences(document: Document, language: str) -> list[str]:
-    """A document's sentences; blank ones are joined to the one before."""
+    """A document's sentences; a blank one is joined to the one before."""
+    import sentencex
+
     text = document.text.strip() + "\n\n"
     if document.code:
         return _join_blanks(text.splitlines(keepends=True))
     starts = [sentence["start_index"] for sentence in sentencex.get_sentence_boundaries(language, text)]
-    return _join_blanks(text[start:end] for start, end in pairwise(sorted({0, *starts, len(text)})))
+    return _join_blanks(text[start:stop] for start, stop in pairwise(sorted({0, *starts, len(text)})))
 
 
-def _join_blanks(pieces: Iterable[str]) -> list[str]:
+def _join_blanks(sentences: Iterable[str]) -> list[str]:
     joined: list[str] = []
-    for piece in pieces:
-        if joined and not piece.strip():
-            joined[-1] += piece
+    for sentence in sentences:
+        if joined and not sentence.strip():
+            joined[-1] += sentence
         else:
-            joined.append(piece)
+            joined.append(sentence)
     return joined
+
+
+# ---- needles and prompts ---------------------------------------------------------------------------------------------
+
+
+TASK = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+PUBLISHED_NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
+PUBLISHED_QUESTION = "What is the pass key? The pass key is"
+KEY_FIELD = "{key}"
+# Needle and question of the other kinds of secret; these are llamory's own.
+_NEEDLES = {
+    "name": (
+        "The guest of honour at the dinner was {key}.",
+        "Who was the guest of honour at the dinner? The guest of honour at the dinner was",
+    ),
+    "date": ("The treaty was signed on {key}.", "When was the treaty signed? The treaty was signed on"),
+    "sentence": (
+        'The note on the door said: "{key}"',
+        'What did the note on the door say? The note on the door said: "',
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Needle:
+    """The hidden sentence and its question.
+
+    Attributes:
+        text: the hidden sentence, with `{key}` for the secret, once or more.
+        question: ends the prompt. None for the published question; for another text, its words before the first
+            `{key}`, which the model completes.
+        kind: of the secret, one of `KINDS`.
+
+    Raises:
+        LlamoryError: the text has no `{key}`, the question has one or is empty, or the kind is unknown.
+    """
+
+    text: str = PUBLISHED_NEEDLE
+    question: str | None = None
+    kind: str = "number"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise LlamoryError(f"A secret must be one of {', '.join(KINDS)}, not {self.kind!r}.")
+        if KEY_FIELD not in self.text:
+            raise LlamoryError(
+                f"The needle {self.text!r} has no {KEY_FIELD}; write {KEY_FIELD} where the secret {self.kind} goes."
+            )
+        if self.question is not None and (KEY_FIELD in self.question or not self.question.strip()):
+            problem = f"holds {KEY_FIELD}, the answer itself" if self.question.strip() else "is empty"
+            raise LlamoryError(f"The question {problem}; ask for the secret {self.kind} without it.")
+        if not self.question_text:
+            raise LlamoryError(f"The needle {self.text!r} begins with {KEY_FIELD}; give a question that asks for it.")
+
+    @classmethod
+    def of(cls, kind: str = "number", text: str | None = None, question: str | None = None) -> Needle:
+        """The default needle of a kind of secret (the published one for numbers), or one with another text."""
+        if text is not None or kind not in _NEEDLES:
+            return cls(PUBLISHED_NEEDLE if text is None else text, question, kind)
+        default_text, question_text = _NEEDLES[kind]
+        return cls(default_text, question_text if question is None else question, kind)
+
+    @property
+    def question_text(self) -> str:
+        """The question that ends the prompt."""
+        if self.question is not None:
+            return self.question.strip()
+        if self.text == PUBLISHED_NEEDLE:
+            return PUBLISHED_QUESTION
+        return self.text.partition(KEY_FIELD)[0].strip()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as text and as token ids.
+
+    Attributes:
+        text: the prompt.
+        input_ids: its tokens, with the tokenizer's prefix.
+        key: the hidden secret.
+        sentences: number of haystack sentences.
+        in_memory: tokens of the prompt that are already in memory, and not in `text` and `input_ids`.
+    """
+
+    text: str
+    input_ids: list[int]
+    key: str
+    sentences: int
+    in_memory: int = 0
+
+
+PromptMaker = Callable[[int, float, str], tuple[Prompt, Mapping[str, Any]]]
+"""Makes the prompt of a length, a depth and a key, and further arguments of `generate` for it."""
+
+
+def build_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    depth: float,
+    key: str,
+    *,
+    needle: Needle | None = None,
+    haystack: Haystack = PUBLISHED_HAYSTACK,
+) -> Prompt:
+    """Build the longest prompt of whole sentences that has at most `length` tokens.
+
+    Args:
+        tokenizer: the model's tokenizer; its prefix counts.
+        length: in tokens.
+        depth: position of the needle, from 0 (before all filler) to 1 (after it).
+        key: the secret to hide.
+        needle: by default the published one.
+        haystack: the text around the needle.
+
+    Raises:
+        LlamoryError: the prompt exceeds `length` without any filler, or `depth` is outside 0 to 1.
+    """
+    check_depth(depth)
+    needle = needle or Needle()
+
+    def prompt(sentences: int) -> Prompt:
+        before, after = haystack.around(sentences, depth)
+        text = "\n".join([TASK, before, needle.text.replace(KEY_FIELD, key), after, needle.question_text])
+        return Prompt(text, encode(tokenizer, text), key, sentences)
+
+    best = prompt(0)
+    if len(best.input_ids) > length:
+        raise LlamoryError(
+            f"A prompt of {length} tokens is too short: task, needle and question alone have {len(best.input_ids)}; "
+            "ask for longer prompts."
+        )
+    # Estimate from tokens per sentence, kept between a count that fits and one that doesn't (a sentence has a token).
+    too_many = length - len(best.input_ids) + 1
+    last, guess = best, min(16, too_many - 1)
+    while best.sentences + 1 < too_many:
+        candidate = prompt(guess)
+        rate = max(1.0, (len(candidate.input_ids) - len(last.input_ids)) / (candidate.sentences - last.sentences))
+        if len(candidate.input_ids) <= length:
+            best = candidate
+        else:
+            too_many = guess
+        last = candidate
+        guess += int((length - len(candidate.input_ids)) // rate)
+        guess = min(max(guess, best.sentences + 1), too_many - 1)
+    return best
+
+
+def check_depth(depth: float) -> None:
+    """Raise a LlamoryError for a depth outside 0 to 1."""
+    if not 0 <= depth <= 1:
+        raise LlamoryError(f"The depth {depth:g} is outside 0 to 1, where 0 is the start of the text and 1 its end.")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text to be continued: with the tokenizer's prefix, without its end-of-text token."""
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
+
+
+# ---- prompts in memory -----------------------------------------------------------------------------------------------
+
+
+_NEEDLE_SEGMENT = "needle"
+
+
+class IndependentDocumentPrompts:
+    """Makes prompts whose text is in memory, one segment per window; the model reads only the question.
+
+    Each window is encoded by itself, as a library encodes its documents. Memory keys carry no position, so a text is
+    encoded once for all lengths, depths and keys: a shorter prompt attaches fewer windows, and only the window with the
+    needle is encoded anew. Windows with the same tokens are encoded once.
+
+    A window holds whole sentences and leaves room for the needle, so the needle changes no other window.
+    """
+
+    def __init__(
+        self,
+        model: LongLlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        needle: Needle | None = None,
+        haystack: Haystack = PUBLISHED_HAYSTACK,
+        evidence_ratio: float = 0.0,
+    ) -> None:
+        """Prepare the windows.
+
+        Args:
+            model: has memory layers; its context is the window.
+            tokenizer: its tokenizer.
+            needle: by default the published one.
+            haystack: the text around the needle.
+            evidence_ratio: drop windows whose question likelihood is more than this factor below the best, as
+                `llamory ask` does (see `llamory.qa.evidence`); 0 drops none.
+
+        Raises:
+            LlamoryError: the task, the needle and a sentence don't fit into a window.
+        """
+        self.model, self.tokenizer, self.needle = model, tokenizer, needle or Needle()
+        self.context, self.evidence_ratio = model.config.max_position_embeddings, evidence_ratio
+        self._question = encode(tokenizer, self.needle.question_text)
+        needle_tokens = len(encode(tokenizer, self._needle_text(longest_secret(self.needle.kind))))
+        self._max_window_tokens = self.context - needle_tokens
+        if self._max_window_tokens < 2 * len(encode(tokenizer, TASK)):
+            raise LlamoryError(
+                f"Task and needle don't fit into a window of {self.context} tokens with text around them; use longer "
+                "windows."
+            )
+        self._window_iterator = self._pack_windows(haystack.sentences)
+        self._windows: list[list[str]] = []
+        self._cumulative_tokens: list[int] = []  # tokens up to the end of each window
+        self._memory: MemoryBank = model.new_memory()
+        self._segment_by_ids: dict[tuple[int, ...], str] = {}
+
+    def __call__(self, length: int, depth: float, key: str) -> tuple[Prompt, dict[str, Any]]:
+        """Make the prompt of at most `length` tokens with a key at a depth, and the arguments of `generate` for it.
+
+        Raises:
+            LlamoryError: no window fits into `length`, or `depth` is outside 0 to 1.
+        """
+        from llamory.qa.evidence import select_evidence
+
+        check_depth(depth)
+        needle = self._needle_text(key)
+        extra_tokens = len(self._question) + len(encode(self.tokenizer, needle))
+        while not self._cumulative_tokens or self._cumulative_tokens[-1] + extra_tokens <= length:
+            self._encode_next_window()
+        count = sum(total + extra_tokens <= length for total in self._cumulative_tokens)
+        if not count:
+            raise LlamoryError(
+                f"A prompt of {length} tokens is too short: a window, needle and question have "
+                f"{self._cumulative_tokens[0] + extra_tokens}; ask for longer prompts."
+            )
+        sentences = sum(map(len, self._windows[:count]))
+        index, offset = self._locate_sentence(round(depth * sentences))
+        window = self._windows[index]
+        text = "".join(window[:offset]).strip() + needle + "".join(window[offset:]).strip()
+        memory = self.model.new_memory()
+        memory.attach(self._memory, [str(other) for other in range(count) if other != index])
+        self.model.read(encode(self.tokenizer, text.strip()), memory, segment=_NEEDLE_SEGMENT)
+        evidence = select_evidence(self.model, self._question, memory, memory.segments, self.evidence_ratio)
+        options = {"past_key_values": self.model.memory_cache(memory.slice(evidence))}
+        return Prompt(self.needle.question_text, self._question, key, sentences, memory.length()), options
+
+    def _needle_text(self, key: str) -> str:
+        return f"\n{self.needle.text.replace(KEY_FIELD, key)}\n"
+
+    def _locate_sentence(self, sentence: int) -> tuple[int, int]:
+        """The window of a needle before this sentence, and the number of sentences before the needle in it."""
+        for index, window in enumerate(self._windows):
+            if sentence <= len(window):
+                # The task comes first in the first window.
+                return index, max(sentence, int(index == 0))
+            sentence -= len(window)
+        return len(self._windows) - 1, len(self._windows[-1])
+
+    def _pack_windows(self, sentences: Sequence[str]) -> Iterator[list[str]]:
+        """Endless windows of as many sentences as leave room for the needle; the first begins with the task."""
+        sizes: dict[str, int] = {}
+        window, tokens = [f"{TASK}\n"], len(encode(self.tokenizer, TASK)) + 2
+        for sentence in cycle(sentences):
+            if sentence not in sizes:
+                sizes[sentence] = len(encode(self.tokenizer, f" {sentence}"))
+            if window and tokens + sizes[sentence] > self._max_window_tokens:
+                yield window
+                window, tokens = [], 0
+            window.append(sentence)
+            tokens += sizes[sentence]
+
+    def _encode_next_window(self) -> None:
+        window = next(self._window_iterator)
+        # A sentence longer than a window is truncated.
+        ids = encode(self.tokenizer, "".join(window).strip())[: self._max_window_tokens]
+        segment = str(len(self._windows))
+        same = self._segment_by_ids.setdefault(tuple(ids), segment)
+        if same == segment:
+            self.model.read(ids, self._memory, segment=segment)
+        else:
+            memory = self._memory
+            for layer in memory.layers:
+                memory.append(layer, memory.keys(layer, same), memory.values(layer, same), segment)
+        self._windows.append(window)
+        self._cumulative_tokens.append(sum(self._cumulative_tokens[-1:]) + len(ids))

@@ -1,8 +1,10 @@
-"""The dictionary look-up figure (Tworkowski et al. 2023, section 4.1): accuracy as memory fills with other documents.
+"""The dictionary look-up task (Tworkowski et al. 2023, section 4.1): accuracy as memory fills with other documents.
 
-Memory holds the definitions of some documents, each read by itself as in training. The same few documents, the first
-ones, are asked about at every length, so that lengths differ in nothing but how many others there are. No key is
-defined twice, so every question has one correct answer.
+A document is a made-up dictionary: its first half defines keys, the second asks for their values. A model whose local
+context is half a document must find the definitions in memory, among those of all other documents.
+
+The evaluation encodes the first halves of some documents into memory, each by itself as in training. The same few
+documents are asked about at every memory size. No key is defined twice, so every question has one correct answer.
 """
 
 from __future__ import annotations
@@ -10,17 +12,26 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
-from llamory.evaluation.lookup_data import Dictionaries, LookupTask
-from llamory.longllama import LongLlamaCache, LongLlamaForCausalLM
+from llamory.evaluation.plots import Line, draw_curves
+from llamory.evaluation.results import CurveResultsFile, display_names, model_metadata
+from llamory.longllama import LongLlamaCache, LongLlamaConfig, LongLlamaForCausalLM
 from llamory.longllama.losses import IGNORE_INDEX
 from llamory.memory import MemoryBank
+
+EOS, BOS, DEFINE, VALUE, ASK, ANSWER = range(6)
+FIRST_SYMBOL = 6
+CONFIG_KEY = "lookup"
 
 ENCODE_BATCH_SIZE = 64  # documents of a forward pass
 QUERY_BATCH_SIZE = 8
@@ -28,26 +39,203 @@ SEGMENT = "dictionaries"
 
 
 @dataclass(frozen=True)
+class Dictionaries:
+    """Keys and values of some documents.
+
+    Attributes:
+        keys: symbols, (documents, lines, key_length).
+        values: symbols, (documents, lines, value_length).
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def first(self, documents: int) -> Dictionaries:
+        """The first so many documents."""
+        return Dictionaries(self.keys[:documents], self.values[:documents])
+
+
+@dataclass(frozen=True)
+class LookupTask:
+    """The shape of the documents; the defaults are the paper's.
+
+    Half a document is BOS, as many lines as fit, and EOS as padding. A line is a marker, a key, a marker and a value.
+
+    Attributes:
+        vocabulary: number of symbols and the six markers.
+        key_length: symbols of a key.
+        value_length: symbols of a value.
+        half: tokens of half a document, which is one row and the local context.
+
+    Raises:
+        LlamoryError: a line doesn't fit, or there are too few symbols.
+    """
+
+    vocabulary: int = 64
+    key_length: int = 4
+    value_length: int = 4
+    half: int = 256
+
+    def __post_init__(self) -> None:
+        if self.vocabulary < FIRST_SYMBOL + 2 or min(self.key_length, self.value_length) < 1 or self.lines < 1:
+            raise LlamoryError(
+                f"A dictionary needs a vocabulary of at least {FIRST_SYMBOL + 2} tokens, keys and values of at least "
+                f"one, and rows of at least {self.line + 1}, not {self.vocabulary}, {self.key_length}, "
+                f"{self.value_length} and {self.half}."
+            )
+
+    @property
+    def line(self) -> int:
+        """Tokens of a line."""
+        return self.key_length + self.value_length + 2
+
+    @property
+    def lines(self) -> int:
+        """Lines of half a document."""
+        return (self.half - 1) // self.line
+
+    @property
+    def all_keys(self) -> int:
+        """Number of possible keys."""
+        return (self.vocabulary - FIRST_SYMBOL) ** self.key_length
+
+    def with_lines(self, lines: int) -> LookupTask:
+        """The same task with this number of lines per half."""
+        return replace(self, half=1 + lines * self.line)
+
+    @cached_property
+    def value_positions(self) -> Tensor:
+        """Positions of the values' tokens in a row, (lines * value_length,)."""
+        first = 1 + torch.arange(self.lines)[:, None] * self.line + self.key_length + 2
+        return (first + torch.arange(self.value_length)).flatten()
+
+    def draw(self, documents: int, generator: torch.Generator) -> Dictionaries:
+        """Draw random keys and values; two documents may define the same key."""
+        return Dictionaries(
+            *(
+                torch.randint(FIRST_SYMBOL, self.vocabulary, (documents, self.lines, length), generator=generator)
+                for length in (self.key_length, self.value_length)
+            )
+        )
+
+    def draw_confusable(self, documents: int, generator: torch.Generator) -> Dictionaries:
+        """Draw keys from so few symbols that half of all possible keys are defined, each once.
+
+        So each key has many neighbours that differ in one or two symbols, as among millions of random keys.
+
+        Raises:
+            LlamoryError: there are too few possible keys.
+        """
+        count, symbols = documents * self.lines, 1
+        while symbols**self.key_length < 2 * count:
+            symbols += 1
+        symbols = min(symbols, self.vocabulary - FIRST_SYMBOL)
+        if symbols**self.key_length < count:
+            raise LlamoryError(f"{count:,} different keys can't be made; take longer keys or fewer documents.")
+        used = torch.randperm(self.vocabulary - FIRST_SYMBOL, generator=generator)[:symbols] + FIRST_SYMBOL
+        indices = torch.randperm(symbols**self.key_length, generator=generator)[:count]
+        return Dictionaries(self._keys_from_indices(indices, used), self.draw(documents, generator).values)
+
+    def draw_distinct(self, documents: int, generator: torch.Generator) -> Dictionaries:
+        """Draw random keys and values; no key is defined twice, so every question has one correct answer.
+
+        With the same generator state, more documents begin with the same ones as fewer.
+
+        Raises:
+            LlamoryError: there are too few possible keys.
+        """
+        count = documents * self.lines
+        if count > self.all_keys // 2:
+            raise LlamoryError(
+                f"{documents} documents need {count:,} different keys, but there are only {self.all_keys:,}; take "
+                "longer keys or a smaller memory."
+            )
+        value_generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
+        samples = torch.randint(self.all_keys, (2 * count + 64,), generator=generator)
+        # The first occurrence of each sample, in the order of sampling.
+        unique, inverse = samples.unique(return_inverse=True)
+        first = torch.full((len(unique),), len(samples))
+        first = first.scatter_reduce_(0, inverse, torch.arange(len(samples)), "amin")
+        indices = samples[first.sort().values[:count]]
+        keys = self._keys_from_indices(indices, torch.arange(FIRST_SYMBOL, self.vocabulary))
+        shape = (documents, self.lines, self.value_length)
+        return Dictionaries(keys, torch.randint(FIRST_SYMBOL, self.vocabulary, shape, generator=value_generator))
+
+    def _keys_from_indices(self, indices: Tensor, symbols: Tensor) -> Tensor:
+        """Keys (documents, lines, key_length) whose symbols are the digits of the indices."""
+        digit_weights = len(symbols) ** torch.arange(self.key_length)
+        return symbols[indices[:, None] // digit_weights % len(symbols)].view(-1, self.lines, self.key_length)
+
+    def definitions(self, dictionaries: Dictionaries) -> Tensor:
+        """Token ids of the first halves, (documents, half)."""
+        return self._half(dictionaries.keys, dictionaries.values, DEFINE, VALUE)
+
+    def questions(self, dictionaries: Dictionaries, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The second halves: every line again, in random order.
+
+        Returns:
+            token ids, and the target of each position (a token of a value, or -100); both (documents, half).
+        """
+        order = torch.rand(dictionaries.keys.shape[:2], generator=generator).argsort(1)[..., None]
+        keys, values = (
+            symbols.gather(1, order.expand(-1, -1, symbols.shape[2]))
+            for symbols in (dictionaries.keys, dictionaries.values)
+        )
+        rows = self._half(keys, values, ASK, ANSWER)
+        targets = torch.full_like(rows, IGNORE_INDEX)
+        targets[:, self.value_positions - 1] = rows[:, self.value_positions]
+        return rows, targets
+
+    def _half(self, keys: Tensor, values: Tensor, before_key: int, before_value: int) -> Tensor:
+        ones = torch.ones_like(keys[..., :1])
+        lines = torch.cat([ones * before_key, keys, ones * before_value, values], -1).flatten(1)
+        rows = torch.full((len(keys), self.half), EOS)
+        rows[:, 0] = BOS
+        rows[:, 1 : 1 + lines.shape[1]] = lines
+        return rows
+
+
+def save_task(config: LongLlamaConfig, task: LookupTask) -> None:
+    """Store the task in a model's configuration."""
+    setattr(config, CONFIG_KEY, asdict(task))
+
+
+def load_task(config: LongLlamaConfig) -> LookupTask:
+    """The task that a model was trained for.
+
+    Raises:
+        LlamoryError: the configuration has none.
+    """
+    saved = getattr(config, CONFIG_KEY, None)
+    if not isinstance(saved, dict):
+        raise LlamoryError("This model wasn't trained for dictionary look-up; train one with `llamory train lookup`.")
+    return LookupTask(**saved)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class LookupCell:
-    """What was found at one length of memory.
+    """The result at one memory size.
 
     Attributes:
         tokens: in memory.
-        accuracy: share of the values' tokens that are the model's first choice, the correct ones before them given.
-        whole: share of the values all of whose tokens are.
-        asked: values that were asked for.
-        reading: seconds that filling memory took since the length before.
-        asking: seconds that all questions took, an index's building included.
-        peak: bytes that the process has taken at most so far.
+        accuracy: fraction of the values' tokens that are the model's first choice (with teacher forcing).
+        value_accuracy: fraction of the values whose tokens are all correct.
+        num_values: values that were asked for.
+        encode_seconds: for filling memory since the size before.
+        query_seconds: for all questions, including an index's construction.
+        peak_bytes: peak memory of the process so far.
     """
 
     tokens: int
     accuracy: float
-    whole: float
-    asked: int
-    reading: float
-    asking: float
-    peak: int
+    value_accuracy: float
+    num_values: int
+    encode_seconds: float
+    query_seconds: float
+    peak_bytes: int
 
 
 def run_lookup(
@@ -60,19 +248,19 @@ def run_lookup(
     on_cell: Callable[[LookupCell], None] | None = None,
     on_read: Callable[[int], None] | None = None,
 ) -> list[LookupCell]:
-    """Ask the same documents at all lengths of memory.
+    """Ask about the same documents at several memory sizes.
 
     Args:
-        model: trained for the task; its `mem_search`, `mem_top_k` and `mem_dtype` say how memory is kept and read.
-        lengths: tokens of memory, rounded down to whole documents.
+        model: trained for the task; its configuration says how memory is stored and searched.
+        lengths: tokens in memory, rounded down to whole documents.
         task: the documents' shape.
-        documents: how many are asked about; memory holds them at every length.
+        documents: number of documents asked about; memory holds them at every size.
         seed: of the documents.
-        on_cell: called with each length's result.
-        on_read: called with the tokens of each batch that was read.
+        on_cell: called with the result of each size.
+        on_read: called with the tokens of each encoded batch.
 
     Raises:
-        LlamoryError: the model has no memory, or a length holds fewer documents than are asked about.
+        LlamoryError: the model has no memory layers, or a size holds fewer documents than are asked about.
     """
     if not model.config.mem_layers:
         raise LlamoryError("This model has no memory layers, so it can't look anything up.")
@@ -83,27 +271,26 @@ def run_lookup(
             f"about; take at least {documents * task.half:,} tokens."
         )
     dictionaries = task.draw_distinct(counts[-1], torch.Generator().manual_seed(seed))
-    asked = dictionaries.first(documents)
-    questions, targets = task.questions(asked, torch.Generator().manual_seed(seed))
+    questions, targets = task.questions(dictionaries.first(documents), torch.Generator().manual_seed(seed))
     bank, cells, num_encoded = model.new_memory(), [], 0
     for count in counts:
         start = time.perf_counter()
         for rows in _batches(num_encoded, count, ENCODE_BATCH_SIZE):
-            part = Dictionaries(dictionaries.keys[rows], dictionaries.values[rows])
-            write_to_memory(model, task.definitions(part), bank)
+            batch = Dictionaries(dictionaries.keys[rows], dictionaries.values[rows])
+            write_to_memory(model, task.definitions(batch), bank)
             if on_read is not None:
                 on_read((rows.stop - rows.start) * task.half)
-        num_encoded, read = count, time.perf_counter()
+        num_encoded, encoded = count, time.perf_counter()
         correct = _answers(model, questions, targets, bank)
         values = correct.view(-1, task.value_length)
         cell = LookupCell(
             tokens=count * task.half,
             accuracy=correct.float().mean().item(),
-            whole=values.all(1).float().mean().item(),
-            asked=len(values),
-            reading=read - start,
-            asking=time.perf_counter() - read,
-            peak=peak_memory(),
+            value_accuracy=values.all(1).float().mean().item(),
+            num_values=len(values),
+            encode_seconds=encoded - start,
+            query_seconds=time.perf_counter() - encoded,
+            peak_bytes=peak_memory(),
         )
         cells.append(cell)
         if on_cell is not None:
@@ -112,13 +299,13 @@ def run_lookup(
 
 
 def peak_memory() -> int:
-    """Bytes that this process has taken at most."""
+    """Peak memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @torch.no_grad()
 def write_to_memory(model: LongLlamaForCausalLM, rows: Tensor, bank: MemoryBank) -> None:
-    """Read rows (documents, half), each by itself, and append what they leave to one segment of a memory."""
+    """Encode rows (documents, half), each by itself, and append their entries to one segment of a memory."""
     cache = LongLlamaCache(model.config)
     half = rows.shape[1]
     model.model(
@@ -131,15 +318,103 @@ def write_to_memory(model: LongLlamaForCausalLM, rows: Tensor, bank: MemoryBank)
 
 @torch.no_grad()
 def _answers(model: LongLlamaForCausalLM, questions: Tensor, targets: Tensor, bank: MemoryBank) -> Tensor:
-    """Which of the values' tokens are the first choice, in the order they are asked for."""
+    """Whether each token of the values is the first choice, in the order of the questions."""
     correct = []
     for rows in _batches(0, len(questions), QUERY_BATCH_SIZE):
-        ids, wanted = questions[rows].to(model.device), targets[rows].to(model.device)
+        ids, target_ids = questions[rows].to(model.device), targets[rows].to(model.device)
         output = model(ids, past_key_values=model.memory_cache(bank), last_context_length=ids.shape[1])
-        correct.append((output.logits.argmax(-1) == wanted)[wanted != IGNORE_INDEX].cpu())
+        correct.append((output.logits.argmax(-1) == target_ids)[target_ids != IGNORE_INDEX].cpu())
     return torch.cat(correct)
 
 
 def _batches(start: int, stop: int, size: int) -> Iterator[slice]:
-    for at in range(start, stop, size):
-        yield slice(at, min(at + size, stop))
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
+
+
+class LookupResultsFile(CurveResultsFile[LookupCell]):
+    """Look-up results of one or more models on the same documents."""
+
+    evaluation = "lookup"
+    score_class = LookupCell
+    make_curve = list
+    _old_keys: ClassVar[Mapping[str, str]] = {
+        "whole": "value_accuracy",
+        "asked": "num_values",
+        "reading": "encode_seconds",
+        "asking": "query_seconds",
+        "peak": "peak_bytes",
+    }
+
+    def _decode(self, entry: Mapping[str, Any]) -> LookupCell:
+        return LookupCell(**{self._old_keys.get(key, key): value for key, value in entry.items()})
+
+
+def evaluate(
+    names: Sequence[str],
+    lengths: Sequence[int],
+    output: Path,
+    *,
+    documents: int = 16,
+    seed: int = 0,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> LookupResultsFile:
+    """Run the task for some models, and write `lookup.json` and `lookup.png`; existing results are resumed.
+
+    As in the paper, a query reads its best neighbours per head and nothing else.
+
+    Args:
+        names: of models that `llamory train lookup` made.
+        lengths: tokens in memory.
+        output: a folder; it is created if it does not exist.
+        documents, seed: as for `run_lookup`.
+        model_kwargs: passed to `load_long_model`.
+
+    Raises:
+        LlamoryError: a model wasn't trained for the task, or the output has other results.
+    """
+    from llamory.longllama.loading import load_long_model
+
+    results = LookupResultsFile(output / "lookup.json", {"documents": documents, "seed": seed})
+    shown = display_names(names)
+    for name in names:
+        model = load_long_model(name, mem_top_k_attention=True, **(model_kwargs or {}))
+        cells = results.run(name, model_metadata(model))
+        task = load_task(model.config)
+        done = {cell.tokens for cell in cells}
+        remaining = [length for length in lengths if length // task.half * task.half not in done]
+        # Memory grows from size to size, so the largest is all that is encoded.
+        with ProgressBar(shown[name], max(remaining, default=0), unit="tokens") as bar:
+
+            def add_cell(
+                cell: LookupCell, cells: list[LookupCell] = cells, bar: ProgressBar = bar, title: str = shown[name]
+            ) -> None:
+                cells.append(cell)
+                cells.sort(key=lambda each: each.tokens)
+                results.write()
+                bar.print(
+                    f"{title}: {cell.tokens:,} tokens: {cell.accuracy:.1%} of tokens, {cell.value_accuracy:.1%} of "
+                    f"values correct ({cell.query_seconds:.0f} s, {peak_memory() / 2**30:.1f} GiB)"
+                )
+
+            if remaining:
+                run_lookup(
+                    model, remaining, task=task, documents=documents, seed=seed, on_cell=add_cell, on_read=bar.advance
+                )
+        del model  # two models at once may not fit
+    results.write()
+    shown = display_names(results.scores)
+    lines = [
+        Line(shown[name], [cell.tokens for cell in cells], [cell.accuracy for cell in cells])
+        for name, cells in results.scores.items()
+        if cells
+    ]
+    draw_curves(
+        output / "lookup.png",
+        "Dictionary look-up",
+        lines,
+        x_label="Tokens in memory",
+        y_label="Accuracy of the values' tokens",
+        percent=True,
+    )
+    return results

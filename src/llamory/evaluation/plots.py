@@ -1,20 +1,23 @@
-"""Pictures of evaluations, drawn without a display."""
+"""Plots of evaluations: heat maps and lines, drawn without a display."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamory.common.extras import require
-from llamory.evaluation.passkey import PasskeyResult
+from llamory.common.io import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_COLOURS = "viridis"
-_INK, _MUTED, _NOT_RUN, _HIGHLIGHT = "#222222", "#666666", "#ededed", "#c1344f"
+_INK, _MUTED, _GRID, _NOT_RUN, _HIGHLIGHT = "#222222", "#666666", "#e4e4e4", "#ededed", "#c1344f"
+
+# ---- heat maps -------------------------------------------------------------------------------------------------------
+
+_COLOUR_MAP = "viridis"
 # Inches.
 _CELL_WIDTH, _CELL_HEIGHT = 0.72, 0.46
 _MIN_WIDTH, _MAX_WIDTH, _MIN_HEIGHT, _MAX_HEIGHT = 3.2, 15.0, 2.1, 9.0
@@ -25,52 +28,54 @@ _MAX_LABELS = 24
 
 @dataclass(frozen=True)
 class Panel:
-    """One heat map of a picture.
+    """One heat map of a plot.
 
     Attributes:
-        title: what stands above it.
-        result: what was found.
-        context_length: tokens that the model takes at once; a line is drawn where prompts are longer.
+        title: above it.
+        accuracies: the value of each length and depth.
+        context_length: tokens of the model's context.
+        first_beyond_context: the first length whose prompts exceed the context; a line marks it. None for no line.
     """
 
     title: str
-    result: PasskeyResult
+    accuracies: Mapping[tuple[int, float], float]
     context_length: int | None = None
+    first_beyond_context: int | None = None
 
 
 def draw_heat_map(path: Path, title: str, panels: Sequence[Panel]) -> None:
     """Draw accuracies as colours and numbers, lengths from left to right and depths from top to bottom.
 
-    All panels have the same lengths and depths; what wasn't run is grey.
+    All panels have the same lengths and depths; cells that weren't run are grey.
 
     Args:
-        path: the PNG file, written colorbar_rect and renamed.
-        title: of the picture.
-        panels: what to draw, from left to right; at least one cell was run.
+        path: the PNG file, written atomically.
+        title: of the plot.
+        panels: from left to right; at least one cell was run.
     """
     require("plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    lengths = sorted({length for panel in panels for length in panel.result.lengths})
-    depths = sorted({depth for panel in panels for depth in panel.result.depths})
+    lengths = sorted({length for panel in panels for length, _ in panel.accuracies})
+    depths = sorted({depth for panel in panels for _, depth in panel.accuracies})
     panel_width = min(max(_CELL_WIDTH * len(lengths), _MIN_WIDTH), _MAX_WIDTH / len(panels))
     panel_height = min(max(_CELL_HEIGHT * len(depths), _MIN_HEIGHT), _MAX_HEIGHT)
-    bar = 0.9  # for the colour bar at the right
+    bar = 0.9  # width of the colour bar
     width = _MARGIN + len(panels) * panel_width + (len(panels) - 1) * _PANEL_GAP + bar
     height = _TOP_MARGIN + panel_height + _BOTTOM_MARGIN
     figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     image: Any = None
     for number, panel in enumerate(panels):
-        left = _MARGIN + number * (panel_width + _PANEL_GAP)
-        axes = figure.add_axes((left / width, _BOTTOM_MARGIN / height, panel_width / width, panel_height / height))
+        x = _MARGIN + number * (panel_width + _PANEL_GAP)
+        axes = figure.add_axes((x / width, _BOTTOM_MARGIN / height, panel_width / width, panel_height / height))
         image = _draw(axes, panel, lengths, depths, cell=(panel_width / len(lengths), panel_height / len(depths)))
         if number == 0:
             axes.set_ylabel("Depth of the needle", color=_INK, fontsize=10)
     colorbar_rect = ((width - bar + 0.2) / width, _BOTTOM_MARGIN / height, 0.14 / width, panel_height / height)
     colours = figure.colorbar(image, cax=figure.add_axes(colorbar_rect), ticks=[0, 0.25, 0.5, 0.75, 1])
-    colours.ax.set_yticklabels([f"{share:.0%}" for share in (0, 0.25, 0.5, 0.75, 1)], fontsize=8, color=_MUTED)
+    colours.ax.set_yticklabels(["0%", "25%", "50%", "75%", "100%"], fontsize=8, color=_MUTED)
     colours.ax.tick_params(length=0)
     colours.outline.set_visible(False)
     figure.text(
@@ -83,10 +88,9 @@ def draw_heat_map(path: Path, title: str, panels: Sequence[Panel]) -> None:
         va="center",
         parse_math=False,
     )
-    partial = path.with_name(f"{path.name}.partial")
-    # Wider than planned where a long title asks for it.
-    figure.savefig(partial, format="png", bbox_inches="tight", pad_inches=0.15)
-    partial.replace(path)
+    with atomic_path(path) as temporary:
+        # A long title makes the plot wider.
+        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)
 
 
 def _draw(
@@ -97,17 +101,17 @@ def _draw(
     from matplotlib import colormaps
 
     accuracies = np.full((len(depths), len(lengths)), np.nan)
-    for each in panel.result.cells:
-        accuracies[depths.index(each.depth), lengths.index(each.length)] = each.accuracy
+    for (length, depth), value in panel.accuracies.items():
+        accuracies[depths.index(depth), lengths.index(length)] = value
     axes.set_facecolor(_NOT_RUN)
-    image = axes.imshow(accuracies, cmap=_COLOURS, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    # 0.6 em is a digit's width; up to four characters ("100%") stand in a cell.
+    image = axes.imshow(accuracies, cmap=_COLOUR_MAP, vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+    # A digit is 0.6 em wide; a cell holds up to four characters ("100%").
     size = min(10.0, 72 * cell[0] / 2.9, 72 * cell[1] / 1.5)
     if size >= 4:
-        for (row, column), share in np.ndenumerate(accuracies):
-            known = not np.isnan(share)
-            ink = _text_colour(colormaps[_COLOURS](share)) if known else _MUTED
-            label = f"{share:.0%}" if known else "–"
+        for (row, column), accuracy in np.ndenumerate(accuracies):
+            known = not np.isnan(accuracy)
+            ink = _text_colour(colormaps[_COLOUR_MAP](accuracy)) if known else _MUTED
+            label = f"{accuracy:.0%}" if known else "–"
             axes.text(column, row, label, ha="center", va="center", fontsize=size, color=ink)
     _label(axes, lengths, depths)
     _mark_context(axes, panel, lengths)
@@ -116,11 +120,11 @@ def _draw(
 
 
 def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float]) -> None:
-    columns = range(0, len(lengths), -(-len(lengths) // _MAX_LABELS))
+    ticks = range(0, len(lengths), -(-len(lengths) // _MAX_LABELS))
     rows = range(0, len(depths), -(-len(depths) // _MAX_LABELS))
-    # Long numbers colorbar_rect each other need to be rotated.
+    # Long numbers side by side need rotation.
     rotated: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(lengths) > 4 else {}
-    axes.set_xticks(list(columns), [f"{lengths[i]:,}" for i in columns], fontsize=9, color=_INK, **rotated)
+    axes.set_xticks(list(ticks), [f"{lengths[i]:,}" for i in ticks], fontsize=9, color=_INK, **rotated)
     axes.set_yticks(list(rows), [f"{depths[i]:.0%}" for i in rows], fontsize=9, color=_INK)
     axes.set_xlabel("Length of the prompt (tokens)", color=_INK, fontsize=10)
     # White gaps between the cells.
@@ -132,11 +136,10 @@ def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float]) -> None:
 
 
 def _mark_context(axes: Axes, panel: Panel, lengths: Sequence[int]) -> None:
-    """A line before the first length that is beyond the context."""
-    beyond = panel.result.lengths_beyond_context(panel.context_length)
-    if not beyond:
+    """Draw a line before the first length beyond the context."""
+    if panel.first_beyond_context is None:
         return
-    position = lengths.index(beyond[0]) - 0.5
+    position = lengths.index(panel.first_beyond_context) - 0.5
     axes.axvline(position, color=_HIGHLIGHT, linewidth=2, linestyle=(0, (3, 1.5)), clip_on=False)
     axes.annotate(
         f"context {panel.context_length:,}",
@@ -151,6 +154,119 @@ def _mark_context(axes: Axes, panel: Panel, lengths: Sequence[int]) -> None:
 
 
 def _text_colour(colour: tuple[float, float, float, float]) -> str:
-    """Dark or light ink for a coloured ground, by its luminance."""
+    """Dark or light ink on a background, by its luminance."""
     red, green, blue, _ = colour
     return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+
+
+# ---- lines -----------------------------------------------------------------------------------------------------------
+
+# Colours that colour-blind readers can tell apart (Okabe & Ito 2008), and markers for prints in grey.
+_LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_SIZE = (6.4, 4.0)  # inches
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot.
+
+    Attributes:
+        name: its label in the legend.
+        xs: numbers of tokens, in ascending order.
+        ys: the values.
+        error_bars: half the length of the error bar of each value; None for no bars.
+    """
+
+    name: str
+    xs: Sequence[int]
+    ys: Sequence[float]
+    error_bars: Sequence[float] | None = None
+
+
+def draw_curves(
+    path: Path,
+    title: str,
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    y_label: str,
+    percent: bool = False,
+    reference_line: tuple[str, float] | None = None,
+) -> None:
+    """Draw lines over numbers of tokens on a logarithmic axis; 0 is one step left of the smallest positive number.
+
+    Args:
+        path: the PNG file, written atomically.
+        title: of the plot.
+        lines: at least one, with at least one value.
+        x_label: of the horizontal axis.
+        y_label: of the vertical axis.
+        percent: whether the values are fractions, drawn from 0 to 100%.
+        reference_line: label and height of a dashed horizontal line, such as chance.
+    """
+    require("plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_SIZE, dpi=160, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, line in enumerate(lines):
+        _draw_line(axes, line, _LINE_COLOURS[number % len(_LINE_COLOURS)], _MARKERS[number % len(_MARKERS)])
+    if reference_line is not None:
+        axes.axhline(
+            reference_line[1], color=_MUTED, linewidth=1, linestyle=(0, (4, 2)), label=_literal(reference_line[0])
+        )
+    _scale(axes, sorted({x for line in lines for x in line.xs}))
+    if percent:
+        axes.set_ylim(-0.02, 1.02)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_xlabel(x_label, color=_INK, fontsize=10)
+    axes.set_ylabel(y_label, color=_INK, fontsize=10)
+    axes.set_title(_literal(title), color=_INK, fontsize=12, weight="bold", loc="left")
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=9, labelcolor=_INK)
+    axes.spines[:].set_visible(False)
+    if len(lines) > 1 or reference_line is not None:
+        axes.legend(frameon=False, fontsize=9)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def short_count(count: int) -> str:
+    """A number of tokens in short form: 2k is 2048, 1M is 1024 k."""
+    if count and count % (1 << 20) == 0:
+        return f"{count >> 20}M"
+    return f"{count // 1024}k" if count and count % 1024 == 0 else f"{count:,}"
+
+
+def _draw_line(axes: Axes, line: Line, colour: str, marker: str) -> None:
+    axes.errorbar(
+        line.xs,
+        line.ys,
+        yerr=line.error_bars,
+        label=_literal(line.name),
+        color=colour,
+        marker=marker,
+        markersize=5,
+        linewidth=1.8,
+        elinewidth=1,
+        capsize=3,
+    )
+
+
+def _scale(axes: Axes, positions: Sequence[int]) -> None:
+    smallest = next((position for position in positions if position > 0), None)
+    if smallest is not None:
+        # The distance from 0 to the smallest position is that of a doubling.
+        axes.set_xscale("symlog", base=2, linthresh=smallest, linscale=0.5)
+    label_rotation = 45 if len(positions) > 10 else 0
+    axes.set_xticks(list(positions), [short_count(position) for position in positions], rotation=label_rotation)
+    axes.set_xticks([], minor=True)
+
+
+def _literal(text: str) -> str:
+    """A text without matplotlib's formulas."""
+    return text.replace("$", r"\$")

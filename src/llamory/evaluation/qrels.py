@@ -1,29 +1,31 @@
-"""A retrieval set as evaluations see it: queries, qrels, and documents that are read as a stream."""
+"""Retrieval sets: queries, qrels, and documents that are read as a stream; tasks of the optional mteb package."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import xxhash
 
+from llamory.common.io import json_digest
 from llamory.errors import LlamoryError
 
 
 @dataclass(frozen=True)
 class RetrievalDataset:
-    """Queries that documents answer, and which ones do.
+    """Queries, documents and relevance judgements.
 
     Attributes:
         name: of the set.
         split: of its qrels, such as "test".
-        queries: text of each query that has a relevant document, under its id.
-        qrels: for each of these queries, the score of each judged document's id; below 1 is not relevant.
+        queries: for each query id with a relevant document, its text.
+        qrels: for each of these queries, the score of each document with a judgement, by id; below 1 is not relevant.
         ids: of all documents.
-        read: reads all documents again, as pairs of id and text, in the order of `ids`; a text may be empty.
-        self_documents: queries whose document of the same id is the query itself, which it must not find.
-        fingerprint: of all that scores depend on.
+        read: iterates over all documents as pairs of id and text, in the order of `ids`; a text may be empty.
+        self_documents: queries whose document of the same id is the query itself; it is removed from their rankings.
+        fingerprint: of everything that scores depend on.
     """
 
     name: str
@@ -37,23 +39,21 @@ class RetrievalDataset:
 
     @property
     def missing_relevant(self) -> int:
-        """How many relevant documents, of all queries together, aren't among the documents: no one can find them."""
-        known = set(self.ids)
-        relevant = {key for judged in self.qrels.values() for key, score in judged.items() if score > 0}
-        return len(relevant - known)
+        """Number of relevant documents that are not in the corpus and can't be retrieved."""
+        return len(_relevant(self.qrels) - set(self.ids))
 
 
 def queries_with_qrels(name: str, queries: Mapping[str, str], qrels: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
     """The queries that have a relevant document, in the order of the qrels.
 
     Raises:
-        LlamoryError: available is none, or a judged query has no text.
+        LlamoryError: there is none, or a query of the qrels has no text.
     """
     found = {}
-    for query, judged in qrels.items():
+    for query, scores in qrels.items():
         if query not in queries:
-            raise LlamoryError(f"{name} judges documents for the query {query!r}, which its queries don't have.")
-        if max(judged.values(), default=0) > 0:
+            raise LlamoryError(f"{name} has qrels for the query {query!r}, which its queries don't have.")
+        if max(scores.values(), default=0) > 0:
             found[query] = queries[query]
     if not found:
         raise LlamoryError(f"{name} has no query with a relevant document; its qrels should have scores above 0.")
@@ -61,15 +61,15 @@ def queries_with_qrels(name: str, queries: Mapping[str, str], qrels: Mapping[str
 
 
 def sample(data: RetrievalDataset, queries: int | None = None, documents: int | None = None) -> RetrievalDataset:
-    """A smaller set of some queries and documents, drawn by the hash of their ids: the same on every machine.
+    """A sample of the queries and documents, drawn by the hash of their ids: the same on every machine.
 
     Args:
-        data: the whole set.
-        queries: how many to keep; None keeps all.
-        documents: how many to keep, those that are relevant to a kept query among them; None keeps all.
+        data: the full set.
+        queries: number of queries to keep; None keeps all.
+        documents: number of documents to keep, including all that are relevant to a kept query; None keeps all.
 
     Raises:
-        LlamoryError: available are fewer than requested for, or the relevant documents alone are more.
+        LlamoryError: the set has fewer, or more documents than requested are relevant.
     """
     for requested, available, kind in (
         (queries, len(data.queries), "queries"),
@@ -78,29 +78,135 @@ def sample(data: RetrievalDataset, queries: int | None = None, documents: int | 
         if requested is not None and requested > available:
             raise LlamoryError(f"{data.name} has {available:,} {kind} in the split {data.split}, not {requested:,}.")
     if queries is not None:
-        chosen = set(heapq.nsmallest(queries, data.queries, key=_hash_order))
-        kept = {query: text for query, text in data.queries.items() if query in chosen}
-        judged = {query: data.qrels[query] for query in kept}
-        data = replace(data, queries=kept, qrels=judged)
+        sampled = set(heapq.nsmallest(queries, data.queries, key=_hash_order))
+        kept = {query: text for query, text in data.queries.items() if query in sampled}
+        data = replace(data, queries=kept, qrels={query: data.qrels[query] for query in kept})
     return data if documents is None else _sample_documents(data, documents)
 
 
 def _sample_documents(data: RetrievalDataset, documents: int) -> RetrievalDataset:
-    relevant = {key for judged in data.qrels.values() for key, score in judged.items() if score > 0}
-    needed = relevant.intersection(data.ids)
+    needed = _relevant(data.qrels).intersection(data.ids)
     if len(needed) > documents:
         raise LlamoryError(
             f"{len(needed):,} documents are relevant to the {len(data.queries):,} queries, more than the "
             f"{documents:,} to keep; keep more documents or fewer queries."
         )
     rest = (key for key in data.ids if key not in needed)
-    chosen = needed | set(heapq.nsmallest(documents - len(needed), rest, key=_hash_order))
+    sampled = needed | set(heapq.nsmallest(documents - len(needed), rest, key=_hash_order))
 
     def read() -> Iterator[tuple[str, str]]:
-        return ((key, text) for key, text in data.read() if key in chosen)
+        return ((key, text) for key, text in data.read() if key in sampled)
 
-    return replace(data, ids=[key for key in data.ids if key in chosen], read=read)
+    return replace(data, ids=[key for key in data.ids if key in sampled], read=read)
+
+
+def _relevant(qrels: Mapping[str, Mapping[str, int]]) -> set[str]:
+    return {key for scores in qrels.values() for key, score in scores.items() if score > 0}
 
 
 def _hash_order(key: str) -> tuple[int, str]:
     return xxhash.xxh64_intdigest(key.encode()), key
+
+
+# ---- mteb ------------------------------------------------------------------------------------------------------------
+
+
+def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalDataset:
+    """Load a retrieval task of the mteb package (Muennighoff et al. 2022, arXiv:2210.07316) from the hub or its cache.
+
+    Args:
+        name: of the task, such as "NFCorpus"; a subset follows a colon, as in "A:en".
+        split: of its data; by default the one that mteb evaluates, "test" if there are several.
+        ignore_identical_ids: as for `read_beir`; also on where the task itself says so.
+
+    Raises:
+        LlamoryError: mteb isn't installed, has no such retrieval task, or its data can't be loaded.
+    """
+    try:
+        import mteb
+        from mteb.abstasks import AbsTaskRetrieval
+    except ImportError as error:
+        raise LlamoryError(
+            f"There is no folder {name}; if it is a task of mteb, install that first: pip install 'llamory[mteb]'."
+        ) from error
+    task_name, _, subset = name.partition(":")
+    try:
+        task: Any = mteb.get_task(task_name)
+    except KeyError as error:
+        raise LlamoryError(f"There is no folder {name}, and mteb has no such task{_suggestion(error)}.") from error
+    if not isinstance(task, AbsTaskRetrieval):
+        raise LlamoryError(f"The mteb task {name} is of the kind {task.metadata.type}; name a retrieval task.")
+    try:
+        task.load_data()
+    except Exception as error:  # the hub, the network or a loader script may raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise LlamoryError(
+            f"The data of the mteb task {name} can't be loaded, which needs the hub or a copy in its cache: {reason}."
+        ) from error
+    subset, split = _select_split(task, task_name, subset, split)
+    return _to_dataset(
+        task, name, subset, split, ignore_identical_ids=ignore_identical_ids or task.ignore_identical_ids
+    )
+
+
+def _suggestion(error: KeyError) -> str:
+    """mteb's suggestion of a similar name."""
+    _, found, guess = str(error.args[0]).partition("Did you mean: ")
+    return f" (did you mean {guess.strip(chr(39) + '?')}?)" if found else ""
+
+
+def _select_split(task: Any, name: str, subset: str, split: str | None) -> tuple[str, str]:
+    subsets = list(task.dataset)
+    if not subset and len(subsets) == 1:
+        subset = subsets[0]
+    if subset not in subsets:
+        raise LlamoryError(
+            f"Name one subset of the mteb task {name}, as {name}:{subsets[0]}; it has {_format_names(subsets)}."
+        )
+    splits = list(task.dataset[subset])
+    if split is None:
+        evaluated = [each for each in task.metadata.eval_splits if each in splits]
+        split = "test" if "test" in evaluated else (evaluated or splits)[0]
+    if split not in splits:
+        raise LlamoryError(f"The mteb task {name} has no split {split!r}; it has {_format_names(splits)}.")
+    return subset, split
+
+
+def _format_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (" and more" if len(names) > 8 else "")
+
+
+def _plain_texts(table: Any) -> bool:
+    return "text" in table.column_names and (len(table) == 0 or isinstance(table[0]["text"], str))
+
+
+def _to_dataset(task: Any, name: str, subset: str, split: str, *, ignore_identical_ids: bool) -> RetrievalDataset:
+    data = task.dataset[subset][split]
+    corpus, query_table = data["corpus"], data["queries"]
+    if data.get("top_ranked"):
+        raise LlamoryError(f"The mteb task {name} reorders given documents; name one that searches all documents.")
+    if "instruction" in query_table.column_names or not all(_plain_texts(table) for table in (corpus, query_table)):
+        raise LlamoryError(f"The mteb task {name} asks with instructions, or not about texts; name a plain text task.")
+    queries = dict(zip(query_table["id"], query_table["text"], strict=True))
+    qrels = {
+        query: {key: int(score) for key, score in scores.items()} for query, scores in data["relevant_docs"].items()
+    }
+    query_texts = queries_with_qrels(name, queries, qrels)
+    ids = list(corpus["id"])
+    self_documents = {key for key in ids if ignore_identical_ids and key in query_texts and qrels[key].get(key, 0) < 1}
+
+    def read() -> Iterator[tuple[str, str]]:
+        for row in corpus:
+            yield row["id"], f"{row.get('title') or ''} {row['text']}".strip()
+
+    state = {"revision": task.metadata.revision, "judgements": qrels, "ids": len(ids)}
+    return RetrievalDataset(
+        name=name,
+        split=split,
+        queries=query_texts,
+        qrels={query: qrels[query] for query in query_texts},
+        ids=ids,
+        read=read,
+        self_documents=frozenset(self_documents),
+        fingerprint=json_digest(state, digits=64),
+    )

@@ -1,26 +1,150 @@
-"""How well documents were ranked: nDCG@10, MRR@10 and Recall@100 by trec_eval, with bootstrap intervals."""
+"""Retrieval quality: rankings by vectors or BM25, scored by trec_eval with bootstrap intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Any
+from importlib.metadata import version
+from itertools import combinations, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from llamory.common.extras import require
-from llamory.evaluation.qrels import RetrievalDataset
-from llamory.evaluation.retrieval_systems import Ranking
+from llamory.common.io import write_json_lines
+from llamory.common.progress import ProgressBar
+from llamory.errors import LlamoryError
+from llamory.evaluation.qrels import RetrievalDataset, read_mteb, sample
+from llamory.evaluation.results import ResultsFile, display_names
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from sentence_transformers import SentenceTransformer
 
 METRICS = ("nDCG@10", "MRR@10", "Recall@100")
-NUM_SHOWN = 10  # documents that a query's line names; MRR and nDCG see these
+DEPTH = 100  # documents per query; the deepest metric is Recall@100
+CHUNK = 10_000  # documents whose texts and vectors are in RAM at a time
 CONFIDENCE = 0.95
+BM25 = "BM25"
+_NUM_SHOWN = 10  # documents in a query's line; MRR and nDCG use these
+_QUERY_BATCH = 256  # queries whose scores of a chunk are in RAM at a time
 _RESAMPLES = 10_000
-_BATCH = 250  # resamples that are held at a time
+_RESAMPLE_BATCH = 250  # resamples in RAM at a time
+
+Ranking = Mapping[str, Sequence[tuple[str, float]]]
+"""For each query id, the ids and scores of the retrieved documents, best first."""
+
+Embed = Callable[[list[str]], "np.ndarray"]
+Similarity = Callable[["np.ndarray", "np.ndarray"], "torch.Tensor"]
+Advance = Callable[[int], None]
+
+
+def search_vectors(
+    data: RetrievalDataset,
+    embed_queries: Embed,
+    embed_documents: Embed,
+    similarity: Similarity,
+    advance: Advance = lambda _: None,
+) -> Ranking:
+    """The documents most similar to each query.
+
+    Documents are embedded in chunks of 10,000. Documents without text are never retrieved.
+
+    Args:
+        data: queries and documents.
+        embed_queries: makes vectors (texts, dimension).
+        embed_documents: the same for documents.
+        similarity: makes scores (queries, documents) from vectors.
+        advance: called with the number of documents embedded.
+    """
+    import numpy as np
+
+    best = _TopDocuments(data)
+    vectors = embed_queries(list(data.queries.values()))
+    for chunk in _chunks(data.read(), CHUNK):
+        texts = {key: text for key, text in chunk if text.strip()}
+        if texts:
+            documents = embed_documents(list(texts.values()))
+            for start in range(0, len(vectors), _QUERY_BATCH):
+                scores = np.asarray(similarity(vectors[start : start + _QUERY_BATCH], documents))
+                best.add(start, list(texts), np.nan_to_num(scores, nan=-np.inf))
+        advance(len(chunk))
+    return best.ranking()
+
+
+def search_bm25(data: RetrievalDataset, advance: Advance = lambda _: None) -> Ranking:
+    """The documents with the highest BM25 score (bm25s: Lucene's variant, k1 1.5, b 0.75, English stop words removed).
+
+    Documents without a word of the query are not retrieved.
+    """
+    import bm25s
+    import numpy as np
+    from bm25s.tokenization import Tokenizer
+
+    best = _TopDocuments(data)
+    tokenizer = Tokenizer(stopwords="english")
+    counted_texts = _count_texts((text for _, text in data.read()), advance)
+    tokens = list(tokenizer.streaming_tokenize(counted_texts, allow_empty=False))
+    if not any(tokens):
+        return best.ranking()
+    index = bm25s.BM25()
+    index.index((tokens, tokenizer.get_vocab_dict()), show_progress=False)
+    query_tokens = tokenizer.streaming_tokenize(data.queries.values(), update_vocab=False, allow_empty=False)
+    for row, words in enumerate(query_tokens):
+        if words:
+            scores = index.get_scores_from_ids(words)
+            best.add(row, data.ids, np.where(scores > 0, scores, -np.inf)[None])
+    return best.ranking()
+
+
+class _TopDocuments:
+    """The best documents so far for each query; ties are broken by the greater id, as in trec_eval."""
+
+    def __init__(self, data: RetrievalDataset) -> None:
+        self.data = data
+        self.names = list(data.queries)
+        self.found: list[list[tuple[float, str]]] = [[] for _ in self.names]
+
+    def add(self, start: int, ids: Sequence[str], scores: np.ndarray) -> None:
+        """Merge scores (queries, documents) of the queries from `start` on; minus infinity means not retrieved."""
+        import numpy as np
+
+        kept = min(DEPTH + 1, scores.shape[1])  # one more, since a query's own document may be removed
+        worst = np.partition(scores, -kept, axis=1)[:, -kept]
+        for row, (line, threshold) in enumerate(zip(scores, worst, strict=True), start):
+            # Keep all ties with the last rank, so that the choice among them is deterministic.
+            candidates = np.flatnonzero(line >= threshold if np.isfinite(threshold) else np.isfinite(line))
+            merged = self.found[row] + [(float(line[i]), ids[i]) for i in candidates.tolist()]
+            self.found[row] = sorted(merged, reverse=True)[: DEPTH + 1]
+
+    def ranking(self) -> Ranking:
+        ranked = {}
+        for query, found in zip(self.names, self.found, strict=True):
+            excluded = query if query in self.data.self_documents else None
+            ranked[query] = [(key, score) for score, key in found if key != excluded][:DEPTH]
+        return ranked
+
+
+def _chunks(pairs: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
+    while chunk := list(islice(pairs, size)):
+        yield chunk
+
+
+def _count_texts(texts: Iterator[str], advance: Advance) -> Iterator[str]:
+    for text in texts:
+        yield text
+        advance(1)
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class QueryScore:
-    """What one query found.
+    """The metrics of one query.
 
     Attributes:
         query: its id.
@@ -33,24 +157,24 @@ class QueryScore:
     found: Sequence[str]
 
     def line(self, model: str) -> dict[str, Any]:
-        """As an object of the per-query file."""
+        """The query's object in the per-query file."""
         return {"model": model, "query": self.query, **self.values, "found": list(self.found)}
 
 
 def score_queries(data: RetrievalDataset, ranking: Ranking) -> list[QueryScore]:
-    """The metrics of each query, computed by trec_eval (through `pytrec_eval`); what found nothing has 0.
+    """The metrics of each query, computed by trec_eval (through `pytrec_eval`); a query without results has 0.
 
-    nDCG takes the qrels' scores as gains, over the logarithm of rank + 1, as trec_eval and BEIR do.
+    nDCG uses the qrels' scores as gains and the logarithm of rank + 1 as discount, as trec_eval and BEIR do.
     """
     require("eval")
     import pytrec_eval
 
-    # Places, not scores: trec_eval sorts again, and in less digits two scores may be one.
+    # Ranks instead of scores: trec_eval sorts again, and in its lower precision scores may tie.
     run = {query: {key: float(-rank) for rank, (key, _) in enumerate(found)} for query, found in ranking.items()}
     top_ten = {query: dict(list(found.items())[:10]) for query, found in run.items()}
-    judged = {query: dict(scores) for query, scores in data.qrels.items()}
-    full_results = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10", "recall.100"}).evaluate(run)
-    mrr_results = pytrec_eval.RelevanceEvaluator(judged, {"recip_rank"}).evaluate(top_ten)
+    qrels = {query: dict(scores) for query, scores in data.qrels.items()}
+    full_results = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100"}).evaluate(run)
+    mrr_results = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(top_ten)
     scores = []
     for query in data.queries:
         values = (
@@ -58,33 +182,33 @@ def score_queries(data: RetrievalDataset, ranking: Ranking) -> list[QueryScore]:
             mrr_results.get(query, {}).get("recip_rank", 0.0),
             full_results.get(query, {}).get("recall_100", 0.0),
         )
-        found = [key for key, _ in ranking.get(query, ())[:NUM_SHOWN]]
+        found = [key for key, _ in ranking.get(query, ())[:_NUM_SHOWN]]
         scores.append(QueryScore(query, dict(zip(METRICS, values, strict=True)), found))
     return scores
 
 
 def summarize(scores: Sequence[QueryScore]) -> dict[str, Any]:
     """Means over queries and their 95% intervals (None for a single query)."""
-    columns = {metric: [score.values[metric] for score in scores] for metric in METRICS}
-    means = {metric: sum(values) / len(values) for metric, values in columns.items()}
-    return {**means, "intervals": {metric: interval(values) for metric, values in columns.items()}}
+    by_metric = {metric: [score.values[metric] for score in scores] for metric in METRICS}
+    means = {metric: sum(values) / len(values) for metric, values in by_metric.items()}
+    return {**means, "intervals": {metric: interval(values) for metric, values in by_metric.items()}}
 
 
 def differences(scores: Mapping[str, Sequence[QueryScore]]) -> list[dict[str, Any]]:
-    """For each two models, the mean difference over the same queries, and its 95% interval.
+    """For each pair of models, the mean difference over the same queries and its 95% interval.
 
-    An interval that doesn't hold 0 says that one is better, beyond what the choice of queries explains.
+    An interval without 0 means that the difference is larger than the sampling of queries explains.
     """
-    found = []
+    entries = []
     for one, other in combinations(scores, 2):
         entry: dict[str, Any] = {"model": one, "minus": other, "intervals": {}}
         for metric in METRICS:
             pairs = zip(scores[one], scores[other], strict=True)
-            deltas = [top_ten.values[metric] - second.values[metric] for top_ten, second in pairs]
+            deltas = [first.values[metric] - second.values[metric] for first, second in pairs]
             entry[metric] = sum(deltas) / len(deltas)
             entry["intervals"][metric] = interval(deltas)
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def interval(values: Sequence[float]) -> list[float] | None:
@@ -98,9 +222,246 @@ def interval(values: Sequence[float]) -> list[float] | None:
         (np.asarray(values, dtype=float),),
         np.mean,
         n_resamples=_RESAMPLES,
-        batch=_BATCH,
+        batch=_RESAMPLE_BATCH,
         confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(0),
     )
     return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+class RetrievalResultsFile(ResultsFile[QueryScore]):
+    """Retrieval results of several models: means in `retrieval.json`, one line per query and model in `queries.jsonl`."""
+
+    evaluation = "retrieval"
+    summary_keys = (*METRICS, "intervals", "seconds")
+
+    def __init__(self, data: RetrievalDataset, folder: Path | None = None, per_query: Path | None = None) -> None:
+        """Load the results that the folder has, if any.
+
+        Args:
+            data: the set.
+            folder: for the two files; None writes nothing.
+            per_query: another file for the lines per query.
+
+        Raises:
+            LlamoryError: the folder has results of another set, or a broken file.
+        """
+        self.folder, self.per_query = folder, per_query
+        self._queries = list(data.queries)
+        self._seconds: dict[str, float] = {}
+        settings = {
+            "data": data.name,
+            "split": data.split,
+            "queries": len(data.queries),
+            "documents": len(data.ids),
+            "relevant_documents_missing": data.missing_relevant,
+            "queries_that_are_documents": len(data.self_documents),
+            "fingerprint": data.fingerprint,
+            "confidence": CONFIDENCE,
+            "trec_eval": f"pytrec-eval-terrier {version('pytrec-eval-terrier')}",
+        }
+        super().__init__(None if folder is None else folder / "retrieval.json", settings)
+
+    def has(self, name: str, metadata: Mapping[str, Any]) -> bool:
+        """Whether a model was scored by an earlier run.
+
+        Raises:
+            LlamoryError: another model was scored under this name.
+        """
+        return name in self.metadata and bool(self.run(name, metadata))
+
+    def add(self, name: str, metadata: Mapping[str, Any], scores: Sequence[QueryScore], seconds: float) -> None:
+        """Add a model's scores and write the files."""
+        self.metadata.pop(name, None)
+        self.scores.pop(name, None)
+        self.run(name, metadata).extend(scores)
+        self._seconds[name] = seconds
+        self.write()
+
+    def document(self) -> dict[str, Any]:
+        """The content of the file."""
+        return super().document() | {"differences": differences(self.scores)}
+
+    def write(self) -> None:
+        """Write both files, the lines first: a model counts as scored when it is in the JSON file."""
+        if self.folder is not None:
+            write_json_lines(self.folder / "queries.jsonl", self._lines())
+        super().write()
+        self.write_per_query()
+
+    def write_per_query(self) -> None:
+        """Write the other file for the lines per query, if there is one."""
+        if self.per_query is not None:
+            write_json_lines(self.per_query, self._lines())
+
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        return (score.line(name) for name, scores in self.scores.items() for score in scores)
+
+    def _entries(self, name: str) -> dict[str, Any]:  # noqa: ARG002 (scores are in the lines)
+        return {}
+
+    def _summary(self, name: str) -> dict[str, Any]:
+        return {**summarize(self.scores[name]), "seconds": self._seconds[name]}
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        settings = super()._load(path)
+        # A run that was interrupted between the two files has lines of too few queries.
+        for name in [name for name, found in self.scores.items() if [score.query for score in found] != self._queries]:
+            del self.scores[name], self.metadata[name]
+        return settings
+
+    def _load_scores(self, name: str, run: Mapping[str, Any]) -> list[QueryScore]:
+        assert self.folder is not None
+        self._seconds[name] = run["seconds"]
+        scores = []
+        with (self.folder / "queries.jsonl").open(encoding="utf-8") as file:
+            for entry in map(json.loads, file):
+                values = {metric: entry[metric] for metric in METRICS}
+                if entry["model"] == name:
+                    scores.append(QueryScore(entry["query"], values, entry["found"]))
+        return scores
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def read_dataset(data: str, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalDataset:
+    """Read a BEIR folder or a task of mteb.
+
+    Raises:
+        LlamoryError: there is neither, or its data is broken.
+    """
+    from llamory.evaluation.beir import read_beir
+
+    path = Path(data)
+    if path.is_dir():
+        return read_beir(path, split, ignore_identical_ids=ignore_identical_ids)
+    if path.exists():
+        raise LlamoryError(f"{data} is a file; give a BEIR folder, or the name of an mteb task.")
+    if path.name != data or data.startswith("."):
+        raise LlamoryError(f"There is no folder {data}; give a BEIR folder, or the name of an mteb task.")
+    return read_mteb(data, split, ignore_identical_ids=ignore_identical_ids)
+
+
+def mean_pooling_name(model: str) -> str:
+    """The name in results of a model that embeds by mean pooling."""
+    return f"mean of {model}"
+
+
+def evaluate(
+    data: str,
+    models: Sequence[str],
+    *,
+    mean_pooling: Sequence[str] = (),
+    bm25: bool = True,
+    split: str | None = None,
+    num_queries: int | None = None,
+    num_documents: int | None = None,
+    ignore_identical_ids: bool = False,
+    max_length: int | None = None,
+    query_prompt: str | None = None,
+    bf16: bool = False,
+    output: Path | None = None,
+    per_query: Path | None = None,
+) -> RetrievalResultsFile:
+    """Score retrievers and BM25 on a set; existing results in `output` are resumed.
+
+    Args:
+        data: a BEIR folder, or the name of an mteb task.
+        models: retrievers, as for `load_embedder`.
+        mean_pooling: models that embed by the mean of their last hidden states.
+        bm25: whether BM25 is scored.
+        split: of the qrels.
+        num_queries, num_documents: sizes of a sample; None for all.
+        ignore_identical_ids: as for `read_beir`.
+        max_length: tokens of a text that a model reads.
+        query_prompt: prompt of LLARA models for queries.
+        bf16: embed in bfloat16.
+        output: a folder for the results; None writes none.
+        per_query: another file for the lines per query.
+
+    Raises:
+        LlamoryError: the data or a model can't be read, or the output has other results.
+    """
+    from llamory.embedding.pipeline import check_embedder, is_llara, load_embedder, mean_embedder, set_query_prompt
+    from llamory.models.base import load_config
+
+    for name in models:
+        check_embedder(name)
+    for name in mean_pooling:
+        load_config(name)
+    dataset = sample(read_dataset(data, split, ignore_identical_ids=ignore_identical_ids), num_queries, num_documents)
+    if per_query is not None and not per_query.parent.is_dir():
+        raise LlamoryError(f"There is no folder {per_query.parent} for the per-query file.")
+    results = RetrievalResultsFile(dataset, output, per_query)
+    shown = display_names([*models, *mean_pooling])
+    if bm25:
+        metadata = {"kind": "bm25", "library": f"bm25s {version('bm25s')}"}
+        _score(results, dataset, BM25, metadata, lambda advance: search_bm25(dataset, advance), BM25)
+    for name in mean_pooling:
+        embedder = mean_embedder(name, **({} if max_length is None else {"max_length": max_length}))
+        _score_embedder(results, dataset, mean_pooling_name(name), embedder, mean_pooling_name(shown[name]), bf16=bf16)
+    for name in models:
+        embedder = load_embedder(name, max_length=max_length)
+        if query_prompt is not None and is_llara(embedder):
+            set_query_prompt(embedder, query_prompt)
+        _score_embedder(results, dataset, name, embedder, shown[name], bf16=bf16)
+    results.write_per_query()
+    return results
+
+
+def _score_embedder(
+    results: RetrievalResultsFile,
+    data: RetrievalDataset,
+    name: str,
+    embedder: SentenceTransformer,
+    title: str,
+    *,
+    bf16: bool,
+) -> None:
+    from llamory.embedding.library_encoder import embed_passages, embed_queries, fingerprint
+    from llamory.embedding.pipeline import query_prompt
+
+    prompt = query_prompt(embedder)
+    limit = embedder.max_seq_length  # may be infinite, which JSON can't represent
+    metadata = {
+        "kind": "vectors",
+        "fingerprint": fingerprint(embedder),
+        "similarity": embedder.similarity_fn_name,
+        "max_length": limit if limit is not None and math.isfinite(limit) else None,
+        "bf16": bf16,
+    }
+    if prompt is not None:
+        metadata["query_prompt"] = prompt
+
+    def search(advance: Advance) -> Ranking:
+        return search_vectors(
+            data,
+            lambda texts: embed_queries(embedder, texts, bf16=bf16),
+            lambda texts: embed_passages(embedder, texts, advance, bf16=bf16),
+            embedder.similarity,
+        )
+
+    _score(results, data, name, metadata, search, title)
+
+
+def _score(
+    results: RetrievalResultsFile,
+    data: RetrievalDataset,
+    name: str,
+    metadata: dict[str, Any],
+    search: Callable[[Advance], Ranking],
+    title: str,
+) -> None:
+    if results.has(name, metadata):
+        return
+    started = time.perf_counter()
+    with ProgressBar(title, len(data.ids), unit="documents") as bar:
+        scores = score_queries(data, search(bar.advance))
+        seconds = time.perf_counter() - started
+        results.add(name, metadata, scores, seconds)
+        bar.print(f"{title}: nDCG@10 {summarize(scores)['nDCG@10']:.3f} ({seconds:.1f} s)")

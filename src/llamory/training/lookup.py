@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.lookup_data import BOS, EOS, LookupTask, save_task
+from llamory.evaluation.lookup import BOS, EOS, LookupTask, save_task
 from llamory.longllama.causal import LongLlamaForCausalLM
 from llamory.longllama.configuration import LongLlamaConfig
 from llamory.longllama.losses import IGNORE_INDEX

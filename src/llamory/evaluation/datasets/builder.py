@@ -16,10 +16,10 @@ from pathlib import Path
 
 import xxhash
 
+from llamory.common.io import write_json_lines
 from llamory.documents.beir import CORPUS, QRELS, QUERIES
 from llamory.documents.readers import read_json_lines, string_entry
 from llamory.errors import LlamoryError
-from llamory.evaluation.results import write_jsonl
 
 SPLITS = {"test": 5 / 32, "dev": 2 / 32, "train": 25 / 32}  # the first keeps its pairs where two are alike
 SHINGLE_WORDS = 5  # words
@@ -142,14 +142,14 @@ def words(text: str) -> list[str]:
 def _write_split(folder: Path, split: str, pairs: list[Pair]) -> None:
     (folder / QRELS).mkdir(parents=True)
     keys = [f"{_hash(pair.query + chr(10) + pair.text):016x}" for pair in pairs]
-    write_jsonl(
+    write_json_lines(
         folder / CORPUS,
         (
             {"_id": f"d-{key}", "title": "", "text": pair.text, "metadata": {"source": pair.source}}
             for key, pair in zip(keys, pairs, strict=True)
         ),
     )
-    write_jsonl(
+    write_json_lines(
         folder / QUERIES,
         ({"_id": f"q-{key}", "text": pair.query} for key, pair in zip(keys, pairs, strict=True)),
     )

@@ -169,6 +169,7 @@ def test_only_permissive_licences_are_taken(fields: dict[str, str], licence: str
     assert permissive_licence(package) == licence
 
 
+@pytest.mark.slow
 def test_the_usual_packages_are_permissive_and_come_with_this_one() -> None:
     names = [origin.name.split()[0] for origin in default_packages()]
     assert names == sorted(DEFAULT_PACKAGES)  # all of them are installed where the tests run

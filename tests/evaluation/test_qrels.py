@@ -7,7 +7,7 @@ import pytest
 
 from keyword_models import keyword_model
 from llamory.errors import LlamoryError
-from llamory.evaluation.mteb_task import read_mteb
+from llamory.evaluation.qrels import read_mteb
 
 
 @pytest.fixture
@@ -30,6 +30,7 @@ def task(registry: dict):
     return made.dataset["default"]
 
 
+@pytest.mark.slow
 def test_a_task_is_what_mteb_loads(task) -> None:
     data = read_mteb("SmallRetrieval")
     expected = task["test"]
@@ -68,8 +69,7 @@ def test_scores_are_mtebs_own(registry: dict) -> None:
     from datasets import Dataset
     from mteb.mocks.mock_tasks.retrieval import MockRetrievalTask
 
-    from llamory.evaluation.retrieval import score_queries, summarize
-    from llamory.evaluation.retrieval_systems import search_vectors
+    from llamory.evaluation.retrieval import score_queries, search_vectors, summarize
 
     words = "river stone bridge winter garden letter window market silver morning harbour candle forest".split()
 

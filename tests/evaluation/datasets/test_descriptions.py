@@ -53,7 +53,7 @@ def test_paragraphs_are_joined_and_lists_kept(tmp_path: Path) -> None:
     assert (tools.source, tools.query) == ("river-tools", "tools that measure rivers")
     first = "River tools measure how deep and how wide a river is, and write it down in a table."
     assert tools.text == f"{first}\n\nThey know\n * small rivers\n * large rivers and nothing else."
-    assert tools.family == headers.family == first
+    assert tools.group == headers.group == first
     assert headers.text == f"{first}\n\nThis package has the headers."
 
 
