@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from llamory.cli import app
 from llamory.cli.settings import is_required
-from llamory.cli.train import RECIPES
+from llamory.cli.train import COMMANDS
 
 FOLDER = Path(__file__).parent
 NOTE = "<!-- Written by docs/reference/generate.py; change the code instead. -->\n\n"
@@ -60,7 +60,7 @@ def settings_page() -> str:
         "and of the classes that it extends.\n",
     ]
     users: dict[type, list[str]] = {}
-    for name, (settings, *_) in RECIPES.items():
+    for name, (settings, *_) in COMMANDS.items():
         for each in reversed(settings.__mro__):
             if dataclasses.is_dataclass(each):
                 users.setdefault(each, []).append(name)

@@ -96,9 +96,9 @@ def test_a_parameter_of_a_group_becomes_one_option_per_field() -> None:
 
 
 def test_only_options_that_were_given_are_chosen() -> None:
-    assert options.chosen(Lamp(color="")) == {"color": ""}
-    assert options.chosen(Lamp(watts=0)) == {"color": "red", "watts": 0}
-    assert options.chosen(Lamp(watts=3), "watts") == {"watts": 3}
+    assert options.explicit(Lamp(color="")) == {"color": ""}
+    assert options.explicit(Lamp(watts=0)) == {"color": "red", "watts": 0}
+    assert options.explicit(Lamp(watts=3), "watts") == {"watts": 3}
 
 
 # ---- the same in every command ---------------------------------------------------------------------------------------

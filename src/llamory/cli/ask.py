@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 import typer
 
 from llamory.cli import options
-from llamory.cli.options import ADVANCED, GENERATION, SEARCH, chosen, integer, number, option
+from llamory.cli.options import ADVANCED, GENERATION, SEARCH, explicit, integer, number, option
 from llamory.cli.output import print_json, stdout_redirected, write_printable
 from llamory.errors import LlamoryError
 
@@ -141,7 +141,7 @@ def ask(
             answer = library.ask(question, progress=True, **_retrieval_kwargs(retrieval), **kwargs)
             name = library.qa_session().reader.name
     if as_json:
-        print_json(_describe(target) | {"model": name} | dataclasses.asdict(answer))
+        print_json(_target_fields(target) | {"model": name} | dataclasses.asdict(answer))
         return
     out.write("\n")
     _write_citations(out, getattr(answer, "citations", []))
@@ -198,7 +198,7 @@ def chat(
         if save is not None:
             session.save(save)
     if as_json:
-        print_json(_describe(target) | {"turns": [dataclasses.asdict(turn) for turn in session.turns]})
+        print_json(_target_fields(target) | {"turns": [dataclasses.asdict(turn) for turn in session.turns]})
 
 
 # ---- from options to arguments ---------------------------------------------------------------------------------------
@@ -207,28 +207,28 @@ def chat(
 def _check_target(target: SourceOptions, retrieval: RetrievalOptions, advanced: AdvancedOptions) -> None:
     if bool(target.library) == bool(target.memory):
         raise LlamoryError("Give either --library DIR or --memory FILE, to say what is asked.")
-    library_only = chosen(retrieval, "top_documents", "source", "mode", "citations") | _reader_settings(advanced)
+    library_only = explicit(retrieval, "top_documents", "source", "mode", "citations") | _reader_settings(advanced)
     if target.memory and library_only:
         flag = next(iter(library_only)).replace("_", "-")
         raise LlamoryError(f"--{flag} goes with --library; the settings of a memory file are fixed when it is read.")
 
 
 def _reader_settings(advanced: AdvancedOptions) -> dict[str, Any]:
-    return chosen(advanced, *(field.name for field in dataclasses.fields(options.ReaderOptions)))
+    return explicit(advanced, *(field.name for field in dataclasses.fields(options.ReaderOptions)))
 
 
 def _model_kwargs(target: SourceOptions, advanced: AdvancedOptions) -> dict[str, Any]:
-    kwargs = chosen(advanced, "mem_search", "mem_top_k", "last_context_length", "bf16")
+    kwargs = explicit(advanced, "mem_search", "mem_top_k", "last_context_length", "bf16")
     return kwargs | {"model": target.model} | options.device_kwargs(target.device)
 
 
 def _retrieval_kwargs(retrieval: RetrievalOptions) -> dict[str, Any]:
-    return chosen(retrieval) | {"documents": retrieval.documents or None}
+    return explicit(retrieval) | {"documents": retrieval.documents or None}
 
 
 def _generation_kwargs(generation: GenerationOptions, advanced: AdvancedOptions, out: TextIO | None) -> dict[str, Any]:
     on_text: Callable[[str], None] | None = None if out is None else lambda text: write_printable(out, text)
-    return chosen(generation) | chosen(advanced, "evidence_ratio", "max_question_tokens") | {"on_text": on_text}
+    return explicit(generation) | explicit(advanced, "evidence_ratio", "max_question_tokens") | {"on_text": on_text}
 
 
 def _open_memory(target: SourceOptions, retrieval: RetrievalOptions, advanced: AdvancedOptions) -> Any:
@@ -244,7 +244,7 @@ def _open_library(target: SourceOptions, advanced: AdvancedOptions) -> Any:
     return Library(str(target.library), **_reader_settings(advanced), **_model_kwargs(target, advanced))
 
 
-def _describe(target: SourceOptions) -> dict[str, Any]:
+def _target_fields(target: SourceOptions) -> dict[str, Any]:
     return {"memory": list(map(str, target.memory))} if target.memory else {"library": target.library}
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llamory.cli import options
-from llamory.cli.options import ADVANCED, READER, chosen, integer, number, option
+from llamory.cli.options import ADVANCED, READER, explicit, integer, number, option
 from llamory.cli.output import print_json, printable, show_size, stdout_redirected
 from llamory.errors import LlamoryError
 
@@ -96,7 +96,7 @@ def index(
         from llamory.library import Library
         from llamory.library.store import PassageStore
 
-        reader_settings = chosen(reader)
+        reader_settings = explicit(reader)
         if model is None and not remove and PassageStore.open(library) is None:
             model = "default"
         opened = Library(library, model=model, bf16=bf16, **options.device_kwargs(device), **reader_settings)

@@ -279,7 +279,7 @@ class MemorySearchOptions:
     mem_top_k: MemTopK = None
 
 
-def chosen(options: Any, *names: str) -> dict[str, Any]:
+def explicit(options: Any, *names: str) -> dict[str, Any]:
     """The options of a group that were given, or those of them with these names."""
     values = {name: getattr(options, name) for name in names or vars(options)}
     return {name: value for name, value in values.items() if value not in (None, []) and value is not False}

@@ -47,9 +47,9 @@ def add_settings_command(
 
     def command(context: typer.Context, config: Path | None, as_json: bool, **values: Any) -> None:
         quiet = values["quiet"]
-        given = {key: values[key] for key in fields if _is_given(context, key)}
-        given |= {key: False for key in fields if _is_given(context, f"no_{key}")}
-        settings = read_settings(settings_class, config, given)
+        overrides = {key: values[key] for key in fields if _is_explicit(context, key)}
+        overrides |= {key: False for key in fields if _is_explicit(context, f"no_{key}")}
+        settings = read_settings(settings_class, config, overrides)
         with stdout_redirected(quiet=bool(getattr(settings, "quiet", quiet))):
             result = run(settings)
         if os.environ.get("RANK", "0") == "0":  # one of the processes that train together prints
@@ -73,7 +73,7 @@ def add_settings_command(
     app.command(name=name, help=help or inspect.getdoc(settings_class))(command)
 
 
-def read_settings(settings_class: type[Settings], file: Path | None, given: Mapping[str, Any]) -> Settings:
+def read_settings(settings_class: type[Settings], file: Path | None, overrides: Mapping[str, Any]) -> Settings:
     """Make a dataclass of settings from a YAML file and from values that take precedence over it.
 
     Raises:
@@ -83,7 +83,9 @@ def read_settings(settings_class: type[Settings], file: Path | None, given: Mapp
 
     fields = _fields(settings_class)
     values = _file_values(file, fields) if file else {}
-    values |= {key: options.layers(value) if key == "mem_layers" and value else value for key, value in given.items()}
+    values |= {
+        key: options.layers(value) if key == "mem_layers" and value else value for key, value in overrides.items()
+    }
     missing = [_flag(name) for name, (field, _) in fields.items() if name not in values and is_required(field)]
     if missing:
         raise LlamoryError(f"{' and '.join(missing)} must be given, as flags or as keys of the --config file.")
@@ -94,7 +96,7 @@ def read_settings(settings_class: type[Settings], file: Path | None, given: Mapp
         key = str(first["loc"][0]) if first["loc"] else ""
         if key in fields:
             message = f"{first['msg'].removeprefix('Value error, ').rstrip('.')}, not {first['input']!r}"
-            where = _flag(key) if key in given else f"{key} in {file}"
+            where = _flag(key) if key in overrides else f"{key} in {file}"
             raise LlamoryError(f"{where}: {message}.") from error
         raise LlamoryError(first["msg"].removeprefix("Value error, ")) from error
 
@@ -147,7 +149,7 @@ def _parameters(field: dataclasses.Field[Any], hint: Any) -> list[inspect.Parame
     return parameters
 
 
-def _is_given(context: typer.Context, name: str) -> bool:
+def _is_explicit(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and not source.name.startswith("DEFAULT")
 
@@ -201,8 +203,8 @@ def _read_yaml(file: Path) -> dict[Any, Any]:
     except UnicodeDecodeError as error:
         raise LlamoryError(f"The settings file {file} is not a text file in UTF-8.") from error
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
+        position = getattr(error, "problem_mark", None)
+        where = f" in line {position.line + 1}" if position else ""
         raise LlamoryError(f"{file} is not valid YAML: {getattr(error, 'problem', error)}{where}.") from error
     if content is None:
         return {}

@@ -15,7 +15,7 @@ from llamory.training.settings import FotSettings, InstructSettings, LlaraSettin
 app = typer.Typer(help="Train a model.", rich_markup_mode="rich")
 
 # Command: settings, module and function of the recipe, help.
-RECIPES: dict[str, tuple[type, str, str]] = {
+COMMANDS: dict[str, tuple[type, str, str]] = {
     "llara": (
         LlaraSettings,
         "llamory.training.llara:train_llara",
@@ -44,7 +44,7 @@ RECIPES: dict[str, tuple[type, str, str]] = {
 }
 
 
-def _recipe(target: str) -> Callable[[Any], Mapping[str, Any]]:
+def _runner(target: str) -> Callable[[Any], Mapping[str, Any]]:
     module, _, function = target.partition(":")
 
     def run(settings: Any) -> Mapping[str, Any]:
@@ -55,5 +55,5 @@ def _recipe(target: str) -> Callable[[Any], Mapping[str, Any]]:
     return run
 
 
-for _name, (_settings, _target, _help) in RECIPES.items():
-    add_settings_command(app, _name, _settings, _recipe(_target), help=_help)
+for _name, (_settings, _target, _help) in COMMANDS.items():
+    add_settings_command(app, _name, _settings, _runner(_target), help=_help)
