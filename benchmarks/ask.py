@@ -44,7 +44,7 @@ UNLIMITED = 1 << 50  # mapped files count as a process's own memory
 
 
 class StubLibrary:
-    """The least that a qa_session needs of a library: passages by source.
+    """The least that questions need of a library: passages by source.
 
     Args:
         path: where memories go.
@@ -101,9 +101,9 @@ def stock(model: str, tokens: int, count: int) -> dict[str, Any]:
 
 def reading(model: str, tokens: int, count: int, folder: str, settings: dict[str, Any]) -> dict[str, Any]:
     """(b): nothing is in memory yet; leaves the memories behind for (c)."""
-    qa_session = _qa_session(_reader(model, settings), StubLibrary(folder, tokens, count, model), settings)
-    answer = _ask(qa_session)
-    size = qa_session.reader.memory_cache.nbytes
+    source = _source(_reader(model, settings), StubLibrary(folder, tokens, count, model), settings)
+    answer = _ask(source)
+    size = source.reader.memory_cache.nbytes
     return {"seconds": [answer.seconds_to_first_token], "memory_tokens": answer.tokens_read, "bytes": size}
 
 
@@ -114,24 +114,24 @@ def mounting(
     reader, library = _reader(model, settings), StubLibrary(folder, tokens, count, model)
     # The model's own first pass takes longer than any later one; no document is in it.
     reader.model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=1, do_sample=False, pad_token_id=0)
-    qa_session, found = _qa_session(reader, library, settings), []
+    source, found = _source(reader, library, settings), []
     if cache_state == "open":
-        _ask(qa_session)
+        _ask(source)
     for _ in range(repeats):
         if cache_state != "open":
-            del qa_session  # what is mapped stays in the system's cache
+            del source  # what is mapped stays in the system's cache
             gc.collect()
             if cache_state == "disk":
                 drop_page_cache(Path(folder))
-            qa_session = _qa_session(reader, library, settings)
-        answer = _ask(qa_session)
+            source = _source(reader, library, settings)
+        answer = _ask(source)
         assert answer.tokens_read == 0, "a memory was missing"
         found.append(answer)
     return {
         "seconds": [each.seconds_to_first_token for each in found],
         "seconds_to_attach": [each.seconds_to_attach for each in found],
         "memory_tokens": found[0].memory_tokens,
-        "bytes": qa_session.reader.memory_cache.nbytes,
+        "bytes": source.reader.memory_cache.nbytes,
     }
 
 
@@ -144,26 +144,26 @@ def drop_page_cache(folder: Path) -> None:
 
 
 def _reader(model: str, settings: dict[str, Any]) -> Any:
-    from llamory.library.reader import Reader, ReaderSettings
+    from llamory.library.reader import Reader, ReaderConfig
 
-    return Reader(ReaderSettings(reader=model, **settings), Path(tempfile.gettempdir()))
+    return Reader(ReaderConfig(reader=model, **settings), Path(tempfile.gettempdir()))
 
 
-def _qa_session(reader: Any, library: Any, settings: dict[str, Any]) -> Any:
-    """A qa_session that knows no memory yet, with a model that is loaded."""
-    from llamory.library.qa import QASession
-    from llamory.library.reader import ReaderSettings
+def _source(reader: Any, library: Any, settings: dict[str, Any]) -> Any:
+    """A source without loaded memories, with a loaded model."""
+    from llamory.library.qa import LibrarySource
+    from llamory.library.reader import ReaderConfig
 
-    reader_settings = ReaderSettings(
+    reader_settings = ReaderConfig(
         reader=reader.model, tokenizer=reader.tokenizer, memory_budget=settings["memory_budget"]
     )
-    qa_session = QASession(library, reader_settings, progress=False)
-    assert qa_session.reader.model is reader.model
-    return qa_session
+    source = LibrarySource(library, reader_settings, progress=False)
+    assert source.reader.model is reader.model
+    return source
 
 
-def _ask(qa_session: Any) -> Any:
-    return qa_session.ask(QUESTION, documents=["*"], max_new_tokens=1, citations=0, evidence_ratio=0)
+def _ask(source: Any) -> Any:
+    return source.session(documents=["*"], citations=0).ask(QUESTION, max_new_tokens=1, evidence_ratio=0)
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------

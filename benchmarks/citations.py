@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from llamory.documents import Chunk
-from llamory.library.qa import LibraryChat, QASession
-from llamory.library.reader import ReaderSettings
+from llamory.library.qa import LibrarySource
+from llamory.library.reader import ReaderConfig
 from llamory.qa.attribution import AttentionRecorder
 from measuring import processor
 
@@ -66,7 +66,7 @@ QUESTIONS = [
 
 
 class StubLibrary:
-    """The least that a qa_session needs of a library."""
+    """The least that questions need of a library."""
 
     def __init__(self, path: str):
         self.path = path
@@ -105,15 +105,15 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        qa_session = QASession(StubLibrary(folder), ReaderSettings(reader=options.model), progress=False)
-        attached_memory = qa_session.attach(list(DOCUMENTS)).memory
+        source = LibrarySource(StubLibrary(folder), ReaderConfig(reader=options.model), progress=False)
+        attached_memory = source.load(list(DOCUMENTS)).memory
         print(f"{'question':52}{'drawn':>6}{'plain':>6}  answer")
         for question, document, part in QUESTIONS:
-            chat = LibraryChat(qa_session, documents=["*"], citations=9)
-            chat._recorder = FirstTokenRecorder()
+            chat = source.session(documents=["*"], citations=9)
+            chat.recorder = FirstTokenRecorder()
             answer = chat.ask(question, max_new_tokens=options.max_new_tokens, evidence_ratio=0)
             right = f"{document}:{part}"
-            likeliest = qa_session.reader.generator.select_evidence(
+            likeliest = source.reader.generator.select_evidence(
                 question, attached_memory, attached_memory.segments, evidence_ratio=1
             )
             drawn = [each.location for each in answer.citations]

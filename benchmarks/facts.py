@@ -117,8 +117,8 @@ def memory_answers(
         evidence = memory.slice(generator.select_evidence(case.question, memory, memory.segments, evidence_ratio))
         selection_seconds += time.perf_counter() - started
         answers.append(
-            generator.answer(
-                generator.first_prompt(case.question), model.memory_cache(evidence), generation_settings
+            generator.generate(
+                generator.prompt(case.question).ids, model.memory_cache(evidence), generation_settings
             ).text
         )
     sys.stdout.write(f"{selection_seconds / len(asked):.2f} s to choose what a question is about\n")

@@ -76,7 +76,7 @@ def test_a_library_that_was_added_to_shares_its_base_model_once_it_is_asked(tmp_
     library = Library(tmp_path / "library", model="default", device="cpu", **SETTINGS)
     library.add(tmp_path / "note.md", progress=False)
     before = library.search("a wide river")
-    reader = library.qa_session().reader.model
+    reader = library.qa_source().reader.model
     after = library.search("a wide river")
     assert library._embedder()[0].auto_model.layers[3].mlp.up_proj.weight is reader.model.layers[3].mlp.up_proj.weight
     assert [hit.text for hit in after] == ["The river is wide."]

@@ -1,7 +1,7 @@
 """The benchmark of asking gives documents of the lengths that it says, and compares what it should."""
 
 import ask
-from llamory.ingest.stored_documents import StoredDocument, tokenize_document
+from llamory.ingest.documents import StoredDocument
 from llamory.models.base import load_tokenizer
 
 
@@ -10,7 +10,7 @@ def test_documents_have_about_the_tokens_that_are_said(model_folder) -> None:
     assert len(library.sources()) == 3
     tokenizer, found = load_tokenizer(model_folder), library.passages_of(library.sources())
     for source in library.sources():
-        tokens = tokenize_document(StoredDocument(source, tuple(found[source])), tokenizer, [])
+        tokens = StoredDocument(source, tuple(found[source])).tokenize(tokenizer)
         assert abs(len(tokens.ids) - 300) < 15
         assert all(passage.text.strip() for passage in found[source])
 

@@ -174,7 +174,7 @@ def test_wrong_input_is_one_sentence_and_code_2(read, llamory, texts, book, make
     refused(llamory("ask", "", "--memory", book), "blank")
     refused(llamory(*ask, "--evidence-ratio", "0.5"), "must be at least 1, or 0", "0.5")
     assert book.read_bytes() == before
-    assert sorted(path.name for path in book.parent.iterdir()) == ["book", "texts"]
+    assert sorted(path.name for path in book.parent.iterdir()) == [".book.lock", "book", "texts"]
     book.write_bytes(before[:-20])
     refused(llamory(*ask), "cut short")
     refused(llamory("info", book), "cut short")
@@ -200,7 +200,7 @@ def make_other(tmp_path_factory, model_folder) -> Path:
 def test_an_empty_document_among_others_is_told(read, texts, book, caplog) -> None:
     (texts / "empty.txt").write_text("")
     assert read(texts).code == 0
-    assert f"Passed over {texts / 'empty.txt'}: it is empty." in caplog.text
+    assert f"Skipped {texts / 'empty.txt'}: it is empty." in caplog.text
     assert len(MemoryBank.load(book).segments) == 2
 
 
@@ -224,5 +224,5 @@ def test_ctrl_c_leaves_the_memory_and_keeps_what_was_read(texts, book, model_fol
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert (out, err.splitlines()[-1]) == ("", "Interrupted.")
-    assert sorted(path.name for path in book.parent.iterdir()) == ["book.partial", "texts"]
+    assert sorted(path.name for path in book.parent.iterdir()) == [".book.lock", "book.partial", "texts"]
     assert str(texts / "bridges.md") in MemoryBank.load(partial).segments

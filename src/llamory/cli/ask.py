@@ -17,7 +17,7 @@ from llamory.cli.output import print_json, stdout_redirected, write_printable
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
-    from llamory.library import Citation
+    from llamory.qa.attribution import Citation
 
 _PROMPT = "> "
 _QUIT_COMMANDS = ("/quit", "/exit")
@@ -139,7 +139,7 @@ def ask(
         else:
             library = _open_library(target, advanced)
             answer = library.ask(question, progress=True, **_retrieval_kwargs(retrieval), **kwargs)
-            name = library.qa_session().reader.name
+            name = library.qa_source().reader.name
     if as_json:
         print_json(_target_fields(target) | {"model": name} | dataclasses.asdict(answer))
         return

@@ -118,7 +118,7 @@ def index(
         if precompute_memory and not remove and len(opened):
             memories = opened.precompute_memory(engine=engine, ray_address=ray_address)
         elif reader_settings and len(opened):
-            opened.qa_session().save_reader_config(change=True)
+            opened.qa_source().save_reader_config(change=True)
     if as_json:
         document = {"library": library, **dataclasses.asdict(report)}
         print_json(document | ({} if memories is None else {"memory": dataclasses.asdict(memories)}))

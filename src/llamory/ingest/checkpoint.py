@@ -1,134 +1,123 @@
-"""What was read so far, kept beside a memory file so that a run that is stopped goes on from there."""
+"""Progress of an ingest run, saved beside the memory file so that a stopped run can resume."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from llamory.ingest.documents import TokenizedDocument
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.memory import MemoryBank
 
-# Between two savings within a document, in seconds; and saving takes a twentieth of the time at most.
+# Seconds between two saves within a document. Saving takes at most 1 / _SAVE_TIME_RATIO of the time.
 SAVE_INTERVAL_SECONDS = 60.0
 _SAVE_TIME_RATIO = 20
 _UNFINISHED = "unfinished"
 
 
-def document_metadata(document: TokenizedDocument) -> dict[str, Any]:
-    """What a memory notes of a document."""
-    return {
-        "source": document.source,
-        "file": document.file,
-        "title": document.title,
-        "digest": document.digest,
-        "tokens": len(document.ids),
-    }
-
-
 class IngestCheckpoint:
-    """Finished documents, and the windows of one that isn't finished; segments are named by their source.
+    """Encoded documents, and the windows of unfinished ones. Segments are named by their source.
 
     Args:
-        path: the file.
-        model: whose memory it is.
-        bank: what a run before has left there.
+        path: the checkpoint file.
+        model: the model that encodes the documents.
+        name: the model's name, for the metadata.
+        bank: the content of the checkpoint file, if there is one.
     """
 
-    def __init__(self, path: Path, model: LongLlamaForCausalLM, bank: MemoryBank | None):
-        self.path, self._model = path, model
-        self.bank = model.new_memory() if bank is None else bank
-        self._unfinished_bank = model.new_memory()  # windows of documents that a run before has begun
-        self._current: tuple[str, MemoryBank, dict[str, Any]] | None = None
+    def __init__(self, path: Path, model: LongLlamaForCausalLM, name: str, bank: MemoryBank | None = None):
+        self.path, self._model, self._name = path, model, name
+        self._context_length: int = model.config.max_position_embeddings
+        self._current: tuple[TokenizedDocument, MemoryBank] | None = None
         self._has_changes, self._saved_tokens = False, 0
         self._saved_at, self._save_seconds = time.perf_counter(), 0.0
-        self._context_length = model.config.max_position_embeddings
-        self._split_unfinished()
+        self._load(model.new_memory() if bank is None else bank)
 
-    # ---- what is there -------------------------------------------------------------------------------------------
+    # ---- documents ---------------------------------------------------------------------------------------------------
 
-    def has(self, document: TokenizedDocument) -> bool:
+    def contains(self, document: TokenizedDocument) -> bool:
         """Whether a document is finished."""
         return self._has_current(self.bank, document)
 
     def resumable_tokens(self, document: TokenizedDocument) -> int:
-        """How many tokens of an unfinished document are read, in whole windows."""
+        """Tokens of an unfinished document that are encoded, in whole windows."""
         if not self._has_current(self._unfinished_bank, document):
             return 0
-        # A run that was stopped within a window has written it in the first layers only.
-        tokens = min(self._unfinished_bank.length(layer, document.source) for layer in self._unfinished_bank.layers)
+        # If the run was stopped within a window, only the first layers have it.
+        bank = self._unfinished_bank
+        tokens = min(bank.length(layer, document.source) for layer in bank.layers)
         return tokens - tokens % self._context_length
 
-    def add(self, document: TokenizedDocument, bank: MemoryBank, metadata: dict[str, Any]) -> None:
-        """Keep a document that was read into a bank of its own."""
-        self._drop_segment(document.source)
-        for layer in bank.layers:
-            # Copied into blocks that many documents share: short ones would waste most of a block each.
-            self.bank.append(layer, bank.keys(layer), bank.values(layer), segment=document.source)
-        self.bank.set_metadata(document.source, **metadata)
-        self._has_changes = True
-
-    def resume(self, document: TokenizedDocument, metadata: dict[str, Any]) -> MemoryBank:
-        """A bank of its own for a document, with what was read of it before."""
-        bank, resumed_tokens, context_length = (
-            self._model.new_memory(),
-            self.resumable_tokens(document),
-            self._context_length,
-        )
-        for layer in bank.layers if resumed_tokens else ():
-            # Window by window, as they came the first time: then the blocks are the same, and so are the sums that
-            # attention takes over them, to the bit.
-            device = self._model.model.layers[layer].self_attn.k_proj.weight.device
-            if device.type == "meta":  # offloaded: it comes to where the inputs are
-                device = self._model.device
-            keys, values = (
-                part(layer, document.source).to(device)
-                for part in (self._unfinished_bank.keys, self._unfinished_bank.values)
+    def start(self, document: TokenizedDocument) -> MemoryBank:
+        """A bank for a long document, with the windows that an earlier run encoded."""
+        bank, tokens = self._model.new_memory(), self.resumable_tokens(document)
+        if tokens:
+            # Window by window, as in an uninterrupted run: then the blocks, and the sums that attention takes over
+            # them, are the same to the bit.
+            bank.attach_copy(
+                self._unfinished_bank,
+                document.source,
+                tokens=tokens,
+                step=self._context_length,
+                devices={layer: self._device(layer) for layer in bank.layers},
             )
-            for start in range(0, resumed_tokens, context_length):
-                part = slice(start, start + context_length)
-                bank.append(layer, keys[:, part], values[:, part], segment=document.source)
-        self._current, self._saved_tokens = (document.source, bank, metadata), resumed_tokens
+        self._current, self._saved_tokens = (document, bank), tokens
         return bank
 
-    def finish_document(self) -> None:
-        """The document that was resumed is read to its end."""
-        assert self._current is not None
-        source, bank, metadata = self._current
+    def add(self, document: TokenizedDocument, bank: MemoryBank) -> None:
+        """Store a document that is encoded to its end.
+
+        Args:
+            document: the document.
+            bank: its memory, one segment.
+        """
         self._current = None
-        self._drop_segment(source)
-        bank.rename(bank.segments[0], source)
-        self.bank.attach(bank)
-        self.bank.set_metadata(source, **metadata)
+        self._drop_segment(document.source)
+        bank.rename(bank.segments[0], document.source)
+        if len(document.ids) > self._context_length:
+            self.bank.attach(bank)
+        else:
+            # Short documents share blocks: most of a block of their own would stay empty.
+            self.bank.attach_copy(bank, document.source)
+        self.bank.set_metadata(document.source, **document.metadata(self._name, self._context_length))
         self._has_changes = True
 
-    # ---- the file ------------------------------------------------------------------------------------------------
+    # ---- the file ----------------------------------------------------------------------------------------------------
 
     def save_if_due(self, *, mid_document: bool = False) -> None:
-        """Save, unless it was done a short while ago; `mid_document` a document that is a longer while."""
-        if time.perf_counter() - self._saved_at >= max(
-            _SAVE_TIME_RATIO * self._save_seconds, SAVE_INTERVAL_SECONDS if mid_document else 0.0
-        ):
+        """Save unless the last save is too recent.
+
+        Args:
+            mid_document: whether a long document is being encoded; the interval is then longer. Nothing is saved if
+                none is, or at its last window.
+        """
+        if mid_document and (self._current is None or self._current[1].length() >= len(self._current[0].ids)):
+            return
+        interval = max(_SAVE_TIME_RATIO * self._save_seconds, SAVE_INTERVAL_SECONDS if mid_document else 0.0)
+        if time.perf_counter() - self._saved_at >= interval:
             self.save()
 
     def save(self) -> None:
-        """Write down what was read since the last time, if anything was."""
-        read_tokens = 0 if self._current is None else self._current[1].length()
-        if not self._has_changes and read_tokens <= self._saved_tokens:
+        """Write what was encoded since the last save, if anything was.
+
+        Raises:
+            OSError: the file can't be written.
+        """
+        current_tokens = 0 if self._current is None else self._current[1].length()
+        if not self._has_changes and current_tokens <= self._saved_tokens:
             return
         started = time.perf_counter()
         self._combined_bank().save(self.path)
-        # What is on the disk needs no room in memory any more.
-        self.bank = MemoryBank.load(self.path, verify=False)
-        self._split_unfinished()
-        self._has_changes, self._saved_tokens = False, read_tokens
+        self._load(MemoryBank.load(self.path, verify=False))  # frees the RAM: the file is mapped
+        self._has_changes, self._saved_tokens = False, current_tokens
         self._saved_at = time.perf_counter()
         self._save_seconds = self._saved_at - started
 
     def remove(self, documents: Iterable[TokenizedDocument]) -> None:
-        """Take out documents that have come into the memory itself; without any others the file goes, too."""
+        """Remove documents that are in the memory file now; an empty checkpoint file is deleted."""
         for document in documents:
             self._drop_segment(document.source)
         combined = self._combined_bank()
@@ -137,28 +126,36 @@ class IngestCheckpoint:
         else:
             self.path.unlink(missing_ok=True)
 
-    # ---- inside --------------------------------------------------------------------------------------------------
+    # ---- internals ---------------------------------------------------------------------------------------------------
+
+    def _load(self, bank: MemoryBank) -> None:
+        """Split a bank into finished and unfinished documents."""
+        unfinished = [name for name in bank.segments if bank.metadata(name).get(_UNFINISHED)]
+        self.bank, self._unfinished_bank = bank.fork(), bank.slice([])
+        self._unfinished_bank.attach(bank, unfinished)
+        for name in unfinished:
+            self.bank.drop(name)
 
     def _combined_bank(self) -> MemoryBank:
-        """All that is worth keeping in the file."""
+        """The content of the file: finished documents, the current one and unfinished ones of earlier runs."""
         combined = self.bank.fork()
         if self._current is not None and self._current[1].segments:
-            source, bank, metadata = self._current
+            document, bank = self._current
             part = bank.fork()
-            part.rename(part.segments[0], source)
+            part.rename(part.segments[0], document.source)
             combined.attach(part)
-            combined.set_metadata(source, **metadata, **{_UNFINISHED: True})
-        for name in self._unfinished_bank.segments:
-            if name not in combined.segments:
-                combined.attach(self._unfinished_bank, [name])
+            metadata = document.metadata(self._name, self._context_length)
+            combined.set_metadata(document.source, **metadata, **{_UNFINISHED: True})
+        combined.attach(
+            self._unfinished_bank, [name for name in self._unfinished_bank.segments if name not in combined.segments]
+        )
         return combined
 
-    def _split_unfinished(self) -> None:
-        self._unfinished_bank = self._model.new_memory()
-        for name in self.bank.segments:
-            if self.bank.metadata(name).get(_UNFINISHED):
-                self._unfinished_bank.attach(self.bank, [name])
-                self.bank.drop(name)
+    def _device(self, layer: int) -> torch.device:
+        """Where a layer's keys are computed."""
+        device = self._model.model.layers[layer].self_attn.k_proj.weight.device
+        # Offloaded weights have the device "meta": they are moved to the inputs.
+        return self._model.device if device.type == "meta" else device
 
     def _drop_segment(self, source: str) -> None:
         for bank in (self.bank, self._unfinished_bank):

@@ -1,49 +1,67 @@
-"""Documents made ready for reading: tokenised, checked against limits, known again by their content."""
+"""Documents as a model reads them: tokens, a digest of the content, and the metadata that a memory stores."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from llamory.documents import Document, find_files, read_file
+from llamory.common.io import PathLike
+from llamory.documents import Chunk, Document, find_files, read_file
 from llamory.errors import LlamoryError
 from llamory.models.base import bos_ids, encode_document
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-PathLike = str | os.PathLike[str]
+_SEPARATOR = "\n\n"
 
 
 @dataclass(frozen=True, eq=False)
 class TokenizedDocument:
-    """A document as a model reads it.
+    """A document's tokens and where they come from.
 
     Attributes:
-        label: a short name: the path from the folder that was given, or the file's name; `:line` for JSON lines.
-        source: the absolute path, `path:line` for JSON lines; no two documents have the same.
-        file: the absolute path.
+        source: identifies the document: an absolute path, `path:line` for a line of a JSON lines file.
         title: the document's title.
-        digest: hash of the text and its tokens; the same document has it again.
+        digest: hash of the content; equal documents have equal digests.
         ids: (tokens,) int32.
+        file: absolute path of the file; empty for a document of a library.
+        label: short name: the path from the given folder, or the file's name; `:line` for JSON lines.
+        starts: first token of each chunk of a library's document. Tokens before the first one (a prefix such as BOS)
+            belong to no chunk. None for a document of a file.
     """
 
-    label: str
     source: str
-    file: str
     title: str
     digest: str
     ids: Tensor
+    file: str = ""
+    label: str = ""
+    starts: list[int] | None = None
+
+    def metadata(self, model: str, context_length: int) -> dict[str, Any]:
+        """What a memory stores of the document, with the model that encoded it and its window length."""
+        # The keys are part of the file format: "digest" in memory files, "text" in a library's memories.
+        content = (
+            {"file": self.file, "digest": self.digest}
+            if self.starts is None
+            else {"text": self.digest, "starts": self.starts}
+        )
+        common = {"source": self.source, "title": self.title, "tokens": len(self.ids)}
+        return common | content | {"model": model, "context_length": context_length}
+
+
+# ---- documents of files ----------------------------------------------------------------------------------------------
 
 
 def load_documents(
@@ -54,23 +72,23 @@ def load_documents(
     text_field: str = "text",
     skip_broken: bool = False,
 ) -> list[TokenizedDocument]:
-    """Tokenise all documents of files and folders. Empty ones are told in the log and passed over.
+    """Tokenize all documents of files and folders. Empty ones are skipped with a warning.
 
     Args:
         paths: files and folders, as for `llamory.documents.find_files`.
-        tokenizer: the model's tokenizer. If it begins texts with a token of its own, each document begins with it.
-        max_tokens: the most tokens that a document may have.
-        text_field: the entry of a JSON line that holds the text.
-        skip_broken: pass over broken lines and files.
+        tokenizer: the model's tokenizer. Its BOS token, if it adds one, starts each document.
+        max_tokens: maximum tokens of a document.
+        text_field: field of a JSON line that holds the text.
+        skip_broken: skip lines and files that can't be read.
 
     Raises:
-        LlamoryError: a path can't be read, a document is longer than `max_tokens`, or there is no text at all.
+        LlamoryError: a path can't be read, a document has more than `max_tokens` tokens, or there is no text.
     """
     if max_tokens is not None and max_tokens < 1:
-        raise LlamoryError(f"max_tokens is {max_tokens}, but a document has at least 1 token.")
+        raise LlamoryError(f"max_tokens must be at least 1, not {max_tokens}.")
     roots, files = _files(paths)
     prefix_ids = bos_ids(tokenizer)
-    tokenized_documents = []
+    documents = []
     for file in files:
         empty = True
         for document in read_file(file, text_field=text_field, skip_broken=skip_broken):
@@ -83,12 +101,12 @@ def load_documents(
                     "raise the limit, or leave the document out."
                 )
             empty = False
-            tokenized_documents.append(tokenized)
+            documents.append(tokenized)
         if empty:
             _warn_empty(file)
-    if not tokenized_documents:
-        raise LlamoryError(f"No text could be read from {', '.join(map(str, roots))}; there should be some.")
-    return tokenized_documents
+    if not documents:
+        raise LlamoryError(f"There is no text in {', '.join(map(str, roots))}; give files that have some.")
+    return documents
 
 
 def _files(paths: PathLike | Iterable[PathLike]) -> tuple[list[Path], list[Path]]:
@@ -97,7 +115,7 @@ def _files(paths: PathLike | Iterable[PathLike]) -> tuple[list[Path], list[Path]
     empty_paths = [path for path in input_paths if _is_blank(Path(path))]
     nonempty_paths = [path for path in input_paths if path not in empty_paths]
     if not nonempty_paths:
-        find_files(input_paths)  # says what is wrong
+        find_files(input_paths)  # raises the error that fits
     for path in empty_paths:
         _warn_empty(path)
     # Not resolve(), which would follow links and so change the names.
@@ -115,27 +133,29 @@ def _is_blank(path: Path) -> bool:
 
 
 def _warn_empty(path: PathLike) -> None:
-    logger.warning("Passed over %s: it is empty.", path)
+    logger.warning("Skipped %s: it is empty.", path)
 
 
 def _tokenize(
     document: Document, file: Path, roots: list[Path], tokenizer: PreTrainedTokenizerBase
 ) -> TokenizedDocument:
+    import torch
+
     line_suffix = document.source.removeprefix(str(file))
     text = document.text
     if line_suffix and document.title and not text.startswith(document.title):
-        # In a JSON line the title stands beside the text; in all other files it is part of it, or the file's name.
-        text = f"{document.title}\n\n{text}"
-    tokens = torch.tensor(encode_document(text, tokenizer), dtype=torch.int32)
+        # A JSON line has the title beside the text; in other files it is part of the text, or the file's name.
+        text = f"{document.title}{_SEPARATOR}{text}"
+    ids = torch.tensor(encode_document(text, tokenizer), dtype=torch.int32)
     digest = hashlib.sha256(text.encode())
-    digest.update(tokens.numpy().tobytes())
+    digest.update(ids.numpy().tobytes())
     return TokenizedDocument(
-        f"{_label(file, roots)}{line_suffix}",
-        f"{file}{line_suffix}",
-        str(file),
-        document.title,
-        digest.hexdigest()[:32],
-        tokens,
+        source=f"{file}{line_suffix}",
+        title=document.title,
+        digest=digest.hexdigest()[:32],
+        ids=ids,
+        file=str(file),
+        label=f"{_label(file, roots)}{line_suffix}",
     )
 
 
@@ -144,3 +164,69 @@ def _label(file: Path, roots: list[Path]) -> str:
         if root in file.parents:
             return file.relative_to(root.parent).as_posix()
     return file.name
+
+
+# ---- documents of a library ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredDocument:
+    """A document as a library stores it.
+
+    Attributes:
+        source: identifies the document.
+        chunks: at least one, in order.
+    """
+
+    source: str
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def title(self) -> str:
+        """The title of the first chunk."""
+        return self.chunks[0].title
+
+    @property
+    def chunk_texts(self) -> list[str]:
+        """The text that is read for each chunk; joined they are the document. A title that isn't in it comes first."""
+        texts = [chunk.text for chunk in self.chunks]
+        if self.title and self.title not in texts[0].split("\n", 1)[0]:
+            texts[0] = f"{self.title}{_SEPARATOR}{texts[0]}"
+        return [f"{text}{_SEPARATOR}" for text in texts[:-1]] + texts[-1:]
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all that is read."""
+        return hashlib.sha256(json.dumps(self.chunk_texts).encode()).hexdigest()[:32]
+
+    def tokenize(self, tokenizer: PreTrainedTokenizerBase, prefix_ids: Sequence[int] = ()) -> TokenizedDocument:
+        """The document's tokens, with the first token of each chunk.
+
+        Args:
+            tokenizer: the reader's; it must be a fast one.
+            prefix_ids: tokens before the text, such as BOS.
+
+        Raises:
+            LlamoryError: the tokenizer isn't a fast one.
+        """
+        import torch
+
+        if not tokenizer.is_fast:
+            raise LlamoryError("Memory of a library needs a fast tokenizer; use a reader that has a tokenizer.json.")
+        texts = self.chunk_texts
+        # The text of a special token, such as the end of a chat's turn, is plain text in a document.
+        encoded = tokenizer(
+            "".join(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        token_ends = torch.tensor([end for _, end in encoded["offset_mapping"]], dtype=torch.int64)
+        lengths = torch.tensor([len(text) for text in texts], dtype=torch.int64)
+        # A chunk starts with the first token that ends after the chunk's first character: a token that spans two
+        # chunks belongs to the later one.
+        starts = torch.searchsorted(token_ends, lengths.cumsum(0) - lengths, right=True) + len(prefix_ids)
+        ids = torch.tensor([*prefix_ids, *encoded["input_ids"]], dtype=torch.int32)
+        return TokenizedDocument(self.source, self.title, self.digest, ids, starts=starts.tolist())

@@ -1,4 +1,4 @@
-"""Memory files of documents: what they say about themselves, and the model that belongs to them."""
+"""Memory files of documents: the header, and loading the model that made them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamory.common.io import PathLike
 from llamory.errors import LlamoryError
 from llamory.memory import read_header
 from llamory.models.base import PACKAGED_MODELS
@@ -15,33 +16,31 @@ if TYPE_CHECKING:
     from llamory.longllama import LongLlamaForCausalLM
 
 _CHECKPOINT_SUFFIX = ".partial"
-PathLike = str | os.PathLike[str]
 
 
 class MemoryFileInfo:
-    """What a memory file says about itself, read from its header alone.
+    """Header of a memory file.
 
     Args:
         path: the file.
 
     Attributes:
         path: as given.
-        model: name of the model that made it, as it was given then (folders and files as absolute paths); None if
-            nobody noted it.
-        context_length: tokens of the windows in which it was read; None if nobody noted it.
+        model: name of the model that made it (folders and files as absolute paths); None if unknown.
+        context_length: window length, in tokens; None if unknown.
         layers, dtype, fingerprint: the memory's.
         segments: `name`, `tokens` and `metadata` of each document, in order.
 
     Raises:
-        LlamoryError: there is no such file, or it isn't a whole memory file.
+        LlamoryError: the file doesn't exist, or isn't a complete memory file.
     """
 
     def __init__(self, path: PathLike):
         self.path = path
         if not Path(path).exists() and checkpoint_path(path).exists():
             raise LlamoryError(
-                f"The memory {path} isn't finished: {checkpoint_path(path)} holds what was read before reading was "
-                "stopped; read the same documents again to go on from there."
+                f"The memory {path} isn't finished: {checkpoint_path(path)} holds the work of a stopped run; read "
+                "the same documents again to resume it."
             )
         self.header: dict[str, Any] = read_header(path)
         self.segments: list[dict[str, Any]] = self.header["segments"]
@@ -57,7 +56,7 @@ class MemoryFileInfo:
         return next((each["metadata"][key] for each in self.segments if key in each["metadata"]), None)
 
     def summary(self) -> dict[str, Any]:
-        """All that there is to tell, as something that JSON can hold; `bytes` is the file's size."""
+        """All information as JSON-serializable values; `bytes` is the file size."""
         documents = []
         for segment in self.segments:
             metadata = {key: segment["metadata"][key] for key in ("title", "source") if key in segment["metadata"]}
@@ -76,13 +75,13 @@ class MemoryFileInfo:
 
 
 def checkpoint_path(path: PathLike) -> Path:
-    """Where a memory lies while it is being read."""
+    """Path of the checkpoint of an ingest run."""
     path = Path(path)
     return path.with_name(f"{path.name}{_CHECKPOINT_SUFFIX}")
 
 
 def canonical_name(name: PathLike) -> str:
-    """A model's name that still fits in another folder, and later: paths become absolute, "default" what it means."""
+    """A model name that stays valid in another working directory: absolute paths, and "default" resolved."""
     from llamory.longllama.loading import resolve_reader_name
 
     name = resolve_reader_name(name)
@@ -101,18 +100,18 @@ def load_model_for(
     device: str | None = None,
     **settings: Any,
 ) -> LongLlamaForCausalLM:
-    """Load the model that made these memories; what isn't given is as it was then.
+    """Load the model that made memory files; settings that aren't given are those of the files.
 
     Args:
-        memory_files: the memories; none for a model that begins a new one.
-        name: the model, if it isn't the noted one ("default" if there is none).
+        memory_files: headers of the files; none for a new memory.
+        name: the model; by default the recorded one, or "default".
         mem_layers, context_length, mem_dtype: as for `load_long_model`.
         bf16: compute in bfloat16.
-        device: where the model goes; by default the best there is.
+        device: torch device; by default an accelerator if there is one.
         settings: as for `load_long_model`.
 
     Raises:
-        LlamoryError: the model can't be loaded, or a memory was made by another one.
+        LlamoryError: the model can't be loaded, or another one made a memory file.
     """
     import torch
 
@@ -122,9 +121,7 @@ def load_model_for(
     memory_file = memory_files[0] if memory_files else None
     if memory_file is not None:
         if name is None and memory_file.model is None:
-            raise LlamoryError(
-                f"The memory file {memory_file.path} doesn't say which model made it; name the model too."
-            )
+            raise LlamoryError(f"The memory file {memory_file.path} doesn't record its model; give the model too.")
         _check_settings(memory_file, mem_layers, context_length, mem_dtype)
         mem_layers, mem_dtype = memory_file.layers, memory_file.dtype
         context_length = memory_file.context_length or context_length
@@ -141,16 +138,16 @@ def load_model_for(
         **settings,
     )
     if not model.config.mem_layers:
-        raise LlamoryError(f"The model {model_name} has no memory layers: say which ones shall have memory.")
+        raise LlamoryError(f"The model {model_name} has no memory layers; set mem_layers.")
     check_model_matches(memory_files, model, model_name)
     return model
 
 
 def check_model_matches(memory_files: Sequence[MemoryFileInfo], model: LongLlamaForCausalLM, name: str) -> None:
-    """Make sure that a model made these memories.
+    """Check that a model made these memory files.
 
     Raises:
-        LlamoryError: it didn't, or with other memory layers or another context.
+        LlamoryError: it didn't, or with other memory layers or another window length.
     """
     config = model.config
     for memory_file in memory_files:
@@ -160,7 +157,7 @@ def check_model_matches(memory_files: Sequence[MemoryFileInfo], model: LongLlama
 
 
 def check_model_shape(memory_file: MemoryFileInfo, name: str) -> None:
-    """Make sure, before its weights are loaded, that a model of this shape can have made the memory.
+    """Check, before the weights are loaded, that a model of this shape can have made the memory file.
 
     Raises:
         LlamoryError: it can't, or there is no such model.
@@ -173,7 +170,8 @@ def check_model_shape(memory_file: MemoryFileInfo, name: str) -> None:
     except LlamoryError as error:
         if name == memory_file.model and name not in PACKAGED_MODELS:
             raise LlamoryError(
-                f"The model that made {memory_file.path} isn't where it was ({str(error).rstrip('.')}); name its new place."
+                f"The model that made {memory_file.path} isn't where it was ({str(error).rstrip('.')}); "
+                "name its new place."
             ) from error
         raise
     shape = (config.num_key_value_heads, config.head_dim)
@@ -185,8 +183,8 @@ def check_model_shape(memory_file: MemoryFileInfo, name: str) -> None:
 def _model_mismatch(memory_file: MemoryFileInfo, name: str) -> LlamoryError:
     made_by = "" if memory_file.model is None else f", {memory_file.model} as it was then"
     return LlamoryError(
-        f"The memory file {memory_file.path} was made by another model than {name}{made_by}: use the model that made it, or "
-        f"{_alternative_advice(memory_file)}."
+        f"The memory file {memory_file.path} was made by another model than {name}{made_by}: use the model "
+        f"that made it, or {_alternative_advice(memory_file)}."
     )
 
 
@@ -203,8 +201,8 @@ def _check_settings(
                 ", ".join(map(str, each)) if isinstance(each, list) else each for each in (recorded, requested)
             )
             raise LlamoryError(
-                f"The memory file {memory_file.path} was made with {setting} {recorded_text}, not {requested_text}: use the same, or "
-                f"{_alternative_advice(memory_file)}."
+                f"The memory file {memory_file.path} was made with {setting} {recorded_text}, not {requested_text}: "
+                f"use the same, or {_alternative_advice(memory_file)}."
             )
 
 

@@ -1,4 +1,4 @@
-"""What is to be read into a memory and what is there already."""
+"""Compare documents with a memory: what to encode, keep, rename and remove."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llamory.memory import MemoryBank
 
 @dataclass
 class SyncPlan:
-    """What becomes of a memory's segments.
+    """The changes that bring a memory up to date with documents.
 
     Attributes:
-        read: documents to read, by the name of their segment.
-        replaced: those names among them whose segment is there already, with an older content.
-        unchanged: documents that are there, by the name of their segment.
+        read: documents to encode, by segment name.
+        replaced: names in `read` whose segment exists with older content.
+        unchanged: documents that the memory has, by segment name.
         removed: segments whose document is no longer in its file.
-        moved: segments whose document is now at another place, with their new names.
+        moved: new names of segments whose document has moved, by old name.
     """
 
     read: dict[str, TokenizedDocument] = field(default_factory=dict)
@@ -32,13 +32,13 @@ class SyncPlan:
 
     @property
     def has_changes(self) -> bool:
-        """Whether anything becomes different."""
+        """Whether the memory changes."""
         return bool(self.read or self.removed or self.moved)
 
     def mark_unchanged(
         self, documents: Iterable[TokenizedDocument], find_segment: Callable[[TokenizedDocument], str | None]
     ) -> list[TokenizedDocument]:
-        """Note the documents that have a segment as unchanged; gives those that have none."""
+        """Mark the documents that have a segment as unchanged and return the others."""
         unmatched = []
         for document in documents:
             name = find_segment(document)
@@ -50,34 +50,32 @@ class SyncPlan:
 
     def apply(
         self, bank: MemoryBank, encoded: MemoryBank, get_metadata: Callable[[TokenizedDocument], dict[str, Any]]
-    ) -> None:
-        """Change a memory as planned.
+    ) -> MemoryBank:
+        """The changed memory; both banks stay as they are.
 
         Args:
             bank: the memory.
-            encoded: has what was read, in segments named by their source.
-            get_metadata: gives what is noted of a document.
+            encoded: has the documents of `read` in segments named by their source.
+            get_metadata: gives the metadata of a document.
         """
-        order = [self.moved.get(name, name) for name in bank.segments if name not in self.removed]
-        for name in (*self.removed, *self.replaced):
-            bank.drop(name)
-        # In two steps, as lines that moved may take each other's names.
-        for number, name in enumerate(self.moved):
-            bank.rename(name, f"\0{number}")
-        for number, (name, new) in enumerate(self.moved.items()):
-            bank.rename(f"\0{number}", new)
-            bank.set_metadata(new, **get_metadata(self.unchanged[name]))
-        encoded = encoded.fork()
-        for name, document in self.read.items():
-            encoded.rename(document.source, "\0")
-            bank.attach(encoded, ["\0"])
-            bank.rename("\0", name)
-            encoded.drop("\0")
-        bank.reorder([*order, *(name for name in self.read if name not in order)])
+        removed = set(self.removed)
+        dropped = removed.union(self.replaced)
+        result, new = bank.slice([]), bank.slice([])
+        result.attach(bank, [name for name in bank.segments if name not in dropped])
+        result.rename_all(self.moved)
+        for name, moved in self.moved.items():
+            result.set_metadata(moved, **get_metadata(self.unchanged[name]))
+        new.attach(encoded, [document.source for document in self.read.values()])
+        new.rename_all({document.source: name for name, document in self.read.items()})
+        result.attach(new)
+        # A replaced document keeps its place.
+        order = [self.moved.get(name, name) for name in bank.segments if name not in set(self.removed)]
+        result.reorder(list(dict.fromkeys([*order, *self.read])))
+        return result
 
 
 def diff_documents(segments: Sequence[dict[str, Any]], documents: Sequence[TokenizedDocument]) -> SyncPlan:
-    """Compare documents with the segments of a memory (`name` and `metadata` of each)."""
+    """Compare documents with the segments of a memory (dictionaries with `name` and `metadata`)."""
     metadata = {segment["name"]: segment["metadata"] for segment in segments}
     plan, unmatched = SyncPlan(), _UnmatchedSegments(metadata)
     remaining = list(documents)
@@ -104,7 +102,7 @@ def diff_documents(segments: Sequence[dict[str, Any]], documents: Sequence[Token
 
 
 class _UnmatchedSegments:
-    """Segments that no document was found for yet."""
+    """Segments that no document has been matched with."""
 
     def __init__(self, metadata: dict[str, dict[str, Any]]):
         self._metadata = metadata
@@ -112,7 +110,7 @@ class _UnmatchedSegments:
         self._index: dict[tuple, dict[tuple, list[str]]] = {}
 
     def match(self, document: TokenizedDocument, key: tuple[str, ...]) -> str | None:
-        """The first segment with these facts in common with a document; it is taken then."""
+        """The first segment whose metadata equal a document's in the fields of `key`; it is claimed."""
         if key not in self._index:
             self._index[key] = defaultdict(list)
             for name in self.names:
@@ -120,7 +118,7 @@ class _UnmatchedSegments:
         return self._claim(self._index[key][tuple(getattr(document, field_name) for field_name in key)])
 
     def match_moved(self, document: TokenizedDocument) -> str | None:
-        """A segment of this document's name and content whose file is gone: it was moved here."""
+        """The segment of the document's name and content whose file no longer exists: the file was moved."""
         metadata = self._metadata.get(document.label, {})
         if metadata.get("digest") != document.digest or Path(metadata.get("file", "")).exists():
             return None
@@ -135,7 +133,7 @@ class _UnmatchedSegments:
 
 
 def _unique_segment_name(document: TokenizedDocument, used_names: set[str]) -> str:
-    """A name for a document's segment: its label, with more folders in front where others have that name."""
+    """A segment name: the document's label, with more parent folders if that name is used."""
     name, full_path = document.label, document.source.replace("\\", "/")
     while name in used_names and name != full_path:
         prefix = full_path[: -len(name)].rstrip("/")

@@ -17,8 +17,8 @@ from llamory.common.progress import ProgressBar
 from llamory.embedding.library_encoder import embed_queries, fingerprint, resolve_chunk_size
 from llamory.errors import LlamoryError
 from llamory.library.indexer import AddReport, ChunkingConfig, FileTask, Update, index_files, is_under, remove_sources
-from llamory.library.paths import memory_folder
-from llamory.library.reader import ReaderSettings
+from llamory.library.memory_cache import MemoryCache, memory_folder
+from llamory.library.reader import ReaderConfig
 from llamory.library.search import Hit, SearchMode, check_search, check_unicode
 from llamory.library.store import PassageStore, PendingVectors, Settings
 
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
     from llamory.documents import Chunk, FileScan
     from llamory.library.prefill import MemoryReport
-    from llamory.library.qa import CitedAnswer, LibraryChat, QASession
+    from llamory.library.qa import LibrarySource
     from llamory.longllama import LongLlamaForCausalLM
+    from llamory.qa.chat import QASession
+    from llamory.qa.generation import Answer
 
 # Reading a text file takes about twelve times its size in RAM.
 MAX_FILE_MIB = 64
@@ -50,7 +52,7 @@ class Library:
             "default".
         reader_settings: `mem_layers`, `context_length`, `mem_dtype` ("int8", "bfloat16"), `memory_budget` ("10GB"),
             `mem_search`, `mem_top_k`, `last_context_length`, and a loaded reader's `tokenizer`; see
-            `llamory.library.reader.ReaderSettings`.
+            `llamory.library.reader.ReaderConfig`.
 
     Raises:
         LlamoryError: `path` is empty, or there is no library there and no model to make one with.
@@ -73,9 +75,9 @@ class Library:
         self._loaded: SentenceTransformer | None = None
         self._merged = False  # whether the model has weights of its own instead of sharing the reader's base model
         self._checked = False  # whether the model's fingerprint is known to be the library's
-        self._qa_session: QASession | None = None
+        self._qa_source: LibrarySource | None = None
         self._new_chunk_size = 0  # of a library that is being created
-        self._reader_settings = ReaderSettings(
+        self._reader_config = ReaderConfig(
             os.fspath(reader) if isinstance(reader, os.PathLike) else reader, **reader_settings
         )
         self._store = PassageStore.open(self.path)
@@ -305,11 +307,10 @@ class Library:
 
     # ---- answers -----------------------------------------------------------------------------------------------------
 
-    def ask(self, question: str, *, progress: bool = False, **settings: Any) -> CitedAnswer:
-        """Find documents, attach their memory, and answer from it.
+    def ask(self, question: str, *, progress: bool = False, **settings: Any) -> Answer:
+        """Find documents for a question and answer it from their memories.
 
-        A document whose memory isn't there yet is read first; the next question has it. Nothing else of the documents
-        is read.
+        A document without a stored memory is encoded first; the memory is stored for later questions.
 
             answer = Library("notes.lib").ask("Who built the bridge?")
             print(answer.text)
@@ -318,73 +319,74 @@ class Library:
 
         Args:
             question: the question.
-            progress: show on standard error how far reading documents has come.
-            settings: `documents` (names, instead of finding them), `top_documents` (documents to find, 5), `source` and
-                `mode` (as for `search`), `citations` (the most passages to cite, 5), `max_new_tokens`, `temperature`,
-                `seed`, `max_question_tokens`, `on_text` (called with each piece of the answer as it comes) and `evidence_ratio`
-                (what in memory is left out, as for `llamory.qa.open_memory.OpenMemory.ask`).
+            progress: show a progress bar on standard error when documents are encoded.
+            settings: those of `chat`, and fields of `llamory.qa.generation.GenerationSettings`: `max_new_tokens`,
+                `temperature`, `seed`, `max_question_tokens`, `on_text` and `evidence_ratio`.
 
         Raises:
-            LlamoryError: the library is empty, nothing was found, the reader can't be used, or the question is blank.
+            LlamoryError: the library is empty, no document was found, the reader can't be loaded, the question is
+                blank or too long, or there is too little RAM.
         """
-        return self.qa_session(progress=progress).ask(question, **settings)
+        from llamory.library.qa import SESSION_SETTINGS
 
-    def chat(self, *, progress: bool = False, **settings: Any) -> LibraryChat:
-        """A conversation: each question's documents are mounted, and what was said stays in memory.
+        session_settings = {name: settings.pop(name) for name in SESSION_SETTINGS & settings.keys()}
+        return self.chat(progress=progress, **session_settings).ask(question, **settings)
+
+    def chat(self, *, progress: bool = False, **settings: Any) -> QASession:
+        """A conversation: each question finds documents, which stay attached.
 
         Args:
             progress: as for `ask`.
-            settings: `documents`, `top_documents`, `source`, `mode` and `citations`, as for `ask`.
-        """
-        from llamory.library.qa import LibraryChat
+            settings: `documents` (names of the documents, instead of finding them), `top_documents` (documents to
+                find per question, 5), `source` and `mode` (as for `search`), `citations` (passages to cite, 5).
 
-        return LibraryChat(self.qa_session(progress=progress), **settings)
+        Raises:
+            LlamoryError: the library is empty, or there is no document of such a name.
+        """
+        return self.qa_source(progress=progress).session(**settings)
 
     def precompute_memory(
         self, *, engine: str = "local", ray_address: str | None = None, progress: bool = True
     ) -> MemoryReport:
-        """Read the documents that have no memory yet, as many as the budget has room for.
+        """Encode the documents that have no memory, as many as fit the budget.
 
         Args:
-            engine: `local` reads in this process, `ray` on the workers of a Ray cluster.
+            engine: `local` encodes in this process, `ray` on the workers of a Ray cluster.
             ray_address: as for `Library.add`.
             progress: show a progress bar on standard error.
 
         Raises:
-            LlamoryError: the library is empty, or the reader can't be used.
+            LlamoryError: the library is empty, or the reader can't be loaded.
         """
         from llamory.library.prefill import precompute_memory
 
-        return precompute_memory(self.qa_session(), progress=progress, engine=engine, ray_address=ray_address)
+        return precompute_memory(self.qa_source(), progress=progress, engine=engine, ray_address=ray_address)
 
-    def qa_session(self, *, progress: bool = False) -> QASession:
-        """Where memories are mounted and questions answered.
+    def qa_source(self, *, progress: bool = False) -> LibrarySource:
+        """The library as a source of documents for questions, with its reader.
 
         Args:
-            progress: show on standard error how far reading has come.
+            progress: show a progress bar on standard error when documents are encoded.
         """
-        from llamory.library.qa import QASession
+        from llamory.library.qa import LibrarySource
 
         self._require_store()
         if self._merged:  # the embedder is loaded again so that it shares the base model with the reader
             self._loaded, self._merged = None, False
-        if self._qa_session is None:
-            self._qa_session = QASession(self, self._reader_settings, device=self._device, bf16=self._bf16)
-        self._qa_session.progress = progress
-        return self._qa_session
+        if self._qa_source is None:
+            self._qa_source = LibrarySource(self, self._reader_config, device=self._device, bf16=self._bf16)
+        self._qa_source.progress = progress
+        return self._qa_source
 
     def memory_info(self) -> dict[str, Any]:
         """What memories take: their number, `bytes` and `reader` (None for the default); empty if there are none."""
-        from llamory.library.memory_cache import MemoryCache
-        from llamory.library.reader import saved_reader_name
+        from llamory.library.reader import ReaderConfig
 
-        memory_cache = MemoryCache(memory_folder(self.path))
-        names = memory_cache.stored_keys()
-        return (
-            {"memories": len(names), "bytes": memory_cache.nbytes, "reader": saved_reader_name(memory_cache.folder)}
-            if names
-            else {}
-        )
+        cache = MemoryCache(memory_folder(self.path))
+        keys, config = cache.stored_keys(), ReaderConfig.load(cache.folder)
+        if not keys:
+            return {}
+        return {"memories": len(keys), "bytes": cache.nbytes, "reader": None if config is None else config.reader}
 
     def _delete_stale_memories(self, sources: Collection[str] | None) -> None:
         folder = memory_folder(self.path)
@@ -409,7 +411,7 @@ class Library:
             if model == "":
                 raise LlamoryError(f"The library at {self.path} doesn't know where its model is; give the model too.")
             if isinstance(model, str):
-                self._merged = merged and self._qa_session is None
+                self._merged = merged and self._qa_source is None
                 model = load_embedder(model, device=self._device, shared=not self._merged)
             self._loaded = model
         if self._store is not None and not self._checked:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -11,7 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llamory.common.locks import local_folder
 from llamory.errors import LlamoryError
+from llamory.models.base import cache_folder
 
 if TYPE_CHECKING:
     from llamory.memory import MemoryBank
@@ -23,6 +26,7 @@ DEFAULT_BUDGET = 10_000_000_000
 STALE_FILE_SECONDS = 3600.0
 # How often room is given on what is known of the files, before they are looked at again; others may write, too.
 CALLS_PER_USAGE_SCAN = 64
+_FOLDER = "memory"
 _SUFFIX = ".safetensors"
 # What a way of searching wants to find ready beside a memory; it comes and goes with it.
 _PAGES_SUFFIX = ".pages"
@@ -40,6 +44,24 @@ def parse_size(size: int | str) -> int:
         raise LlamoryError(f"A size is given as 10GB, 500MB or a number of bytes, not as {size!r}.")
     unit = 1024 ** "KMGT".index(match[2]) * 1024 if match[3] else _UNITS[match[2]]
     return int(float(match[1]) * unit)
+
+
+def memory_folder(library: str) -> Path:
+    """The folder of a library's memories: in the library, or in the local cache if that is an object store."""
+    folder = local_folder(library)
+    if folder is not None:
+        return folder / _FOLDER
+    return cache_folder() / _FOLDER / hashlib.sha256(library.encode()).hexdigest()[:16]
+
+
+def memory_key(digest: str, reader: str) -> str:
+    """The key of a document's memory.
+
+    Args:
+        digest: of the document's content.
+        reader: identifies a reader whose memories differ from another's.
+    """
+    return hashlib.sha256(f"{digest} {reader}".encode()).hexdigest()[:32]
 
 
 class MemoryCache:

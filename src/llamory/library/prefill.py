@@ -1,8 +1,7 @@
-"""Memories ahead of any question, as far as the budget goes, and the end of those whose documents are gone."""
+"""Precompute document memories within a disk budget; delete stale ones."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,31 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from llamory.common import ram
+from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
-from llamory.ingest.stored_documents import StoredDocument
+from llamory.ingest.documents import StoredDocument
 from llamory.library.memory_cache import MemoryCache
-from llamory.library.qa import DocumentStore, QASession
-from llamory.library.reader import SEGMENT
+from llamory.library.qa import DocumentStore, LibrarySource
 from llamory.memory import read_header
 
-# Documents whose texts are held at once.
+# Documents to load at a time.
 _BATCH_DOCUMENTS = 64
 
-_OOM_ADVICE = "keep the memory as int8, choose fewer memory layers or a smaller model; what was read is kept"
+_OOM_ADVICE = "keep the memory as int8, choose fewer memory layers or a smaller model; what was read is kept."
 
 
 @dataclass
 class MemoryReport:
-    """What `Library.precompute_memory` did.
+    """Result of `Library.precompute_memory`.
 
     Attributes:
-        read: documents that were read now.
-        existing: documents whose memory was there already, or is that of another document with the same text.
-        remaining: documents that the budget has no room for; they are read when they are asked.
-        tokens: tokens that were read now.
-        seconds: how long it took, without loading the model.
-        bytes: what all memories take on the disk.
-        budget: what they may take.
+        read: documents encoded by this run.
+        existing: documents whose memory exists, as their own or as that of a document with the same content.
+        remaining: documents that exceed the budget; a question that needs them encodes them.
+        tokens: tokens encoded by this run.
+        seconds: duration, without loading the model.
+        bytes: disk space of all memories.
+        budget: maximum disk space.
         reader: the model's name.
     """
 
@@ -50,26 +49,26 @@ class MemoryReport:
 
 
 def precompute_memory(
-    qa_session: QASession, *, progress: bool = True, engine: str = "local", ray_address: str | None = None
+    source: LibrarySource, *, progress: bool = True, engine: str = "local", ray_address: str | None = None
 ) -> MemoryReport:
-    """Read all of a library's documents that have no memory yet, as many as fit the budget.
+    """Encode all documents of a library that have no memory, as many as fit the budget.
 
-    Each memory is kept as soon as it is there, so a run that was stopped goes on where it was. What makes room is what
-    belongs to no document as it is now; nothing that was read ahead has to go for something else.
+    Each memory is stored at once, so a stopped run resumes. Only memories that belong to no current document are
+    evicted.
 
     Raises:
-        LlamoryError: the reader can't be loaded, or memory is short.
+        LlamoryError: the reader can't be loaded, or there is too little RAM.
         OSError: a memory can't be written.
     """
-    reader = qa_session.reader
-    qa_session.save_reader_config(change=True)
+    reader = source.reader
+    source.save_reader_config(change=True)
     started = time.perf_counter()
     report = MemoryReport(reader=reader.name, budget=reader.memory_cache.budget)
     reader.memory_cache.evict(0)  # the budget may have become smaller
-    sources = qa_session.library.sources()
+    sources = source.library.sources()
     pending: dict[str, str] = {}
     keys: set[str] = set()
-    for documents in _document_batches(qa_session, sources):
+    for documents in _document_batches(source, sources):
         for document in documents:
             key = reader.key(document)
             if key not in keys and not reader.memory_cache.has(key):
@@ -78,22 +77,26 @@ def precompute_memory(
                 report.existing += 1
             keys.add(key)
     with (
-        _open_encoder(qa_session, engine, ray_address) as read,
-        _ProgressBar(len(pending), shown=progress) as bar,
+        _open_encoder(source, engine, ray_address) as read,
+        ProgressBar("Reading documents", len(pending), unit="documents", shown=progress) as bar,
         ram.translate_oom(_OOM_ADVICE),
     ):
-        for documents in _document_batches(qa_session, list(pending.values())):
-            batch, batch_bytes = [], 0  # what is read together must fit together
-            for document in documents:
-                batch_bytes += reader.size(reader.tokenize(document))
+
+        def on_tokens(_: str, tokens: int) -> None:
+            report.tokens += tokens
+            bar.advance(0, detail=f"{report.tokens:,} tokens")
+
+        for documents in _document_batches(source, list(pending.values())):
+            batch, batch_bytes = [], 0  # the memories of a batch must fit together
+            for tokenized in map(reader.tokenize, documents):
+                batch_bytes += reader.size(tokenized)
                 if not reader.memory_cache.evict(batch_bytes, protected=keys):
                     break
-                batch.append(document)
-            for document, bank in read(batch, bar.advance):
-                report.tokens += bank.length(segment=SEGMENT)
-                reader.store(document, bank, keys)
+                batch.append(tokenized)
+            for tokenized, bank in read(batch, on_tokens):
+                reader.store(tokenized, bank, keys)
                 report.read += 1
-                bar.document_done()
+                bar.advance()
             if len(batch) < len(documents):
                 break
     report.remaining = len(pending) - report.read
@@ -102,24 +105,25 @@ def precompute_memory(
 
 
 @contextmanager
-def _open_encoder(qa_session: QASession, engine: str, address: str | None) -> Iterator[Callable[..., Any]]:
-    """Who reads: this process, or workers of a Ray cluster."""
+def _open_encoder(source: LibrarySource, engine: str, address: str | None) -> Iterator[Callable[..., Any]]:
+    """The function that encodes: in this process, or on workers of a Ray cluster."""
     if engine == "local":
-        yield qa_session.reader.read
+        yield source.reader.read
         return
     from llamory.library.ray import MemoryWriters
 
-    on_gpu = qa_session.reader.model.device.type == "cuda"
-    with MemoryWriters(qa_session.reader_factory(), address, on_gpu=on_gpu) as writers:
+    on_gpu = source.reader.model.device.type == "cuda"
+    with MemoryWriters(source.reader_factory(), address, on_gpu=on_gpu) as writers:
         yield writers.read
 
 
 def delete_stale_memories(library: DocumentStore, folder: Path, sources: Collection[str] | None = None) -> int:
-    """Remove memories whose document has changed or is gone from the library; gives how many.
+    """Delete memories whose document has changed or was removed from the library; returns their number.
 
-    Only documents of `sources` are checked, if they are given.
-
-    They would never be used, but what a user has removed shouldn't lie about.
+    Args:
+        library: the library.
+        folder: of its memories.
+        sources: check only documents of these; None for all.
     """
     memory_cache = MemoryCache(folder)
     metadata = {key: _read_metadata(memory_cache.path(key)) for key in memory_cache.stored_keys()}
@@ -133,7 +137,7 @@ def delete_stale_memories(library: DocumentStore, folder: Path, sources: Collect
 
 
 def _read_metadata(path: Path) -> dict[str, Any] | None:
-    """What a memory file says of its document; None if it is damaged, or gone just now."""
+    """Metadata of a memory's document; None if the file is damaged or was deleted meanwhile."""
     try:
         metadata: dict[str, Any] = read_header(path)["segments"][0]["metadata"]
     except (LlamoryError, IndexError):
@@ -141,40 +145,6 @@ def _read_metadata(path: Path) -> dict[str, Any] | None:
     return metadata
 
 
-def _document_batches(qa_session: QASession, sources: Sequence[str]) -> Iterator[list[StoredDocument]]:
+def _document_batches(source: LibrarySource, sources: Sequence[str]) -> Iterator[list[StoredDocument]]:
     for start in range(0, len(sources), _BATCH_DOCUMENTS):
-        yield qa_session.documents(sources[start : start + _BATCH_DOCUMENTS])
-
-
-class _ProgressBar:
-    """Documents read ahead, on standard error."""
-
-    def __init__(self, documents: int, *, shown: bool):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            TextColumn("Reading ahead"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("documents, {task.fields[tokens]:,} tokens"),
-            TimeRemainingColumn(),
-            console=Console(file=sys.stderr),
-            disable=not shown or not documents,
-        )
-        self._tokens = 0
-        self._task = self._progress.add_task("", total=documents, tokens=0)
-
-    def __enter__(self) -> _ProgressBar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def advance(self, _: str, tokens: int) -> None:
-        self._tokens += tokens
-        self._progress.update(self._task, tokens=self._tokens)
-
-    def document_done(self) -> None:
-        self._progress.advance(self._task)
+        yield source.documents(sources[start : start + _BATCH_DOCUMENTS])

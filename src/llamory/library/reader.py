@@ -1,20 +1,20 @@
-"""Who reads a library's documents and answers from them: the settings, the model, and the memories that it makes."""
+"""The reader of a library: its configuration, its model, and the memories it makes of documents."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamory.common.io import write_json
 from llamory.errors import LlamoryError
-from llamory.ingest.stored_documents import DocumentTokens, StoredDocument, tokenize_document
-from llamory.library.memory_cache import DEFAULT_BUDGET, MemoryCache, parse_size
+from llamory.ingest.documents import StoredDocument, TokenizedDocument
+from llamory.library.memory_cache import DEFAULT_BUDGET, MemoryCache, memory_key, parse_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,26 +22,27 @@ if TYPE_CHECKING:
     from llamory.longllama import LongLlamaForCausalLM
     from llamory.memory import MemoryBank
 
-# Changes when documents become other tokens, so that memories of the old ones aren't used.
+# Part of the key of a memory: raise it when documents are tokenized in another way.
 TEXT_VERSION = 1
-# Memories that stay open: they are mapped, so what they take is little, but each holds a file.
+# Memories that stay open. They are mapped, so each costs little RAM but holds a file.
 MAX_OPEN_MEMORIES = 256
 SEGMENT = "document"
-# Beside its tokens, a memory file has a header, which grows with layers and passages.
+# Size of a memory file's header, at most; it grows with layers and chunks.
 HEADER_BYTES = 1 << 16
 _CONFIG_NAME = "reader.json"
+_SAVED_FIELDS = ("reader", "mem_layers", "context_length", "mem_dtype", "memory_budget")
 
 
 @dataclass(frozen=True)
-class ReaderSettings:
-    """How documents are read and memory is searched. What isn't given is as it was noted, or as the model has it.
+class ReaderConfig:
+    """How documents are encoded and memory is searched. None: the library's saved value, or the model's default.
 
     Attributes:
         reader: the model: a folder, `.gguf` file, hub id, "default" or a loaded LongLLaMA.
         mem_layers, context_length, mem_dtype: as for `llamory.longllama.loading.load_long_model`.
-        memory_budget: bytes that all memories may take on the disk, or a text such as "10GB" (the default).
-        mem_search, mem_top_k, last_context_length: as for `load_long_model`; they are never noted.
-        tokenizer: of a loaded reader, if it isn't in the model's folder.
+        memory_budget: bytes that all memories may take on disk, or a text such as "10GB" (the default).
+        mem_search, mem_top_k, last_context_length: as for `load_long_model`; they aren't saved.
+        tokenizer: of a loaded reader, if it isn't in the model's folder; it isn't saved.
     """
 
     reader: str | LongLlamaForCausalLM | None = None
@@ -54,38 +55,60 @@ class ReaderSettings:
     last_context_length: int | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
 
-    def with_saved_config(self, folder: Path) -> ReaderSettings:
-        """The same, with what was noted in a folder where nothing is given.
+    @classmethod
+    def load(cls, folder: Path) -> ReaderConfig | None:
+        """The configuration saved in a library's memory folder; None if there is none.
 
-        A reader that is given, and isn't the noted one, brings its own layers, context and type.
+        Raises:
+            LlamoryError: the file is damaged.
         """
-        saved = _ReaderConfig.load(folder)
-        if saved is None:
-            return self
-        explicit = {name: getattr(self, name) for name in _CONFIG_FIELDS}
-        if self.reader is not None and self._name() != saved.reader:
-            return replace(self, memory_budget=explicit["memory_budget"] or saved.memory_budget)
-        return replace(
-            self, **{name: getattr(saved, name) if value is None else value for name, value in explicit.items()}
-        )
+        path = folder / _CONFIG_NAME
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{name: values.get(name) for name in _SAVED_FIELDS})
+        except FileNotFoundError:
+            return None
+        except (ValueError, AttributeError, OSError) as error:
+            raise LlamoryError(f"{path} can't be read: remove it, and name the reader again.") from error
 
-    def save_config(self, folder: Path) -> None:
-        """Keep the reader, and how it reads, for those who open the library later."""
+    def save(self, folder: Path) -> None:
+        """Save the configuration for those who open the library later.
+
+        Raises:
+            OSError: the file can't be written.
+        """
         name = self._name()
         if self.reader is not None and not isinstance(self.reader, str) and not (name and Path(name).exists()):
             return  # a loaded model that can't be found again
-        saved = _ReaderConfig(
-            name,
-            None if self.mem_layers is None else list(self.mem_layers),
-            self.context_length,
-            self.mem_dtype,
-            None if self.memory_budget is None else parse_size(self.memory_budget),
+        saved = ReaderConfig(
+            reader=name,
+            mem_layers=None if self.mem_layers is None else list(self.mem_layers),
+            context_length=self.context_length,
+            mem_dtype=self.mem_dtype,
+            memory_budget=None if self.memory_budget is None else parse_size(self.memory_budget),
         )
-        if saved != _ReaderConfig.load(folder):
-            saved.save(folder)
+        if saved != ReaderConfig.load(folder):
+            write_json(folder / _CONFIG_NAME, {name: getattr(saved, name) for name in _SAVED_FIELDS})
+
+    @staticmethod
+    def is_saved(folder: Path) -> bool:
+        """Whether a library's memory folder has a configuration."""
+        return (folder / _CONFIG_NAME).exists()
+
+    def with_saved(self, folder: Path) -> ReaderConfig:
+        """This configuration with the saved values where it has none.
+
+        If it names another reader than the saved one, only the saved budget is used.
+        """
+        saved = ReaderConfig.load(folder)
+        if saved is None:
+            return self
+        other_reader = self.reader is not None and self._name() != saved.reader
+        names = [name for name in _SAVED_FIELDS if getattr(self, name) is None]
+        return replace(self, **{n: getattr(saved, n) for n in names if n == "memory_budget" or not other_reader})
 
     def _name(self) -> str | None:
-        """The reader's name as it is noted."""
+        """The reader's name as it is saved."""
         from llamory.ingest.memory_file import canonical_name
 
         if self.reader is None:
@@ -93,115 +116,65 @@ class ReaderSettings:
         return canonical_name(self.reader if isinstance(self.reader, str) else str(self.reader.config._name_or_path))
 
 
-@dataclass(frozen=True)
-class _ReaderConfig:
-    """What a library's memory folder says of its reader."""
-
-    reader: str | None = None
-    mem_layers: list[int] | None = None
-    context_length: int | None = None
-    mem_dtype: str | None = None
-    memory_budget: int | None = None
-
-    @classmethod
-    def load(cls, folder: Path) -> _ReaderConfig | None:
-        try:
-            values = json.loads((folder / _CONFIG_NAME).read_text(encoding="utf-8"))
-            return cls(**{field.name: values.get(field.name) for field in fields(cls)})
-        except FileNotFoundError:
-            return None
-        except (ValueError, AttributeError, OSError) as error:
-            raise LlamoryError(
-                f"{folder / _CONFIG_NAME} can't be read: remove it, and name the reader again."
-            ) from error
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{_CONFIG_NAME}.{os.getpid()}"
-        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-        temporary.replace(folder / _CONFIG_NAME)
-
-
-_CONFIG_FIELDS = tuple(field.name for field in fields(_ReaderConfig))
-
-
-def has_reader_config(folder: Path) -> bool:
-    """Whether a library's memory folder says who reads it."""
-    return (folder / _CONFIG_NAME).exists()
-
-
-def saved_reader_name(folder: Path) -> str | None:
-    """The reader that a library's memory folder names; None if it is the default, or none is noted."""
-    saved = _ReaderConfig.load(folder)
-    return None if saved is None else saved.reader
-
-
 class Reader:
-    """A model that reads documents, with the shelf that their memories are kept on.
+    """A model that encodes documents, with the cache of their memories.
 
     Args:
-        settings: complete, see `ReaderSettings.with_saved_config`.
-        folder: of the shelf.
+        config: complete, see `ReaderConfig.with_saved`.
+        folder: of the cache.
         device, bf16: where and how the model computes.
 
     Raises:
         LlamoryError: the model can't be loaded, has no memory layers, or a setting isn't possible.
     """
 
-    def __init__(self, settings: ReaderSettings, folder: Path, *, device: str | None = None, bf16: bool = False):
+    def __init__(self, config: ReaderConfig, folder: Path, *, device: str | None = None, bf16: bool = False):
         from llamory.ingest.memory_file import canonical_name, load_model_for
         from llamory.longllama import LongLlamaForCausalLM
         from llamory.models.base import bos_ids, load_tokenizer
         from llamory.qa.generation import Generator
 
-        budget = DEFAULT_BUDGET if settings.memory_budget is None else parse_size(settings.memory_budget)
+        budget = DEFAULT_BUDGET if config.memory_budget is None else parse_size(config.memory_budget)
         self.memory_cache = MemoryCache(folder, budget)
-        if isinstance(settings.reader, LongLlamaForCausalLM):
-            name = str(settings.reader.config._name_or_path)
-            self.model = settings.reader
+        if isinstance(config.reader, LongLlamaForCausalLM):
+            name = str(config.reader.config._name_or_path)
+            self.model = config.reader
             if not self.model.config.mem_layers:
                 raise LlamoryError("The reader has no memory layers; load it with mem_layers, such as mem_layers=[8].")
         else:
-            name = str(settings.reader or "default")
+            name = str(config.reader or "default")
             self.model = load_model_for(
                 [],
                 name,
-                mem_layers=settings.mem_layers,
-                context_length=settings.context_length,
-                mem_dtype=settings.mem_dtype,
-                mem_search=settings.mem_search,
-                mem_top_k=settings.mem_top_k,
-                last_context_length=settings.last_context_length,
+                mem_layers=config.mem_layers,
+                context_length=config.context_length,
+                mem_dtype=config.mem_dtype,
+                mem_search=config.mem_search,
+                mem_top_k=config.mem_top_k,
+                last_context_length=config.last_context_length,
                 device=device,
                 bf16=bf16,
                 shared=True,
             )
         self.name = canonical_name(name) if name else name
-        self.tokenizer = load_tokenizer(name) if settings.tokenizer is None else settings.tokenizer
+        self.tokenizer = load_tokenizer(name) if config.tokenizer is None else config.tokenizer
         self.generator = Generator(self.model, self.tokenizer, self.name)
-        self.context: int = self.model.config.max_position_embeddings
         self._prefix_ids = bos_ids(self.tokenizer)
-        self._identity = json.dumps(
-            [
-                TEXT_VERSION,
-                self.model.memory_fingerprint(),
-                self.model.config.mem_dtype,
-                _tokenizer_digest(self.tokenizer),
-            ]
-        )
+        fingerprint, dtype = self.model.memory_fingerprint(), self.model.config.mem_dtype
+        self._identity = json.dumps([TEXT_VERSION, fingerprint, dtype, _tokenizer_digest(self.tokenizer)])
         self._open_banks: OrderedDict[str, MemoryBank] = OrderedDict()
 
-    # ---- memories that are there -------------------------------------------------------------------------------------
+    # ---- cached memories ---------------------------------------------------------------------------------------------
 
-    def key(self, document: StoredDocument) -> str:
-        """What a document's memory is filed under: its text and all that makes this reader's memories its own."""
-        return document.key(self._identity)
+    def key(self, document: StoredDocument | TokenizedDocument) -> str:
+        """The key of a document's memory: it depends on the content and on the reader."""
+        return memory_key(document.digest, self._identity)
 
-    def cached_memory(self, document: StoredDocument) -> MemoryBank | None:
-        """A document's memory, if it is there: one segment, `SEGMENT`."""
-        key, config = self.key(document), self.model.config
+    def cached_memory(self, key: str) -> MemoryBank | None:
+        """A cached memory, with one segment named `SEGMENT`; None if there is none."""
+        config = self.model.config
         if key in self._open_banks:
-            # What was opened before is warm: ways of searching have got to know it.
+            # A bank that was opened before has the search's caches.
             self.memory_cache.mark_used(key)
             self._open_banks.move_to_end(key)
             return self._open_banks[key]
@@ -215,69 +188,52 @@ class Reader:
                 self._open_banks.popitem(last=False)
         return bank
 
-    # ---- memories that have to be made -------------------------------------------------------------------------------
+    # ---- new memories ------------------------------------------------------------------------------------------------
 
-    def tokenize(self, document: StoredDocument) -> DocumentTokens:
-        """A document as this reader reads it."""
-        return tokenize_document(document, self.tokenizer, self._prefix_ids)
+    def tokenize(self, document: StoredDocument) -> TokenizedDocument:
+        """A document's tokens, starting with BOS if the tokenizer adds it."""
+        return document.tokenize(self.tokenizer, self._prefix_ids)
 
-    def size(self, document_tokens: DocumentTokens) -> int:
-        """Bytes that a document's memory takes on the disk, at most."""
-        from llamory.ingest.batching import bytes_per_token
+    def size(self, document: TokenizedDocument) -> int:
+        """Bytes that a document's memory takes on disk, at most."""
         from llamory.memory.search.page_index import page_bytes
 
         bank = self.model.new_memory()
-        size = len(document_tokens.ids) * bytes_per_token(bank) + HEADER_BYTES
-        return size + page_bytes(bank, len(document_tokens.ids)) + HEADER_BYTES if self._uses_pages else size
+        size = len(document.ids) * bank.token_bytes + HEADER_BYTES
+        return size + page_bytes(bank, len(document.ids)) + HEADER_BYTES if self._uses_pages else size
 
     def read(
-        self, documents: Iterable[StoredDocument], advance: Callable[[str, int], None]
-    ) -> Iterator[tuple[StoredDocument, MemoryBank]]:
-        """Read documents, each by itself, and give each with its memory as soon as it is there.
-
-        Short ones are read together, so the order isn't kept.
+        self, documents: Iterable[TokenizedDocument], advance: Callable[[str, int], None]
+    ) -> Iterator[tuple[TokenizedDocument, MemoryBank]]:
+        """Encode documents, each by itself, and yield each with its memory; short ones come first.
 
         Args:
-            documents: what to read.
-            advance: is told the document's source and how many tokens of it were read now.
+            documents: the documents.
+            advance: called with a document's source and the number of tokens that were encoded.
         """
-        from llamory.ingest.batching import batches_by_length, encode_window
+        from llamory.ingest.encode import encode_documents
 
-        pending = [(document, self.tokenize(document)) for document in documents]
-        training = self.model.training
-        self.model.eval()
-        try:
-            for batch in batches_by_length(
-                [each for each in pending if self._fits_window(each[1])], lambda each: len(each[1].ids)
-            ):
-                banks = [self.model.new_memory() for _ in batch]
-                encode_window(self.model, [document_tokens.ids for _, document_tokens in batch], banks)
-                for (document, document_tokens), bank in zip(batch, banks, strict=True):
-                    advance(document.source, len(document_tokens.ids))
-                    yield document, self._label_memory(document, document_tokens, bank)
-            for document, document_tokens in pending:
-                if not self._fits_window(document_tokens):
-                    bank = self.model.new_memory()
-                    for window in document_tokens.ids.split(self.context):
-                        encode_window(self.model, [window], [bank])
-                        advance(document.source, len(window))
-                    yield document, self._label_memory(document, document_tokens, bank)
-        finally:
-            self.model.train(training)
+        context_length = self.model.config.max_position_embeddings
+        for batch in encode_documents(self.model, list(documents), lambda each, tokens: advance(each.source, tokens)):
+            for document, bank in batch:
+                bank.rename(bank.segments[0], SEGMENT)
+                bank.set_metadata(SEGMENT, **document.metadata(self.name, context_length))
+                yield document, bank
 
-    def store(self, document: StoredDocument, bank: MemoryBank, protected: Collection[str] = ()) -> MemoryBank:
-        """Put a memory on the shelf. Gives the memory as it is there, or as it was where the shelf is too small.
+    def store(self, document: TokenizedDocument, bank: MemoryBank, protected: Collection[str] = ()) -> MemoryBank:
+        """Put a memory into the cache and return it mapped, or as it is if the cache is too small for it.
 
         Args:
-            document: whose memory.
-            bank: the memory, which is in RAM until now.
-            protected: keys of memories that don't make room for it.
+            document: the document.
+            bank: its memory, in RAM.
+            protected: keys of memories that are not evicted for it.
 
         Raises:
-            OSError: it can't be written.
+            OSError: the file can't be written.
         """
-        if self.memory_cache.put(self.key(document), bank, protected=protected):
-            return self.cached_memory(document) or bank
+        key = self.key(document)
+        if self.memory_cache.put(key, bank, protected=protected):
+            return self.cached_memory(key) or bank
         return bank
 
     @property
@@ -285,37 +241,20 @@ class Reader:
         return bool(self.model.config.mem_search == "pages")
 
     def _prepare_pages(self, key: str, bank: MemoryBank) -> None:
-        """Have a memory's pages ready, and write them down if they weren't there, as sorting takes its time."""
+        """Load a memory's pages; compute and save them if there are none, as clustering takes long."""
         if not self._uses_pages:
             return
         from llamory.memory.search.page_index import load_pages, save_pages
 
         path = self.memory_cache.pages_path(key)
         if not load_pages(bank, path):
-            with suppress(OSError):  # a shelf that is full or can only be read from
+            with suppress(OSError):  # a full or read-only disk
                 save_pages(bank, path)
                 self.memory_cache.register_file(path, protected=[key])
 
-    def _fits_window(self, document_tokens: DocumentTokens) -> bool:
-        return len(document_tokens.ids) <= self.context
-
-    def _label_memory(self, document: StoredDocument, document_tokens: DocumentTokens, bank: MemoryBank) -> MemoryBank:
-        bank.rename(bank.segments[0], SEGMENT)
-        bank.set_metadata(
-            SEGMENT,
-            source=document.source,
-            title=document.title,
-            text=document.digest,
-            tokens=len(document_tokens.ids),
-            starts=document_tokens.starts,
-            model=self.name,
-            context_length=self.context,
-        )
-        return bank
-
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what makes a tokenizer's tokens its own."""
+    """A hash of all that determines a tokenizer's tokens."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else repr(tokenizer)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -197,6 +197,46 @@ class MemoryBank:
                 self._lengths[layer] += stop - written
                 written = stop
 
+    def attach_copy(
+        self,
+        other: MemoryBank,
+        segment: str,
+        *,
+        tokens: int | None = None,
+        step: int = LARGEST_BLOCK,
+        devices: Mapping[int, torch.device] | None = None,
+    ) -> None:
+        """Attach a copy of another bank's segment in this bank's own blocks, without conversion: int8 keeps its scales.
+
+        Copies of short segments share blocks. Metadata isn't copied.
+
+        Args:
+            other: a memory of the same layers, heads and dtype.
+            segment: its name in both banks; it must be new here.
+            tokens: copy only the first ones.
+            step: tokens to allocate and copy at a time, as if appended so.
+            devices: where each layer's blocks go if this bank has no device; by default where the other's are.
+        """
+        source, target = other._segment(segment), Segment()
+        with _write_lock:
+            for layer in self.layers:
+                spans, length = source.spans.get(layer, ()), source.length(layer) if tokens is None else tokens
+                for start in range(0, length, step):
+                    for part in slice_spans(spans, start, min(start + step, length)):
+                        device = part.block.keys.device if devices is None else devices[layer]
+                        self._copy_span(layer, target, part, device)
+        self._add(segment, target)
+
+    def _copy_span(self, layer: int, target: Segment, part: Span, device: torch.device) -> None:
+        start = part.start
+        while start < part.stop:
+            spans, block = self._writable_block(layer, target.spans.get(layer, ()), part.stop - start, device)
+            first, stop = block.filled, min(part.stop, start + block.free)
+            block.append_span(Span(part.block, start, stop))
+            target.spans[layer] = tuple(merge_spans([Span(block, first, block.filled)], spans))
+            self._tail_blocks[layer] = block
+            start = stop
+
     def set_metadata(self, segment: str, **metadata: Any) -> None:
         """Add metadata of a segment (its source, say); files store them too.
 

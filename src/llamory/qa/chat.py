@@ -1,154 +1,304 @@
-"""A conversation over a memory: what is said goes on in the local context, and slides into memory as it grows."""
+"""Questions and answers over a source of documents: find, attach, select evidence, generate, cite."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from llamory.common import ram
-from llamory.ingest.memory_file import PathLike
+from llamory.common.io import PathLike
+from llamory.errors import LlamoryError
 from llamory.longllama.cache import LongLlamaCache
 from llamory.memory import MemoryBank, SegmentSpan
-from llamory.qa.evidence import make_evidence_search
-from llamory.qa.generation import OOM_ADVICE, Answer, GenerationSettings, Generator
+from llamory.qa.attribution import AttentionRecorder, Citation, cite, sum_mass_by_chunk
+from llamory.qa.evidence import evaluation_mode, make_evidence_search
+from llamory.qa.generation import (
+    OOM_ADVICE,
+    Answer,
+    GenerationResult,
+    GenerationSettings,
+    Generator,
+    Prompt,
+    check_question,
+)
+
+if TYPE_CHECKING:
+    from llamory.documents import Chunk
 
 CONVERSATION = "conversation"
+_NAMES_SHOWN = 5
 
 
-class Chat:
-    """Questions and answers that know of one another.
+@dataclass
+class LoadedMemory:
+    """Memory of documents.
 
-        chat = OpenMemory("notes.memory").chat()
-        chat.ask("Who built the bridge?")
-        chat.ask("And when?")
+    Attributes:
+        memory: a segment per document, under its name.
+        tokens_read: tokens that had to be encoded for it.
+        chunks: the chunks of each document, for citations; segments then have the metadata `starts`. Empty if the
+            source can't cite.
+    """
+
+    memory: MemoryBank
+    tokens_read: int = 0
+    chunks: Mapping[str, Sequence[Chunk]] = field(default_factory=dict)
+
+
+class DocumentSource(Protocol):
+    """Where the documents of a session come from: a library or memory files."""
+
+    @property
+    def generator(self) -> Generator:
+        """The model that answers."""
+        ...
+
+    def load(self, names: Sequence[str], /) -> LoadedMemory:
+        """The memory of documents, in this order."""
+        ...
+
+
+class QASession:
+    """Questions and answers of one conversation.
+
+    Each question finds documents, and their memory stays attached. Evidence is selected anew for each question. The
+    conversation is in the local context, and older parts move to a memory segment of their own.
+
+        session = Library("notes.lib").chat()
+        session.ask("Who built the bridge?")
+        session.ask("And when?")
 
     Args:
-        generator: who answers.
-        memory: what is known from the start; it is forked, never changed.
-        observer: as `LongLlamaCache.observer`.
+        source: loads documents.
+        find: gives the names of the documents of a question.
+        citations: passages to cite, at most.
 
     Attributes:
         turns: the answers so far.
-        known: all documents.
-        evidence: the parts of these that the last answer was from.
-        memory: those parts, and what was said and isn't local any more.
+        document_memory: all attached documents.
+        evidence: the parts of them that the last answer was generated from.
+        memory: those parts, and the conversation as far as it left the local context.
+        recorder: records attention for the citations.
     """
 
-    def __init__(
-        self, generator: Generator, memory: MemoryBank, *, observer: Callable[[int, Any, Any], None] | None = None
-    ):
-        self._generator = generator
-        self._segment = _unique_name(CONVERSATION, memory.segments)
-        self._ids: list[int] = []
-        generator.model.memory_cache(memory)  # says what is wrong if the memory is another model's
-        self.memory, self.document_memory = memory.fork(), memory.fork()
-        self.evidence = [SegmentSpan(name, 0, memory.length(segment=name)) for name in memory.segments]
-        self._new_documents = list(memory.segments)  # since the last answer
-        self._observer = observer
-        self._start_conversation_segment()
+    def __init__(self, source: DocumentSource, find: Callable[[str], Sequence[str]], *, citations: int = 0):
+        self._source, self._find, self._max_citations = source, find, citations
         self.turns: list[Answer] = []
+        self.evidence: list[SegmentSpan] = []
+        self.recorder = AttentionRecorder()
+        self.document_memory: MemoryBank
+        self.memory: MemoryBank
+        self._cache: LongLlamaCache | None = None
+        self._conversation = CONVERSATION  # name of its segment
+        self._ids: list[int] = []  # tokens of the conversation
+        self._chunks: dict[str, Sequence[Chunk]] = {}
+        self._new_documents: list[str] = []  # since the last answer
 
     @property
     def documents(self) -> tuple[str, ...]:
-        """Names of the documents that questions may be about."""
-        return self.document_memory.segments
+        """Names of the attached documents."""
+        return () if self._cache is None else self.document_memory.segments
 
-    def attach(self, memory: MemoryBank, documents: Sequence[str]) -> None:
-        """Take more documents into the chat's memory, from now on."""
-        self.document_memory.attach(memory, documents)
-        self._new_documents += documents
-
-    def ask(self, question: str, **kwargs: Any) -> Answer:
+    def ask(self, question: str, **settings: Any) -> Answer:
         """Ask the next question.
 
         Args:
-            question: what to ask.
-            kwargs: fields of `llamory.qa.generation.GenerationSettings`, such as `max_new_tokens` and `on_text`.
+            question: the question.
+            settings: fields of `llamory.qa.generation.GenerationSettings`, such as `max_new_tokens` and `on_text`.
 
         Raises:
-            LlamoryError: the question is blank or too long, or memory is short.
+            LlamoryError: the question is blank or too long, no document was found, or there is too little RAM.
         """
-        settings = GenerationSettings(**kwargs)
-        prompt, ids = self._prompt(question, settings)
-        started = time.perf_counter()
-        selected = self._select_evidence(question, settings.evidence_ratio)
-        self._attach_evidence(selected)
-        setup_seconds = time.perf_counter() - started
-        try:
-            with ram.translate_oom(OOM_ADVICE):
-                result = self._generator.answer(ids, self._cache, settings)
-        except BaseException:
-            # The cache has taken in half a turn. The next question reads what was said before anew.
-            self.memory.drop(self._segment)
-            self._start_conversation_segment()
-            raise
-        self._ids = [*ids, *result.tokens]
-        tokens = self.document_memory.length() + self.memory.length(segment=self._segment)
-        answer = Answer.from_generation(
-            question, prompt, result, self.documents, selected, memory_tokens=tokens, setup_seconds=setup_seconds
-        )
+        options = GenerationSettings(**settings)
+        check_question(question)
+        generator = self._source.generator
+        with ram.translate_oom(OOM_ADVICE), evaluation_mode(generator.model):
+            prompt = generator.prompt(question, first=not self._ids, limit=options.max_question_tokens)
+            started_at = time.perf_counter()
+            names = self._find(question)
+            found_at = time.perf_counter()
+            tokens_read = self.attach(names)
+            attached_at = time.perf_counter()
+            self._use_evidence(self._select_evidence(question, options.evidence_ratio))
+            memory_tokens = self.document_memory.length() + self.memory.length(segment=self._conversation)
+            result, setup_seconds = self._generate(prompt, options, started_at)
+            answer = Answer(
+                question=question,
+                answer=result.text,
+                documents=list(self.documents),
+                memory_tokens=memory_tokens,
+                question_tokens=len(prompt.ids),
+                answer_tokens=len(result.tokens),
+                seconds_to_first_token=setup_seconds + result.seconds_to_first_token,
+                seconds=setup_seconds + result.seconds,
+                evidence_documents=list(dict.fromkeys(span.segment for span in self.evidence)),
+                evidence_tokens=sum(stop - start for _, start, stop in self.evidence),
+                citations=self._cite(prompt, result),
+                tokens_read=tokens_read,
+                seconds_to_find=found_at - started_at,
+                seconds_to_attach=attached_at - found_at,
+            )
         self.turns.append(answer)
         self._new_documents = []
         return answer
 
     def save(self, path: PathLike) -> None:
-        """Write a memory file of the documents and of what was said, read into a segment of its own.
+        """Write a memory file of the attached documents and of the conversation, encoded into a segment of its own.
 
         Args:
-            path: the file; it is written beside and renamed, so it may be one that is mounted.
+            path: the file; it may be one that is attached.
+
+        Raises:
+            LlamoryError: nothing has been asked.
+            OSError: the file can't be written.
         """
-        combined = self.document_memory.fork()
+        if self._cache is None:
+            raise LlamoryError("There is no conversation to save; ask a question first.")
+        generator, combined = self._source.generator, self.document_memory.fork()
         if self._ids:
-            self._generator.model.read(torch.tensor(self._ids), combined, segment=self._segment)
-            metadata = {"title": CONVERSATION, "source": self._segment, "tokens": len(self._ids)}
-            context = self._generator.model.config.max_position_embeddings
-            combined.set_metadata(self._segment, **metadata, model=self._generator.name, context_length=context)
+            generator.model.read(torch.tensor(self._ids), combined, segment=self._conversation)
+            combined.set_metadata(
+                self._conversation,
+                title=CONVERSATION,
+                source=self._conversation,
+                tokens=len(self._ids),
+                model=generator.name,
+                context_length=generator.model.config.max_position_embeddings,
+            )
         combined.save(path)
 
-    def _prompt(self, question: str, settings: GenerationSettings) -> tuple[list[int], list[int]]:
-        """The tokens of this turn's question, and all tokens so far with them."""
-        if not self._ids:
-            prompt = self._generator.first_prompt(question, settings.max_question_tokens)
-            return prompt, prompt
-        prompt = self._generator.next_prompt(question, settings.max_question_tokens)
-        # The mark that ended the last answer is written by the template, too. The cache never takes in an answer's
-        # last token, so it can be taken back.
-        previous_ids = self._ids[:-1] if self._ids[-1] in self._generator.eos_token_ids() else self._ids
-        return prompt, [*previous_ids, *prompt]
+    # ---- documents and evidence --------------------------------------------------------------------------------------
+
+    def attach(self, names: Sequence[str]) -> int:
+        """Attach the documents that aren't attached; returns the tokens that had to be encoded.
+
+        Raises:
+            LlamoryError: no document is attached then.
+        """
+        new = [name for name in names if name not in self.documents]
+        if not new and self._cache is not None:
+            return 0
+        loaded = self._source.load(new)
+        if self._cache is None:
+            if not loaded.memory.segments:
+                raise LlamoryError("No document was found that fits; ask in other words, or of other sources.")
+            self._conversation = _unique_name(CONVERSATION, loaded.memory.segments)
+            self.document_memory, self.memory = loaded.memory.slice([]), loaded.memory.slice([])
+            self._start_conversation()
+        self.document_memory.attach(loaded.memory)
+        self._chunks |= loaded.chunks
+        self._new_documents += loaded.memory.segments
+        return loaded.tokens_read
 
     def _select_evidence(self, question: str, evidence_ratio: float) -> list[SegmentSpan]:
-        """What in memory a question is about."""
-        selected = self._generator.select_evidence(question, self.document_memory, self.documents, evidence_ratio)
+        """The parts of the documents to answer from."""
+        selected = self._source.generator.select_evidence(
+            question, self.document_memory, self.documents, evidence_ratio
+        )
         previous = (
             [span for span in self.evidence if any(_covers(each, span) for each in selected)] if self.turns else []
         )
         if evidence_ratio and previous:
-            # "And when?" is likely everywhere: the conversation doesn't go back to what the last answer left out.
+            # "And when?" is likely everywhere: the conversation doesn't return to what the last answer left out.
             selected = previous + [span for span in selected if span.segment in self._new_documents]
         return selected
 
-    def _attach_evidence(self, evidence: list[SegmentSpan]) -> None:
-        """Have this in memory, and what was said."""
+    def _use_evidence(self, evidence: list[SegmentSpan]) -> None:
+        """Put evidence in front of the conversation's segment in memory."""
+        assert self._cache is not None
         if evidence != self.evidence:
             for name in {span.segment for span in self.evidence}:
                 self.memory.drop(name)
             self.memory.attach(self.document_memory.slice(evidence))
-            # What slides out of the local context goes to the last segment.
-            self.memory.reorder([name for name in self.memory.segments if name != self._segment] + [self._segment])
+            # Tokens that leave the local context go to the last segment.
+            self.memory.reorder([*(n for n in self.memory.segments if n != self._conversation), self._conversation])
             self.evidence = evidence
-            self._cache.search = make_evidence_search(self._generator.model, self.document_memory, evidence)
+            self._cache.search = make_evidence_search(self._source.generator.model, self.document_memory, evidence)
 
-    def _start_conversation_segment(self) -> None:
-        """Nothing is read yet: an empty segment at the end, so that no document grows by what is said."""
-        shape = (self.memory.kv_heads, 0, self.memory.head_dim)
+    # ---- conversation ------------------------------------------------------------------------------------------------
+
+    def _generate(
+        self, prompt: Prompt, options: GenerationSettings, started_at: float
+    ) -> tuple[GenerationResult, float]:
+        """The answer, and the seconds from `started_at` until the model got the prompt."""
+        assert self._cache is not None
+        generator, previous_ids = self._source.generator, self._ids
+        if previous_ids and previous_ids[-1] in generator.eos_token_ids():
+            # The template writes the EOS of the last answer. The cache never has an answer's last token.
+            previous_ids = previous_ids[:-1]
+        ids = [*previous_ids, *prompt.ids]
+        self.recorder.clear()
+        setup_seconds = time.perf_counter() - started_at
+        try:
+            result = generator.generate(ids, self._cache, options)
+        except BaseException:
+            # The cache has half a turn: start again, so that the next question encodes the conversation anew.
+            self.memory.drop(self._conversation)
+            self._start_conversation()
+            raise
+        self._ids = [*ids, *result.tokens]
+        return result, setup_seconds
+
+    def _start_conversation(self) -> None:
+        """A cache without tokens, and an empty segment at the end for those that leave the local context."""
+        model, shape = self._source.generator.model, (self.memory.kv_heads, 0, self.memory.head_dim)
         for layer in self.memory.layers:
-            self.memory.append(layer, torch.zeros(shape), torch.zeros(shape), segment=self._segment)
-        self._cache = LongLlamaCache(self._generator.model.config, [self.memory])
-        self._cache.observer = self._observer
-        self._cache.search = make_evidence_search(self._generator.model, self.document_memory, self.evidence)
+            self.memory.append(layer, torch.zeros(shape), torch.zeros(shape), segment=self._conversation)
+        self._cache = LongLlamaCache(model.config, [self.memory])
+        self._cache.search = make_evidence_search(model, self.document_memory, self.evidence)
+        if self._max_citations:
+            self._cache.observer = self.recorder
+
+    # ---- citations ---------------------------------------------------------------------------------------------------
+
+    def _cite(self, prompt: Prompt, result: GenerationResult) -> list[Citation]:
+        """The chunks with the most attention, over all layers, heads and tokens of question and answer."""
+        names = list(dict.fromkeys(span.segment for span in self.evidence))
+        if not self._max_citations or not all(name in self._chunks for name in names):
+            return []
+        layers = self._source.generator.model.model.layers
+        mass = self.recorder.mass(
+            self.memory,
+            names,
+            {layer: layers[layer].self_attn.scaling for layer in self.memory.layers},
+            baseline_tokens=prompt.baseline_tokens,
+            question=len(prompt.ids),
+            answer=len(result.tokens),
+        )
+        # Spread the mass of the evidence over whole documents: (2, tokens) each.
+        by_document = {
+            name: torch.zeros(2, self.document_memory.length(segment=name), dtype=torch.float64) for name in names
+        }
+        spans = [span for name in names for span in self.evidence if span.segment == name]  # as in self.memory
+        parts = torch.stack(list(mass)).split([stop - start for _, start, stop in spans], dim=1)
+        for (name, start, stop), part in zip(spans, parts, strict=True):
+            by_document[name][:, start:stop] = part
+        ordered = [name for name in self.documents if name in by_document]
+        masses = [
+            sum_mass_by_chunk(by_document[name], self.document_memory.metadata(name)["starts"]) for name in ordered
+        ]
+        return cite([chunk for name in ordered for chunk in self._chunks[name]], torch.cat(masses), self._max_citations)
+
+
+def not_one_document(name: str, found: Sequence[str], names: Sequence[str], where: str) -> LlamoryError:
+    """The error for a document name that matches none or several.
+
+    Args:
+        name: as given.
+        found: what it matches.
+        names: all documents.
+        where: "in memory" or "in the library".
+    """
+    candidates = found or names
+    listed = ", ".join(candidates[:_NAMES_SHOWN])
+    hidden = len(candidates) - _NAMES_SHOWN
+    listed += f" and {hidden} more" if hidden > 0 else ""
+    problem = f"{name} may be several documents" if found else f"There is no document {name} {where}"
+    return LlamoryError(f"{problem}; give one of these names: {listed}.")
 
 
 def _covers(one: SegmentSpan, other: SegmentSpan) -> bool:

@@ -8,7 +8,8 @@ that is asked for; the names in a question tell places apart long before the ans
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -108,6 +109,17 @@ def make_evidence_search(
     is_partial = any(stop - start < memory.length(segment=name) for name, start, stop in spans)
     is_small = sum(stop - start for _, start, stop in spans) <= MAX_EXACT_TOKENS
     return ExactSearch() if is_partial and is_small and not model.config.mem_top_k_attention else None
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Switch a model to evaluation mode (no dropout) for the block, and restore its mode."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def check_evidence_ratio(evidence_ratio: float) -> None:

@@ -1,17 +1,17 @@
-"""A model that answers from a cache: the prompt around a question, the tokens that follow, word by word."""
+"""Generate an answer from a cache: the prompt of a question, sampling, and streaming."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import TextStreamer
 
-from llamory.common import ram
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.cache import LongLlamaCache
@@ -22,33 +22,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from llamory.memory import MemoryBank, SegmentSpan
+    from llamory.qa.attribution import Citation
 
 MAX_NEW_TOKENS = 256
 OOM_ADVICE = "choose a smaller model, fewer documents or a shorter answer."
 
-# For a model that was never told how to chat.
+# For a model without a chat template.
 _PLAIN_PROMPT = "Question: {question}\nAnswer:"
 _TURN_SEPARATOR = "\n\n"
-# Stands for an answer in the template, to see what the template writes behind it.
+# Stands for an answer in the template, to find what the template writes after it.
 _ANSWER_PLACEHOLDER = "ANSWER"
 _PLACEHOLDER_QUESTIONS = ("-", "?")
 
 
 @dataclass
 class Answer:
-    """What was asked and answered.
+    """A question and its answer.
 
     Attributes:
-        question: as it was asked.
-        answer: without blank space around it.
-        documents: names of the documents in memory.
-        memory_tokens: tokens in memory.
-        question_tokens: tokens of the question with the prompt around it.
+        question: the question.
+        answer: the answer, without surrounding whitespace.
+        documents: names of the attached documents.
+        memory_tokens: tokens of the attached documents, and of the earlier conversation in memory.
+        question_tokens: tokens of the prompt.
         answer_tokens: tokens of the answer.
-        seconds_to_first_token: from the question to the answer's first token.
-        seconds: from the question to the answer's end.
-        evidence_documents: names of the documents that the answer is from (`evidence_ratio`).
-        evidence_tokens: tokens of these in memory, of long ones those of the stretches that it is from.
+        seconds_to_first_token: from the question to the first token of the answer.
+        seconds: from the question to the end of the answer.
+        evidence_documents: names of the documents that the answer was generated from.
+        evidence_tokens: tokens of these in memory; of long documents only the selected parts.
+        citations: the chunks with the most attention, most first; empty for memory files.
+        tokens_read: tokens of documents that had to be encoded because their memory wasn't stored.
+        seconds_to_find: duration of the search for documents.
+        seconds_to_attach: duration of loading (and encoding) them.
     """
 
     question: str
@@ -61,32 +66,10 @@ class Answer:
     seconds: float
     evidence_documents: list[str]
     evidence_tokens: int
-
-    @classmethod
-    def from_generation(
-        cls,
-        question: str,
-        prompt: Sequence[int],
-        result: GenerationResult,
-        documents: Sequence[str],
-        evidence: Sequence[SegmentSpan],
-        *,
-        memory_tokens: int,
-        setup_seconds: float,
-    ) -> Self:
-        """From what a model said, of these pieces of the documents in memory, `setup_seconds` seconds after it was asked."""
-        return cls(
-            question=question,
-            answer=result.text,
-            documents=list(documents),
-            memory_tokens=memory_tokens,
-            question_tokens=len(prompt),
-            answer_tokens=len(result.tokens),
-            seconds_to_first_token=setup_seconds + result.seconds_to_first_token,
-            seconds=setup_seconds + result.seconds,
-            evidence_documents=list(dict.fromkeys(span.segment for span in evidence)),
-            evidence_tokens=sum(stop - start for _, start, stop in evidence),
-        )
+    citations: list[Citation] = field(default_factory=list)
+    tokens_read: int = 0
+    seconds_to_find: float = 0.0
+    seconds_to_attach: float = 0.0
 
     @property
     def text(self) -> str:
@@ -99,13 +82,16 @@ class GenerationSettings:
     """How to answer.
 
     Attributes:
-        max_new_tokens: the most tokens of the answer.
-        temperature: 0 for the likeliest answer, else the answer is sampled, the more freely the higher it is.
-        seed: for sampling.
-        max_question_tokens: the most tokens that the question may have, with the template.
-        on_text: called with each piece of the answer as it comes.
-        evidence_ratio: what in memory makes the question so many times less likely than the best does is left out (see
-            `llamory.qa.evidence`); 0 answers from all.
+        max_new_tokens: maximum tokens of the answer.
+        temperature: of sampling; 0 decodes greedily.
+        seed: of sampling.
+        max_question_tokens: maximum tokens of the prompt.
+        on_text: called with each piece of the answer as it is generated.
+        evidence_ratio: evidence whose query likelihood is more than this many times below the best is dropped (see
+            `llamory.qa.evidence`); 0 uses all documents.
+
+    Raises:
+        LlamoryError: a setting is out of range.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -122,10 +108,26 @@ class GenerationSettings:
 
 
 @dataclass(frozen=True)
-class GenerationResult:
-    """What a model said: its tokens (with the one that ended it, if any), the text, when it began and how long it took.
+class Prompt:
+    """Tokens of a question with the chat template.
 
-    Seconds are counted from when the model was given the prompt.
+    Attributes:
+        ids: the tokens.
+        baseline_tokens: how many of the first ones are the same for every question.
+    """
+
+    ids: list[int]
+    baseline_tokens: int
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """What a model generated.
+
+    Attributes:
+        tokens: the tokens, with the EOS if there is one.
+        text: the text without special tokens and surrounding whitespace.
+        seconds_to_first_token, seconds: counted from the call.
     """
 
     tokens: list[int]
@@ -135,82 +137,82 @@ class GenerationResult:
 
 
 class Generator:
-    """A model and its tokenizer.
+    """A model with its tokenizer.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        name: what memories note of who made them.
+        name: the model's name, for the metadata of memories.
     """
 
     def __init__(self, model: LongLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str):
         self.model, self.tokenizer, self.name = model, tokenizer, name
 
-    def first_prompt(self, question: str, limit: int | None = None) -> list[int]:
-        """Tokens of a first question with the chat template around it.
+    def prompt(self, question: str, *, first: bool = True, limit: int | None = None) -> Prompt:
+        """The prompt of a question.
+
+        Args:
+            question: the question.
+            first: whether it starts a conversation; else it follows an answer, whose end of turn comes first.
+            limit: maximum number of tokens.
 
         Raises:
-            LlamoryError: the question is blank, or has more tokens than the limit.
+            LlamoryError: the question is blank or too long, or the chat template drops earlier answers.
         """
         check_question(question)
-        if self.tokenizer.chat_template:
-            ids = self._tokenize(self._apply_chat_template([{"role": "user", "content": question}]))
-        else:
-            ids = [*bos_ids(self.tokenizer), *self._tokenize(_PLAIN_PROMPT.format(question=question))]
-        return _check_length(ids, limit)
+        ids = self._prompt_ids(question, first=first)
+        if limit is not None and len(ids) > limit:
+            raise LlamoryError(
+                f"The question has {len(ids):,} tokens with the prompt around it, more than the limit of "
+                f"{limit:,}: raise the limit, or ask a shorter question."
+            )
+        other = next(each for each in _PLACEHOLDER_QUESTIONS if not question.startswith(each))
+        pairs = zip(ids, self._prompt_ids(other, first=first), strict=False)
+        return Prompt(ids, next((count for count, (one, two) in enumerate(pairs) if one != two), 0))
 
-    def next_prompt(self, question: str, limit: int | None = None) -> list[int]:
-        """Tokens that follow an answer (with the end of its turn) to ask another question.
-
-        Raises:
-            LlamoryError: as `first_prompt`, or the template doesn't say what follows an answer.
-        """
-        check_question(question)
+    def _prompt_ids(self, question: str, *, first: bool) -> list[int]:
         if not self.tokenizer.chat_template:
-            return _check_length(self._tokenize(_TURN_SEPARATOR + _PLAIN_PROMPT.format(question=question)), limit)
-        turns = [("user", "-"), ("assistant", _ANSWER_PLACEHOLDER), ("user", question)]
-        text = self._apply_chat_template([{"role": role, "content": content} for role, content in turns])
-        _, found, rest = text.partition(_ANSWER_PLACEHOLDER)
-        if not found:
-            raise LlamoryError("The model's chat template leaves earlier answers out, so a chat can't go on with it.")
-        return _check_length(self._tokenize(rest), limit)
+            text = _PLAIN_PROMPT.format(question=question)
+            return (
+                [*bos_ids(self.tokenizer), *self._tokenize(text)] if first else self._tokenize(_TURN_SEPARATOR + text)
+            )
+        turns = (
+            [("user", question)] if first else [("user", "-"), ("assistant", _ANSWER_PLACEHOLDER), ("user", question)]
+        )
+        messages = [{"role": role, "content": content} for role, content in turns]
+        text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        if not first:
+            _, found, text = text.partition(_ANSWER_PLACEHOLDER)
+            if not found:
+                raise LlamoryError("The model's chat template drops earlier answers; ask each question by itself.")
+        return self._tokenize(text)
 
-    def num_baseline_tokens(self, question: str, *, first: bool) -> int:
-        """How many tokens in front of a question, the first one or a later one, are there whatever is asked."""
-        prompt = self.first_prompt if first else self.next_prompt
-        other_question = next(each for each in _PLACEHOLDER_QUESTIONS if not question.startswith(each))
-        pairs = zip(prompt(question), prompt(other_question), strict=False)
-        return next((count for count, (one, other) in enumerate(pairs) if one != other), 0)
+    def _tokenize(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def select_evidence(
         self, question: str, memory: MemoryBank, documents: Sequence[str], evidence_ratio: float
     ) -> list[SegmentSpan]:
-        """What in memory a question is about; see `llamory.qa.evidence.choose`."""
+        """The parts of documents that a question is about; see `llamory.qa.evidence.select_evidence`."""
         ids = [*bos_ids(self.tokenizer), *self._tokenize(question)]
-        with ram.translate_oom(OOM_ADVICE):
-            return select_evidence(self.model, ids, memory, documents, evidence_ratio)
+        return select_evidence(self.model, ids, memory, documents, evidence_ratio)
 
-    def answer(self, ids: list[int], cache: LongLlamaCache, settings: GenerationSettings) -> GenerationResult:
-        """What the model says after these tokens.
+    def generate(self, ids: list[int], cache: LongLlamaCache, settings: GenerationSettings) -> GenerationResult:
+        """Continue a conversation.
 
         Args:
-            ids: all tokens so far: those that the cache has taken in (of an earlier answer), and at least one more.
-            cache: with memory mounted; it takes in all but the answer's last token.
-            settings: how.
-
-        Raises:
-            LlamoryError: memory is short.
+            ids: all tokens so far: those that the cache has, and at least one more.
+            cache: the cache with its memory; afterwards it has all tokens but the last one of the answer.
+            settings: how to answer.
         """
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if settings.temperature > 0:
             sampling = {"do_sample": True, "temperature": settings.temperature}
-            if settings.seed is not None:
-                torch.manual_seed(settings.seed)
         eos_ids = self.eos_token_ids()
         streamer = _Streamer(self.tokenizer, settings.on_text)
         started = time.perf_counter()
-        prompt = torch.tensor([ids], device=self.model.device)
-        with ram.translate_oom(OOM_ADVICE):
+        prompt = torch.tensor([ids], device=self.model.device)  # (1, tokens)
+        with _seeded(settings.seed if settings.temperature > 0 else None, self.model.device):
             output = self.model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -227,40 +229,37 @@ class Generator:
         return GenerationResult(tokens, text, (streamer.first_token_time or finished) - started, finished - started)
 
     def eos_token_ids(self) -> list[int]:
-        """Tokens that end an answer: what the model says, and what the tokenizer says, which may know of chats."""
+        """Tokens that end an answer: those of the generation config, and the tokenizer's EOS."""
         generation = self.model.generation_config
         configured = generation.eos_token_id if generation is not None else None
         eos_ids = [configured] if isinstance(configured, int) else list(configured or [])
         return list(dict.fromkeys([*eos_ids, *([] if (eos := self.tokenizer.eos_token_id) is None else [eos])]))
 
-    def _apply_chat_template(self, messages: list[dict[str, str]]) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-
-    def _tokenize(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
 
 def check_question(question: str) -> None:
-    """Make sure that something is asked.
-
-    Raises:
-        LlamoryError: it is blank.
-    """
+    """Raise LlamoryError if a question is blank."""
     if not question.strip():
         raise LlamoryError("The question is blank; ask something.")
 
 
-def _check_length(ids: list[int], limit: int | None) -> list[int]:
-    if limit is not None and len(ids) > limit:
-        raise LlamoryError(
-            f"The question has {len(ids):,} tokens with the prompt around it, more than the limit of "
-            f"{limit:,}: raise the limit, or ask a shorter question."
-        )
-    return ids
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Seed the random number generators of CPU and device for the block, and restore their states."""
+    if seed is None:
+        yield
+        return
+    accelerator = None if device.type == "cpu" else torch.get_device_module(device)
+    devices = [] if accelerator is None else [accelerator.current_device() if device.index is None else device.index]
+    with torch.random.fork_rng(devices, device_type="cuda" if accelerator is None else device.type):
+        torch.default_generator.manual_seed(seed)
+        if accelerator is not None:
+            with torch.accelerator.device_index(devices[0]):
+                accelerator.manual_seed(seed)
+        yield
 
 
 class _Streamer(TextStreamer):
-    """Hands on text as it comes, and notes when the first token came."""
+    """Passes text on as it is generated, and measures when the first token came."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -274,7 +273,7 @@ class _Streamer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
-        """Hand on whole words, without blank space in front of the first."""
+        """Pass on whole words, without whitespace before the first."""
         text = text if self._has_output else text.lstrip()
         if text and self._on_text is not None:
             self._has_output = True

@@ -12,12 +12,15 @@ from llamory.errors import LlamoryError
 from llamory.ingest.encode import read_documents_into
 from llamory.longllama.loading import load_long_model
 from llamory.memory import MemoryBank
-from llamory.qa import open_memory as asking
-from llamory.qa.open_memory import OpenMemory, ask
+from llamory.qa.open_memory import OpenMemory
 from tiny_models import make_long_llama
 
 SETTINGS = {"mem_layers": [0, 1], "context_length": 16, "mem_dtype": "float32"}
 QUESTION = "which river has a bridge of stone"
+
+
+def ask(question: str, memory, model=None, last_context_length=None, **settings):
+    return OpenMemory(memory, model=model, last_context_length=last_context_length).ask(question, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,7 @@ def test_the_chat_template_goes_around_the_question_alone(memory_files, model_fo
         "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}[answer]{% endif %}"
     )
-    prompt = OpenMemory(memory_files[0], tokenizer=tokenizer).generator.first_prompt(QUESTION)
+    prompt = OpenMemory(memory_files[0], tokenizer=tokenizer).generator.prompt(QUESTION).ids
     assert tokenizer.decode(prompt) == f"[user] {QUESTION}\n[answer]"
 
 
@@ -124,7 +127,7 @@ def test_sampling_differs_by_seed_and_only_by_seed(memory_files) -> None:
 def test_an_answer_ends_where_the_tokenizer_says(memory_files, model_folder) -> None:
     opened = OpenMemory(memory_files[0])
     next_token = opened.model.generate(
-        torch.tensor([opened.generator.first_prompt(QUESTION)]),
+        torch.tensor([opened.generator.prompt(QUESTION).ids]),
         past_key_values=opened.model.memory_cache(opened.memory),
         max_new_tokens=1,
     )[0, -1]
@@ -202,7 +205,6 @@ def test_too_little_memory_is_one_sentence(memory_files, monkeypatch) -> None:
     def short(*_, **__):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(type(opened.model), "memory_cache", short)
+    monkeypatch.setattr(type(opened.model), "generate", short)
     with pytest.raises(LlamoryError, match="too little memory"):
         opened.ask(QUESTION)
-    assert asking.MAX_NEW_TOKENS == 256

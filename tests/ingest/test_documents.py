@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llamory.documents import Chunk
-from llamory.ingest.stored_documents import StoredDocument, tokenize_document
+from llamory.ingest.documents import StoredDocument
 
 
 def document(*texts: str, title: str = "") -> StoredDocument:
@@ -16,8 +16,8 @@ def document(*texts: str, title: str = "") -> StoredDocument:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(reader_folder):
-    return AutoTokenizer.from_pretrained(reader_folder)
+def tokenizer(model_folder):
+    return AutoTokenizer.from_pretrained(model_folder)
 
 
 def test_passages_are_joined_and_the_title_goes_first() -> None:
@@ -34,7 +34,7 @@ def test_passages_are_joined_and_the_title_goes_first() -> None:
 def test_every_token_is_of_the_passage_that_its_text_is_of(tokenizer, texts, with_prefix) -> None:
     prefix_ids = [0] if with_prefix else []
     found = document(*texts)
-    tokens = tokenize_document(found, tokenizer, prefix_ids)
+    tokens = found.tokenize(tokenizer, prefix_ids)
     assert tokens.starts[0] == len(prefix_ids)
     assert tokens.ids[: len(prefix_ids)].tolist() == prefix_ids
     parts = [tokens.ids[a:b] for a, b in pairwise([*tokens.starts, len(tokens.ids)])]
@@ -49,18 +49,17 @@ def tokenize_alone(found, tokenizer) -> list[str]:
 
 
 def test_a_special_token_that_is_spelt_out_is_plain_text(tokenizer) -> None:
-    tokens = tokenize_document(document("a<|end|>b"), tokenizer, [])
+    tokens = document("a<|end|>b").tokenize(tokenizer)
     assert tokenizer.eos_token_id not in tokens.ids.tolist()
 
 
-def test_the_key_changes_with_text_title_cut_and_reader_and_with_nothing_else() -> None:
-    keys = [
-        document("one", "two").key("reader"),
-        document("one", "twos").key("reader"),
-        document("one\n\ntwo").key("reader"),
-        document("one", "two", title="Top").key("reader"),
-        document("one", "two").key("another"),
+def test_the_digest_changes_with_text_title_and_chunks_and_with_nothing_else() -> None:
+    digests = [
+        document("one", "two").digest,
+        document("one", "twos").digest,
+        document("one\n\ntwo").digest,
+        document("one", "two", title="Top").digest,
     ]
-    assert len(set(keys)) == len(keys)
+    assert len(set(digests)) == len(digests)
     elsewhere = StoredDocument("b.md", tuple(Chunk(text, "b.md", "", 9) for text in ("one", "two")))
-    assert elsewhere.key("reader") == keys[0]
+    assert elsewhere.digest == digests[0]

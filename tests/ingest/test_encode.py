@@ -13,9 +13,12 @@ import torch
 from transformers import AutoTokenizer
 
 from llamory.errors import LlamoryError
-from llamory.ingest import batching as passes
-from llamory.ingest import checkpoint as partial
-from llamory.ingest import encode as reading
+from llamory.ingest import checkpoint as checkpoint_module
+from llamory.ingest import encode
+from llamory.ingest.checkpoint import IngestCheckpoint
+from llamory.ingest.documents import TokenizedDocument
+from llamory.ingest.memory_file import MemoryFileInfo, checkpoint_path
+from llamory.longllama.causal import encode_windows
 from llamory.longllama.loading import load_long_model
 from llamory.memory import MemoryBank
 from small_texts import CONTEXT, SETTINGS, sentence
@@ -174,15 +177,18 @@ def test_a_folder_that_was_moved_is_known_again(read, memory_file, texts, tmp_pa
     assert source == str(tmp_path / "elsewhere" / "texts" / "a.txt")
 
 
+def interrupt(*_) -> None:
+    raise KeyboardInterrupt
+
+
 # ---- stopped runs ----------------------------------------------------------------------------------------------------
 
 KILLED = """
 import os, signal, sys
-from llamory.ingest import checkpoint as partial
-from llamory.ingest import encode as reading
+from llamory.ingest import checkpoint, encode
 from llamory.common.progress import ProgressBar
 
-partial.SAVE_INTERVAL_SECONDS = partial._SAVE_TIME_RATIO = 0
+checkpoint.SAVE_INTERVAL_SECONDS = checkpoint._SAVE_TIME_RATIO = 0
 windows = 0
 
 def advance(self, tokens, **_):
@@ -192,7 +198,7 @@ def advance(self, tokens, **_):
         os.kill(os.getpid(), signal.SIGKILL)
 
 ProgressBar.advance = advance
-reading.read_documents_into(
+encode.read_documents_into(
     sys.argv[1], sys.argv[2], model=sys.argv[3], mem_layers=[1], context_length=16, mem_dtype="float32"
 )
 """
@@ -204,12 +210,12 @@ def test_a_killed_run_goes_on_and_ends_as_if_in_one_go(read, memory_file, texts,
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
     assert not memory_file.exists()
     with pytest.raises(LlamoryError, match=r"isn't finished.*book\.partial"):
-        reading.MemoryFileInfo(memory_file)
+        MemoryFileInfo(memory_file)
     report = read(texts)
     assert report.resumed > CONTEXT
     assert report.tokens + report.resumed == report.memory_tokens
     resumed = tensors(memory_file)
-    assert sorted(path.name for path in memory_file.parent.iterdir()) == ["book", "texts"]
+    assert sorted(path.name for path in memory_file.parent.iterdir()) == [".book.lock", "book", "texts"]
     memory_file.unlink()
     assert read(texts).resumed == 0
     assert same(resumed, tensors(memory_file))
@@ -219,26 +225,28 @@ def test_a_killed_run_goes_on_and_ends_as_if_in_one_go(read, memory_file, texts,
 @pytest.mark.parametrize("windows", [1, 3, 4, 6, 9, 12])
 def test_a_run_stopped_anywhere_loses_no_whole_window(read, memory_file, texts, monkeypatch, dtype, windows) -> None:
     (texts / "f.txt").write_text(sentence(3, 150))
-    monkeypatch.setattr(passes, "MAX_BATCH_ROWS", 1)  # so that a window is a step
+    monkeypatch.setattr(encode, "MAX_BATCH_ROWS", 1)  # so that a window is a step
     read(texts, mem_dtype=dtype)
     wanted = tensors(memory_file, dtype)
     memory_file.unlink()
-    seen = []
+    seen: list[int] = []
 
-    def stop(self, rows, banks):
-        if len(seen) == windows:
-            # Within a window: its first layers have it, the others don't.
-            banks[0].append(1, torch.zeros(2, 3, 8), torch.zeros(2, 3, 8))
-            raise KeyboardInterrupt
-        seen.extend(map(len, rows))
-        window(self, rows, banks)
+    def stop(model, rows, banks, start=0):
+        encoding, encoded = encode_windows(model, rows, banks, start), start
+        while encoded < len(rows[0]):
+            if len(seen) == windows:
+                # Within a window: its first layers have it, the others don't.
+                banks[0].append(1, torch.zeros(2, 3, 8), torch.zeros(2, 3, 8))
+                raise KeyboardInterrupt
+            seen.append(next(encoding) - encoded)
+            encoded += seen[-1]
+            yield encoded
 
-    window = reading._IngestRun._encode
-    monkeypatch.setattr(reading._IngestRun, "_encode", stop)
-    with pytest.raises(KeyboardInterrupt):
-        read(texts, mem_dtype=dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "encode_windows", stop)
+        with pytest.raises(KeyboardInterrupt):
+            read(texts, mem_dtype=dtype)
     assert not memory_file.exists()
-    monkeypatch.setattr(reading._IngestRun, "_encode", window)
     report = read(texts, mem_dtype=dtype)
     assert report.resumed == sum(seen)
     assert same(tensors(memory_file, dtype), wanted)
@@ -248,23 +256,23 @@ def test_a_stopped_run_leaves_the_memory_and_other_documents_alone(read, memory_
     read(texts / "a.txt")
     before = memory_file.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(reading._IngestRun, "_encode_long", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(IngestCheckpoint, "start", interrupt)
         with pytest.raises(KeyboardInterrupt):
             read(texts / "c.txt", texts / "more" / "d.txt")
     assert memory_file.read_bytes() == before
     # c is finished but not asked for now: it waits beside.
     assert read(texts / "b.txt").resumed == 0
     assert MemoryBank.load(memory_file).segments == ("a.txt", "b.txt")
-    assert MemoryBank.load(reading.checkpoint_path(memory_file)).segments == (str(texts / "c.txt"),)
+    assert MemoryBank.load(checkpoint_path(memory_file)).segments == (str(texts / "c.txt"),)
     report = read(texts / "c.txt")
     assert (report.tokens, report.added) == (0, 1)
     assert report.resumed == MemoryBank.load(memory_file).length(segment="c.txt")
-    assert not reading.checkpoint_path(memory_file).exists()
+    assert not checkpoint_path(memory_file).exists()
 
 
 def test_a_document_that_changed_since_the_stop_is_read_anew(read, memory_file, texts, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(reading._IngestRun, "_encode_long", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        patch.setattr(IngestCheckpoint, "start", interrupt)
         with pytest.raises(KeyboardInterrupt):
             read(texts)
     (texts / "c.txt").write_text("market morning")
@@ -279,13 +287,14 @@ def test_a_document_that_changed_since_the_stop_is_read_anew(read, memory_file, 
 
 def test_saving_takes_a_small_part_of_the_time(monkeypatch, tmp_path, model_folder) -> None:
     now, saved = [0.0], []
-    monkeypatch.setattr(partial, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    kept = partial.IngestCheckpoint(tmp_path / "p", load_long_model(model_folder, **SETTINGS), None)
+    monkeypatch.setattr(checkpoint_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    kept = IngestCheckpoint(tmp_path / "p", load_long_model(model_folder, **SETTINGS), "model")
     kept._saved_at, kept._save_seconds = 0.0, 2.0
     monkeypatch.setattr(kept, "save", lambda: saved.append(now[0]))
     for now[0] in (10.0, 39.0, 41.0):
         kept.save_if_due()
     assert saved == [41.0]
+    kept.start(TokenizedDocument("/a.txt", "A", "digest", torch.zeros(2 * CONTEXT)))
     for now[0] in (50.0, 61.0):
         kept.save_if_due(mid_document=True)
     assert saved == [41.0, 61.0]
@@ -294,18 +303,16 @@ def test_saving_takes_a_small_part_of_the_time(monkeypatch, tmp_path, model_fold
 def test_an_unfinished_document_goes_on_with_offloaded_weights(tmp_path, model_folder) -> None:
     from accelerate import cpu_offload
 
-    from llamory.ingest.documents import TokenizedDocument
-
     model = load_long_model(model_folder, **SETTINGS)
     ids = torch.arange(3, 3 + 3 * CONTEXT, dtype=torch.int32) % 90
-    document = TokenizedDocument("a.txt", "/a.txt", "/a.txt", "A", "digest", ids)
+    document = TokenizedDocument("/a.txt", "A", "digest", ids, file="/a.txt", label="a.txt")
     unfinished_bank = model.read(ids[:CONTEXT], segment="/a.txt")
     read = unfinished_bank.fork()
-    unfinished_bank.set_metadata("/a.txt", **partial.document_metadata(document), **{partial._UNFINISHED: True})
+    unfinished_bank.set_metadata("/a.txt", **document.metadata("model", CONTEXT), unfinished=True)
     cpu_offload(model, torch.device("cpu"))
     assert all(parameter.device.type == "meta" for parameter in model.parameters())
-    kept = partial.IngestCheckpoint(tmp_path / "p", model, unfinished_bank)
-    bank = kept.resume(document, partial.document_metadata(document))
+    kept = IngestCheckpoint(tmp_path / "p", model, "model", unfinished_bank)
+    bank = kept.start(document)
     for layer in bank.layers:
         assert bank.length(layer) == CONTEXT
         assert torch.equal(bank.keys(layer), read.keys(layer))

@@ -11,7 +11,8 @@ from filelock import FileLock
 
 from llamory.common import ram
 from llamory.errors import LlamoryError
-from llamory.ingest import encode as reading
+from llamory.ingest import encode
+from llamory.ingest.memory_file import checkpoint_path
 from llamory.memory import MemoryBank
 
 
@@ -49,8 +50,8 @@ def test_an_empty_document_among_others_is_passed_over(read, memory_file, texts,
     with caplog.at_level(logging.WARNING):
         read(texts / "empty.txt", texts / "a.txt", texts / "more")
     assert [record.getMessage() for record in caplog.records if record.name.startswith("llamory")] == [
-        f"Passed over {texts / 'empty.txt'}: it is empty.",
-        f"Passed over {texts / 'more' / 'blank.html'}: it is empty.",
+        f"Skipped {texts / 'empty.txt'}: it is empty.",
+        f"Skipped {texts / 'more' / 'blank.html'}: it is empty.",
     ]
     assert MemoryBank.load(memory_file).segments == ("a.txt", "more/d.txt", "more/e.txt")
 
@@ -100,7 +101,7 @@ def test_layers_that_do_not_exist_and_contexts_too_long_are_refused(read, memory
         read(texts, context_length=4096)
     with pytest.raises(LlamoryError, match="no memory layers"):
         read(texts, mem_layers=[])
-    assert [path.name for path in memory_file.parent.iterdir()] == ["texts"]
+    assert {path.name for path in memory_file.parent.iterdir()} == {".book.lock", "texts"}
 
 
 def test_a_damaged_memory_is_refused_and_stays(read, memory_file, texts) -> None:
@@ -114,7 +115,7 @@ def test_a_damaged_memory_is_refused_and_stays(read, memory_file, texts) -> None
 
 def test_a_partial_file_of_another_model_is_refused(read, memory_file, texts, other_model) -> None:
     read(texts / "a.txt", model=other_model)
-    memory_file.rename(reading.checkpoint_path(memory_file))
+    memory_file.rename(checkpoint_path(memory_file))
     with pytest.raises(LlamoryError, match=r"book\.partial was made by another model.*remove that file"):
         read(texts / "a.txt")
     assert not memory_file.exists()
@@ -122,7 +123,7 @@ def test_a_partial_file_of_another_model_is_refused(read, memory_file, texts, ot
 
 def test_a_damaged_partial_file_is_refused(read, memory_file, texts) -> None:
     read(texts)
-    checkpoint_file = reading.checkpoint_path(memory_file)
+    checkpoint_file = checkpoint_path(memory_file)
     memory_file.rename(checkpoint_file)
     checkpoint_file.write_bytes(checkpoint_file.read_bytes()[:-4] + b"abcd")
     with pytest.raises(LlamoryError, match=r"damaged.*or remove that file to begin anew"):
@@ -143,7 +144,7 @@ def test_too_little_memory_is_one_sentence(refused, texts, monkeypatch, error) -
     def short(*_):
         raise error
 
-    monkeypatch.setattr(reading._IngestRun, "_encode", short)
+    monkeypatch.setattr(encode, "encode_windows", short)
     message = refused(texts)
     assert "too little memory" in message
     assert "int8" in message
@@ -156,7 +157,7 @@ def test_too_little_memory_for_the_weights_is_said_too(refused, texts, monkeypat
         except RuntimeError as error:
             raise LlamoryError("The weights can't be read.") from error
 
-    monkeypatch.setattr(reading, "load_model_for", short)
+    monkeypatch.setattr(encode, "load_model_for", short)
     assert "too little memory" in refused(texts)
 
 
@@ -169,13 +170,13 @@ def test_other_errors_are_not_taken_for_too_little_memory(read, texts, monkeypat
     def broken(*_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(reading._IngestRun, "_encode", broken)
+    monkeypatch.setattr(encode, "encode_windows", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         read(texts)
 
 
 def test_a_disk_too_small_is_said_before_reading(refused, texts, monkeypatch) -> None:
-    monkeypatch.setattr(reading.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(encode.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert "free some space" in refused(texts)
 
 

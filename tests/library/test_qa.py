@@ -9,7 +9,6 @@ from transformers import AutoTokenizer
 
 from llamory.errors import LlamoryError
 from llamory.library import Library
-from llamory.library.qa import LibraryChat
 from llamory.library.reader import Reader
 from llamory.longllama.loading import load_long_model
 from llamory.memory import MemoryBank, SegmentSpan
@@ -87,7 +86,7 @@ def test_more_passages_are_looked_at_until_there_are_enough_documents(tmp_path, 
     (tmp_path / "few.md").write_text("# Few\n\na cat met a dog and money in a river")
     library = Library(tmp_path / "lib", model_folder, reader=reader_folder, **READING)
     library.add([tmp_path / "many.md", tmp_path / "few.md"], progress=False)
-    assert names(library.qa_session().find("cat", 2)) == ["many.md", "few.md"]
+    assert names(library.qa_source().find("cat", 2)) == ["many.md", "few.md"]
 
 
 def test_five_lines_are_enough(make_library) -> None:
@@ -128,14 +127,14 @@ def test_text_comes_while_it_is_made(make_library) -> None:
 @pytest.mark.parametrize("order", [["cats.md", "dogs.md", "money.txt"], ["money.txt", "cats.md", "dogs.md"]])
 def test_mounting_equals_a_dense_softmax_over_documents_read_alone(make_library, order, dtype, tolerance) -> None:
     library = make_library(mem_dtype=dtype)
-    qa_session = library.qa_session()
-    sources = qa_session.resolve_documents(order)
-    for source in sources:
-        qa_session.attach([source])  # each is computed apart
-    loaded = qa_session.attach(sources)
+    source = library.qa_source()
+    sources = source.resolve_documents(order)
+    for name in sources:
+        source.load([name])  # each is computed apart
+    loaded = source.load(sources)
     assert loaded.tokens_read == 0
-    model, asked = qa_session.reader.model, torch.tensor([[5, 40, 77, 123, 9]])
-    ids = [qa_session.reader.tokenize(document).ids for document in loaded.documents]
+    model, asked = source.reader.model, torch.tensor([[5, 40, 77, 123, 9]])
+    ids = [source.reader.tokenize(document).ids for document in source.documents(sources)]
     with torch.no_grad():
         found = model(asked, past_key_values=model.memory_cache(loaded.memory)).logits[0]
     seen = mounted_sight([len(each) for each in ids], asked.shape[1], READING["context_length"])
@@ -145,10 +144,10 @@ def test_mounting_equals_a_dense_softmax_over_documents_read_alone(make_library,
 
 def test_the_order_of_documents_makes_no_difference(make_library) -> None:
     library, asked = make_library(), torch.tensor([[5, 40, 77]])
-    qa_session = library.qa_session()
-    model, found = qa_session.reader.model, []
+    source = library.qa_source()
+    model, found = source.reader.model, []
     for order in (["cats", "dogs", "money"], ["dogs", "money", "cats"]):
-        loaded = qa_session.attach(qa_session.resolve_documents(order))
+        loaded = source.load(source.resolve_documents(order))
         with torch.no_grad():
             found.append(model(asked, past_key_values=model.memory_cache(loaded.memory)).logits)
     torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
@@ -157,10 +156,13 @@ def test_the_order_of_documents_makes_no_difference(make_library) -> None:
 def test_short_documents_read_together_are_as_if_read_alone(make_library, reader_folder) -> None:
     library = make_library(context_length=64)
     library.precompute_memory(progress=False)
-    qa_session = library.qa_session()
+    source = library.qa_source()
     model = load_long_model(reader_folder, **READING | {"context_length": 64})
-    for document in qa_session.documents(library.sources()):
-        alone, kept = model.read(qa_session.reader.tokenize(document).ids), qa_session.reader.cached_memory(document)
+    for document in source.documents(library.sources()):
+        alone, kept = (
+            model.read(source.reader.tokenize(document).ids),
+            source.reader.cached_memory(source.reader.key(document)),
+        )
         assert kept is not None
         for layer in (0, 1):
             torch.testing.assert_close(kept.keys(layer), alone.keys(layer), atol=1e-5, rtol=1e-5)
@@ -188,17 +190,16 @@ def test_citations_are_the_dense_attention_of_question_and_answer(make_library, 
 
         monkeypatch.setattr("llamory.qa.generation.select_evidence", selected)
     library = make_library(context_length=64)
-    chat = LibraryChat(library.qa_session(), documents=["cats.md", "dogs.md"], citations=9)
+    chat = library.chat(documents=["cats.md", "dogs.md"], citations=9)
     answer = chat.ask(QUESTION, max_new_tokens=6)
-    qa_session = library.qa_session()
-    generator, model = qa_session.reader.generator, qa_session.reader.model
-    documents = qa_session.documents(qa_session.resolve_documents(["cats.md", "dogs.md"]))
-    tokenized_documents = [qa_session.reader.tokenize(document) for document in documents]
-    prompt = generator.first_prompt(QUESTION)
-    baseline_tokens = generator.num_baseline_tokens(QUESTION, first=True)
+    source = library.qa_source()
+    generator, model = source.reader.generator, source.reader.model
+    documents = source.documents(source.resolve_documents(["cats.md", "dogs.md"]))
+    tokenized_documents = [source.reader.tokenize(document) for document in documents]
+    prompt, baseline_tokens = generator.prompt(QUESTION).ids, generator.prompt(QUESTION).baseline_tokens
     assert generator.tokenizer.decode(prompt[:baseline_tokens]).startswith("Question:")
     # The whole of it as one dense softmax: documents, question and answer.
-    columns = [*prompt, *chat._chat._ids[len(prompt) :]]
+    columns = [*prompt, *chat._ids[len(prompt) :]]
     ids = torch.cat([*(tokenized.ids.long() for tokenized in tokenized_documents), torch.tensor(columns)])
     dense: dict[int, torch.Tensor] = {}
     lengths = [len(tokenized.ids) for tokenized in tokenized_documents]
@@ -220,7 +221,7 @@ def test_citations_are_the_dense_attention_of_question_and_answer(make_library, 
     expected, at = {}, 0
     for document, tokenized in zip(documents, tokenized_documents, strict=True):
         ends = [*tokenized.starts[1:], len(tokenized.ids)]
-        for passage, start, end in zip(document.passages, tokenized.starts, ends, strict=True):
+        for passage, start, end in zip(document.chunks, tokenized.starts, ends, strict=True):
             part = slice(at + start, at + end)
             expected[passage.location] = (float(baseline_corrected_mass[part].sum()), float(attention_mass[part].sum()))
         at += len(tokenized.ids)
@@ -354,7 +355,7 @@ def test_a_library_knows_who_read_it(make_library, tmp_path, reader_folder, read
     plain = Library(tmp_path / "lib")
     ask(plain, documents=["money.txt"])
     assert read == ["money.txt"]
-    assert plain.qa_session().reader.name == str(reader_folder)
+    assert plain.qa_source().reader.name == str(reader_folder)
 
 
 def test_a_loaded_model_reads_too(make_library, reader_folder) -> None:
@@ -384,26 +385,26 @@ def test_a_full_disk_does_not_hide_the_answer(make_library, monkeypatch, caplog)
 
     monkeypatch.setattr(MemoryBank, "save", full)
     assert ask(make_library()).text == wanted
-    assert "can't be kept" in caplog.text
+    assert "can't be stored" in caplog.text
 
 
 # ---- what is wrong ---------------------------------------------------------------------------------------------------
 
 
 def test_documents_are_chosen_by_source_end_stem_or_pattern(make_library, files) -> None:
-    qa_session = make_library().qa_session()
+    source = make_library().qa_source()
     dogs = str(files / "pets" / "dogs.md")
     for name in (dogs, "dogs.md", "pets/dogs.md", "dogs"):
-        assert qa_session.resolve_documents([name]) == [dogs]
-    assert names(qa_session.resolve_documents(["*.md"])) == ["cats.md", "dogs.md"]
-    assert names(qa_session.resolve_documents(["money.txt", "pets/*", "dogs"])) == ["money.txt", "dogs.md"]
+        assert source.resolve_documents([name]) == [dogs]
+    assert names(source.resolve_documents(["*.md"])) == ["cats.md", "dogs.md"]
+    assert names(source.resolve_documents(["money.txt", "pets/*", "dogs"])) == ["money.txt", "dogs.md"]
     with pytest.raises(LlamoryError, match=r"no document birds.md in the library; give one of these names: .*cats.md"):
-        qa_session.resolve_documents(["birds.md"])
+        source.resolve_documents(["birds.md"])
     (files / "dogs.txt").write_text("a dog")
     library = make_library()
     library.add(files, progress=False)
     with pytest.raises(LlamoryError, match="dogs may be several documents"):
-        library.qa_session().resolve_documents(["dogs"])
+        library.qa_source().resolve_documents(["dogs"])
 
 
 @pytest.mark.parametrize(
@@ -456,7 +457,7 @@ def test_each_question_of_a_chat_brings_its_documents_and_all_stay(make_library)
     assert {Path(each.source).name for each in second.citations} <= {"cats.md", "dogs.md"}
     assert chat.ask("a dog", max_new_tokens=4).tokens_read == 0
     assert [turn.question for turn in chat.turns] == ["the cat", "a dog", "a dog"]
-    assert chat._chat.memory.segments[-1] == "conversation"
+    assert chat.memory.segments[-1] == "conversation"
 
 
 def test_documents_chosen_by_hand_are_the_only_ones_of_a_chat(make_library) -> None:
@@ -467,7 +468,7 @@ def test_documents_chosen_by_hand_are_the_only_ones_of_a_chat(make_library) -> N
 
 def test_a_chat_is_saved_with_its_documents(make_library, tmp_path) -> None:
     chat = make_library().chat(top_documents=1)
-    with pytest.raises(LlamoryError, match="Nothing was said"):
+    with pytest.raises(LlamoryError, match="no conversation to save"):
         chat.save(tmp_path / "kept")
     chat.ask("the cat", max_new_tokens=4)
     chat.save(tmp_path / "kept")
@@ -507,12 +508,12 @@ def test_an_answer_that_was_interrupted_leaves_the_library_as_it_was(make_librar
 
     library = make_library()
     wanted = ask(library)
-    library.qa_session().reader.tokenizer.decode, decode = (
+    library.qa_source().reader.tokenizer.decode, decode = (
         (lambda ids, **_: "".join(f"{int(i)} " for i in ids)),
-        library.qa_session().reader.tokenizer.decode,
+        library.qa_source().reader.tokenizer.decode,
     )
     with pytest.raises(KeyboardInterrupt):
         ask(library, on_text=stop)
-    library.qa_session().reader.tokenizer.decode = decode
+    library.qa_source().reader.tokenizer.decode = decode
     again = ask(library)
     assert (again.text, again.citations) == (wanted.text, wanted.citations)

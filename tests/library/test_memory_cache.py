@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
-from llamory.library.memory_cache import STALE_FILE_SECONDS, MemoryCache, parse_size
+from llamory.library.memory_cache import STALE_FILE_SECONDS, MemoryCache, memory_key, parse_size
 from llamory.memory import MemoryBank
 from processes import heed_interrupts
 
@@ -164,6 +164,10 @@ def test_what_a_killed_run_left_goes_after_an_hour(tmp_path) -> None:
     assert new.exists()
     assert not old.exists()
     assert cache.stored_keys() == ["a", "b"]
+
+
+def test_the_key_depends_on_the_content_and_the_reader() -> None:
+    assert len({memory_key("content", "reader"), memory_key("other", "reader"), memory_key("content", "other")}) == 3
 
 
 KILLED = """

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from llamory.documents import Chunk
 from llamory.longllama.cache import LongLlamaCache
 from llamory.qa import attribution as shares
-from llamory.qa.attribution import BASELINE_FACTOR, AttentionRecorder
+from llamory.qa.attribution import BASELINE_FACTOR, AttentionRecorder, cite, sum_mass_by_chunk
 from plain_longllama import logits, mounted_sight
 from tiny_models import CONTEXT, make_long_llama
 
@@ -115,3 +116,29 @@ def test_what_was_asked_before_can_be_forgotten(asked) -> None:
     torch.testing.assert_close(mass_of(model, memory, recorder, ["1"]).baseline_corrected_mass, wanted)
     assert isinstance(model.memory_cache(memory), LongLlamaCache)
     assert model.memory_cache(memory).observer is None
+
+
+# ---- citations ----
+
+PASSAGES = [Chunk(text, "a.md", text.title(), line) for line, text in enumerate("one two three".split(), start=1)]
+
+
+def test_a_passages_mass_is_the_sum_over_its_tokens_and_a_mark_in_front_is_nobodys() -> None:
+    mass = torch.tensor([[9.0, 1, 2, 3, 4], [0.0, 1, 1, 1, 1]])
+    assert sum_mass_by_chunk(mass, [1, 2, 2]).tolist() == [[1, 1], [0, 0], [9, 3]]
+
+
+def test_those_that_drew_most_come_first_and_shares_are_of_all() -> None:
+    cited = cite(PASSAGES, torch.tensor([[6.0, 1.0], [3.0, 3.0], [1.0, 0.0]]), 9)
+    assert [(each.location, each.share, each.attention) for each in cited] == [
+        ("a.md:2", 0.75, pytest.approx(0.3)),
+        ("a.md:1", 0.25, pytest.approx(0.6)),
+    ]
+    assert (cited[0].text, cited[0].title, cited[0].line, cited[0].source) == ("two", "Two", 2, "a.md")
+    assert len(cite(PASSAGES, torch.ones(3, 2), 2)) == 2
+
+
+def test_where_nothing_was_drawn_the_plain_sums_count() -> None:
+    cited = cite(PASSAGES, torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 0.0]]), 9)
+    assert [(each.line, each.share) for each in cited] == [(2, 0.75), (1, 0.25)]
+    assert cite(PASSAGES, torch.zeros(3, 2), 9) == []
