@@ -1,7 +1,7 @@
 """llamory: retrieval and long-term memory for LLaMA-family models."""
 
-from llamory.models.registration import register as _register
+from llamory.models import register_longllama as _register_longllama
 
 __version__ = "0.1.0"
 
-_register()
+_register_longllama()

@@ -25,7 +25,10 @@ DEFAULT_READER = "reader"  # the packaged adapter that "default" means to whoeve
 
 def resolve_reader_name(name: str | os.PathLike[str]) -> str:
     """The model that a name means as a reader: "default" is the packaged one, all others are as for `backbone`."""
-    return DEFAULT_READER if str(name) == "default" else os.fspath(name)
+    packaged = backbone.packaged_name(name)
+    if packaged is not None:
+        return backbone.PackagedName(DEFAULT_READER) if packaged == "default" else packaged
+    return name if isinstance(name, str) else os.path.abspath(name)  # noqa: PTH100
 
 
 def load_long_model(

