@@ -33,7 +33,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from llamory.embedding.library_encoder import chunk_tokenizer, embed_passages
+from llamory.embedding.encoder import chunk_tokenizer, embed_passages
 from measuring import processor
 
 if TYPE_CHECKING:

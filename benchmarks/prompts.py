@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import logging
 
-from llamory.embedding.library_encoder import embed_queries
+from llamory.embedding.encoder import embed_queries
 from llamory.embedding.pipeline import load_embedder, sample_passages, set_query_prompt
 from llamory.embedding.whitening import Whitening, fit_whitening, pseudo_queries, whitening_router
 from llamory.evaluation.beir import read_beir
@@ -62,7 +62,7 @@ def main() -> None:
         set_query_prompt(embedder, prompt)
 
         def read(inputs: list[str]) -> np.ndarray:
-            return embed_queries(embedder, inputs, bf16=True)
+            return embed_queries(embedder, inputs, dtype="bfloat16")
 
         fitted[prompt] = {"documents": read(texts), "queries": read(pseudo_queries(texts))}
         query_vectors[prompt] = {name: read(list(data.queries.values())) for name, data in sets.items()}

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from transformers import logging
 
-from llamory.embedding.library_encoder import embed_passages, embed_queries
+from llamory.embedding.encoder import embed_passages, embed_queries
 from llamory.embedding.pipeline import fit_whitening_on_texts, load_embedder, sample_passages, set_query_prompt
 from llamory.embedding.whitening import whitening_router
 from llamory.evaluation.beir import read_beir
@@ -47,10 +47,10 @@ def measure(
     matrix, centre = whitening.matrix.numpy(), whitening.document_centre.numpy()
     found = {}
     for where, data in sets.items():
-        documents = embed_passages(embedder, [text for _, text in data.read()], bf16=True)
+        documents = embed_passages(embedder, [text for _, text in data.read()], dtype="bfloat16")
         for prompt in QUERY_PROMPTS:
             set_query_prompt(embedder, prompt)
-            queries = embed_queries(embedder, list(data.queries.values()), bf16=True)
+            queries = embed_queries(embedder, list(data.queries.values()), dtype="bfloat16")
             query_centre = whitening.query_centres[prompt].numpy()
             variants = {
                 "plain": (queries, documents),

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from llamory.embedding.library_encoder import embed_passages, embed_query, fingerprint, resolve_chunk_size
+from llamory.embedding.encoder import embed_passages, embed_query, fingerprint, resolve_chunk_size
 from llamory.embedding.pipeline import export_sentence_transformer, load_embedder
 from llamory.errors import LlamoryError
 from llamory.library import Library

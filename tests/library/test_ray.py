@@ -214,7 +214,7 @@ def test_messages_that_arrive_twice_count_once():
 def test_an_embedder_uses_what_the_library_holds(tmp_path, folder, model_folder, expected, embedder):
     import pickle
 
-    from llamory.embedding.library_encoder import chunk_tokenizer, fingerprint
+    from llamory.embedding.encoder import chunk_tokenizer, fingerprint
     from llamory.library.indexer import ChunkingConfig, FileTask
 
     config = ChunkingConfig(chunk_size=256)

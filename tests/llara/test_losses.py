@@ -46,12 +46,12 @@ def test_any_targets_in_any_chunks(data):
     bag = bag_of_words(slots, targets, torch.tensor(sorted(ignored), dtype=torch.long))
     assert int(bag.has_target.sum()) == with_target
     counts = torch.tensor([len(rows), with_target, 0]).float()
-    before = losses._CHUNK_BYTES, losses._LEAST_CHUNK
+    before = losses._CHUNK_BYTES, losses._MIN_CHUNK_ROWS
     try:
-        losses._CHUNK_BYTES, losses._LEAST_CHUNK = 0, data.draw(st.integers(1, 50))
+        losses._CHUNK_BYTES, losses._MIN_CHUNK_ROWS = 0, data.draw(st.integers(1, 50))
         total, parts = head_losses(hidden, weight, weights, rows, labels, counts, bag)
     finally:
-        losses._CHUNK_BYTES, losses._LEAST_CHUNK = before
+        losses._CHUNK_BYTES, losses._MIN_CHUNK_ROWS = before
     torch.testing.assert_close(total, wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close((parts * weights).sum(), total)
     if wanted.requires_grad and (len(rows) or with_target):

@@ -235,7 +235,7 @@ def test_logits_of_the_whole_length_are_never_held_in_training(make_model, templ
     from llamory.llara import losses
 
     monkeypatch.setattr(losses, "_CHUNK_BYTES", 0)
-    monkeypatch.setattr(losses, "_LEAST_CHUNK", 16)
+    monkeypatch.setattr(losses, "_MIN_CHUNK_ROWS", 16)
     model = make_model().train()
     ids, mask, labels = batch(template, [list(range(20, 90))] * 3)
     biggest = []

@@ -12,7 +12,8 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llamory.embedding.pipeline import escape_slot_tokens, export_sentence_transformer, load_embedder
+from llamory.embedding.encoder import escape_slot_tokens
+from llamory.embedding.pipeline import export_sentence_transformer, load_embedder
 from llamory.llara import LlaraTemplate
 from llamory.training.fot.contexts import ContextSampler, ContextSamplingConfig, embedder
 

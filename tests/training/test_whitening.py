@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from llamory.cli import main
-from llamory.embedding.library_encoder import embed_passages, embed_queries
+from llamory.embedding.encoder import embed_passages, embed_queries
 from llamory.embedding.pipeline import (
     export_sentence_transformer,
     fit_whitening_on_texts,

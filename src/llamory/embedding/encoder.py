@@ -1,40 +1,203 @@
-"""Texts to vectors without padding: what a LLARA embedder's `encode` gives, several times as fast on uneven texts.
+"""Texts to vectors with any embedder; those of LLARA without padding, several times as fast on uneven texts.
 
-Sentence Transformers fills every batch up to its longest text. Here a batch is a number of tokens, not of texts, laid
-out one after the other: nothing is padded, no mask is made, and what a batch computes fits into the processor's cache.
-After its attention, the last layer works for the slot tokens alone, as nothing else is read.
+Sentence Transformers pads every batch to its longest text. `FlatEncoder` limits a batch by its number of tokens and
+concatenates its texts: no padding, no mask, and a batch fits into the processor's cache. After its attention, the last
+layer computes the slot tokens only, since nothing else is read.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llamory.embedding.cpu_kernels import linear, swiglu
+from llamory.embedding.export_tokenizer import SEGMENT_SEPARATOR
+from llamory.errors import LlamoryError
 from llamory.llara.attention import flat_attention
 from llamory.llara.layout import SegmentLengths, SequenceLayout
-from llamory.llara.template import LlaraTemplate
+from llamory.llara.template import LlaraTemplate, slot_tokens
+from llamory.models.adapters import merged
 
 if TYPE_CHECKING:
-    import numpy as np
     from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedTokenizerBase
 
-# Tokens of one batch: on a CPU few enough for its caches, elsewhere enough to keep the device busy.
+DEFAULT_CHUNK_SIZE = 256
+BATCH_SIZE = 32  # texts of a batch of Sentence Transformers
+# Tokens of a flat batch: on a CPU few enough for its caches, elsewhere enough to keep the device busy.
 CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 32768
 TOKENIZER_BATCH_SIZE = 256
 
-# Those whose positions depend on the longest text of a batch.
+# Kinds of rotary embedding whose frequencies depend on the longest text of a batch.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+
+
+def embed_passages(
+    embedder: SentenceTransformer,
+    texts: list[str],
+    advance: Callable[[int], None] = lambda _: None,
+    *,
+    dtype: str | torch.dtype | None = None,
+) -> np.ndarray:
+    """Embed passages.
+
+    Args:
+        embedder: a LLARA embedder or any other.
+        texts: at least one passage.
+        advance: called with the number of passages of each finished batch.
+        dtype: the dtype to compute in by autocast, such as "bfloat16"; by default that of the weights.
+
+    Returns:
+        float32 vectors (passages, dimension), in the order of the texts.
+    """
+    texts = escape_slot_tokens(embedder, texts)
+    with _autocast(embedder, dtype):
+        if (encoder := FlatEncoder.from_embedder(embedder)) is not None:
+            return encoder.encode(texts, "document", advance)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]), reverse=True)
+        batches = []
+        for start in range(0, len(texts), BATCH_SIZE):
+            batch = [texts[i] for i in order[start : start + BATCH_SIZE]]
+            batches.append(embedder.encode_document(batch, batch_size=BATCH_SIZE, show_progress_bar=False))
+            advance(len(batch))
+    vectors = np.concatenate(batches).astype(np.float32)
+    return vectors[np.argsort(order)]
+
+
+def embed_query(embedder: SentenceTransformer, query: str, *, dtype: str | torch.dtype | None = None) -> np.ndarray:
+    """Embed a query: a float32 vector (dimension,). `dtype` as for `embed_passages`."""
+    vector: np.ndarray = embed_queries(embedder, [query], dtype=dtype)[0]
+    return vector
+
+
+def embed_queries(
+    embedder: SentenceTransformer, queries: list[str], *, dtype: str | torch.dtype | None = None
+) -> np.ndarray:
+    """Embed queries: float32 vectors (queries, dimension). `dtype` as for `embed_passages`."""
+    texts = escape_slot_tokens(embedder, queries)
+    with _autocast(embedder, dtype):
+        if (encoder := FlatEncoder.from_embedder(embedder)) is not None:
+            return encoder.encode(texts, "query")
+        return embedder.encode_query(texts, show_progress_bar=False).astype("float32")
+
+
+def _autocast(embedder: SentenceTransformer, dtype: str | torch.dtype | None) -> AbstractContextManager[Any]:
+    torch_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return torch.autocast(embedder.device.type, torch_dtype, enabled=torch_dtype is not None)
+
+
+# ---- properties of an embedder ---------------------------------------------------------------------------------------
+
+
+def llara_template(embedder: SentenceTransformer) -> LlaraTemplate | None:
+    """The template of a LLARA embedder, whose embeddings are those of slots; None for any other embedder."""
+    config: Any = getattr(embedder[0], "config", None)
+    return LlaraTemplate.from_config(config) if getattr(config, "model_type", None) == "llama" else None
+
+
+def is_llara(embedder: SentenceTransformer) -> bool:
+    """Whether an embedder is a LLARA model."""
+    return llara_template(embedder) is not None
+
+
+def escape_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[str]:
+    """Rewrite what a LLARA embedder refuses to read: a slot token such as `<s1>` in a text becomes `< s1>`.
+
+    For texts whose writer doesn't know of slot tokens. Texts for other embedders stay unchanged.
+    """
+    template = llara_template(embedder)
+    if template is None:
+        return texts
+    reserved = {token: f"< {token[1:]}" for token in slot_tokens(template.slots)} | {SEGMENT_SEPARATOR: ""}
+    escaped = []
+    for text in texts:
+        for token, replacement in reserved.items():
+            text = text.replace(token, replacement)
+        escaped.append(text)
+    return escaped
+
+
+def chunk_tokenizer(embedder: SentenceTransformer) -> PreTrainedTokenizerBase:
+    """The embedder's tokenizer as one of transformers."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = embedder.tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
+
+
+def resolve_chunk_size(embedder: SentenceTransformer, requested: int | None) -> int:
+    """Tokens of a chunk, such that the embedder reads each chunk to its end.
+
+    Args:
+        embedder: the embedder.
+        requested: the chunk size asked for; by default 256, or less if the embedder has a smaller limit.
+
+    Raises:
+        LlamoryError: chunks of this size exceed the embedder's limit.
+    """
+    limit = embedder.max_seq_length
+    if limit is None or not math.isfinite(limit):
+        return requested or DEFAULT_CHUNK_SIZE
+    prompt = embedder.preprocess([""], task="document")["input_ids"].shape[-1]
+    max_chunk_size = limit - prompt
+    if requested is not None and requested > max_chunk_size:
+        raise LlamoryError(
+            f"Chunks of {requested} tokens don't fit the model, which reads {limit} with {prompt} of them for its prompt; "
+            f"choose a chunk size of at most {max_chunk_size}."
+        )
+    return requested or min(DEFAULT_CHUNK_SIZE, max_chunk_size)
+
+
+def fingerprint(embedder: SentenceTransformer) -> str:
+    """A short hash of all that an embedder's vectors depend on: weights, modules and prompts.
+
+    The weights are read once, and again only after they changed.
+    """
+    weights = embedder.state_dict()
+    parts = {
+        "modules": [type(module).__name__ for module in embedder],
+        "prompts": embedder.prompts,
+        "chat_template": getattr(embedder.tokenizer, "chat_template", None),
+    }
+    versions = [(name, tensor.data_ptr(), tensor._version) for name, tensor in weights.items()]
+    state = (versions, json.dumps(parts, sort_keys=True))
+    cached = _FINGERPRINTS.get(embedder)
+    if cached is None or cached[0] != state:
+        digest = hashlib.sha256(json.dumps({"weights": _bit_sums(embedder), **parts}, sort_keys=True).encode())
+        _FINGERPRINTS[embedder] = cached = (state, digest.hexdigest()[:16])
+    return cached[1]
+
+
+def _bit_sums(embedder: SentenceTransformer) -> dict[str, Any]:
+    """Shape and sum of the bits of each weight: exact, the same on every device, as fast as memory is read."""
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums: dict[str, Any] = {}
+    for name, materialize in merged(embedder, embedder.state_dict().items()):
+        weight = materialize()
+        bits = weight.detach().contiguous().reshape(-1).view(words[weight.element_size()])
+        sums[name] = [list(weight.shape), int(bits.sum(dtype=torch.int64))]
+    return sums
+
+
+# ---- batches without padding -----------------------------------------------------------------------------------------
 
 
 class FlatEncoder:
-    """Encodes texts with the modules of a LLARA embedder. `of` says whether an embedder is one."""
+    """Encodes texts with the modules of a LLARA embedder; `from_embedder` tells whether an embedder is supported."""
 
     def __init__(self, embedder: SentenceTransformer, template: LlaraTemplate) -> None:
         self._embedder = embedder
@@ -43,7 +206,7 @@ class FlatEncoder:
 
     @classmethod
     def from_embedder(cls, embedder: SentenceTransformer) -> FlatEncoder | None:
-        """The encoder of a LLARA embedder of stock modules; None for every other embedder."""
+        """The encoder of a LLARA embedder of stock modules; None for any other embedder."""
         from sentence_transformers.base.modules.transformer import Transformer
         from sentence_transformers.sentence_transformer.modules import WordWeights
 
@@ -68,7 +231,7 @@ class FlatEncoder:
         Args:
             texts: at least one text; none may contain a slot token.
             task: "document" or "query".
-            advance: is told how many texts each batch had.
+            advance: called with the number of texts of each finished batch.
 
         Returns:
             float32 vectors (texts, dimension), in the order of the texts.
@@ -76,14 +239,15 @@ class FlatEncoder:
         from sentence_transformers.util import truncate_embeddings
 
         self._embedder.eval()
-        parts, order = [], []
+        batches, order = [], []
         with torch.inference_mode():
             ids = self._token_ids(texts, task)
             for indices in _batches([len(row) for row in ids], self._token_budget()):
-                parts.append(self._encode([ids[i] for i in indices], task).float().cpu())
+                batches.append(self._encode([ids[i] for i in indices], task).float().cpu())
                 order += indices
                 advance(len(indices))
-            vectors = torch.empty_like(joined := torch.cat(parts)).index_copy(0, torch.tensor(order), joined)
+            joined = torch.cat(batches)
+            vectors = torch.empty_like(joined).index_copy(0, torch.tensor(order), joined)
             if self._embedder.truncate_dim is not None:
                 vectors = truncate_embeddings(vectors, self._embedder.truncate_dim)
         return vectors.numpy()
@@ -92,7 +256,7 @@ class FlatEncoder:
         return CPU_BATCH_TOKENS if self._embedder.device.type == "cpu" else GPU_BATCH_TOKENS
 
     def _token_ids(self, texts: Sequence[str], task: str) -> list[Tensor]:
-        """The ids (length,) of each text with its prompts, as Sentence Transformers makes them."""
+        """The ids (length,) of each text with its prompt, as Sentence Transformers makes them."""
         ids: list[Tensor] = [torch.empty(0)] * len(texts)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         for start in range(0, len(texts), TOKENIZER_BATCH_SIZE):
@@ -104,7 +268,7 @@ class FlatEncoder:
         return ids
 
     def _encode(self, ids: list[Tensor], task: str) -> Tensor:
-        """(texts, dimension) of some texts' ids: the model's part, then the modules after it on the slots alone."""
+        """(texts, dimension) of the texts' ids: the model, then the other modules on the slots only."""
         device = self._embedder.device
         layout, flat = _layout([len(row) for row in ids], device), torch.cat(ids).to(device)
         last = layout.offsets + layout.lengths("main")
@@ -113,7 +277,7 @@ class FlatEncoder:
             "token_embeddings": slot_states(self._model, flat, layout, output_indices).unflatten(0, (len(ids), -1)),
             "input_ids": flat[output_indices].unflatten(0, (len(ids), -1)),
             "attention_mask": torch.ones(len(ids), self._slots, dtype=torch.long, device=device),
-            "task": task,  # a Router after the pooling asks for it
+            "task": task,  # read by a Router after the pooling
         }
         for module in list(self._embedder)[1:]:
             features = module(features)
@@ -121,13 +285,13 @@ class FlatEncoder:
 
 
 def slot_states(model: LlamaModel, ids: Tensor, layout: SequenceLayout, output_indices: Tensor) -> Tensor:
-    """Run a LLaMA over a flat batch and give the last hidden states of some of its tokens.
+    """The last hidden states of some tokens of a flat batch.
 
     Args:
         model: the model, without dropout.
         ids: (N,) the batch's token ids.
         layout: its segments.
-        output_indices: (K,) flat index of the tokens whose states are wanted.
+        output_indices: (K,) flat indices of these tokens.
 
     Returns:
         (K, hidden)
@@ -142,7 +306,7 @@ def slot_states(model: LlamaModel, ids: Tensor, layout: SequenceLayout, output_i
 
 
 def _attend(layer: Any, x: Tensor, rotary: tuple[Tensor, Tensor], layout: SequenceLayout) -> Tensor:
-    """(N, heads * head_dim) what a layer's attention gives, before its output projection."""
+    """(N, heads * head_dim), a layer's attention before its output projection."""
     attention, normed = layer.self_attn, layer.input_layernorm(x)
     query, key, value = (
         linear(projection, normed).view(1, len(x), -1, attention.head_dim).transpose(1, 2)
@@ -168,7 +332,7 @@ def _supports_flat_batches(model: LlamaModel) -> bool:
 
 
 def _batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Places of texts, longest first, of about as many tokens as the token_budget; equal ones stay together."""
+    """Indices of the texts of each batch, longest first, at most `token_budget` tokens (or one text) in each."""
     batch: list[int] = []
     tokens = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -182,7 +346,7 @@ def _batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
 
 
 def _layout(lengths: Sequence[int], device: torch.device) -> SequenceLayout:
-    """Segments that are plain causal, one after the other."""
+    """The layout of plain causal segments, one after the other."""
     total, longest = sum(lengths), max(lengths)
     sizes = torch.tensor(lengths)
     segments = torch.repeat_interleave(torch.arange(len(lengths)), sizes)

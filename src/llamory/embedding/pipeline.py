@@ -1,15 +1,16 @@
-"""LLARA as an embedding model: a trained checkpoint becomes a Sentence Transformers folder of stock modules.
+"""From a LLARA checkpoint to an embedder of stock Sentence Transformers modules: load, check, whiten, export.
 
-The embedding of a text is the mean of the last hidden states at the slot tokens, normalised (Li et al. 2023, section
-3.3). Documents take the summary prompt, queries that or the prediction prompt. The folder needs nothing but Sentence
-Transformers: a chat template writes the prompts, and word weights of 1 for slots and 0 for all else pick the slots.
+The embedding of a text is the normalized mean of the last hidden states at the slot tokens (Li et al. 2023, section
+3.3). Documents get the summary prompt, queries that or the prediction prompt. An exported folder needs nothing but
+Sentence Transformers: a chat template writes the prompts, and word weights (1 for slot tokens, 0 for others) select the
+slots.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,210 +18,110 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llamory.embedding.encoder import FlatEncoder
-from llamory.embedding.export_tokenizer import SEGMENT_SEPARATOR, query_prompt_line
-from llamory.embedding.modules import (
-    DEFAULT_MAX_LENGTH,
-    build_sentence_transformer,
-    check_folder,
-    check_saved,
-    first_line,
-    llama_config,
-    require_template,
-)
+from llamory.common.io import PathLike, atomic_path
+from llamory.embedding.encoder import FlatEncoder, escape_slot_tokens, is_llara, llara_template
+from llamory.embedding.export_tokenizer import build_export_tokenizer, query_prompt_line
 from llamory.embedding.whitening import Whitening, fit_whitening, pseudo_queries, reroute, whitening_router
 from llamory.errors import LlamoryError
-from llamory.llara.template import QUERY_PROMPTS, LlaraTemplate, slot_tokens
+from llamory.llara.template import QUERY_PROMPTS, LlaraTemplate
 from llamory.models import base as backbone
+from llamory.models.adapters import load_shared
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-PACKAGED_RETRIEVER = "retriever"  # the adapter that "default" means
+DEFAULT_MAX_LENGTH = 512
+PACKAGED_RETRIEVER = "retriever"  # the packaged adapter that "default" means here
 
-
-def export_sentence_transformer(
-    model: str | Path,
-    output: str | Path,
-    *,
-    max_length: int = DEFAULT_MAX_LENGTH,
-    similarity: str = "cosine",
-    query_prompt: str | None = None,
-    whitening_texts: Sequence[str] = (),
-) -> Path:
-    """Write a LLARA checkpoint as a Sentence Transformers folder that loads without llamory.
-
-    `encode_document` and `encode` read the summary prompt's slots, `encode_query` those of its original_prompt prompt.
-
-    Args:
-        model: a checkpoint folder, as transformers saves it, with its tokenizer and its template in `config.llara`; or
-            the hub id of one.
-        output: the folder to make; it may exist if it is empty.
-        max_length: limit in tokens for a text with its prompt; longer texts are cut, the prompt never is.
-        similarity: name of the similarity function that the folder declares.
-        query_prompt: "prediction" or "summary"; by default what the checkpoint says.
-        whitening_texts: texts without labels, of the kind that is to be found, that whitening is fitted on (`fit_whitening_on_texts`);
-            by default it is what lies beside the checkpoint, if there is any.
-
-    Returns:
-        The output folder.
-
-    Raises:
-        LlamoryError: the model is no LLARA checkpoint, its tokenizer doesn't fit, or the output folder isn't empty.
-    """
-    output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise LlamoryError(f"{output} already exists and isn't an empty folder; choose another output folder.")
-    embedder = build_sentence_transformer(
-        _resolve_name(model), max_length, device="cpu", similarity=similarity, whitened=not whitening_texts
-    )
-    if whitening_texts:
-        original_prompt = embedder[0].config.llara["query_prompt"]
-        embedder.extend(_fit_on_texts(embedder, whitening_texts).modules(original_prompt))
-    if query_prompt is not None:
-        set_query_prompt(embedder, query_prompt)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        save_embedder(embedder, partial)
-        if output.exists():
-            output.rmdir()
-        partial.replace(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return output
+# Texts on which the exported tokenizer must give the template's ids; each was wrong for some tokenizer.
+_CHECK_TEXTS = (
+    "",
+    "A plain sentence about rivers.",
+    " leading and trailing space ",
+    "\n\tlines\r\n\n",
+    "   ",
+    '"quoted", and ends with a quote"',
+    "ends with a comma,",
+    "https://example.org/picture.png",
+    "def f(x):\n    return x[0] != '\\n'  # {{ braces }} {% and %}",
+    "naïve café e\u0301 — 日本語のテキスト 🦙🏽",
+)
+_TOKENIZER_ADVICE = "use a checkpoint with a byte-level BPE or a Llama-2 tokenizer."
 
 
-def sample_passages(
-    model: str | Path,
-    paths: str | Path | Sequence[str | Path],
-    *,
-    number: int = 1024,
-    max_length: int = DEFAULT_MAX_LENGTH,
-) -> list[str]:
-    """Passages of documents, drawn at random, such as `fit_whitening_on_texts` is fitted on.
-
-    Args:
-        model: the LLARA checkpoint, or an adapter of one, that is to read them.
-        paths: files and folders, as for `llamory.llara.data.load_examples`.
-        number: how many, at most.
-        max_length: limit in tokens for a passage with its prompt.
-
-    Raises:
-        LlamoryError: the model is no LLARA checkpoint, or the documents can't be read or have no text.
-    """
-    from llamory.llara.data import load_examples, passage_texts  # needs the extra "train"
-
-    name = _resolve_name(model)
-    template, tokenizer = require_template(name, backbone.load_config(name)), backbone.load_tokenizer(name)
-    prompt = len(template.encode(tokenizer, "", max_length=max_length, predict=False))
-    example_length = max_length - prompt + template.overhead()  # an example has both prompts
-    examples = load_examples(paths, tokenizer, template, max_length=example_length, skip_broken=True, quiet=True)
-    return passage_texts(examples, tokenizer, number)
-
-
-def fit_whitening_on_texts(
-    model: str | Path, texts: Sequence[str], *, max_length: int | None = None, device: str | None = None
-) -> Whitening:
-    """Fit a checkpoint's whitening on texts without labels: as documents, and their first words as queries.
-
-    Args:
-        model: a LLARA checkpoint or an adapter of one, without what it may have been whitened with before.
-        texts: at least `llamory.embedding.whitening.MIN_TEXTS`; some hundreds are enough.
-        max_length: limit in tokens for a text with its prompt.
-        device: a torch device; by default the best there is.
-
-    Raises:
-        LlamoryError: the model is no LLARA checkpoint, or there are too few texts.
-    """
-    return _fit_on_texts(
-        build_sentence_transformer(_resolve_name(model), max_length, device=device, whitened=False), texts
-    )
-
-
-def _fit_on_texts(embedder: SentenceTransformer, texts: Sequence[str]) -> Whitening:
-    texts = escape_slot_tokens(embedder, list(texts))
-    documents, original_prompt = _encode(embedder, texts, "document"), query_prompt(embedder)
-    queries = {}
-    for prompt in QUERY_PROMPTS:
-        set_query_prompt(embedder, prompt)
-        queries[prompt] = _encode(embedder, pseudo_queries(texts), "query")
-    set_query_prompt(embedder, str(original_prompt))
-    return fit_whitening(documents, queries)
-
-
-def _encode(embedder: SentenceTransformer, texts: list[str], task: str) -> Tensor:
-    encoder = FlatEncoder.from_embedder(embedder)
-    return torch.as_tensor(embedder.encode(texts, task=task) if encoder is None else encoder.encode(texts, task))
-
-
-def check_embedder(model: str | Path) -> None:
-    """See, before long work starts, that there is such a model and that it turns texts into vectors.
-
-    Raises:
-        LlamoryError: there isn't, or it doesn't.
-    """
-    name = _resolve_name(model)
-    check_folder(name)
-    if (config := llama_config(name)) is not None:
-        require_template(name, config)
+# ---- load ------------------------------------------------------------------------------------------------------------
 
 
 def load_embedder(
-    model: str | Path,
+    model: PathLike,
     *,
     max_length: int | None = None,
     device: str | None = None,
     query_prompt: str | None = None,
     shared: bool = False,
+    whitened: bool = True,
+    similarity: str = "cosine",
     **model_kwargs: Any,
 ) -> SentenceTransformer:
     """Load a model that turns texts into vectors.
 
     Args:
-        model: "default" for the packaged adapter of SmolLM2-135M, a LLARA checkpoint or an adapter of one, a Sentence
-            Transformers folder, or a hub id.
-        max_length: limit in tokens for a text with its prompt; by default 512 for a LLARA checkpoint (or what it can
-            read, if that is less), else what the folder says.
+        model: "default" for the packaged retriever, a LLARA checkpoint or an adapter of one, a Sentence Transformers
+            folder, or a hub id. Python code that comes with a model is never run.
+        max_length: limit in tokens for a text with its prompt; by default 512 for a LLARA checkpoint (or its context,
+            if that is less), else as the model's folder says.
         device: a torch device; by default the best there is.
-        query_prompt: of a LLARA model, "prediction" or "summary"; by default what the model says.
-        shared: of an adapter in float32, with the base model's weights that another model has that was loaded so (see
-            `llamory.models.adapters`): less memory, embedding takes a little longer, and it can't be trained.
-        model_kwargs: further arguments of `from_pretrained`, such as `dtype` and `attn_implementation`.
+        query_prompt: for a LLARA model, "prediction" or "summary"; by default as its template says.
+        shared: for a LLARA adapter in float32: share the base model's weights with other models loaded so (see
+            `llamory.models.adapters`). This takes less memory, embeds a little slower, and can't be trained.
+        whitened: for a LLARA checkpoint, whether the whitening saved beside it is applied.
+        similarity: for a LLARA checkpoint, the name of the similarity function.
+        model_kwargs: passed to `from_pretrained`, such as `dtype` and `attn_implementation`.
 
     Raises:
-        LlamoryError: there is no such model, it is a LLaMA that wasn't trained to embed, or it has no such prompt.
+        LlamoryError: there is no such model, it is a LLaMA without a LLARA template, its tokenizer doesn't fit the
+            template, `max_length` doesn't fit, or there is no such query prompt.
     """
-    embedder = _load_embedder(_resolve_name(model), max_length, device, model_kwargs, shared=shared)
+    from sentence_transformers import SentenceTransformer
+
+    name = _resolve_name(model)
+    _check_folder(name)
+    if _llama_config(name) is not None:
+        checkpoint = _Checkpoint.load(name, max_length)
+        embedder = checkpoint.build(device, similarity, model_kwargs, shared=shared)
+        if whitened and (whitening := checkpoint.load_whitening()) is not None:
+            add_whitening(embedder, whitening)
+    else:
+        with backbone.load_errors(name, "embedding model"):
+            embedder = SentenceTransformer(
+                name, device=device, trust_remote_code=False, model_kwargs=dict(model_kwargs)
+            )
+        if max_length is not None:
+            embedder.max_seq_length = max_length
     if query_prompt is not None:
         set_query_prompt(embedder, query_prompt)
     return embedder
 
 
-def _load_embedder(
-    name: str, max_length: int | None, device: str | None, model_kwargs: Mapping[str, Any], *, shared: bool
-) -> SentenceTransformer:
-    from sentence_transformers import SentenceTransformer
+def check_embedder(model: PathLike) -> None:
+    """Check, before long work starts, that a model exists and turns texts into vectors; loads no weights.
 
-    check_folder(name)
-    if llama_config(name) is not None:
-        return build_sentence_transformer(name, max_length, device=device, model_kwargs=model_kwargs, shared=shared)
-    try:
-        embedder = SentenceTransformer(name, device=device, model_kwargs=dict(model_kwargs))
-    except (OSError, ValueError) as error:
-        raise LlamoryError(f"{name} can't be loaded as an embedding model: {first_line(error)}.") from error
-    if max_length is not None:
-        embedder.max_seq_length = max_length
-    return embedder
+    Raises:
+        LlamoryError: as for `load_embedder`.
+    """
+    name = _resolve_name(model)
+    _check_folder(name)
+    if (config := _llama_config(name)) is not None:
+        _require_template(name, config)
 
 
-def mean_embedder(
-    model: str | Path, *, max_length: int = DEFAULT_MAX_LENGTH, **model_kwargs: Any
-) -> SentenceTransformer:
-    """A LLaMA that wasn't trained to embed, as it is: the mean of the last hidden states of a text's tokens.
+def mean_embedder(model: PathLike, *, max_length: int = DEFAULT_MAX_LENGTH, **model_kwargs: Any) -> SentenceTransformer:
+    """A LLaMA as it is as an embedder: the mean of the last hidden states of a text's tokens, a baseline.
 
-    What trained retrievers are compared with. Arguments as for `load_embedder`; the model is named as for
-    `llamory.models.base.resolve`, so that "default" is the packaged base model.
+    Args:
+        model: as for `llamory.models.base.resolve`; "default" is the packaged base model.
+        max_length, model_kwargs: as for `load_embedder`.
 
     Raises:
         LlamoryError: there is no such LLaMA.
@@ -231,29 +132,211 @@ def mean_embedder(
     from sentence_transformers.sentence_transformer.modules import Pooling
 
     config = backbone.load_config(model)
-    transformer = Transformer(str(backbone.resolve(model)), model_kwargs=model_kwargs, max_seq_length=max_length)
+    with backbone.load_errors(model, "model"):
+        transformer = Transformer(
+            str(backbone.resolve(model)), model_kwargs=model_kwargs, max_seq_length=max_length, **_NO_REMOTE_CODE
+        )
     modules = [transformer, Pooling(config.hidden_size, "mean"), Normalize()]
     return SentenceTransformer(modules=modules)  # type: ignore[arg-type]
 
 
-def save_embedder(embedder: SentenceTransformer, folder: Path) -> None:
-    """Write a model as a Sentence Transformers folder, and make sure that a LLARA model reads texts as before.
+@dataclasses.dataclass(frozen=True)
+class _Checkpoint:
+    """A LLARA checkpoint, or an adapter of one, before its weights are loaded."""
+
+    name: str
+    config: Any
+    template: LlaraTemplate
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+    @classmethod
+    def load(cls, name: str, max_length: int | None) -> _Checkpoint:
+        """Load config and tokenizer and check that template, tokenizer and length fit."""
+        config = backbone.load_config(name)
+        if config.model_type != "llama":
+            raise LlamoryError(
+                f"{name} is a {config.model_type} model; only LLaMA checkpoints can be LLARA retrievers."
+            )
+        template = _require_template(name, config)
+        tokenizer = backbone.load_tokenizer(name)
+        template.check_tokenizer(tokenizer)
+        context: int = config.max_position_embeddings  # type: ignore[attr-defined]
+        if max_length is None:
+            max_length = min(DEFAULT_MAX_LENGTH, context)
+        if max_length > context:
+            raise LlamoryError(
+                f"A length of {max_length} tokens exceeds the context of {name}, which is {context}; choose a smaller "
+                "length."
+            )
+        template.encode(tokenizer, "", max_length=max_length, predict=False)  # raises if the prompts don't fit
+        template.encode(tokenizer, "", max_length=max_length, summarize=False)
+        return cls(name, config, template, tokenizer, max_length)
+
+    def build(
+        self, device: str | None, similarity: str, model_kwargs: Mapping[str, Any], *, shared: bool
+    ) -> SentenceTransformer:
+        """Load the weights and put them into stock modules, without whitening."""
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.base.modality import InputFormatter
+        from sentence_transformers.base.modules.normalize import Normalize
+        from sentence_transformers.base.modules.transformer import Transformer
+        from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
+
+        exported = build_export_tokenizer(self.tokenizer, self.template, self.max_length)
+        forward = {"method": "forward", "method_output_name": "last_hidden_state"}
+        with backbone.load_errors(self.name, "model"):
+            transformer = Transformer(
+                str(backbone.resolve(self.name)),
+                model_kwargs=dict(model_kwargs),
+                modality_config={"text": forward, "message": {**forward, "format": "flat"}},  # type: ignore[typeddict-item]
+                module_output_name="token_embeddings",
+                unpad_inputs=False,  # WordWeights reads the attention mask, which unpadded batches lack
+                **_NO_REMOTE_CODE,
+            )
+        if backbone.adapter_folder(self.name) is not None:
+            transformer.model = _load_adapted_model(self.name, dict(model_kwargs), device, shared=shared)
+        transformer.processor = exported
+        transformer.input_formatter = InputFormatter("llama", message_format="flat", processor=exported)
+        transformer.input_formatter.supported_modalities = list(transformer.modality_config)
+        self._check_token_ids(transformer)
+        vocabulary, weights = _word_weights(exported, self.template, self.config.vocab_size)
+        modules = [
+            transformer,
+            WordWeights(vocabulary, weights, unknown_word_weight=0.0),
+            Pooling(self.config.hidden_size, "mean"),
+            Normalize(),
+        ]
+        return SentenceTransformer(modules=modules, device=device, similarity_fn_name=similarity)  # type: ignore[arg-type]
+
+    def load_whitening(self) -> Whitening | None:
+        """The whitening saved beside the checkpoint, if there is one."""
+        return Whitening.load(backbone.adapter_folder(self.name) or Path(self.name), self.config.hidden_size)
+
+    def _check_token_ids(self, transformer: Any) -> None:
+        """Check that the exported tokenizer reads texts as the template did in training."""
+        for text in (*_CHECK_TEXTS, "one, two; three " * self.max_length):
+            for task in ("query", "document", None):
+                prompts = self.template.prompts(task)
+                expected = self.template.encode(self.tokenizer, text, **prompts, max_length=self.max_length)
+                found = transformer.preprocess([text], task=task)["input_ids"][0].tolist()
+                if found != expected:
+                    raise LlamoryError(
+                        f"This tokenizer can't be exported: with the prompts around it, {text[:40]!r} gets other token "
+                        f"ids than in training; {_TOKENIZER_ADVICE}"
+                    )
+
+
+_NO_REMOTE_CODE: dict[str, Any] = {
+    "config_kwargs": {"trust_remote_code": False},
+    "processor_kwargs": {"trust_remote_code": False},
+}
+
+
+def _load_adapted_model(name: str, model_kwargs: dict[str, Any], device: str | None, *, shared: bool) -> Any:
+    from sentence_transformers.util import get_device_name
+
+    if not shared or model_kwargs.get("dtype") not in (None, "float32", torch.float32):
+        return backbone.load_model(name, **model_kwargs).model
+    model_kwargs.pop("dtype", None)
+    return load_shared(name, device=device or get_device_name(), **model_kwargs).model
+
+
+def _word_weights(
+    tokenizer: PreTrainedTokenizerFast, template: LlaraTemplate, rows: int
+) -> tuple[list[str], dict[str, float]]:
+    """All tokens in the order of their ids, one per embedding row, and a weight of 1 for each slot token."""
+    tokens = {i: token for token, i in tokenizer.get_vocab().items()}
+    vocabulary = [tokens.get(i, f"[unused {i}]") for i in range(max(rows, max(tokens) + 1))]
+    weights = {vocabulary[i]: 1.0 for i in template.summarize_slot_ids + template.predict_slot_ids}
+    # WordWeights also looks words up in lower case: an ordinary token <S1> needs a weight of its own.
+    weights |= {token: 0.0 for token in vocabulary if token not in weights and token.lower() in weights}
+    return vocabulary, weights
+
+
+def _resolve_name(model: PathLike) -> str:
+    packaged = backbone.packaged_name(model)
+    if packaged is not None:
+        return backbone.unshadowed_name(PACKAGED_RETRIEVER) if packaged == "default" else packaged
+    return model if isinstance(model, str) else str(Path(model).absolute())
+
+
+def _llama_config(name: str) -> Any:
+    """The config of a LLaMA or an adapter of one; None for a Sentence Transformers folder and any other model."""
+    from sentence_transformers.util import is_sentence_transformer_model
+    from transformers import AutoConfig
+
+    if backbone.adapter_folder(name) is not None:
+        return backbone.load_config(name)
+    if is_sentence_transformer_model(name):
+        return None
+    with backbone.load_errors(name, "model"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    return config if config.model_type == "llama" else None
+
+
+def _check_folder(name: str) -> None:
+    """Check that a name that can only be a path is that of a model's folder, whose modules need no code of their own.
 
     Raises:
-        LlamoryError: its tokenizer reads texts differently once it is loaded again.
+        LlamoryError: it is not.
     """
-    embedder.save(str(folder), create_model_card=False)
-    if is_llara(embedder):
-        check_saved(folder, embedder)
+    path = Path(name)
+    if backbone.adapter_folder(name) is not None:
+        return
+    if path.is_dir():
+        if not backbone.holds_model(path):
+            raise LlamoryError(f"{name} holds no model (there is no config.json); give a checkpoint's folder.")
+        with backbone.load_errors(name, "modules.json"):
+            _check_module_types(path)
+    elif path.exists():
+        raise LlamoryError(f"{name} is a file; give a checkpoint's folder.")
+    elif path.is_absolute() or name.startswith((".", "~")):
+        raise LlamoryError(f"There is no folder {name}; give the folder of a checkpoint.")
+
+
+def _check_module_types(folder: Path) -> None:
+    """Raise if an embedder has modules that aren't those of Sentence Transformers."""
+    types: list[str] = []
+    for file in folder.rglob("*.json"):
+        if file.name == "modules.json":
+            types += [str(module["type"]) for module in json.loads(file.read_text(encoding="utf-8"))]
+        elif file.name == "router_config.json":
+            types += map(str, json.loads(file.read_text(encoding="utf-8")).get("types", {}).values())
+    for module_type in types:
+        if not module_type.startswith("sentence_transformers."):
+            raise LlamoryError(
+                f"{folder} has a module of its own, {module_type}: that needs Python code that comes with the model, "
+                "which llamory never runs; choose a model of stock Sentence Transformers modules."
+            )
+
+
+def _require_template(name: str, config: Any) -> LlaraTemplate:
+    template = LlaraTemplate.from_config(config)
+    if template is None:
+        raise LlamoryError(
+            f"{name} is a plain LLaMA without a LLARA template in its config; train a retriever from it first with "
+            "`llamory train llara`."
+        )
+    return template
+
+
+# ---- query prompt ----------------------------------------------------------------------------------------------------
+
+
+def query_prompt(embedder: SentenceTransformer) -> str | None:
+    """The prompt of queries, "prediction" or "summary"; None for a model without slots."""
+    template = llara_template(embedder)
+    return None if template is None else template.query_prompt
 
 
 def set_query_prompt(embedder: SentenceTransformer, query_prompt: str) -> None:
-    """Let queries take the slots of another prompt (see `LlaraTemplate.query_prompt`); documents stay as they are.
+    """Change the prompt of queries (see `LlaraTemplate.query_prompt`); documents keep theirs.
 
     Raises:
         LlamoryError: the model is no LLARA model, or there is no such prompt.
     """
-    template = _template(embedder)
+    template = llara_template(embedder)
     if template is None:
         raise LlamoryError("Only a LLARA model has a query_prompt; leave it out for this one.")
     new_template = dataclasses.replace(template, query_prompt=query_prompt)
@@ -267,38 +350,146 @@ def set_query_prompt(embedder: SentenceTransformer, query_prompt: str) -> None:
         reroute(router, query_prompt)
 
 
-def is_llara(embedder: SentenceTransformer) -> bool:
-    """Whether a model's embeddings are those of LLARA's slots."""
-    return _template(embedder) is not None
+# ---- whiten ----------------------------------------------------------------------------------------------------------
 
 
-def query_prompt(embedder: SentenceTransformer) -> str | None:
-    """Whose slots embed queries: "prediction" or "summary"; None for a model without slots."""
-    template = _template(embedder)
-    return None if template is None else template.query_prompt
+def sample_passages(
+    model: PathLike, paths: PathLike | Sequence[PathLike], *, number: int = 1024, max_length: int = DEFAULT_MAX_LENGTH
+) -> list[str]:
+    """Random passages of documents, to fit whitening on.
 
+    Args:
+        model: a LLARA checkpoint or an adapter of one.
+        paths: files and folders, as for `llamory.llara.data.load_examples`.
+        number: how many, at most.
+        max_length: limit in tokens for a passage with its prompt.
 
-def escape_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[str]:
-    """Rewrite what a LLARA embedder refuses to read: a slot token such as `<s1>` in a text becomes `< s1>`.
-
-    For texts whose writer couldn't know of slot tokens. Other embedders get their texts unchanged.
+    Raises:
+        LlamoryError: the model is no LLARA checkpoint, or the documents can't be read or have no text.
     """
-    template = _template(embedder)
-    if template is None:
-        return texts
-    reserved = {token: f"< {token[1:]}" for token in slot_tokens(template.slots)} | {SEGMENT_SEPARATOR: ""}
-    hidden = []
-    for text in texts:
-        for token, replacement in reserved.items():
-            text = text.replace(token, replacement)
-        hidden.append(text)
-    return hidden
+    from llamory.llara.data import load_examples, passage_texts  # needs the extra "train"
+
+    name = _resolve_name(model)
+    template, tokenizer = _require_template(name, backbone.load_config(name)), backbone.load_tokenizer(name)
+    prompt = len(template.encode(tokenizer, "", max_length=max_length, predict=False))
+    example_length = max_length - prompt + template.overhead()  # an example has both prompts
+    examples = load_examples(paths, tokenizer, template, max_length=example_length, skip_broken=True, quiet=True)
+    return passage_texts(examples, tokenizer, number)
 
 
-def _resolve_name(model: str | Path) -> str:
-    return PACKAGED_RETRIEVER if str(model) == "default" else str(model)
+def fit_whitening_on_texts(
+    model: PathLike | SentenceTransformer,
+    texts: Sequence[str],
+    *,
+    max_length: int | None = None,
+    device: str | None = None,
+) -> Whitening:
+    """Fit whitening on texts without labels, read as documents; their first words are read as queries.
+
+    Args:
+        model: as for `load_embedder`, or an embedder without whitening.
+        texts: at least `llamory.embedding.whitening.MIN_TEXTS`; a few hundred are enough.
+        max_length, device: as for `load_embedder`.
+
+    Raises:
+        LlamoryError: the model is no LLARA checkpoint, or there are too few texts.
+    """
+    if isinstance(model, str | os.PathLike):
+        embedder = load_embedder(model, max_length=max_length, device=device, whitened=False)
+    else:
+        embedder = model
+    texts = escape_slot_tokens(embedder, list(texts))
+    documents, original_prompt = _encode(embedder, texts, "document"), query_prompt(embedder)
+    queries = {}
+    for prompt in QUERY_PROMPTS:
+        set_query_prompt(embedder, prompt)
+        queries[prompt] = _encode(embedder, pseudo_queries(texts), "query")
+    set_query_prompt(embedder, str(original_prompt))
+    return fit_whitening(documents, queries)
 
 
-def _template(embedder: SentenceTransformer) -> LlaraTemplate | None:
-    config: Any = getattr(embedder[0], "config", None)
-    return LlaraTemplate.from_config(config) if getattr(config, "model_type", None) == "llama" else None
+def add_whitening(embedder: SentenceTransformer, whitening: Whitening) -> None:
+    """Append whitening to the modules of a LLARA embedder that has none."""
+    embedder.extend(whitening.modules(str(query_prompt(embedder))))
+
+
+def _encode(embedder: SentenceTransformer, texts: list[str], task: str) -> Tensor:
+    encoder = FlatEncoder.from_embedder(embedder)
+    return torch.as_tensor(embedder.encode(texts, task=task) if encoder is None else encoder.encode(texts, task))
+
+
+# ---- export ----------------------------------------------------------------------------------------------------------
+
+
+def export_sentence_transformer(
+    model: PathLike | SentenceTransformer,
+    output: PathLike,
+    *,
+    max_length: int = DEFAULT_MAX_LENGTH,
+    similarity: str = "cosine",
+    query_prompt: str | None = None,
+    whitening_texts: Sequence[str] = (),
+) -> Path:
+    """Write a LLARA checkpoint as a Sentence Transformers folder that loads without llamory.
+
+    `encode_document` and `encode` read the summary prompt's slots, `encode_query` those of the query prompt.
+
+    Args:
+        model: a LLARA checkpoint with its tokenizer and its template in `config.llara`, an adapter of one, a hub id, or
+            an embedder of `load_embedder` (then `max_length` and `similarity` are its own).
+        output: the folder to write; it may exist if it is empty.
+        max_length: limit in tokens for a text with its prompt; longer texts are truncated, the prompt never is.
+        similarity: name of the similarity function that the folder declares.
+        query_prompt: "prediction" or "summary"; by default as the template says.
+        whitening_texts: texts without labels, of the kind that will be searched, to fit whitening on (see
+            `fit_whitening_on_texts`); by default the whitening beside the checkpoint is used, if there is one.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        LlamoryError: the model is no LLARA checkpoint, its tokenizer doesn't fit, or the output folder isn't empty.
+    """
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise LlamoryError(f"{output} already exists and isn't an empty folder; choose another output folder.")
+    if isinstance(model, str | os.PathLike):
+        name = _resolve_name(model)
+        _check_folder(name)
+        checkpoint = _Checkpoint.load(name, max_length)
+        embedder = checkpoint.build("cpu", similarity, {}, shared=False)
+        whitening = (
+            fit_whitening_on_texts(embedder, whitening_texts) if whitening_texts else checkpoint.load_whitening()
+        )
+        if whitening is not None:
+            add_whitening(embedder, whitening)
+    else:
+        embedder = model
+    if query_prompt is not None:
+        set_query_prompt(embedder, query_prompt)
+    with atomic_path(output) as temporary:
+        save_embedder(embedder, temporary)
+        if output.exists():
+            output.rmdir()
+    return output
+
+
+def save_embedder(embedder: SentenceTransformer, folder: Path) -> None:
+    """Write an embedder as a Sentence Transformers folder; check that a LLARA model's tokenizer survives it.
+
+    Raises:
+        LlamoryError: the tokenizer reads texts differently when it is loaded again, as transformers rebuilds some.
+    """
+    from transformers import AutoTokenizer
+
+    embedder.save(str(folder), create_model_card=False)
+    if not is_llara(embedder):
+        return
+    saved = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    for text in _CHECK_TEXTS:
+        message = [{"role": "user", "content": text}]
+        if saved.apply_chat_template(message) != embedder.tokenizer.apply_chat_template(message):
+            raise LlamoryError(
+                f"This tokenizer can't be exported: once saved and loaded again it reads {text[:40]!r} differently; "
+                f"{_TOKENIZER_ADVICE}"
+            )

@@ -387,7 +387,8 @@ def evaluate(
     Raises:
         LlamoryError: the data or a model can't be read, or the output has other results.
     """
-    from llamory.embedding.pipeline import check_embedder, is_llara, load_embedder, mean_embedder, set_query_prompt
+    from llamory.embedding.encoder import is_llara
+    from llamory.embedding.pipeline import check_embedder, load_embedder, mean_embedder, set_query_prompt
     from llamory.models.base import load_config
 
     for name in models:
@@ -423,7 +424,7 @@ def _score_embedder(
     *,
     bf16: bool,
 ) -> None:
-    from llamory.embedding.library_encoder import embed_passages, embed_queries, fingerprint
+    from llamory.embedding.encoder import embed_passages, embed_queries, fingerprint
     from llamory.embedding.pipeline import query_prompt
 
     prompt = query_prompt(embedder)
@@ -438,11 +439,13 @@ def _score_embedder(
     if prompt is not None:
         metadata["query_prompt"] = prompt
 
+    dtype = "bfloat16" if bf16 else None
+
     def search(advance: Advance) -> Ranking:
         return search_vectors(
             data,
-            lambda texts: embed_queries(embedder, texts, bf16=bf16),
-            lambda texts: embed_passages(embedder, texts, advance, bf16=bf16),
+            lambda texts: embed_queries(embedder, texts, dtype=dtype),
+            lambda texts: embed_passages(embedder, texts, advance, dtype=dtype),
             embedder.similarity,
         )
 

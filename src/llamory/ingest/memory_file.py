@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llamory.common.io import PathLike
 from llamory.errors import LlamoryError
 from llamory.memory import read_header
-from llamory.models.base import PACKAGED_MODELS
+from llamory.models import base
 
 if TYPE_CHECKING:
     from llamory.longllama import LongLlamaForCausalLM
@@ -49,7 +48,8 @@ class MemoryFileInfo:
         self.fingerprint: str = self.header["fingerprint"]
         recorded = self._recorded_value("model")
         # Before there was a packaged reader, "default" was the model as it is.
-        self.model: str | None = "base" if recorded == "default" else recorded
+        model = "base" if recorded == "default" else recorded
+        self.model: str | None = model and base.unshadowed_name(model)
         self.context_length: int | None = self._recorded_value("context_length")
 
     def _recorded_value(self, key: str) -> Any:
@@ -81,12 +81,10 @@ def checkpoint_path(path: PathLike) -> Path:
 
 
 def canonical_name(name: PathLike) -> str:
-    """A model name that stays valid in another working directory: absolute paths, and "default" resolved."""
+    """A reader's name as files record it: `llamory.models.base.canonical_name`, with "default" as "reader"."""
     from llamory.longllama.loading import resolve_reader_name
 
-    name = resolve_reader_name(name)
-    path, packaged = Path(name).expanduser(), str(name) in PACKAGED_MODELS
-    return os.path.abspath(path) if path.exists() and not packaged else str(name)  # noqa: PTH100
+    return base.canonical_name(resolve_reader_name(name))
 
 
 def load_model_for(
@@ -168,7 +166,7 @@ def check_model_shape(memory_file: MemoryFileInfo, name: str) -> None:
     try:
         config = load_config(name)
     except LlamoryError as error:
-        if name == memory_file.model and name not in PACKAGED_MODELS:
+        if name == memory_file.model and name not in base.PACKAGED_MODELS:
             raise LlamoryError(
                 f"The model that made {memory_file.path} isn't where it was ({str(error).rstrip('.')}); "
                 "name its new place."

@@ -151,7 +151,7 @@ def index_files(
     Raises:
         LlamoryError: a file can't be read, and the config is strict.
     """
-    from llamory.embedding.library_encoder import chunk_tokenizer
+    from llamory.embedding.encoder import chunk_tokenizer
 
     for batch in chunk_files(tasks, config, chunk_tokenizer(embedder)):
         for rows, vectors in embed_batch(batch, config, embedder, find_vectors, advance):
@@ -248,7 +248,7 @@ def embed_batch(
     """
     import numpy as np
 
-    from llamory.embedding.library_encoder import embed_passages
+    from llamory.embedding.encoder import embed_passages
 
     if not batch.rows:
         return
@@ -257,7 +257,7 @@ def embed_batch(
     new = [text for text in rows if text not in vectors]
     for start in range(0, len(new), CHUNKS_PER_BATCH):
         texts = new[start : start + CHUNKS_PER_BATCH]
-        computed = embed_passages(embedder, texts, advance, bf16=config.bf16)
+        computed = embed_passages(embedder, texts, advance, dtype="bfloat16" if config.bf16 else None)
         vectors |= dict(zip(texts, computed, strict=True))
         if len(new) > CHUNKS_PER_BATCH:
             yield [rows[text] for text in texts], computed

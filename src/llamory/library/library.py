@@ -11,16 +11,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from llamory import embedding
 from llamory.common.io import PathLike
 from llamory.common.locks import write_lock
 from llamory.common.progress import ProgressBar
-from llamory.embedding.library_encoder import embed_queries, fingerprint, resolve_chunk_size
 from llamory.errors import LlamoryError
 from llamory.library.indexer import AddReport, ChunkingConfig, FileTask, Update, index_files, is_under, remove_sources
 from llamory.library.memory_cache import MemoryCache, memory_folder
 from llamory.library.reader import ReaderConfig
 from llamory.library.search import Hit, SearchMode, check_search, check_unicode
 from llamory.library.store import PassageStore, PendingVectors, Settings
+from llamory.models.base import canonical_name
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -206,7 +207,7 @@ class Library:
     ) -> None:
         """Read, embed and write the files of an update."""
         embedder = self._embedder(merged=True)
-        update.pending = pending = PendingVectors(self.path, fingerprint(embedder))
+        update.pending = pending = PendingVectors(self.path, embedding.fingerprint(embedder))
         embedded = 0
         with ProgressBar("Indexing", len(tasks), unit="files", shown=progress) as bar:
 
@@ -219,7 +220,7 @@ class Library:
                 from llamory.library.ray import RayIndexer
 
                 model = self._require_store().settings.model if self._model is None else self._model
-                name = _canonical_model_name(model) if isinstance(model, str) else ""
+                name = canonical_name(model) if isinstance(model, str) else ""
                 indexer = RayIndexer(config, embedder, name, self.path, ray_address, pending.add, advance)
                 batches = indexer.run(tasks)
             else:
@@ -273,8 +274,8 @@ class Library:
             yield
 
     def _create(self, dimension: int) -> PassageStore:
-        model = _canonical_model_name(self._model) if isinstance(self._model, str) else ""
-        settings = Settings(model, fingerprint(self._embedder(merged=True)), dimension, self._new_chunk_size)
+        model = canonical_name(self._model) if isinstance(self._model, str) else ""
+        settings = Settings(model, embedding.fingerprint(self._embedder(merged=True)), dimension, self._new_chunk_size)
         self._store = PassageStore.create(self.path, settings)
         return self._store
 
@@ -302,7 +303,9 @@ class Library:
         store = self._require_store()
         if not len(store):
             raise LlamoryError(f"The library at {self.path} is empty; add documents to it first.")
-        vector = None if mode == "bm25" else embed_queries(self._embedder(), [query], bf16=self._bf16)[0]
+        vector = None
+        if mode != "bm25":
+            vector = embedding.embed_query(self._embedder(), query, dtype="bfloat16" if self._bf16 else None)
         return store.search(vector, top, source, text=query, mode=mode)
 
     # ---- answers -----------------------------------------------------------------------------------------------------
@@ -415,7 +418,7 @@ class Library:
                 model = load_embedder(model, device=self._device, shared=not self._merged)
             self._loaded = model
         if self._store is not None and not self._checked:
-            if fingerprint(self._loaded) != self._store.settings.fingerprint:
+            if embedding.fingerprint(self._loaded) != self._store.settings.fingerprint:
                 self._loaded = None
                 raise LlamoryError(
                     f"The library at {self.path} was made by another model than the one given (by "
@@ -430,10 +433,10 @@ class Library:
         if chunk_size is not None and chunk_size < 1:
             raise LlamoryError(f"A passage must have at least 1 token, not {chunk_size}.")
         if self._store is None:
-            return resolve_chunk_size(self._embedder(merged=True), chunk_size)
+            return embedding.resolve_chunk_size(self._embedder(merged=True), chunk_size)
         settings = self._store.settings
         if self._model is not None and (
-            not isinstance(self._model, str) or _canonical_model_name(self._model) != settings.model
+            not isinstance(self._model, str) or canonical_name(self._model) != settings.model
         ):
             self._embedder(merged=True)
         if chunk_size not in (None, settings.chunk_size):
@@ -458,11 +461,6 @@ def _check_engine(name: str, address: str | None) -> None:
 def _absolute(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
     return [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 -- resolve() would follow links
-
-
-def _canonical_model_name(model: str) -> str:
-    """A model as the settings name it: a folder's absolute path, or a hub id."""
-    return os.path.abspath(model) if Path(model).is_dir() else model  # noqa: PTH100
 
 
 def _join_paths(paths: Iterable[Path]) -> str:

@@ -177,7 +177,7 @@ class RayIndexer:
     def _messages(self, tasks: list[FileTask]) -> Iterator[BatchMessage]:
         import ray
 
-        from llamory.embedding.library_encoder import chunk_tokenizer, fingerprint
+        from llamory.embedding.encoder import chunk_tokenizer, fingerprint
 
         resources = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
@@ -263,7 +263,7 @@ class Embedder:
 
     @cached_property
     def _embedder(self) -> SentenceTransformer:
-        from llamory.embedding.library_encoder import fingerprint
+        from llamory.embedding.encoder import fingerprint
 
         if isinstance(self._model, str):
             from llamory.embedding.pipeline import load_embedder

@@ -15,6 +15,7 @@ from llamory.common.io import write_json
 from llamory.errors import LlamoryError
 from llamory.ingest.documents import StoredDocument, TokenizedDocument
 from llamory.library.memory_cache import DEFAULT_BUDGET, MemoryCache, memory_key, parse_size
+from llamory.models.base import unshadowed_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,7 +106,10 @@ class ReaderConfig:
             return self
         other_reader = self.reader is not None and self._name() != saved.reader
         names = [name for name in _SAVED_FIELDS if getattr(self, name) is None]
-        return replace(self, **{n: getattr(saved, n) for n in names if n == "memory_budget" or not other_reader})
+        values = {n: getattr(saved, n) for n in names if n == "memory_budget" or not other_reader}
+        if values.get("reader"):
+            values["reader"] = unshadowed_name(values["reader"])
+        return replace(self, **values)
 
     def _name(self) -> str | None:
         """The reader's name as it is saved."""

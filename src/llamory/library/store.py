@@ -16,6 +16,7 @@ from llamory.common.locks import local_folder
 from llamory.documents import Chunk
 from llamory.errors import LlamoryError
 from llamory.library.search import Hit, SearchMode, check_unicode, search_table, source_filter, sql_string
+from llamory.models.base import unshadowed_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -440,6 +441,7 @@ def _load_settings(table: Table, uri: str) -> Settings:
             f"{uri} is not a library that this version of llamory can read; make it again with `llamory index`."
         )
     settings["chunk_size"] = settings.get("passage_length")
+    settings["model"] = unshadowed_name(settings["model"])
     return Settings(**{field.name: settings[field.name] for field in fields(Settings)})
 
 

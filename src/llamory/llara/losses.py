@@ -82,7 +82,11 @@ def head_losses(
     Returns:
         The sum, differentiable in `hidden`, `weight` and `weights`, and the three losses (3,) as plain values.
     """
-    total, losses = _HeadLosses.apply(hidden, weight, weights, rows, labels, counts, summarize, predict)  # type: ignore[no-untyped-call]
+    # Inside a Function gradients are off and `needs_input_grad` ignores no_grad, so the mode is asked for here.
+    needs_grad = torch.is_grad_enabled()
+    total, losses = _HeadLosses.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, weights, rows, labels, counts, summarize, predict, needs_grad
+    )
     return total, losses
 
 
@@ -98,11 +102,12 @@ class _HeadLosses(torch.autograd.Function):
         counts: Tensor,
         summarize: BagOfWords | None,
         predict: BagOfWords | None,
+        needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
-            head = _Head(hidden, weight, dtype, *ctx.needs_input_grad[:2])
+            head = _Head(hidden, weight, dtype, *(needs_grad and needed for needed in ctx.needs_input_grad[:2]))
             # Dividing by the count first keeps the factors on the device: no value is asked for on the host.
             scale = torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0).float()
             losses = [head.next_token(rows, labels, weights[0] * scale[0])]
@@ -122,7 +127,7 @@ class _HeadLosses(torch.autograd.Function):
             if gradient is not None:
                 gradient.mul_(grad_total.to(gradient.dtype))
         grad_weight = None if grad_weight is None else grad_weight.to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, grad_total * means, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_total * means, None, None, None, None, None, None
 
 
 class _Head:

@@ -27,7 +27,7 @@ def resolve_reader_name(name: str | os.PathLike[str]) -> str:
     """The model that a name means as a reader: "default" is the packaged one, all others are as for `backbone`."""
     packaged = backbone.packaged_name(name)
     if packaged is not None:
-        return backbone.PackagedName(DEFAULT_READER) if packaged == "default" else packaged
+        return backbone.unshadowed_name(DEFAULT_READER) if packaged == "default" else packaged
     return name if isinstance(name, str) else os.path.abspath(name)  # noqa: PTH100
 
 

@@ -28,6 +28,7 @@ BASE_MODELS = ("base", "default")  # the packaged model as it is; readers and re
 PACKAGED_ADAPTERS = ("reader", "retriever")  # adapters of it that come with this package
 PACKAGED_MODELS = (*BASE_MODELS, *PACKAGED_ADAPTERS)
 
+_ADAPTERS = Path(__file__).parents[1] / "adapters"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 _MODEL_FILES = ("config.json", "adapter_config.json", "modules.json")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -38,36 +39,35 @@ _REQUIRED_PARAMETERS = ("model.", "lm_head.", "layers.", "embed_tokens.", "norm.
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
-class PackagedName(str):
-    """Name of a packaged model that is resolved already: a local folder of this name no longer takes precedence."""
-
-    __slots__ = ()
-
-    def __str__(self) -> str:
-        """The name itself, still marked as resolved."""
-        return self
-
-
-def packaged_name(name: PathLike) -> PackagedName | None:
+def packaged_name(name: PathLike) -> str | None:
     """The packaged model that a name means; None if it means a path or a hub id.
 
     A folder of that name in the working directory takes precedence if it holds a model, and a `Path` is always a path.
     """
-    if isinstance(name, PackagedName):
-        return name
     is_packaged = isinstance(name, str) and name in PACKAGED_MODELS and not holds_model(Path(name))
-    return PackagedName(name) if is_packaged else None
+    return str(name) if is_packaged else None
 
 
-def recorded_name(name: str) -> str:
-    """A model's name as read from a file that recorded it with `canonical_name`."""
-    return PackagedName(name) if name in PACKAGED_MODELS else name
+def unshadowed_name(name: str) -> str:
+    """A name that means a packaged model even if a folder in the working directory takes precedence over `name`.
+
+    For names that are defaults or that a file recorded. Names that aren't those of packaged models stay as they are.
+    """
+    if name not in PACKAGED_MODELS or not holds_model(Path(name)):
+        return name
+    return str(_ADAPTERS / name if name in PACKAGED_ADAPTERS else _packaged_gguf())
 
 
 def canonical_name(name: PathLike) -> str:
-    """A model's name as files record it, valid in every working directory: paths become absolute."""
+    """A model's name as files record it, valid in every working directory: paths become absolute.
+
+    Give it to `unshadowed_name` after reading it from a file.
+    """
     if (packaged := packaged_name(name)) is not None:
         return packaged
+    for shadowed in PACKAGED_MODELS:
+        if name != shadowed and name == unshadowed_name(shadowed):
+            return shadowed
     path = Path(name).expanduser()
     return os.path.abspath(path) if path.exists() else os.fspath(name)  # noqa: PTH100 -- resolve() would follow links
 
@@ -105,7 +105,7 @@ def resolve(name: PathLike = "default") -> str | Path:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LlamoryError(f"The folder {path} holds no model: it has no config.json.")
-        return path
+        return path.absolute()  # peft records it as the base model of an adapter
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise LlamoryError(f"{path} is not a model: give a model's folder or a .gguf file.")
@@ -123,7 +123,7 @@ def adapter_folder(name: PathLike) -> Path | None:
     with their ids that the base model's tokenizer lacks.
     """
     if (packaged := packaged_name(name)) is not None:
-        return Path(__file__).parents[1] / "adapters" / packaged if packaged in PACKAGED_ADAPTERS else None
+        return _ADAPTERS / packaged if packaged in PACKAGED_ADAPTERS else None
     path = Path(name).expanduser()
     return path if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")) else None
 
@@ -138,7 +138,7 @@ def base_model_name(adapter: Path) -> str:
         base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise LlamoryError(f"The adapter {adapter} doesn't say which model it is for; merge it into that model first.")
-    return recorded_name(str(base))
+    return unshadowed_name(str(base))
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------

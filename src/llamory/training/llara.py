@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from llamory.embedding.pipeline import export_sentence_transformer, fit_whitening_on_texts
+from llamory.embedding.pipeline import add_whitening, export_sentence_transformer, fit_whitening_on_texts, load_embedder
 from llamory.embedding.whitening import MIN_TEXTS, WHITENING_FILE
 from llamory.errors import LlamoryError
 from llamory.llara.data import LlaraCollator, load_examples, passage_texts
@@ -270,14 +270,17 @@ def _save_and_export(
     save_trained_model(trainer, settings, tokenizer, result)
     if trainer.args.should_save:
         (output / WHITENING_FILE).unlink(missing_ok=True)  # from an earlier end of the same run
+        shutil.rmtree(output / EMBEDDER_FOLDER, ignore_errors=True)
+        if settings.whiten or settings.export:
+            device = str(trainer.args.device)
+            embedder = load_embedder(output, max_length=settings.max_seq_length, device=device)
         if settings.whiten:
             texts = passage_texts(train, tokenizer, settings.whiten, settings.seed)
-            device = str(trainer.args.device)
-            fit_whitening_on_texts(output, texts, max_length=settings.max_seq_length, device=device).save(output)
-    if settings.export and trainer.args.should_save:
-        embedder = output / EMBEDDER_FOLDER
-        shutil.rmtree(embedder, ignore_errors=True)  # from an earlier end of the same run
-        export_sentence_transformer(output, embedder, max_length=settings.max_seq_length)
-        result["embedder"] = str(embedder)
+            whitening = fit_whitening_on_texts(embedder, texts)
+            whitening.save(output)
+            add_whitening(embedder, whitening)
+        if settings.export:
+            export_sentence_transformer(embedder, output / EMBEDDER_FOLDER)
+            result["embedder"] = str(output / EMBEDDER_FOLDER)
     trainer.accelerator.wait_for_everyone()
     return result

@@ -109,8 +109,8 @@ def select_trainable(model: LongLlamaForCausalLM, settings: AdaptSettings, train
         adapted = with_lora(model, settings, **only)
         if (below := backbone.adapter_folder(settings.model)) is not None:
             # peft takes the name of the model below that one, as if there were no other adapter.
-            adapted.peft_config["default"].base_model_name_or_path = (
-                settings.model if settings.model in backbone.PACKAGED_MODELS else str(below.absolute())
+            adapted.peft_config["default"].base_model_name_or_path = backbone.packaged_name(settings.model) or str(
+                below.absolute()
             )
         return adapted
     if trainable != "all":

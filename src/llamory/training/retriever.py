@@ -20,7 +20,8 @@ from sentence_transformers.util import is_sentence_transformer_model
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, set_seed
 
-from llamory.embedding.pipeline import escape_slot_tokens, is_llara, load_embedder, save_embedder
+from llamory.embedding.encoder import escape_slot_tokens, is_llara
+from llamory.embedding.pipeline import load_embedder, save_embedder
 from llamory.embedding.whitening import Whitening, whitening_router
 from llamory.errors import LlamoryError
 from llamory.llara.modeling import NewLlamaModel
@@ -311,7 +312,7 @@ def _lengths(embedder: SentenceTransformer, settings: RetrieverSettings) -> dict
 def _model_source(settings: RetrieverSettings, output: Path, *, write: bool) -> str:
     """What the embedder is loaded from: the model itself, or a folder of it with slot tokens or an adapter added."""
     name = settings.model
-    if name not in backbone.PACKAGED_MODELS and not name.endswith(".gguf") and is_sentence_transformer_model(name):
+    if backbone.packaged_name(name) is None and not name.endswith(".gguf") and is_sentence_transformer_model(name):
         return name
     config = backbone.load_config(name)
     if config.model_type != "llama":

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llamory.embedding.pipeline import escape_slot_tokens, load_embedder
+from llamory.embedding.encoder import escape_slot_tokens
+from llamory.embedding.pipeline import load_embedder
 from llamory.errors import LlamoryError
 from llamory.longllama.losses import IGNORE_INDEX
 from llamory.models import base as backbone

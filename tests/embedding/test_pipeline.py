@@ -25,13 +25,8 @@ from transformers import (
 )
 
 from keyword_models import keyword_model
-from llamory.embedding.pipeline import (
-    escape_slot_tokens,
-    export_sentence_transformer,
-    load_embedder,
-    query_prompt,
-    set_query_prompt,
-)
+from llamory.embedding.encoder import escape_slot_tokens
+from llamory.embedding.pipeline import export_sentence_transformer, load_embedder, query_prompt, set_query_prompt
 from llamory.errors import LlamoryError
 from llamory.llara.template import LlaraTemplate
 
@@ -397,7 +392,7 @@ def test_a_tokenizer_that_would_read_texts_differently_is_refused_and_leaves_not
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
-@pytest.mark.parametrize(("length", "words"), [(10, "no room"), (257, "more than the 256")])
+@pytest.mark.parametrize(("length", "words"), [(10, "no room"), (257, "which is 256")])
 def test_a_length_that_fits_no_text_or_no_model_is_refused(exported, tmp_path, length, words):
     with pytest.raises(LlamoryError, match=words):
         export_sentence_transformer(exported("byte-level")[0], tmp_path / "out", max_length=length)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from llamory.embedding.library_encoder import embed_passages, embed_queries, fingerprint
+from llamory.embedding.encoder import embed_passages, embed_queries, fingerprint
 from llamory.embedding.pipeline import load_embedder
 from llamory.errors import LlamoryError
 from llamory.library import Library

@@ -295,3 +295,49 @@ def test_a_truncated_gguf_file_is_said(gguf_file: Path, kept: int, cache: Path) 
     gguf_file.write_bytes(gguf_file.read_bytes()[:kept])
     assert "is not a whole GGUF file" in said_about(gguf_file)
     assert not cache.exists()
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", backbone.PACKAGED_MODELS)
+def test_a_local_folder_with_a_model_takes_precedence_over_a_packaged_name(
+    name: str, model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    assert backbone.packaged_name(name) == name  # an empty folder is no model
+    model.save_pretrained(name)
+    assert backbone.packaged_name(name) is None
+    assert backbone.resolve(name) == tmp_path / name
+    assert torch.equal(logits(backbone.load_model(name)), logits(model))
+    assert backbone.canonical_name(name) == str(tmp_path / name)
+    # A name that a file recorded, or a default, still means the packaged model.
+    packaged = backbone.unshadowed_name(name)
+    assert packaged != name and backbone.canonical_name(packaged) == name
+    assert backbone.load_config(packaged).hidden_size == 576
+    monkeypatch.chdir("/")
+    assert backbone.unshadowed_name(name) == backbone.canonical_name(name) == name
+
+
+@pytest.mark.parametrize("name", backbone.PACKAGED_MODELS)
+def test_a_path_is_never_a_packaged_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert backbone.packaged_name(Path(name)) is None
+    assert "There is no model at" in said_about(Path(name))
+
+
+def test_the_default_reader_and_retriever_are_not_shadowed(
+    model: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llamory.embedding.pipeline import load_embedder
+    from llamory.longllama.loading import load_long_model
+
+    for name in ("reader", "retriever", "base"):
+        model.save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert load_embedder("default", device="cpu")[0].config.hidden_size == 576
+    assert load_long_model("default").config.hidden_size == 576
+    assert load_long_model("reader").config.hidden_size == 32
+    with pytest.raises(LlamoryError, match="is a plain LLaMA"):
+        load_embedder("retriever", device="cpu")
