@@ -19,8 +19,7 @@ from transformers import logging
 from llamory.embedding.encoder import embed_queries
 from llamory.embedding.pipeline import load_embedder, sample_passages, set_query_prompt
 from llamory.embedding.whitening import Whitening, fit_whitening, pseudo_queries, whitening_router
-from llamory.evaluation.beir import read_beir
-from llamory.evaluation.qrels import RetrievalDataset, sample
+from llamory.evaluation.qrels import RetrievalDataset, load_beir, sample
 from llamory.llara.template import QUERY_PROMPTS
 from whitening import arguments, ndcg, table
 
@@ -28,7 +27,7 @@ from whitening import arguments, ndcg, table
 def load_dataset(folder: Path, queries: int, documents: int) -> RetrievalDataset:
     """The part of a set that is query_vectors."""
     part = "dev" if (folder / "dev").exists() else "test"
-    data = read_beir(folder / part, part)
+    data = load_beir(folder / part, part)
     return sample(data, min(queries, len(data.queries)), min(documents, len(data.ids)))
 
 

@@ -19,8 +19,7 @@ from transformers import logging
 from llamory.embedding.encoder import embed_passages, embed_queries
 from llamory.embedding.pipeline import fit_whitening_on_texts, load_embedder, sample_passages, set_query_prompt
 from llamory.embedding.whitening import whitening_router
-from llamory.evaluation.beir import read_beir
-from llamory.evaluation.qrels import RetrievalDataset, sample
+from llamory.evaluation.qrels import RetrievalDataset, load_beir, sample
 from llamory.evaluation.retrieval import score_queries, search_vectors
 from llamory.llara.template import QUERY_PROMPTS
 
@@ -63,7 +62,7 @@ def measure(
 
 def dev_sets(folders: list[Path], queries: int, documents: int) -> dict[str, RetrievalDataset]:
     """The dev parts of folders of `llamory dataset`, drawn smaller by hash."""
-    return {folder.name: sample(read_beir(folder / "dev", "dev"), queries, documents) for folder in folders}
+    return {folder.name: sample(load_beir(folder / "dev", "dev"), queries, documents) for folder in folders}
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

@@ -15,63 +15,109 @@ CORPUS, QUERIES, QRELS = "corpus.jsonl", "queries.jsonl", "qrels"
 
 
 @dataclass(frozen=True)
+class BeirDocument:
+    """A document of a corpus: its id, title, text, and the file and line it stands in."""
+
+    id: str
+    title: str
+    text: str
+    location: str
+
+    @property
+    def full_text(self) -> str:
+        """The text after the title, as in BEIR's own code."""
+        return f"{self.title} {self.text}".strip()
+
+
+@dataclass(frozen=True)
 class BeirDataset:
-    """One split of a BEIR folder.
+    """One split of a BEIR folder; the corpus is streamed.
 
     Attributes:
-        corpus: text of each document, under its id; a title stands before the text, as in BEIR's own code.
-        queries: text of each query of the folder, under its id.
-        qrels: for each qrels_file query's id, the score of each qrels_file document's id; 0 is not relevant.
-        locations: for each qrels_file query's id, the file and line that name it first.
+        folder: of the corpus, the queries and the qrels.
+        split: name of the qrels.
+        queries: text of each query of the folder, by id.
+        qrels: for each query id of the qrels, the score of each document id; 0 is not relevant.
+        locations: file and line of each (query id, document id) of the qrels.
+        skip_broken: whether broken lines of the corpus are skipped.
     """
 
-    corpus: dict[str, str]
+    folder: Path
+    split: str
     queries: dict[str, str]
     qrels: dict[str, dict[str, float]]
-    locations: dict[str, str]
+    locations: dict[tuple[str, str], str]
+    skip_broken: bool = False
+
+    @property
+    def files(self) -> list[Path]:
+        """Corpus, queries and qrels."""
+        return [self.folder / CORPUS, self.folder / QUERIES, self.folder / QRELS / f"{self.split}.tsv"]
+
+    @property
+    def name(self) -> str:
+        """The folder's name; for a folder per split, with its parent's."""
+        folder = self.folder.resolve()
+        return f"{folder.parent.name}/{folder.name}" if folder.name == self.split else folder.name
+
+    def documents(self) -> Iterator[BeirDocument]:
+        """The corpus, read again with each call."""
+        corpus = self.folder / CORPUS
+        for line, (name, title, text) in read_json_lines(corpus, _document_entry, skip_broken=self.skip_broken):
+            yield BeirDocument(name, title, text, f"{corpus}:{line}")
 
 
 def is_beir(folder: Path) -> bool:
-    """Whether a path is a folder in BEIR's form."""
+    """Whether a path is a BEIR folder."""
     return (folder / CORPUS).is_file()
 
 
-def read_beir(folder: Path, split: str = "train", *, skip_broken: bool = False) -> BeirDataset:
-    """Read `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv` of a folder.
+def read_beir(folder: Path, split: str | None = None, *, skip_broken: bool = False) -> BeirDataset:
+    """Read the queries and qrels of a folder with `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`.
 
     Args:
-        folder: the folder.
-        split: name of the qrels' file.
-        skip_broken: pass over broken JSON lines, with a warning in the log.
+        folder: the folder; if it holds a folder per split, as `llamory dataset` writes them, the folder SPLIT of it.
+        split: name of the qrels; None for "test" if it exists, else the only one.
+        skip_broken: skip broken JSON lines, with a warning in the log.
 
     Raises:
-        LlamoryError: a file is missing, or a line broken or of an unknown id; file and line are told.
+        LlamoryError: a file is missing, or a line is broken or of an unknown query; the message has file and line.
     """
-    qrels_file = folder / QRELS / f"{split}.tsv"
-    for file in (folder / CORPUS, folder / QUERIES, qrels_file):
-        if not file.is_file():
-            raise LlamoryError(f"{folder} is no BEIR folder with a split {split!r}: there is no {file}.")
-    corpus = dict(text for _, text in read_json_lines(folder / CORPUS, title_and_text, skip_broken=skip_broken))
-    queries = dict(text for _, text in read_json_lines(folder / QUERIES, query_entry, skip_broken=skip_broken))
+    split_folder = folder / (split or "test")
+    if not (folder / CORPUS).exists() and (split_folder / CORPUS).is_file():
+        folder = split_folder
+    for name in (CORPUS, QUERIES):
+        if not (folder / name).is_file():
+            raise LlamoryError(
+                f"{folder} is no BEIR folder: there is no {name} (it should hold {CORPUS}, {QUERIES} and {QRELS}/*.tsv)."
+            )
+    split = _choose_split(folder, split)
+    queries = dict(entry for _, entry in read_json_lines(folder / QUERIES, _query_entry, skip_broken=skip_broken))
     qrels: dict[str, dict[str, float]] = {}
-    locations: dict[str, str] = {}
-    for number, query, document, score in qrels_rows(qrels_file):
-        for name, known, texts in ((query, queries, QUERIES), (document, corpus, CORPUS)):
-            if name not in known:
-                raise LlamoryError(f"{qrels_file}:{number}: there is no {name!r} in {texts}; mend or remove the line.")
+    locations: dict[tuple[str, str], str] = {}
+    file = folder / QRELS / f"{split}.tsv"
+    for line, query, document, score in _qrels_rows(file):
+        if query not in queries:
+            raise LlamoryError(f"{file}:{line}: there is no {query!r} in {QUERIES}; mend or remove the line.")
         qrels.setdefault(query, {})[document] = score
-        locations.setdefault(query, f"{qrels_file}:{number}")
-    return BeirDataset(corpus, queries, qrels, locations)
+        locations.setdefault((query, document), f"{file}:{line}")
+    return BeirDataset(folder, split, queries, qrels, locations, skip_broken)
 
 
-def qrels_rows(file: Path) -> Iterator[tuple[int, str, str, float]]:
-    """Line number, query id, document id and score of each line of `qrels/SPLIT.tsv`.
+def _choose_split(folder: Path, split: str | None) -> str:
+    existing = sorted(path.stem for path in (folder / QRELS).glob("*.tsv"))
+    if not existing:
+        raise LlamoryError(f"{folder} is no BEIR folder: there are no qrels in {folder / QRELS}/*.tsv.")
+    if split is None:
+        split = "test" if "test" in existing else existing[0] if len(existing) == 1 else None
+    if split is None or split not in existing:
+        problem = "name a split" if split is None else f"there is no split {split!r}"
+        raise LlamoryError(f"{folder}: {problem}; there {'are' if len(existing) > 1 else 'is'} {', '.join(existing)}.")
+    return split
 
-    The header, where there is one, isn't a row; a fourth column, which TREC's files have second, is passed over.
 
-    Raises:
-        LlamoryError: a line is broken; file and line are told.
-    """
+def _qrels_rows(file: Path) -> Iterator[tuple[int, str, str, float]]:
+    """Line number, query id, document id and score of each row; a header, and TREC's second column, are left out."""
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
@@ -98,19 +144,11 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def title_and_text(entry: dict[str, Any]) -> tuple[str, str]:
-    """Id and text of a line of the corpus; a title stands before its text, as in BEIR's own code."""
-    key, title, text = document_entry(entry)
-    return key, f"{title} {text}".strip()
-
-
-def document_entry(entry: dict[str, Any]) -> tuple[str, str, str]:
-    """Id, title and text of a line of the corpus."""
+def _document_entry(entry: dict[str, Any]) -> tuple[str, str, str]:
     return _id(entry), string_entry({"title": entry.get("title") or ""}, "title"), string_entry(entry, "text")
 
 
-def query_entry(entry: dict[str, Any]) -> tuple[str, str]:
-    """Id and text of a line of the queries."""
+def _query_entry(entry: dict[str, Any]) -> tuple[str, str]:
     return _id(entry), string_entry(entry, "text")
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from llamory.common.io import json_digest
+from llamory.common.io import file_digest, json_digest
+from llamory.documents.beir import read_beir
 from llamory.errors import LlamoryError
 
 
@@ -108,6 +111,58 @@ def _hash_order(key: str) -> tuple[int, str]:
     return xxhash.xxh64_intdigest(key.encode()), key
 
 
+# ---- BEIR ------------------------------------------------------------------------------------------------------------
+
+
+def load_beir(folder: Path, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalDataset:
+    """A BEIR folder as a retrieval set; the corpus is streamed.
+
+    A document with the id and the text of a query is the query itself and not counted as found, unless it is relevant.
+
+    Args:
+        folder: as for `llamory.documents.beir.read_beir`.
+        split: name of the qrels.
+        ignore_identical_ids: remove a document with a query's id for that query, whatever its text, as BEIR does.
+
+    Raises:
+        LlamoryError: a file is missing, a line is broken, an id is repeated, or no query has a relevant document.
+    """
+    data = read_beir(folder, split)
+    qrels: dict[str, dict[str, int]] = {}
+    for query, scores in data.qrels.items():
+        for name, score in scores.items():
+            if not score.is_integer():
+                raise LlamoryError(f"{data.locations[query, name]}: the score should be a whole number, not {score}.")
+            qrels.setdefault(query, {})[name] = int(score)
+    queries = queries_with_qrels(str(data.files[-1]), data.queries, qrels)
+    ids: dict[str, None] = {}
+    self_documents = set()
+    for document in data.documents():
+        name, text = document.id, document.text
+        if name in ids:
+            raise LlamoryError(f"{document.location}: the id {name!r} is repeated; ids must be unique.")
+        ids[name] = None
+        texts = (" ".join(each.split()) for each in (text, f"{document.title} {text}"))
+        is_query = name in queries and (ignore_identical_ids or " ".join(queries[name].split()) in texts)
+        if is_query and qrels[name].get(name, 0) < 1:
+            self_documents.add(name)
+    if not ids:
+        raise LlamoryError(f"{data.files[0]} has no documents.")
+    digest = hashlib.sha256()
+    for file in data.files:
+        digest.update(bytes.fromhex(file_digest(file)))
+    return RetrievalDataset(
+        name=data.name,
+        split=data.split,
+        queries=queries,
+        qrels={query: qrels[query] for query in queries},
+        ids=list(ids),
+        read=lambda: ((document.id, document.full_text) for document in data.documents()),
+        self_documents=frozenset(self_documents),
+        fingerprint=digest.hexdigest(),
+    )
+
+
 # ---- mteb ------------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +172,7 @@ def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool
     Args:
         name: of the task, such as "NFCorpus"; a subset follows a colon, as in "A:en".
         split: of its data; by default the one that mteb evaluates, "test" if there are several.
-        ignore_identical_ids: as for `read_beir`; also on where the task itself says so.
+        ignore_identical_ids: as for `load_beir`; also on where the task itself says so.
 
     Raises:
         LlamoryError: mteb isn't installed, has no such retrieval task, or its data can't be loaded.

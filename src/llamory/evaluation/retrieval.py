@@ -16,7 +16,7 @@ from llamory.common.extras import require
 from llamory.common.io import write_json_lines
 from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
-from llamory.evaluation.qrels import RetrievalDataset, read_mteb, sample
+from llamory.evaluation.qrels import RetrievalDataset, load_beir, read_mteb, sample
 from llamory.evaluation.results import ResultsFile, display_names
 
 if TYPE_CHECKING:
@@ -335,11 +335,9 @@ def read_dataset(data: str, split: str | None = None, *, ignore_identical_ids: b
     Raises:
         LlamoryError: there is neither, or its data is broken.
     """
-    from llamory.evaluation.beir import read_beir
-
     path = Path(data)
     if path.is_dir():
-        return read_beir(path, split, ignore_identical_ids=ignore_identical_ids)
+        return load_beir(path, split, ignore_identical_ids=ignore_identical_ids)
     if path.exists():
         raise LlamoryError(f"{data} is a file; give a BEIR folder, or the name of an mteb task.")
     if path.name != data or data.startswith("."):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llamory.documents import find_files, read_json_lines
-from llamory.documents.beir import CORPUS, is_beir, read_beir
+from llamory.documents.beir import CORPUS, BeirDataset, is_beir, read_beir
 from llamory.documents.readers import string_entry
 from llamory.errors import LlamoryError
 
@@ -120,8 +120,9 @@ def load_pairs(paths: Sequence[str | Path], *, split: str = "train", skip_broken
     for path in map(Path, paths):
         if is_beir(path):
             data = read_beir(path, split, skip_broken=skip_broken)
-            corpus += filter(None, data.corpus.values())
-            examples += _beir_examples(data.corpus, data.queries, data.qrels, data.locations)
+            texts = {document.id: document.full_text for document in data.documents()}
+            corpus += filter(None, texts.values())
+            examples += _beir_examples(data, texts)
             continue
         files = [file for file in find_files([path]) if file.suffix.lower() == ".jsonl"]
         if not files:
@@ -137,15 +138,18 @@ def load_pairs(paths: Sequence[str | Path], *, split: str = "train", skip_broken
     return Pairs(examples, corpus)
 
 
-def _beir_examples(
-    corpus: dict[str, str], queries: dict[str, str], qrels: dict[str, dict[str, float]], locations: dict[str, str]
-) -> Iterable[Example]:
-    for query, scores in qrels.items():
+def _beir_examples(data: BeirDataset, texts: Mapping[str, str]) -> Iterable[Example]:
+    for query, scores in data.qrels.items():
+        for name in scores:
+            if name not in texts:
+                location = data.locations[query, name]
+                raise LlamoryError(f"{location}: there is no {name!r} in {CORPUS}; mend or remove the line.")
         # BEIR's corpora have a few documents without any text; there is nothing to learn from those.
-        positives = tuple(corpus[name] for name, score in scores.items() if score > 0 and corpus[name])
-        negatives = tuple(corpus[name] for name, score in scores.items() if score <= 0 and corpus[name])
-        if positives and queries[query].strip():
-            yield Example(queries[query], positives, negatives, location=locations[query])
+        positives = tuple(texts[name] for name, score in scores.items() if score > 0 and texts[name])
+        negatives = tuple(texts[name] for name, score in scores.items() if score <= 0 and texts[name])
+        if positives and data.queries[query].strip():
+            location = data.locations[query, next(iter(scores))]
+            yield Example(data.queries[query], positives, negatives, location=location)
 
 
 def _with_location(example: Example, location: str, known: dict[str, str]) -> Example:

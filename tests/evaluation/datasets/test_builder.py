@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.beir import read_beir
 from llamory.evaluation.datasets.builder import DecontaminationIndex, Pair, split_pairs, write_set
+from llamory.evaluation.qrels import load_beir
 
 
 def text(seed: int, count: int = 30) -> str:
@@ -87,7 +87,7 @@ def test_parts_are_written_as_beir_folders_of_their_own(tmp_path: Path) -> None:
     by_source = {each.query: each.text for each in pairs}
     seen: set[str] = set()
     for part, count in counts.items():
-        data = read_beir(tmp_path / "set" / part, part)
+        data = load_beir(tmp_path / "set" / part, part)
         documents = dict(data.read())
         assert len(documents) == len(data.queries) == count
         for query, judged in data.qrels.items():

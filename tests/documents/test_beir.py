@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.beir import read_beir
+from llamory.evaluation.qrels import load_beir
 
 CORPUS = [
     {"_id": "d1", "title": "Rivers", "text": "They run south."},
@@ -34,7 +34,7 @@ def judge(folder: Path, split: str, rows: str) -> None:
 
 
 def test_titles_stand_before_texts_and_only_judged_queries_are_asked(folder: Path) -> None:
-    data = read_beir(folder)
+    data = load_beir(folder)
     assert dict(data.read()) == {"d1": "Rivers They run south.", "d2": "a stone", "d3": "no title"}
     assert list(data.read()) == list(data.read())
     assert data.ids == ["d1", "d2", "d3"]
@@ -54,20 +54,20 @@ def test_titles_stand_before_texts_and_only_judged_queries_are_asked(folder: Pat
 )
 def test_judgements_may_have_any_header_or_none_or_trecs_columns(folder: Path, rows: str) -> None:
     judge(folder, "test", rows)
-    assert read_beir(folder).qrels == {"q1": {"d1": 1}}
+    assert load_beir(folder).qrels == {"q1": {"d1": 1}}
 
 
 def test_the_split_is_chosen(folder: Path) -> None:
     judge(folder, "dev", "q2\td2\t1\n")
-    assert read_beir(folder).split == "test"
-    assert read_beir(folder, "dev").qrels == {"q2": {"d2": 1}}
+    assert load_beir(folder).split == "test"
+    assert load_beir(folder, "dev").qrels == {"q2": {"d2": 1}}
     with pytest.raises(LlamoryError, match="there is no split 'train'; there are dev, test"):
-        read_beir(folder, "train")
+        load_beir(folder, "train")
     (folder / "qrels" / "test.tsv").rename(folder / "qrels" / "train.tsv")
     with pytest.raises(LlamoryError, match="name a split; there are dev, train"):
-        read_beir(folder)
+        load_beir(folder)
     (folder / "qrels" / "train.tsv").unlink()
-    assert read_beir(folder).split == "dev"
+    assert load_beir(folder).split == "dev"
 
 
 def test_a_folder_of_parts_gives_the_part(folder: Path) -> None:
@@ -75,7 +75,7 @@ def test_a_folder_of_parts_gives_the_part(folder: Path) -> None:
     for name in ("corpus.jsonl", "queries.jsonl", "qrels"):
         (folder / name).rename(folder / "set" / name)
     (folder / "set").rename(folder / "test")
-    data = read_beir(folder)
+    data = load_beir(folder)
     assert (data.name, list(data.queries)) == (f"{folder.name}/test", ["q1", "q2"])
 
 
@@ -83,22 +83,22 @@ def test_a_query_that_is_a_document_is_known_by_id_and_text(folder: Path) -> Non
     write(
         folder / "corpus.jsonl", [*CORPUS, {"_id": "q1", "text": " where do they\nrun "}, {"_id": "q2", "text": "else"}]
     )
-    assert read_beir(folder).self_documents == {"q1"}
-    assert read_beir(folder, ignore_identical_ids=True).self_documents == {"q1", "q2"}
+    assert load_beir(folder).self_documents == {"q1"}
+    assert load_beir(folder, ignore_identical_ids=True).self_documents == {"q1", "q2"}
     judge(folder, "test", "q1\tq1\t1\nq2\td3\t1\n")
-    assert read_beir(folder).self_documents == set()
+    assert load_beir(folder).self_documents == set()
 
 
 def test_other_content_has_another_fingerprint(folder: Path) -> None:
-    before = read_beir(folder).fingerprint
-    assert read_beir(folder).fingerprint == before
+    before = load_beir(folder).fingerprint
+    assert load_beir(folder).fingerprint == before
     write(folder / "corpus.jsonl", [*CORPUS, {"_id": "d4", "text": "more"}])
-    assert read_beir(folder).fingerprint != before
+    assert load_beir(folder).fingerprint != before
 
 
 def test_relevant_documents_that_are_not_there_are_counted(folder: Path) -> None:
     judge(folder, "test", "q1\td1\t1\nq1\tgone\t1\nq1\taway\t0\n")
-    assert read_beir(folder).missing_relevant == 1
+    assert load_beir(folder).missing_relevant == 1
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_relevant_documents_that_are_not_there_are_counted(folder: Path) -> None
         ("h\th\th\nq1 d1 1\n", r"test.tsv:2: a line should be a query's id"),
         ("h\th\th\nq1\td1\tyes\n", r"test.tsv:2: "),
         ("h\th\th\nq1\td1\t0.5\n", r"test.tsv:2: .* a whole number"),
-        ("q9\td1\t1\n", r"has qrels for the query 'q9'"),
+        ("q9\td1\t1\n", r"test.tsv:1: there is no 'q9' in queries.jsonl"),
         ("q1\td1\t0\n", r"no query with a relevant document"),
         ("", r"no query with a relevant document"),
     ],
@@ -115,25 +115,25 @@ def test_relevant_documents_that_are_not_there_are_counted(folder: Path) -> None
 def test_broken_judgements_are_told(folder: Path, rows: str, sentence: str) -> None:
     judge(folder, "test", rows)
     with pytest.raises(LlamoryError, match=sentence):
-        read_beir(folder)
+        load_beir(folder)
 
 
 def test_a_broken_corpus_is_told(folder: Path) -> None:
     write(folder / "corpus.jsonl", [*CORPUS, {"_id": "d2", "text": "again"}])
-    with pytest.raises(LlamoryError, match=r"corpus.jsonl:4: the id 'd2' stands here for the second time"):
-        read_beir(folder)
+    with pytest.raises(LlamoryError, match=r"corpus.jsonl:4: the id 'd2' is repeated"):
+        load_beir(folder)
     write(folder / "corpus.jsonl", [{"_id": "d1", "title": "no text"}])
     with pytest.raises(LlamoryError, match=r"corpus.jsonl:1: the object has no 'text'"):
-        read_beir(folder)
+        load_beir(folder)
     (folder / "corpus.jsonl").write_text("\n")
     with pytest.raises(LlamoryError, match="has no documents"):
-        read_beir(folder)
+        load_beir(folder)
     (folder / "corpus.jsonl").unlink()
     with pytest.raises(LlamoryError, match=r"is no BEIR folder: there is no corpus.jsonl"):
-        read_beir(folder)
+        load_beir(folder)
 
 
 def test_numbers_may_be_ids(folder: Path) -> None:
     write(folder / "corpus.jsonl", [{"_id": 7, "text": "seven"}])
     judge(folder, "test", "q1\t7\t1\n")
-    assert read_beir(folder).ids == ["7"]
+    assert load_beir(folder).ids == ["7"]
