@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import logging
 
-from llamory.cli.eval_options import token_count
+from llamory.cli.options import token_count
 from llamory.cli.settings import read_settings
 from llamory.evaluation.haystack import PUBLISHED_HAYSTACK, read_haystack
 from llamory.longllama.loading import load_long_model

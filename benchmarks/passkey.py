@@ -28,7 +28,7 @@ mpl.rcParams["svg.hashsalt"] = "llamory"
 
 from matplotlib import pyplot as plt  # noqa: E402
 
-from llamory.cli.eval_options import token_count  # noqa: E402
+from llamory.cli.options import token_count  # noqa: E402
 from llamory.evaluation.passkey import PasskeyResult, PasskeyResultsFile  # noqa: E402
 from llamory.evaluation.plots import draw_heat_map  # noqa: E402
 

@@ -42,7 +42,7 @@ def test_it_writes_table_json_and_picture_and_goes_on(folder, llamory):
         ([], "llamory train lookup"),
         (["other"], "llamory train lookup"),
         (["model", "--memory-tokens", "2"], "holds fewer than"),
-        (["model", "--mem-search", "pages"], "mem_search exact or faiss"),
+        (["model", "--mem-search", "pages"], "Invalid value for '--mem-search'"),
         (["model", "--compare", "model"], "named twice"),
     ],
 )

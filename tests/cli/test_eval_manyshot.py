@@ -28,7 +28,7 @@ def test_it_prints_a_table_and_writes_numbers_and_picture(llamory, model_folder,
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
     assert lines[0] == f"{model_folder.name}: 2 labels, 2 seeds"
-    assert lines[1].split() == ["tokens", "demonstrations", "right", "±"]
+    assert lines[1].split() == ["tokens", "demonstrations", "correct", "±"]
     assert [line.split()[0] for line in lines[2:5]] == ["0", "100", "600"]
     assert lines[-1] == f"Written: {out / 'manyshot.json'} and {out / 'manyshot.png'}"
     assert sorted(path.name for path in out.iterdir()) == ["manyshot.json", "manyshot.png"]
@@ -68,7 +68,7 @@ def test_json_is_one_document_and_what_was_run_is_not_run_again(llamory, model_f
     [
         (["--lengths", "2"], "Error: A length of 2 tokens is too small for one demonstration"),
         (["--lengths", "64k"], "Error: All 56 demonstrations have "),
-        (["--lengths", "-5"], "Error: --lengths must be numbers of tokens from 0 on, not -5."),
+        (["--lengths", "-5"], "Error: Invalid value for '--lengths': '-5' should be numbers of tokens"),
         (["--num-questions", "60"], "Error: The 60 examples are too few to ask 60 of them"),
         (["--label-field", "kind"], "Error: {data}:1: the object has no 'kind' (it has 'text', 'label')"),
         (["--template", "{text}"], "Error: The template '{text}' doesn't have {text} once and after it {label} once."),
@@ -88,7 +88,7 @@ def test_a_wrong_wish_is_one_sentence_before_a_model_is_loaded(
 
 
 def test_one_label_and_no_file_are_refused(llamory, model_folder, tmp_path) -> None:
-    assert llamory("eval", "manyshot", model_folder).err.startswith("Error: --train is missing")
+    assert llamory("eval", "manyshot", model_folder).err.startswith("Error: Missing option '--train'")
     same = tmp_path / "same.jsonl"
     same.write_text('{"text": "a", "label": "x"}\n' * 5)
     ran = llamory("eval", "manyshot", model_folder, "--train", same)

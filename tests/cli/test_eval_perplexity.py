@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SMALL = ("--memory-tokens", "0,64,600", "--tokens", "16")
+SMALL = ("--memory-tokens", "0,64,600", "--scored-tokens", "16")
 WORDS = "amber basin cedar delta ember fjord grove haven inlet jetty".split()
 
 
@@ -110,13 +110,13 @@ def test_a_stopped_run_goes_on(llamory, model_folder, books, tmp_path, monkeypat
     monkeypatch.setattr(perplexity, "tail_loss", lambda *given, **more: scored.append(given[2]) or loss(*given, **more))
     assert llamory(*arguments).code == 0
     assert scored == [0, 0, 64, 64, 600, 600]
-    other = llamory(*arguments, "--tokens", "8")
+    other = llamory(*arguments, "--scored-tokens", "8")
     assert (other.code, other.out) == (2, "")
     assert "made with other settings" in other.err
 
 
 def test_settings_of_memory_reach_the_model(llamory, model_folder, books, tmp_path) -> None:
-    told = "--mem-layers 1 --context-length 128 --mem-search pages --mem-top-k 2 --local 100 --limit 1 --bf16"
+    told = "--mem-layers 1 --context-length 128 --mem-search pages --mem-top-k 2 --local-tokens 100 --max-documents 1 --bf16"
     arguments = ("--data", books, *SMALL, *told.split(), "--output", tmp_path / "out", "--json")
     document = json.loads(llamory("eval", "perplexity", model_folder, *arguments).out)
     run = document["runs"][str(model_folder)]
@@ -131,9 +131,9 @@ def test_settings_of_memory_reach_the_model(llamory, model_folder, books, tmp_pa
     [
         (
             ["--memory-tokens", "much"],
-            "Error: --memory-tokens must be numbers with commas between them, not '0,64,600,much'.",
+            "Error: Invalid value for '--memory-tokens': 'much' should be numbers of tokens",
         ),
-        (["--memory-tokens", "0,-2k"], "Error: --memory-tokens must be numbers of tokens from 0 on, not -2048."),
+        (["--memory-tokens", "0,-2k"], "Error: Invalid value for '--memory-tokens': '-2k' should be numbers of tokens"),
         (
             ["--memory-tokens", "64k"],
             "Error: No document has the 65,553 tokens that are needed (of 3, the longest has ",
@@ -141,7 +141,7 @@ def test_settings_of_memory_reach_the_model(llamory, model_folder, books, tmp_pa
         (["--context-length", "8"], "Error: 16 scored tokens after 1 local ones don't fit a window of 8 tokens"),
         (["--data", "nowhere.txt"], "Error: There is no file or folder nowhere.txt"),
         (["--model", "another"], "Error: Two models were named"),
-        (["--tokens", "0"], "Error: Invalid value for '--tokens'"),
+        (["--scored-tokens", "0"], "Error: Invalid value for '--scored-tokens'"),
     ],
 )
 def test_a_wrong_wish_is_one_sentence_before_a_model_is_loaded(
@@ -158,7 +158,7 @@ def test_a_wrong_wish_is_one_sentence_before_a_model_is_loaded(
 
 def test_documents_must_be_named_and_models_but_once(llamory, model_folder, books) -> None:
     ran = llamory("eval", "perplexity", model_folder)
-    assert (ran.code, ran.err) == (2, "Error: --data is missing: name a file or folder of long documents.\n")
+    assert (ran.code, ran.err) == (2, "Error: Missing option '--data'.\n")
     ran = llamory("eval", "perplexity", model_folder, "--data", books, "--compare", model_folder)
     assert ran.err == f"Error: The model {model_folder} was named twice; compare it with another one.\n"
 

@@ -150,7 +150,7 @@ def test_a_smaller_sample_is_drawn(llamory, data) -> None:
         (["nowhere/set"], "There is no folder nowhere/set; give a BEIR folder, or the name of an mteb task."),
         (["{data}", "--model", "./nowhere"], "There is no folder ./nowhere; give the folder of a checkpoint."),
         (["{data}", "--model", "{plain}"], "{plain} is a plain LLaMA without a LLARA template in its config"),
-        (["{data}", "--no-bm25"], "There is nothing to score: name a --model, or leave --no-bm25 out."),
+        (["{data}", "--no-bm25"], "There is nothing to score: give a --model, or leave out --no-bm25."),
         (["{data}", "--model", "a", "--model", "a"], "The model a was named twice"),
         (["{data}", "--split", "dev"], "{data}: there is no split 'dev'; there is test."),
         (["{data}", "--num-queries", "9"], "pets has 4 queries in the split test, not 9."),

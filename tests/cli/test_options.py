@@ -160,3 +160,20 @@ def test_a_device_that_is_not_there_is_refused(llamory, tmp_path, monkeypatch, c
     ran = llamory(*command, "--device", device)
     assert (ran.code, ran.out) == (2, "")
     assert f"no device '{device}' on this machine; it has cpu" in ran.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("task", ["passkey", "perplexity", "manyshot", "lookup"])
+def test_evaluations_refuse_a_device_that_is_not_there(llamory, tmp_path, monkeypatch, task) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    data = {"perplexity": ("--data", "data.jsonl"), "manyshot": ("--train", "data.jsonl")}.get(task, ())
+    ran = llamory("eval", task, "default", *data, "--device", "nosuch")
+    assert (ran.code, ran.out) == (2, "")
+    assert "no device 'nosuch' on this machine; it has cpu" in ran.err
+
+
+@pytest.mark.parametrize("task", ["passkey", "perplexity", "manyshot"])
+def test_evaluations_have_the_same_parser_of_layers(llamory, task) -> None:
+    ran = llamory("eval", task, "default", "--mem-layers", "29-5")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("Error: Invalid value for '--mem-layers': The range 29-5 ends before it begins")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from llamory.cli.options import Json, Quiet
+from llamory.cli import options
+from llamory.cli.options import ADVANCED, integer, option
 from llamory.cli.output import print_json, stdout_redirected
 from llamory.errors import LlamoryError
 
@@ -16,66 +17,85 @@ if TYPE_CHECKING:
 
 
 def retrieval(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A BEIR folder, or the name of an mteb retrieval task.")],
+    data: Annotated[
+        str, typer.Argument(parser=options.name, help="A BEIR folder, or the name of an mteb retrieval task.")
+    ],
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A retriever: 'default', a LLARA checkpoint, a Sentence Transformers folder or a hub id; repeatable.",
-            show_default=False,
+        option(
+            "--model",
+            parser=options.name,
+            help="Retriever: 'default', a LLARA checkpoint, a Sentence Transformers folder or a hub id (repeatable).",
         ),
     ] = None,
     mean_pooling: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A LLaMA that wasn't trained to embed, by the mean of its last hidden states ('default' for the "
-            "packaged base model); repeatable.",
-            show_default=False,
+        option(
+            "--mean-pooling",
+            parser=options.name,
+            metavar="MODEL",
+            help="LLaMA that was not trained to embed, scored by the mean of its last hidden states (repeatable).",
         ),
     ] = None,
-    bm25: Annotated[bool, typer.Option("--bm25/--no-bm25", help="Score BM25 on the same queries, too.")] = True,
+    bm25: Annotated[bool, typer.Option("--bm25/--no-bm25", help="Also score BM25.")] = True,
     split: Annotated[
-        str | None, typer.Option(help="Which qrels: qrels/SPLIT.tsv.  [default: test]", show_default=False)
+        str | None,
+        option(
+            "--split", parser=options.name, help="Split of the qrels; test, or the only one there is, if not given."
+        ),
     ] = None,
     num_queries: Annotated[
-        int | None, typer.Option(min=1, help="Ask so many of the queries only, drawn by hash.", show_default=False)
+        int | None, option("--num-queries", parser=integer(), help="Sample this many queries, by a hash.")
     ] = None,
     num_documents: Annotated[
         int | None,
-        typer.Option(min=1, help="Search so many documents only: all relevant ones among them.", show_default=False),
+        option(
+            "--num-documents", parser=integer(), help="Sample this many documents; all relevant ones are among them."
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None, option("--max-length", parser=integer(), help="Tokens of a text that a model reads.")
+    ] = None,
+    query_prompt: Annotated[
+        Literal["prediction", "summary"] | None,
+        typer.Option("--query-prompt", help="Prompt of LLARA models for queries; the model's own if not given."),
     ] = None,
     ignore_identical_ids: Annotated[
         bool,
         typer.Option(
             "--ignore-identical-ids",
-            help="Pass over a document that has the query's id, as BEIR does; by default only if it is the same text.",
+            rich_help_panel=ADVANCED,
+            help="Skip a document with the id of the query, as BEIR does, even if its text differs.",
         ),
     ] = False,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that a model reads of a text.", show_default=False)
-    ] = None,
-    query_prompt: Annotated[
-        str | None,
-        typer.Option(help="Prompt that LLARA models give queries: prediction or summary.", show_default=False),
-    ] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Embed in bfloat16: faster, a little less exact.")] = False,
+    bf16: options.Bf16 = False,
     per_query: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a JSON line per query and model here.", show_default=False),
+        option(
+            "--per-query",
+            parser=options.path,
+            panel=options.OUTPUT,
+            metavar="FILE",
+            help="JSON lines file for the scores of each query and model.",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder for retrieval.json and queries.jsonl; a run that was stopped goes on in it.",
-            show_default=False,
+        option(
+            "--output",
+            parser=options.path,
+            panel=options.OUTPUT,
+            metavar="DIR",
+            help="Folder for retrieval.json and queries.jsonl; a run that was interrupted resumes there.",
         ),
     ] = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Score retrievers side by side with BM25: nDCG@10, MRR@10 and Recall@100, with 95% bootstrap intervals."""
-    names, mean_pooling_models = _model_names(model), _model_names(mean_pooling)
+    """Scores of retrievers and BM25: nDCG@10, MRR@10 and Recall@100, with 95% bootstrap intervals."""
+    names, mean_pooling_models = options.distinct_names(model or []), options.distinct_names(mean_pooling or [])
     if not names and not mean_pooling_models and not bm25:
-        raise LlamoryError("There is nothing to score: name a --model, or leave --no-bm25 out.")
+        raise LlamoryError("There is nothing to score: give a --model, or leave out --no-bm25.")
     with stdout_redirected(quiet=quiet):
         from llamory.evaluation import retrieval as evaluation
         from llamory.evaluation.results import display_names
@@ -92,7 +112,7 @@ def retrieval(
             max_length=max_length,
             query_prompt=query_prompt,
             bf16=bf16,
-            output=None if output is None else output,
+            output=output,
             per_query=per_query,
         )
     if as_json:
@@ -107,14 +127,6 @@ def retrieval(
         written = [str(path) for path in (output, per_query) if path is not None]
         if written:
             typer.echo(f"Written: {' and '.join(written)}")
-
-
-def _model_names(models: list[str] | None) -> list[str]:
-    names = models or []
-    for name in names:
-        if names.count(name) > 1:
-            raise LlamoryError(f"The model {name} was named twice; compare it with another one.")
-    return names
 
 
 def _print(report: RetrievalResultsFile, shown: dict[str, str]) -> None:
@@ -133,7 +145,7 @@ def _print(report: RetrievalResultsFile, shown: dict[str, str]) -> None:
     console.print(title, markup=False, soft_wrap=True)
     missing = settings["relevant_documents_missing"]
     if missing:
-        console.print(f"{missing:,} relevant documents aren't among them: no one can find those.", soft_wrap=True)
+        console.print(f"{missing:,} relevant documents are not among them and can't be found.", soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("", overflow="fold")  # a path may be long
     for metric in METRICS:

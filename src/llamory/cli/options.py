@@ -94,12 +94,17 @@ def token_counts(values: Sequence[str]) -> list[int]:
 
 def comma_separated(values: Sequence[str], parse: Callable[[str], Any], expected: str) -> list[Any]:
     """Parse non-negative numbers, separated by commas or given by repeated flags; `expected` describes them."""
-    try:
-        numbers = [parse(part.strip()) for value in values for part in str(value).split(",") if part.strip()]
-    except (ValueError, OverflowError):
-        numbers = []
-    if not numbers or not all(0 <= number <= 1 << 40 for number in numbers):
-        raise typer.BadParameter(f"{','.join(map(str, values))!r} should be {expected}.")
+    numbers = []
+    for part in filter(None, (part.strip() for value in values for part in str(value).split(","))):
+        try:
+            number = parse(part)
+        except (ValueError, OverflowError):
+            number = -1
+        if not 0 <= number <= 1 << 40:
+            raise typer.BadParameter(f"{part!r} should be {expected}.")
+        numbers.append(number)
+    if not numbers:
+        raise typer.BadParameter(f"It is empty; it should be {expected}.")
     return numbers
 
 
@@ -163,18 +168,6 @@ def distinct_names(names: list[str]) -> list[str]:
         if names.count(name) > 1:
             raise LlamoryError(f"The model {name} was named twice; compare it with another one.")
     return names
-
-
-def output_folder(path: Path) -> Path:
-    """The folder for results, created if it does not exist.
-
-    Raises:
-        LlamoryError: it is a file.
-    """
-    if path.exists() and not path.is_dir():
-        raise LlamoryError(f"{path} is a file; give a folder as --output.")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.", rich_help_panel=OUTPUT)]
