@@ -65,7 +65,7 @@ def retriever_settings(llara_folder, pairs, tmp_path):
             "group_size": 2,
             "steps": 4,
             "learning_rate": 3e-3,
-            "passage_length": 200,
+            "max_passage_length": 200,
             "log_every": 1,
             "save_every": 2,
             "cpu": True,

@@ -205,7 +205,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(settings, tmp_path, model_fol
         ({"learning_rate": 1.0}, "learning_rate"),
         ({"accumulation": 2}, "streams"),
     ]:
-        with pytest.raises(LlamoryError, match=f"another recipe: {name}"):
+        with pytest.raises(LlamoryError, match=f"another: {name}"):
             train_fot(settings(resume=True, **changes))
     other = tmp_path / "other.txt"
     other.write_text("Something else altogether. " * 20)

@@ -169,7 +169,7 @@ def test_messages_need_a_chat_template(settings, tmp_path):
 
 def test_a_checkpoint_of_other_settings_or_data_is_refused(settings, data):
     train_instruct(settings())
-    with pytest.raises(LlamoryError, match="another recipe: split was random, now it is last"):
+    with pytest.raises(LlamoryError, match="another split: random, not last"):
         train_instruct(settings(split="last", resume=True))
     with pytest.raises(LlamoryError, match="place in the data"):
         train_instruct(settings(data=[data[0], *[str(Path(data[1]).parent)]], resume=True))
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_other_settings_or_data_is_refused(settings, data):
         ({"steps": None}, "set steps"),
         ({"negatives": -1}, "negatives must be at least 0"),
         ({"negative_weight": [2]}, "must be two numbers above 0"),
-        ({"negative_weight_warmup": 1.5}, "a share of the steps"),
+        ({"negative_weight_warmup": 1.5}, "negative_weight_warmup must be at most 1"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"input_length": 0}, "input_length must be at least 1"),
         ({"proportions": [0.5, 0.4]}, "add up to 1"),
@@ -295,7 +295,7 @@ def test_a_killed_run_apart_resumes_to_the_same_bits_and_is_evaluated(frozen_con
     [
         ({"trainable": "all"}, "needs trainable: memory_projections"),
         ({"context_cache_rows": -1}, "context_cache_rows must be at least 0"),
-        ({"query_token_budget": 0}, "at least 1 token"),
+        ({"query_token_budget": 0}, "query_token_budget must be at least 1"),
         ({"batch_size": 2}, "but a batch has 2"),
     ],
 )

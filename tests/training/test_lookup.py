@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,9 +10,9 @@ from safetensors.torch import load_file
 from llamory.errors import LlamoryError
 from llamory.evaluation.lookup import LookupTask, load_task
 from llamory.longllama import LongLlamaForCausalLM
-from llamory.training.curriculum import Curriculum
-from llamory.training.lookup import LookupBatchSource, train_lookup
+from llamory.training.lookup import LookupBatchSource, _task_and_model, train_lookup
 from llamory.training.settings import LookupSettings
+from llamory.training.streaming import Curriculum
 
 TINY = {
     "vocabulary": 16,
@@ -125,21 +126,32 @@ def test_it_learns_and_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "sentence"),
     [
-        ({"sizes": []}, "sizes must be"),
+        ({"sizes": []}, "sizes: Value should have at least 1 item"),
         ({"sizes": [4, 2]}, "from small to large"),
-        ({"lines": [5]}, "lines must go"),
-        ({"advance_at_accuracy": 1.5}, "advance_at_accuracy is an accuracy"),
+        ({"lines": [5]}, "lines must be below"),
+        ({"advance_at_accuracy": 1.5}, "advance_at_accuracy must be at most 1"),
         ({"mem_layer": 2}, "names layer 2"),
-        ({"heads": 3}, "Heads must divide"),
+        ({"heads": 3}, "heads must divide hidden_size"),
         ({"row_length": 4}, "A dictionary needs"),
-        ({"steps": None}, "set steps"),
-        ({"confusable": 0.5}, "Crowded keys are all different"),
-        ({"confusable": 2.0}, "confusable is a share"),
+        ({"steps": None}, "steps: .*valid integer"),
+        ({"confusable": 0.5}, "Confusable documents need"),
+        ({"confusable": 2.0}, "confusable must be at most 1"),
     ],
 )
-def test_settings_that_cannot_be(tmp_path, changes, told):
-    with pytest.raises(LlamoryError, match=told):
+def test_invalid_settings_are_refused(tmp_path, changes, sentence):
+    with pytest.raises(LlamoryError, match=sentence):
         train_lookup(settings(tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_data_depend_on_numpys_generator_and_not_on_pythons_hash(tmp_path):
+    made = settings(tmp_path / "out", seed=3)
+    task, _, curriculum = _task_and_model(made)
+    batch = LookupBatchSource(task, curriculum, made, 0).micro_batches(5)[0]
+    seed = int(np.random.default_rng([3, 5, 0]).integers(2**63))
+    generator = torch.Generator().manual_seed(seed)
+    short = task.with_lines(1)
+    documents = len(batch["input_ids"]) // 2
+    assert torch.equal(batch["input_ids"][:documents], short.definitions(short.draw(documents, generator)))

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from llamory.documents.beir import read_beir
 from llamory.errors import LlamoryError
-from llamory.training.pair_batches import FalseNegativeFreeSampler, GroupDataset
-from llamory.training.pairs import Example, Pairs, load_pairs
+from llamory.training.pairs import Example, FalseNegativeFreeSampler, GroupDataset, Pairs, load_pairs
 
 
 def write_lines(file, *entries):
@@ -156,7 +155,7 @@ def test_a_query_with_too_few_negatives_gets_them_again_and_one_without_any_gets
     assert set.union(*drawn[2]) == {"b", "c", "f"}  # not a, which answers q elsewhere
     assert set.union(*drawn[3]) == {"a", "b", "c"}
     only = Pairs([Example("q", ("a",)), Example("r", ("b",), ("a",))])
-    with pytest.raises(LlamoryError, match="all those of other queries answer it"):
+    with pytest.raises(LlamoryError, match="all other queries"):
         GroupDataset(only, 2, seed=0)[0]
 
 
@@ -225,3 +224,14 @@ def test_queries_of_a_few_topics_go_together_as_far_as_they_can():
     sampler = FalseNegativeFreeSampler(GroupDataset(pairs, 1, seed=0), 8)
     assert max(map(len, sampler)) == 4
     assert min(map(len, sampler)) > 1  # a lone query has no negatives
+
+
+def test_the_first_epoch_is_sampled_once_and_only_when_needed(monkeypatch):
+    groups = GroupDataset(Pairs(Example(f"q{i}", (f"a{i}",), (f"n{i}",)) for i in range(50)), 2, seed=0)
+    sampled = []
+    documents = groups.documents
+    monkeypatch.setattr(groups, "documents", lambda number: sampled.append(number) or documents(number))
+    sampler = FalseNegativeFreeSampler(groups, 8)
+    assert sampled == []
+    assert len(sampler) == len(list(sampler)) == 7
+    assert sorted(sampled) == list(range(50))

@@ -5,10 +5,9 @@ import torch
 from torch.nn.functional import cosine_similarity, normalize
 
 from llamory.embedding.pipeline import load_embedder
-from llamory.training.pair_batches import GroupDataset
-from llamory.training.pairs import Example, Pairs
-from llamory.training.ranking import ranking_loss
-from llamory.training.retriever import _arguments, _collator, _columns, _model_source
+from llamory.training.distillation import ranking_loss
+from llamory.training.pairs import Example, GroupDataset, Pairs
+from llamory.training.retriever import _arguments, _collator, _model_source, _set_columns
 from llamory.training.settings import RetrieverSettings
 
 WORDS = "river stone bridge winter garden letter window market silver morning".split()
@@ -38,7 +37,7 @@ def batch(setting, embedder):
         for i, (a, b) in enumerate(zip(WORDS[:5], WORDS[5:], strict=True))
     )
     arguments = _arguments(setting())
-    _columns(arguments, embedder, 3)
+    _set_columns(arguments, embedder, 3)
     groups = GroupDataset(pairs, 3, seed=0, scored=True)
     made = _collator(embedder, setting(), arguments)([groups[i] for i in range(5)])
     columns = ["anchor", "positive", "negative_1", "negative_2"]

@@ -17,7 +17,7 @@ from llamory.errors import LlamoryError
 from llamory.library import Library
 from llamory.llara import LlaraTemplate
 from llamory.llara.modeling import NewLlamaModel
-from llamory.training.retriever import _arguments, _check, _columns, train_retriever
+from llamory.training.retriever import _arguments, _set_columns, train_retriever
 from llamory.training.settings import RetrieverSettings
 from toy_pairs import WORDS, write_pairs
 from training_runs import losses, weights
@@ -74,7 +74,7 @@ def test_queries_and_documents_are_read_with_their_own_prompts(settings, read, t
     long = " ".join(WORDS * 12)
     entries = [{"query": f"{i} <s1> {long}", "pos": [f"pos {i} {long}"], "neg": [f"neg {i}"]} for i in range(4)]
     data.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    train_retriever(settings(data=[str(data)], batch_size=4, steps=1, query_length=110, cache=cache))
+    train_retriever(settings(data=[str(data)], batch_size=4, steps=1, max_query_length=110, cache=cache))
     tokenizer = AutoTokenizer.from_pretrained(llara_folder)
     template = LlaraTemplate.from_tokenizer(tokenizer)
 
@@ -106,7 +106,7 @@ def test_prompts_of_a_model_are_those_that_encoding_uses(settings, llara_folder,
     model.encode_query(["river"])
     model.encode_document(["river"])
     arguments = _arguments(settings())
-    _columns(arguments, model, 2)
+    _set_columns(arguments, model, 2)
     told = [
         (arguments.router_mapping[name], arguments.prompts.get(name)) for name in ("anchor", "positive", "negative_1")
     ]
@@ -249,7 +249,7 @@ def test_settings_and_data_that_cannot_be_are_refused(settings, tmp_path):
         ({"fsdp": True}, "fsdp"),
         ({"scheduler": "sideways"}, "sideways"),
         ({"matryoshka": [64]}, "from 1 to the model's 32, not 64"),
-        ({"query_length": 20}, "leaves no room for a query"),
+        ({"max_query_length": 20}, "leaves no room for a query"),
         ({"lora": True, "lora_targets": ["no_such_layer"]}, "no_such_layer"),
         ({"data": [str(lone)]}, "No batch can be made of 1 queries"),
         ({"data": [str(scored)], "distill": "margin_mse"}, r"scored\.jsonl:5: distill needs"),
@@ -282,9 +282,8 @@ def test_recipes_hold_settings_that_can_be(recipe, tmp_path):
     read = read_settings(RetrieverSettings, file, {"data": ["x"], "output": str(tmp_path), "cpu": True})
     read.bf16 = False  # not every machine has it
     _arguments(read)
-    _check(read)
     if recipe == "retriever_paper":  # the command in the README of research/LLARA, and its finetune/arguments.py
         published = (3e-4, 1.0, 16, 0.01, 64, 160, 0.1, True, True, 64, 16.0, 0.1)
-        names = "learning_rate epochs group_size temperature query_length passage_length warmup share_negatives lora"
+        names = "learning_rate epochs group_size temperature max_query_length max_passage_length warmup share_negatives lora"
         names += " lora_rank lora_alpha lora_dropout"
         assert tuple(getattr(read, name) for name in names.split()) == published

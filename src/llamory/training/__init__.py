@@ -1,1 +1,1 @@
-"""Training: each method as a thin recipe on the Hugging Face Trainer."""
+"""Training on the Hugging Face Trainer: LLARA, retrievers, FoT memory, instruction tuning, dictionary look-up."""

@@ -1,16 +1,17 @@
-"""LLARA pretraining on the Hugging Face Trainer: any LLaMA, full or LoRA, resumable, on one device or many."""
+"""LLARA pretraining (Li et al. 2023) on the Hugging Face Trainer."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from llamory.embedding.pipeline import add_whitening, export_sentence_transformer, fit_whitening_on_texts, load_embedder
 from llamory.embedding.whitening import MIN_TEXTS, WHITENING_FILE
@@ -20,11 +21,9 @@ from llamory.llara.losses import IGNORE_INDEX
 from llamory.llara.modeling import PreLlamaModel
 from llamory.llara.template import LlaraTemplate
 from llamory.models import base as backbone
-from llamory.training.checkpoints import WriteManifest, prepare_output
-from llamory.training.progress import RichProgress
 from llamory.training.run import (
-    check_settings,
     last_logged,
+    prepare_output,
     run,
     save_trained_model,
     training_arguments,
@@ -35,20 +34,21 @@ from llamory.training.settings import LlaraSettings
 
 EMBEDDER_FOLDER = "sentence-transformers"
 _LOSSES = ("ar_loss", "bow_summarize_loss", "bow_predict_loss")
-# What each of the settings' `losses` is learned from.
+# Batch columns that hold the targets of each loss in the settings.
 _TARGETS = {"ar": "labels", "summarize": "output_summarize_ids", "predict": "output_predict_ids"}
 
 
 def train_llara(settings: LlaraSettings) -> dict[str, Any]:
-    """Pretrain a LLaMA with LLARA and save it (and an embedder for Sentence Transformers) in `settings.output`.
+    """Pretrain a LLaMA with LLARA; saves it, and an embedder for Sentence Transformers, in `settings.output`.
 
     Returns:
-        The output folder, the embedder's folder, steps done and the last losses.
+        The output folder, the embedder's folder, the number of steps and the last losses.
 
     Raises:
-        LlamoryError: settings, data, model or output folder that can't be used, or a loss that isn't finite.
+        LlamoryError: settings, data, model or output folder can't be used, or a loss is not finite.
     """
-    _check(settings)
+    if settings.whiten and settings.whiten < MIN_TEXTS:
+        raise LlamoryError(f"whiten must be 0 or at least {MIN_TEXTS} passages, not {settings.whiten}.")
     output = Path(settings.output)
     arguments = _arguments(settings)
     with arguments.main_process_first(desc="output folder"):
@@ -63,28 +63,24 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
         raise LlamoryError(
             f"Whitening needs at least {MIN_TEXTS} passages and there are {len(train)}; add data, or set whiten to 0."
         )
-    if settings.lora:
-        model = _with_lora(model, settings)
-    progress = RichProgress("LLARA pretraining")
-    with user_errors("These settings can't be used"):
-        trainer = LlaraTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=train,
-            eval_dataset=evaluation,
-            data_collator=LlaraCollator(tokenizer.pad_token_id),
-            processing_class=tokenizer,
-            callbacks=[WriteManifest()] + ([] if settings.quiet else [progress]),
-            template=template,
-            losses=settings.losses,
-        )
-    trainer.remove_callback(PrinterCallback)
-    run(trainer, checkpoint, progress)
+    make_trainer = partial(
+        LlaraTrainer,
+        model=_with_lora(model, settings) if settings.lora else model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        data_collator=LlaraCollator(tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        template=template,
+        losses=settings.losses,
+    )
+    trainer = run(make_trainer, settings, checkpoint, "LLARA pretraining")
+    assert isinstance(trainer, LlaraTrainer)
     return _save_and_export(trainer, settings, tokenizer, train)
 
 
 class LlaraTrainer(Trainer):
-    """The Trainer with LLARA's three losses, each averaged over the whole step: all passes of all processes."""
+    """A Trainer with LLARA's three losses, each averaged over all forward passes of a step in all processes."""
 
     def __init__(
         self, *args: Any, template: LlaraTemplate, losses: Sequence[str] = tuple(_TARGETS), **kwargs: Any
@@ -98,9 +94,9 @@ class LlaraTrainer(Trainer):
         self._micro_batches = 0
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The step's batches, and (3,) how many passage tokens and passages with targets they hold in all processes."""
+        """The step's batches, and (3,) counts over all processes: target tokens, and passages with targets per loss."""
         if self.state.global_step >= self.state.max_steps:
-            # A finished run that is resumed in the middle of an epoch would take one step more.
+            # Without this, a finished run resumed within an epoch would take one more step.
             self.control.should_training_stop = True
             return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -122,10 +118,10 @@ class LlaraTrainer(Trainer):
         return batches, counts
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Llama's loss with LLARA's; stops at a loss that isn't finite.
+        """The sum of the losses.
 
         Raises:
-            LlamoryError: names the step, the losses and the examples.
+            LlamoryError: the loss is infinite or NaN; the message names the step, the losses and the examples.
         """
         inputs = dict(inputs)
         examples = inputs.pop("example")
@@ -135,8 +131,8 @@ class LlaraTrainer(Trainer):
         if not torch.isfinite(loss):
             parts = ", ".join(f"{key} {float(outputs[key]):.4g}" for key in _LOSSES if outputs.get(key) is not None)
             raise LlamoryError(
-                f"The loss of step {self.state.global_step + 1} isn't finite ({parts}) in {self._describe_examples(examples)}; "
-                "look at these examples or lower the learning rate."
+                f"The loss of step {self.state.global_step + 1} isn't finite ({parts}) in "
+                f"{self._example_names(examples)}; check these examples or lower the learning rate."
             )
         if model.training:
             self._micro_batches += 1
@@ -145,38 +141,25 @@ class LlaraTrainer(Trainer):
                     self._sums[key] = self._sums.get(key, 0) + outputs[key].detach()
         return (loss, outputs) if return_outputs else loss
 
-    def _describe_examples(self, examples: Tensor) -> str:
+    def _example_names(self, examples: Tensor) -> str:
         dataset = self.train_dataset if self.model.training else self.eval_dataset
         numbers = examples.tolist()
         names = ""
         if hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
-            wanted, known = set(numbers), dataset["example"]
-            names = ": " + ", ".join(s for e, s in zip(known, dataset["source"], strict=True) if e in wanted)
+            selected, known = set(numbers), dataset["example"]
+            names = ": " + ", ".join(s for e, s in zip(known, dataset["source"], strict=True) if e in selected)
         return f"examples {', '.join(map(str, numbers))}{names}"
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the three losses to what is logged."""
+        """Add the three losses to the log."""
         if "loss" in logs and self._micro_batches:
-            steps = max(1, self._micro_batches // self.args.gradient_accumulation_steps)
+            step_count = max(1, self._micro_batches // self.args.gradient_accumulation_steps)
             for key, value in self._sums.items():
-                # Each pass's value is its share of the step's mean; processes' shares add up.
+                # The value of a forward pass is its part of the step's mean; the parts of all processes add up.
                 total = self.accelerator.reduce(value.clone(), reduction="sum")
-                logs[key] = round(float(total) / steps, 6)
+                logs[key] = round(float(total) / step_count, 6)
             self._sums, self._micro_batches = {}, 0
         super().log(logs, *args, **kwargs)
-
-
-def _check(settings: LlaraSettings) -> None:
-    check_settings(settings, ["max_length", "slots"])
-    if not 0 <= settings.eval_fraction < 1:
-        raise LlamoryError(f"eval_fraction must be at least 0 and less than 1, not {settings.eval_fraction}.")
-    if not settings.losses or (unknown := [name for name in settings.losses if name not in _TARGETS]):
-        wrong = f", not {unknown[0]!r}" if settings.losses else ""
-        raise LlamoryError(f"losses must name at least one of {', '.join(_TARGETS)}{wrong}.")
-    if settings.whiten and settings.whiten < MIN_TEXTS:
-        raise LlamoryError(f"whiten must be 0 or at least {MIN_TEXTS} passages, not {settings.whiten}.")
-    if settings.streaming and settings.steps is None:
-        raise LlamoryError("Streamed data has no known length; set steps too.")
 
 
 def _arguments(settings: LlaraSettings) -> TrainingArguments:
@@ -190,8 +173,8 @@ def _arguments(settings: LlaraSettings) -> TrainingArguments:
 
 
 def _load(settings: LlaraSettings) -> tuple[PreLlamaModel, PreTrainedTokenizerBase]:
-    """The model with its template, taken from the checkpoint or built from the tokenizer."""
-    backbone.load_config(settings.model)  # a model of another kind is told as such, before anything that it lacks
+    """The model with the template of the checkpoint, or a new one from the tokenizer."""
+    backbone.load_config(settings.model)  # raises for another architecture, before anything else
     tokenizer = backbone.load_tokenizer(settings.model)
     model = backbone.load_model(
         settings.model, PreLlamaModel, dtype=torch.float32, attn_implementation=settings.attn_implementation
@@ -203,8 +186,8 @@ def _load(settings: LlaraSettings) -> tuple[PreLlamaModel, PreTrainedTokenizerBa
         template.check_tokenizer(tokenizer)
         if template.slots != settings.slots:
             raise LlamoryError(
-                f"The checkpoint {settings.model} has {template.slots} slots per prompt, not {settings.slots}; set "
-                f"slots to {template.slots} or start from a plain LLaMA."
+                f"The checkpoint {settings.model} has {template.slots} slots per prompt, not {settings.slots}; "
+                f"set slots to {template.slots} or start from a plain LLaMA."
             )
     template = dataclasses.replace(
         template,
@@ -236,8 +219,6 @@ def _data(settings: LlaraSettings, tokenizer: PreTrainedTokenizerBase, template:
     if settings.eval_data:
         return train, load(settings.eval_data)
     if settings.eval_fraction:
-        if settings.streaming:
-            raise LlamoryError("eval_fraction needs data that isn't streamed; give eval_data instead.")
         with user_errors(f"{len(train)} examples can't be split by eval_fraction"):
             parts = train.train_test_split(test_size=settings.eval_fraction, seed=settings.seed)
         return parts["train"], parts["test"]
@@ -245,12 +226,12 @@ def _data(settings: LlaraSettings, tokenizer: PreTrainedTokenizerBase, template:
 
 
 def _with_lora(model: PreLlamaModel, settings: LlaraSettings) -> Any:
-    """Adapters on the named layers; of the embeddings only the slot tokens' rows are trained."""
+    """Add adapters; of the embeddings only the slot tokens' rows are trained."""
     template = model.template
     assert template is not None
     slots = sorted(template.summarize_slot_ids + template.predict_slot_ids)
     adapted = with_lora(model, settings, trainable_token_indices={"embed_tokens": slots})
-    model.head_trainable = False  # of a tied head, too, the slots' rows alone would learn, at the price of all rows
+    model.head_trainable = False  # a tied head would compute gradients of all rows for those of the slots
     for name, parameter in adapted.named_parameters():
         if name.endswith("bow_log_variance"):
             parameter.requires_grad = True
@@ -260,7 +241,7 @@ def _with_lora(model: PreLlamaModel, settings: LlaraSettings) -> Any:
 def _save_and_export(
     trainer: LlaraTrainer, settings: LlaraSettings, tokenizer: PreTrainedTokenizerBase, train: Any
 ) -> dict[str, Any]:
-    """Save the model with its whitening, and export the embedder."""
+    """Save the model and its whitening, and export the embedder."""
     output = Path(settings.output)
     result = {
         "output": str(output),

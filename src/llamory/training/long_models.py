@@ -1,4 +1,4 @@
-"""The models of runs that train memory: which layers have it, and which weights are trained."""
+"""Models with memory layers for training, and which of their weights are trained."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def memory_config_overrides(
     mem_projections: bool = False,
     memory_size_bias: float | None = None,
 ) -> dict[str, Any]:
-    """What a model's configuration becomes: its memory layers, and rows as its context.
+    """Changes to a model's configuration: its memory layers, and the row length as its context.
 
     Args:
-        config: the model's own.
-        name: the model's, for what is told.
-        mem_layers: layers with memory; the model's own if empty, for a plain LLaMA three of them.
+        config: configuration of the model.
+        name: name of the model, for errors.
+        mem_layers: memory layers; if empty the model's own, for a plain LLaMA three of them.
         row_length: tokens of a row.
-        last_context_length: tokens of the last window; the model's own, within a row, if not given.
-        mem_projections: whether memory is to have projections of its own; it keeps those that it has.
-        memory_size_bias: see `LongLlamaConfig`; the model's own if not given.
+        last_context_length: tokens of the last window; default: the model's own, at most a row.
+        mem_projections: add separate projections for memory; existing ones are kept.
+        memory_size_bias: see `LongLlamaConfig`; default: the model's own.
 
     Raises:
-        LlamoryError: the model has no such layers, projections for the memory of others, or a shorter context.
+        LlamoryError: the model has no such layers, projections for other memory layers, or a shorter context.
     """
     if row_length > config.max_position_embeddings:
         raise LlamoryError(
-            f"Rows of {row_length} tokens are longer than the context of {name}, {config.max_position_embeddings} "
-            "tokens; choose a smaller row_length."
+            f"row_length {row_length} is longer than the context of {name}, {config.max_position_embeddings} tokens; "
+            "choose a smaller one."
         )
     check_projections(config, name, mem_layers)
     layers = (
@@ -55,28 +55,28 @@ def memory_config_overrides(
     last = last_context_length or getattr(config, "last_context_length", None)
     config_overrides: dict[str, Any] = {"mem_layers": layers, "max_position_embeddings": row_length}
     config_overrides["mem_projections"] = mem_projections or getattr(config, "mem_projections", False)
-    # An adapter's settings, of which the model below it knows nothing.
-    config_overrides |= {name: getattr(config, name) for name in _MEMORY_SIZE_KEYS if hasattr(config, name)}
+    # Settings of an adapter, which its base model does not have.
+    config_overrides |= {key: getattr(config, key) for key in _MEMORY_SIZE_KEYS if hasattr(config, key)}
     config_overrides |= {} if memory_size_bias is None else {"memory_size_bias": memory_size_bias}
     if last is not None:
         config_overrides["last_context_length"] = min(last, row_length)
     LongLlamaConfig.from_dict(config.to_dict(), **config_overrides)
     if not layers:
-        raise LlamoryError(f"{name} has too few layers for a default; give mem_layers.")
+        raise LlamoryError(f"{name} has too few layers for default memory layers; set mem_layers.")
     return config_overrides
 
 
 def _default_mem_layers(count: int) -> list[int]:
-    """Three layers, a quarter of the model apart: 6, 12, 18 of 26 and 8, 16, 24 of 32, as published."""
+    """Three layers at the quarters of the model: 6, 12, 18 of 26 and 8, 16, 24 of 32, as published."""
     step = max(1, count // 4)
     return [layer for layer in (step, 2 * step, 3 * step) if layer < count]
 
 
 def load_longllama(settings: AdaptSettings, config_overrides: Mapping[str, Any]) -> LongLlamaForCausalLM:
-    """The model in float32, with a changed configuration.
+    """Load the model in float32 with changes to its configuration.
 
     Raises:
-        LlamoryError: as `backbone.load_model`.
+        LlamoryError: the model can't be loaded.
     """
     model = backbone.load_model(
         settings.model,
@@ -90,15 +90,15 @@ def load_longllama(settings: AdaptSettings, config_overrides: Mapping[str, Any])
 
 
 def select_trainable(model: LongLlamaForCausalLM, settings: AdaptSettings, trainable: str) -> Any:
-    """The model with adapters, or with those weights frozen that aren't trained.
+    """Add adapters to the model, or freeze the weights that aren't trained.
 
     Args:
-        model: the whole.
-        settings: of the run.
-        trainable: "all", "memory_layers" or "memory_projections", which the model must have then.
+        model: the model.
+        settings: settings of the run.
+        trainable: "all", "memory_layers" or "memory_projections" (the model must have them).
 
     Raises:
-        LlamoryError: adapters that don't fit the model.
+        LlamoryError: the adapters don't fit the model.
     """
     if settings.lora:
         only: dict[str, Any] = {}
@@ -107,10 +107,10 @@ def select_trainable(model: LongLlamaForCausalLM, settings: AdaptSettings, train
         if trainable == "memory_projections":
             only["target_modules"] = [f"mem_{name}" for name in PROJECTIONS if name in settings.lora_targets]
         adapted = with_lora(model, settings, **only)
-        if (below := backbone.adapter_folder(settings.model)) is not None:
-            # peft takes the name of the model below that one, as if there were no other adapter.
+        if (folder := backbone.adapter_folder(settings.model)) is not None:
+            # peft would name the base model of that adapter, as if the adapter did not exist.
             adapted.peft_config["default"].base_model_name_or_path = backbone.packaged_name(settings.model) or str(
-                below.absolute()
+                folder.absolute()
             )
         return adapted
     if trainable != "all":

@@ -1,4 +1,4 @@
-"""Hard negatives: what a model takes for a query's answer though it isn't, found once before training."""
+"""Hard-negative mining before training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
+from llamory.common.io import write_text
 from llamory.documents.readers import read_json_lines
 from llamory.errors import LlamoryError
 from llamory.training.pairs import Pairs
@@ -22,16 +23,16 @@ _CANDIDATES_PER_NEGATIVE = 10
 
 
 def add_mined_negatives(pairs: Pairs, embedder: SentenceTransformer, settings: RetrieverSettings, file: Path) -> Pairs:
-    """The data with mined negatives added; they are kept in a file, and read from it where it is there already.
+    """Add mined negatives to the data; they are written to a file, and read from it if it exists.
 
     Args:
         pairs: the data.
-        embedder: finds the documents that are closest to each query.
-        settings: `mine` and the settings that begin so.
+        embedder: ranks the documents for each query.
+        settings: `mine` and the settings that start with it.
         file: JSONL of `query`, `pos` and the mined `neg`.
 
     Raises:
-        LlamoryError: settings that can't be used, or nothing is found.
+        LlamoryError: a setting can't be used, or no negatives are found.
     """
     if not file.exists():
         _write(_mine(pairs, embedder, settings), pairs, file)
@@ -40,18 +41,17 @@ def add_mined_negatives(pairs: Pairs, embedder: SentenceTransformer, settings: R
 
 
 def _mine(pairs: Pairs, embedder: SentenceTransformer, settings: RetrieverSettings) -> dict[str, list[str]]:
-    """The negatives of each query for which some were found."""
+    """The negatives of each query that has any."""
     from datasets import Dataset
     from sentence_transformers.util import mine_hard_negatives
 
-    wanted = settings.mine
     answers = [(query, text) for query, texts in pairs.answers.items() for text in sorted(texts)]
-    depth = settings.mine_depth or settings.mine_skip + _CANDIDATES_PER_NEGATIVE * wanted
+    depth = settings.mine_depth or settings.mine_skip + _CANDIDATES_PER_NEGATIVE * settings.mine
     if not settings.quiet:
         message = f"Mining negatives for {len(pairs.answers)} queries among {len(pairs.documents)} documents"
         Console(file=sys.stderr).print(message, highlight=False, soft_wrap=True)
     lower = torch.autocast(embedder.device.type, torch.bfloat16, enabled=settings.bf16)
-    with user_errors("These settings of mining can't be used"), lower:
+    with user_errors("These mining settings can't be used"), lower:
         found: Any = mine_hard_negatives(
             Dataset.from_dict({"query": [a[0] for a in answers], "positive": [a[1] for a in answers]}),
             embedder,
@@ -59,7 +59,7 @@ def _mine(pairs: Pairs, embedder: SentenceTransformer, settings: RetrieverSettin
             range_min=settings.mine_skip,
             range_max=depth,
             relative_margin=None if settings.mine_margin < 0 else settings.mine_margin,
-            num_negatives=wanted,
+            num_negatives=settings.mine,
             output_format="triplet",
             batch_size=settings.mini_batch,
             verbose=False,
@@ -69,16 +69,12 @@ def _mine(pairs: Pairs, embedder: SentenceTransformer, settings: RetrieverSettin
         mined.setdefault(query, {})[negative] = None
     if not mined:
         raise LlamoryError(
-            "No hard negatives were found: every other document is too close to its query. Set mine_margin lower (-1 "
-            "for no limit), or mine 0."
+            "No hard negatives were found: all documents score too close to the positive. Set a lower mine_margin (-1 for "
+            "none), or mine to 0."
         )
     return {query: list(negatives) for query, negatives in mined.items()}
 
 
 def _write(mined: dict[str, list[str]], pairs: Pairs, file: Path) -> None:
-    partial = file.with_name(f"{file.name}.partial")
-    with partial.open("w", encoding="utf-8") as lines:
-        for query, negatives in mined.items():
-            entry = {"query": query, "pos": sorted(pairs.answers[query]), "neg": negatives}
-            lines.write(json.dumps(entry, ensure_ascii=False) + "\n")
-    partial.replace(file)
+    entries = [{"query": query, "pos": sorted(pairs.answers[query]), "neg": neg} for query, neg in mined.items()]
+    write_text(file, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))

@@ -1,13 +1,19 @@
-"""What a retriever learns from: queries with their documents, positive and negative, from published JSONL or BEIR."""
+"""Training data of a retriever: queries with positive and negative documents, and batches without false negatives."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
+
+from torch.utils.data import BatchSampler, Dataset
 
 from llamory.documents import find_files, read_json_lines
 from llamory.documents.beir import CORPUS, BeirDataset, is_beir, read_beir
@@ -16,18 +22,27 @@ from llamory.errors import LlamoryError
 
 logger = logging.getLogger(__name__)
 
+QUERY, POSITIVE, SCORES = "anchor", "positive", "scores"
+# Limit of the queries examined for one batch, in batches; without it, data in which nearly all queries share their
+# positives would be examined completely for each batch.
+_MAX_LOOKAHEAD_BATCHES = 64
+# Samples per negative of a query without negatives, since some are its positives.
+_DRAWS_PER_NEGATIVE = 20
+# Maximum reshuffles of an epoch's queries to reach the number of batches of the first epoch.
+_MAX_RESHUFFLES = 10
+
 
 @dataclass(frozen=True)
 class Example:
     """A query and its documents.
 
     Attributes:
-        query: its text.
+        query: text of the query.
         positives: documents that answer it, at least one.
-        negatives: documents that don't; none of them is a positive of the same query anywhere in the data.
-        positive_scores: a teacher's score for each positive, if there are any.
-        negative_scores: the same for each negative.
-        location: where it stands, as `file:line`.
+        negatives: documents that don't; none is a positive of the same query anywhere in the data.
+        positive_scores: a teacher's score of each positive, if known.
+        negative_scores: a teacher's score of each negative, if known.
+        location: `file:line` that it was read from.
     """
 
     query: str
@@ -39,34 +54,34 @@ class Example:
 
     @property
     def scored(self) -> bool:
-        """Whether a teacher has scored all of its documents."""
+        """Whether all documents have a teacher's score."""
         return self.positive_scores is not None and self.negative_scores is not None
 
     def with_negatives(self, negatives: Sequence[str]) -> Example:
-        """The same query with further negatives; scores don't cover those, so they go."""
+        """The example with more negatives and without scores, since those have none."""
         together = tuple(dict.fromkeys([*self.negatives, *negatives]))
         return replace(self, negatives=together, positive_scores=None, negative_scores=None)
 
 
 class Pairs:
-    """Training data of a retriever: examples, and what else is known of them together.
+    """Training data of a retriever; negatives that are positives of their query elsewhere are removed.
 
     Attributes:
-        examples: all queries.
-        documents: every document text once: positives, negatives, and the rest of BEIR corpora.
-        negatives: every negative once.
-        answers: for each query text, all of its positives anywhere in the data.
+        examples: all examples.
+        documents: all distinct documents: positives, negatives, and the rest of BEIR corpora.
+        negatives: all distinct negatives.
+        answers: for each query, all of its positives anywhere in the data.
     """
 
     def __init__(self, examples: Iterable[Example], corpus: Iterable[str] = ()) -> None:
-        found = list(examples)
+        all_examples = list(examples)
         self.answers: dict[str, set[str]] = {}
-        for example in found:
+        for example in all_examples:
             self.answers.setdefault(example.query, set()).update(example.positives)
-        self.examples = [_without_false_negatives(example, self.answers[example.query]) for example in found]
-        dropped = sum(len(a.negatives) - len(b.negatives) for a, b in zip(found, self.examples, strict=True))
+        self.examples = [_without_false_negatives(example, self.answers[example.query]) for example in all_examples]
+        dropped = sum(len(a.negatives) - len(b.negatives) for a, b in zip(all_examples, self.examples, strict=True))
         if dropped:
-            logger.warning("Left out %d negatives that are a positive of their query, or the query itself", dropped)
+            logger.warning("Removed %d negatives that are a positive of their query, or the query itself", dropped)
         self.negatives = list(dict.fromkeys(text for example in self.examples for text in example.negatives))
         texts = (text for example in self.examples for text in (*example.positives, *example.negatives))
         self.documents = list(dict.fromkeys([*texts, *corpus]))
@@ -76,16 +91,16 @@ class Pairs:
 
     @property
     def unscored(self) -> list[Example]:
-        """Those that a teacher's scores can't be learned for."""
+        """Examples without scores or negatives, which distillation needs."""
         return [example for example in self.examples if not (example.scored and example.negatives)]
 
     @property
     def max_negatives(self) -> int:
-        """How many negatives the query with the most has."""
+        """The largest number of negatives of an example."""
         return max(len(example.negatives) for example in self.examples)
 
     def map_texts(self, rewrite: Callable[[list[str]], list[str]]) -> Pairs:
-        """The same data with every text as `rewrite` gives it."""
+        """The same data with every text replaced by what `rewrite` gives for it."""
         texts = list(dict.fromkeys([*self.answers, *self.documents]))
         new = dict(zip(texts, rewrite(texts), strict=True))
         examples = (
@@ -103,20 +118,20 @@ class Pairs:
 def load_pairs(paths: Sequence[str | Path], *, split: str = "train", skip_broken: bool = False) -> Pairs:
     """Read training data.
 
-    A line of JSONL holds `query`, `pos` (a text or a list), and maybe `neg`, `pos_scores` and `neg_scores`. Of a BEIR
-    folder, judged documents with a score above 0 are positives, those with 0 negatives.
+    A line of JSONL holds `query`, `pos` (a text or a list), and optionally `neg`, `pos_scores` and `neg_scores`. In a
+    BEIR folder, documents with a relevance above 0 are positives, those with 0 are negatives.
 
     Args:
         paths: .jsonl files, folders of them, and BEIR folders.
-        split: which qrels of BEIR folders are read.
-        skip_broken: pass over broken lines, with a warning in the log.
+        split: split of BEIR folders.
+        skip_broken: skip broken lines with a warning in the log.
 
     Raises:
-        LlamoryError: a path can't be used, a line is broken (file and line are told), or there is no query.
+        LlamoryError: a path can't be used, a line is broken (the message names it), or there is no query.
     """
     examples: list[Example] = []
     corpus: list[str] = []
-    known: dict[str, str] = {}  # published data name the same negative for many queries: one copy of it is enough
+    known: dict[str, str] = {}  # one copy of each text: published data repeat negatives for many queries
     for path in map(Path, paths):
         if is_beir(path):
             data = read_beir(path, split, skip_broken=skip_broken)
@@ -170,7 +185,7 @@ def _without_false_negatives(example: Example, answers: set[str]) -> Example:
     )
 
 
-# ---- one line --------------------------------------------------------------------------------------------------------
+# ---- lines of JSONL --------------------------------------------------------------------------------------------------------
 
 
 def _example(entry: dict[str, Any]) -> Example:
@@ -211,3 +226,156 @@ def _scores(entry: dict[str, Any], field: str, texts: str, count: int) -> tuple[
     if len(values) != count:
         raise LlamoryError(f"{field!r} has {len(values)} numbers for the {count} texts in {texts!r}")
     return tuple(map(float, values))
+
+
+# ---- batches ----------------------------------------------------------------------------------------------------------
+
+
+def negative_names(group_size: int) -> list[str]:
+    """Names of the columns of a query's negatives."""
+    return [f"negative_{i}" for i in range(1, group_size)]
+
+
+class GroupDataset(Dataset[dict[str, Any]]):
+    """Groups of one query, one of its positives and `group_size - 1` negatives, sampled anew in each epoch.
+
+    Item `epoch * len(pairs) + i` is example `i` as sampled in that epoch, the same at every call, in every process.
+    """
+
+    def __init__(self, pairs: Pairs, group_size: int, seed: int, *, scored: bool = False) -> None:
+        """Set how groups are sampled.
+
+        Args:
+            pairs: the data.
+            group_size: documents per query. Too few negatives are repeated, as in the published code; a query without
+                negatives gets those of other queries.
+            seed: random seed.
+            scored: include the teacher's scores.
+        """
+        self.pairs, self.group_size, self.seed, self.scored = pairs, group_size, seed, scored
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """The group's columns: `anchor`, `positive`, `negative_1` and so on, and `scores` if scored."""
+        epoch, index = divmod(number, len(self.pairs))
+        example = self.pairs.examples[index]
+        rng = random.Random(f"{self.seed} {epoch} {index}")
+        positive = rng.randrange(len(example.positives))
+        negatives, scores = self._negatives(example, rng)
+        group: dict[str, Any] = {QUERY: example.query, POSITIVE: example.positives[positive]}
+        group |= zip(negative_names(self.group_size), negatives, strict=True)
+        if self.scored:
+            assert example.positive_scores is not None
+            group[SCORES] = [example.positive_scores[positive], *scores]
+        return group
+
+    def documents(self, number: int) -> list[str]:
+        """The documents of a group."""
+        group = self[number]
+        return [group[POSITIVE], *(group[name] for name in negative_names(self.group_size))]
+
+    def _negatives(self, example: Example, rng: random.Random) -> tuple[list[str], list[float]]:
+        count, indices = self.group_size - 1, range(len(example.negatives))
+        if count and not indices:
+            return self._sample_other_negatives(example, count, rng), []
+        sampled: list[int] = []
+        while len(sampled) < count:
+            sampled += rng.sample(indices, min(count - len(sampled), len(indices)))
+        scores = example.negative_scores if self.scored else None
+        return [example.negatives[i] for i in sampled], [] if scores is None else [scores[i] for i in sampled]
+
+    def _sample_other_negatives(self, example: Example, count: int, rng: random.Random) -> list[str]:
+        """Negatives of other queries that aren't positives of this one, distinct if there are enough.
+
+        Raises:
+            LlamoryError: there are none.
+        """
+        excluded, documents = self.pairs.answers[example.query] | {example.query}, self.pairs.negatives
+        sampled = (documents[rng.randrange(len(documents))] for _ in range(_DRAWS_PER_NEGATIVE * count))
+        found = list(dict.fromkeys(text for text in sampled if text not in excluded))
+        candidates = found or [text for text in documents if text not in excluded]
+        if not candidates:
+            raise LlamoryError(
+                f"{example.location}: the query has no negatives and all other queries' negatives answer it; add a `neg`."
+            )
+        while len(found) < count:
+            found.append(rng.choice(candidates))
+        return found[:count]
+
+
+class FalseNegativeFreeSampler(BatchSampler):
+    """Batches in which no document is a positive of another query, or its text.
+
+    In-batch negatives make every document of a batch a negative of every other query. So two queries share a batch only
+    if no document of one is a positive of the other anywhere in the data; other queries are deferred to a later batch.
+    With several processes that share documents, this holds for their batches of a step together.
+    """
+
+    def __init__(self, groups: GroupDataset, batch_size: int, *, process: int = 0, processes: int = 1) -> None:
+        """Set the batch size.
+
+        Args:
+            groups: the dataset.
+            batch_size: maximum queries in the batch of one process.
+            process: index of this process.
+            processes: number of processes.
+        """
+        self.groups, self.batch_size, self.drop_last = groups, batch_size, False
+        self.process, self.processes, self.epoch = process, processes, 0
+
+    @cached_property
+    def _first_epoch(self) -> list[list[int]]:
+        return list(self._epoch_batches(random.Random(f"{self.groups.seed} 0"), 0))
+
+    def __len__(self) -> int:
+        """Batches of the first epoch, which is sampled once, for its length and its batches."""
+        return len(self._first_epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch to sample; the Trainer calls it."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """This process's batches of the epoch; as many as in the first epoch, if possible."""
+        rng = random.Random(f"{self.groups.seed} {self.epoch}")
+        passes = (self._epoch_batches(rng, self.epoch) for _ in range(_MAX_RESHUFFLES))
+        batches = islice(chain.from_iterable(passes), len(self)) if self.epoch else self._first_epoch
+        for batch in batches:
+            yield batch[self.process :: self.processes]
+
+    def _epoch_batches(self, rng: random.Random, epoch: int) -> Iterator[list[int]]:
+        """Batches for all processes together, until no query is deferred."""
+        count = len(self.groups)
+        numbers = list(range(epoch * count, (epoch + 1) * count))
+        rng.shuffle(numbers)
+        queue = deque(numbers)
+        min_size = self.processes if self.groups.group_size > 1 else max(2, self.processes)
+        while queue:
+            batch = self._next_batch(queue, self.batch_size * self.processes)
+            divisible = len(batch) - len(batch) % self.processes
+            # A single query without negatives has no loss.
+            if divisible >= min_size:
+                yield batch[:divisible]
+
+    def _next_batch(self, queue: deque[int], max_size: int) -> list[int]:
+        """The next batch; queries that conflict with it are deferred in their order."""
+        batch: list[int] = []
+        deferred: list[int] = []
+        documents: set[str] = set()
+        excluded: set[str] = set()
+        while queue and len(batch) < max_size and len(deferred) < _MAX_LOOKAHEAD_BATCHES * max_size:
+            number = queue.popleft()
+            group = self.groups.documents(number)
+            example = self.groups.pairs.examples[number % len(self.groups)]
+            answers = self.groups.pairs.answers[example.query]
+            if excluded.isdisjoint(group) and documents.isdisjoint(answers) and example.query not in documents:
+                batch.append(number)
+                documents.update(group)
+                excluded.update(answers)
+                excluded.add(example.query)
+            else:
+                deferred.append(number)
+        queue.extendleft(reversed(deferred))
+        return batch

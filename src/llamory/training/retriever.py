@@ -1,9 +1,10 @@
-"""Training a retriever on queries and documents, with the Sentence Transformers trainer and its losses."""
+"""Training a retriever on queries and documents with the Sentence Transformers trainer and losses."""
 
 from __future__ import annotations
 
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sentence_transformers.sentence_transformer.data_collator import SentenceTra
 from sentence_transformers.sentence_transformer.modules import WordWeights
 from sentence_transformers.util import is_sentence_transformer_model
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, set_seed
+from transformers import set_seed
 
 from llamory.embedding.encoder import escape_slot_tokens, is_llara
 from llamory.embedding.pipeline import load_embedder, save_embedder
@@ -27,16 +28,23 @@ from llamory.errors import LlamoryError
 from llamory.llara.modeling import NewLlamaModel
 from llamory.llara.template import LlaraTemplate
 from llamory.models import base as backbone
-from llamory.training.checkpoints import WriteManifest, prepare_output
+from llamory.training.distillation import ranking_loss
 from llamory.training.mining import MINED_FILE, add_mined_negatives
-from llamory.training.pair_batches import POSITIVE, QUERY, FalseNegativeFreeSampler, GroupDataset, negative_columns
-from llamory.training.pairs import Pairs, load_pairs
-from llamory.training.progress import RichProgress
-from llamory.training.ranking import ranking_loss
+from llamory.training.pairs import (
+    POSITIVE,
+    QUERY,
+    FalseNegativeFreeSampler,
+    GroupDataset,
+    Pairs,
+    load_pairs,
+    negative_names,
+)
 from llamory.training.run import (
-    check_settings,
+    SingleDeviceArguments,
+    check_finite,
     last_logged,
     lora_config,
+    prepare_output,
     run,
     save_trained_model,
     training_arguments,
@@ -46,7 +54,7 @@ from llamory.training.settings import RetrieverSettings
 
 logger = logging.getLogger(__name__)
 
-# A LLaMA with slot tokens added, as long as the run lasts.
+# Folder of a LLaMA with added slot tokens during the run.
 _INITIAL_MODEL = "start"
 _ADAPTER = "adapter"
 
@@ -55,12 +63,12 @@ def train_retriever(settings: RetrieverSettings) -> dict[str, Any]:
     """Train a retriever on queries and documents; `settings.output` becomes a Sentence Transformers folder.
 
     Returns:
-        The output folder, steps done, queries, mined negatives, documents per query, dimension and last losses.
+        The output folder and the numbers of steps, queries, mined negatives, documents per query and dimensions, the
+        teacher's loss, and the last losses.
 
     Raises:
-        LlamoryError: settings, data, model or output folder that can't be used, or a loss that isn't finite.
+        LlamoryError: settings, data, model or output folder can't be used, or a loss is not finite.
     """
-    _check(settings)
     output = Path(settings.output)
     arguments = _arguments(settings)
     with arguments.main_process_first(desc="output folder"):
@@ -84,21 +92,18 @@ def train_retriever(settings: RetrieverSettings) -> dict[str, Any]:
     groups = _groups(train, settings, teacher)
     gather_across_devices = settings.share_negatives and arguments.world_size > 1
     batches = _batches(groups, settings, arguments)
-    _columns(arguments, embedder, groups.group_size)
-    progress = RichProgress("Retriever training")
-    with user_errors("These settings can't be used"):
-        trainer = RetrieverTrainer(
-            model=embedder,
-            args=arguments,
-            eval_dataset=None if held_out is None else _materialize(_groups(held_out, settings, teacher)),
-            loss=ranking_loss(embedder, settings, teacher=teacher, gather_across_devices=gather_across_devices),
-            data_collator=_collator(embedder, settings, arguments),
-            callbacks=[WriteManifest()] + ([] if settings.quiet else [progress]),
-            groups=groups,
-            batches=batches,
-        )
-    trainer.remove_callback(PrinterCallback)
-    run(trainer, checkpoint, progress)
+    _set_columns(arguments, embedder, groups.group_size)
+    make_trainer = partial(
+        RetrieverTrainer,
+        model=embedder,
+        args=arguments,
+        eval_dataset=None if held_out is None else _materialize(_groups(held_out, settings, teacher)),
+        loss=ranking_loss(embedder, settings, teacher=teacher, gather_across_devices=gather_across_devices),
+        data_collator=_collator(embedder, settings, arguments),
+        groups=groups,
+        batches=batches,
+    )
+    trainer = run(make_trainer, settings, checkpoint, "Retriever training")
     result = {
         "output": str(output),
         "steps": trainer.state.global_step,
@@ -116,8 +121,12 @@ def train_retriever(settings: RetrieverSettings) -> dict[str, Any]:
     return result
 
 
+class RetrieverArguments(SingleDeviceArguments, SentenceTransformerTrainingArguments):
+    """Arguments of the Sentence Transformers trainer, for one device per process."""
+
+
 class RetrieverTrainer(SentenceTransformerTrainer):
-    """The library's trainer on groups that are drawn anew in each epoch, in batches without false negatives."""
+    """The Sentence Transformers trainer on groups sampled anew in each epoch, in batches without false negatives."""
 
     control: Any  # the Trainer's, which has no annotation there
 
@@ -126,7 +135,7 @@ class RetrieverTrainer(SentenceTransformerTrainer):
         self.groups, self.batches = groups, batches
 
     def get_train_dataloader(self) -> Any:
-        """This process's batches; the sampler has shared them out already."""
+        """This process's batches; the sampler distributes them over processes."""
         return _EpochDataLoader(
             self.groups,
             batch_sampler=self.batches,
@@ -135,24 +144,20 @@ class RetrieverTrainer(SentenceTransformerTrainer):
         )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """As the Trainer's."""
+        """The step's batches; none after the last step."""
         if self.state.global_step >= self.state.max_steps:  # a finished run that is resumed within an epoch
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """As the library's.
+        """The loss of a batch.
 
         Raises:
-            LlamoryError: the loss isn't finite.
+            LlamoryError: the loss is infinite or NaN.
         """
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if not torch.isfinite(loss):
-            raise LlamoryError(
-                f"The loss of step {self.state.global_step + 1} isn't finite ({float(loss):.4g}); lower the learning "
-                "rate or look at the model's weights."
-            )
+        check_finite(loss, self.state.global_step + 1)
         return (loss, outputs) if return_outputs else loss
 
 
@@ -165,61 +170,38 @@ class _EpochDataLoader(DataLoader[Any]):
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
-def _check(settings: RetrieverSettings) -> None:
-    check_settings(settings, ["mini_batch", "group_size", "slots"])
-    for name in ("temperature", "teacher_temperature", "epochs"):
-        if getattr(settings, name) <= 0:
-            raise LlamoryError(f"{name} must be greater than 0, not {getattr(settings, name)}.")
-    for name in ("mine", "mine_skip", "distill_weight", "contrastive_weight"):
-        if getattr(settings, name) < 0:
-            raise LlamoryError(f"{name} must be at least 0, not {getattr(settings, name)}.")
-    if settings.mine_depth is not None and settings.mine_depth < settings.mine_skip + settings.mine:
-        raise LlamoryError(
-            f"mine_depth must be at least {settings.mine_skip + settings.mine} (mine_skip and mine together), not "
-            f"{settings.mine_depth}."
-        )
-    if settings.mine and settings.distill in ("kl", "margin_mse"):
-        raise LlamoryError("Mined negatives have no teacher's scores; set mine to 0, or distill to off.")
-    if settings.distill in ("kl", "margin_mse") and settings.group_size < 2:
-        raise LlamoryError("distill compares documents of a query; set group_size to at least 2.")
-    if settings.fsdp:
-        raise LlamoryError("A retriever can't be trained with fsdp; leave it out (each device has the whole model).")
-
-
-def _arguments(settings: RetrieverSettings) -> SentenceTransformerTrainingArguments:
+def _arguments(settings: RetrieverSettings) -> RetrieverArguments:
     arguments = training_arguments(
         settings,
         "LlamaDecoderLayer",
         has_eval_data=bool(settings.eval_data),
-        arguments_class=SentenceTransformerTrainingArguments,
+        arguments_class=RetrieverArguments,
         num_train_epochs=settings.epochs,
         dataloader_num_workers=settings.workers,
-        batch_sampler=BatchSamplers.NO_DUPLICATES,  # of held-out data; RetrieverTrainer makes those of training
+        batch_sampler=BatchSamplers.NO_DUPLICATES,  # of evaluation data; training uses FalseNegativeFreeSampler
     )
-    assert isinstance(arguments, SentenceTransformerTrainingArguments)
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process trains on one device: queries that share negatives can't be split up
+    assert isinstance(arguments, RetrieverArguments)
     return arguments
 
 
-def _columns(arguments: SentenceTransformerTrainingArguments, embedder: SentenceTransformer, group_size: int) -> None:
-    """Give each column the task and the prompt that `encode_query` and `encode_document` give their texts."""
-    documents = [POSITIVE, *negative_columns(group_size)]
+def _set_columns(arguments: RetrieverArguments, embedder: SentenceTransformer, group_size: int) -> None:
+    """Set the task and the prompt of each column as in `encode_query` and `encode_document`."""
+    documents = [POSITIVE, *negative_names(group_size)]
     arguments.router_mapping = {QUERY: "query", **dict.fromkeys(documents, "document")}
     prompts = embedder.prompts
     default_prompt = prompts.get(embedder.default_prompt_name or "", "")
     names = [name for name in ("document", "passage", "corpus") if name in prompts]
-    own = {QUERY: prompts.get("query", default_prompt)} | dict.fromkeys(
+    column_prompts = {QUERY: prompts.get("query", default_prompt)} | dict.fromkeys(
         documents, prompts[names[0]] if names else default_prompt
     )
-    arguments.prompts = {column: prompt for column, prompt in own.items() if prompt}
+    arguments.prompts = {column: prompt for column, prompt in column_prompts.items() if prompt}
 
 
 def _teacher(settings: RetrieverSettings, train: Pairs, held_out: Pairs | None) -> str:
-    """Which teacher's loss is used.
+    """The loss on a teacher's scores: "kl", "margin_mse" or "off".
 
     Raises:
-        LlamoryError: one is asked for, and a query has no scores or nothing to compare.
+        LlamoryError: the settings ask for one, and a query has no scores or no negatives.
     """
     if settings.distill == "off" or (settings.distill == "auto" and (settings.mine or settings.group_size < 2)):
         return "off"
@@ -228,12 +210,12 @@ def _teacher(settings: RetrieverSettings, train: Pairs, held_out: Pairs | None) 
         return "kl" if settings.distill == "auto" else settings.distill
     if settings.distill != "auto":
         raise LlamoryError(
-            f"{unscored_examples[0].location}: distill needs negatives, pos_scores and neg_scores for every query; add them, or set "
-            "distill to off."
+            f"{unscored_examples[0].location}: distill needs negatives, pos_scores and neg_scores for every query; add "
+            "them, or set distill to off."
         )
     if len(train.unscored) < len(train):
         logger.warning(
-            "Scores aren't learned: %d queries have none; the first: %s",
+            "The teacher's scores are not used: %d queries have none, the first is %s",
             len(unscored_examples),
             unscored_examples[0].location,
         )
@@ -262,24 +244,24 @@ def _materialize(groups: GroupDataset) -> Any:
 
 
 def _batches(groups: GroupDataset, settings: RetrieverSettings, arguments: Any) -> FalseNegativeFreeSampler:
-    """The sampler.
+    """The batch sampler.
 
     Raises:
-        LlamoryError: no batch can be made.
+        LlamoryError: there is no valid batch.
     """
     batches = FalseNegativeFreeSampler(
         groups, settings.batch_size, process=arguments.process_index, processes=arguments.world_size
     )
     if not len(batches):
         raise LlamoryError(
-            f"No batch can be made of {len(groups)} queries without negatives: each needs documents that aren't its "
-            "own answers; add queries or negatives (`neg`, or mine), or set batch_size to at least 2."
+            f"No batch can be made of {len(groups)} queries without negatives, since each needs documents that don't "
+            "answer it; add queries or negatives (`neg`, or mine), or set batch_size to at least 2."
         )
     return batches
 
 
 def _collator(embedder: SentenceTransformer, settings: RetrieverSettings, arguments: Any) -> Any:
-    """Makes the model's inputs of texts, with the length, the task and the prompt of each column."""
+    """Tokenizes the columns with their lengths, tasks and prompts."""
     return SentenceTransformerDataCollator(
         preprocess_fn=embedder.preprocess,
         router_mapping=arguments.router_mapping,
@@ -289,19 +271,19 @@ def _collator(embedder: SentenceTransformer, settings: RetrieverSettings, argume
 
 
 def _lengths(embedder: SentenceTransformer, settings: RetrieverSettings) -> dict[str, int]:
-    """The most tokens of a query and of a document.
+    """Maximum tokens of a query and of a document.
 
     Raises:
-        LlamoryError: a length has no room for a text beside its prompt.
+        LlamoryError: a length is not longer than the prompt.
     """
-    passages = settings.passage_length or embedder.max_seq_length
-    lengths = {"query": settings.query_length or passages, "document": passages}
+    passage = settings.max_passage_length or embedder.max_seq_length
+    lengths = {"query": settings.max_query_length or passage, "document": passage}
     for task, length in lengths.items():
         prompt = embedder.preprocess([""], task=task)["input_ids"].shape[-1]
         if length is not None and length <= prompt:
             raise LlamoryError(
-                f"A length of {length} tokens leaves no room for a {task}: its prompt takes {prompt}; choose a greater "
-                f"{'query' if task == 'query' else 'passage'}_length."
+                f"A length of {length} tokens leaves no room for a {task}, since its prompt has {prompt}; choose a larger "
+                f"max_{'query' if task == 'query' else 'passage'}_length."
             )
     return {task: length for task, length in lengths.items() if length is not None}
 
@@ -310,7 +292,7 @@ def _lengths(embedder: SentenceTransformer, settings: RetrieverSettings) -> dict
 
 
 def _model_source(settings: RetrieverSettings, output: Path, *, write: bool) -> str:
-    """What the embedder is loaded from: the model itself, or a folder of it with slot tokens or an adapter added."""
+    """Name or folder to load the embedder from: the model, or a new folder with slot tokens or an adapter added."""
     name = settings.model
     if backbone.packaged_name(name) is None and not name.endswith(".gguf") and is_sentence_transformer_model(name):
         return name
@@ -327,7 +309,7 @@ def _model_source(settings: RetrieverSettings, output: Path, *, write: bool) -> 
 
 
 def _write_initial_model(settings: RetrieverSettings, start: Path) -> None:
-    """Write a plain LLaMA as a LLARA checkpoint, with new slot tokens, or an adapter's; the same at every call."""
+    """Write a plain LLaMA as a LLARA checkpoint with new slot tokens, or with those of an adapter; deterministic."""
     tokenizer = backbone.load_tokenizer(settings.model)
     model = backbone.load_model(settings.model, dtype=torch.float32)
     template = LlaraTemplate.from_config(model.config) or LlaraTemplate.from_tokenizer(tokenizer, settings.slots)
@@ -342,7 +324,7 @@ def _write_initial_model(settings: RetrieverSettings, start: Path) -> None:
 
 
 def _load(settings: RetrieverSettings, source: str, device: torch.device) -> SentenceTransformer:
-    longest = max(settings.passage_length, settings.query_length or 0) if settings.passage_length else None
+    longest = max(settings.max_passage_length, settings.max_query_length or 0) if settings.max_passage_length else None
     loading: dict[str, Any] = {"dtype": torch.float32}
     if settings.attn_implementation:
         loading["attn_implementation"] = settings.attn_implementation
@@ -353,29 +335,29 @@ def _load(settings: RetrieverSettings, source: str, device: torch.device) -> Sen
     embedder.model_card_data.local_files_only = True
     for module in embedder:
         if isinstance(module, WordWeights):
-            module.requires_grad_(False)  # they pick the slots; the library would train them
+            module.requires_grad_(False)  # fixed weights that select the slots
     if is_llara(embedder) and (router := whitening_router(embedder)) is not None:
-        router.requires_grad_(False)  # it stays as it was fitted
+        router.requires_grad_(False)  # stays as fitted
     dimension = embedder.get_embedding_dimension()
-    if wrong := [size for size in settings.matryoshka if not 0 < size <= (dimension or size)]:
-        raise LlamoryError(f"matryoshka dimensions must be from 1 to the model's {dimension}, not {wrong[0]}.")
+    if invalid := [size for size in settings.matryoshka if not 0 < size <= (dimension or size)]:
+        raise LlamoryError(f"matryoshka dimensions must be from 1 to the model's {dimension}, not {invalid[0]}.")
     _lengths(embedder, settings)
     return embedder
 
 
 def _disable_padding(embedder: SentenceTransformer, settings: RetrieverSettings) -> None:
-    """Let a LLARA model compute without padding while it is trained: the same vectors and gradients in less time."""
+    """Compute a LLARA model without padding during training: equal embeddings and gradients in less time."""
     if is_llara(embedder) and settings.attn_implementation != "eager":
         padded = embedder[0].auto_model
         with torch.device("meta"):
             flat = NewLlamaModel(padded.config)
         flat.load_state_dict(padded.state_dict(), assign=True)
-        flat.rotary_emb = padded.rotary_emb  # its buffers are in no state dict
+        flat.rotary_emb = padded.rotary_emb  # buffers that no state dict holds
         embedder[0].model = flat
 
 
 def _add_adapters(embedder: SentenceTransformer, settings: RetrieverSettings) -> None:
-    """Adapters on the named layers; of a LLARA model's embeddings only the slot tokens' rows are trained."""
+    """Add adapters; of a LLARA model's embeddings only the slot tokens' rows are trained."""
     slots: dict[str, Any] = {}
     if is_llara(embedder):
         template = LlaraTemplate.from_config(embedder[0].config)
@@ -389,7 +371,7 @@ def _add_adapters(embedder: SentenceTransformer, settings: RetrieverSettings) ->
 
 
 def _save(embedder: SentenceTransformer, settings: RetrieverSettings, source: str, folder: Path) -> None:
-    """Write the trained model as stock modules; adapters are merged into the weights they were made for."""
+    """Write the trained model as stock modules; adapters are merged into the weights that they were trained on."""
     stock = _load(settings, source, embedder.device)
     if settings.lora:
         from peft import PeftModel

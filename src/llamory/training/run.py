@@ -1,30 +1,49 @@
-"""What training runs share: the Trainer's arguments, adapters, a run to its end, and how it is saved."""
+"""What all training runs share: arguments of the Trainer, adapters, checkpoints, progress, and saving the result."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import errno
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from llamory.common.io import write_json
+from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
+from llamory.models.devices import pick_device
 from llamory.training.settings import AdaptSettings, RunSettings
 
 SETTINGS_FILE = "llamory.json"
-# What makes a folder a model is moved up behind all else.
+MANIFEST = "manifest.json"
+# The files that make a folder a model are moved last.
 _MOVE_ORDER = {"config.json": 1, "modules.json": 2}
-_AT_LEAST_ONE = ("batch_size", "accumulation", "log_every", "save_every")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PROBE_BYTES = 1 << 20
+_DISPLAYED_METRICS = (
+    "loss",
+    "ar_loss",
+    "bow_summarize_loss",
+    "bow_predict_loss",
+    "teacher_loss",
+    "accuracy",
+    "lines",
+    "contexts",
+    "eval_loss",
+    "eval_loss_without_memory",
+)
 
 
-@contextlib.contextmanager
+@contextmanager
 def user_errors(problem: str) -> Iterator[None]:
-    """Turn what a library says of a setting that it can't use into one sentence."""
+    """Raise a library's error about a setting as one sentence that begins with `problem`."""
     try:
         yield
     except LlamoryError:
@@ -34,21 +53,16 @@ def user_errors(problem: str) -> Iterator[None]:
         raise LlamoryError(f"{problem}: {reason.rstrip('.')}.") from error
 
 
-def check_settings(settings: RunSettings, at_least_one: Sequence[str] = ()) -> None:
-    """Check what all runs have in common, and that the settings named in `at_least_one` are.
+# ---- arguments and adapters ------------------------------------------------------------------------------------------
 
-    Raises:
-        LlamoryError: a number is too small.
-    """
-    for name in (*at_least_one, *_AT_LEAST_ONE):
-        if getattr(settings, name) < 1:
-            raise LlamoryError(f"{name} must be at least 1, not {getattr(settings, name)}.")
-    for name in ("steps", "eval_every"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise LlamoryError(f"{name} must be at least 1, not {value}.")
-    if settings.learning_rate <= 0:
-        raise LlamoryError(f"learning_rate must be greater than 0, not {settings.learning_rate}.")
+
+class SingleDeviceArguments(TrainingArguments):
+    """One process trains on one device: rows that attend to one another can't be split over several."""
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1, so that the Trainer doesn't use DataParallel."""
+        return min(1, super().n_gpu)
 
 
 def training_arguments(
@@ -62,14 +76,14 @@ def training_arguments(
     """The Trainer's arguments.
 
     Args:
-        settings: of the run.
-        layer: class name of the layers that FSDP shards one by one.
-        has_eval_data: whether there is something to evaluate on.
-        arguments_class: their class.
+        settings: settings of the run.
+        layer: class name of the layers that FSDP shards.
+        has_eval_data: whether the run evaluates.
+        arguments_class: class of the arguments.
         kwargs: further arguments.
 
     Raises:
-        LlamoryError: a setting that the Trainer can't use.
+        LlamoryError: the Trainer rejects a setting.
     """
     fsdp = {"transformer_layer_cls_to_wrap": [layer], "state_dict_type": "FULL_STATE_DICT"}
     with user_errors("These settings can't be used"):
@@ -98,7 +112,7 @@ def training_arguments(
             report_to=settings.report_to or "none",
             remove_unused_columns=False,
             disable_tqdm=True,
-            use_cpu=settings.cpu or not torch.cuda.is_available(),
+            use_cpu=settings.cpu or pick_device() == "cpu",
             fsdp="full_shard auto_wrap" if settings.fsdp else None,
             fsdp_config=fsdp if settings.fsdp else None,
             ddp_find_unused_parameters=False,
@@ -107,7 +121,7 @@ def training_arguments(
 
 
 def _checkpointing(settings: RunSettings) -> dict[str, Any]:
-    # transformers renamed these arguments in 5.2x; the older names go in its version 6.
+    # transformers renamed these arguments in 5.2x and removes the older names in version 6.
     name = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
     if not settings.gradient_checkpointing:
         return {}
@@ -115,7 +129,7 @@ def _checkpointing(settings: RunSettings) -> dict[str, Any]:
 
 
 def lora_config(settings: AdaptSettings, **kwargs: Any) -> Any:
-    """What settings say of adapters; `kwargs` goes to peft's `LoraConfig` too."""
+    """The adapters' configuration; `kwargs` are further arguments of peft's `LoraConfig`."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -128,10 +142,10 @@ def lora_config(settings: AdaptSettings, **kwargs: Any) -> Any:
 
 
 def with_lora(model: Any, settings: AdaptSettings, **kwargs: Any) -> Any:
-    """The model with adapters on the named layers; `kwargs` goes to peft's `LoraConfig`.
+    """Add adapters to the model; `kwargs` are further arguments of peft's `LoraConfig`.
 
     Raises:
-        LlamoryError: adapters that don't fit the model.
+        LlamoryError: the adapters don't fit the model.
     """
     from peft import get_peft_model
 
@@ -142,30 +156,178 @@ def with_lora(model: Any, settings: AdaptSettings, **kwargs: Any) -> Any:
     return adapted
 
 
-def run(trainer: Trainer, checkpoint: Path | None, progress: Any) -> None:
-    """Train to the end, from a checkpoint if there is one; the progress bar gives the terminal back in any case.
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class TrainingProgress(TrainerCallback):
+    """A progress bar of the steps, and a line for each log entry."""
+
+    def __init__(self, title: str, *, shown: bool) -> None:
+        self.title, self.shown = title, shown
+        self.bar: ProgressBar | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Start the bar at the current step."""
+        shown = self.shown and state.is_world_process_zero
+        self.bar = ProgressBar(self.title, state.max_steps, unit="steps", completed=state.global_step, shown=shown)
+        self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Advance the bar."""
+        if self.bar is not None:
+            self.bar.advance()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """Print the losses."""
+        metrics = "  ".join(f"{key} {_number(logs[key])}" for key in _DISPLAYED_METRICS if key in (logs or {}))
+        if metrics and self.bar is not None:
+            self.bar.print(f"step {state.global_step}/{state.max_steps}  {metrics}")
+
+    def close(self) -> None:
+        """Stop the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.3f}"
+
+
+def run(make_trainer: Callable[..., Trainer], settings: RunSettings, checkpoint: Path | None, title: str) -> Trainer:
+    """Make a Trainer and train to the end, from a checkpoint if one is given.
+
+    Args:
+        make_trainer: gives the Trainer; called with its `callbacks`.
+        settings: settings of the run.
+        checkpoint: folder of the checkpoint to resume from.
+        title: title of the progress bar.
 
     Raises:
-        LlamoryError: the disk is full.
+        LlamoryError: the Trainer rejects a setting, or the disk is full.
     """
+    progress = TrainingProgress(title, shown=not settings.quiet)
+    with user_errors("These settings can't be used"):
+        trainer = make_trainer(callbacks=[WriteManifest(), progress])
+    trainer.remove_callback(PrinterCallback)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except RuntimeError as error:
-        if "inline_container" in str(error):  # what torch.save says where the system says that the disk is full
+    except Exception as error:
+        if not isinstance(error, LlamoryError) and is_disk_full(error, Path(settings.output)):
             raise LlamoryError(
-                f"A checkpoint couldn't be written whole to {trainer.args.output_dir}, the disk is probably full; free "
-                "some space and go on with --resume."
+                f"The disk is full: a checkpoint couldn't be written to {settings.output}; free some space and "
+                "continue with --resume."
             ) from error
         raise
     finally:
         progress.close()
+    return trainer
+
+
+def is_disk_full(error: BaseException, folder: Path) -> bool:
+    """Whether an error was raised because nothing more can be written to a folder.
+
+    torch and safetensors raise errors without the system's error number, so a test write decides for those.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return cause.errno in _DISK_FULL
+        cause = cause.__cause__ or cause.__context__
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(_PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as failure:
+        return failure.errno in _DISK_FULL
+    finally:
+        probe.unlink(missing_ok=True)
+    return False
 
 
 def last_logged(trainer: Trainer, *keys: str) -> dict[str, float]:
-    """The newest logged values of those keys that the log has."""
+    """The last logged values of those keys that were logged."""
     history = trainer.state.log_history
-    found = {key: [entry[key] for entry in history if key in entry] for key in keys}
-    return {key: values[-1] for key, values in found.items() if values}
+    values = {key: [entry[key] for entry in history if key in entry] for key in keys}
+    return {key: entries[-1] for key, entries in values.items() if entries}
+
+
+def check_finite(loss: Any, step: int) -> None:
+    """Check a loss.
+
+    Raises:
+        LlamoryError: it is infinite or NaN.
+    """
+    if not loss.isfinite():
+        raise LlamoryError(
+            f"The loss of step {step} isn't finite ({loss.item():.4g}); lower the learning rate or check the model's "
+            "weights."
+        )
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class WriteManifest(TrainerCallback):
+    """Write the manifest of a checkpoint once all processes have written their files."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """List the checkpoint's files and their sizes."""
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if folder.is_dir():
+                write_manifest(folder)
+
+
+def write_manifest(folder: Path) -> None:
+    """Record the size of every file in a folder."""
+    sizes = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
+    sizes.pop(MANIFEST, None)
+    write_json(folder / MANIFEST, sizes)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a checkpoint has a manifest and all files in it have their recorded sizes."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    """All checkpoint folders of a run, oldest first."""
+    folders = [p for p in output.glob("checkpoint-*") if p.is_dir() and p.name.split("-")[1].isdigit()]
+    return sorted(folders, key=lambda p: int(p.name.split("-")[1]))
+
+
+def latest_complete(output: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    return next((folder for folder in reversed(_checkpoints(output)) if is_complete(folder)), None)
+
+
+def prepare_output(output: Path, resume: bool) -> Path | None:
+    """Create the output folder and find the checkpoint to resume from, if any; incomplete checkpoints are deleted.
+
+    Raises:
+        LlamoryError: the folder isn't empty and the run doesn't resume, or the path is a file.
+    """
+    if output.exists() and not output.is_dir():
+        raise LlamoryError(f"The output {output} is a file; give a new folder.")
+    if output.is_dir() and any(output.iterdir()) and not resume:
+        hint = ", or --resume to continue the run in it" if _checkpoints(output) else ""
+        raise LlamoryError(f"The output folder {output} isn't empty; give a new folder{hint}.")
+    output.mkdir(parents=True, exist_ok=True)
+    for folder in _checkpoints(output):
+        if not is_complete(folder):
+            shutil.rmtree(folder)
+    return latest_complete(output)
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
 
 
 def save_trained_model(
@@ -176,14 +338,14 @@ def save_trained_model(
     *,
     save: Callable[[Path], None] | None = None,
 ) -> None:
-    """Save the model in the output folder itself, weights before config; adapters are merged, and kept beside.
+    """Save the model in the output folder, weights before config; adapters are merged and also saved in `adapter`.
 
     Args:
-        trainer: has the model.
-        settings: of the run.
+        trainer: the Trainer with the model.
+        settings: settings of the run.
         tokenizer: saved with the model, if given.
-        result: what the run tells, kept beside the settings.
-        save: writes the model into a folder, in place of the Trainer.
+        result: result of the run, saved with the settings.
+        save: writes the model into a folder, instead of the Trainer.
     """
     output = Path(settings.output)
     partial = output / "partial"
@@ -204,13 +366,13 @@ def save_trained_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         record = {"settings": dataclasses.asdict(settings)} | dict(result)
-        (partial / SETTINGS_FILE).write_text(json.dumps(record, indent=1))
+        write_json(partial / SETTINGS_FILE, record)
         (partial / "training_args.bin").unlink(missing_ok=True)
         _move_to_parent(partial, output)
 
 
 def _move_to_parent(partial: Path, output: Path) -> None:
-    """Move a finished save one folder up, its config last: a folder without it is no model."""
+    """Move saved files one folder up, the config last, since a folder without it is not a model."""
     for source in sorted(partial.iterdir(), key=lambda p: (_MOVE_ORDER.get(p.name, 0), p.name)):
         target = output / source.name
         if target.is_dir():

@@ -1,4 +1,4 @@
-"""Runs on endless streams of batches, whose position is part of each checkpoint: their Trainer, begin and end."""
+"""Training on infinite, resumable streams of batches, and a curriculum that advances with training accuracy."""
 
 from __future__ import annotations
 
@@ -6,49 +6,68 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from llamory.errors import LlamoryError
 from llamory.longllama.losses import IGNORE_INDEX, correct_tokens
-from llamory.training.checkpoints import WriteManifest, prepare_output
-from llamory.training.progress import RichProgress
-from llamory.training.run import last_logged, run, save_trained_model, training_arguments, user_errors
+from llamory.training.run import (
+    SingleDeviceArguments,
+    check_finite,
+    last_logged,
+    prepare_output,
+    run,
+    save_trained_model,
+    training_arguments,
+)
 from llamory.training.settings import RunSettings
-from llamory.training.teachers import Teacher
 
 _KIND = "kind of run"
-# What a resumed run may have otherwise than the run that wrote the checkpoint. The streams know their data themselves.
+_DECAY = 0.9  # of the running mean of accuracy, per step
+_MIN_STEPS = 10  # of each stage of a curriculum
+# Settings that may change when a run resumes. The streams check their data themselves.
 _CHANGEABLE_SETTINGS = frozenset(
     "data output eval_data eval_batches steps accumulation gradient_checkpointing attn_implementation fsdp cpu "
     "log_every save_every eval_every keep_checkpoints report_to resume quiet".split()
 )
 
 
+Stage = TypeVar("Stage")
+
+
 class BatchSource(Protocol):
     """The data of one process."""
 
     def micro_batches(self, step: int) -> list[dict[str, Any]]:
-        """The model's arguments for each pass of a step; each has `shift_labels`."""
+        """The model's arguments for each forward pass of a step, `shift_labels` included."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Position, fit for JSON: under "streams" what each stream of this process says, by its number, as text.
+        """Position as JSON values; "streams" holds the state of each stream of this process under its number.
 
-        All else is the same in all processes.
+        All other values are the same in all processes.
         """
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; "streams" has those of all processes."""
+        """Restore a position; "streams" holds the streams of all processes."""
+        ...
+
+
+class TeacherLoss(Protocol):
+    """A teacher whose predictions without memory are distilled."""
+
+    def loss(self, student: Any, batch: Mapping[str, Any], pass_index: int) -> torch.Tensor:
+        """Mean divergence of the student's predictions from the teacher's, in nats."""
         ...
 
 
 class StreamingTrainer(Trainer):
-    """The Trainer with the data of a `BatchSource`; the loss is the mean over all tokens of a step, in all processes."""
+    """A Trainer on a `BatchSource`; the loss is the mean over all target tokens of a step in all processes."""
 
     control: Any  # the Trainer's, which has no annotation there
 
@@ -56,25 +75,25 @@ class StreamingTrainer(Trainer):
         self,
         *args: Any,
         batch_source: BatchSource,
-        recipe: Mapping[str, Any],
-        teacher: Teacher | None = None,
+        frozen_settings: Mapping[str, Any],
+        teacher: TeacherLoss | None = None,
         teacher_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.batch_source, self.recipe = batch_source, dict(recipe)
+        self.batch_source, self.frozen_settings = batch_source, dict(frozen_settings)
         self.teacher, self.teacher_weight = teacher, teacher_weight
         self.model_accepts_loss_kwargs = True
         self.can_return_loss = True
         self._counts: list[torch.Tensor] = []
-        self._divergences: list[float] = []  # since the last were logged
+        self._divergences: list[float] = []  # since the last log entry
 
     def get_train_dataloader(self) -> Any:
-        """Nothing that could be sharded or looked ahead in: `get_batch_samples` asks the batch_source."""
+        """A placeholder: `get_batch_samples` reads from the batch source."""
         return _InfiniteLoader()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:  # noqa: ARG002
-        """The step's micro_batches, and how many tokens they predict in all processes."""
+        """The step's micro-batches, and the number of target tokens in all processes."""
         if self.state.global_step >= self.state.max_steps:  # a finished run that is resumed
             self.control.should_training_stop = True
             return [], None
@@ -85,23 +104,19 @@ class StreamingTrainer(Trainer):
         return micro_batches, count
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The model's own loss, and what it has moved away from a teacher.
+        """The model's loss plus the weighted divergence from the teacher.
 
         Raises:
-            LlamoryError: it isn't finite.
+            LlamoryError: the loss is infinite or NaN.
         """
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.teacher is not None and model.training:
             loss = loss + self._teacher_divergence(self.teacher, model, inputs)
-        if not torch.isfinite(loss):
-            raise LlamoryError(
-                f"The loss of step {self.state.global_step + 1} isn't finite ({float(loss):.4g}); lower the learning "
-                "rate or look at the model's weights."
-            )
+        check_finite(loss, self.state.global_step + 1)
         return (loss, outputs) if return_outputs else loss
 
-    def _teacher_divergence(self, teacher: Teacher, model: Any, inputs: Any) -> torch.Tensor:
-        """The teacher's part of a pass's loss."""
+    def _teacher_divergence(self, teacher: TeacherLoss, model: Any, inputs: Any) -> torch.Tensor:
+        """The teacher's part of the loss of a forward pass."""
         micro_batches = self.args.gradient_accumulation_steps
         pass_index = self.state.global_step * micro_batches + len(self._divergences) % micro_batches
         with self.accelerator.autocast():
@@ -110,41 +125,41 @@ class StreamingTrainer(Trainer):
         return self.teacher_weight * divergence / micro_batches
 
     def step_accuracy(self, hidden: torch.Tensor, targets: torch.Tensor) -> float | None:
-        """Count a pass's right tokens; after a step's last pass, the accuracy of the step in all processes.
+        """Count correct tokens of a forward pass; after the last one of a step, give the step's accuracy, else None.
 
         Args:
-            hidden: (batch, columns, hidden_size) last hidden states.
-            targets: (batch, columns), -100 where nothing is counted.
+            hidden: (rows, columns, hidden_size) last hidden states.
+            targets: (rows, columns) token ids, -100 to ignore.
         """
         weight = self.model.get_output_embeddings().weight
-        right = correct_tokens(hidden.to(weight.dtype), weight, targets)
-        self._counts.append(torch.stack([right, (targets != IGNORE_INDEX).sum()]))
+        correct = correct_tokens(hidden.to(weight.dtype), weight, targets)
+        self._counts.append(torch.stack([correct, (targets != IGNORE_INDEX).sum()]))
         if len(self._counts) < self.args.gradient_accumulation_steps:
             return None
         counts, self._counts = torch.stack(self._counts).sum(0), []
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts[None]).sum(0)
-        right, counted = counts.tolist()
-        return right / max(1, counted)
+        correct_count, count = counts.tolist()
+        return correct_count / max(1, count)
 
     def sum_over_batches(self, batches: Sequence[Any], measure: Callable[[Any], torch.Tensor]) -> list[float]:
-        """The sum of what is measured of each batch, shared out among the processes.
+        """Sum a measure over batches, distributed over the processes.
 
         Args:
             batches: at least one.
-            measure: of a batch, numbers (count,) that can be added.
+            measure: gives (count,) numbers of a batch.
         """
         total = torch.zeros((), device=self.args.device)
         for first in range(0, len(batches), self.args.world_size):
             index = first + self.args.process_index
-            # All processes go through the model equally often, as shards of its weights have to come from all.
+            # All processes run the model equally often, since FSDP gathers its weights from all of them.
             total = total + measure(batches[min(index, len(batches) - 1)]) * (index < len(batches))
         if self.args.world_size > 1:
             total = self.accelerator.gather(total[None]).sum(0)
         return [float(number) for number in total]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, with the divergence from a teacher. Streams have no end, so the only epoch is the run."""
+        """Add the divergence from the teacher; the run counts as one epoch, since streams are infinite."""
         if "loss" in logs and self._divergences:
             logs |= {"teacher_loss": sum(self._divergences) / len(self._divergences)}
             self._divergences = []
@@ -155,34 +170,86 @@ class StreamingTrainer(Trainer):
         super()._save_checkpoint(*args, **kwargs)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
-        position = {"recipe": self.recipe} | self.batch_source.state_dict()
+        position = {"recipe": self.frozen_settings} | self.batch_source.state_dict()
         (folder / f"position-{self.args.process_index}.json").write_text(json.dumps(position))
 
 
 class _InfiniteLoader:
-    """Stands where the Trainer wants batches."""
+    """Takes the place of a data loader."""
 
     def __iter__(self) -> Iterator[None]:
         while True:
             yield None
 
 
+class Curriculum(Generic[Stage]):
+    """Stages of training; the next one begins when the running mean of accuracy reaches the stage's threshold.
+
+    Args:
+        stages: at least one pair of a stage and its threshold.
+    """
+
+    def __init__(self, stages: Sequence[tuple[Stage, float]]) -> None:
+        self.stages = list(stages)
+        self.stage_index, self.mean, self.steps = 0, 0.0, 0
+
+    @property
+    def stage(self) -> Stage:
+        """The current stage."""
+        return self.stages[self.stage_index][0]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the current stage is the last one."""
+        return self.stage_index + 1 == len(self.stages)
+
+    def observe(self, accuracy: float) -> None:
+        """Add the training accuracy of a step; the running mean restarts in each stage with its first accuracy.
+
+        Raises:
+            LlamoryError: the accuracy is not from 0 to 1.
+        """
+        if not 0 <= accuracy <= 1:
+            raise LlamoryError(f"An accuracy must be from 0 to 1, not {accuracy}.")
+        self.mean = _DECAY * self.mean + (1 - _DECAY) * accuracy if self.steps else accuracy
+        self.steps += 1
+        if self.steps >= _MIN_STEPS and self.mean >= self.stages[self.stage_index][1] and not self.is_last:
+            self.stage_index, self.steps = self.stage_index + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as JSON values."""
+        return {"at": self.stage_index, "mean": self.mean, "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state.
+
+        Raises:
+            LlamoryError: the state is from more stages.
+        """
+        if not 0 <= state["at"] < len(self.stages):
+            raise LlamoryError(
+                f"The checkpoint is at stage {state['at'] + 1} of its curriculum, but {len(self.stages)} sizes are "
+                "given; give the sizes that the run started with."
+            )
+        self.stage_index, self.mean, self.steps = state["at"], state["mean"], state["steps"]
+
+
 @dataclass(frozen=True)
 class RunContext:
-    """What a run knows before it loads anything.
+    """A run before anything is loaded.
 
     Attributes:
-        settings: of the run.
-        arguments: the Trainer's.
-        checkpoint: where it goes on from, if it does.
-        recipe: what a checkpoint must agree with.
-        position: the checkpoint's place in the data.
+        settings: settings of the run.
+        arguments: the Trainer's arguments.
+        checkpoint: checkpoint to resume from, if any.
+        frozen_settings: settings that must equal the checkpoint's.
+        position: the checkpoint's position in the data.
     """
 
     settings: RunSettings
     arguments: TrainingArguments
     checkpoint: Path | None
-    recipe: dict[str, Any]
+    frozen_settings: dict[str, Any]
     position: dict[str, Any] | None
 
     def train_and_save(
@@ -197,37 +264,34 @@ class RunContext:
         logged_metrics: Sequence[str] = ("loss",),
         **trainer_kwargs: Any,
     ) -> dict[str, Any]:
-        """Train to the end and save.
+        """Train to the end and save the model.
 
         Args:
-            trainer_class: the Trainer.
-            title: what the progress bar is called.
-            model: what is trained.
+            trainer_class: class of the Trainer.
+            title: title of the progress bar.
+            model: the model to train.
             batch_source: its data.
             tokenizer: saved with the model.
-            held_out: what the Trainer has_eval_data on.
-            logged_metrics: logged values whose last ones the result tells.
+            held_out: evaluation data.
+            logged_metrics: metrics whose last logged values are returned.
             trainer_kwargs: further arguments of the Trainer.
 
         Returns:
-            The output folder, steps done, and the last values of what is logged_metrics.
+            The output folder, the number of steps, and the last logged metrics.
         """
         if self.position is not None:
             batch_source.load_state_dict(self.position)
-        progress = RichProgress(title)
-        with user_errors("These settings can't be used"):
-            trainer = trainer_class(
-                model=model,
-                args=self.arguments,
-                eval_dataset=held_out or None,
-                processing_class=tokenizer,
-                callbacks=[WriteManifest()] + ([] if self.settings.quiet else [progress]),
-                batch_source=batch_source,
-                recipe=self.recipe,
-                **trainer_kwargs,
-            )
-        trainer.remove_callback(PrinterCallback)
-        run(trainer, self.checkpoint, progress)
+        make_trainer = partial(
+            trainer_class,
+            model=model,
+            args=self.arguments,
+            eval_dataset=held_out or None,
+            processing_class=tokenizer,
+            batch_source=batch_source,
+            frozen_settings=self.frozen_settings,
+            **trainer_kwargs,
+        )
+        trainer = run(make_trainer, self.settings, self.checkpoint, title)
         result = {
             "output": self.settings.output,
             "steps": trainer.state.global_step,
@@ -239,57 +303,62 @@ class RunContext:
 
 
 def setup_run(settings: RunSettings, *, has_eval_data: bool, ignored_settings: Sequence[str] = ()) -> RunContext:
-    """Look at the output folder, and at the checkpoint that the run goes on from, if any.
+    """Prepare the output folder and find the checkpoint to resume from, if any.
 
     Args:
-        settings: of the run.
-        has_eval_data: whether there is something to evaluate on.
-        ignored_settings: settings that may change when a run goes on.
+        settings: settings of the run.
+        has_eval_data: whether the run evaluates.
+        ignored_settings: further settings that may change when a run resumes.
 
     Raises:
-        LlamoryError: settings, output folder or checkpoint that can't be used.
+        LlamoryError: settings, output folder or checkpoint can't be used.
     """
     arguments = training_arguments(
-        settings, "LongLlamaDecoderLayer", has_eval_data=has_eval_data, ignore_data_skip=True
+        settings,
+        "LongLlamaDecoderLayer",
+        has_eval_data=has_eval_data,
+        arguments_class=SingleDeviceArguments,
+        ignore_data_skip=True,
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process trains on one device: rows that see one another can't be split up
     with arguments.main_process_first(desc="output folder"):
         checkpoint = prepare_output(Path(settings.output), settings.resume or arguments.process_index > 0)
-    recipe = frozen_settings_of(settings, arguments.world_size)
+    frozen_settings = frozen_settings_of(settings, arguments.world_size)
     for name in ignored_settings:
-        recipe.pop(name)
-    position = read_position(checkpoint, recipe) if checkpoint else None
+        frozen_settings.pop(name)
+    position = read_position(checkpoint, frozen_settings) if checkpoint else None
     arguments.eval_on_start = has_eval_data and position is None
     set_seed(settings.seed)
-    return RunContext(settings, arguments, checkpoint, recipe, position)
+    return RunContext(settings, arguments, checkpoint, frozen_settings, position)
 
 
 def frozen_settings_of(settings: RunSettings, world_size: int) -> dict[str, Any]:
-    """What must be the same where a run goes on; also how many streams a step reads, in whatever processes."""
-    fixed_settings = {
-        key: value for key, value in dataclasses.asdict(settings).items() if key not in _CHANGEABLE_SETTINGS
-    }
+    """The settings that can't change when a run resumes, and the number of streams that a step reads."""
+    values = {key: value for key, value in dataclasses.asdict(settings).items() if key not in _CHANGEABLE_SETTINGS}
     streams = {"streams per step (accumulation × processes)": settings.accumulation * world_size}
-    return {_KIND: type(settings).__name__} | fixed_settings | streams
+    return {_KIND: type(settings).__name__} | values | streams
 
 
-def read_position(checkpoint: Path, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The position that a checkpoint holds, with the streams of all processes.
+def read_position(checkpoint: Path, frozen_settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The position in the data that a checkpoint holds, with the streams of all processes.
 
     Raises:
-        LlamoryError: the checkpoint is of another kind of run, or of another recipe.
+        LlamoryError: the checkpoint is from another command, version or settings.
     """
     parts = [json.loads(file.read_text()) for file in sorted(checkpoint.glob("position-*.json"))]
-    if not parts or parts[0]["recipe"][_KIND] != recipe[_KIND]:
-        raise LlamoryError(f"{checkpoint} is a checkpoint of another kind of run; give another output folder.")
-    saved_settings = parts[0].pop("recipe")
-    for key in recipe:
-        # A setting that a later version has added was at its default.
-        if key in saved_settings and saved_settings[key] != recipe[key]:
+    saved = parts[0].pop("recipe") if parts else {}
+    if saved.get(_KIND) != frozen_settings[_KIND]:
+        raise LlamoryError(f"{checkpoint} is a checkpoint of another training command; give another output folder.")
+    if unknown := sorted(saved.keys() - frozen_settings.keys() - {_KIND}):
+        raise LlamoryError(
+            f"{checkpoint} was written by an earlier version with a setting {unknown[0]}, and can't be resumed; give "
+            "another output folder (its model can be loaded as before)."
+        )
+    for key, value in frozen_settings.items():
+        # A setting added by a later version had its default.
+        if key in saved and saved[key] != value:
             raise LlamoryError(
-                f"{checkpoint} is a checkpoint of another recipe: {key} was {saved_settings[key]}, now it is {recipe[key]}; "
-                "give the same settings to go on, or another output folder."
+                f"{checkpoint} was trained with another {key}: {saved[key]}, not {value}; resume with the same settings, "
+                "or give another output folder."
             )
     streams = {number: state for part in parts for number, state in part["streams"].items()}
     return parts[0] | {"streams": streams}

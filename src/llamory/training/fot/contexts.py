@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llamory.errors import LlamoryError
 from llamory.longllama.crossbatch import crossbatch_contexts
-from llamory.training.curriculum import Curriculum
+from llamory.training.streaming import Curriculum
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -20,6 +20,7 @@ from llamory.errors import LlamoryError
 from llamory.longllama.losses import IGNORE_INDEX
 from llamory.models import base as backbone
 from llamory.training.corpus import DocumentStream, Source, make_sources
+from llamory.training.distillation import load_teacher
 from llamory.training.fot.batches import FotBatches
 from llamory.training.fot.contexts import (
     PUBLISHED_CROSSBATCH_SCHEDULES,
@@ -28,12 +29,8 @@ from llamory.training.fot.contexts import (
     embedder,
 )
 from llamory.training.long_models import load_longllama, memory_config_overrides, select_trainable
-from llamory.training.run import (
-    check_settings,
-)
 from llamory.training.settings import FotSettings
 from llamory.training.streaming import StreamingTrainer, setup_run
-from llamory.training.teachers import check_teacher, load_teacher
 
 CURVE_FILE = "curve.json"
 _LOSS_WITH_MEMORY, _LOSS_WITHOUT_MEMORY = "eval_loss", "eval_loss_without_memory"
@@ -200,8 +197,6 @@ def _earlier_chunks(batch_size: int, dataset_packing: int) -> list[list[int]]:
 
 
 def _check(settings: FotSettings) -> ContextSamplingConfig:
-    check_settings(settings, ["dataset_packing", "eval_batches"])
-    check_teacher(settings)
     if settings.steps is None:
         raise LlamoryError("FoT training's data have no end; set steps.")
     if settings.row_length < 2:

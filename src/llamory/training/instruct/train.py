@@ -15,6 +15,7 @@ from llamory.longllama.configuration import DEFAULT_LAST_CONTEXT
 from llamory.longllama.losses import IGNORE_INDEX
 from llamory.models import base as backbone
 from llamory.training.corpus import make_sources
+from llamory.training.distillation import load_teacher
 from llamory.training.fot.contexts import check_negative_weight
 from llamory.training.instruct.batches import (
     FrozenContextBatches,
@@ -25,10 +26,8 @@ from llamory.training.instruct.batches import (
 )
 from llamory.training.instruct.dataset import InstructFormat, Lengths, load_instructions
 from llamory.training.long_models import load_longllama, memory_config_overrides, select_trainable
-from llamory.training.run import check_settings
 from llamory.training.settings import InstructSettings
 from llamory.training.streaming import StreamingTrainer, setup_run
-from llamory.training.teachers import check_teacher, load_teacher
 
 _EVAL = "eval_loss"
 
@@ -145,14 +144,12 @@ class InstructTrainer(StreamingTrainer):
 
 
 def _check(settings: InstructSettings) -> None:
-    check_settings(settings, ["eval_batches"])
     if settings.negatives < 0:
         raise LlamoryError(f"negatives must be at least 0, not {settings.negatives}.")
     if not 0 <= settings.negative_weight_warmup <= 1:
         raise LlamoryError(
             f"negative_weight_warmup must be a share of the steps, from 0 to 1, not {settings.negative_weight_warmup}."
         )
-    check_teacher(settings)
     if settings.frozen_context and (settings.trainable != "memory_projections" or settings.fsdp):
         raise LlamoryError(
             "What is read apart is read without gradient: it needs trainable: memory_projections, and no fsdp."

@@ -12,10 +12,10 @@ from transformers import LlamaForCausalLM
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.losses import teacher_loss
+from llamory.training.distillation import Teacher
 from llamory.training.fot.train import train_fot
 from llamory.training.instruct.train import train_instruct
 from llamory.training.settings import FotSettings, InstructSettings
-from llamory.training.teachers import Teacher
 from training_runs import losses
 
 ROW, ROWS = 16, 8
