@@ -44,7 +44,7 @@ def test_train_llara_names_wrong_settings(llamory, recipe: None, tmp_path: Path)
     ran = llamory("train", "llara", "--config", tmp_path / "run.yaml")
     assert ran == (2, "", f"Error: {tmp_path / 'run.yaml'} has an unknown key, step; did you mean steps?\n")
     wrong = llamory("train", "llara", "--data", "a", "--output", "out", "--steps", "0")
-    assert wrong.err == "Error: steps must be at least 1, not 0.\n"
+    assert wrong.err == "Error: --steps must be at least 1, not 0.\n"
 
 
 def test_train_help_lists_recipes_and_their_flags(llamory, recipe: None) -> None:
@@ -59,7 +59,7 @@ def test_train_help_lists_recipes_and_their_flags(llamory, recipe: None) -> None
 def test_train_retriever_trains_on_pairs(llamory, model_folder: Path, tmp_path: Path) -> None:
     data, run = tmp_path / "pairs.jsonl", tmp_path / "run"
     data.write_text("".join(f'{{"query": "q {i}", "pos": ["p {i}"], "neg": ["n {i}"]}}\n' for i in range(8)))
-    flags = ("--batch-size", 4, "--passage-length", 120, "--matryoshka", 8, "--matryoshka", 16, "--cpu", "--quiet")
+    flags = ("--batch-size", 4, "--max-passage-length", 120, "--matryoshka", 8, "--matryoshka", 16, "--cpu", "--quiet")
     ran = llamory("train", "retriever", "--model", model_folder, "--data", data, "--output", run, *flags, "--json")
     told = json.loads(ran.out)
     assert (ran.code, ran.err) == (0, "")

@@ -199,7 +199,7 @@ def test_settings_that_cannot_be_are_refused(settings, changes, sentence):
         train_instruct(settings(**changes))
 
 
-# ---- frozen_context ---------------------------------------------------------------------------------------------------------
+# ---- frozen_context --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

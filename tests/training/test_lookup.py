@@ -128,14 +128,14 @@ def test_it_learns_and_a_killed_run_goes_on_with_the_same_bits(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"sizes": []}, "sizes: Value should have at least 1 item"),
+        ({"sizes": []}, "sizes is invalid: Value should have at least 1 item"),
         ({"sizes": [4, 2]}, "from small to large"),
         ({"lines": [5]}, "lines must be below"),
         ({"advance_at_accuracy": 1.5}, "advance_at_accuracy must be at most 1"),
         ({"mem_layer": 2}, "names layer 2"),
         ({"heads": 3}, "heads must divide hidden_size"),
         ({"row_length": 4}, "A dictionary needs"),
-        ({"steps": None}, "steps: .*valid integer"),
+        ({"steps": None}, "steps is invalid: .*valid integer"),
         ({"confusable": 0.5}, "Confusable documents need"),
         ({"confusable": 2.0}, "confusable must be at most 1"),
     ],

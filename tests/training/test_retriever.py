@@ -245,7 +245,7 @@ def test_settings_and_data_that_cannot_be_are_refused(settings, tmp_path):
     for changes, sentence in [
         ({"temperature": 0.0}, "temperature must be greater than 0"),
         ({"group_size": 0}, "group_size must be at least 1"),
-        ({"mine": 3, "mine_skip": 5, "mine_depth": 6}, "mine_depth must be at least 8"),
+        ({"mine": 3, "mine_skip": 5, "mine_depth": 6}, "mine_depth must be at least mine_skip . mine, 8, not 6"),
         ({"fsdp": True}, "fsdp"),
         ({"scheduler": "sideways"}, "sideways"),
         ({"matryoshka": [64]}, "from 1 to the model's 32, not 64"),
@@ -253,7 +253,7 @@ def test_settings_and_data_that_cannot_be_are_refused(settings, tmp_path):
         ({"lora": True, "lora_targets": ["no_such_layer"]}, "no_such_layer"),
         ({"data": [str(lone)]}, "No batch can be made of 1 queries"),
         ({"data": [str(scored)], "distill": "margin_mse"}, r"scored\.jsonl:5: distill needs"),
-        ({"data": [str(scored)], "distill": "kl", "mine": 1}, "Mined negatives have no teacher's scores"),
+        ({"data": [str(scored)], "distill": "kl", "mine": 1}, "Mined negatives have no teacher scores"),
         ({"distill": "kl", "group_size": 1}, "group_size to at least 2"),
         ({"data": [str(tmp_path / "nowhere")]}, "nowhere"),
         ({"model": str(tmp_path / "nowhere")}, "nowhere"),
@@ -284,6 +284,6 @@ def test_recipes_hold_settings_that_can_be(recipe, tmp_path):
     _arguments(read)
     if recipe == "retriever_paper":  # the command in the README of research/LLARA, and its finetune/arguments.py
         published = (3e-4, 1.0, 16, 0.01, 64, 160, 0.1, True, True, 64, 16.0, 0.1)
-        names = "learning_rate epochs group_size temperature max_query_length max_passage_length warmup share_negatives lora"
-        names += " lora_rank lora_alpha lora_dropout"
+        names = "learning_rate epochs group_size temperature max_query_length max_passage_length warmup share_negatives"
+        names += " lora lora_rank lora_alpha lora_dropout"
         assert tuple(getattr(read, name) for name in names.split()) == published

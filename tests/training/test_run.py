@@ -61,10 +61,9 @@ def test_an_output_folder_in_use_is_refused_with_what_to_do(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_recognised_by_the_error_number(tmp_path, monkeypatch, number):
-    try:
+    with pytest.raises(RuntimeError) as raised:
         raise RuntimeError("some words") from OSError(number, "other words")
-    except RuntimeError as error:
-        assert is_disk_full(error, tmp_path)
+    assert is_disk_full(raised.value, tmp_path)
     assert not is_disk_full(OSError(errno.EACCES, "not allowed"), tmp_path)
     unexplained = RuntimeError("[enforce fail at inline_container.cc:672]")
     assert not is_disk_full(unexplained, tmp_path)

@@ -48,8 +48,8 @@ def test_a_value_out_of_bounds_is_one_sentence(kind, name, value, sentence):
         ({"bow_weighting": "odd"}, "bow_weighting must be 'fixed' or 'learned', not 'odd'."),
         ({"losses": ["ar", "odd"]}, "losses must name at least one of ar, summarize, predict, not ['ar', 'odd']."),
         ({"streaming": True}, "Streamed data has no known length; set steps."),
-        ({"batch_size": "many"}, "batch_size: Input should be a valid integer"),
-        ({"no_such_setting": 1}, "no_such_setting: "),
+        ({"batch_size": "many"}, "batch_size is invalid: Input should be a valid integer"),
+        ({"no_such_setting": 1}, "no_such_setting is invalid: "),
     ],
 )
 def test_other_wrong_values_are_named(changes, sentence):

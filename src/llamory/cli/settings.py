@@ -81,6 +81,8 @@ def read_settings(settings_class: type[Settings], file: Path | None, overrides: 
     """
     from pydantic import TypeAdapter, ValidationError
 
+    from llamory.training.settings import describe_problem
+
     fields = _fields(settings_class)
     values = _file_values(file, fields) if file else {}
     values |= {
@@ -95,9 +97,8 @@ def read_settings(settings_class: type[Settings], file: Path | None, overrides: 
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""
         if key in fields:
-            message = f"{first['msg'].removeprefix('Value error, ').rstrip('.')}, not {first['input']!r}"
             where = _flag(key) if key in overrides else f"{key} in {file}"
-            raise LlamoryError(f"{where}: {message}.") from error
+            raise LlamoryError(f"{where} {describe_problem(first)}.") from error
         raise LlamoryError(first["msg"].removeprefix("Value error, ")) from error
 
 

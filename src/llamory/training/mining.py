@@ -69,8 +69,8 @@ def _mine(pairs: Pairs, embedder: SentenceTransformer, settings: RetrieverSettin
         mined.setdefault(query, {})[negative] = None
     if not mined:
         raise LlamoryError(
-            "No hard negatives were found: all documents score too close to the positive. Set a lower mine_margin (-1 for "
-            "none), or mine to 0."
+            "No hard negatives were found: all documents score too close to the positive. Set a lower mine_margin (-1 "
+            "for none), or mine to 0."
         )
     return {query: list(negatives) for query, negatives in mined.items()}
 

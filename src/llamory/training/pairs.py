@@ -159,7 +159,7 @@ def _beir_examples(data: BeirDataset, texts: Mapping[str, str]) -> Iterable[Exam
             if name not in texts:
                 location = data.locations[query, name]
                 raise LlamoryError(f"{location}: there is no {name!r} in {CORPUS}; mend or remove the line.")
-        # BEIR's corpora have a few documents without any text; there is nothing to learn from those.
+        # A few documents in BEIR corpora have no text.
         positives = tuple(texts[name] for name, score in scores.items() if score > 0 and texts[name])
         negatives = tuple(texts[name] for name, score in scores.items() if score <= 0 and texts[name])
         if positives and data.queries[query].strip():
@@ -185,7 +185,7 @@ def _without_false_negatives(example: Example, answers: set[str]) -> Example:
     )
 
 
-# ---- lines of JSONL --------------------------------------------------------------------------------------------------------
+# ---- lines of JSONL --------------------------------------------------------------------------------------------------
 
 
 def _example(entry: dict[str, Any]) -> Example:
@@ -228,7 +228,7 @@ def _scores(entry: dict[str, Any], field: str, texts: str, count: int) -> tuple[
     return tuple(map(float, values))
 
 
-# ---- batches ----------------------------------------------------------------------------------------------------------
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 def negative_names(group_size: int) -> list[str]:
@@ -298,7 +298,7 @@ class GroupDataset(Dataset[dict[str, Any]]):
         candidates = found or [text for text in documents if text not in excluded]
         if not candidates:
             raise LlamoryError(
-                f"{example.location}: the query has no negatives and all other queries' negatives answer it; add a `neg`."
+                f"{example.location}: the query has no negatives and all other queries' negatives answer it; add `neg`."
             )
         while len(found) < count:
             found.append(rng.choice(candidates))

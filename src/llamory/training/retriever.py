@@ -282,8 +282,8 @@ def _lengths(embedder: SentenceTransformer, settings: RetrieverSettings) -> dict
         prompt = embedder.preprocess([""], task=task)["input_ids"].shape[-1]
         if length is not None and length <= prompt:
             raise LlamoryError(
-                f"A length of {length} tokens leaves no room for a {task}, since its prompt has {prompt}; choose a larger "
-                f"max_{'query' if task == 'query' else 'passage'}_length."
+                f"A length of {length} tokens leaves no room for a {task}, since its prompt has {prompt}; choose a "
+                f"larger max_{'query' if task == 'query' else 'passage'}_length."
             )
     return {task: length for task, length in lengths.items() if length is not None}
 

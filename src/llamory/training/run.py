@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 from llamory.common.io import write_json
 from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
-from llamory.models.devices import pick_device
+from llamory.models.device import pick_device
 from llamory.training.settings import AdaptSettings, RunSettings
 
 SETTINGS_FILE = "llamory.json"

@@ -1,4 +1,4 @@
-"""Settings of the training commands: each field is a flag and a YAML key with a type, a default, bounds and a help text.
+"""Settings of the training commands: each field is a flag and a YAML key with type, default, bounds and help text.
 
 Values are checked when settings are made. This module imports no torch, so that help pages stay fast.
 """
@@ -6,6 +6,7 @@ Values are checked when settings are made. This module imports no torch, so that
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
@@ -34,13 +35,13 @@ _BOUNDS = {
 
 def _increasing(values: list[int]) -> list[int]:
     if values != sorted(set(values)):
-        raise ValueError(f"must increase from small to large, not {values}")
+        raise ValueError("must increase from small to large")
     return values
 
 
 def _known_losses(values: list[str]) -> list[str]:
     if not values or not set(values) <= set(LLARA_LOSSES):
-        raise ValueError(f"must name at least one of {', '.join(LLARA_LOSSES)}, not {values}")
+        raise ValueError(f"must name at least one of {', '.join(LLARA_LOSSES)}")
     return values
 
 
@@ -67,17 +68,21 @@ def _settings(cls: Class) -> Class:
 def _sentence(error: ValidationError) -> str:
     """The first problem of a validation as one sentence."""
     first = error.errors()[0]
-    context = first.get("ctx", {})
     if not first["loc"]:  # a check of several fields together
-        return str(context["error"])
-    name = str(first["loc"][0])
-    if first["type"] == "value_error":
-        return f"{name} {context['error']}."
-    if first["type"] == "missing":
-        return f"{name} must be given."
-    if first["type"] in _BOUNDS:
-        return f"{name} must be {_BOUNDS[first['type']].format(**context)}, not {first['input']!r}."
-    return f"{name}: {first['msg']}."
+        return str(first["ctx"]["error"])
+    return f"{first['loc'][0]} {describe_problem(first)}."
+
+
+def describe_problem(error: Mapping[str, Any]) -> str:
+    """What is wrong with a value, to follow the name of its setting; `error` is one of pydantic's error entries."""
+    context = error.get("ctx", {})
+    if error["type"] == "value_error":
+        return f"{context['error']}, not {error['input']!r}"
+    if error["type"] == "missing":
+        return "must be given"
+    if error["type"] in _BOUNDS:
+        return f"must be {_BOUNDS[error['type']].format(**context)}, not {error['input']!r}"
+    return f"is invalid: {error['msg']}"
 
 
 def _setting(default: Any, help: str) -> Any:

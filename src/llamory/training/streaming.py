@@ -357,8 +357,8 @@ def read_position(checkpoint: Path, frozen_settings: Mapping[str, Any]) -> dict[
         # A setting added by a later version had its default.
         if key in saved and saved[key] != value:
             raise LlamoryError(
-                f"{checkpoint} was trained with another {key}: {saved[key]}, not {value}; resume with the same settings, "
-                "or give another output folder."
+                f"{checkpoint} was trained with another {key}: {saved[key]}, not {value}; resume with the same "
+                "settings, or give another output folder."
             )
     streams = {number: state for part in parts for number, state in part["streams"].items()}
     return parts[0] | {"streams": streams}
