@@ -1,20 +1,18 @@
-"""How soon does an answer begin: all documents in the prompt, read into memory, or their memories mounted?
+"""Time to first token: all documents in the prompt, encoded into memory, or attached from memory files.
 
     python benchmarks/ask.py [--json FILE] [--num-documents 10] [--tokens 4000] [--lengths 1000 4000 16000]
 
-Time to first token of one question over so many documents of so many tokens (source text of the standard library), in
-one run, without loading the models:
+One question about some documents of equal length (source text of the standard library), without the time to load a
+model:
 
 (a) stock: the stock model with all text in its prompt and its full cache;
-(b) reading: ours, with nothing in memory: every document is read, its memory is written down, then the answer begins;
-(c) mounting: ours, with the memories in their files: from the disk (the files are put out of the system's cache first),
-    from the system's cache (a new process's first question), and open (a process's next question).
+(b) reading: nothing is in memory; every document is encoded, its memory is written, then the answer begins;
+(c) mounting: the memory files exist: "disk" (dropped from the page cache), "cache" (in the page cache, first question
+    of a process) and "open" (a later question of the process).
 
-(b) and (c) read memory exactly; then both again with pages, for documents of each of `--lengths`. The goals: (c) at
-least 20 times faster than (a); with pages, from the shortest to the longest documents, within a factor of 1.5.
-
-Every way has a process of its own. (c) is repeated and its median given. The time goes from the question to the first
-token: the documents' passages looked up, their memories mounted, the question's tokens through the model.
+(b) and (c) use exact search, then pages with documents of each of `--lengths`. Goals: (c) at least 20 times faster than
+(a); with pages, a factor of at most 1.5 between the shortest and the longest documents. Each case has its own process;
+(c) gives the median of some repeats.
 """
 
 from __future__ import annotations
@@ -35,22 +33,22 @@ from typing import Any
 
 import torch
 
+from harness import available_memory, in_child, processor
 from llamory.documents import Chunk
-from measuring import available_memory, in_child, processor
 
 QUESTION = "Which function reads the lines of a file, and what does it return?"
 PASSAGE_LINES = 20
-UNLIMITED = 1 << 50  # mapped files count as a process's own memory
+UNLIMITED = 1 << 50  # mapped files count as resident memory
 
 
 class StubLibrary:
-    """The least that questions need of a library: passages by source.
+    """What questions need of a library: passages by source.
 
     Args:
-        path: where memories go.
+        path: folder of the memory files.
         tokens: of each document.
-        count: how many documents.
-        model: whose tokens.
+        count: number of documents.
+        model: whose tokenizer counts.
     """
 
     def __init__(self, path: str, tokens: int, count: int, model: str):
@@ -70,7 +68,7 @@ class StubLibrary:
 
 
 def texts(tokens: int, count: int, model: str) -> list[str]:
-    """Different stretches of the standard library's source text, each of so many tokens."""
+    """Different parts of the standard library's source text, each of `tokens` tokens."""
     from llamory.models.base import load_tokenizer
 
     tokenizer, wanted, found = load_tokenizer(model), count * tokens, list[int]()
@@ -100,7 +98,7 @@ def stock(model: str, tokens: int, count: int) -> dict[str, Any]:
 
 
 def reading(model: str, tokens: int, count: int, folder: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """(b): nothing is in memory yet; leaves the memories behind for (c)."""
+    """(b): nothing is in memory yet; the written memory files serve (c)."""
     source = _source(_reader(model, settings), StubLibrary(folder, tokens, count, model), settings)
     answer = _ask(source)
     size = source.reader.memory_cache.nbytes
@@ -110,16 +108,16 @@ def reading(model: str, tokens: int, count: int, folder: str, settings: dict[str
 def mounting(
     model: str, tokens: int, count: int, folder: str, settings: dict[str, Any], cache_state: str, repeats: int
 ) -> dict[str, Any]:
-    """(c): all memories are there. `cache_state` is "disk", "cache" or "open"."""
+    """(c): all memory files exist. `cache_state` is "disk", "cache" or "open"."""
     reader, library = _reader(model, settings), StubLibrary(folder, tokens, count, model)
-    # The model's own first pass takes longer than any later one; no document is in it.
+    # The first pass of a model is slower; exclude it.
     reader.model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=1, do_sample=False, pad_token_id=0)
     source, found = _source(reader, library, settings), []
     if cache_state == "open":
         _ask(source)
     for _ in range(repeats):
         if cache_state != "open":
-            del source  # what is mapped stays in the system's cache
+            del source  # mapped files stay in the page cache
             gc.collect()
             if cache_state == "disk":
                 drop_page_cache(Path(folder))
@@ -136,7 +134,7 @@ def mounting(
 
 
 def drop_page_cache(folder: Path) -> None:
-    """Put all files of a folder out of the system's cache."""
+    """Drop all files of a folder from the page cache."""
     for path in folder.rglob("*.safetensors*"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -170,7 +168,7 @@ def _ask(source: Any) -> Any:
 
 
 def main() -> None:
-    """Measure all ways and print a table."""
+    """Measure all cases and print a table."""
     options = _options()
     machine = f"{processor()}, {options.threads} threads, torch {torch.__version__}"
     command = f"python benchmarks/{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip()
@@ -225,7 +223,7 @@ def _print(row: dict[str, Any]) -> None:
 
 
 def _spread(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """With pages: time over the longest documents by time over the shortest, for each cache_state."""
+    """With pages: the time for the longest documents over that for the shortest, for each cache state."""
     spread = {}
     for way in dict.fromkeys(row["way"] for row in rows if row["way"].startswith("(c) mounting, pages")):
         times = {row["tokens_each"]: row["median"] for row in rows if row["way"] == way and "median" in row}

@@ -1,11 +1,10 @@
-"""Does an answer cite the passage that it should? By what question and answer draw, and by the plain sum of attention.
+"""Rank of the correct passage in an answer's citations: by baseline-corrected attention and by plain attention.
 
     python benchmarks/citations.py [--json FILE] [--model base]
 
-Three short documents of three passages each, and sixteen questions that one passage answers. All documents are mounted;
-for each question it is said which place the right passage has among the nine, by the share of attention that was drawn
-(what is cited) and by the plain share of the answer's attention. It is also said how much of all attention to memory
-the first token of each document gets.
+Three short documents of three passages each are in memory, and each of sixteen questions is answered by one passage.
+The table has the rank of that passage among the nine, by `share` (the citations) and by the plain sum of attention, and
+the fraction of all attention to memory that goes to the first token of each document.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from pathlib import Path
 
 import torch
 
+from harness import processor
 from llamory.documents import Chunk
 from llamory.library.qa import LibrarySource
 from llamory.library.reader import ReaderConfig
 from llamory.qa.attribution import AttentionRecorder
-from measuring import processor
 
 DOCUMENTS = {
     "bridge": (
@@ -66,7 +65,7 @@ QUESTIONS = [
 
 
 class StubLibrary:
-    """The least that questions need of a library."""
+    """What questions need of a library."""
 
     def __init__(self, path: str):
         self.path = path
@@ -85,7 +84,7 @@ class StubLibrary:
 
 
 class FirstTokenRecorder(AttentionRecorder):
-    """Also says which share of the answer's attention the documents' first tokens got."""
+    """Also records the fraction of the answer's attention on the documents' first tokens."""
 
     shares: list[float] = []
 
@@ -140,7 +139,7 @@ def main() -> None:
 
 
 def _rank(right: str, ranking: list[str]) -> int:
-    """From 1; one that isn't cited at all comes last."""
+    """Rank from 1; a passage that isn't cited comes last."""
     return ranking.index(right) + 1 if right in ranking else sum(map(len, DOCUMENTS.values()))
 
 

@@ -1,12 +1,11 @@
-"""What does cross-batch attention cost, against the published method on the same inputs?
+"""Speed and memory of cross-batch attention, compared with the published method on the same inputs.
 
     python benchmarks/crossbatch.py [--json FILE] [--contexts 1 2 4 8] [--tokens 2048]
 
-Forward and backward of one memory layer's attention, in float32 and bfloat16: (a) as the published code computes it,
-keys and values of the rows that a row sees gathered into a copy of its own and all scores held; (b) llamory_attention. Every row
-sees as many others, so the batch has one row more than contexts. Each measurement has a process of its own, and
-repeats alternate. Memory is what is resident at most above the inputs; "keys and values" is the size of those of the
-whole batch with their gradients, which is what may grow with the number of contexts.
+Forward and backward pass of one memory layer's attention, in float32 and bfloat16: (a) as published, with keys and
+values of the visible rows gathered into a copy per row and all scores in memory; (b) `cross_batch_attention`. The batch
+has one row more than contexts. Each measurement has its own process, and the methods alternate. Memory is the peak
+resident size above the inputs; "keys and values" is the size of those of the whole batch with their gradients.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from harness import GIB, Peak, available_memory, in_child, processor
 from llamory.longllama.crossbatch import cross_batch_attention
-from measuring import GIB, Peak, available_memory, in_child, processor
 
 HEADS, HEAD_DIM = 2, 64
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-GOALS = (2.0, 0.2)  # times faster, share of the extra memory, at the most contexts
+GOALS = (2.0, 0.2)  # speed-up, and fraction of the memory, at the largest number of contexts
 
 
 def published_attention(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, contexts: Tensor
 ) -> Tensor:
-    """Scores of each row over its own context and a copy of those that it sees, in one softmax."""
+    """Scores of each row over its own context and a copy of the visible rows, in one softmax."""
     seq, dim = query.shape[2:]
     query, local = apply_rotary_pos_emb(query, key, cos, sin)
     keys = torch.cat([local[:, None], key[contexts]], 1)
@@ -57,7 +56,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {"published": published_attention, "
 
 
 def inputs(contexts: int, tokens: int, dtype: str) -> tuple[list[Tensor], tuple[Tensor, Tensor], Tensor]:
-    """Query, key and value with gradients, cosine and sine, and (batch, contexts) rows that are seen."""
+    """Query, key and value with gradients, cosine and sine, and visible rows (batch, contexts)."""
     batch = contexts + 1
     torch.manual_seed(0)
     parts = [torch.randn(batch, HEADS, tokens, HEAD_DIM, dtype=DTYPES[dtype]).requires_grad_() for _ in range(3)]
@@ -68,7 +67,7 @@ def inputs(contexts: int, tokens: int, dtype: str) -> tuple[list[Tensor], tuple[
 
 
 def measure(method: str, contexts: int, tokens: int, dtype: str) -> dict[str, Any]:
-    """Seconds of a forward and backward pass, bytes taken, and the output's norm and the gradients'."""
+    """Seconds of a forward and backward pass, peak bytes, and norms of the output and the gradients."""
     parts, rotary, others = inputs(1, 64, dtype)
     METHODS[method](*parts, *rotary, others).sum().backward()
     parts, rotary, others = inputs(contexts, tokens, dtype)
@@ -81,7 +80,7 @@ def measure(method: str, contexts: int, tokens: int, dtype: str) -> dict[str, An
 
 
 def compare(contexts: int, tokens: int, dtype: str, repeats: int, threads: int, memory: int) -> dict[str, Any]:
-    """Both ways in turn."""
+    """Measure both methods in turns."""
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
     for _ in range(repeats):
         for method in METHODS:
@@ -107,7 +106,7 @@ def compare(contexts: int, tokens: int, dtype: str, repeats: int, threads: int, 
 
 
 def print_row(row: dict[str, Any]) -> None:
-    """A line of the table."""
+    """Print a row of the table."""
     line = f"{row['dtype']:9} {row['contexts']:3} x {row['tokens']:,}"
     for method in METHODS:
         result = row[method]

@@ -1,15 +1,14 @@
-"""Texts per second that become vectors: llamory beside Sentence Transformers encoding the same model plainly.
+"""Texts per second: llamory compared with Sentence Transformers encoding the same model.
 
     python benchmarks/encode.py [--json docs/results/encode.json] [--model FOLDER] [--num-texts 256] [--rounds 5]
 
-Both take the same list of texts and the same LLARA model in float32 (by default the packaged base model with slot
-tokens that were never trained: what it takes to compute them is the same), in one process, in turns; Sentence
-Transformers as its documentation does it, `encode_document(texts)`. A round times each once; shown are the
-medians, and the median of the rounds' ratios. The largest difference between the two's vectors is shown too.
-`kernels`: llamory with the matrix products that torch chooses by itself.
+Both encode the same texts with the same LLARA model in float32 (by default the packaged base model with untrained slot
+tokens, which has the same cost), in one process, in turns; Sentence Transformers by `encode_document(texts)`. A round
+times each once; the table has the medians, the median of the rounds' ratios, and the largest difference between the
+vectors. `kernels`: llamory with the matrix products that torch selects by itself.
 
-- equal: pieces of Python's standard library of exactly so many tokens, prompt and slots not counted.
-- passages: what a library indexes of the standard library, at most 256 tokens each.
+- equal: parts of Python's standard library of equal length, without prompt and slots.
+- passages: the standard library as a library chunks it, at most 256 tokens each.
 - functions: whole functions, classes and statements of the standard library, up to the model's 512 tokens.
 """
 
@@ -33,8 +32,8 @@ from unittest import mock
 import numpy as np
 import torch
 
+from harness import processor
 from llamory.embedding.encoder import chunk_tokenizer, embed_passages
-from measuring import processor
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

@@ -1,15 +1,14 @@
-"""Facts that are stated once in many mounted documents: how many questions about them are answered right.
+"""Answers to questions about facts that are stated once in many documents.
 
     python benchmarks/facts.py TEXTS [TEXTS ...] [--model reader] [--num-documents 100] [--num-questions 100]
-        [--mem-search pages] [--only WAY ...] [--json FILE]
+        [--mem-search pages] [--only NAME ...] [--json FILE]
 
-Each document of real text gets one sentence with a number, a name, a date or a sentence in it. Asked for it are the
-reader with all documents mounted, each read by itself as a library reads them, which answers from those that make the
-question likeliest (`evidence_ratio`, as `llamory ask` does), or from all at once; the reader with one document of all the texts;
-a library of all of them, which finds some by the packaged retriever and mounts those; the stock base model with the
-right document in its prompt; and the stock model with as many documents in its prompt as its context takes. An answer
-that contains_key the secret's words is right. All in bfloat16 (the library's reader in float32). What FILE has already isn't
-asked again.
+Each document of real text has one sentence with a number, a name, a date or a sentence. Compared are: the reader with
+all documents in memory, each encoded by itself, which selects evidence by `evidence_ratio` as `llamory ask` does, or
+uses all of it; the reader with all texts as one document; a library, which attaches the documents that the packaged
+retriever finds; the stock base model with the right document in its prompt; and the stock model with as many documents
+in its prompt as its context holds. An answer with the secret's words is correct. All in bfloat16 (the library's reader
+in float32). Answers that FILE already has are kept.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ ANSWER_TOKENS = 40
 
 @dataclass
 class Case:
-    """A document with a fact in it, and what is asked."""
+    """A document with a fact, and the question about it."""
 
     text: str
     question: str
@@ -66,13 +65,13 @@ class Case:
 
 
 def contains_key(answer: str, key: str) -> bool:
-    """Whether an answer has a secret's words, one after the other."""
+    """Whether an answer has a secret's words in sequence."""
     found, wanted = (re.findall(r"\w+", text.casefold()) for text in (answer, key))
     return any(found[i : i + len(wanted)] == wanted for i in range(len(found)))
 
 
 def cases(texts: list[Path], number: int, size: int) -> list[Case]:
-    """Documents of about so many characters, each with a fact of its own."""
+    """Documents of about `characters` characters, each with a fact."""
     rng, cases_made = random.Random(0), []
     kinds = list(WAYS)
     for path in find_files(texts):
@@ -100,7 +99,7 @@ def memory_answers(
     settings: dict[str, Any],
     evidence_ratio: float = DEFAULT_EVIDENCE_RATIO,
 ) -> list[str]:
-    """Answers to what is asked, with all texts in memory, each read by itself."""
+    """Answers with all texts in memory, each encoded by itself."""
     model, tokenizer = load_long_model(name, dtype=torch.bfloat16, **settings), load_tokenizer(name)
     memory = model.new_memory()
     for number, text in enumerate(texts):
@@ -121,12 +120,12 @@ def memory_answers(
                 generator.prompt(case.question).ids, model.memory_cache(evidence), generation_settings
             ).text
         )
-    sys.stdout.write(f"{selection_seconds / len(asked):.2f} s to choose what a question is about\n")
+    sys.stdout.write(f"{selection_seconds / len(asked):.2f} s per question to select evidence\n")
     return answers
 
 
 def prompt_answers(name: str, documents: list[Case], questions: int, *, everything: bool) -> list[str]:
-    """Answers of the stock model with the right document in its prompt, or with all that its context takes."""
+    """Answers of the stock model with the right document in its prompt, or with as many as fit."""
     model, tokenizer = load_model(name, dtype=torch.bfloat16), load_tokenizer(name)
     max_prompt_tokens = model.config.max_position_embeddings - 2 * ANSWER_TOKENS - 100
     whole = ""
@@ -143,7 +142,7 @@ def prompt_answers(name: str, documents: list[Case], questions: int, *, everythi
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][:, -max_prompt_tokens:]
         if everything and not known:
-            known = ids.shape[1] - 80  # what all prompts share is read once
+            known = ids.shape[1] - 80  # the common prefix of the prompts is encoded once
             with torch.no_grad():
                 model(ids[:, :known], past_key_values=cache, logits_to_keep=1)
         found = model.generate(
@@ -158,7 +157,7 @@ def prompt_answers(name: str, documents: list[Case], questions: int, *, everythi
 
 
 def library_answers(name: str, documents: list[Case], questions: int, top: int) -> list[str]:
-    """Answers about the first documents, with those in memory that the packaged retriever finds for each question."""
+    """Answers about the first documents, from those that the packaged retriever finds."""
     with tempfile.TemporaryDirectory() as folder:
         texts = Path(folder) / "texts"
         texts.mkdir()
@@ -166,12 +165,12 @@ def library_answers(name: str, documents: list[Case], questions: int, top: int) 
             (texts / f"{number}.txt").write_text(case.text, encoding="utf-8")
         library = Library(Path(folder) / "library", "default", bf16=True, reader=name)
         library.add(texts, progress=False)
-        generation_settings = {"top": top, "citations": 0, "max_new_tokens": ANSWER_TOKENS}
+        generation_settings = {"top_documents": top, "citations": 0, "max_new_tokens": ANSWER_TOKENS}
         return [library.ask(case.question, **generation_settings).text for case in documents[:questions]]
 
 
 def main() -> None:
-    """Ask, print, write."""
+    """Ask all questions, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path, nargs="+")
     parser.add_argument("--model", default="reader")
@@ -227,7 +226,7 @@ def main() -> None:
 
 
 def known(file: Path | None, about: dict[str, Any]) -> dict[str, list[str]]:
-    """The answers that an earlier call has written."""
+    """The answers of an earlier call."""
     if file is None or not file.exists():
         return {}
     saved = json.loads(file.read_text(encoding="utf-8"))
@@ -237,7 +236,7 @@ def known(file: Path | None, about: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def accuracy_by_kind(answers: list[str], asked: list[Case]) -> dict[str, float]:
-    """The share of right answers, of all and of each kind."""
+    """The fraction of correct answers, of all and of each kind."""
     right = [(case.kind, contains_key(answer, case.key)) for answer, case in zip(answers, asked, strict=True)]
     by_kind = {kind: [ok for one, ok in right if one == kind] for kind in WAYS}
     return {"all": sum(ok for _, ok in right) / len(right)} | {kind: sum(ok) / len(ok) for kind, ok in by_kind.items()}

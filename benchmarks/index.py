@@ -1,18 +1,18 @@
-"""What a library's table costs: time, disk and memory to index and to search, beside Faiss flat.
+"""Time, disk and memory to index and search a library's table, compared with Faiss flat.
 
     python benchmarks/index.py [--json docs/results/index.json] [--passages 100000] [--dimension 576] [--queries 100]
 
-Vectors are made up (256 clusters with noise, normalised), so that no model is timed; texts are pieces of Python's
-standard library. Every step runs in a fresh process, whose resident memory at its highest is read, above what it was
-before. Answers are compared with the exact best ten, found by plain multiplication.
+Vectors are synthetic (256 clusters with noise, normalised), so no model is timed; texts are parts of Python's standard
+library. Each step has its own process, whose peak resident memory is measured above its start. Results are compared
+with the exact ten best.
 
-- llamory: passages are written as `Library.add` does, 64 to a commit, with the look-up of texts that are there already,
-  and the index of words is made in the end.
-- with ANN: an index of vectors added to the same table with LanceDB's own means, one row per kind.
-- Faiss flat: the vectors alone, in memory, then in a file; no texts, no sources, no words, nothing to update or filter.
+- llamory: passages are written as by `Library.add`, 64 per commit, with the look-up of existing texts; the index of
+  words is made at the end.
+- with ANN: an index of vectors added to the same table with LanceDB, one row per kind.
+- Faiss flat: only the vectors, in memory, then in a file; no texts, sources or words, nothing to update or filter.
 
 Search times are medians of single queries, one after the other, in a process that has searched before; `first` is the
-first search of a new process, with the opening of the table or the file but without imports.
+first search of a new process, including the opening of the table or file, without imports.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from measuring import GIB, Peak, available_memory, in_child, processor
+from harness import GIB, Peak, available_memory, in_child, processor
 
 BATCH = 64
 PASSAGES_PER_DOCUMENT = 8

@@ -1,11 +1,10 @@
-"""How fast and how lean is a LLARA training step, beside a plain one that does what the published code does?
+"""Speed and memory of a LLARA training step, compared with a plain step that does what the published code does.
 
     python benchmarks/llara_step.py [--json FILE] [--profile]
 
-Both steps (forward and backward) run on the same weights and inputs, alternating, in one process; each case prints the
-medians of real tokens per second, their ratio, and the losses of both. Peak memory is read in a fresh process per step:
-resident memory slot_positions its highest during a step, above the loaded model. The floor is the time that the step's matrix
-products would take slot_positions the rate measured in the same run.
+Both steps (forward and backward pass) have the same weights and inputs and alternate in one process; each case prints
+the medians of real tokens per second, their ratio, and both losses. Peak memory is measured in a new process per step,
+above the loaded model. The floor is the time of the step's matrix products at the rate measured in the same run.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import argparse
 import contextlib
 import json
 import multiprocessing
-import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from harness import processor, status_bytes
 from llamory.llara import LlaraTemplate, PreLlamaModel
 
 PASSAGE_TOKENS = 1024
@@ -208,12 +207,6 @@ def compare(case: Case, repeats: int) -> dict:
     }
 
 
-def status_bytes(key: str) -> int:
-    """A value of /proc/self/status, such as VmHWM, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
 def measure_peak_memory(kind: str, case: Case, queue: multiprocessing.Queue) -> None:
     """Peak resident memory of a step above the loaded model, in a process of its own."""
     plain, ours = make_models(replace(case, checkpointing=False))
@@ -270,15 +263,6 @@ def profile_step(case: Case) -> dict[str, float]:
         group = next((g for g, names in GROUPS.items() if event.key.startswith(names)), "everything else")
         shares[group] += event.self_cpu_time_total / total
     return shares
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.machine()
 
 
 def main() -> None:

@@ -1,22 +1,21 @@
-"""How fast and how lean is a long memory: the published method, ours, and a plain LLaMA that keeps everything?
+"""Speed and memory of attention to a long memory: the published method, llamory, and a plain LLaMA with a full cache.
 
     python benchmarks/memory_attention.py [--json FILE] [--only WORDS] [--lengths 4096 16384]
 
-All ways run on the same weights in float32: (a) the published code's method, its default and its SDPA variant
-(`published_way.py`, memory in bfloat16), (b) ours reading all of memory, (c) ours with pages, (d) stock LLaMA with its
-full cache. Every measurement has a process of its own; repeats go round the ways, so that a drift of the machine hits
-all alike. Decoding starts behind a local context of half a window, with a memory that is drawn to be like the model's
-own keys and values; prefill reads a prompt (real text for the base model) and computes the last token's logits. (a)
-also computes the logits of the whole prompt as the published code does; their time and memory are shown apart. Memory
-is what is resident at most, above the loaded model.
+All methods have the same weights in float32: (a) the published method, eager (its default) and with SDPA, memory in
+bfloat16 (`harness.ReferenceLongLlama`); (b) llamory with exact search; (c) llamory with pages; (d) stock LLaMA. Each
+measurement has its own process, and the methods take turns within a repeat. Decoding starts with a local context of
+half a window and a sampled memory with the mean and covariance of the model's own keys and values; prefill encodes a
+prompt (real text for the base model) and computes the last token's logits. (a) also computes the logits of the whole
+prompt, as the published code does; these are reported separately. Memory is the peak resident size above the loaded
+model.
 
-Of pages it is said how far the attention output is off from the exact one, as a share of its size, and how much of the
-attention falls on pages that are read. A model with random weights looks everywhere alike, so that share is small, and
-so is what the other pages' means leave out.
+For pages the table has the relative error of the attention output and the attention mass on the pages that are read. A
+model with random weights has nearly uniform attention, so that mass is small.
 
 The floor of a decoding step is the time to read what any exact method must read (weights, local context, memory) at the
-rate at which the same run read a buffer of that size; the floor of a prefill is the time of the products that any exact
-method must compute at the rates of matrix products in the same run.
+bandwidth measured in the same run; the floor of a prefill is the time of the matrix products that any exact method must
+compute, at the measured rates.
 """
 
 from __future__ import annotations
@@ -25,19 +24,457 @@ import argparse
 import json
 import os
 import statistics
+import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-import memory_probes as probes
-from contenders import METHODS, Case, KeyValueStatistics
-from llamory.longllama import LongLlamaConfig
-from measuring import GIB, available_memory, in_child, processor
+from harness import (
+    GIB,
+    CachedKeysValues,
+    Peak,
+    ReferenceLongLlama,
+    available_memory,
+    in_child,
+    processor,
+    product_rate,
+    read_rate,
+)
+from llamory.longllama import LongLlamaCache, LongLlamaConfig, LongLlamaForCausalLM
+from llamory.longllama.loading import load_long_model
+from llamory.memory import MemoryBank
+from llamory.memory.search import Search, make_search
+from llamory.memory.search.pages import PagesSearch
+from llamory.models.base import load_model, load_tokenizer
+
+# ---- methods ---------------------------------------------------------------------------------------------------------
+METHODS = {
+    "published": "(a) published, its default (eager)",
+    "published-sdpa": "(a) published, its SDPA variant",
+    "exact": "(b) llamory, exact",
+    "pages": "(c) llamory, pages",
+    "stock": "(d) stock LLaMA, full cache",
+}
+SAMPLE_TOKENS = 2048
+SAMPLE_CHUNK_TOKENS = 16384
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model that all methods run.
+
+    Attributes:
+        name: what it is called.
+        context: tokens of a window.
+        mem_layers: the memory layers; None for the model's own.
+        pretrained: whether it is the packaged base model, or one with random weights.
+    """
+
+    name: str
+    context: int
+    mem_layers: tuple[int, ...] | None
+    pretrained: bool
+
+    @property
+    def last(self) -> int:
+        """Tokens of the last window, and of the local context when decoding starts; it must not overflow."""
+        return self.context // 2
+
+    def long_model(self, search: str = "exact") -> LongLlamaForCausalLM:
+        """The model as a LongLLaMA."""
+        if self.pretrained:
+            model = load_long_model(
+                "base",
+                mem_layers=self.mem_layers,
+                context_length=self.context,
+                last_context_length=self.last,
+                mem_search=search,
+                dtype=torch.float32,
+            )
+            return model.eval()
+        torch.manual_seed(0)
+        config = LongLlamaConfig(
+            vocab_size=32000,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            max_position_embeddings=self.context,
+            last_context_length=self.last,
+            mem_layers=list(self.mem_layers or ()),
+            mem_search=search,
+        )
+        return LongLlamaForCausalLM(config).eval()
+
+    def stock_model(self) -> LlamaForCausalLM:
+        """The same weights as a plain LLaMA."""
+        if self.pretrained:
+            model = load_model("default", LlamaForCausalLM, dtype=torch.float32)
+            assert isinstance(model, LlamaForCausalLM)
+            return model.eval()
+        long = self.long_model()
+        config = {key: value for key, value in long.config.to_dict().items() if key in LlamaConfig().to_dict()}
+        model = LlamaForCausalLM(LlamaConfig(**config | {"model_type": "llama"}))
+        model.load_state_dict(long.state_dict())
+        return model.eval()
+
+    def ids(self, count: int, seed: int = 0) -> Tensor:
+        """Token ids (1, count): real text for the pretrained model, random ids for the random one."""
+        if not self.pretrained:
+            return torch.randint(3, 32000, (1, count), generator=torch.Generator().manual_seed(seed))
+        text = library_text(9 * count + 100_000 * seed)[100_000 * seed :]
+        ids = torch.tensor(load_tokenizer("default")(text, verbose=False)["input_ids"])
+        # The library has some megabytes of text; longer prompts go round.
+        return ids.repeat(-(-count // len(ids)))[None, :count]
+
+
+def library_text(characters: int) -> str:
+    """The first characters of the Python standard library's source, file after file."""
+    parts, total = [], 0
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        parts.append(file.read_text(errors="ignore"))
+        total += len(parts[-1])
+        if total >= characters:
+            break
+    return "\n\n".join(parts)[:characters]
+
+
+@dataclass(frozen=True)
+class KeyValueStatistics:
+    """Means and covariances of a model's keys and values, for sampling.
+
+    Attributes:
+        layers: per memory layer, for keys and for values: means (kv_heads, 1, head_dim) and the Cholesky factors of
+            the covariances (kv_heads, head_dim, head_dim).
+    """
+
+    layers: dict[int, tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]
+
+    @classmethod
+    def measure(cls, case: Case, path: Path) -> dict[str, Any]:
+        """Encode some tokens and write the statistics of their memory to a file."""
+        model = case.long_model()
+        bank = model.read(case.ids(SAMPLE_TOKENS)[0])
+        layers = {layer: (_moments(bank.keys(layer)), _moments(bank.values(layer))) for layer in bank.layers}
+        torch.save(layers, path)
+        return {"tokens": SAMPLE_TOKENS}
+
+    @classmethod
+    def load(cls, path: Path) -> KeyValueStatistics:
+        """Load what `measure` wrote."""
+        return cls(torch.load(path))
+
+    def sample(self, layer: int, tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Keys and values, (kv_heads, some tokens, head_dim), until there are `tokens` in all."""
+        generator = torch.Generator().manual_seed(layer)
+        for start in range(0, tokens, SAMPLE_CHUNK_TOKENS):
+            parts = []
+            for mean, factor in self.layers[layer]:
+                shape = (len(mean), min(SAMPLE_CHUNK_TOKENS, tokens - start), mean.shape[-1])
+                noise = torch.randn(shape, generator=generator)
+                parts.append(torch.baddbmm(mean, noise, factor.transpose(1, 2)))
+            yield parts[0], parts[1]
+
+
+def _moments(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    mean = tensor.mean(1, keepdim=True)
+    centred = (tensor - mean).double()
+    covariance = centred.transpose(1, 2) @ centred / tensor.shape[1]
+    ridge = 1e-6 * covariance.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-12
+    factor = torch.linalg.cholesky(covariance + ridge * torch.eye(tensor.shape[2], dtype=torch.double))
+    return mean, factor.float()
+
+
+class Method(Protocol):
+    """One method of reading with memory."""
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Encode a prompt (1, length); returns the logits of its last token."""
+
+    def fill(self, statistics: KeyValueStatistics, tokens: int) -> None:
+        """Put sampled tokens into memory."""
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Continue with one token (1, 1); returns its logits."""
+
+
+class PublishedMethod:
+    """(a) The published method."""
+
+    def __init__(self, case: Case, sdpa: bool):
+        model = case.long_model()
+        layers = list(model.config.mem_layers or ())
+        self.method = ReferenceLongLlama(model, mem_layers=layers, context=case.context, last=case.last, sdpa=sdpa)
+        self.hidden: Tensor | None = None
+
+    def read(self, ids: Tensor) -> Tensor:
+        self.hidden = None
+        self.method.memory, self.method.local = {}, {}
+        self.hidden = self.method.read(ids)
+        return self.method.head(self.hidden[:, -1:])
+
+    def all_logits(self) -> Tensor:
+        """Logits of the whole prompt, which the published code computes although only the last are used."""
+        assert self.hidden is not None
+        return self.method.head(self.hidden)
+
+    def fill(self, statistics: KeyValueStatistics, tokens: int) -> None:
+        for layer, moments in statistics.layers.items():
+            buffers = [torch.empty(1, len(mean), tokens, mean.shape[-1], dtype=torch.bfloat16) for mean, _ in moments]
+            for start, sampled in zip(
+                range(0, tokens, SAMPLE_CHUNK_TOKENS), statistics.sample(layer, tokens), strict=True
+            ):
+                for buffer, part in zip(buffers, sampled, strict=True):
+                    buffer[0, :, start : start + SAMPLE_CHUNK_TOKENS] = part
+            self.method.memory[layer] = CachedKeysValues(buffers[0], buffers[1], torch.zeros(1, 1, tokens, 1))
+
+    def step(self, ids: Tensor) -> Tensor:
+        return self.method.step(ids)
+
+
+class LlamoryMethod:
+    """(b) and (c) llamory."""
+
+    def __init__(self, case: Case, search: str):
+        self.model = case.long_model(search)
+        self.cache: LongLlamaCache | None = None
+
+    def read(self, ids: Tensor) -> Tensor:
+        self.cache = LongLlamaCache(self.model.config, [self.model.model.new_memory()])
+        return self._forward(ids)
+
+    def fill(self, statistics: KeyValueStatistics, tokens: int) -> None:
+        assert self.cache is not None
+        for layer in statistics.layers:
+            for keys, values in statistics.sample(layer, tokens):
+                self.cache.memory[0].append(layer, keys, values)
+
+    def step(self, ids: Tensor) -> Tensor:
+        return self._forward(ids)
+
+    @torch.no_grad()
+    def _forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits
+
+
+class BaselineMethod:
+    """(d) A plain LLaMA with the full cache of all layers."""
+
+    def __init__(self, case: Case):
+        self.model = case.stock_model()
+        self.cache: DynamicCache | None = None
+
+    def read(self, ids: Tensor) -> Tensor:
+        self.cache = DynamicCache(config=self.model.config)
+        return self._forward(ids)
+
+    def fill(self, statistics: KeyValueStatistics, tokens: int) -> None:
+        assert self.cache is not None
+        # Its layers all have a cache; only the number of tokens matters here, so they may all be like one.
+        sampled = list(zip(*statistics.sample(next(iter(statistics.layers)), tokens), strict=True))
+        for cached in self.cache.layers:
+            cached.keys, cached.values = (
+                torch.cat([existing, *(part[None] for part in parts)], 2)
+                for existing, parts in zip((cached.keys, cached.values), sampled, strict=True)
+            )
+
+    def step(self, ids: Tensor) -> Tensor:
+        return self._forward(ids)
+
+    @torch.no_grad()
+    def _forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits
+
+
+def make(case: Case, method: str) -> Method:
+    """Make one of `METHODS`."""
+    if method.startswith("published"):
+        return PublishedMethod(case, sdpa=method == "published-sdpa")
+    return BaselineMethod(case) if method == "stock" else LlamoryMethod(case, method)
+
+
+# ---- measurements ----------------------------------------------------------------------------------------------------
+
+WARMUP_STEPS = 2
+MIN_STEPS = 3
+
+
+def prefill(case: Case, method: str, length: int) -> dict[str, Any]:
+    """Encode a prompt: seconds, peak bytes above the loaded model, and the last logits."""
+    method_instance = make(case, method)
+    ids = case.ids(length)
+    method_instance.read(ids[:, : case.context + 2 * case.last])  # libraries allocate once
+    method_instance.read(ids[:, :2])
+    peak, start = Peak(), time.perf_counter()
+    logits = method_instance.read(ids)
+    result: dict[str, Any] = {"seconds": time.perf_counter() - start, "peak": peak.bytes()}
+    result["logits"] = logits.flatten().tolist()
+    if isinstance(method_instance, PublishedMethod):
+        start = time.perf_counter()
+        try:
+            method_instance.all_logits()
+            result["all_logits_seconds"] = time.perf_counter() - start
+            result["all_logits_peak"] = peak.bytes()
+        except RuntimeError:  # more than the process may take
+            result["all_logits_seconds"] = result["all_logits_peak"] = None
+    return result
+
+
+def decode(case: Case, method: str, length: int, statistics_file: Path, steps: int, seconds: float) -> dict[str, Any]:
+    """Decode with a sampled memory of `length` tokens: seconds of each step and peak bytes."""
+    method_instance = make(case, method)
+    ids = case.ids(case.last + WARMUP_STEPS + steps)
+    method_instance.read(ids[:, : case.last])
+    method_instance.step(ids[:, :1])
+    method_instance.read(ids[:, : case.last])
+    peak = Peak()
+    method_instance.fill(KeyValueStatistics.load(statistics_file), length)
+    peak.restart()
+    times: list[float] = []
+    for step in range(WARMUP_STEPS + steps):
+        token = ids[:, case.last + step : case.last + step + 1]
+        start = time.perf_counter()
+        method_instance.step(token)
+        times.append(time.perf_counter() - start)
+        if sum(times) > seconds and len(times) >= MIN_STEPS:
+            break
+    warmup = min(WARMUP_STEPS, len(times) - 2)
+    result: dict[str, Any] = {"first_step": times[0], "steps": times[warmup:], "peak": peak.bytes()}
+    if method == "pages":
+        assert isinstance(method_instance, LlamoryMethod) and method_instance.cache is not None
+        comparison = Comparison()
+        comparison.install(method_instance.model)
+        method_instance.step(ids[:, :1])
+        result["quality"] = comparison.summary()
+    return result
+
+
+def quality(case: Case, length: int) -> dict[str, Any]:
+    """Error of pages on real keys: encode `length` tokens exactly, then compare in a last window and while decoding."""
+    method_instance = LlamoryMethod(case, "exact")
+    ids = case.ids(length + case.last + 16)
+    comparison = Comparison()
+    bank = method_instance.model.read(ids[0, :length])
+    cache = method_instance.model.memory_cache(bank)
+    result = {}
+    with torch.no_grad():
+        comparison.install(method_instance.model)
+        method_instance.model(ids[:, length : length + case.last], past_key_values=cache, logits_to_keep=1)
+        result["reading"] = comparison.summary()
+        comparison = Comparison()
+        comparison.install(method_instance.model)
+        for step in range(length + case.last, ids.shape[1]):
+            method_instance.model(ids[:, step : step + 1], past_key_values=cache)
+        result["decoding"] = comparison.summary()
+    return result
+
+
+def machine(case: Case, lengths: list[int]) -> dict[str, Any]:
+    """The machine's bandwidth for the bytes of a step, and its rate of matrix products."""
+    config = case.long_model().config
+    return {
+        "read_rates": {length: read_rate(decode_bytes(case, config, length)) for length in lengths},
+        "float32": product_rate(torch.float32),
+        "bfloat16": product_rate(torch.bfloat16),
+    }
+
+
+# ---- floors ----------------------------------------------------------------------------------------------------------
+
+
+def layer_weights(config: LongLlamaConfig) -> int:
+    """Weights of the matrices of one layer."""
+    attention = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    return config.hidden_size * (attention + 3 * config.intermediate_size)
+
+
+def decode_bytes(case: Case, config: LongLlamaConfig, length: int) -> int:
+    """Bytes that an exact step must read: weights and local context in float32, memory in bfloat16."""
+    weights = layer_weights(config) * config.num_hidden_layers + config.vocab_size * config.hidden_size
+    per_token = 2 * config.num_key_value_heads * config.head_dim
+    local = config.num_hidden_layers * per_token * case.last
+    return 4 * (weights + local) + 2 * len(config.mem_layers or ()) * per_token * length
+
+
+def prefill_seconds(case: Case, config: LongLlamaConfig, length: int, float32: float, bfloat16: float) -> float:
+    """Seconds of the matrix products that an exact prefill needs.
+
+    What goes into memory needs the layers up to the last memory layer only, and of that one no more than the keys and
+    values. Attention to memory is counted at the faster of the two rates, as memory is kept in bfloat16.
+    """
+    last_memory = max(config.mem_layers or [0])
+    memory_tokens = max(length - case.last, 0)
+    local_tokens = length - memory_tokens
+    keys = 2 * config.hidden_size * config.num_key_value_heads * config.head_dim
+    linear = (
+        memory_tokens * (layer_weights(config) * last_memory + keys)
+        + local_tokens * layer_weights(config) * config.num_hidden_layers
+    )
+    windows = [min(case.context, memory_tokens - start) for start in range(0, memory_tokens, case.context)]
+    width = config.num_attention_heads * config.head_dim
+    local = (
+        sum(window * window / 2 for window in windows) * last_memory
+        + local_tokens * local_tokens / 2 * config.num_hidden_layers
+    )
+    memory_products, tokens_in_memory = 0.0, 0
+    layers = len(config.mem_layers or ())
+    for window in windows:
+        memory_products += window * tokens_in_memory * (layers - 1)
+        tokens_in_memory += window
+    memory_products += local_tokens * tokens_in_memory * layers
+    local_flops = 2 * (linear + config.vocab_size * config.hidden_size) + 4 * width * local
+    return local_flops / float32 + 4 * width * memory_products / max(float32, bfloat16)
+
+
+# ---- pages against exact ---------------------------------------------------------------------------------------------
+
+
+class Comparison:
+    """A search that answers exactly and records the error of pages."""
+
+    def __init__(self) -> None:
+        self.exact: Search = make_search("exact")
+        self.pages = PagesSearch()
+        self.errors: dict[int, list[Tensor]] = {}
+        self.found: list[Tensor] = []
+
+    def install(self, model: Any) -> None:
+        """Replace a model's search."""
+        model.model._memory_search()
+        model.model._search = (model.model._search[0], self)
+
+    def attend(self, query: Tensor, bank: MemoryBank, layer: int, scaling: float) -> tuple[Tensor, Tensor]:
+        """See `Search.attend`."""
+        output, lse = self.exact.attend(query, bank, layer, scaling)
+        guess, _, read_lse = self.pages.attend_with_stats(query, bank, layer, scaling)
+        error = (guess - output).float().norm(dim=-1) / output.float().norm(dim=-1)
+        self.errors.setdefault(layer, []).append(error.flatten())
+        self.found.append((read_lse - lse).exp().flatten())
+        return output, lse
+
+    def summary(self) -> dict[str, float]:
+        """Relative error of the output over all queries, heads and layers, and attention mass found."""
+        layers = [torch.cat(errors) for errors in self.errors.values()]
+        errors = torch.cat(layers)
+        return {
+            "error": errors.mean().item(),
+            "error_95": errors.sort().values[int(0.95 * (len(errors) - 1))].item(),
+            "error_worst_layer": max(layer.mean().item() for layer in layers),
+            "found": torch.cat(self.found).mean().item(),
+        }
+
+
+MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {"prefill": prefill, "decode": decode, "quality": quality}
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
 
 CASES = [
     Case("hidden 256, 6 layers, 3 with memory", context=2048, mem_layers=(1, 3, 5), pretrained=False),
@@ -54,7 +491,7 @@ Results = dict[str, dict[str, Any]]
 
 
 class Benchmark:
-    """Runs measurements, guesses which would take too long, and keeps what came out."""
+    """Runs measurements, skips those that would take too long, and collects results."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
@@ -68,7 +505,7 @@ class Benchmark:
         return in_child(function, *args, threads=self.options.threads, seconds=seconds, memory=self.memory)
 
     def rounds(self, case: Case, measure: str, length: int, config: LongLlamaConfig, *args: Any) -> Results:
-        """All ways at one length, `repeats` times around."""
+        """Measure all methods at one length, in turns, `repeats` times."""
         collected: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
         slow: set[str] = set()
         for _ in range(self.options.repeats):
@@ -78,7 +515,7 @@ class Benchmark:
                 reason = self.skip_reason(case, measure, method, length, config)
                 start = time.perf_counter()
                 result = (
-                    {"skipped": reason} if reason else self.child(getattr(probes, measure), case, method, length, *args)
+                    {"skipped": reason} if reason else self.child(MEASUREMENTS[measure], case, method, length, *args)
                 )
                 duration = time.perf_counter() - start
                 collected[method].append(result)
@@ -90,7 +527,7 @@ class Benchmark:
         return {method: merge_rounds(results) for method, results in collected.items() if results}
 
     def skip_reason(self, case: Case, measure: str, method: str, length: int, config: LongLlamaConfig) -> str | None:
-        """Why a measurement isn't worth its time, if so."""
+        """Why a measurement is skipped; None if it isn't."""
         if measure == "prefill" and method.startswith("published"):
             logits = 4 * length * config.vocab_size
             scores = 3 * 4 * config.num_attention_heads * case.context * length if method == "published" else 0
@@ -106,12 +543,12 @@ class Benchmark:
 
 
 def time_limit_of(case: Case, options: argparse.Namespace) -> float:
-    """Seconds that one measurement of a case may take."""
+    """Maximum seconds of one measurement of a case."""
     return LIMITS[case.pretrained] if options.time_limit is None else options.time_limit
 
 
 def estimate_seconds(elapsed: dict[int, float], length: int, linear: bool) -> float:
-    """How many seconds a length will take by those before it; 0 where nothing is known."""
+    """Estimate the seconds for a length from shorter ones; 0 if there is none."""
     if not elapsed:
         return 0.0
     *before, last = sorted(elapsed.items())
@@ -126,7 +563,7 @@ def estimate_seconds(elapsed: dict[int, float], length: int, linear: bool) -> fl
 
 
 def merge_rounds(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The results of several rounds as one: medians of times, the highest of peaks."""
+    """Merge the results of several rounds: medians of times, maxima of peaks."""
     completed = [result for result in results if "skipped" not in result]
     if not completed:
         return results[0]
@@ -181,7 +618,7 @@ def format_quality(quality: dict[str, float]) -> str:
 
 
 def differences(results: Results) -> dict[str, float]:
-    """How far the logits behind a prompt are from those of (a), at most."""
+    """Largest difference of the last logits from those of (a)."""
     logits = {method: torch.tensor(result.pop("logits")) for method, result in results.items() if "logits" in result}
     reference = next((logits[method] for method in ("published", "published-sdpa", "exact") if method in logits), None)
     if reference is None:
@@ -190,7 +627,7 @@ def differences(results: Results) -> dict[str, float]:
 
 
 def goals(measured: dict[tuple[str, int], Results]) -> list[tuple[str, float, float, bool]]:
-    """What was to be reached: description, goal, what was measured, whether it is reached."""
+    """The goals: description, goal, measured value, and whether it is reached."""
     found: list[tuple[str, float, float, bool]] = []
 
     def value(measure: str, length: int, method: str, key: str = "seconds") -> float | None:
@@ -232,9 +669,9 @@ def run_case(bench: Benchmark, case: Case, folder: Path) -> dict[str, Any]:
     config = case.long_model().config
     statistics_file = folder / f"{case.context}.pt"
     bench.child(KeyValueStatistics.measure, case, statistics_file)
-    speed = bench.child(probes.machine, case, options.lengths)
+    speed = bench.child(machine, case, options.lengths)
     reads = ", ".join(
-        f"{probes.decode_bytes(case, config, length) / 2**20:,.0f} MB at {rate / 1e9:.1f} GB/s"
+        f"{decode_bytes(case, config, length) / 2**20:,.0f} MB at {rate / 1e9:.1f} GB/s"
         for length, rate in speed["read_rates"].items()
     )
     rates = " and ".join(f"{speed[dtype] / 1e9:,.0f} GFLOP/s in {dtype}" for dtype in ("float32", "bfloat16"))
@@ -244,10 +681,10 @@ def run_case(bench: Benchmark, case: Case, folder: Path) -> dict[str, Any]:
     for measure in ("decode", "prefill"):
         for length in options.lengths if measure in options.measures else []:
             if measure == "decode":
-                floor = probes.decode_bytes(case, config, length) / speed["read_rates"][length]
+                floor = decode_bytes(case, config, length) / speed["read_rates"][length]
                 args: tuple = (statistics_file, options.steps, DECODE_SECONDS)
             else:
-                floor = probes.prefill_seconds(case, config, length, speed["float32"], speed["bfloat16"])
+                floor = prefill_seconds(case, config, length, speed["float32"], speed["bfloat16"])
                 args = ()
             results = measured[measure, length] = bench.rounds(case, measure, length, config, *args)
             row = {"measure": measure, "length": length, "floor_seconds": floor, "ways": results}
@@ -261,7 +698,7 @@ def run_case(bench: Benchmark, case: Case, folder: Path) -> dict[str, Any]:
     outcome: dict[str, Any] = {"case": case.name, "machine": speed, "measurements": rows}
     if "quality" in options.measures:
         length = min(QUALITY_TOKENS, max(options.lengths))
-        outcome["quality"] = {"tokens": length} | bench.child(probes.quality, case, length)
+        outcome["quality"] = {"tokens": length} | bench.child(quality, case, length)
         print(f"\n  pages against exact, after {length:,} tokens were read")
         for when in ("reading", "decoding"):
             if when in outcome["quality"]:

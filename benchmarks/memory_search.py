@@ -1,25 +1,23 @@
-"""What searching in memory loses: error of the attention's output and attention mass found, against reading everything.
+"""Error and attention mass of approximate search in memory, compared with exact attention.
 
     python benchmarks/memory_search.py [--json docs/results/memory_search.json] [--only real] [--tokens 32768]
 
-Keys, values and queries are those of the real base model (source text of the standard library, read in windows of 512,
-each alone; keys before the rotary embedding, queries at their place in their window) and synthetic ones: noise, long
-queries over noise, clusters, one needle among noise, and queries unlike the keys. Each way is asked for one query at a
-time (as in generation) and for a window of 512 (as in reading).
+Keys, values and queries are those of the real base model (source text of the standard library, encoded in independent
+windows of 512; keys before the rotary embedding, queries at their position in the window) and synthetic ones: noise,
+long queries over noise, clusters, one needle among noise, and queries unlike the keys. Each method is called with one
+query at a time (as in generation) and with a window of 512 (as in encoding).
 
-- error: length of the difference to the exact output, over the exact output's length; mean and 90th percentile.
-- of values: the same over the values' root mean square length. Where attention goes to thousands of keys with random
-  values, the exact output itself is next to nothing, and this is the number that matters.
-- mass: share of the exact attention on tokens that were read; the rest is estimated.
-- everything: share of queries whose estimate was so uncertain that they read everything.
+- error: norm of the difference to the exact output over the norm of the exact output; mean and 90th percentile.
+- of values: the same over the root mean square norm of the values. Where attention is spread over thousands of keys
+  with random values, the exact output is close to zero, and this is the meaningful number.
+- mass: fraction of the exact attention on tokens that were read; the rest is estimated.
+- everything: fraction of queries whose estimate was so uncertain that they read all tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import platform
 import shlex
 import sys
 import sysconfig
@@ -30,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from harness import processor
 from llamory.memory.blocks import Block, Span, SpanList
 from llamory.memory.search import make_search
 from llamory.memory.search.exact import ExactSearch
@@ -43,7 +42,7 @@ METHODS = {"pages": (8, 32, 128), "faiss": (32, 128, 512)}
 
 @dataclass
 class Case:
-    """Keys and values (kv_heads, tokens, head_dim) and a window of queries (headers, WINDOW, head_dim)."""
+    """Keys and values (kv_heads, tokens, head_dim) and a window of queries (heads, WINDOW, head_dim)."""
 
     name: str
     keys: torch.Tensor
@@ -52,7 +51,7 @@ class Case:
 
 
 class SingleBlockBank:
-    """The least that a search needs of a memory bank."""
+    """What a search needs of a memory bank."""
 
     def __init__(self, case: Case):
         headers, tokens, head_dim = case.keys.shape
@@ -94,7 +93,7 @@ def real_cases(tokens: int) -> Iterator[Case]:
 
 
 def synthetic_cases(tokens: int) -> Iterator[Case]:
-    """Keys and queries made so that a way of searching may fail on them."""
+    """Synthetic keys and queries that are hard for some method."""
     rng = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
@@ -123,7 +122,7 @@ def synthetic_cases(tokens: int) -> Iterator[Case]:
 def measure(
     case: Case, way: str, top_k: int, bank: SingleBlockBank, exact: tuple[torch.Tensor, torch.Tensor]
 ) -> list[dict]:
-    """Ask one way for a window and for single queries."""
+    """Measure one method for a window and for single queries."""
     search, scaling = make_search(way, top_k), case.queries.shape[-1] ** -0.5
     size = case.values.bfloat16().float().square().sum(-1).mean(-1).sqrt()
     size = size.repeat_interleave(len(case.queries) // len(size))[:, None]
@@ -157,15 +156,6 @@ def measure(
             }
         )
     return rows
-
-
-def processor() -> str:
-    """The processor's name, as far as the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.machine()
 
 
 @torch.inference_mode()

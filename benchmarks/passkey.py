@@ -1,14 +1,14 @@
-"""The passkey table: the base model and the reader, reading exactly and with search, as prompts grow to 1M tokens.
+"""The passkey table: the base model and the reader, with exact and approximate search, for prompts of up to 1M tokens.
 
-    python benchmarks/passkey.py OUT [--texts DOCUMENTS] [--only NAME ...] [--max_prompt_length 256k] [--json FILE]
+    python benchmarks/passkey.py OUT [--texts DOCUMENTS] [--only NAME ...] [--max-prompt-length 256k] [--json FILE]
         [--figures FOLDER]
 
-Each run is `llamory eval passkey` into OUT/NAME, cell by cell, so that a run that was stopped goes on where it was.
-What is longer than --max_prompt_length waits for a later call. Windows are read by themselves and mounted (--independent-documents), but for the
-runs "in order", in which each sees those before it, as the paper's do. Searches with other budgets have five depths.
-With --texts the other fillers and secrets are run too, of all that is in memory and focused, as `llamory ask` answers.
-All that OUT has is printed as a table, written as JSON and drawn: a heat map of each run on the published prompt, and
-mean_by_length by length beside the line that LongLLaMA's authors published for their 3B model (arXiv:2307.03170, section 5.2).
+Each run is `llamory eval passkey` into OUT/NAME, cell by cell, and is resumed. Lengths above --max-prompt-length are
+left for a later call. Windows are encoded independently, except in the runs "in order", where each window attends to
+those before it, as in the paper. Runs with other search budgets have five depths. With --texts the other haystacks and
+secrets are run too, with all of memory and with `--evidence-ratio 100`, as `llamory ask` does. All results in OUT are
+printed as a table, written as JSON and plotted: a heat map of each run on the published prompt, and accuracy by length
+with the published line of LongLLaMA-3B (arXiv:2307.03170, section 5.2).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Run:
 
 
 def runs(options: argparse.Namespace) -> dict[str, Run]:
-    """All of them, by name."""
+    """All runs, by name."""
     runs_by_name = {
         "base model": Run(options.base, lengths=LENGTHS[:5]),
         "reader, exact": Run(options.reader),
@@ -86,12 +86,12 @@ def runs(options: argparse.Namespace) -> dict[str, Run]:
 
 
 def best(tokens: int) -> tuple[str, ...]:
-    """Flags for reading so many of the best tokens of memory only, as in the paper."""
+    """Flags for attention to the best tokens of memory only, as in the paper."""
     return ("--mem-search", "faiss", "--mem-top-k-attention", "--mem-top-k", str(tokens))
 
 
 def measure(name: str, run: Run, options: argparse.Namespace) -> None:
-    """Run what is missing of it."""
+    """Run the missing cells of a run."""
     lengths = [length for length in run.lengths if token_count(length) <= token_count(options.max_prompt_length)]
     if not lengths:
         return
@@ -105,13 +105,13 @@ def measure(name: str, run: Run, options: argparse.Namespace) -> None:
 
 
 def folder(name: str, options: argparse.Namespace) -> Path:
-    """Where a run is kept."""
+    """The folder of a run."""
     run_folder: Path = options.output / name.replace(", ", "_").replace(" ", "_")
     return run_folder
 
 
 def found(name: str, options: argparse.Namespace) -> PasskeyResult | None:
-    """What a run has so far."""
+    """The cells of a run so far."""
     file = folder(name, options) / "passkey.json"
     if not file.exists():
         return None
@@ -119,7 +119,7 @@ def found(name: str, options: argparse.Namespace) -> PasskeyResult | None:
 
 
 def mean_by_length(result: PasskeyResult) -> dict[int, tuple[float, float, float]]:
-    """By length, where all depths were run: keys found whole, digits or command in run_folder, seconds per prompt."""
+    """For each complete length: fractions of keys and of digits found, seconds per prompt."""
     by_length = {}
     for length in result.lengths:
         cells = [cell for cell in result.cells if cell.length == length]
@@ -132,7 +132,7 @@ def mean_by_length(result: PasskeyResult) -> dict[int, tuple[float, float, float
 
 
 def table(results: dict[str, PasskeyResult]) -> str:
-    """The Markdown of it: keys found, and how long a prompt took."""
+    """The Markdown table of keys found."""
     lengths = sorted({length for result in results.values() for length in result.lengths})
     headers = [f"{length >> 20}M" if length >= 1 << 20 else f"{length >> 10}k" for length in lengths]
     lines = ["| | " + " | ".join(headers) + " |", "|---" * (len(headers) + 1) + "|"]
@@ -144,7 +144,7 @@ def table(results: dict[str, PasskeyResult]) -> str:
 
 
 def draw(results: dict[str, PasskeyResult], all_runs: dict[str, Run], target: Path) -> None:
-    """The heat maps and the line plot of the published prompt."""
+    """Draw the heat maps and the line plot of the published prompt."""
     shown = {name: result for name, result in results.items() if all_runs[name].published}
     if not shown:
         return
@@ -165,14 +165,14 @@ def draw(results: dict[str, PasskeyResult], all_runs: dict[str, Run], target: Pa
 
 
 def main() -> None:
-    """Measure what is missing, print, write, draw."""
+    """Measure what is missing; print, write and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--base", default="base")
     parser.add_argument("--reader", default="reader")
     parser.add_argument("--texts", type=Path, nargs="+", default=[])
     parser.add_argument("--only", nargs="+")
-    parser.add_argument("--max_prompt_length", default=LENGTHS[-1])
+    parser.add_argument("--max-prompt-length", default=LENGTHS[-1])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figures", type=Path)
     options = parser.parse_args()

@@ -1,10 +1,10 @@
-"""The retrieval table: every set with every model, BM25 beside them; nDCG@10 and Recall@100 with 95% intervals.
+"""The retrieval table: each set with each model and BM25; nDCG@10 and Recall@100 with 95% intervals.
 
     python benchmarks/retrieval.py OUT SET [SET ...] --model NAME=MODEL [...] --mean-pooling NAME=MODEL [...]
 
-Each SET is a folder of `llamory dataset`, whose test part is asked; a MODEL is what `llamory eval retrieval` takes, and
-what it measures is kept in OUT/SET.json. A second run measures only what is new, so the table can grow. Of a set with
-fewer queries or documents than asked for all are taken.
+A SET is a folder of `llamory dataset`, whose test split is used; a MODEL is anything that `llamory eval retrieval`
+accepts. Results are written to OUT/SET.json, and a second call measures only what is missing. A set with fewer queries
+or documents than the sample size is used as a whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ METRICS = ("nDCG@10", "Recall@100")
 
 
 def evaluate(options: argparse.Namespace, data: Path, names: dict[str, str]) -> dict[str, Any]:
-    """What `llamory eval retrieval` says of a set, by the table's names."""
+    """The results of `llamory eval retrieval` on a set, under the table's names."""
     work = options.output / "work" / data.name
     work.mkdir(parents=True, exist_ok=True)
     command = [
@@ -37,7 +37,7 @@ def evaluate(options: argparse.Namespace, data: Path, names: dict[str, str]) -> 
     command += ["--max-length", str(options.max_length), "--json"]
     for flag, file in (("queries", "queries.jsonl"), ("documents", "corpus.jsonl")):
         available = (data / "test" / file).read_text(encoding="utf-8").count("\n")
-        command += [f"--{flag}", str(min(getattr(options, flag), available))]
+        command += [f"--num-{flag}", str(min(getattr(options, flag), available))]
     for flag, entries in (("--model", options.model), ("--mean-pooling", options.mean_pooling)):
         for entry in entries:
             command += [flag, entry.partition("=")[2]]
@@ -59,7 +59,7 @@ def cell(entry: dict[str, Any], metric: str, sign: str = "") -> str:
 
 
 def table(results: dict[str, dict[str, Any]], order: list[str]) -> str:
-    """The Markdown of it, a row per model."""
+    """The Markdown table, one row per model."""
     headers = [f"{name}, {metric}" for name in results for metric in METRICS]
     lines = ["| | " + " | ".join(headers) + " |", "|---" * (len(headers) + 1) + "|"]
     for name in order:
@@ -69,7 +69,7 @@ def table(results: dict[str, dict[str, Any]], order: list[str]) -> str:
 
 
 def main() -> None:
-    """Measure what is missing, write, print."""
+    """Measure what is missing, write and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("sets", type=Path, nargs="+")

@@ -1,11 +1,11 @@
-"""What a library of 10^6, 10^8 and 10^10 tokens takes: the tables of docs/guides/scale_out.md, from figures that were measured.
+"""The tables of docs/guides/scale_out.md: what a library of 10^6, 10^8 and 10^10 tokens takes.
 
-    python benchmarks/scale.py --measure docs/results/scale.json     # the texts' statistics and how fast memory is read
-    python benchmarks/scale.py [--write docs/guides/scale_out.md]               # the tables, printed or put into the page
+    python benchmarks/scale.py --measure docs/results/scale.json    # statistics of texts, and encoding speed
+    python benchmarks/scale.py [--write docs/guides/scale_out.md]   # print the tables, or write them into the page
 
-The tables take what `benchmarks/encode.py`, `benchmarks/index.py` and `--measure` wrote to docs/results; without these
-files there are no tables. docs/guides/scale_out.md tells every formula; the names here are the page's. Nothing about a GPU is
-measured: its hours are FLOPs divided by a rate that its maker states, times a share of it that is assumed.
+The tables need the results of `benchmarks/encode.py`, `benchmarks/index.py` and `--measure` in docs/results. The page
+has every formula; names here are the page's. No GPU is measured: its hours are FLOPs divided by the maker's rate times
+an assumed utilisation.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def measure(tokens: int) -> dict[str, Any]:
     """Passages of the standard library in numbers, and the base model reading into memory."""
     import torch
 
+    from harness import processor
     from llamory.documents import chunk_document, read_file
     from llamory.llara.template import LlaraTemplate
     from llamory.longllama.loading import load_long_model
     from llamory.models.base import load_tokenizer
-    from measuring import processor
 
     tokenizer = load_tokenizer("default")
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))

@@ -6,12 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from contenders import Case, KeyValueStatistics, make
+from harness import Peak, in_child
 from llamory.longllama import LongLlamaConfig
-from measuring import Peak, in_child
-from memory_attention import estimate_seconds, merge_rounds
-from memory_probes import decode_bytes, layer_weights, prefill_seconds
-from overflow_perplexity import CONTEXT, PROMPT, mean_loss_around_overflows
+from memory_attention import (
+    Case,
+    KeyValueStatistics,
+    decode_bytes,
+    estimate_seconds,
+    layer_weights,
+    make,
+    merge_rounds,
+    prefill_seconds,
+)
 
 CASE = Case("small windows", context=32, mem_layers=(1, 3), pretrained=False)
 TINY = LongLlamaConfig(
@@ -68,6 +74,7 @@ def test_a_filled_memory_has_so_many_tokens(method: str, tmp_path: Path) -> None
     contender.step(CASE.ids(1))
 
 
+@pytest.mark.slow
 def test_drawn_keys_have_the_means_and_covariances_of_real_ones(tmp_path: Path) -> None:
     KeyValueStatistics.measure(CASE, tmp_path / "likeness.pt")
     pretrained = CASE.long_model().read(CASE.ids(2048)[0]).keys(1)
@@ -78,6 +85,7 @@ def test_drawn_keys_have_the_means_and_covariances_of_real_ones(tmp_path: Path) 
         torch.testing.assert_close(sampled[head].T.cov(), pretrained[head].T.cov(), atol=0.05 * scale, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_child_tells_what_it_took_and_is_stopped_when_it_takes_too_much() -> None:
     settings = {"threads": 1, "seconds": 60, "memory": 4 << 30}
     result = in_child(take_memory, 256, 0.0, **settings)
@@ -121,12 +129,3 @@ def test_floors_are_counted_right() -> None:
     memory_products = 4 * 8 * (32 * 32 + 16 * 64 * 2)
     assert prefill_seconds(case, TINY, 80, 1.0, 1.0) == linear + local + memory_products
     assert prefill_seconds(case, TINY, 80, 1.0, 2.0) == linear + local + memory_products / 2
-
-
-def test_losses_are_averaged_by_their_distance_to_the_overflow() -> None:
-    # Token CONTEXT (counted from 0) is the first that doesn't fit; it predicts the token behind it.
-    losses = torch.zeros(2, CONTEXT * 2 + 1)
-    for overflow in (CONTEXT, 2 * CONTEXT):
-        losses[:, overflow + 1 - PROMPT] = torch.tensor([1.0, 3.0])
-    curve = mean_loss_around_overflows(losses, 2)
-    assert curve.shape == (CONTEXT,) and curve[CONTEXT // 2] == 2.0 and curve.sum() == 2.0

@@ -1,4 +1,4 @@
-"""The formulas of docs/guides/scale_out.md count what models really do and keep; tables take measured figures and nothing else."""
+"""The formulas of docs/guides/scale_out.md agree with the models, and the tables have measured figures only."""
 
 import json
 from pathlib import Path

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from harness import ReferenceLongLlama
 from llamory.longllama import LongLlamaConfig, LongLlamaForCausalLM
-from published_way import ReferenceLongLlama
 
 FILES = sorted((Path(__file__).parents[1] / "golden").glob("longllama_*.json"))
 VARIANTS = pytest.mark.parametrize("sdpa", [False, True], ids=["eager", "sdpa"])

@@ -1,20 +1,158 @@
-"""LongLLaMA the published way, written down plainly: what `memory_attention.py` compares with.
+"""What several benchmarks share: fresh processes, memory and speed of the machine, and LongLLaMA as published.
 
-The same weights and the same results as `LongLlamaForCausalLM` with exact search, done as the published code does it:
-memory is one tensor per layer that is concat_tokens anew at every window, kept in bfloat16 and cast up whole at every
-use; local keys are kept before the rotary embedding, concat_tokens and rotated again at every step; everything is
-masked with additive masks; a full local cache goes into memory at once; logits are computed for the whole prompt.
+`ReferenceLongLlama` has the weights and the results of `LongLlamaForCausalLM` with exact search, computed as the
+published code does it: memory is one tensor per layer, concatenated again at every window, stored in bfloat16 and cast
+as a whole at every use; local keys are stored before the rotary embedding, concatenated and rotated again at every
+step; all masks are additive; a full local cache goes into memory at once; logits are computed for the whole prompt.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import math
+import multiprocessing
+import platform
+import resource
+import signal
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import rotate_half
+
+GIB = 2**30
+LARGEST_BUFFER = GIB  # far beyond any cache, so a larger buffer is read no slower
+_PRELOADED = ["torch", "transformers", "llamory.longllama.modeling"]
+
+
+def available_memory() -> int:
+    """Bytes that are available without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def in_child(function: Callable[..., dict], *args: Any, threads: int, seconds: float, memory: int) -> dict[str, Any]:
+    """Call a function in a fresh process, so that neither peaks nor the allocator's state leak from one to the next.
+
+    Args:
+        function: of a module; gives a dictionary.
+        args: its arguments.
+        threads: threads that torch uses.
+        seconds: after so many the process is stopped.
+        memory: bytes of its own that the process may take.
+
+    Returns:
+        What the function gave, or {"skipped": why} where it ran out of time or memory.
+
+    Raises:
+        RuntimeError: it failed otherwise.
+    """
+    # The server imports everything once and forks; a fork of this process would bring its memory along.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, threads, memory, function, args))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(seconds):
+            return {"skipped": f"stopped after {seconds:.0f} s"}
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            raise RuntimeError(f"{function.__name__}{args} failed; its process has told why") from None
+        return {"skipped": "out of memory"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _answer(sender: Connection, threads: int, memory: int, function: Callable[..., dict], args: tuple) -> None:
+    torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    try:
+        sender.send(function(*args))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "alloc" not in str(error):
+            raise
+        sender.send({"skipped": f"needs more than {memory / GIB:.0f} GiB"})
+
+
+class Peak:
+    """Peak resident memory since construction, above the size at that time."""
+
+    def __init__(self) -> None:
+        # What was freed but not yet given back would hide as much of what is taken from here on.
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self.before = status_bytes("VmRSS")
+        self.restart()
+
+    def restart(self) -> None:
+        """Reset the peak."""
+        # Where the mark can't be reset, it is that of the process's whole life, which began just before.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def bytes(self) -> int:
+        """The peak so far."""
+        return max(0, status_bytes("VmHWM") - self.before)
+
+
+def read_rate(size: int) -> float:
+    """Bytes per second when a buffer of this size is read repeatedly; one that fits into a cache is faster."""
+    buffer = torch.ones(max(min(size, LARGEST_BUFFER), 1 << 16) // 4)
+    return buffer.nbytes / min(_best_time(buffer.sum), _best_time(buffer.amax))
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of a few matrix products."""
+    rates = []
+    for inner in (256, 576, 1024):
+        a, b = torch.randn(2048, inner).to(dtype), torch.randn(inner, 4 * inner).to(dtype)
+        rates.append(2 * 2048 * inner * 4 * inner / _best_time(lambda a=a, b=b: a @ b))
+    return max(rates)
+
+
+def _best_time(function: Callable[[], Any], seconds: float = 0.3) -> float:
+    times: list[float] = []
+    function()
+    while sum(times) < seconds or len(times) < 3:
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def processor() -> str:
+    """The processor's name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.machine()
+
+
+def status_bytes(key: str) -> int:
+    """A value of /proc/self/status, such as VmHWM, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+# ---- LongLLaMA as published ------------------------------------------------------------------------------------------
 
 LOWEST_SCORE = -1e6
 
@@ -29,7 +167,7 @@ class CachedKeysValues:
 
 
 class ReferenceLongLlama:
-    """A LLaMA that reads with memory; for batches without padding.
+    """A LLaMA with memory, for batches without padding.
 
     Args:
         model: a Llama or LongLlama, whose modules are used and whose forward pass isn't.
@@ -65,7 +203,7 @@ class ReferenceLongLlama:
 
     @torch.no_grad()
     def read(self, ids: Tensor, use_cache: bool = True) -> Tensor:
-        """Read a prompt (batch, length), window by window. Gives the hidden states (batch, length, hidden)."""
+        """Encode a prompt (batch, length) window by window; returns the hidden states (batch, length, hidden)."""
         memory_tokens = max(ids.shape[1] - self.last, 0)
         states = [
             self._forward(ids[:, start : min(start + self.context, memory_tokens)], use_cache=False)
@@ -76,7 +214,7 @@ class ReferenceLongLlama:
 
     @torch.no_grad()
     def step(self, ids: Tensor) -> Tensor:
-        """Go on with a few tokens (batch, few). Gives their logits."""
+        """Continue with tokens (batch, n); returns their logits."""
         return self.head(self._forward(ids, use_cache=True))
 
     @torch.no_grad()
@@ -172,7 +310,7 @@ class ReferenceLongLlama:
         )
 
     def _repeat_kv(self, tensor: Tensor) -> Tensor:
-        """A key for each query head. (The published code knows no grouped queries; this is what plain code does.)"""
+        """A key for each query head. (The published code has no grouped queries.)"""
         return tensor if self.groups == 1 else tensor.repeat_interleave(self.groups, 1)
 
 
