@@ -1,14 +1,20 @@
 """A document is read as its passages joined, and every token belongs to one of them."""
 
+import json
+import logging
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from llamory.documents import Chunk
 from llamory.ingest.documents import StoredDocument
+from llamory.longllama.loading import load_long_model
+from llamory.memory import MemoryBank
+from small_texts import SETTINGS
 
 
 def document(*texts: str, title: str = "") -> StoredDocument:
@@ -63,3 +69,68 @@ def test_the_digest_changes_with_text_title_and_chunks_and_with_nothing_else() -
     assert len(set(digests)) == len(digests)
     elsewhere = StoredDocument("b.md", tuple(Chunk(text, "b.md", "", 9) for text in ("one", "two")))
     assert elsewhere.digest == digests[0]
+
+
+# ---- documents of files ----------------------------------------------------------------------------------------------
+
+
+def test_a_title_beside_the_text_is_read_with_it(read, memory_file, tmp_path, model_folder) -> None:
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"title": "Bridge", "text": "stone"}))
+    read(tmp_path / "lines.jsonl")
+    tokens = AutoTokenizer.from_pretrained(model_folder)("Bridge\n\nstone")["input_ids"]
+    assert MemoryBank.load(memory_file).length(segment="lines.jsonl:1") == len(tokens)
+
+
+def test_a_special_token_in_a_text_is_plain_text(read, memory_file, tmp_path) -> None:
+    (tmp_path / "x.txt").write_text("<|end|>")
+    read(tmp_path / "x.txt")
+    assert MemoryBank.load(memory_file).length() == len(
+        "<|end|>"
+    )  # no merges: the tokenizer's training has no such letters
+
+
+def test_documents_begin_with_a_token_if_the_tokenizer_says_so(read, memory_file, texts, model_folder) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    read(texts / "b.txt")
+    plain = MemoryBank.load(memory_file)
+    tokenizer.bos_token = "<|end|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", tokenizer.bos_token_id)]
+    )
+    read(texts / "b.txt", tokenizer=tokenizer)
+    bank = MemoryBank.load(memory_file)
+    assert bank.length() == plain.length() + 1
+    # Layer 1's first value depends on the first token alone.
+    wanted = load_long_model(model_folder, **SETTINGS).read([tokenizer.bos_token_id])
+    torch.testing.assert_close(bank.values(1)[:, :1], wanted.values(1), atol=1e-5, rtol=1e-5)
+
+
+def test_a_document_over_the_limit_is_refused(refused, texts) -> None:
+    message = refused(texts, max_tokens=30)
+    assert "b.txt has" in message
+    assert "the limit of 30" in message
+
+
+def test_an_empty_document_alone_is_refused(refused, texts) -> None:
+    (texts / "empty.txt").write_text(" \n")
+    assert "empty.txt is empty" in refused(texts / "empty.txt")
+
+
+def test_an_empty_document_among_others_is_passed_over(read, memory_file, texts, caplog) -> None:
+    for name in ("empty.txt", "more/blank.html"):
+        (texts / name).write_text("" if name == "empty.txt" else "<p></p>")
+    with caplog.at_level(logging.WARNING):
+        read(texts / "empty.txt", texts / "a.txt", texts / "more")
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("llamory")] == [
+        f"Skipped {texts / 'empty.txt'}: it is empty.",
+        f"Skipped {texts / 'more' / 'blank.html'}: it is empty.",
+    ]
+    assert MemoryBank.load(memory_file).segments == ("a.txt", "more/d.txt", "more/e.txt")
+
+
+def test_a_broken_file_is_named(refused, texts) -> None:
+    (texts / "bad.txt").write_bytes(b"river \xff stone")
+    assert "bad.txt:1" in refused(texts)
+    assert "missing.txt" in refused(texts / "missing.txt")

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from llamory.errors import LlamoryError
+from llamory.ingest.documents import StoredDocument
 from llamory.library import Library
 from llamory.library.reader import Reader
 from llamory.longllama.loading import load_long_model
@@ -517,3 +518,17 @@ def test_an_answer_that_was_interrupted_leaves_the_library_as_it_was(make_librar
     library.qa_source().reader.tokenizer.decode = decode
     again = ask(library)
     assert (again.text, again.citations) == (wanted.text, wanted.citations)
+
+
+def test_a_document_is_tokenized_once(make_library, monkeypatch) -> None:
+    tokenized: list[str] = []
+    tokenize = StoredDocument.tokenize
+
+    def spy(self, *arguments):
+        tokenized.append(self.source)
+        return tokenize(self, *arguments)
+
+    monkeypatch.setattr(StoredDocument, "tokenize", spy)
+    ask(make_library(), documents=["cats.md"])
+    make_library().precompute_memory(progress=False)
+    assert len(tokenized) == len(set(tokenized)) == 3

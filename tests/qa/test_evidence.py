@@ -102,6 +102,19 @@ def test_choosing_leaves_the_memory_as_it_is(tiny) -> None:
     assert [memory.length(segment=name) for name in memory.segments] == lengths
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_likelihoods_are_computed_in_evaluation_mode(tiny, monkeypatch, training) -> None:
+    model, memory, _ = tiny
+    model.train(training)
+    modes: list[bool] = []
+    hook = model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    select_evidence(model, [1, 2, 3], memory, memory.segments, 100)
+    hook.remove()
+    assert set(modes) == {False}
+    assert model.training == training
+    model.eval()
+
+
 # ---- long documents --------------------------------------------------------------------------------------------------
 
 

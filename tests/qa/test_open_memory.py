@@ -124,6 +124,18 @@ def test_sampling_differs_by_seed_and_only_by_seed(memory_files) -> None:
     assert answers[0] == answers[1] != answers[2]
 
 
+def test_sampling_leaves_the_random_state_of_the_process_alone(memory_files) -> None:
+    opened, state = OpenMemory(memory_files[0]), torch.get_rng_state()
+    opened.ask(QUESTION, max_new_tokens=3, temperature=3.0, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_opening_many_documents_renames_them_in_one_step(memory_files, monkeypatch) -> None:
+    for method in ("rename", "drop"):
+        monkeypatch.setattr(MemoryBank, method, lambda *_: pytest.fail("one by one, which takes quadratic time"))
+    assert OpenMemory(memory_files, documents=["b.txt", "two:a.txt"]).documents == ("b.txt", "two:a.txt")
+
+
 def test_an_answer_ends_where_the_tokenizer_says(memory_files, model_folder) -> None:
     opened = OpenMemory(memory_files[0])
     next_token = opened.model.generate(

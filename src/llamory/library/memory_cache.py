@@ -1,4 +1,4 @@
-"""Memory files of documents in a folder, within a budget: the least recently used goes first."""
+"""LRU disk cache of document memories."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_BUDGET = 10_000_000_000
-# A file that is being written is replaced within minutes; what a killed run left behind goes after an hour.
+# Age at which temporary files of killed runs are deleted; a file is written within minutes.
 STALE_FILE_SECONDS = 3600.0
-# How often room is given on what is known of the files, before they are looked at again; others may write, too.
+# Calls of `evict` between two scans of the folder, into which other processes may write as well.
 CALLS_PER_USAGE_SCAN = 64
 _FOLDER = "memory"
 _SUFFIX = ".safetensors"
-# What a way of searching wants to find ready beside a memory; it comes and goes with it.
+# Page index of a memory, deleted with it.
 _PAGES_SUFFIX = ".pages"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -37,7 +37,7 @@ def parse_size(size: int | str) -> int:
     """Bytes of a size such as `10GB`, `500 MB`, `1.5T` or a plain number.
 
     Raises:
-        LlamoryError: it is no such size.
+        LlamoryError: the size isn't valid.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", str(size).upper())
     if match is None or (match[3] and not match[2]):
@@ -65,14 +65,14 @@ def memory_key(digest: str, reader: str) -> str:
 
 
 class MemoryCache:
-    """Memories by key, each a file of its own that is written whole or not at all.
+    """Memories by key, each in a file of its own that is written atomically.
 
-    When a file was last used is its time of modification, so processes that share a shelf agree on it. Taking a file
-    away harms nobody who has it mapped.
+    The modification time of a file is the time of its last use, so processes can share a cache. Deleting a file that
+    is mapped is safe.
 
     Args:
-        folder: where the files are; made with the first one.
-        budget: bytes that they may take together.
+        folder: the folder; created with the first file.
+        budget: maximum bytes of all files.
     """
 
     def __init__(self, folder: Path, budget: int = DEFAULT_BUDGET):
@@ -80,15 +80,15 @@ class MemoryCache:
         self._used, self._trusted_calls = 0, 0
 
     def path(self, key: str) -> Path:
-        """Where a memory is, or would be."""
+        """Path of a memory."""
         return self.folder / f"{key}{_SUFFIX}"
 
     def pages_path(self, key: str) -> Path:
-        """Where a memory's pages are, or would be."""
+        """Path of a memory's page index."""
         return self.folder / f"{key}{_PAGES_SUFFIX}"
 
     def has(self, key: str) -> bool:
-        """Whether there is a memory."""
+        """Whether a memory is stored."""
         return self.path(key).exists()
 
     def stored_keys(self) -> list[str]:
@@ -97,13 +97,13 @@ class MemoryCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that all files take."""
+        """Bytes of all files."""
         return sum(size for _, _, size in self._files())
 
     def get(self, key: str, *, fingerprint: str, layers: Iterable[int], dtype: str) -> MemoryBank | None:
-        """Map a memory and note that it was used; None if there is none.
+        """Map a memory and mark it as used; None if there is none.
 
-        A file that is damaged or of another model is removed, as if it had never been there.
+        A file that is damaged or another model's is deleted with a warning.
         """
         from llamory.memory import MemoryBank
 
@@ -111,7 +111,7 @@ class MemoryCache:
         if not path.exists():
             return None
         try:
-            # The header is always checked; a sum over all data would cost as much as reading it all.
+            # Only the header is checked: checksums would read the whole file.
             bank = MemoryBank.load(path, fingerprint=fingerprint, layers=list(layers), dtype=dtype, verify=False)
         except LlamoryError as error:
             if path.exists():
@@ -122,23 +122,23 @@ class MemoryCache:
         return bank
 
     def mark_used(self, key: str) -> None:
-        """Note that a memory was used."""
-        with suppress(OSError):  # it is gone, or the shelf can only be read from
+        """Set a memory's time of last use to now."""
+        with suppress(OSError):  # deleted meanwhile, or a read-only disk
             os.utime(self.path(key))
 
     def put(self, key: str, bank: MemoryBank, *, protected: Collection[str] = ()) -> bool:
-        """Write a memory, and take away as many others as the budget asks for.
+        """Write a memory, and evict others if the budget requires it.
 
         Args:
-            key: what it is filed under.
+            key: its key.
             bank: the memory.
-            protected: keys that stay whatever happens.
+            protected: keys that are never evicted.
 
         Returns:
-            Whether it is there now; it isn't if it alone is larger than the budget.
+            Whether it is stored; a memory larger than the budget isn't.
 
         Raises:
-            OSError: the file can't be written; nothing of it is left then.
+            OSError: the file can't be written.
         """
         if bank.nbytes > self.budget:
             return False
@@ -146,19 +146,19 @@ class MemoryCache:
         bank.save(self.path(key))
         if not self.register_file(
             self.path(key), protected=[*protected, key]
-        ):  # by its header, whose size shows only now
+        ):  # the file is larger by its header
             self.delete([key])
         return self.has(key)
 
     def evict(self, size: int, *, protected: Collection[str] = ()) -> bool:
-        """Take files away, the least recently used first, until so many bytes more fit the budget.
+        """Delete memories, the least recently used first, until `size` more bytes fit the budget.
 
         Args:
             size: bytes.
-            protected: keys that stay whatever happens.
+            protected: keys that are never deleted.
 
         Returns:
-            Whether so many fit now.
+            Whether they fit now.
         """
         if self._trusted_calls > 0 and self._used + size <= self.budget:
             self._trusted_calls -= 1
@@ -176,21 +176,21 @@ class MemoryCache:
         return used + size <= self.budget
 
     def register_file(self, path: Path, *, protected: Collection[str] = ()) -> bool:
-        """Count a file that was written, and take others away if the budget asks for it; gives whether all fit now."""
+        """Count a file that was written, and evict others if necessary; returns whether all fit now."""
         self._used += path.stat().st_size
         return self.evict(0, protected=protected)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Take memories away."""
+        """Delete memories."""
         for key in keys:
             self.path(key).unlink(missing_ok=True)
             self.pages_path(key).unlink(missing_ok=True)
 
     def _files(self) -> list[tuple[int, Path, int]]:
-        """When each memory was last used, its path and its size with its pages; the least recently used first."""
+        """Last use, path and size (with pages) of each memory, the least recently used first."""
         entries = []
         for path in self.folder.glob(f"*{_SUFFIX}"):
-            with suppress(OSError):  # another process took it away just now
+            with suppress(OSError):  # another process deleted it
                 status, pages = path.stat(), self.pages_path(path.name.removesuffix(_SUFFIX))
                 size = pages.stat().st_size if pages.exists() else 0
                 entries.append((status.st_mtime_ns, path, status.st_size + size))

@@ -1,8 +1,8 @@
-"""What in memory a question is about: the documents, and of long ones the stretches, that make the question likeliest.
+"""Select the evidence for a question: the documents, and parts of long ones, with the highest query likelihood.
 
-Query likelihood (Ponte and Croft 1998; with a language model Sachan et al. 2022, arXiv:2204.07496), from memories: no
-token of a document is read again. A reader with much in one softmax may take another fact of the same kind for the one
-that is asked for; the names in a question tell places apart long before the answer does.
+Query likelihood (Ponte and Croft 1998; with a language model Sachan et al. 2022, arXiv:2204.07496) is computed from
+memories, without encoding the documents again. A reader that attends to many documents at once may confuse facts of the
+same kind; the names in a question tell the documents apart.
 """
 
 from __future__ import annotations
@@ -25,42 +25,43 @@ from llamory.memory.search.exact import ExactSearch
 if TYPE_CHECKING:
     from llamory.longllama.causal import LongLlamaForCausalLM
 
-# What makes the question so many times less likely than the best does isn't answered from.
+# Evidence whose likelihood is more than this many times below the best is dropped.
 DEFAULT_EVIDENCE_RATIO = 100.0
-# Tokens: documents are looked at by stretches of at most COARSE_TOKENS, the likeliest of these by windows of at most WINDOW.
+# Documents are scored in units of at most COARSE_TOKENS, the likeliest of them in units of at most FINE_TOKENS.
 COARSE_TOKENS, FINE_TOKENS = 2048, 512
-MARGIN = 64
-# Of more than MOST, larger ones are looked at first, and the FEWEST best of these are cut further at least.
+MARGIN = 64  # tokens added at both ends of a unit, as sentences cross its ends
+# If there are more than MAX_UNITS, units SIZE_FACTOR times as large come first; at least MIN_UNITS of them are split.
 MAX_UNITS, MIN_UNITS, SIZE_FACTOR = 128, 8, 4
-_BATCH_UNITS, _BATCH_TOKENS = 16, 1024  # units, and tokens of the question with all of them: each has logits
-MAX_QUESTION_TOKENS = 128  # tokens: a longer question is looked for by its end, or it would be read like a document
-MAX_EXACT_TOKENS = 8192  # tokens of pieces: making pages of these takes longer than reading them all
+_BATCH_UNITS, _BATCH_TOKENS = 16, 1024  # units, and question tokens (which all have logits), per batch
+MAX_QUESTION_TOKENS = 128  # of a longer question only the end is scored
+MAX_EXACT_TOKENS = 8192  # of parts of documents: clustering them takes longer than exact search
 
-EvidenceUnit = tuple[SegmentSpan, ...]  # what is looked at together: a part of a document, or several documents
+EvidenceUnit = tuple[SegmentSpan, ...]  # scored together: a part of a document, or several documents
 
 
 @torch.no_grad()
 def question_likelihoods(
     model: LongLlamaForCausalLM, question: Sequence[int], memory: MemoryBank, units: Sequence[Sequence[SegmentSpan]]
 ) -> Tensor:
-    """Log-likelihood of a question's tokens with one unit at a time in memory.
+    """Log-likelihood of a question with one unit at a time in memory; the model is in evaluation mode.
 
     Args:
         model: the model.
-        question: its tokens; the first one isn't predicted.
-        memory: with the segments that the units are of.
-        units: pieces of memory, each unit's together.
+        question: token ids; the first one isn't predicted.
+        memory: has the segments of the units.
+        units: the spans of each unit.
 
     Returns:
-        (units,) in float64, in nats: the sum of ln p(token | tokens before, unit).
+        (units,) float64, in nats: sum of ln p(token | previous tokens, unit).
     """
     log_likelihoods, batch_size = [], max(1, min(_BATCH_UNITS, _BATCH_TOKENS // len(question)))
     for start in range(0, len(units), batch_size):
         banks = [memory.slice(unit) for unit in units[start : start + batch_size]]
         ids = torch.tensor([list(question)] * len(banks), device=model.device)
         cache = LongLlamaCache(model.config, banks)
-        cache.search = ExactSearch()  # pages or an index of a unit would be made for this question only
-        logits = model(ids, past_key_values=cache).logits[:, :-1].float()
+        cache.search = ExactSearch()  # an index of a unit would serve this question only
+        with evaluation_mode(model):
+            logits = model(ids, past_key_values=cache).logits[:, :-1].float()  # (units, tokens - 1, vocabulary)
         tokens = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         log_likelihoods.append(-tokens.view(len(banks), -1).double().sum(1).cpu())
     return torch.cat(log_likelihoods)
@@ -73,13 +74,16 @@ def select_evidence(
     documents: Sequence[str],
     evidence_ratio: float,
 ) -> list[SegmentSpan]:
-    """What to answer from: documents in their order, whole or in pieces.
+    """The documents, whole or in parts, to answer a question from; their order stays.
 
     Args:
         model, question: as for `question_likelihoods`.
-        memory: with a segment for each of the documents.
-        documents: their names.
-        evidence_ratio: left out is what makes the question so many times less likely than the best does; 0: nothing.
+        memory: has a segment per document.
+        documents: names of the documents.
+        evidence_ratio: drop units whose likelihood is more than this many times below the best; 0 keeps all.
+
+    Raises:
+        LlamoryError: `evidence_ratio` is neither 0 nor at least 1.
     """
     check_evidence_ratio(evidence_ratio)
     question = list(question)[-min(MAX_QUESTION_TOKENS, model.config.max_position_embeddings) :]
@@ -105,7 +109,7 @@ def select_evidence(
 def make_evidence_search(
     model: LongLlamaForCausalLM, memory: MemoryBank, spans: Sequence[SegmentSpan]
 ) -> Search | None:
-    """How these pieces are searched: few tokens of parts of documents exactly, else as the model is set (None)."""
+    """Exact search for few tokens of parts of documents; None for the model's own search."""
     is_partial = any(stop - start < memory.length(segment=name) for name, start, stop in spans)
     is_small = sum(stop - start for _, start, stop in spans) <= MAX_EXACT_TOKENS
     return ExactSearch() if is_partial and is_small and not model.config.mem_top_k_attention else None
@@ -123,16 +127,15 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def check_evidence_ratio(evidence_ratio: float) -> None:
-    """Raise LlamoryError for a evidence_ratio that would leave out everything."""
+    """Raise LlamoryError unless an evidence ratio is 0 or at least 1."""
     if evidence_ratio and not evidence_ratio >= 1:
         raise LlamoryError(f"evidence_ratio must be at least 1, or 0 to disable it, not {evidence_ratio:g}.")
 
 
 def split_units(spans: Sequence[SegmentSpan], size: int) -> list[EvidenceUnit]:
-    """Pieces as units of at most `size` tokens.
+    """Split spans into units of at most `size` tokens.
 
-    Larger ones are cut into equal parts. Where `size` is more than COARSE_TOKENS, neighbours are put together as long as they
-    fit.
+    Longer spans are split into equal parts. If `size` is more than COARSE_TOKENS, neighbours that fit share a unit.
     """
     units: list[list[SegmentSpan]] = []
     free_tokens = -1
@@ -150,7 +153,7 @@ def split_units(spans: Sequence[SegmentSpan], size: int) -> list[EvidenceUnit]:
 
 
 def _add_margin(spans: Sequence[SegmentSpan], full_spans: Sequence[SegmentSpan]) -> list[SegmentSpan]:
-    """Parts of documents with MARGIN tokens more at both ends, as sentences don't end where windows do."""
+    """Extend parts of documents by MARGIN tokens at both ends; parts that then overlap are joined."""
     lengths = {span.segment: span.stop for span in full_spans}
     result: list[SegmentSpan] = []
     for name, start, stop in spans:
