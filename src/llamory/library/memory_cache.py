@@ -144,9 +144,7 @@ class MemoryCache:
             return False
         self.evict(bank.nbytes, protected=protected)
         bank.save(self.path(key))
-        if not self.register_file(
-            self.path(key), protected=[*protected, key]
-        ):  # the file is larger by its header
+        if not self.register_file(self.path(key), protected=[*protected, key]):  # the file is larger by its header
             self.delete([key])
         return self.has(key)
 
