@@ -1,4 +1,4 @@
-"""BEIR folders are read as BEIR's self_documents code reads them, and what is wrong with one is told by file and line."""
+"""BEIR folders are read as BEIR's own code reads them; errors name file and line."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def judge(folder: Path, split: str, rows: str) -> None:
     (folder / "qrels" / f"{split}.tsv").write_text(rows)
 
 
-def test_titles_stand_before_texts_and_only_judged_queries_are_asked(folder: Path) -> None:
+def test_titles_precede_texts_and_only_queries_with_qrels_are_used(folder: Path) -> None:
     data = load_beir(folder)
     assert dict(data.read()) == {"d1": "Rivers They run south.", "d2": "a stone", "d3": "no title"}
     assert list(data.read()) == list(data.read())
@@ -52,7 +52,7 @@ def test_titles_stand_before_texts_and_only_judged_queries_are_asked(folder: Pat
         "\ufeffquery-id\tcorpus-id\tscore\r\nq1\td1\t1.0",
     ],
 )
-def test_judgements_may_have_any_header_or_none_or_trecs_columns(folder: Path, rows: str) -> None:
+def test_qrels_may_have_any_header_or_none_or_the_columns_of_trec(folder: Path, rows: str) -> None:
     judge(folder, "test", rows)
     assert load_beir(folder).qrels == {"q1": {"d1": 1}}
 
@@ -70,7 +70,7 @@ def test_the_split_is_chosen(folder: Path) -> None:
     assert load_beir(folder).split == "dev"
 
 
-def test_a_folder_of_parts_gives_the_part(folder: Path) -> None:
+def test_a_folder_per_split_is_found(folder: Path) -> None:
     (folder / "set").mkdir()
     for name in ("corpus.jsonl", "queries.jsonl", "qrels"):
         (folder / name).rename(folder / "set" / name)
@@ -79,7 +79,7 @@ def test_a_folder_of_parts_gives_the_part(folder: Path) -> None:
     assert (data.name, list(data.queries)) == (f"{folder.name}/test", ["q1", "q2"])
 
 
-def test_a_query_that_is_a_document_is_known_by_id_and_text(folder: Path) -> None:
+def test_a_query_that_is_a_document_is_recognized_by_id_and_text(folder: Path) -> None:
     write(
         folder / "corpus.jsonl", [*CORPUS, {"_id": "q1", "text": " where do they\nrun "}, {"_id": "q2", "text": "else"}]
     )
@@ -96,7 +96,7 @@ def test_other_content_has_another_fingerprint(folder: Path) -> None:
     assert load_beir(folder).fingerprint != before
 
 
-def test_relevant_documents_that_are_not_there_are_counted(folder: Path) -> None:
+def test_missing_relevant_documents_are_counted(folder: Path) -> None:
     judge(folder, "test", "q1\td1\t1\nq1\tgone\t1\nq1\taway\t0\n")
     assert load_beir(folder).missing_relevant == 1
 
@@ -112,13 +112,13 @@ def test_relevant_documents_that_are_not_there_are_counted(folder: Path) -> None
         ("", r"no query with a relevant document"),
     ],
 )
-def test_broken_judgements_are_told(folder: Path, rows: str, sentence: str) -> None:
+def test_broken_qrels_are_refused(folder: Path, rows: str, sentence: str) -> None:
     judge(folder, "test", rows)
     with pytest.raises(LlamoryError, match=sentence):
         load_beir(folder)
 
 
-def test_a_broken_corpus_is_told(folder: Path) -> None:
+def test_a_broken_corpus_is_refused(folder: Path) -> None:
     write(folder / "corpus.jsonl", [*CORPUS, {"_id": "d2", "text": "again"}])
     with pytest.raises(LlamoryError, match=r"corpus.jsonl:4: the id 'd2' is repeated"):
         load_beir(folder)

@@ -30,7 +30,7 @@ def test_flash_is_softmax_attention_with_a_natural_log_sum(memory, dtype, heads,
     memory.close(lse, expected_sum, TOLERANCE[dtype])
 
 
-def test_a_query_of_another_type_than_the_keys_gets_its_type_back(memory):
+def test_the_output_has_the_type_of_the_query(memory):
     query, key, value = tensors(4, 2, 5, 33)
     output, _ = flash(query.bfloat16(), key, value, scaling=0.3)
     assert output.dtype == torch.bfloat16
@@ -76,7 +76,7 @@ def test_no_keys_and_no_queries_are_no_error():
     assert flash(query[:, :, :0], key, value, scaling=1.0)[0].shape == (2, 6, 0, 16)
 
 
-def test_the_plain_way_needs_no_more_than_some_queries_at_once(memory, monkeypatch):
+def test_the_fallback_holds_the_scores_of_some_queries_at_once(memory, monkeypatch):
     monkeypatch.setattr(attention, "MAX_MATMUL_SCORES", 300)
     query, key, value = tensors(6, 2, 40, 33, torch.float64)
     mask = torch.randn(40, 33)

@@ -64,7 +64,7 @@ def test_a_long_text_at_once_gets_a_block_of_its_size():
     assert torch.equal(bank.values(0), -keys)
 
 
-def test_segments_read_one_after_the_other_are_one_span(make_bank):
+def test_segments_appended_in_order_are_one_span(make_bank):
     bank = make_bank({f"document {i}": 10 for i in range(50)})
     assert [(span.start, span.stop) for span in bank.spans(3)] == [(0, 500)]
     bank.reorder(["document 1", "document 0", *bank.segments[2:]])
@@ -128,7 +128,7 @@ def test_int8_keeps_a_scale_per_token_and_head():
 # ---- segments --------------------------------------------------------------------------------------------------------
 
 
-def test_a_dropped_segments_block_is_freed_when_nobody_has_a_part_of_it(make_bank):
+def test_the_block_of_dropped_segments_is_freed_with_its_last_user(make_bank):
     bank = make_bank({"a": 5, "b": 5})
     block = weakref.ref(bank.spans(3)[0].block)
     fork = bank.fork()
@@ -184,7 +184,7 @@ def test_a_bank_that_drops_what_it_reads_does_not_grow(tokens):
     assert sum(block.capacity for block in blocks(bank)) <= 4 * 4096
 
 
-def test_facts_of_a_segment_stay_with_it(make_bank):
+def test_metadata_of_a_segment_stay_with_it(make_bank):
     bank = make_bank({"a": 1, "b": 2})
     bank.set_metadata("a", source="letters/1.txt", lines=(1, 20))
     bank.set_metadata("a", digest="abc")
@@ -199,7 +199,7 @@ def test_facts_of_a_segment_stay_with_it(make_bank):
     assert bank.metadata("c")["lines"] == [1, 20]
 
 
-def test_mounted_segments_are_the_same_blocks_in_the_order_asked_for(make_bank):
+def test_attached_segments_share_blocks_in_the_order_given(make_bank):
     one, two = make_bank({"a": 3, "b": 4}), make_bank({"c": 5, "d": 6})
     bank = MemoryBank([3, 5], 2, 4, dtype="float32")
     bank.attach(two, ["d"])
@@ -238,7 +238,7 @@ def test_a_fork_shares_blocks_and_sees_nothing_of_the_others(tokens, make_bank, 
     assert (bank.segments, forks[2].segments) == (("a", "b"), ("a", "b"))
 
 
-def test_a_fork_of_a_large_memory_makes_small_room_for_its_own():
+def test_a_fork_of_a_large_memory_allocates_small_blocks():
     bank = MemoryBank([0], 1, 2)
     bank.append(0, torch.zeros(1, 300_000, 2), torch.zeros(1, 300_000, 2))
     forks = [bank.fork() for _ in range(2)]
@@ -284,7 +284,7 @@ def test_forks_may_be_filled_in_threads(tokens, monkeypatch):
 # ---- devices ---------------------------------------------------------------------------------------------------------
 
 
-def test_memory_lies_where_the_first_keys_are_or_where_it_is_told():
+def test_memory_is_on_the_device_of_the_first_keys_or_on_the_given_one():
     keys = torch.zeros(2, 3, 4, device="meta")
     for device, expected in ((None, "meta"), ("meta", "meta")):
         bank = MemoryBank([3], 2, 4, device=device)
@@ -349,7 +349,7 @@ def test_a_bank_can_be_moved(make_bank, same_content):
         ),
     ],
 )
-def test_what_cannot_be_is_refused_with_a_sentence_and_changes_nothing(make_bank, same_content, use, sentence):
+def test_invalid_calls_are_refused_and_change_nothing(make_bank, same_content, use, sentence):
     bank = make_bank({"a": 3, "b": 2}, fingerprint="one")
     before = bank.fork()
     with pytest.raises(LlamoryError, match=sentence) as refusal:
@@ -358,7 +358,7 @@ def test_what_cannot_be_is_refused_with_a_sentence_and_changes_nothing(make_bank
     assert same_content(bank, before)
 
 
-def test_mounting_all_or_nothing(make_bank):
+def test_attaching_is_all_or_nothing(make_bank):
     bank, other = make_bank({"a": 3}), make_bank({"c": 2, "a": 1})
     with pytest.raises(LlamoryError, match="already has a segment 'a'"):
         bank.attach(other)
@@ -377,7 +377,7 @@ def test_mounting_all_or_nothing(make_bank):
         (([1], 2, 0), "at least one head"),
     ],
 )
-def test_a_bank_of_no_sense_is_refused(arguments, sentence):
+def test_invalid_banks_are_refused(arguments, sentence):
     with pytest.raises(LlamoryError, match=sentence):
         MemoryBank(*arguments)
 

@@ -186,8 +186,9 @@ class BankMachine(RuleBasedStateMachine):
             assert made.nbytes == round(numbers * width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_bank_does_what_lists_of_tensors_do(dtype, monkeypatch):
+def test_a_bank_behaves_like_lists_of_tensors(dtype, monkeypatch):
     # Small blocks, so that few tokens fill, cut off and gather many.
     monkeypatch.setattr(blocks, "SMALLEST_BLOCK", 8)
     monkeypatch.setattr(blocks, "LARGEST_BLOCK", 32)

@@ -54,7 +54,7 @@ def test_a_file_is_a_safetensors_file_of_all_segments_in_order(tmp_path, make_ba
     assert [each["name"] for each in json.loads(metadata["segments"])] == ["c", "b", "a"]
 
 
-def test_a_file_says_what_is_inside_without_being_read(tmp_path, make_bank):
+def test_the_header_describes_the_file(tmp_path, make_bank):
     bank = make_bank({"a": 3, "b": 5}, dtype="int8", fingerprint="model")
     bank.set_metadata("b", source="letters/ö.txt")
     bank.save(tmp_path / "book")
@@ -94,7 +94,7 @@ def test_layers_of_unequal_length_come_back(tmp_path, make_bank, tokens, same_co
     assert same_content(loaded, bank)
 
 
-def test_what_was_dropped_is_not_in_the_file(tmp_path, make_bank):
+def test_dropped_segments_are_not_in_the_file(tmp_path, make_bank):
     bank = make_bank({"a": 1000, "b": 1})
     bank.save(tmp_path / "both")
     bank.drop("a")
@@ -126,7 +126,7 @@ def test_loading_maps_the_file_and_copies_nothing(tmp_path, make_bank):
 
 
 @on_linux
-def test_a_memory_larger_than_the_machines_can_be_mapped(tmp_path):
+def test_a_memory_larger_than_the_ram_can_be_mapped(tmp_path):
     width = 2 * 4 * 4
     tokens = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // width
     contents = files.MemoryHeader((0,), 2, 4, "float32", "", (files.StoredSegment("a", (tokens,)),))
@@ -165,6 +165,7 @@ def test_a_memory_can_be_saved_over_the_file_it_is_mapped_from(tmp_path, make_ba
     assert MemoryBank.load(tmp_path / "book").segments == ("b",)
 
 
+@pytest.mark.slow
 @on_linux
 def test_saving_takes_no_second_copy_of_the_memory(tmp_path):
     code = """
@@ -190,6 +191,7 @@ print(bank.nbytes // 2**20, peak() - before)
 # ---- replacing -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new(tmp_path):
     code = """
@@ -266,7 +268,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, make_bank, s
     assert [entry.name for entry in tmp_path.iterdir()] == ["book"]
 
 
-def test_two_who_save_at_once_both_leave_a_whole_file(tmp_path, make_bank, same_content):
+def test_concurrent_saves_leave_a_complete_file(tmp_path, make_bank, same_content):
     banks = [make_bank({f"{i}": 500}) for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda bank: [bank.save(tmp_path / "book") for _ in range(10)], banks))
@@ -283,7 +285,7 @@ def test_a_missing_folder_is_made_and_a_link_is_followed(tmp_path, make_bank):
     assert MemoryBank.load(tmp_path / "shelf" / "one" / "book").segments == ("b",)
 
 
-def test_a_place_where_no_file_can_be_is_told(tmp_path, make_bank):
+def test_a_path_that_cannot_be_a_file_is_refused(tmp_path, make_bank):
     (tmp_path / "file").write_text("text")
     with pytest.raises(LlamoryError, match="is a folder"):
         make_bank({}).save(tmp_path)
@@ -309,6 +311,7 @@ def refusal(path: Path, **wanted) -> str:
     return sentence
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_byte_is_refused(book):
     whole, chance = book.read_bytes(), random.Random(0)
     for place in range(len(whole)):
@@ -334,6 +337,7 @@ def test_without_verify_only_damage_of_the_header_is_refused(book):
     assert MemoryBank.load(book, verify=False).length() == read_header(book)["tokens"] == 7
 
 
+@pytest.mark.slow
 def test_a_file_of_any_other_length_is_refused(book):
     whole = book.read_bytes()
     for length in range(len(whole)):
@@ -378,7 +382,7 @@ def test_a_memory_of_an_unknown_model_fits_any(tmp_path, make_bank):
     assert MemoryBank.load(tmp_path / "book", fingerprint="one").fingerprint == ""
 
 
-def test_several_files_are_mounted_into_one_memory(tmp_path, make_bank):
+def test_several_files_can_be_attached_to_one_memory(tmp_path, make_bank):
     banks = [make_bank({name: 3}, fingerprint="one") for name in "abc"]
     memory = MemoryBank((3, 5), 2, 4, dtype="float32", fingerprint="one")
     for bank in banks:

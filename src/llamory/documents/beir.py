@@ -89,7 +89,7 @@ def read_beir(folder: Path, split: str | None = None, *, skip_broken: bool = Fal
     for name in (CORPUS, QUERIES):
         if not (folder / name).is_file():
             raise LlamoryError(
-                f"{folder} is no BEIR folder: there is no {name} (it should hold {CORPUS}, {QUERIES} and {QRELS}/*.tsv)."
+                f"{folder} is no BEIR folder: there is no {name} (it should have {CORPUS}, {QUERIES}, {QRELS}/*.tsv)."
             )
     split = _choose_split(folder, split)
     queries = dict(entry for _, entry in read_json_lines(folder / QUERIES, _query_entry, skip_broken=skip_broken))

@@ -1,4 +1,4 @@
-"""Cut documents into passages that fit a model: whole sections, sentences or lines, words where it must be."""
+"""Split documents into chunks that fit a model: whole sections, else sentences or lines, else words."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-# A section with fewer words than this beside its title (a bare heading, a lone import) is no passage of its own.
+# A section with fewer words than this besides its title (a bare heading, a lone import) is no chunk of its own.
 MIN_SECTION_WORDS = 3
-# Tokens by which a passage counted alone may differ from the same words counted inside the document: spaces at its
-# ends, and the first word's missing space. Longer candidates aren't tried.
+# Tokens by which a chunk alone may differ from the same words inside the document: spaces at its ends, and the first
+# word's missing space. Longer candidates aren't tried.
 _EDGE_TOKENS = 2
-# Characters that are tokenised as one text and in one call: a token takes some hundred bytes of memory meanwhile.
+# Characters that are tokenized as one text and in one call: each token takes some hundred bytes of memory meanwhile.
 _MAX_PIECE_CHARACTERS, _BATCH_CHARACTERS = 1 << 18, 1 << 20
 
 TextSpan = tuple[int, int]
@@ -41,25 +41,25 @@ class _SectionGroup:
 def chunk_document(
     document: Document, tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, language: str = "en"
 ) -> Iterator[Chunk]:
-    """Cut a document into passages; every word of it is in exactly one, in order.
+    """Split a document into chunks; every word of it is in exactly one, in order.
 
-    A section (consecutive sections of one title) that fits is one passage. A longer one is cut between sentences, code
-    between lines, with as many of them in each passage as fit; a sentence that is too long alone is cut between
-    words, and a word that is too long alone within it. A section of hardly more than a heading joins the next one.
+    Consecutive sections of one title that fit are one chunk. Longer ones are split between sentences (code: between
+    lines), as many per chunk as fit; a sentence that is too long is split between words, a word that is too long
+    within it. A section of hardly more than a heading is joined to the next one.
 
     Args:
         document: the document.
         tokenizer: a fast tokenizer; its special tokens are not counted.
-        max_tokens: the most tokens of a passage. Only a single character may take more.
-        language: code of the language whose rules for sentences hold.
+        max_tokens: maximum tokens of a chunk; only a single character may have more.
+        language: code of the language for splitting sentences.
 
     Raises:
         LlamoryError: `max_tokens` is less than 1, or the tokenizer isn't a fast one.
     """
     if max_tokens < 1:
-        raise LlamoryError(f"A passage must have room for at least 1 token, not {max_tokens}.")
+        raise LlamoryError(f"A chunk must have at least 1 token, not {max_tokens}.")
     if not tokenizer.is_fast:
-        raise LlamoryError("Passages need a fast tokenizer; use one that has a tokenizer.json.")
+        raise LlamoryError("Chunking needs a fast tokenizer; use one that has a tokenizer.json.")
     pieces = (piece for section in _group_sections(document.sections) for piece in _split_long_section(section))
     for batch in _batches(pieces):
         for section, encoding in zip(batch, _encode(tokenizer, [s.text for s in batch]), strict=True):
@@ -116,15 +116,15 @@ def _join_sections(sections: Sequence[Section], title: str) -> _SectionGroup:
 
 
 def _split_long_section(section: _SectionGroup) -> Iterator[_SectionGroup]:
-    """Cut a huge section where a paragraph, a line or a word ends; others stay whole."""
+    """Split a huge section where a paragraph, a line or a word ends; others stay whole."""
     text, start, newlines = section.text, 0, 0
     while len(text) - start > _MAX_PIECE_CHARACTERS:
         limit = start + _MAX_PIECE_CHARACTERS
-        ends = (text.rfind(mark, start, limit) + len(mark) for mark in ("\n\n", "\n", " "))
-        end = next((end for end in ends if end > start + _MAX_PIECE_CHARACTERS // 2), limit)
-        rows = slice(newlines, newlines + text.count("\n", start, end) + 1)
-        yield _SectionGroup(text[start:end], section.title, section.lines[rows], section.pages[rows])
-        newlines, start = rows.stop - 1, end
+        stops = (text.rfind(separator, start, limit) + len(separator) for separator in ("\n\n", "\n", " "))
+        stop = next((stop for stop in stops if stop > start + _MAX_PIECE_CHARACTERS // 2), limit)
+        rows = slice(newlines, newlines + text.count("\n", start, stop) + 1)
+        yield _SectionGroup(text[start:stop], section.title, section.lines[rows], section.pages[rows])
+        newlines, start = rows.stop - 1, stop
     yield (
         _SectionGroup(text[start:], section.title, section.lines[newlines:], section.pages[newlines:])
         if start
@@ -133,7 +133,7 @@ def _split_long_section(section: _SectionGroup) -> Iterator[_SectionGroup]:
 
 
 def _batches(pieces: Iterable[_SectionGroup]) -> Iterator[list[_SectionGroup]]:
-    """Group pieces for the tokenizer."""
+    """Group sections for the tokenizer."""
     batch: list[_SectionGroup] = []
     characters = 0
     for piece in pieces:
@@ -147,15 +147,15 @@ def _batches(pieces: Iterable[_SectionGroup]) -> Iterator[list[_SectionGroup]]:
 
 
 def _clean(text: str) -> str:
-    """Without the indentation that all lines share; the number of lines stays."""
+    """Remove the indentation that all lines share; the number of lines stays."""
     return dedent(text).strip()
 
 
-# ---- cutting -------------------------------------------------------------------------------------------------------
+# ---- packing -------------------------------------------------------------------------------------------------------
 
 
 class _ChunkBuilder:
-    """Fills passages of one section: token positions give a first guess, the tokenizer has the last word."""
+    """Packs one section into chunks: token positions give an estimate, the tokenizer checks it."""
 
     def __init__(self, text: str, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
         self.text = text
@@ -164,7 +164,7 @@ class _ChunkBuilder:
         self.max_tokens = max_tokens
 
     def pack(self, units: list[TextSpan]) -> list[TextSpan]:
-        """Join consecutive units to the longest spans that fit; a unit that doesn't fit is cut into subspans ones."""
+        """Join consecutive units to the longest spans that fit; a unit that doesn't fit is split."""
         spans: list[TextSpan] = []
         pending = units[::-1]
         while pending:
@@ -207,13 +207,13 @@ def _lines(text: str) -> list[TextSpan]:
 
 
 def _spans(text: str, starts: Sequence[int]) -> list[TextSpan]:
-    """Cut a text at the given places; blank pieces belong to the piece before."""
+    """Split a text at some positions; blank parts belong to the part before."""
     spans: list[TextSpan] = []
-    for start, end in pairwise(sorted({0, *starts, len(text)})):
-        if spans and not text[start:end].strip():
-            spans[-1] = (spans[-1][0], end)
+    for start, stop in pairwise(sorted({0, *starts, len(text)})):
+        if spans and not text[start:stop].strip():
+            spans[-1] = (spans[-1][0], stop)
         else:
-            spans.append((start, end))
+            spans.append((start, stop))
     return spans
 
 

@@ -1,4 +1,4 @@
-"""What a document, a part of it and a passage are."""
+"""Documents, their sections, and chunks of them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ class Section:
     """A natural part of a document: a section, a paragraph, a function.
 
     Attributes:
-        text: the part's text with its heading, without blank lines around it.
-        title: its heading, `module.Class.method` for Python, the document's title where there is no heading.
-        line: number of the line where it starts, counted from 1.
+        text: with its heading, without blank lines around it.
+        title: its heading, `module.Class.method` for Python, else the document's title.
+        line: its first line, counted from 1 (within the page, if there are pages).
         verbatim: whether lines of `text` are lines of the file, so that later lines can be counted from `line`.
-        page: number of its page (PDF) or cell (notebook), counted from 1; None where there are no such. Lines are then
-            counted in the page.
+        page: its page (PDF) or cell (notebook), counted from 1; None for other formats.
     """
 
     text: str
@@ -30,11 +29,11 @@ class Document:
     """A whole document.
 
     Attributes:
-        text: the whole text; of HTML only what a reader sees.
-        source: the path as it was given, for JSON lines `path:line`.
+        text: the whole text; of HTML only the visible text.
+        source: the path as it was given; `path:line` for JSON lines.
         title: its title, or the file's name without suffix.
-        sections: its parts in order; together they hold every word of `text`, once.
-        code: whether it is program text, which has lines, not sentences.
+        sections: in order; together they hold every word of `text` once.
+        code: whether it is program text, which is split between lines instead of sentences.
     """
 
     text: str
@@ -46,14 +45,14 @@ class Document:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a document, short enough for a model.
+    """A part of a document that fits a model.
 
     Attributes:
-        text: the passage.
+        text: of the chunk.
         source: the document's source.
-        title: title of the section it is from.
-        line: number of the line where it starts, counted from 1.
-        page: number of the page or cell where it starts; None where there are no such.
+        title: of its section.
+        line: its first line, counted from 1.
+        page: its first page or cell; None for formats without.
     """
 
     text: str
@@ -64,12 +63,12 @@ class Chunk:
 
     @property
     def location(self) -> str:
-        """Where the passage starts: `path:line`, or `path, page 3`."""
+        """Where the chunk starts: `path:line`, or `path, page 3`."""
         return location(self.source, self.line, self.page)
 
 
 def location(source: str, line: int, page: int | None = None) -> str:
-    """A location as people read it: `path:line`, `path, page 3` or `path, cell 3`; for JSON lines the source itself."""
+    """A readable location: `path:line`, `path, page 3` or `path, cell 3`; for JSON lines the source itself."""
     if page is not None:
         return f"{source}, {'cell' if source.lower().endswith('.ipynb') else 'page'} {page}"
     return source if source.endswith(f":{line}") else f"{source}:{line}"

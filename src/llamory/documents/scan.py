@@ -90,15 +90,15 @@ def find_files(paths: PathLike | Iterable[PathLike], *, log_skipped: bool = True
     Raises:
         LlamoryError: as `scan_files`; or a folder has no documents, a file given by name is empty, or no file has text.
     """
-    given = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
-    scan = scan_files(given, log_skipped=log_skipped)
-    for path in given:
+    roots = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+    scan = scan_files(roots, log_skipped=log_skipped)
+    for path in roots:
         if path.is_dir() and not any(path in file.parents for file in scan.files):
             raise LlamoryError(f"The folder {path} has no documents; it should hold files of {supported_suffixes()}.")
         if path.is_file() and not has_text(path):
             raise LlamoryError(f"The file {path} is empty; it should have text.")
     if not any(map(has_text, scan.files)):
-        raise LlamoryError(f"None of the {len(scan.files)} files in {', '.join(map(str, given))} has any text.")
+        raise LlamoryError(f"None of the {len(scan.files)} files in {', '.join(map(str, roots))} has any text.")
     return scan.files
 
 

@@ -1,4 +1,4 @@
-"""Open files that others may change, break or swap while they are read."""
+"""Read files that other processes may change meanwhile, and decode their text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 from llamory.errors import LlamoryError
 
-# Byte order marks and the encodings they announce; UTF-32's begins as UTF-16's does, so it stands first.
-_BYTE_ORDER_MARKS = (
+# Byte order marks (BOM) and their encodings; UTF-32's begins like UTF-16's, so it is first.
+_BOM_ENCODINGS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -25,12 +25,7 @@ _BYTE_ORDER_MARKS = (
 
 @dataclass(frozen=True)
 class SkippedFile:
-    """A file that isn't in, and why.
-
-    Attributes:
-        path: the file or folder.
-        reason: what is wrong with it, in a few words.
-    """
+    """A file or folder that was skipped, and why, in a few words."""
 
     path: str
     reason: str
@@ -70,7 +65,7 @@ def _check_size(path: Path, size: int, max_bytes: int | None) -> None:
 
 
 def too_large_message(size: int, max_bytes: int) -> str:
-    """What is said of a file that is too large."""
+    """The end of the error message for a file that is too large."""
     return (
         f"is too large ({size / 2**20:,.0f} MiB; the limit is {max_bytes / 2**20:,.0f} MiB); split it, or raise the "
         "largest file size"
@@ -78,14 +73,14 @@ def too_large_message(size: int, max_bytes: int) -> str:
 
 
 def decode(path: Path, data: bytes) -> str:
-    """Text with plain newlines; UTF-8, or what a byte order mark or (in Python files) a declaration announces.
+    """Text with plain newlines; in UTF-8, or the encoding of a byte order mark or (in Python files) a declaration.
 
     Raises:
         LlamoryError: the bytes are no text, or text in another encoding.
     """
-    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
+    encoding = next((name for bom, name in _BOM_ENCODINGS if data.startswith(bom)), "utf-8-sig")
     if encoding == "utf-8-sig" and path.suffix.lower() == ".py":
-        with contextlib.suppress(SyntaxError):  # an unknown encoding is named: UTF-8 is the best guess left
+        with contextlib.suppress(SyntaxError):  # for an unknown encoding UTF-8 is the best guess
             encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0]
     binary = LlamoryError(f"{path} is a binary file, not text; give it the suffix of its kind.")
     if b"\0" in data and not encoding.startswith(("utf-16", "utf-32")):
@@ -102,7 +97,7 @@ def decode(path: Path, data: bytes) -> str:
 
 
 def content_hash(path: Path, max_bytes: int | None = None) -> tuple[str, tuple[int, ...]]:
-    """Hash of a file's bytes, and what the system says of it: the latter is other once the file was written to.
+    """Hash of a file's bytes, and its state, which changes when the file is written.
 
     Raises:
         LlamoryError: there are more than `max_bytes`, or it isn't a regular file.
@@ -115,12 +110,12 @@ def content_hash(path: Path, max_bytes: int | None = None) -> tuple[str, tuple[i
 
 
 def file_state(path: Path) -> tuple[int, ...]:
-    """What the system says of a file, as `content_hash` gives it."""
+    """The state of a file, as `content_hash` returns it."""
     return _stat_key(path.stat())
 
 
 def unchanged_since(path: Path, state: tuple[int, ...]) -> bool:
-    """Whether a file is as `content_hash` or `file_state` found it."""
+    """Whether a file still has a state."""
     return file_state(path) == state
 
 

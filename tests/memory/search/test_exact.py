@@ -52,13 +52,13 @@ def test_exact_reads_any_spans_in_any_split(memory, dtype, kv_heads, tokens, cut
     memory.close(result, memory.plain_attention(query, keys[None], values[None], 0.4), TOLERANCE[dtype])
 
 
-def test_queries_may_lie_in_memory_as_projections_leave_them(memory):
+def test_queries_need_not_be_contiguous(memory):
     bank, query = memory.filled(700), memory.queries(2, 5, 4, 16).transpose(1, 2)
     assert not query.is_contiguous()
     memory.close(ExactSearch().attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4))
 
 
-def test_a_memory_of_another_type_than_the_query_leaves_the_query_its_type(memory):
+def test_the_output_has_the_type_of_the_query_not_of_the_memory(memory):
     bank, query = memory.filled(300, dtype=torch.int8), memory.queries(1, 4, 3, 16).bfloat16()
     output, lse = ExactSearch().attend(query, bank, 0, 0.4)
     assert output.dtype == torch.bfloat16 and lse.dtype == torch.float32

@@ -14,14 +14,14 @@ def relative_error(found, expected):
     return ((found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
 
 
-def test_as_many_neighbours_as_tokens_equal_reading_everything(memory):
+def test_as_many_neighbours_as_tokens_equal_dense_attention(memory):
     bank, query = memory.filled(5000, capacity=8192), memory.queries(1, 4, 3, 16)
     memory.close(make_search("faiss", 5000).attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("queries", [1, 40])
-def test_nearly_all_neighbours_and_the_rest_are_nearly_everything(memory, dtype, queries, monkeypatch):
+def test_nearly_all_neighbours_and_the_estimate_are_nearly_exact(memory, dtype, queries, monkeypatch):
     # All lists are looked into, so only what top_k leaves out is estimated: found and left add up to the list.
     monkeypatch.setattr(faiss, "MIN_PROBES", 10**6)
     bank, query = memory.filled(4500, dtype=dtype, capacity=4096), memory.queries(2, 6, queries, 16)
@@ -29,14 +29,14 @@ def test_nearly_all_neighbours_and_the_rest_are_nearly_everything(memory, dtype,
     memory.close(found, memory.expected(query, bank, 0.2), 2e-3, size=1)
 
 
-def test_lists_that_are_not_looked_into_are_estimated(memory):
+def test_lists_that_are_not_searched_are_estimated(memory):
     bank, query = memory.filled(9000, capacity=8192), memory.queries(1, 4, 5, 16)
     output, lse = FaissSearch(10, tolerance=math.inf).attend(query, bank, 0, 0.1)
     expected, expected_sum = memory.expected(query, bank, 0.1)
     memory.close((output, lse), (expected, expected_sum), 0.03, size=1)
 
 
-def test_heads_that_look_everywhere_are_right_with_one_neighbour(memory):
+def test_uniform_attention_is_right_with_one_neighbour(memory):
     bank = memory.Bank(2, 16, capacity=16384)
     chance = torch.Generator().manual_seed(0)
     keys = torch.ones(2, 9000, 16) + 0.001 * torch.randn(2, 9000, 16, generator=chance)
@@ -70,7 +70,7 @@ def test_memory_may_grow_between_calls(memory):
         memory.close(search.attend(query, bank, 0, 0.1), memory.expected(query, bank, 0.1), 0.03, size=1)
 
 
-def test_indexes_in_a_folder_are_used_again_and_give_the_same(memory, tmp_path, monkeypatch):
+def test_indexes_in_a_folder_are_reused_and_give_the_same(memory, tmp_path, monkeypatch):
     query = memory.queries(1, 4, 5, 16)
     in_memory = make_search("faiss", 10).attend(query, memory.filled(9000, capacity=8192), 0, 0.1)
     on_disk = make_search("faiss", 10, folder=tmp_path / "indexes").attend(
@@ -85,7 +85,7 @@ def test_indexes_in_a_folder_are_used_again_and_give_the_same(memory, tmp_path, 
     memory.close(again, in_memory)
 
 
-def test_a_folder_that_cannot_be_and_a_broken_index_are_told(memory, tmp_path):
+def test_an_unusable_folder_and_a_broken_index_are_refused(memory, tmp_path):
     (tmp_path / "file").write_text("")
     query = memory.queries(1, 4, 1, 16)
     with pytest.raises(LlamoryError, match="can't store indexes"):

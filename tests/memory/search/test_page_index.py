@@ -1,11 +1,14 @@
-"""Pages that were written down are those that would be made anew."""
+"""The page index: groups of similar vectors, ranges of blocks, and files of pages."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llamory.memory import MemoryBank
+from llamory.memory.blocks import Block, Span
 from llamory.memory.search import page_index
-from llamory.memory.search.page_index import load_pages, page_bytes, save_pages
+from llamory.memory.search.page_index import balanced_pca_partition, load_pages, page_bytes, save_pages
 from llamory.memory.search.pages import PagesSearch
 
 LAYERS, HEADS, SIZE = [2, 5], 2, 16
@@ -41,7 +44,7 @@ def found(banks) -> tuple[torch.Tensor, ...]:
     )
 
 
-def test_pages_that_were_loaded_find_the_same_and_none_are_made(make_file, monkeypatch) -> None:
+def test_loaded_pages_give_the_same_and_none_are_built(make_file, monkeypatch) -> None:
     files = [make_file("a", 5000), make_file("b", 700, seed=1)]
     banks = [MemoryBank.load(file) for file in files]
     for bank, file in zip(banks, files, strict=True):
@@ -54,7 +57,7 @@ def test_pages_that_were_loaded_find_the_same_and_none_are_made(make_file, monke
         assert torch.equal(one, other)
 
 
-def test_pages_take_no_more_than_is_said(make_file) -> None:
+def test_pages_take_at_most_the_estimated_bytes(make_file) -> None:
     for tokens in (1024, 5000):
         file = make_file("a", tokens)
         bank = MemoryBank.load(file)
@@ -77,7 +80,7 @@ def test_a_memory_too_short_for_pages_has_none(make_file) -> None:
     [{"tokens": 1500}, {"tokens": 1024, "fingerprint": "another"}, {"tokens": 1024, "seed": 1}],
     ids=["length", "model", "content"],
 )
-def test_pages_of_another_memory_are_not_taken(make_file, other) -> None:
+def test_pages_of_another_memory_are_refused(make_file, other) -> None:
     file = make_file("a", 1024)
     save_pages(MemoryBank.load(file), file.with_suffix(".pages"))
     bank = MemoryBank.load(make_file("b", **other))
@@ -108,7 +111,7 @@ def test_pages_of_a_memory_in_ram_fit_its_file(make_file) -> None:
     assert load_pages(bank, file.with_suffix(".pages"))
 
 
-def test_missing_and_broken_pages_are_none(make_file, tmp_path) -> None:
+def test_missing_and_broken_pages_are_refused(make_file, tmp_path) -> None:
     file = make_file("a", 1024)
     bank, pages = MemoryBank.load(file), file.with_suffix(".pages")
     assert not load_pages(bank, pages)
@@ -118,3 +121,29 @@ def test_missing_and_broken_pages_are_none(make_file, tmp_path) -> None:
     pages.write_bytes(b"nothing")
     assert not load_pages(MemoryBank.load(file), pages)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_similar_vectors_become_neighbours():
+    centres = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)) * 10
+    names = torch.arange(8).repeat(32)
+    vectors = centres[names] + 0.1 * torch.randn(256, 16, generator=torch.Generator().manual_seed(1))
+    order = balanced_pca_partition(torch.stack([vectors, vectors.flip(0)]), 32)
+    for head, names_of_head in zip(order, (names, names.flip(0)), strict=True):
+        assert head.sort().values.tolist() == list(range(256))
+        assert (names_of_head[head].view(8, 32).float().std(1, correction=0) == 0).all()
+
+
+def test_equal_vectors_can_be_partitioned():
+    order = balanced_pca_partition(torch.ones(1, 64, 4), 16)
+    assert order.sort().values.tolist() == [list(range(64))]
+
+
+@settings(deadline=None)
+@given(start=st.integers(0, 3000), length=st.integers(1, 9000))
+def test_a_span_is_split_into_ranges_and_a_rest_without_gap_or_overlap(start, length):
+    block = Block.allocate(1, 12000, 4, torch.float32)
+    ranges, rest = page_index.aligned_ranges(Span(block, start, start + length))
+    tokens = [t for a, b in ranges for t in range(a, b)] + [t for span in rest for t in range(span.start, span.stop)]
+    assert sorted(tokens) == list(range(start, start + length))
+    assert all(a % (b - a) == 0 for a, b in ranges)
+    assert sum(len(span) for span in rest) < 2 * page_index.SUPERPAGE_SIZE

@@ -4,12 +4,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from llamory.memory.blocks import Block, Span
+from llamory.memory.blocks import Span
 from llamory.memory.search import make_search, page_index, pages
-from llamory.memory.search.page_index import balanced_pca_partition
 from llamory.memory.search.pages import PagesSearch
 
 
@@ -22,40 +19,14 @@ def relative_error(found, expected):
     return ((found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
 
 
-def test_like_vectors_come_to_stand_together():
-    centres = torch.randn(8, 16, generator=torch.Generator().manual_seed(0)) * 10
-    names = torch.arange(8).repeat(32)
-    vectors = centres[names] + 0.1 * torch.randn(256, 16, generator=torch.Generator().manual_seed(1))
-    order = balanced_pca_partition(torch.stack([vectors, vectors.flip(0)]), 32)
-    for head, names_of_head in zip(order, (names, names.flip(0)), strict=True):
-        assert head.sort().values.tolist() == list(range(256))
-        assert (names_of_head[head].view(8, 32).float().std(1, correction=0) == 0).all()
-
-
-def test_equal_vectors_can_be_sorted_too():
-    order = balanced_pca_partition(torch.ones(1, 64, 4), 16)
-    assert order.sort().values.tolist() == [list(range(64))]
-
-
-@settings(deadline=None)
-@given(start=st.integers(0, 3000), length=st.integers(1, 9000))
-def test_a_span_is_cut_into_page_index_and_a_rest_without_gap_or_overlap(start, length):
-    block = Block.allocate(1, 12000, 4, torch.float32)
-    ranges, rest = page_index.aligned_ranges(Span(block, start, start + length))
-    tokens = [t for a, b in ranges for t in range(a, b)] + [t for span in rest for t in range(span.start, span.stop)]
-    assert sorted(tokens) == list(range(start, start + length))
-    assert all(a % (b - a) == 0 for a, b in ranges)
-    assert sum(len(span) for span in rest) < 2 * page_index.SUPERPAGE_SIZE
-
-
-def test_as_many_pages_as_there_are_equal_reading_everything(memory):
+def test_all_pages_equal_dense_attention(memory):
     bank, query = memory.filled(5000, capacity=8192), memory.queries(1, 4, 3, 16)
     memory.close(make_search("pages", 5000).attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4))
 
 
 @pytest.mark.parametrize("queries", [1, 3, 200])
 @pytest.mark.parametrize("capacity", [1024, 16384])
-def test_all_pages_but_one_are_nearly_everything(memory, queries, capacity):
+def test_all_pages_but_one_are_nearly_exact(memory, queries, capacity):
     # Reading all but the worst page leaves next to no room for an error of the estimate, and any page that was read
     # twice or not at all would show.
     bank, query = memory.filled(4500, capacity=capacity), memory.queries(2, 6, queries, 16)
@@ -66,7 +37,7 @@ def test_all_pages_but_one_are_nearly_everything(memory, queries, capacity):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_heads_that_look_everywhere_are_right_with_one_page(memory, dtype):
+def test_uniform_attention_is_right_with_one_page(memory, dtype):
     bank = memory.Bank(2, 16, dtype, capacity=16384)
     chance = torch.Generator().manual_seed(0)
     bank.append(0, torch.ones(2, 9000, 16), torch.randn(2, 9000, 16, generator=chance) + 1)
@@ -136,7 +107,7 @@ def test_a_window_over_a_small_memory_reads_everything(memory, monkeypatch):
     memory.close(make_search("pages", 1).attend(query, bank, 0, 0.4), memory.expected(query, bank, 0.4))
 
 
-def test_a_stretch_is_summarised_once(memory, monkeypatch):
+def test_a_range_is_indexed_once(memory, monkeypatch):
     made = []
     monkeypatch.setattr(
         page_index,
@@ -165,7 +136,7 @@ def test_segments_in_another_order_give_the_same(memory):
 
 
 @pytest.mark.parametrize("queries", [2, 150])
-def test_rows_that_share_a_memory_are_what_they_are_apart(memory, queries):
+def test_rows_that_share_a_memory_get_what_each_gets_alone(memory, queries):
     bank, query = memory.filled(9000, capacity=16384), memory.queries(3, 6, queries, 16)
     search = make_search("pages", 4)
     together = search.attend(query, bank, 0, 0.4)

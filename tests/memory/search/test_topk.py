@@ -20,7 +20,7 @@ def best_only(query, bank, scaling, top_k):
 
 @pytest.mark.parametrize("name", ["exact", "faiss"])
 @pytest.mark.parametrize("top_k", [1, 5, 32, 10_000])
-def test_the_best_tokens_of_all_spans_and_no_others(memory, name, top_k, monkeypatch):
+def test_only_the_best_tokens_of_all_spans_are_read(memory, name, top_k, monkeypatch):
     monkeypatch.setattr(topk, "MAX_SCANNED_TOKENS", 64)
     monkeypatch.setattr(topk, "MAX_GATHERED_ELEMENTS", 5000)
     monkeypatch.setattr(faiss, "MIN_PROBES", 10_000)  # all lists are looked into, so nothing is missed
@@ -36,6 +36,6 @@ def test_an_empty_memory_gives_nothing(memory):
     assert not output.any() and torch.isinf(lse).all()
 
 
-def test_pages_have_no_best_tokens():
+def test_pages_have_no_top_k_attention():
     with pytest.raises(LlamoryError, match="whole pages"):
         make_search("pages", 4, top_k_attention=True)
