@@ -282,6 +282,7 @@ def test_an_ordinary_token_that_is_a_slot_in_capitals_counts_for_nothing(tmp_pat
     np.testing.assert_allclose(model.encode_document("a <S1> b"), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_folder_loads_where_llamory_is_not_installed(exported):
     checkpoint, folder = exported("llama-2 class")
     program = (

@@ -339,36 +339,18 @@ EXAMPLES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("side", "input_ids", "mask", "labels"),
-    [
-        ("left", [[1, 5, 6], [2, 1, 6]], [[1, 1, 1], [0, 1, 1]], [[-100, 5, -100], [-100, -100, 6]]),
-        ("right", [[1, 5, 6], [1, 6, 2]], [[1, 1, 1], [1, 1, 0]], [[-100, 5, -100], [-100, 6, -100]]),
-    ],
-)
-def test_a_batch_is_padded_on_the_side_asked_for(side, input_ids, mask, labels):
-    batch = LlaraCollator(2, padding_side=side)(EXAMPLES)
+def test_a_batch_is_padded_on_the_left():
+    batch = LlaraCollator(2)(EXAMPLES)
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "input_ids": input_ids,
-        "attention_mask": mask,
-        "labels": labels,
+        "input_ids": [[1, 5, 6], [2, 1, 6]],
+        "attention_mask": [[1, 1, 1], [0, 1, 1]],
+        "labels": [[-100, 5, -100], [-100, -100, 6]],
         "output_summarize_ids": [[7, -100], [8, 9]],
         "output_predict_ids": [[-100], [-100]],
         "example": [3, 4],
     }
     assert {tensor.dtype for tensor in batch.values()} == {torch.long}
-
-
-def test_a_batch_pads_left_with_zero_by_default_and_can_round_up():
-    batch = LlaraCollator(None, pad_to_multiple_of=4)(EXAMPLES)
-    assert batch["input_ids"].tolist() == [[0, 1, 5, 6], [0, 0, 1, 6]]
-    assert batch["attention_mask"].tolist() == [[0, 1, 1, 1], [0, 0, 1, 1]]
-    assert batch["labels"].tolist() == [[-100, -100, 5, -100], [-100, -100, -100, 6]]
-
-
-def test_padding_has_two_sides():
-    with pytest.raises(LlamoryError, match="left or right"):
-        LlaraCollator(0, padding_side="middle")
+    assert LlaraCollator(None)(EXAMPLES)["input_ids"].tolist() == [[1, 5, 6], [0, 1, 6]]
 
 
 def test_loaded_examples_make_a_batch(load, tmp_path):

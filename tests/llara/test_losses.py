@@ -86,3 +86,23 @@ def test_a_frozen_head_lets_gradients_through():
     wanted = torch.nn.functional.cross_entropy((hidden @ weight.T)[rows], labels)
     (found,), (expected,) = torch.autograd.grad(total, hidden), torch.autograd.grad(wanted, hidden)
     torch.testing.assert_close(found, expected)
+
+
+def test_evaluation_computes_no_gradient_of_the_head(monkeypatch):
+    hidden, weight = torch.randn(4, 8), torch.randn(5, 8, requires_grad=True)
+    rows, labels, counts = torch.tensor([0, 2]), torch.tensor([1, 4]), torch.tensor([2.0, 1, 0])
+    bag = bag_of_words(torch.tensor([[1, 3]]), torch.tensor([[2, 3]]), torch.tensor([0]))
+    calls = []
+    add_gradient = losses._Head._add_gradient
+
+    def count(self, *arguments):
+        calls.append(self.grad_weight is not None)
+        add_gradient(self, *arguments)
+
+    monkeypatch.setattr(losses._Head, "_add_gradient", count)
+    with torch.no_grad():
+        evaluated, _ = head_losses(hidden, weight, torch.ones(3), rows, labels, counts, bag)
+    assert not calls and not evaluated.requires_grad
+    trained, _ = head_losses(hidden, weight, torch.ones(3), rows, labels, counts, bag)
+    assert calls == [True, True] and trained.requires_grad
+    assert torch.equal(trained, evaluated)

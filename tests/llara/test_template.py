@@ -122,7 +122,7 @@ def word_level(words):
 
 
 def test_a_tokenizer_that_cannot_hold_the_prompts_is_refused():
-    with pytest.raises(LlamoryError, match="can't be told from a passage"):
+    with pytest.raises(LlamoryError, match="reads parts of the prompt"):
         LlaraTemplate.from_tokenizer(word_level(["[UNK]", "river"]))
     with pytest.raises(LlamoryError, match="<s1> is an ordinary word"):
         LlaraTemplate.from_tokenizer(word_level(["[UNK]", "<s1>"]))
@@ -176,7 +176,7 @@ def test_another_tokenizer_than_the_templates_is_refused():
 
 
 def test_a_config_that_is_no_whole_template_is_refused():
-    for llara, sentence in [({"slots": 8}, "unknown entries"), ({"prefix_ids": [1]}, "not a whole LLARA template")]:
+    for llara, sentence in [({"slots": 8}, "unknown entries"), ({"prefix_ids": [1]}, "not a complete LLARA template")]:
         with pytest.raises(LlamoryError, match=sentence):
             LlaraTemplate.from_config(LlamaConfig(llara=llara))
     assert LlaraTemplate.from_config(LlamaConfig(vocab_size=32000)) is None

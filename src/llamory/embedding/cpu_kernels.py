@@ -1,7 +1,8 @@
-"""Linear layers for inference in float32 on a CPU: oneDNN's kernels, with what follows the product in the same pass.
+"""Linear layers for float32 inference on a CPU by oneDNN, with activation or sum fused into the product.
 
-torch gives float32 products to MKL, which uses its slower kernels on processors that aren't Intel's; oneDNN, which
-torch carries too, makes its kernels for the processor it finds.
+torch computes float32 products with MKL, which is slow on processors other than Intel's. oneDNN, which torch includes,
+generates kernels for the processor at hand. torch has no public function for them: `_KERNEL` is a private operator,
+looked up and tried once, and without it the functions compute the same with `torch.nn.functional`.
 """
 
 from __future__ import annotations
@@ -12,20 +13,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_KERNEL = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+def _find_kernel() -> Any:
+    """The private operator; None if this torch lacks it or it computes something else."""
+    try:
+        if not torch.backends.mkldnn.is_available():
+            return None
+        kernel = torch.ops.mkldnn._linear_pointwise
+        x = torch.tensor([[1.0, 2.0]])
+        with torch.inference_mode():
+            works = [
+                torch.equal(kernel(x, x, None, "none", [], ""), torch.tensor([[5.0]])),
+                torch.equal(kernel.binary(x, torch.tensor([[2.0]]), x, None, "add"), torch.tensor([[7.0]])),
+                torch.equal(kernel.binary(x, torch.tensor([[2.0]]), x, None, "mul"), torch.tensor([[10.0]])),
+                bool(kernel(x, x, None, "swish", [], "").sub(F.silu(torch.tensor(5.0))).abs() < 1e-4),
+            ]
+        return kernel if all(works) else None
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return None
+
+
+_KERNEL = _find_kernel()
 
 
 def linear(layer: Any, x: Tensor, *, silu: bool = False, add: Tensor | None = None) -> Tensor:
-    """What a linear layer gives, then optionally SiLU of it, then optionally a sum.
+    """The output of a linear layer, optionally with SiLU applied, optionally with a tensor added.
 
     Args:
-        layer: an `nn.Linear`, or any module that stands in its place (such as one with a LoRA adapter).
+        layer: an `nn.Linear`, or a module that replaces one (such as a layer with a LoRA adapter).
         x: (N, in).
-        silu: whether to take SiLU of the product.
-        add: (N, out) to add.
+        silu: whether SiLU is applied to the product.
+        add: (N, out), added at the end.
 
     Returns:
-        (N, out); without a gradient where the fast kernel was used.
+        (N, out); without a gradient if the kernel was used.
     """
     if _can_use_kernel(layer, x):
         if add is not None and not silu:
@@ -46,7 +67,7 @@ def swiglu(gate: Any, up: Any, x: Tensor) -> Tensor:
 
 
 def _low_rank(layer: Any, x: Tensor) -> Tensor:
-    """What peft's layer gives: its base layer's output and products of low rank."""
+    """The output of a LoRA layer of peft: its base layer's output plus low-rank products."""
     y = linear(layer.base_layer, x)
     for name in layer.active_adapters:
         y = y + linear(layer.lora_B[name], linear(layer.lora_A[name], x)) * layer.scaling[name]
@@ -54,7 +75,7 @@ def _low_rank(layer: Any, x: Tensor) -> Tensor:
 
 
 def _is_low_rank(layer: Any) -> bool:
-    """Whether a layer is peft's for inference, adding products of low rank to its base layer's output, nothing else."""
+    """Whether a layer is a plain LoRA layer of peft in evaluation mode."""
     return (
         hasattr(layer, "lora_A")
         and not (layer.merged or layer.disable_adapters or layer.training)

@@ -156,8 +156,8 @@ def resolve_chunk_size(embedder: SentenceTransformer, requested: int | None) -> 
     max_chunk_size = limit - prompt
     if requested is not None and requested > max_chunk_size:
         raise LlamoryError(
-            f"Chunks of {requested} tokens don't fit the model, which reads {limit} with {prompt} of them for its prompt; "
-            f"choose a chunk size of at most {max_chunk_size}."
+            f"Chunks of {requested} tokens don't fit the model, which reads {limit} with {prompt} of them for its "
+            f"prompt; choose a chunk size of at most {max_chunk_size}."
         )
     return requested or min(DEFAULT_CHUNK_SIZE, max_chunk_size)
 

@@ -1,4 +1,4 @@
-"""A tokenizer for LLARA's embedding model: a chat template that writes the prompts, and pieces that stay apart."""
+"""Tokenizer of an exported LLARA model: a chat template writes the prompts; prefix, passage and prompt stay separate."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from llamory.llara.template import PREFIX, LlaraTemplate, prompt_texts, slot_tok
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-# Stands between prefix, passage and prompt in the text that the chat template writes, and is dropped before any token
-# is made. A Unicode noncharacter: it is legal inside a program and never part of a text.
+# Separates prefix, passage and prompt in the text that the chat template writes; removed before tokenization. A Unicode
+# noncharacter, which is never part of a text.
 SEGMENT_SEPARATOR = "\ufdd0"
 
 
 def build_export_tokenizer(
     tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate, max_length: int
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer that reads the chat template's text as the template joins ids: each piece tokenised apart."""
+    """A tokenizer that tokenizes prefix, passage and prompt separately, as `LlaraTemplate.encode` does."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -37,7 +37,7 @@ def build_export_tokenizer(
         for name in ("bos_token", "eos_token", "unk_token")
         if getattr(tokenizer, name) is not None
     }
-    # Any special token will do for padding, as the attention mask hides it.
+    # Any special token can be the padding, since the attention mask hides it.
     padding = tokenizer.pad_token or next(iter(special.values()), slot_tokens(1)[0])
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(state)),
@@ -52,16 +52,16 @@ def build_export_tokenizer(
 
 
 def _split_normalizer(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Give each piece the leading `▁` that a Llama-2 tokenizer gives a text of its own.
+    """Give each segment the leading `▁` that a Llama-2 tokenizer gives a separate text.
 
     Two spellings exist: a normalizer that prepends `▁` to every run of text between special tokens, and a Metaspace
     pre-tokenizer with the scheme "first", which gives it to the first run only, unless that starts with a space.
     """
-    steps = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
+    transforms = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
     result: list[dict[str, Any]] = []
-    for step in filter(None, steps):
+    for step in filter(None, transforms):
         if step["type"] == "Prepend":
-            # The start of a run becomes the start of a piece; no piece that has no text gets a ▁.
+            # The start of a run becomes the start of a segment; an empty segment gets no ▁.
             result += [
                 {"type": "Prepend", "prepend": SEGMENT_SEPARATOR},
                 _insert_after_separator(f"(?=[^{SEGMENT_SEPARATOR}])", step["prepend"]),
@@ -85,15 +85,15 @@ def _insert_after_separator(condition: str, inserted: str) -> dict[str, Any]:
 
 
 def _split_pre_tokenizer(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any]:
-    """Split at markers, drop them, then do what the tokenizer always did."""
+    """Split at separators and remove them, then apply the tokenizer's own steps."""
     split = {"type": "Split", "pattern": {"String": SEGMENT_SEPARATOR}, "behavior": "Removed", "invert": False}
-    steps = [
+    pre_tokenizers = [
         {**step, "prepend_scheme": "never"}
         if step["type"] == "Metaspace" and step["prepend_scheme"] == "first"
         else step
         for step in _pre_tokenizers(pre_tokenizer)
     ]
-    return {"type": "Sequence", "pretokenizers": [split, *steps]}
+    return {"type": "Sequence", "pretokenizers": [split, *pre_tokenizers]}
 
 
 def _pre_tokenizers(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -103,12 +103,12 @@ def _pre_tokenizers(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]
 
 
 def query_prompt_line(query_prompt: str) -> str:
-    """The chat template's first line, which says what prompt queries get."""
+    """The first line of the chat template, which sets the prompt of queries."""
     return f"{{%- set query_prompt = '{query_prompt}' -%}}"
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase, template: LlaraTemplate) -> str:
-    """Jinja that puts prefix and prompt around the messages' text, with a marker at the start of each piece."""
+    """Jinja that puts prefix and prompt around the messages' text, with separators between them."""
     slots = slot_tokens(template.slots)
     summarize_text, predict_text = prompt_texts(template.slots)
     quote = tokenizer(PREFIX, add_special_tokens=False)["input_ids"]

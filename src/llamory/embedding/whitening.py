@@ -1,11 +1,10 @@
-"""Whitening: slot embeddings are centred and evened out, so that cosines say how near two texts are.
+"""Whitening of slot embeddings, so that cosines measure similarity: y = M (x - c), then normalized.
 
-The hidden states of a language model lie in a narrow cone: a few directions, and what tells short texts from long ones,
-outweigh all else (Ethayarajh 2019, arXiv:1909.00512). Whitening (Su et al. 2021, arXiv:2103.15316) takes out the mean
-and multiplies with the inverse root of the covariance. Here a query and a document have a mean each, as one is short
-and the other long and they may have been read with different prompts, and the inverse root is taken most of the way
-only, which evens directions out without making the noise of the smallest ones loud. It is fitted on texts without any
-label.
+Hidden states of a language model lie in a narrow cone: a few directions, and text length, dominate cosines (Ethayarajh
+2019, arXiv:1909.00512). Whitening (Su et al. 2021, arXiv:2103.15316) subtracts the mean and multiplies by the inverse
+root of the covariance. Here queries and documents have a centre each, since their lengths and prompts differ, and M =
+(C + SHRINKAGE mean(C))^(-POWER / 2), a partial inverse root that doesn't amplify the noise of small directions. It is
+fitted on texts without labels.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llamory.common.io import atomic_path
 from llamory.errors import LlamoryError
 from llamory.llara.template import QUERY_PROMPTS
 
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from sentence_transformers.base.modules.router import Router
 
 WHITENING_FILE = "whitening.safetensors"
-POWER = 0.75  # of the inverse root; 1 would whiten all the way
-SHRINKAGE = 0.1  # of the mean variance is added to each direction's
-QUERY_WORDS = (4, 14)  # a text made short, to stand for a query
-MIN_TEXTS = 16  # texts of which a mean and a covariance mean anything
+POWER = 0.75  # of the inverse root; 1 whitens completely
+SHRINKAGE = 0.1  # share of the mean variance that is added to each direction's variance
+QUERY_WORDS = (4, 14)  # least and most words of a pseudo-query
+MIN_TEXTS = 16  # fewer give no useful mean and covariance
 
 _MATRIX, _DOCUMENT = "matrix", "document_centre"
 
 
 @dataclass(frozen=True, eq=False)
 class Whitening:
-    """What is done to normalised embeddings: their centre is taken out, then they are multiplied with a matrix.
+    """A centre that is subtracted from normalized embeddings, and a matrix that they are multiplied by.
 
     Attributes:
         matrix: (dimension, dimension), symmetric.
@@ -50,7 +50,7 @@ class Whitening:
     query_centres: Mapping[str, Tensor]
 
     def modules(self, query_prompt: str) -> list[Any]:
-        """The stock modules that do it, to be put behind an embedder's own."""
+        """Stock modules of Sentence Transformers that apply it, to be appended to those of an embedder."""
         from sentence_transformers.base.modules import Router
         from sentence_transformers.base.modules.normalize import Normalize
 
@@ -70,21 +70,20 @@ class Whitening:
         )
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write it beside a checkpoint; the matrix in a type of its own."""
+        """Write it into a checkpoint's folder, the matrix in `dtype`."""
         from safetensors.torch import save_file
 
         centres = {_centre_key(prompt): centre for prompt, centre in self.query_centres.items()}
         tensors = {_MATRIX: self.matrix.to(dtype), _DOCUMENT: self.document_centre, **centres}
-        partial = folder / f".{WHITENING_FILE}"
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        partial.replace(folder / WHITENING_FILE)
+        with atomic_path(folder / WHITENING_FILE) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
 
     @classmethod
     def load(cls, folder: Path, dimension: int) -> Whitening | None:
-        """Read what lies beside a checkpoint; None if there is none.
+        """Read the whitening in a checkpoint's folder; None if there is none.
 
         Raises:
-            LlamoryError: it can't be read, or it was made for another model.
+            LlamoryError: it is damaged, or was fitted for another model.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -108,11 +107,11 @@ class Whitening:
 
 
 def fit_whitening(documents: Tensor, queries: Mapping[str, Tensor]) -> Whitening:
-    """Fit to normalised embeddings of unlabelled texts, computed in float64.
+    """Fit whitening to normalized embeddings, in float64.
 
     Args:
-        documents: (texts, dimension) of texts read as documents.
-        queries: (texts, dimension) of short texts read as queries, by query prompt.
+        documents: (texts, dimension), texts encoded as documents.
+        queries: (texts, dimension), short texts encoded as queries, by query prompt.
 
     Raises:
         LlamoryError: there are too few texts.
@@ -120,26 +119,26 @@ def fit_whitening(documents: Tensor, queries: Mapping[str, Tensor]) -> Whitening
     parts = [documents.double(), *(vectors.double() for vectors in queries.values())]
     if (smallest := min(map(len, parts))) < MIN_TEXTS:
         raise LlamoryError(f"Whitening needs at least {MIN_TEXTS} texts, not {smallest}; add data, or set whiten to 0.")
-    # All parts count alike, whatever their number of texts.
+    # All parts have the same weight, whatever their number of texts.
     covariances = [torch.cov(part.T, correction=0) for part in parts]
     values, directions = torch.linalg.eigh(torch.stack(covariances).mean(0))
     scales = (values.clamp(min=0) + SHRINKAGE * values.mean()).pow(-POWER / 2)
     matrix = directions @ (scales[:, None] * directions.T)
     return Whitening(
-        matrix=(matrix / matrix.diagonal().mean()).float(),  # cosines don't see the scale; a plain one suits bfloat16
+        matrix=(matrix / matrix.diagonal().mean()).float(),  # cosines ignore the scale; this one suits bfloat16
         document_centre=parts[0].mean(0).float(),
         query_centres={name: part.mean(0).float() for name, part in zip(queries, parts[1:], strict=True)},
     )
 
 
 def pseudo_queries(texts: Sequence[str], seed: int = 0) -> list[str]:
-    """Of each text some words from its start, as few as a query has."""
+    """The first few words of each text, as many as a query has."""
     rng = random.Random(seed)
     return [" ".join(text.split()[: rng.randint(*QUERY_WORDS)]) for text in texts]
 
 
 def whitening_router(embedder: SentenceTransformer) -> Router | None:
-    """The module of `Whitening.modules` that an embedder has, if it has one."""
+    """The router of `Whitening.modules` in an embedder; None if it has no whitening."""
     from sentence_transformers.base.modules import Router
 
     for module in list(embedder)[1:]:
@@ -149,7 +148,7 @@ def whitening_router(embedder: SentenceTransformer) -> Router | None:
 
 
 def reroute(router: Router, query_prompt: str) -> None:
-    """Let queries have the centre of another prompt."""
+    """Change the query prompt whose centre is subtracted from queries."""
     router.route_mappings = _mappings(query_prompt)
 
 

@@ -1,11 +1,12 @@
-"""Attention over a flat batch: one fused causal call for everything but the tails, one small call for the tails.
+"""Attention over a flat batch: one fused causal call for all but the tails, one small call for the tails.
 
-The tail of a segment (its prediction block) sees the passage and itself, not the summary block. Both calls are plain
-causal when the tail's keys are put together as passage + tail, so flash kernels serve them without a dense mask.
+The tail of a segment (its prediction block) attends to the passage and itself, not to the summary block (Li et al.
+2023, section 3.2). With the tail's keys gathered as passage + tail both calls are causal and need no dense mask.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotar
 from llamory.errors import LlamoryError
 from llamory.llara.layout import SegmentLengths, SequenceLayout
 
-# Up to so many tokens a segment is short: measured on CPUs, see the two indices that ask.
+# Measured on CPUs: the most tokens of a short segment, and the number of runs from which one padded call is faster.
 _SHORT_SEGMENT = 256
 _MANY_RUNS = 4
 
@@ -36,7 +37,7 @@ class LlaraAttention(LlamaAttention):
         layout: SequenceLayout | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend within each segment of `layout`. `hidden_states` is (1, N, hidden) then, and so is the result."""
+        """Attend within each segment of `layout`; then `hidden_states` and the result are (1, N, hidden)."""
         if layout is None:
             return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         assert position_embeddings is not None
@@ -50,7 +51,7 @@ class LlaraAttention(LlamaAttention):
 
 
 def flat_attention(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
-    """Attend within the segments of a flat batch, by the kernel that the model's `attn_implementation` names.
+    """Attend within the segments of a flat batch with the kernel named by the model's `attn_implementation`.
 
     Args:
         module: the attention layer (its config, scale and dropout are used).
@@ -76,7 +77,7 @@ def flat_attention(module: LlamaAttention, query: Tensor, key: Tensor, value: Te
             f"LLARA has no fused attention for attn_implementation={implementation!r}; use sdpa, flash_attention_2, "
             "flash_attention_3 or flex_attention (or eager, the plain reference)."
         )
-    # Many short segments of different lengths are more calls than a CPU likes; the padding of one call costs less.
+    # For many short segments of different lengths the padding of one call costs less than many calls.
     many_short = len(layout.runs) > _MANY_RUNS and query.shape[2] < _SHORT_SEGMENT * len(layout.runs)
     if query.device.type == "cpu" and not many_short:
         return _sdpa_runs(module, query, key, value, layout)
@@ -102,12 +103,18 @@ def _sdpa(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, mas
 
 
 def _slow_backward(query: Tensor) -> bool:
-    """Whether the kernel's backward pass is slower on a type than on float32: bfloat16 without matrix tiles (AMX)."""
-    return query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
+    """Whether the backward pass is slower than in float32: bfloat16 on a CPU without matrix tiles (AMX)."""
+    return query.dtype == torch.bfloat16 and query.device.type == "cpu" and not _has_amx()
+
+
+@cache
+def _has_amx() -> bool:
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions of torch
+    return bool(capabilities.get("amx_tile", False))
 
 
 def _sdpa_runs(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
-    """One causal call per run of equal segments: nothing is padded, views serve (the CPU kernel takes strides)."""
+    """One causal call per run of equal segments, without padding, on views (the CPU kernel takes strides)."""
     sizes = [segment_lengths.total * count for segment_lengths, count in layout.runs]
     parts = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]
     outputs = []
@@ -116,7 +123,7 @@ def _sdpa_runs(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor
         if segment_lengths.tail:
             q, q_tail = q.split([segment_lengths.main, segment_lengths.tail], dim=2)
             output = _sdpa(module, q, k[:, :, : segment_lengths.main], v[:, :, : segment_lengths.main], None)
-            # Computed again in the backward pass: keeping the tail's keys and values would double all of them.
+            # Recomputed in the backward pass: saving the tail's keys and values would double their memory.
             keep_random = module.training and module.attention_dropout > 0
             tail = checkpoint(
                 _tail, module, q_tail, k, v, segment_lengths, use_reentrant=False, preserve_rng_state=keep_random
@@ -129,7 +136,7 @@ def _sdpa_runs(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor
 
 
 def _tail(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, segment_lengths: SegmentLengths) -> Tensor:
-    """The tail's queries over what it shares with the causal part, and over itself."""
+    """The tail's queries over the shared keys and its own."""
     key, value = (
         torch.cat([x[:, :, : segment_lengths.shared], x[:, :, segment_lengths.main :]], dim=2) for x in (key, value)
     )
@@ -140,12 +147,12 @@ def _tail(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, seg
 
 
 def _sdpa_padded(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
-    """Two calls for all segments, padded on the right, where a causal call needs no mask to ignore the padding."""
+    """Two calls for all segments, padded on the right, so that the causal call needs no mask for the padding."""
     total = query.shape[2]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
 
     def gather(x: Tensor, indices: Tensor) -> Tensor:
-        # Not x[indices]: the backward pass of that sorts its indices, as one may stand there twice.
+        # Faster than x[indices], whose backward pass sorts the indices.
         return x.index_select(0, indices.clamp(max=total - 1).flatten()).unflatten(0, indices.shape).transpose(1, 2)
 
     main = _padded_indices(layout.offsets, layout.lengths("main"), total)
@@ -161,7 +168,7 @@ def _sdpa_padded(module: LlamaAttention, query: Tensor, key: Tensor, value: Tens
         width, order = tail.shape[1], torch.arange(tail.shape[1], device=tail.device)
         mask = (key_indices < total)[:, None, :].repeat(1, width, 1)
         mask[:, :, -width:] &= order[:, None] >= order[None, :]
-        mask |= (tail >= total)[:, :, None]  # a padding query that sees nothing would give NaN
+        mask |= (tail >= total)[:, :, None]  # a padding query without keys would give NaN
         attended = _sdpa(module, gather(q, tail), gather(k, key_indices), gather(v, key_indices), mask[:, None])
         output = output.index_copy(0, tail[tail < total], attended.transpose(1, 2)[tail < total])
     return output[None]
@@ -174,7 +181,7 @@ def _padded_indices(offsets: Tensor, lengths: Tensor, total: int) -> Tensor:
 
 
 def _flash(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
-    """Two variable-length flash calls; flash aligns a causal mask to the last query and key, as the tail needs it."""
+    """Two variable-length flash calls; flash aligns the causal mask to the last query and key, as the tail needs."""
     total = query.shape[2]
     if not layout.has_tail:
         lengths = layout.lengths("main")
@@ -232,14 +239,14 @@ def _cumulative(lengths: Tensor) -> Tensor:
 
 
 def _flex(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
-    """FlexAttention with the whole rule as its mask function; blocks that nothing sees are never computed."""
+    """FlexAttention with the layout's rule as mask function; fully masked blocks are skipped."""
     attend = ALL_ATTENTION_FUNCTIONS["flex_attention"]
     output, _ = attend(module, query, key, value, block_mask(layout), scaling=module.scaling)
     return output
 
 
 def block_mask(layout: SequenceLayout) -> Any:
-    """The layout's rule as FlexAttention's `BlockMask`; made once per batch, as all layers share it."""
+    """The layout's rule as FlexAttention's `BlockMask`, cached in the layout for all layers."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     cached = layout.__dict__.get("_block_mask")
@@ -262,14 +269,14 @@ def block_mask(layout: SequenceLayout) -> Any:
 def additive_mask(
     layout: SequenceLayout, dtype: torch.dtype, attention_mask: Tensor | None, past: int, total: int
 ) -> Tensor:
-    """The layout's rule for a padded batch: 0 where a query may look, the lowest number elsewhere.
+    """The layout's rule for a padded batch: 0 where a query may attend, the lowest number elsewhere.
 
     Args:
         layout: the batch's segments.
         dtype: of the mask.
-        attention_mask: (batch, past + length), 0 at padding, of which the cached part is used.
+        attention_mask: (batch, past + length), 0 at padding; only the cached part is used.
         past: cached tokens before the batch.
-        total: length of the keys, with room that a fixed-size cache hasn't filled yet.
+        total: length of the keys, including unused entries of a fixed-size cache.
 
     Returns:
         (batch, 1, length, total)
@@ -280,7 +287,7 @@ def additive_mask(
     if attention_mask is not None and attention_mask.shape[1] == past + length:
         before = before & attention_mask[:, None, None, :past].bool()
     visible = torch.cat([before, visible, visible.new_zeros(batch, 1, length, total - past - length)], dim=-1)
-    # A padding query sees nothing: the finite minimum makes its attention uniform instead of NaN.
+    # A padding query attends to nothing: the finite minimum makes its attention uniform instead of NaN.
     zeros = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return zeros.masked_fill(~visible, torch.finfo(dtype).min)
 

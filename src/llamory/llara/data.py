@@ -1,31 +1,32 @@
-"""LLARA pretraining data: examples from the published JSON lines or from any documents, and batches of them."""
+"""LLARA pretraining data: examples from the published JSON lines or from documents, their target words, batches."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import bm25s.stopwords as nltk_lists
 import datasets
+import regex
+import stopwordsiso
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
-from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 import llamory
+from llamory.common.io import PathLike, json_digest
 from llamory.documents import Chunk, Document, chunk_document, find_files, read_file, read_json_lines
 from llamory.documents.readers import string_entry
 from llamory.errors import LlamoryError
 from llamory.llara.losses import IGNORE_INDEX
 from llamory.llara.template import LlaraTemplate
-from llamory.llara.words import content_words, stop_words, truncate_at_word, word_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +54,27 @@ _ROW_FEATURES = Features(
 # Rows tokenised together while streaming: few enough that the first batch is there at once.
 _STREAMING_BATCH_SIZE = 64
 
-Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+# The published targets were made with NLTK's lists, so they come first. The lists of stopwords-iso serve the other
+# languages; its English one holds 1,298 words, among them "world", "system" and "number".
+_NLTK = {
+    "da": nltk_lists.STOPWORDS_DANISH,
+    "de": nltk_lists.STOPWORDS_GERMAN,
+    "en": nltk_lists.STOPWORDS_EN_PLUS,
+    "es": nltk_lists.STOPWORDS_SPANISH,
+    "fr": nltk_lists.STOPWORDS_FRENCH,
+    "it": nltk_lists.STOPWORDS_ITALIAN,
+    "nl": nltk_lists.STOPWORDS_DUTCH,
+    "no": nltk_lists.STOPWORDS_NORWEGIAN,
+    "pt": nltk_lists.STOPWORDS_PORTUGUESE,
+    "ru": nltk_lists.STOPWORDS_RUSSIAN,
+    "sv": nltk_lists.STOPWORDS_SWEDISH,
+    "tr": nltk_lists.STOPWORDS_TURKISH,
+}
+# As `[\W_]` of the standard library, except that combining marks, which Hindi or Thai words are full of, and joiners
+# stay in their words.
+_WORD_SEPARATOR = regex.compile(r"(?:[^\w\p{N}]|[\p{Pc}\p{So}])+")
+
+Paths = PathLike | Iterable[PathLike]
 
 
 def load_examples(
@@ -68,38 +89,37 @@ def load_examples(
     skip_broken: bool = False,
     streaming: bool = False,
     num_proc: int | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: PathLike | None = None,
     quiet: bool = False,
 ) -> Dataset | IterableDataset:
-    """Make LLARA examples of files and folders (section 3.2 of the paper).
+    """Make LLARA examples from files and folders (Li et al. 2023, section 3.2).
 
-    JSON lines with `input`, `output_summarize` and `output_predict`, as published, are one example each; a target is
-    a text, a list of words, or absent. Of any other document every passage is an example: it summarises its own words
-    and predicts those of the next passage; words that truncation cuts away are no targets.
+    A line of published JSON lines (`input`, `output_summarize`, `output_predict`) is one example; a target is a text, a
+    list of words, or absent. Every chunk of any other document is an example: its targets are its own words and those
+    of the next chunk, without words that truncation removes.
 
     Args:
         paths: files and folders, as for `llamory.documents.find_files`.
         tokenizer: a fast tokenizer with the template's slot tokens.
         template: prompts and slots.
-        max_length: the most tokens of a whole sequence; a longer passage is truncated, never a prompt.
-        chunk_size: the most tokens of a document's passage; all that `max_length` leaves if not given.
-        languages: codes of the languages whose stop words are no targets; the first also tells where sentences end.
-        text_field: the entry of a JSON line that holds a document's text.
-        skip_broken: pass over what is broken, with a warning in the log.
+        max_length: limit in tokens of a sequence; passages are truncated, prompts never.
+        chunk_size: limit in tokens of a document's chunk; by default what `max_length` leaves.
+        languages: codes of the languages whose stop words are excluded; the first also splits sentences.
+        text_field: key of a document's text in a JSON line.
+        skip_broken: skip broken lines and texts with slot tokens, with a warning in the log.
         streaming: read while iterating; `state_dict` and `load_state_dict` resume. Nothing is cached.
-        num_proc: processes that read and tokenise.
-        cache_dir: folder for the finished examples, used again while files and settings stay as they are.
-        quiet: no progress bars.
+        num_proc: number of processes that read and tokenize.
+        cache_dir: folder of finished examples, reused while files and settings stay the same.
+        quiet: show no progress bars.
 
     Returns:
-        a dataset of `input_ids` and `labels` (-100 outside the passage) of one length each, `summarize_ids` and
-        `predict_ids` (token ids of the target words, maybe none), `source` (`path:line`) and `example` (0, 1, ...;
-        while streaming, every worker of a data loader counts its own).
+        A dataset of `input_ids` and `labels` (-100 outside the passage) of one length each, `summarize_ids` and
+        `predict_ids` (token ids of the target words, may be empty), `source` (`path:line`) and `example` (0, 1, ...;
+        while streaming, each worker of a data loader counts its own).
 
     Raises:
-        LlamoryError: a setting doesn't fit, a language is unknown, a file can't be read or has a broken line or a slot
-            token (location and reason are told), or no example is left. While streaming, errors of a file are raised
-            when it is reached.
+        LlamoryError: a setting doesn't fit, a language is unknown, a file can't be read, has a broken line or a slot
+            token, or no example is left. While streaming, errors of a file are raised when it is reached.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files = [str(path) for path in find_files(paths)]
@@ -150,14 +170,7 @@ def load_examples(
 def passage_texts(
     examples: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, number: int, seed: int = 0
 ) -> list[str]:
-    """The texts of some examples' passages, drawn at random; of a stream those of the first.
-
-    Args:
-        examples: of `load_examples`.
-        tokenizer: that made them.
-        number: how many, at most.
-        seed: of the draw.
-    """
+    """The texts of at most `number` random passages of `load_examples`' examples; of a stream, the first ones."""
     if isinstance(examples, Dataset):
         examples = examples.shuffle(seed=seed)
     passages = [
@@ -169,47 +182,37 @@ def passage_texts(
 
 @dataclass(frozen=True)
 class LlaraCollator:
-    """Makes one batch of examples.
+    """Makes a batch of examples, padded on the left.
 
     Attributes:
-        pad_token_id: what fills up `input_ids`; 0 if None, as the attention mask hides it.
-        padding_side: "left" or "right".
-        pad_to_multiple_of: the sequence length is rounded up to a multiple of it.
+        pad_token_id: padding of `input_ids`; 0 if None, since the attention mask hides it.
     """
 
     pad_token_id: int | None
-    padding_side: str = field(default="left", kw_only=True)
-    pad_to_multiple_of: int | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        if self.padding_side not in ("left", "right"):
-            raise LlamoryError(f"padding_side must be left or right, not {self.padding_side!r}.")
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Pad examples of `load_examples` to long tensors.
 
         Returns:
             `input_ids`, `attention_mask`, `labels`: (batch, sequence); `output_summarize_ids`, `output_predict_ids`:
-            (batch, longest target, at least 1), filled up with -100; `example`: (batch,).
+            (batch, longest target, at least 1), padded with -100; `example`: (batch,).
         """
 
         def column(name: str) -> list[torch.Tensor]:
             return [torch.as_tensor(example[name], dtype=torch.long) for example in examples]
 
+        def pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+
         inputs = column("input_ids")
         return {
-            "input_ids": self._pad(inputs, self.pad_token_id or 0),
-            "attention_mask": self._pad([torch.ones_like(row) for row in inputs], 0),
-            "labels": self._pad(column("labels"), IGNORE_INDEX),
+            "input_ids": pad(inputs, self.pad_token_id or 0),
+            "attention_mask": pad([torch.ones_like(row) for row in inputs], 0),
+            "labels": pad(column("labels"), IGNORE_INDEX),
             "output_summarize_ids": _pad_targets(column("summarize_ids")),
             "output_predict_ids": _pad_targets(column("predict_ids")),
             "example": torch.stack(column("example")),
         }
-
-    def _pad(self, rows: list[torch.Tensor], value: int) -> torch.Tensor:
-        padded = pad_sequence(rows, batch_first=True, padding_value=value, padding_side=self.padding_side)
-        missing = -padded.shape[1] % (self.pad_to_multiple_of or 1)
-        return pad(padded, (missing, 0) if self.padding_side == "left" else (0, missing), value=value)
 
 
 def _pad_targets(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -222,7 +225,7 @@ def _pad_targets(rows: list[torch.Tensor]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Preprocessor:
-    """All that makes examples of files, in two steps: rows of texts and words, then token ids."""
+    """Makes examples from files in two steps: rows of texts and words, then token ids."""
 
     tokenizer: PreTrainedTokenizerBase
     template: LlaraTemplate
@@ -242,7 +245,7 @@ class _Preprocessor:
             )
         if self.chunk_size is not None and self.chunk_size < 1:
             raise LlamoryError(f"chunk_size must be at least 1 token, not {self.chunk_size}.")
-        stop_words(self.languages)  # an unknown language is told at once
+        stop_words(self.languages)  # raises at once if a language is unknown
 
     @property
     def max_passage_tokens(self) -> int:
@@ -259,14 +262,13 @@ class _Preprocessor:
         return tuple(token for token in self.tokenizer.convert_ids_to_tokens(list(slots)) if token)
 
     def fingerprint(self, files: Sequence[str], step: str) -> str:
-        """Changes with everything that the examples depend on."""
+        """A digest of everything that the examples depend on."""
         tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
         settings = [self.max_length, self.chunk_size, self.languages, self.text_field, self.skip_broken]
         stats = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path in files]
-        # Truncation and padding are left by the tokenizer's last call.
+        # Truncation and padding are those of the tokenizer's last call.
         tokenizer.update(truncation=None, padding=None)
-        whole = [llamory.__version__, step, tokenizer, self.template.to_dict(), settings, stats]
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:32]
+        return json_digest([llamory.__version__, step, tokenizer, self.template.to_dict(), settings, stats])
 
     def rows(self, files: list[str]) -> Iterator[dict[str, Any]]:
         """Passages with the words of their targets."""
@@ -326,26 +328,26 @@ class _Preprocessor:
                 else content_words(self._truncated(passage.text), self.stop_word_set)
                 for passage in passages
             ]
-            for passage, own_words, next_words in zip(passages, words, [*words[1:], None], strict=True):
-                if own_words is not None:
+            for passage, current_words, next_words in zip(passages, words, [*words[1:], None], strict=True):
+                if current_words is not None:
                     yield {
                         "text": passage.text,
-                        "summarize": own_words,
+                        "summarize": current_words,
                         "predict": next_words or [],
                         "location": passage.location,
                     }
 
     def _truncated(self, text: str) -> str:
-        """What truncation leaves of a passage, without a word that it cuts in two."""
+        """A passage as truncated to the sequence, without a partial word at its end."""
         if self.chunk_size is None or self.chunk_size <= self.max_passage_tokens:
             return text
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = encoded["offset_mapping"]
         if len(offsets) <= self.max_passage_tokens:
             return text
-        # A character that is cut in two (bytes as tokens) is part of both offsets.
-        end = min(offsets[self.max_passage_tokens - 1][1], offsets[self.max_passage_tokens][0])
-        return truncate_at_word(text, end)
+        # A character that is split (bytes as tokens) is part of both offsets.
+        stop = min(offsets[self.max_passage_tokens - 1][1], offsets[self.max_passage_tokens][0])
+        return truncate_at_word(text, stop)
 
     def _check_slot_tokens(self, document: Document) -> None:
         for section in document.sections:
@@ -357,7 +359,7 @@ class _Preprocessor:
                 message = f"{location}: the text has the slot token {found}, which only the prompts may have"
                 if not self.skip_broken:
                     raise LlamoryError(f"{message}; remove it, or skip broken passages.")
-                logger.warning("Passed over a passage; %s", message)
+                logger.warning("Skipped a passage; %s", message)
 
     def _slot_token_in(self, text: str) -> str | None:
         return next((token for token in self.slot_tokens if token in text), None)
@@ -372,7 +374,7 @@ def _is_published(path: Path) -> bool:
 
 
 def _cached_rows(
-    preprocessor: _Preprocessor, files: list[str], num_proc: int | None, cache_dir: str | os.PathLike[str] | None
+    preprocessor: _Preprocessor, files: list[str], num_proc: int | None, cache_dir: PathLike | None
 ) -> Dataset:
     return Dataset.from_generator(
         preprocessor.rows,
@@ -380,7 +382,7 @@ def _cached_rows(
         cache_dir=None if cache_dir is None else os.fspath(cache_dir),  # type: ignore[arg-type]
         gen_kwargs={"files": files},
         num_proc=min(num_proc, len(files)) if num_proc else None,
-        fingerprint=preprocessor.fingerprint(files, "rows"),
+        fingerprint=preprocessor.fingerprint(files, "rows-2"),
     )
 
 
@@ -398,3 +400,58 @@ def _progress_bars(*, shown: bool) -> Iterator[None]:
 
 def _no_examples_error(paths: Iterable[object]) -> LlamoryError:
     return LlamoryError(f"No example could be made of {', '.join(map(str, paths))}; they have no usable text.")
+
+
+# ---- target words ----------------------------------------------------------------------------------------------------
+
+
+def stop_words(languages: Iterable[str]) -> frozenset[str]:
+    """The stop words of languages, given by codes such as "en" or "de", in lower case.
+
+    Raises:
+        LlamoryError: a language is unknown.
+    """
+    known = {*_NLTK, *stopwordsiso.langs()}
+    words: set[str] = set()
+    for language in languages:
+        if language not in known:
+            listed = " ".join(sorted(known))
+            raise LlamoryError(f"There are no stop words for the language {language!r}; known are {listed}.")
+        for entry in _NLTK.get(language) or stopwordsiso.stopwords(language):
+            words.update(entry.lower().split("'"))  # the text's words are split there too: "don", "t"
+    return frozenset(words)
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a text, split at punctuation and underscores."""
+    return _WORD_SEPARATOR.sub(" ", text).split()
+
+
+def content_words(text: str, excluded: Container[str]) -> list[str]:
+    """The words of a text without excluded ones, whatever their case."""
+    return [word for word in split_words(text) if word.lower() not in excluded]
+
+
+def truncate_at_word(text: str, stop: int) -> str:
+    """The text up to `stop`, without a partial word at its end."""
+    if stop >= len(text) or _WORD_SEPARATOR.match(text, stop):
+        return text[:stop]
+    return text[: max((gap.end() for gap in _WORD_SEPARATOR.finditer(text, 0, stop)), default=0)]
+
+
+def word_ids(
+    tokenizer: PreTrainedTokenizerBase, targets: Sequence[Sequence[str]], ignored_ids: Container[int]
+) -> list[list[int]]:
+    """Token ids of the words of each target, in the form that words have inside a text.
+
+    A target's words are tokenized as one text, as published. A leading space is added for tokenizers that don't add it
+    themselves (as Llama-2's do), or else the first word would be read as the end of another.
+    """
+    probe = tokenizer("the the", add_special_tokens=False)["input_ids"]
+    half = len(probe) // 2
+    space = "" if probe[:half] == probe[half:] else " "
+    texts = [space + " ".join(words) if words else "" for words in targets]
+    if not texts:
+        return []
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return [[i for i in row if i not in ignored_ids] for row in ids]

@@ -1,9 +1,8 @@
-"""Where the passages, prompts and slots of a batch lie: found from the token ids once, used by every layer and loss.
+"""Positions of the passages, prompts and slots of a batch, found once from the token ids for all layers and losses.
 
-A batch may be padded on either side and hold several passages per row. Its real tokens are laid out one after another
-(flat); a run of tokens that belong together (a passage with its prompts) is a segment. In a segment that has both
-prompts, the tokens from the prediction prompt on are its tail: they must not see the summary block (Li et al. 2023,
-section 3.2). All but the tails is plain causal, which is what lets fused attention kernels do the work.
+A batch may be padded on either side and hold several passages per row. Its real tokens are concatenated ("flat"); a
+passage with its prompts is a segment. In a segment with both prompts, the prediction block is its tail: it must not
+attend to the summary block (Li et al. 2023, section 3.2). All but the tails is causal, so fused kernels can compute it.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from llamory.llara.template import LlaraTemplate
 
 @dataclass(frozen=True)
 class SegmentLengths:
-    """Lengths in tokens of one segment: what the tail may see, the summary block, and the tail."""
+    """Lengths in tokens of a segment's parts: visible to the tail, the summary block, the tail."""
 
     shared: int
     summary: int
@@ -27,7 +26,7 @@ class SegmentLengths:
 
     @property
     def main(self) -> int:
-        """Tokens that are plain causal."""
+        """Tokens with causal attention."""
         return self.shared + self.summary
 
     @property
@@ -42,7 +41,7 @@ class SequenceLayout:
 
     Attributes:
         shape: (batch, length) of the input.
-        index: (N,) place of each real token in the flattened input.
+        index: (N,) index of each real token in the flattened input.
         position_ids: (N,) rotary position of each token.
         segment_ids: (N,) the segment of each token.
         segments: the S segments, in order.
@@ -64,7 +63,7 @@ class SequenceLayout:
 
     @property
     def has_tail(self) -> bool:
-        """Whether any segment has both prompts, so that plain causal attention would be wrong."""
+        """Whether any segment has both prompts, so that causal attention would be wrong."""
         return any(segment_lengths.tail for segment_lengths in self.segments)
 
     @property
@@ -79,7 +78,7 @@ class SequenceLayout:
 
     @cached_property
     def runs(self) -> tuple[tuple[SegmentLengths, int], ...]:
-        """Neighbouring segments of equal shape, each with their number; one attention call serves a run."""
+        """Runs of neighbouring segments of equal lengths, each with their number; one attention call per run."""
         runs: list[tuple[SegmentLengths, int]] = []
         for segment_lengths in self.segments:
             if runs and runs[-1][0] == segment_lengths:
@@ -99,23 +98,23 @@ class SequenceLayout:
         return torch.tensor([getattr(s, part) for s in self.segments], dtype=torch.long, device=self.index.device)
 
     def pad(self, flat: Tensor) -> Tensor:
-        """Bring flat values (N, ...) back to the input's shape (batch, length, ...), zeros at padding."""
+        """Scatter flat values (N, ...) to the input's shape (batch, length, ...), zeros at padding."""
         padded = flat.new_zeros(self.shape[0] * self.shape[1], *flat.shape[1:])
         return padded.index_copy(0, self.index, flat).view(*self.shape, *flat.shape[1:])
 
     def flatten(self, padded: Tensor) -> Tensor:
-        """Take the real tokens (N, ...) out of a tensor of the input's shape (batch, length, ...)."""
+        """Select the real tokens (N, ...) of a tensor of the input's shape (batch, length, ...)."""
         return padded.flatten(0, 1).index_select(0, self.index)
 
     def visible(self) -> Tensor:
-        """(batch, 1, length, length) boolean: what each query may see. The plain reference; quadratic in length."""
+        """(batch, 1, length, length), true where a query may attend to a key: the plain reference, quadratic."""
         tail_start = (self.offsets + self.lengths("main"))[self.segment_ids]
         summary_start = (self.offsets + self.lengths("shared"))[self.segment_ids]
         order = torch.arange(self.index.shape[0], device=self.index.device)
         in_tail = order >= tail_start
         in_summary = (order >= summary_start) & ~in_tail
-        columns = torch.stack([self.segment_ids + 1, order, in_tail.long(), in_summary.long()], dim=-1)
-        segment, order, in_tail, in_summary = self.pad(columns).unbind(-1)
+        flat = torch.stack([self.segment_ids + 1, order, in_tail.long(), in_summary.long()], dim=-1)
+        segment, order, in_tail, in_summary = self.pad(flat).unbind(-1)
         same = segment[:, :, None] == segment[:, None, :]
         causal = order[:, :, None] >= order[:, None, :]
         masked = in_tail.bool()[:, :, None] & in_summary.bool()[:, None, :]
@@ -130,18 +129,18 @@ def find_layout(
 ) -> SequenceLayout:
     """Find segments, prompts and slots of a batch.
 
-    Passages packed into one row are told apart by `position_ids` that start again at 0 or, without `position_ids`, by
-    the template's prefix right after the slots of the passage before. Rotary positions are counted from a segment's
-    first token (from `position_ids` where real_positions), and the tail starts again where the summary block started.
+    Passages packed into one row are separated where `position_ids` restart at 0 or, without `position_ids`, where the
+    template's prefix follows the slots of the passage before. Rotary positions count from a segment's first token (or
+    are those of `position_ids`), and the tail restarts at the position of the summary block.
 
     Args:
         input_ids: (batch, length) token ids.
-        template: the model's template; None means that there are no prompts.
-        attention_mask: (batch, length), 0 at padding; None means that every token is real.
+        template: the model's template; None if there are no prompts.
+        attention_mask: (batch, length), 0 at padding; None if every token is real.
         position_ids: (batch or 1, length) rotary positions.
     """
     device, shape = input_ids.device, (int(input_ids.shape[0]), int(input_ids.shape[1]))
-    # One copy to the host; all structure is worked out there, so that a GPU isn't asked once per row.
+    # One copy to the host, where all structure is computed: no synchronization per row.
     ids = input_ids.cpu()
     real = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
     index = real.flatten().nonzero().squeeze(1)
@@ -164,7 +163,7 @@ def find_layout(
         restarts[predict_starts] = False
         starts |= restarts | (real_positions == 0).index_fill(0, predict_starts, False)
     elif template is not None:
-        # A prompt may begin with the same token as the prefix; a block that follows a block opens no passage.
+        # A prompt may begin like the prefix: a block that follows a block starts no passage.
         after = torch.cat([summary_starts + summary_length, predict_starts + predict_length])
         after = after[~torch.isin(after, torch.cat([summary_starts, predict_starts]))]
         starts[after[_matches(flat, rows, after, template.prefix_ids)]] = True
@@ -175,7 +174,7 @@ def find_layout(
     offsets = totals.cumsum(0) - totals
     summary_segments, predict_segments = segment_ids[summary_starts], segment_ids[predict_starts]
 
-    # Per segment: where its summary block and, if that comes first, its tail begin (its end, where there are none).
+    # Per segment: starts of its summary block and, if that comes first, of its tail; its end where there are none.
     ends = offsets + totals
     shared_end, tail_start = ends.clone(), ends.clone()
     shared_end[summary_segments] = summary_starts
@@ -183,8 +182,8 @@ def find_layout(
     has_both = (shared_end < tail_start) & (tail_start < ends)
     masked = has_both if template is None or not template.prediction_sees_summary else torch.zeros_like(has_both)
     segments = tuple(
-        SegmentLengths(shared, tail - shared, end - tail)
-        for shared, tail, end in zip(
+        SegmentLengths(shared, tail - shared, total - tail)
+        for shared, tail, total in zip(
             torch.where(masked, shared_end - offsets, totals).tolist(),
             torch.where(masked, tail_start - offsets, totals).tolist(),
             totals.tolist(),
@@ -215,13 +214,13 @@ def find_layout(
 
 
 def _find_blocks(flat: Tensor, rows: Tensor, block: tuple[int, ...], prompt_length: int) -> Tensor:
-    """Flat index of every place where a whole prompt with its slots begins."""
+    """Flat index of the first token of each complete prompt with its slots."""
     candidates = (flat == block[prompt_length]).nonzero().squeeze(1) - prompt_length
     return candidates[_matches(flat, rows, candidates, block)]
 
 
 def _matches(flat: Tensor, rows: Tensor, starts: Tensor, pattern: tuple[int, ...]) -> Tensor:
-    """(starts,) whether the ids at a place are the pattern ones, all within one row."""
+    """(starts,) whether the ids from an index on are the pattern, all within one row."""
     window = starts[:, None] + torch.arange(len(pattern))
     inside = (window >= 0) & (window < len(flat))
     window = window.clamp(0, max(len(flat) - 1, 0))

@@ -1,11 +1,11 @@
-"""The three losses of LLARA, computed chunk by chunk so that no (length × vocabulary) logits are ever held.
+"""The three losses of LLARA, computed in chunks: the (length × vocabulary) logits are never in memory at once.
 
-AR, next-token: minus the mean log-probability of the passage tokens. BoW, bag of words, per head (Li et al. 2023,
-sections 3.2 and 3.3, there called EBAE and EBAR): logits at the slots, maximum over the slots, log-softmax over the
-vocabulary, minus the mean over the distinct target ids; mean over the passages that have a target.
+Next token (AR): minus the mean log-probability of the passage tokens. Bag of words (BoW), per head (Li et al. 2023,
+sections 3.2 and 3.3, EBAE and EBAR): logits at the slots, maximum over the slots, log-softmax over the vocabulary,
+minus the mean over the distinct target ids; mean over the passages that have a target.
 
-Each chunk's gradient is computed while its logits are there, so the head is multiplied once, not again in backward,
-and all three losses share one gradient of the head's weight.
+A chunk's gradient is computed together with its logits, so the backward pass needs no product with the head again, and
+the three losses share one gradient of the head's weight.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-# Bytes that one chunk's float32 logits may take, and rows it has at least: matrix products want tall operands.
+# Limit of a chunk's float32 logits in bytes, and its least number of rows, which keeps matrix products efficient.
 _CHUNK_BYTES = 32 * 2**20
 _MIN_CHUNK_ROWS = 128
 
@@ -108,7 +108,7 @@ class _HeadLosses(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
             head = _Head(hidden, weight, dtype, *(needs_grad and needed for needed in ctx.needs_input_grad[:2]))
-            # Dividing by the count first keeps the factors on the device: no value is asked for on the host.
+            # Dividing by the count first keeps the factors on the device.
             scale = torch.where(counts > 0, 1 / counts.clamp(min=1), 0.0).float()
             losses = [head.next_token(rows, labels, weights[0] * scale[0])]
             for i, bag in enumerate((summarize, predict), start=1):
@@ -122,7 +122,7 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _grad_means: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight, means = ctx.saved_tensors
-        # The buffers are this function's own: scaled in place, as a second backward pass isn't offered.
+        # Scaled in place: a second backward pass isn't supported.
         for gradient in (grad_hidden, grad_weight):
             if gradient is not None:
                 gradient.mul_(grad_total.to(gradient.dtype))
@@ -131,10 +131,9 @@ class _HeadLosses(torch.autograd.Function):
 
 
 class _Head:
-    """The output head with the gradients that gather in it, chunk by chunk.
+    """The output head and its gradients, accumulated chunk by chunk.
 
-    Logits and gradients go to the same few buffers again and again: fresh memory of this size costs as much time as
-    the matrix product that fills it.
+    Logits and gradients reuse a few buffers: allocating memory of this size takes as long as the product that fills it.
     """
 
     def __init__(
@@ -144,13 +143,13 @@ class _Head:
         self.weight = weight.to(dtype)
         self.needs_grad = needs_hidden_grad or needs_weight_grad
         self.grad_hidden = torch.zeros_like(hidden) if needs_hidden_grad else None
-        # Chunks add up in float32, whatever the products are computed in.
+        # Chunks are summed in float32, whatever the dtype of the products.
         self.grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight_grad else None
         self.chunk = max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (4 * weight.shape[0]))
         self._buffers: dict[str, Tensor] = {}
 
     def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """(rows, vocabulary) of memory that keeps its content until the name is asked for again."""
+        """(rows, vocabulary), a buffer that is reused for each request of the same name."""
         buffer = self._buffers.get(name)
         if buffer is None or len(buffer) < rows:
             buffer = self._buffers[name] = self.hidden.new_empty(rows, len(self.weight), dtype=dtype)
@@ -167,9 +166,9 @@ class _Head:
         for part, label in zip(rows.split(self.chunk), labels.split(self.chunk), strict=True):
             chunk, logits = self._logits(part)
             target_logits = logits.gather(1, label[:, None]).squeeze(1).float()
-            # The CPU's softmax reads each row to its end before it writes it, so float32 logits may give their place.
-            in_place = logits.dtype == torch.float32 and logits.device.type == "cpu"
-            gradient = logits if in_place else self._buffer("gradient", len(part), torch.float32)
+            # The CPU's softmax reads a whole row before it writes it, so it can work in place.
+            reuse_logits = logits.dtype == torch.float32 and logits.device.type == "cpu"
+            gradient = logits if reuse_logits else self._buffer("gradient", len(part), torch.float32)
             log_norm = _softmax(logits, gradient)
             total += (log_norm - target_logits).sum()
             if self.needs_grad:
@@ -195,19 +194,19 @@ class _Head:
             total += ((log_norm - target_logits) * has_target).sum()
             if self.needs_grad:
                 vocabulary_gradient = probability.mul_(has_target[:, None]).scatter_add_(1, targets, -weights)
-                # Only the slot that gave the maximum learns from a word.
+                # Only the slot with the maximum gets the gradient of a word.
                 gradient = self._buffer("gradient", len(rows), torch.float32).zero_()
                 gradient.view(*slots.shape, -1).scatter_(1, argmax_slots[:, None], vocabulary_gradient[:, None])
                 self._add_gradient(gradient, chunk, rows, factor)
         return total
 
     def _add_gradient(self, gradient: Tensor, chunk: Tensor, rows: Tensor, factor: Tensor) -> None:
-        """Carry a chunk's gradient in the logits over to hidden states and weight.
+        """Propagate the gradient of a chunk's logits to hidden states and weight.
 
-        `factor` goes to the small operand: the probabilities are never scaled, and stay well inside bf16's range.
+        `factor` scales the small operand, so the probabilities stay well inside bf16's range.
         """
         if self.dtype != torch.float32:
-            gradient = self._buffer("logits", len(rows), self.dtype).copy_(gradient)  # the logits are done with
+            gradient = self._buffer("logits", len(rows), self.dtype).copy_(gradient)  # the logits are no longer needed
         if self.grad_hidden is not None:
             update = (gradient @ self.weight).float() * factor
             self.grad_hidden.index_add_(0, rows, update.to(self.grad_hidden.dtype))
@@ -220,9 +219,9 @@ class _Head:
 
 
 def _softmax(logits: Tensor, out: Tensor) -> Tensor:
-    """Softmax over the last dimension into `out` (float32, may be `logits`); gives the log of its normaliser.
+    """Softmax over the last dimension into `out` (float32, may be `logits`); returns the log of its normalizer.
 
-    The normaliser follows from the greatest probability, which never underflows, and costs no further exponentials.
+    The normalizer follows from the greatest probability, which never underflows, without further exponentials.
     """
     max_logit = logits.amax(-1).float()
     torch.softmax(logits, dim=-1, dtype=torch.float32, out=out)

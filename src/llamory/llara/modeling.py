@@ -1,6 +1,6 @@
-"""LLARA's models: a LLaMA that reads passages with their prompts in one pass, and its training losses.
+"""LLARA's models: a LLaMA that encodes passages with both prompts in one pass, and its training losses.
 
-Li et al. 2023 (arXiv:2312.15503), section 3. Without prompts in the input all of them are plain LLaMA.
+Li et al. 2023 (arXiv:2312.15503), section 3. For inputs without prompts they equal plain LLaMA.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LlaraOutput(CausalLMOutputWithPast):
     Attributes:
         ar_loss: mean next-token loss over the passage tokens.
         bow_summarize_loss: the summary head's bag-of-words loss, with its weight (as published, a tenth).
-        bow_predict_loss: the prediction head's, likewise. In `loss` the two are averaged where both are there.
+        bow_predict_loss: likewise for the prediction head. `loss` has the mean of the two if both have targets.
     """
 
     ar_loss: Tensor | None = None
@@ -38,7 +38,7 @@ class LlaraOutput(CausalLMOutputWithPast):
 
 
 class NewLlamaModel(LlamaModel):
-    """A LlamaModel in which a prediction block doesn't see the summary block before it, and starts at its position.
+    """A LlamaModel whose prediction blocks don't attend to the summary block before them and start at its position.
 
     The template comes from `config.llara`. A batch may be padded on either side and hold several passages per row.
     """
@@ -64,10 +64,10 @@ class NewLlamaModel(LlamaModel):
         layout: SequenceLayout | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
-        """Llama's forward. With `layout` the hidden states come flat, (1, N, hidden): the batch's N real tokens.
+        """Llama's forward. With `layout` the hidden states are flat, (1, N, hidden), for the batch's N real tokens.
 
-        Without a key/value cache the batch is laid out flat, so padding costs nothing, and no (length × length) mask
-        is made. `eager` attention, attention maps and a cache take the padded batch and an explicit mask.
+        Without a key/value cache the batch is computed flat, without padding and without a (length × length) mask.
+        `eager` attention, attention maps and a cache take the padded batch and an explicit mask.
         """
         kwargs |= {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         kwargs = {key: value for key, value in kwargs.items() if value is not None}
@@ -77,7 +77,7 @@ class NewLlamaModel(LlamaModel):
             inputs_embeds is not None or input_ids is None or (attention_mask is not None and attention_mask.ndim == 4)
         )
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        # A decoding step has no room for prompts; what its token may see is in its attention mask.
+        # A decoding step has no prompts; its attention mask says what the token attends to.
         if not plain and layout is None and not (past and input_ids.shape[1] == 1):  # type: ignore[union-attr]
             mask = attention_mask if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]  # type: ignore[union-attr]
             found = find_layout(input_ids, self.template, mask, position_ids)  # type: ignore[arg-type]
@@ -90,7 +90,7 @@ class NewLlamaModel(LlamaModel):
                 )
         if layout is not None:
             assert input_ids is not None
-            # Embedding the flat ids, not the padded batch, keeps padding out of the embedding's gradient too.
+            # Flat ids keep padding out of the embedding's gradient too.
             flat_ids = input_ids.flatten().index_select(0, layout.index)[None]
             return super().forward(
                 input_ids=flat_ids,
@@ -113,7 +113,7 @@ class NewLlamaModel(LlamaModel):
     def _forward_padded(
         self, input_ids: Tensor, layout: SequenceLayout, return_dict: bool | None, kwargs: dict[str, Any]
     ) -> BaseModelOutputWithPast | tuple:
-        """Run flat and bring the result back to the input's shape, zeros at padding."""
+        """Compute flat, and scatter the result to the input's shape with zeros at padding."""
         output = self.forward(input_ids, layout=layout, return_dict=True, **kwargs)
         assert isinstance(output, BaseModelOutputWithPast) and output.last_hidden_state is not None
         padded = BaseModelOutputWithPast(last_hidden_state=layout.pad(output.last_hidden_state[0]))
@@ -129,7 +129,7 @@ class NewLlamaModel(LlamaModel):
         cache: Cache | None,
         past: int,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Positions and, where plain causal would be wrong, an additive mask for the padded batch."""
+        """Positions and, where causal attention would be wrong, an additive mask for the padded batch."""
         if not (layout.has_tail or layout.is_packed):
             return position_ids, attention_mask
         if "flash" in str(self.config._attn_implementation) or self.config._attn_implementation == "flex_attention":
@@ -143,7 +143,7 @@ class NewLlamaModel(LlamaModel):
 
 
 def _no_mask(flat_ids: Tensor) -> Tensor:
-    """A 4-D stand-in, which transformers passes through: the layout says what may be seen, so no mask is made."""
+    """An empty 4-D mask, which transformers passes on instead of making one: the layout is the mask."""
     return flat_ids.new_empty(0, 0, 0, 0)
 
 
@@ -154,7 +154,7 @@ class PreLlamaModel(LlamaForCausalLM):
     weighted by exp(-s_i) and s_i is added (Kendall et al. 2018, arXiv:1705.07115), starting from the fixed weight.
 
     Attributes:
-        head_trainable: whether the output head gets a gradient; with adapters it stays as it is, tied or not.
+        head_trainable: whether the output head gets a gradient; False with adapters, even if it is tied.
     """
 
     def __init__(self, config: LlamaConfig):
@@ -166,7 +166,7 @@ class PreLlamaModel(LlamaForCausalLM):
         self.post_init()
 
     def use_template(self, template: LlaraTemplate) -> None:
-        """Take a template as the model's own; `LlaraTemplate.prepare_model` also gives its slots embeddings."""
+        """Set the model's template; `LlaraTemplate.prepare_model` also adds the slots' embeddings."""
         self.model.template = template
         if template.bow_weighting == "learned" and not hasattr(self, "bow_log_variance"):
             self.bow_log_variance = nn.Parameter(torch.full((2,), 1 / template.bow_weight).log())
@@ -196,41 +196,40 @@ class PreLlamaModel(LlamaForCausalLM):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> LlaraOutput | tuple:
-        """Read passages with their prompts; with targets, give the losses.
+        """Encode passages with their prompts; with targets, compute the losses.
 
         Args:
             input_ids: (batch, length); a row holds a passage with both prompts, one or none, or several of these.
             attention_mask: (batch, length), 0 at padding on either side; None: all tokens are real.
-            position_ids: (batch, length); where they start again at 0, another packed passage begins.
+            position_ids: (batch, length); where they restart at 0, another packed passage begins.
             past_key_values: a transformers cache.
-            inputs_embeds: (batch, length, hidden) in place of ids; then no prompts can be found.
+            inputs_embeds: (batch, length, hidden) in place of ids; prompts are not found then.
             labels: (batch, length) passage tokens, -100 elsewhere.
-            output_summarize_ids: (passages, longest target) the words to summarise to; order, repeats, special ids
-                and padding (special or negative ids) don't matter. One row per passage of the batch.
-            output_predict_ids: likewise, the words of the continuation.
-            use_cache: defaults to the config's setting, but to False when there is something to learn.
+            output_summarize_ids: (passages, longest target) ids of the words of the summary, one row per passage;
+                order, repeats, special ids and padding (special or negative ids) have no effect.
+            output_predict_ids: likewise for the continuation.
+            use_cache: by default the config's setting, or False if there are targets.
             output_attentions: needs `attn_implementation="eager"`.
-            output_hidden_states: also give (batch, length, hidden) of every layer.
-            return_dict: False gives a tuple.
+            output_hidden_states: also return (batch, length, hidden) of every layer.
+            return_dict: False returns a tuple.
             cache_position: accepted and ignored, as in transformers 5.
-            skip_logits: give no logits; by default they are skipped while training with targets.
+            skip_logits: return no logits; by default while training with targets.
             logits_to_keep: how many of the last positions, or which positions, get logits (0: all).
-            num_items_in_batch: what the loss sums are divided by, when one optimisation step spans several batches:
-                (3,) passage tokens, passages with a summary target, passages with a prediction target; a single
-                number is the passage tokens' alone.
+            num_items_in_batch: divisors of the loss sums if one optimization step spans several batches: (3,) passage
+                tokens, passages with a summary target, passages with a prediction target; a single number is the
+                first one.
 
         Raises:
-            LlamoryError: nothing to learn from (all targets are empty), targets without slots to carry them, or a
-                target for a checkpoint that has no template.
+            LlamoryError: all targets are empty, there are targets without slots, or the checkpoint has no template.
         """
-        learning = labels is not None or output_summarize_ids is not None or output_predict_ids is not None
+        compute_losses = labels is not None or output_summarize_ids is not None or output_predict_ids is not None
         if skip_logits is None:
-            skip_logits = self.training and learning
+            skip_logits = self.training and compute_losses
         if use_cache is None:
-            use_cache = False if learning else None
+            use_cache = False if compute_losses else None
         return_dict = self.config.return_dict if return_dict is None else return_dict
         layout = None
-        if learning:
+        if compute_losses:
             if input_ids is None:
                 raise LlamoryError("LLARA's losses need input_ids: the slots are found by their ids.")
             layout = find_layout(input_ids, self.template, attention_mask, position_ids)
@@ -276,7 +275,7 @@ class PreLlamaModel(LlamaForCausalLM):
         predict_ids: Tensor | None,
         num_items: Tensor | int | None,
     ) -> None:
-        """Compute the losses from the flat hidden states (N, hidden) and put them into `result`."""
+        """Compute the losses from the flat hidden states (N, hidden) and set them in `result`."""
         rows, target_tokens = _next_tokens(layout, labels)
         bags = [
             self._bag("summary", layout, layout.summarize_slots, layout.summarize_segments, summarize_ids),
@@ -316,12 +315,12 @@ class PreLlamaModel(LlamaForCausalLM):
         return torch.full((2,), weight, device=self.lm_head.weight.device)
 
     def _loss_weights(self, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """(3,) factors of the losses in their sum, and what learned weights add to it.
+        """(3,) factors of the losses in their sum, and the penalty of learned weights.
 
         Two bag-of-words heads are averaged; one alone is not halved.
         """
-        there = (counts[1:] > 0).float()
-        head_weights = there / there.sum().clamp(min=1)
+        has_targets = (counts[1:] > 0).float()
+        head_weights = has_targets / has_targets.sum().clamp(min=1)
         weights = torch.cat([head_weights.new_ones(1), self._bow_weights() * head_weights])
         penalty = head_weights.new_zeros(())
         if hasattr(self, "bow_log_variance"):
@@ -352,7 +351,7 @@ class PreLlamaModel(LlamaForCausalLM):
         return bag_of_words(slots, targets, ignored)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Llama's, but what is generated after both prompts goes on from the prediction block: it sees no summary."""
+        """As Llama's; tokens generated after both prompts continue the prediction block, without the summary block."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         mask = inputs.get("attention_mask")
         step = inputs["input_ids"].shape[1] if inputs.get("input_ids") is not None else 0
@@ -370,7 +369,7 @@ class PreLlamaModel(LlamaForCausalLM):
 
 
 def _next_tokens(layout: SequenceLayout, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows of the flat hidden states that predict a token, and these tokens; never across two passages."""
+    """Rows of the flat hidden states that predict a token of the same passage, and these tokens."""
     if labels is None:
         empty = layout.index.new_zeros(0)
         return empty, empty

@@ -1,8 +1,8 @@
-"""The LLARA template: which token ids open a passage, ask for a summary or a prediction, and take the embedding.
+"""The LLARA template: token ids of the prefix of a passage, of the two prompts and of their slot tokens.
 
 Sequence (Li et al. 2023, section 3.2): `"` passage `", summarize the above passage within eight words: <s1>...<s8>`
-`", predict the following passage within eight words: <s9>...<s16>`. The pieces are tokenised apart and joined as ids,
-so a passage never changes the ids of a prompt.
+`", predict the following passage within eight words: <s9>...<s16>`. Prefix, passage and prompts are tokenized
+separately and concatenated as ids, so a passage never changes the ids of a prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BOW_WEIGHTINGS = ("fixed", "learned")
 QUERY_PROMPTS = ("prediction", "summary")
 
 _COUNT_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split() + [""] * 3 + ["sixteen"]
-# The order in which the published checkpoints added the sixteen slot tokens; a Llama-2 tokenizer gets their ids by it.
+# The order in which the published checkpoints added the slot tokens; it gives a Llama-2 tokenizer their ids.
 _PUBLISHED_ORDER = (9, 12, 7, 14, 3, 6, 15, 5, 1, 10, 13, 2, 11, 4, 8, 16)
 _PUBLISHED_VOCAB_SIZE = 32016
 
@@ -33,17 +33,17 @@ class LlaraTemplate:
     """Token ids and settings of one LLARA model, kept in `config.llara`.
 
     Attributes:
-        prefix_ids: what stands before a passage: the tokenizer's beginning-of-sequence id, if any, and `"`.
-        summarize_prompt_ids: the prompt that asks for a summary, without slots.
-        summarize_slot_ids: the slot tokens of the summary prompt, whose hidden states are a passage's embedding.
-        predict_prompt_ids: the prompt that asks for the continuation, without slots.
+        prefix_ids: ids before a passage: the tokenizer's beginning-of-sequence id, if any, and `"`.
+        summarize_prompt_ids: the summary prompt without slots.
+        summarize_slot_ids: the slot tokens of the summary prompt; their hidden states are a passage's embedding.
+        predict_prompt_ids: the prediction prompt without slots.
         predict_slot_ids: the slot tokens of the prediction prompt, in order.
-        ignored_ids: ids that never count as bag-of-words targets (special tokens).
+        ignored_ids: special tokens, which never count as bag-of-words targets.
         bow_weight: factor of each bag-of-words loss; the published code divides by 10.
         prediction_sees_summary: whether the prediction block may attend to the summary block (not in the paper).
         bow_weighting: "fixed", or "learned": one uncertainty weight per head, trained with the model.
-        query_prompt: whose slots are a query's embedding: "prediction" (a question's answer follows it) or "summary"
-            (a query that is like what it looks for).
+        query_prompt: the prompt whose slots embed a query: "prediction" (the answer follows a question) or "summary"
+            (the query resembles the passage).
     """
 
     prefix_ids: tuple[int, ...]
@@ -74,11 +74,11 @@ class LlaraTemplate:
         if self.query_prompt not in QUERY_PROMPTS:
             raise LlamoryError(f"query_prompt must be one of {', '.join(QUERY_PROMPTS)}, not {self.query_prompt!r}.")
 
-    # ---- where a template comes from -------------------------------------------------------------------------------
+    # ---- sources of a template --------------------------------------------------------------------------------------
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, slots: int = 8, **settings: Any) -> LlaraTemplate:
-        """Build the template for a tokenizer, adding the slot tokens that it lacks (the tokenizer is changed).
+        """Build the template for a tokenizer; adds the slot tokens that it lacks to the tokenizer.
 
         Args:
             tokenizer: any LLaMA-family tokenizer.
@@ -86,8 +86,8 @@ class LlaraTemplate:
             settings: `bow_weight`, `prediction_sees_summary`, `bow_weighting`, `query_prompt`.
 
         Raises:
-            LlamoryError: the tokenizer can't hold the template: a prompt is unknown to it, the two prompts read the
-                same, or a slot token is an ordinary word of its vocabulary.
+            LlamoryError: the tokenizer doesn't fit: a prompt has unknown tokens, both prompts have the same ids, or a
+                slot token is an ordinary word of its vocabulary.
         """
         if slots < 1:
             raise LlamoryError(f"A LLARA template needs at least one slot token per prompt, not {slots}.")
@@ -105,8 +105,8 @@ class LlaraTemplate:
         predict = _prompt_ids(tokenizer, predict_text, tokens[slots:], predict_slots)
         if summarize == predict:
             raise LlamoryError(
-                "The tokenizer reads the summary prompt and the prediction prompt as the same ids, so they can't be "
-                "told apart; use a tokenizer that knows English words or bytes."
+                "The tokenizer gives the summary prompt and the prediction prompt the same ids; use a tokenizer that "
+                "knows English words or bytes."
             )
         return cls(
             prefix_ids=tuple(_prefix_ids(tokenizer)),
@@ -120,9 +120,9 @@ class LlaraTemplate:
 
     @classmethod
     def from_config(cls, config: LlamaConfig) -> LlaraTemplate | None:
-        """Read the template of a checkpoint: `config.llara`, else the published ids if the vocabulary has 32016 rows.
+        """The template of a checkpoint: `config.llara`, or the published ids if the vocabulary has 32016 rows.
 
-        Gives None for a checkpoint that has no template (a plain LLaMA).
+        None for a checkpoint without a template (a plain LLaMA).
         """
         stored = getattr(config, "llara", None)
         if stored:
@@ -132,14 +132,14 @@ class LlaraTemplate:
             try:
                 return cls(**stored)
             except TypeError as error:
-                raise LlamoryError(f"config.llara is not a whole LLARA template: {error}.") from error
+                raise LlamoryError(f"config.llara is not a complete LLARA template: {error}.") from error
         return PUBLISHED_TEMPLATE if config.vocab_size == _PUBLISHED_VOCAB_SIZE else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The template as plain lists and numbers, as it is kept in `config.llara`."""
+        """The template as lists and numbers, as stored in `config.llara`."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
-    # ---- what a template is used for ---------------------------------------------------------------------------------
+    # ---- use ---------------------------------------------------------------------------------------------------------
 
     @property
     def slots(self) -> int:
@@ -147,7 +147,7 @@ class LlaraTemplate:
         return len(self.summarize_slot_ids)
 
     def prompts(self, task: str | None) -> dict[str, bool]:
-        """Which prompts of `encode` a text gets to be embedded: as a "query", or as anything else."""
+        """The prompt arguments of `encode` that embed a text as a "query", or as a document (any other task)."""
         predict = task == "query" and self.query_prompt == "prediction"
         return {"summarize": not predict, "predict": predict}
 
@@ -189,7 +189,7 @@ class LlaraTemplate:
         predict: bool = True,
         max_length: int | None = None,
     ) -> list[int]:
-        """Tokenise a passage and put the prompts around it; truncation cuts the passage, never a prompt.
+        """Tokenize a passage and put the prompts around it; only the passage is truncated.
 
         Args:
             max_length: limit in tokens for the whole sequence.
@@ -197,18 +197,18 @@ class LlaraTemplate:
         Raises:
             LlamoryError: the text contains a slot token, or `max_length` leaves no room for a passage.
         """
-        room = None
+        max_passage_tokens = None
         if max_length is not None:
-            room = max_length - self.overhead(summarize=summarize, predict=predict)
-            if room < 1:
+            max_passage_tokens = max_length - self.overhead(summarize=summarize, predict=predict)
+            if max_passage_tokens < 1:
                 raise LlamoryError(
                     f"A length of {max_length} tokens leaves no room for a passage: prefix and prompts take "
-                    f"{max_length - room}; choose a greater length."
+                    f"{max_length - max_passage_tokens}; choose a greater length."
                 )
-        return self.sequence(_ids(tokenizer, text)[:room], summarize=summarize, predict=predict)
+        return self.sequence(_ids(tokenizer, text)[:max_passage_tokens], summarize=summarize, predict=predict)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Make sure that a tokenizer is the one this template was built from.
+        """Check that a tokenizer is the one this template was built from.
 
         Raises:
             LlamoryError: a slot token or a prompt has other ids in this tokenizer.
@@ -234,11 +234,11 @@ class LlaraTemplate:
                 )
 
     def prepare_model(self, model: PreTrainedModel) -> None:
-        """Give a model the rows of the slot tokens and write the template into its config (the model is changed).
+        """Add the embedding rows of the slot tokens to a model and the template to its config.
 
         Embedding rows that the model lacks, or never used, become the mean of the other rows plus noise of their
-        standard deviation, so that slots differ from each other and stay in the distribution the layers know. The
-        rows of an untied output head become the mean: no slot is ever a better next token than the average one.
+        standard deviation, so that slots differ from each other within the distribution that the layers know. Rows of
+        an untied output head become the mean, so no slot is a better next token than the average.
         """
         import torch
 
@@ -257,11 +257,11 @@ class LlaraTemplate:
             with torch.no_grad():
                 generator = torch.Generator().manual_seed(len(new_rows))
                 noise = torch.randn(len(new_rows), inputs.shape[1], generator=generator).to(inputs)
-                trained = inputs[known.to(inputs.device)].float()
-                inputs[new_rows] = (trained.mean(0) + noise * trained.std(0)).to(inputs.dtype)
+                known_rows = inputs[known.to(inputs.device)].float()
+                inputs[new_rows] = (known_rows.mean(0) + noise * known_rows.std(0)).to(inputs.dtype)
                 if head is not None and head.weight is not inputs:
-                    trained = head.weight[known.to(head.weight.device)].float()
-                    head.weight[new_rows] = trained.mean(0).to(head.weight.dtype)
+                    known_rows = head.weight[known.to(head.weight.device)].float()
+                    head.weight[new_rows] = known_rows.mean(0).to(head.weight.dtype)
         model.config.llara = self.to_dict()
         if hasattr(model, "use_template"):
             model.use_template(self)
@@ -299,8 +299,8 @@ def _add_slot_tokens(tokenizer: PreTrainedTokenizerBase, slots: int) -> None:
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     if ordinary := [name for name in names if name in vocabulary and name not in added]:
         raise LlamoryError(
-            f"{ordinary[0]} is an ordinary word of this tokenizer, so a passage that contains it can't be told from a "
-            "prompt; use a tokenizer without it."
+            f"{ordinary[0]} is an ordinary word of this tokenizer, but LLARA needs it as a slot token; use a tokenizer "
+            "without it."
         )
     order = [f"<s{i}>" for i in _PUBLISHED_ORDER] if slots == len(_PUBLISHED_ORDER) // 2 else names
     missing = [AddedToken(name, normalized=False, special=True) for name in order if name not in vocabulary]
@@ -309,24 +309,24 @@ def _add_slot_tokens(tokenizer: PreTrainedTokenizerBase, slots: int) -> None:
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: list[str], slot_ids: list[int]) -> list[int]:
-    """Ids of a prompt, read together with its slots, as the space before the first slot belongs to the prompt."""
+    """Ids of a prompt, tokenized together with its slots: the space before the first slot belongs to the prompt."""
     ids = _ids(tokenizer, prompt + "".join(tokens))
     prompt_ids = ids[: -len(slot_ids)]
     if ids[-len(slot_ids) :] != slot_ids or not prompt_ids:
         raise LlamoryError(
-            f"The tokenizer doesn't keep the slot tokens after {prompt!r} apart; its prompt can't be found."
+            f"The tokenizer merges the slot tokens after {prompt!r} with other text; use another tokenizer."
         )
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt_ids:
         raise LlamoryError(
-            f"The tokenizer doesn't know all of the prompt {prompt!r} and reads parts of it as unknown, so a prompt "
-            "can't be told from a passage; use a tokenizer that knows English words or bytes."
+            f"The tokenizer reads parts of the prompt {prompt!r} as unknown; use a tokenizer that knows English words "
+            "or bytes."
         )
     return prompt_ids
 
 
 def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The opening quote with what the tokenizer puts before a text (its beginning-of-sequence token, if any)."""
+    """The quote with what the tokenizer puts before a text (its beginning-of-sequence token, if any)."""
     quote = _ids(tokenizer, PREFIX)
-    whole = tokenizer(PREFIX)["input_ids"]
-    start = next((i for i in range(len(whole)) if whole[i : i + len(quote)] == quote), 0)
-    return whole[: start + len(quote)]
+    ids = tokenizer(PREFIX)["input_ids"]
+    start = next((i for i in range(len(ids)) if ids[i : i + len(quote)] == quote), 0)
+    return ids[: start + len(quote)]

@@ -5,12 +5,19 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
+from keyword_models import keyword_model
+from llamory.embedding import encoder
 from llamory.embedding.encoder import embed_passages, embed_query, fingerprint, resolve_chunk_size
 from llamory.embedding.pipeline import export_sentence_transformer, load_embedder
 from llamory.errors import LlamoryError
 from llamory.library import Library
 from llamory.llara.template import LlaraTemplate
 from tiny_models import save_llara
+
+
+@pytest.fixture(scope="module")
+def embedder() -> SentenceTransformer:
+    return keyword_model(["cat", "dog", "river", "money"])
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +93,33 @@ def test_passages_and_queries_get_the_models_own_vectors(checkpoint):
 def test_passages_of_other_models_come_back_in_order(embedder):
     texts = ["cat", "a long text about a dog", "river", *["money"] * 40]
     np.testing.assert_array_equal(embed_passages(embedder, texts), embedder.encode_document(texts))
+
+
+def test_the_fingerprint_reads_the_weights_once(checkpoint, monkeypatch):
+    model, reads = load_embedder(checkpoint, device="cpu"), []
+    merged = encoder.merged
+    monkeypatch.setattr(encoder, "merged", lambda *arguments: reads.append(1) or merged(*arguments))
+    first = fingerprint(model)
+    assert fingerprint(model) == first and len(reads) == 1
+    with torch.no_grad():
+        model[0].model.layers[0].mlp.up_proj.weight.mul_(2)
+    assert fingerprint(model) != first and len(reads) == 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_passages_and_queries_are_computed_in_the_same_dtype(checkpoint, dtype):
+    model = load_embedder(checkpoint, device="cpu", query_prompt="summary")
+    exact, query = embed_query(model, "the river"), embed_query(model, "the river", dtype=dtype)
+    assert query.dtype == np.float32 and not np.array_equal(query, exact)
+    np.testing.assert_allclose(query, embed_passages(model, ["the river"], dtype=dtype)[0], rtol=0, atol=1e-6)
+
+
+def test_a_library_in_bfloat16_searches_in_bfloat16(tmp_path, checkpoint):
+    (tmp_path / "a.txt").write_text("the river")
+    library = Library(tmp_path / "library", checkpoint, device="cpu", bf16=True)
+    library.add(tmp_path / "a.txt", progress=False)
+    model = load_embedder(checkpoint, device="cpu")
+    wanted = embed_passages(model, ["the river"], dtype="bfloat16")[0] @ embed_query(model, "sea", dtype="bfloat16")
+    exact = embed_passages(model, ["the river"], dtype="bfloat16")[0] @ embed_query(model, "sea")
+    score = library.search("sea", mode="dense")[0].score
+    assert abs(score - wanted) < abs(score - exact)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from llamory.errors import LlamoryError
-from llamory.llara.words import content_words, split_words, stop_words, truncate_at_word, word_ids
+from llamory.llara.data import content_words, split_words, stop_words, truncate_at_word, word_ids
 
 
 def test_english_stop_words_are_dropped_whatever_their_case():
