@@ -116,7 +116,8 @@ def test_a_stopped_run_goes_on(llamory, model_folder, books, tmp_path, monkeypat
 
 
 def test_settings_of_memory_reach_the_model(llamory, model_folder, books, tmp_path) -> None:
-    told = "--mem-layers 1 --context-length 128 --mem-search pages --mem-top-k 2 --local-tokens 100 --max-documents 1 --bf16"
+    told = "--mem-layers 1 --context-length 128 --mem-search pages --mem-top-k 2 --bf16"
+    told += " --local-tokens 100 --max-documents 1"
     arguments = ("--data", books, *SMALL, *told.split(), "--output", tmp_path / "out", "--json")
     document = json.loads(llamory("eval", "perplexity", model_folder, *arguments).out)
     run = document["runs"][str(model_folder)]

@@ -32,8 +32,8 @@ def test_index_that_took_nothing_in_is_an_error(llamory, calls: list[tuple]) -> 
 
 def test_index_hands_on_what_it_is_told(llamory, calls: list[tuple]) -> None:
     told = (
-        "--model m --chunk-size 99 --text-field body --max-file-size 0.5 --strict --allow-empty --no-wait --bf16 --json --quiet"
-        " --engine ray --ray-address here:6379"
+        "--model m --chunk-size 99 --text-field body --max-file-size 0.5 --strict --allow-empty --no-wait"
+        " --bf16 --json --quiet --engine ray --ray-address here:6379"
     )
     ran = llamory("index", "a.md", "--library", "s3://shelf/lib", *told.split())
     assert json.loads(ran.out) == {

@@ -80,7 +80,7 @@ def test_bytes_that_the_locale_cannot_decode_are_read_as_utf_8() -> None:
 @dataclasses.dataclass(kw_only=True)
 class Lamp:
     color: Annotated[str, typer.Option(help="Its colour.")] = "red"
-    watts: Annotated[int | None, options.option("--power", parser=options.integer(), help="Its power.")] = None
+    watts: Annotated[int | None, options.option("--power", options.integer(), "Its power.")] = None
 
 
 def test_a_parameter_of_a_group_becomes_one_option_per_field() -> None:

@@ -31,19 +31,15 @@ class SourceOptions:
     """What is asked, a library or memory files, and the model."""
 
     library: Annotated[
-        str | None, option("--library", parser=options.name, help="Library: a folder or an object-store address.")
+        str | None, option("--library", options.name, "Library: a folder or an object-store address.")
     ] = None
     memory: Annotated[
         list[Path] | None,
-        option("--memory", parser=options.path, metavar="FILE", help="Memory file of `llamory read` (repeatable)."),
+        option("--memory", options.path, "Memory file of `llamory read` (repeatable).", metavar="FILE"),
     ] = None
     model: Annotated[
         str | None,
-        option(
-            "--model",
-            parser=options.name,
-            help="Model that made the memory, or that embedded the library, if it has moved.",
-        ),
+        option("--model", options.name, "Model that made the memory, or that embedded the library, if it has moved."),
     ] = None
     device: options.Device = None
 
@@ -54,27 +50,17 @@ class RetrievalOptions:
 
     documents: Annotated[
         list[str] | None,
-        option(
-            "--document", parser=options.name, panel=SEARCH, metavar="NAME", help="Ask this document only (repeatable)."
-        ),
+        option("--document", options.name, "Ask this document only (repeatable).", SEARCH, metavar="NAME"),
     ] = None
     top_documents: Annotated[
-        int | None,
-        option(
-            "--top-documents",
-            parser=integer(),
-            panel=SEARCH,
-            help="Documents to retrieve per question, 5 if not given.",
-        ),
+        int | None, option("--top-documents", integer(), "Documents to retrieve per question, 5 if not given.", SEARCH)
     ] = None
     source: options.Source = None
     mode: Annotated[
-        Literal["dense", "bm25", "fused"] | None,
-        typer.Option("--mode", rich_help_panel=SEARCH, help=options.SEARCH_MODE_HELP),
+        Literal["dense", "bm25", "fused"] | None, option("--mode", None, options.SEARCH_MODE_HELP, SEARCH)
     ] = None
     citations: Annotated[
-        int | None,
-        option("--citations", parser=integer(0), panel=SEARCH, help="Largest number of passages to cite."),
+        int | None, option("--citations", integer(0), "Largest number of passages to cite.", SEARCH)
     ] = None
 
 
@@ -83,12 +69,10 @@ class GenerationOptions:
     """How the answer is generated."""
 
     max_new_tokens: Annotated[
-        int,
-        option("--max-new-tokens", parser=integer(), panel=GENERATION, help="Largest number of tokens of an answer."),
+        int, option("--max-new-tokens", integer(), "Largest number of tokens of an answer.", GENERATION)
     ] = 256
     temperature: Annotated[
-        float,
-        option("--temperature", parser=number(), panel=GENERATION, help="Sampling temperature; 0 decodes greedily."),
+        float, option("--temperature", number(), "Sampling temperature; 0 decodes greedily.", GENERATION)
     ] = 0.0
     seed: options.Seed = None
 
@@ -102,14 +86,13 @@ class AdvancedOptions(options.MemorySearchOptions, options.ReaderOptions):
         float | None,
         option(
             "--evidence-ratio",
-            parser=number(),
-            panel=ADVANCED,
-            help="Drop evidence whose query likelihood is more than this many times below the best; 0 keeps all.",
+            number(),
+            "Drop evidence whose query likelihood is more than this many times below the best; 0 keeps all.",
+            ADVANCED,
         ),
     ] = None
     max_question_tokens: Annotated[
-        int | None,
-        option("--max-question-tokens", parser=integer(), panel=ADVANCED, help="Refuse a question of more tokens."),
+        int | None, option("--max-question-tokens", integer(), "Refuse a question of more tokens.", ADVANCED)
     ] = None
     bf16: options.Bf16 = False
 
@@ -156,10 +139,10 @@ def chat(
         Path | None,
         option(
             "--save",
-            parser=options.path,
-            panel=options.OUTPUT,
+            options.path,
+            "Write the documents and the conversation to this memory file at the end.",
+            options.OUTPUT,
             metavar="FILE",
-            help="Write the documents and the conversation to this memory file at the end.",
         ),
     ] = None,
     as_json: options.Json = False,

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Build retrieval datasets for training and evaluation.", rich_markup_mode="rich")
 
 Output = Annotated[
-    Path,
-    option("--output", parser=options.path, metavar="DIR", help="Folder for the BEIR folders train, dev and test."),
+    Path, option("--output", options.path, "Folder for the BEIR folders train, dev and test.", metavar="DIR")
 ]
 
 
@@ -31,10 +30,10 @@ def descriptions(
         list[Path] | None,
         option(
             "--package-list",
-            parser=options.path,
-            metavar="FILE",
-            help="A Debian Translation-en file, or /var/lib/dpkg/status, instead of the lists that apt-get downloads "
+            options.path,
+            "A Debian Translation-en file, or /var/lib/dpkg/status, instead of the lists that apt-get downloads "
             "(repeatable).",
+            metavar="FILE",
         ),
     ] = None,
     as_json: options.Json = False,
@@ -65,16 +64,17 @@ def functions(
         list[str] | None,
         option(
             "--package",
-            parser=options.name,
+            options.name,
+            "Take this installed package besides the standard library, instead of --package-set (repeatable).",
             metavar="NAME",
-            help="Take this installed package besides the standard library, instead of --package-set (repeatable).",
         ),
     ] = None,
     package_set: Annotated[
         Literal["default", "all", "none"],
-        typer.Option(
+        option(
             "--package-set",
-            help="Packages besides the standard library: the dependencies of llamory, all installed ones with a "
+            None,
+            "Packages besides the standard library: the dependencies of llamory, all installed ones with a "
             "permissive licence, or none.",
         ),
     ] = "default",
@@ -82,9 +82,9 @@ def functions(
         list[Path] | None,
         option(
             "--folder",
-            parser=options.path,
+            options.path,
+            "Take the Python files of this folder and nothing else (repeatable).",
             metavar="DIR",
-            help="Take the Python files of this folder and nothing else (repeatable).",
         ),
     ] = None,
     as_json: options.Json = False,
@@ -123,7 +123,7 @@ def sections(
     documents: options.Documents,
     output: Output,
     test_only: Annotated[
-        bool, typer.Option("--test-only", help="Put all pairs into the test split, for evaluation only.")
+        bool, option("--test-only", None, "Put all pairs into the test split, for evaluation only.")
     ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,

@@ -29,10 +29,10 @@ def _output_option(evaluation: str) -> Any:
     files = f"{evaluation}.json and {evaluation}.png"
     return option(
         "--output",
-        parser=options.path,
-        panel=options.OUTPUT,
+        options.path,
+        f"Folder for {files}; a run that was interrupted resumes there.",
+        options.OUTPUT,
         metavar="DIR",
-        help=f"Folder for {files}; a run that was interrupted resumes there.",
     )
 
 
@@ -45,11 +45,7 @@ class ModelOptions:
     ] = None
     model: Annotated[
         str | None,
-        option(
-            "--model",
-            parser=options.name,
-            help="Model: folder, .gguf file, hub id or 'default'; the default if not given.",
-        ),
+        option("--model", options.name, "Model: folder, .gguf file, hub id or 'default'; the default if not given."),
     ] = None
     device: options.Device = None
 
@@ -67,7 +63,7 @@ class ModelsOptions(ModelOptions):
 
     compare: Annotated[
         list[str] | None,
-        option("--compare", parser=options.name, metavar="MODEL", help="Another model for the same task (repeatable)."),
+        option("--compare", options.name, "Another model for the same task (repeatable).", metavar="MODEL"),
     ] = None
 
     @property
@@ -86,18 +82,18 @@ class MemoryOptions(options.MemorySearchOptions):
         float | None,
         option(
             "--logn-attention-scale",
-            parser=number(),
-            panel=ADVANCED,
-            help="How much attention sharpens with the logarithm of the size of the memory; the model's own if not given.",
+            number(),
+            "How much attention sharpens with the logarithm of the size of the memory; the model's own if not given.",
+            ADVANCED,
         ),
     ] = None
     memory_size_bias: Annotated[
         float | None,
         option(
             "--memory-size-bias",
-            parser=number(),
-            panel=ADVANCED,
-            help="How much the scores of a larger memory are lowered; the model's own if not given.",
+            number(),
+            "How much the scores of a larger memory are lowered; the model's own if not given.",
+            ADVANCED,
         ),
     ] = None
     bf16: options.Bf16 = False
@@ -133,76 +129,76 @@ def passkey(
     model: ModelOptions,
     lengths: Annotated[
         list[Any],
-        option(
-            "--lengths", parse_all=options.token_counts, panel=DATA, help="Lengths of the prompts; 1k is 1024 tokens."
-        ),
+        option("--lengths", options.token_counts, "Lengths of the prompts; 1k is 1024 tokens.", DATA, parse_all=True),
     ] = ["1k,2k,4k,8k"],  # noqa: B006 (typer copies it)
     depths: Annotated[
         list[Any],
         option(
             "--depths",
-            parse_all=_depths,
-            panel=DATA,
+            _depths,
+            "Number of depths, evenly spaced from 0 (start) to 1 (end), or a list such as 0,0.5,1.",
+            DATA,
             metavar="DEPTHS",
-            help="Number of depths, evenly spaced from 0 (start) to 1 (end), or a list such as 0,0.5,1.",
+            parse_all=True,
         ),
     ] = ["5"],  # noqa: B006
-    trials: Annotated[int, option("--trials", parser=integer(), panel=DATA, help="Prompts per length and depth.")] = 3,
+    trials: Annotated[int, option("--trials", integer(), "Prompts per length and depth.", DATA)] = 3,
     seed: options.EvalSeed = 0,
     haystack: Annotated[
         list[Path] | None,
         option(
             "--haystack",
-            parser=options.path,
-            panel=DATA,
+            options.path,
+            "File or folder with the text around the needle, instead of the published text (repeatable).",
+            DATA,
             metavar="PATH",
-            help="File or folder with the text around the needle, instead of the published text (repeatable).",
         ),
     ] = None,
     key: Annotated[
         Literal["number", "name", "date", "sentence"],
-        typer.Option("--key", rich_help_panel=DATA, help="Kind of the secret; each has its own needle and question."),
+        option("--key", None, "Kind of the secret; each has its own needle and question.", DATA),
     ] = "number",
     needle: Annotated[
-        str | None,
-        option("--needle", parser=options.text, panel=DATA, help="Sentence to hide, with {key} for the secret."),
+        str | None, option("--needle", options.text, "Sentence to hide, with {key} for the secret.", DATA)
     ] = None,
     question: Annotated[
         str | None,
         option(
             "--question",
-            parser=options.text,
-            panel=DATA,
-            help="Text that asks for the secret; the words of --needle before {key} if not given.",
+            options.text,
+            "Text that asks for the secret; the words of --needle before {key} if not given.",
+            DATA,
         ),
     ] = None,
     independent_documents: Annotated[
         bool,
-        typer.Option(
-            "--independent-documents", help="Encode each window by itself, as a document of a library, and attach them."
+        option(
+            "--independent-documents",
+            None,
+            "Encode each window by itself, as a document of a library, and attach them.",
         ),
     ] = False,
     evidence_ratio: Annotated[
         float,
         option(
             "--evidence-ratio",
-            parser=number(),
-            help="With --independent-documents, drop windows whose query likelihood is more than this many times below "
+            number(),
+            "With --independent-documents, drop windows whose query likelihood is more than this many times below "
             "the best; 0 keeps all.",
         ),
     ] = 0.0,
     baseline: Annotated[
-        bool,
-        typer.Option("--baseline", help="Also evaluate the plain model without memory, even beyond its context."),
+        bool, option("--baseline", None, "Also evaluate the plain model without memory, even beyond its context.")
     ] = False,
     memory: MemoryOptions,
     last_context_length: options.LastContextLength = None,
     mem_top_k_attention: Annotated[
         bool,
-        typer.Option(
+        option(
             "--mem-top-k-attention",
-            rich_help_panel=ADVANCED,
-            help="Attend only to the --mem-top-k best tokens of the memory, as the paper does.",
+            None,
+            "Attend only to the --mem-top-k best tokens of the memory, as the paper does.",
+            ADVANCED,
         ),
     ] = False,
     output: Annotated[Path, _output_option("passkey")] = Path("passkey"),
@@ -275,50 +271,28 @@ def perplexity(
     model: ModelsOptions,
     data: Annotated[
         list[Path],
-        option(
-            "--data",
-            parser=options.path,
-            panel=DATA,
-            metavar="PATH",
-            help="File or folder of long documents (repeatable).",
-        ),
+        option("--data", options.path, "File or folder of long documents (repeatable).", DATA, metavar="PATH"),
     ],
     memory_tokens: Annotated[
         list[Any],
-        option(
-            "--memory-tokens", parse_all=options.token_counts, panel=DATA, help="Tokens in memory; 1k is 1024 tokens."
-        ),
+        option("--memory-tokens", options.token_counts, "Tokens in memory; 1k is 1024 tokens.", DATA, parse_all=True),
     ] = ["0,2k,4k,8k,16k,32k,64k"],  # noqa: B006
     scored_tokens: Annotated[
-        int,
-        option(
-            "--scored-tokens", parser=integer(), panel=DATA, help="Tokens at the end of a document that are scored."
-        ),
+        int, option("--scored-tokens", integer(), "Tokens at the end of a document that are scored.", DATA)
     ] = 256,
     local_tokens: Annotated[
-        int,
-        option(
-            "--local-tokens",
-            parser=integer(),
-            panel=DATA,
-            help="Tokens before the scored ones that stay in the local context.",
-        ),
+        int, option("--local-tokens", integer(), "Tokens before the scored ones that stay in the local context.", DATA)
     ] = 1,
     max_documents: Annotated[
         int | None,
         option(
-            "--max-documents",
-            parser=integer(),
-            panel=DATA,
-            help="Largest number of documents; the first long enough ones are taken.",
+            "--max-documents", integer(), "Largest number of documents; the first long enough ones are taken.", DATA
         ),
     ] = None,
     text_field: options.TextField = "text",
     independent_windows: Annotated[
         bool,
-        typer.Option(
-            "--independent-windows", help="Encode each window by itself, once for all lengths, and attach them."
-        ),
+        option("--independent-windows", None, "Encode each window by itself, once for all lengths, and attach them."),
     ] = False,
     memory: MemoryOptions,
     output: Annotated[Path, _output_option("perplexity")] = Path("perplexity"),
@@ -385,51 +359,45 @@ def manyshot(
     *,
     model: ModelsOptions,
     train: Annotated[
-        Path,
-        option(
-            "--train", parser=options.path, panel=DATA, metavar="FILE", help="JSON lines file with the demonstrations."
-        ),
+        Path, option("--train", options.path, "JSON lines file with the demonstrations.", DATA, metavar="FILE")
     ],
     test: Annotated[
         Path | None,
         option(
             "--test",
-            parser=options.path,
-            panel=DATA,
+            options.path,
+            "JSON lines file with the questions; --train is split if not given.",
+            DATA,
             metavar="FILE",
-            help="JSON lines file with the questions; --train is split if not given.",
         ),
     ] = None,
     lengths: Annotated[
         list[Any],
         option(
             "--lengths",
-            parse_all=options.token_counts,
-            panel=DATA,
-            help="Largest numbers of tokens of demonstrations; 1k is 1024 tokens.",
+            options.token_counts,
+            "Largest numbers of tokens of demonstrations; 1k is 1024 tokens.",
+            DATA,
+            parse_all=True,
         ),
     ] = ["2k,4k,8k,16k"],  # noqa: B006
     num_seeds: Annotated[
-        int, option("--num-seeds", parser=integer(), panel=DATA, help="Random draws of demonstrations and questions.")
+        int, option("--num-seeds", integer(), "Random draws of demonstrations and questions.", DATA)
     ] = 3,
-    num_questions: Annotated[
-        int, option("--num-questions", parser=integer(), panel=DATA, help="Questions per length and seed.")
-    ] = 100,
+    num_questions: Annotated[int, option("--num-questions", integer(), "Questions per length and seed.", DATA)] = 100,
     text_field: options.TextField = "text",
-    label_field: Annotated[
-        str, option("--label-field", parser=options.name, help="Key of the label in JSONL files.")
-    ] = "label",
+    label_field: Annotated[str, option("--label-field", options.name, "Key of the label in JSONL files.")] = "label",
     template: Annotated[
-        str,
-        option("--template", parser=options.text, panel=DATA, help=r"Template of a demonstration; \n is a new line."),
+        str, option("--template", options.text, r"Template of a demonstration; \n is a new line.", DATA)
     ] = r"{text}\n{label}\n\n",
     score_type: Annotated[
         Literal["mean", "sum"],
-        typer.Option(
+        option(
             "--score-type",
-            rich_help_panel=DATA,
-            help="Score of a label: the mean or the sum of the log-probabilities of its tokens; the mean favours long "
+            None,
+            "Score of a label: the mean or the sum of the log-probabilities of its tokens; the mean favours long "
             "labels.",
+            DATA,
         ),
     ] = "mean",
     memory: MemoryOptions,
@@ -496,24 +464,20 @@ def lookup(
         list[Any],
         option(
             "--memory-tokens",
-            parse_all=options.token_counts,
-            panel=DATA,
-            help="Tokens in memory; 1k is 1024 tokens, 1M is 1024k.",
+            options.token_counts,
+            "Tokens in memory; 1k is 1024 tokens, 1M is 1024k.",
+            DATA,
+            parse_all=True,
         ),
     ] = ["4k,16k,64k,256k,1M,4M,16M"],  # noqa: B006
-    num_documents: Annotated[
-        int, option("--num-documents", parser=integer(), panel=DATA, help="Documents with questions.")
-    ] = 16,
+    num_documents: Annotated[int, option("--num-documents", integer(), "Documents with questions.", DATA)] = 16,
     seed: options.EvalSeed = 0,
     mem_search: Annotated[
         Literal["exact", "faiss"],
-        typer.Option(
-            "--mem-search", rich_help_panel=ADVANCED, help="Search of the memory: faiss, or exact for a full scan."
-        ),
+        option("--mem-search", None, "Search of the memory: faiss, or exact for a full scan.", ADVANCED),
     ] = "faiss",
     mem_top_k: Annotated[
-        int,
-        option("--mem-top-k", parser=integer(), panel=ADVANCED, help="Neighbours per query and head; 32 in the paper."),
+        int, option("--mem-top-k", integer(), "Neighbours per query and head; 32 in the paper.", ADVANCED)
     ] = 32,
     mem_dtype: options.MemDtype = None,
     output: Annotated[Path, _output_option("lookup")] = Path("lookup"),

@@ -24,48 +24,42 @@ def retrieval(
         list[str] | None,
         option(
             "--model",
-            parser=options.name,
-            help="Retriever: 'default', a LLARA checkpoint, a Sentence Transformers folder or a hub id (repeatable).",
+            options.name,
+            "Retriever: 'default', a LLARA checkpoint, a Sentence Transformers folder or a hub id (repeatable).",
         ),
     ] = None,
     mean_pooling: Annotated[
         list[str] | None,
         option(
             "--mean-pooling",
-            parser=options.name,
+            options.name,
+            "LLaMA that was not trained to embed, scored by the mean of its last hidden states (repeatable).",
             metavar="MODEL",
-            help="LLaMA that was not trained to embed, scored by the mean of its last hidden states (repeatable).",
         ),
     ] = None,
-    bm25: Annotated[bool, typer.Option("--bm25/--no-bm25", help="Also score BM25.")] = True,
+    bm25: Annotated[bool, option("--bm25/--no-bm25", None, "Also score BM25.")] = True,
     split: Annotated[
-        str | None,
-        option(
-            "--split", parser=options.name, help="Split of the qrels; test, or the only one there is, if not given."
-        ),
+        str | None, option("--split", options.name, "Split of the qrels; test, or the only one there is, if not given.")
     ] = None,
     num_queries: Annotated[
-        int | None, option("--num-queries", parser=integer(), help="Sample this many queries, by a hash.")
+        int | None, option("--num-queries", integer(), "Sample this many queries, by a hash.")
     ] = None,
     num_documents: Annotated[
         int | None,
-        option(
-            "--num-documents", parser=integer(), help="Sample this many documents; all relevant ones are among them."
-        ),
+        option("--num-documents", integer(), "Sample this many documents; all relevant ones are among them."),
     ] = None,
-    max_length: Annotated[
-        int | None, option("--max-length", parser=integer(), help="Tokens of a text that a model reads.")
-    ] = None,
+    max_length: Annotated[int | None, option("--max-length", integer(), "Tokens of a text that a model reads.")] = None,
     query_prompt: Annotated[
         Literal["prediction", "summary"] | None,
-        typer.Option("--query-prompt", help="Prompt of LLARA models for queries; the model's own if not given."),
+        option("--query-prompt", None, "Prompt of LLARA models for queries; the model's own if not given."),
     ] = None,
     ignore_identical_ids: Annotated[
         bool,
-        typer.Option(
+        option(
             "--ignore-identical-ids",
-            rich_help_panel=ADVANCED,
-            help="Skip a document with the id of the query, as BEIR does, even if its text differs.",
+            None,
+            "Skip a document with the id of the query, as BEIR does, even if its text differs.",
+            ADVANCED,
         ),
     ] = False,
     bf16: options.Bf16 = False,
@@ -73,20 +67,20 @@ def retrieval(
         Path | None,
         option(
             "--per-query",
-            parser=options.path,
-            panel=options.OUTPUT,
+            options.path,
+            "JSON lines file for the scores of each query and model.",
+            options.OUTPUT,
             metavar="FILE",
-            help="JSON lines file for the scores of each query and model.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
         option(
             "--output",
-            parser=options.path,
-            panel=options.OUTPUT,
+            options.path,
+            "Folder for retrieval.json and queries.jsonl; a run that was interrupted resumes there.",
+            options.OUTPUT,
             metavar="DIR",
-            help="Folder for retrieval.json and queries.jsonl; a run that was interrupted resumes there.",
         ),
     ] = None,
     as_json: options.Json = False,

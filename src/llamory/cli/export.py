@@ -14,25 +14,24 @@ from llamory.cli.output import print_result, stdout_redirected
 
 def export(
     model: Annotated[
-        str,
-        typer.Argument(parser=options.name, help="A model trained with `llamory train llara`: folder or hub id."),
+        str, typer.Argument(parser=options.name, help="A model trained with `llamory train llara`: folder or hub id.")
     ],
-    output: Annotated[Path, option("--output", parser=options.path, metavar="DIR", help="Folder to write.")],
+    output: Annotated[Path, option("--output", options.path, "Folder to write.", metavar="DIR")],
     max_length: Annotated[
-        int, option("--max-length", parser=integer(), help="Largest number of tokens of a text with its prompt.")
+        int, option("--max-length", integer(), "Largest number of tokens of a text with its prompt.")
     ] = 512,
     query_prompt: Annotated[
         Literal["prediction", "summary"] | None,
-        typer.Option("--query-prompt", help="Prompt for queries; the one recorded in the model if not given."),
+        option("--query-prompt", None, "Prompt for queries; the one recorded in the model if not given."),
     ] = None,
     whiten: Annotated[
         list[Path] | None,
         option(
             "--whiten",
-            parser=options.path,
-            metavar="DOCUMENTS",
-            help="Fit whitening on these files and folders instead of keeping the model's; take some that will be "
+            options.path,
+            "Fit whitening on these files and folders instead of keeping the model's; take some that will be "
             "searched (repeatable).",
+            metavar="DOCUMENTS",
         ),
     ] = None,
     as_json: options.Json = False,

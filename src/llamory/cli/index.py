@@ -26,62 +26,52 @@ def index(
     library: Annotated[
         str,
         option(
-            "--library",
-            parser=options.name,
-            help="Library: a folder or an object-store address; created if it does not exist.",
+            "--library", options.name, "Library: a folder or an object-store address; created if it does not exist."
         ),
     ],
     reader: options.ReaderOptions,
     model: Annotated[
-        str | None,
-        option("--model", parser=options.name, help="Embedding model of a new library; the packaged one if not given."),
+        str | None, option("--model", options.name, "Embedding model of a new library; the packaged one if not given.")
     ] = None,
     device: options.Device = None,
-    remove: Annotated[bool, typer.Option("--remove", help="Remove the paths from the library instead.")] = False,
+    remove: Annotated[bool, option("--remove", None, "Remove the paths from the library instead.")] = False,
     chunk_size: Annotated[
-        int | None, option("--chunk-size", parser=integer(), help="Largest number of tokens of a passage.")
+        int | None, option("--chunk-size", integer(), "Largest number of tokens of a passage.")
     ] = None,
     text_field: options.TextField = "text",
     max_file_size: Annotated[
         float,
         option(
             "--max-file-size",
-            parser=number(infinite=True),
+            number(infinite=True),
+            "Skip and list larger files and JSON lines; inf is no limit.",
             metavar="MIB",
-            help="Skip and list larger files and JSON lines; inf is no limit.",
         ),
     ] = 64.0,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first file that can't be read.")] = False,
+    strict: Annotated[bool, option("--strict", None, "Stop at the first file that can't be read.")] = False,
     allow_empty: Annotated[
-        bool,
-        typer.Option("--allow-empty", help="Remove the documents of folders that are empty now; otherwise they stay."),
+        bool, option("--allow-empty", None, "Remove the documents of folders that are empty now; otherwise they stay.")
     ] = False,
     precompute_memory: Annotated[
         bool,
-        typer.Option(
-            "--precompute-memory",
-            rich_help_panel=READER,
-            help="Encode the documents into memory now, not when they are first asked.",
+        option(
+            "--precompute-memory", None, "Encode the documents into memory now, not when they are first asked.", READER
         ),
     ] = False,
     wait: Annotated[
-        bool,
-        typer.Option(
-            "--wait/--no-wait", rich_help_panel=ADVANCED, help="Wait while another process writes to the library."
-        ),
+        bool, option("--wait/--no-wait", None, "Wait while another process writes to the library.", ADVANCED)
     ] = True,
     engine: Annotated[
-        Literal["local", "ray"],
-        typer.Option("--engine", rich_help_panel=ADVANCED, help="Work in this process, or on a Ray cluster."),
+        Literal["local", "ray"], option("--engine", None, "Work in this process, or on a Ray cluster.", ADVANCED)
     ] = "local",
     ray_address: Annotated[
         str | None,
         option(
             "--ray-address",
-            parser=options.name,
-            panel=ADVANCED,
+            options.name,
+            "Ray cluster; one is started on this machine if not given.",
+            ADVANCED,
             metavar="HOST:PORT",
-            help="Ray cluster; one is started on this machine if not given.",
         ),
     ] = None,
     bf16: options.Bf16 = False,

@@ -22,8 +22,7 @@ def info(
     path: Annotated[
         str | None,
         typer.Argument(
-            parser=options.name,
-            help="A model (folder, .gguf file, hub id or 'default'), a library or a memory file.",
+            parser=options.name, help="A model (folder, .gguf file, hub id or 'default'), a library or a memory file."
         ),
     ] = None,
     as_json: options.Json = False,

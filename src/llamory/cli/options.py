@@ -139,23 +139,28 @@ def show_layers(layers: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
+_METAVARS: dict[Any, str] = {text: "TEXT", name: "TEXT", path: "PATH", token_counts: "TOKENS", layers: "LAYERS"}
+
+
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
 def option(
-    *flags: str,
-    parser: Callable[[str], Any] | None = None,
-    parse_all: Callable[[Sequence[str]], list[Any]] | None = None,
+    flag: str,
+    parser: Callable[[Any], Any] | None,
     help: str,
     panel: str | None = None,
-    **settings: Any,
+    *,
+    parse_all: bool = False,
+    metavar: str | None = None,
 ) -> Any:
-    """A typer option whose values go through a parser, one by one or, with `parse_all`, all together."""
-    kinds: dict[Any, str] = {text: "TEXT", name: "TEXT", path: "PATH", token_counts: "TOKENS", layers: "LAYERS"}
-    settings.setdefault("metavar", kinds.get(parser or parse_all, "NUMBER"))
-    if parse_all is not None:
-        parser, settings["callback"] = text, lambda values: parse_all(values) if values else None
-    return typer.Option(*flags, parser=parser, help=help, rich_help_panel=panel, **settings)
+    """A typer option with a parser of its values, or of the list of all its values; None leaves that to typer."""
+    settings: dict[str, Any] = {"help": help, "rich_help_panel": panel}
+    if parser is not None:
+        settings["metavar"] = metavar or _METAVARS.get(parser, "NUMBER")
+        settings["parser"] = text if parse_all else parser
+        settings["callback"] = (lambda values: parser(values) if values else None) if parse_all else None
+    return typer.Option(flag, **settings)
 
 
 def distinct_names(names: list[str]) -> list[str]:
@@ -170,86 +175,70 @@ def distinct_names(names: list[str]) -> list[str]:
     return names
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.", rich_help_panel=OUTPUT)]
+Json = Annotated[bool, option("--json", None, "Print the result as one JSON document.", OUTPUT)]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print no progress and no messages, only errors.", rich_help_panel=OUTPUT)
 ]
 Documents = Annotated[list[Path], typer.Argument(parser=path, help="Files and folders.")]
-Library = Annotated[str, option("--library", parser=name, help="Library: a folder or an object-store address.")]
-TextField = Annotated[str, option("--text-field", parser=name, help="Key of the text in JSONL files.")]
+Library = Annotated[str, option("--library", name, "Library: a folder or an object-store address.")]
+TextField = Annotated[str, option("--text-field", name, "Key of the text in JSONL files.")]
 Device = Annotated[
-    str | None,
-    option("--device", parser=name, help="Device, such as cpu, cuda or cuda:1; the accelerator if there is one."),
+    str | None, option("--device", name, "Device, such as cpu, cuda or cuda:1; the accelerator if there is one.")
 ]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16 instead of float32.", rich_help_panel=ADVANCED)]
-Seed = Annotated[
-    int | None, option("--seed", parser=integer(0, MAX_SEED), help="Random seed for sampling.", panel=GENERATION)
-]
-EvalSeed = Annotated[int, option("--seed", parser=integer(0, MAX_SEED), help="Random seed.")]
+Bf16 = Annotated[bool, option("--bf16", None, "Compute in bfloat16 instead of float32.", ADVANCED)]
+Seed = Annotated[int | None, option("--seed", integer(0, MAX_SEED), "Random seed for sampling.", GENERATION)]
+EvalSeed = Annotated[int, option("--seed", integer(0, MAX_SEED), "Random seed.")]
 Source = Annotated[
     list[str] | None,
     option(
         "--source",
-        parser=name,
-        panel=SEARCH,
+        name,
+        "Search only files that match this pattern, such as 'docs/*.md' (repeatable).",
+        SEARCH,
         metavar="PATTERN",
-        help="Search only files that match this pattern, such as 'docs/*.md' (repeatable).",
     ),
 ]
 SEARCH_MODE_HELP = "Search by meaning (dense), by words (bm25) or by both (fused)."
 MemLayers = Annotated[
     list[Any] | None,
-    option(
-        "--mem-layers", parse_all=layers, panel=ADVANCED, help="Layers that attend to memory, such as 5-29 or 3,7-9."
-    ),
+    option("--mem-layers", layers, "Layers that attend to memory, such as 5-29 or 3,7-9.", ADVANCED, parse_all=True),
 ]
-ContextLength = Annotated[
-    int | None, option("--context-length", parser=integer(), panel=ADVANCED, help="Tokens per encoder window.")
-]
+ContextLength = Annotated[int | None, option("--context-length", integer(), "Tokens per encoder window.", ADVANCED)]
 LastContextLength = Annotated[
     int | None,
     option(
-        "--last-context-length",
-        parser=integer(),
-        panel=ADVANCED,
-        help="Tokens at the end of the prompt that stay in the local context.",
+        "--last-context-length", integer(), "Tokens at the end of the prompt that stay in the local context.", ADVANCED
     ),
 ]
 MemDtype = Annotated[
     Literal["float32", "bfloat16", "float16", "int8"] | None,
-    typer.Option("--mem-dtype", help="Data type of stored keys and values.", rich_help_panel=ADVANCED),
+    option("--mem-dtype", None, "Data type of stored keys and values.", ADVANCED),
 ]
 MemSearch = Annotated[
     Literal["exact", "pages", "faiss"] | None,
-    typer.Option(
+    option(
         "--mem-search",
-        help="Search of the memory: exact reads all of it; pages and faiss read the best matches of a large memory.",
-        rich_help_panel=ADVANCED,
+        None,
+        "Search of the memory: exact reads all of it; pages and faiss read the best matches of a large memory.",
+        ADVANCED,
     ),
 ]
 MemTopK = Annotated[
-    int | None,
-    option("--mem-top-k", parser=integer(), panel=ADVANCED, help="Pages or neighbours that a memory search reads."),
+    int | None, option("--mem-top-k", integer(), "Pages or neighbours that a memory search reads.", ADVANCED)
 ]
 ReaderName = Annotated[
     str | None,
     option(
         "--reader",
-        parser=name,
-        panel=READER,
-        help="Model that reads the library's documents: folder, .gguf file, hub id or 'default'; the recorded one if "
+        name,
+        "Model that reads the library's documents: folder, .gguf file, hub id or 'default'; the recorded one if "
         "not given.",
+        READER,
     ),
 ]
 MemoryBudget = Annotated[
     str | None,
-    option(
-        "--memory-budget",
-        parser=name,
-        panel=READER,
-        metavar="SIZE",
-        help="Disk space for the memories of a library, such as 10GB.",
-    ),
+    option("--memory-budget", name, "Disk space for the memories of a library, such as 10GB.", READER, metavar="SIZE"),
 ]
 
 

@@ -16,20 +16,16 @@ from llamory.cli.output import print_json, show_count, show_size, stdout_redirec
 def read(
     paths: options.Documents,
     memory: Annotated[
-        Path,
-        option("--memory", parser=options.path, metavar="FILE", help="Memory file, created if it does not exist."),
+        Path, option("--memory", options.path, "Memory file, created if it does not exist.", metavar="FILE")
     ],
     search: options.MemorySearchOptions,
     model: Annotated[
-        str | None,
-        option("--model", parser=options.name, help="Model of a new memory: folder, .gguf file, hub id or 'default'."),
+        str | None, option("--model", options.name, "Model of a new memory: folder, .gguf file, hub id or 'default'.")
     ] = None,
     device: options.Device = None,
-    max_tokens: Annotated[
-        int | None, option("--max-tokens", parser=integer(), help="Refuse documents of more tokens.")
-    ] = None,
+    max_tokens: Annotated[int | None, option("--max-tokens", integer(), "Refuse documents of more tokens.")] = None,
     text_field: options.TextField = "text",
-    skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Skip broken lines and files.")] = False,
+    skip_broken: Annotated[bool, option("--skip-broken", None, "Skip broken lines and files.")] = False,
     mem_layers: options.MemLayers = None,
     context_length: options.ContextLength = None,
     mem_dtype: options.MemDtype = None,

@@ -21,14 +21,13 @@ _SHOWN_LINES = 3
 def search(
     query: Annotated[str, typer.Argument(parser=options.text, help="The query, in plain words.")],
     library: options.Library,
-    top: Annotated[int, option("--top", parser=integer(), panel=options.SEARCH, help="Passages to return.")] = 10,
+    top: Annotated[int, option("--top", integer(), "Passages to return.", options.SEARCH)] = 10,
     mode: Annotated[
-        Literal["dense", "bm25", "fused"],
-        typer.Option("--mode", rich_help_panel=options.SEARCH, help=options.SEARCH_MODE_HELP),
+        Literal["dense", "bm25", "fused"], option("--mode", None, options.SEARCH_MODE_HELP, options.SEARCH)
     ] = "fused",
     source: options.Source = None,
     model: Annotated[
-        str | None, option("--model", parser=options.name, help="The embedding model of the library, if it has moved.")
+        str | None, option("--model", options.name, "The embedding model of the library, if it has moved.")
     ] = None,
     device: options.Device = None,
     as_json: options.Json = False,

@@ -57,7 +57,7 @@ def add_settings_command(
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     config_option = options.option(
-        "--config", parser=options.path, metavar="FILE.yaml", help="Settings by name; flags take precedence."
+        "--config", options.path, "Settings by name; flags take precedence.", metavar="FILE.yaml"
     )
     parameters = [
         inspect.Parameter("context", keyword, annotation=typer.Context),
