@@ -1,4 +1,4 @@
-"""The passkey prompt is the published one, of the length and depth question_text for, and its answers are judged fairly."""
+"""The passkey prompt, its length and depth, and the comparison of answers."""
 
 import random
 import re

@@ -234,7 +234,7 @@ def interval(values: Sequence[float]) -> list[float] | None:
 
 
 class RetrievalResultsFile(ResultsFile[QueryScore]):
-    """Retrieval results of several models: means in `retrieval.json`, one line per query and model in `queries.jsonl`."""
+    """Results of several models: means in `retrieval.json`, one line per query and model in `queries.jsonl`."""
 
     evaluation = "retrieval"
     summary_keys = (*METRICS, "intervals", "seconds")

@@ -1,4 +1,4 @@
-"""Package descriptions as a retrieval set: a Debian package's one-line title asks for its long description."""
+"""The dataset of package descriptions: the query is the title of a Debian package, the text its long description."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from pathlib import Path
 from llamory.errors import LlamoryError
 from llamory.evaluation.datasets.builder import Pair, words
 
-MIN_WORDS = 10  # words of a description that says something
-_UPDATE_SUITES = ("-security", "-updates", "-backports", "-proposed")  # of a release, which change from day to day
+MIN_WORDS = 10  # of a description
+_UPDATE_SUITES = ("-security", "-updates", "-backports", "-proposed")  # of a release; these change daily
 
 
 @contextmanager
 def downloaded_package_lists() -> Iterator[list[Path]]:
-    """Descriptions of all packages of this machine's Debian release, fetched by apt-get into a folder of its own.
+    """Descriptions of all packages of this machine's Debian release, downloaded by apt-get to a temporary folder.
 
-    Needs no rights and changes nothing of the system's. The files are gone afterwards.
+    This needs no privileges and leaves the system's lists unchanged.
 
     Raises:
-        LlamoryError: apt-get isn't there, fails, or gives no descriptions.
+        LlamoryError: apt-get isn't installed, fails, or finds no descriptions.
     """
     apt = shutil.which("apt-get")
     if apt is None:
         raise LlamoryError(
-            "Package descriptions are fetched with apt-get, which isn't here; give --source FILE, a Debian "
-            "Translation-en file (dists/*/main/i18n of a mirror)."
+            "Package descriptions are downloaded with apt-get, which isn't installed; give --package-list FILE, a "
+            "Debian Translation-en file (dists/*/main/i18n of a mirror)."
         )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        folder.chmod(0o755)  # apt-get fetches as another user
+        folder.chmod(0o755)  # apt-get downloads as another user
         (folder / "lists" / "partial").mkdir(parents=True)
         options = {
             "Acquire::Languages": "en",
@@ -49,20 +49,20 @@ def downloaded_package_lists() -> Iterator[list[Path]]:
         base_lists = [path for path in found if not any(later in path.name for later in _UPDATE_SUITES)]
         if not base_lists:
             reason = (process.stderr.strip().splitlines() or ["it gave no Translation-en file"])[-1]
-            raise LlamoryError(f"apt-get couldn't fetch package descriptions: {reason.rstrip('.')}.")
+            raise LlamoryError(f"apt-get couldn't download package descriptions: {reason.rstrip('.')}.")
         yield base_lists
 
 
 def description_pairs(files: Iterable[Path]) -> Iterator[Pair]:
     """Title and long description of each package.
 
-    Packages of one project begin with the same paragraph: they are a family, and only one of them is kept.
+    Descriptions that begin with the same paragraph, as those of one project do, form a group.
 
     Args:
         files: Translation-en or Packages files, `apt-cache dumpavail`, or /var/lib/dpkg/status.
 
     Raises:
-        LlamoryError: a file isn't there or isn't UTF-8.
+        LlamoryError: a file doesn't exist or isn't UTF-8.
     """
     for path in files:
         for package, title, text in _stanzas(path):
@@ -72,7 +72,7 @@ def description_pairs(files: Iterable[Path]) -> Iterator[Pair]:
 
 
 def format_package_lists(files: Iterable[Path]) -> str:
-    """What the README says of the sources."""
+    """The sources for the README."""
     lines = []
     for path in files:
         with path.open("rb") as file:
@@ -81,7 +81,7 @@ def format_package_lists(files: Iterable[Path]) -> str:
 
 
 def _release(path: Path) -> str:
-    """Name, version and date of the release that a fetched list belongs to."""
+    """Name, version and date of the release of a downloaded list."""
     release = path.with_name(path.name.split("_main_")[0] + "_InRelease")
     if not release.exists():
         return ""
@@ -92,7 +92,7 @@ def _release(path: Path) -> str:
 
 
 def _stanzas(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Package, title and long description of each stanza that has one."""
+    """Package, title and long description of each stanza with a description."""
     package, title, lines, in_description = "", "", list[str](), False
     try:
         with path.open(encoding="utf-8") as file:
@@ -116,7 +116,7 @@ def _stanzas(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _join_paragraphs(lines: list[str]) -> str:
-    """Paragraphs as one line each; what is indented more, such as a list, stays as it is (Debian policy 5.6.13)."""
+    """Join each paragraph into a line; lines with more indentation, such as lists, stay (Debian policy 5.6.13)."""
     paragraphs: list[list[str]] = [[]]
     for line in lines:
         if line.strip() == ".":

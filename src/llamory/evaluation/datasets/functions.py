@@ -1,4 +1,4 @@
-"""Python functions as a retrieval set: a docstring's first paragraph asks for the function it was taken out of."""
+"""The dataset of Python functions: the query is a docstring's first paragraph, the text the function without it."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from llamory.evaluation.datasets.builder import Pair, words
 
 MIN_WORDS, MAX_WORDS = 3, 100  # of a query
 MIN_LINES, MAX_LINES = 3, 200  # of a function without its docstring
-# Packages that come with every installation of this one and have many documented functions: sets made of them are alike
-# on machines that have the same versions.
+# Dependencies of llamory with many documented functions: datasets of them are equal on machines with the same versions.
 DEFAULT_PACKAGES = tuple(
     "accelerate anyio click datasets dill fonttools fsspec huggingface-hub jinja2 joblib lancedb markdown-it-py "
     "matplotlib mpmath narwhals networkx numpy packaging pandas peft pillow pydantic pygments rich scikit-learn scipy "
@@ -32,8 +31,7 @@ _EXCLUDED_FOLDERS = {
     *("_vendor", "vendor", "vendored", "_vendored", "extern", "externals", "third_party"),  # of other licences
 }
 
-# Licences under which a text may be passed on and trained on with no more than their notice, in SPDX's names and in
-# those of the older classifiers.
+# Permissive licences, by their SPDX names and by those of the older classifiers.
 _SPDX = re.compile(
     r"(MIT|MIT-0|MIT-CMU|BSD|BSD-[23]-Clause|0BSD|Apache|Apache-2\.0|ISC|PSF|PSF-2\.0|Python-2\.0(\.1)?|Unlicense|Zlib|"
     r"CC0-1\.0|HPND|BSL-1\.0|Apache-2\.0 WITH LLVM-exception)",
@@ -59,7 +57,7 @@ _LICENCE_TEXT = re.compile(
 _SIGNATURE = re.compile(r"[\w.]+ ?\(.*\)( *->.*)?")
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-# Where the words of a docstring end and a list begins, in Google's, numpydoc's and Sphinx' ways of writing.
+# Where a docstring's sections begin, in the styles of Google, numpydoc and Sphinx.
 _SECTION = re.compile(
     r"\s*((Args|Arguments|Parameters|Params|Attributes|Returns?|Yields?|Raises|Examples?|Notes?|Usage|Warning)\s*:?\s*$"
     r"|[-=~]{3,}\s*$|[:@](param|type|return|raise)|>>> |\.\. )"
@@ -68,13 +66,13 @@ _SECTION = re.compile(
 
 @dataclass(frozen=True)
 class Origin:
-    """Where functions come from.
+    """A source of functions.
 
     Attributes:
         name: of the package, with its version.
-        licence: as it says itself.
+        licence: as stated by the package.
         files: its Python files.
-        root: the folder that modules are classifiers from.
+        root: the folder that module names are relative to.
     """
 
     name: str
@@ -84,24 +82,24 @@ class Origin:
 
 
 def standard_library() -> Origin:
-    """The standard library of this Python, without its tests."""
+    """The standard library of this Python, without tests."""
     root = Path(sysconfig.get_path("stdlib"))
     return Origin(f"python {platform.python_version()}", "PSF-2.0", _python_files(root), root)
 
 
 def default_packages() -> list[Origin]:
-    """The installed ones of `DEFAULT_PACKAGES`."""
+    """The installed packages of `DEFAULT_PACKAGES`."""
     return [origin for origin in installed_packages() if origin.name.split()[0] in DEFAULT_PACKAGES]
 
 
 def installed_packages(names: Sequence[str] | None = None) -> list[Origin]:
-    """Installed packages whose licence is a permissive one.
+    """Installed packages with a permissive licence.
 
     Args:
-        names: of packages; None takes all that are installed.
+        names: of packages; None takes all installed ones.
 
     Raises:
-        LlamoryError: a classifiers package isn't installed, or its licence isn't one of those.
+        LlamoryError: a named package isn't installed, or its licence isn't permissive.
     """
     found = {}
     for package in metadata.distributions():
@@ -117,15 +115,15 @@ def installed_packages(names: Sequence[str] | None = None) -> list[Origin]:
         if licence is not None and (files := _package_files(package)):
             origins.append(Origin(f"{name} {package.version}", licence, files, Path(str(package.locate_file("")))))
         elif licence is None and names is not None:
-            raise LlamoryError(f"The licence of the package {name} isn't a permissive one that is known; leave it out.")
+            raise LlamoryError(f"The licence of the package {name} isn't known to be permissive; leave it out.")
     return origins
 
 
 def origin_of_folder(folder: Path) -> Origin:
-    """A folder of one's own.
+    """The Python files of a folder.
 
     Raises:
-        LlamoryError: there is no such folder, or it has no Python files.
+        LlamoryError: the folder doesn't exist, or has no Python files.
     """
     scanned = scan_files([folder], log_skipped=True).files if folder.is_dir() else []
     files = [path for path in scanned if path.suffix == ".py" and _is_included(path.relative_to(folder))]
@@ -135,9 +133,9 @@ def origin_of_folder(folder: Path) -> Origin:
 
 
 def permissive_licence(package: metadata.PackageMetadata) -> str | None:
-    """The licence that a package names, if it allows passing its text on with no more than a notice; else None.
+    """The licence that a package states, if it is permissive, else None.
 
-    An expression must allow it in all its parts, or, where no parentheses group them, in one of those that `OR` joins.
+    All parts of an expression must be permissive, or, without parentheses, one of those joined by `OR`.
     """
     expression = _field(package, "License-Expression")
     if expression:
@@ -154,10 +152,10 @@ def permissive_licence(package: metadata.PackageMetadata) -> str | None:
 
 
 def function_pairs(origins: Iterable[Origin], on_file: Callable[[], None] = lambda: None) -> Iterator[Pair]:
-    """Docstring and function of each documented function and method, but tests' and those with names such as `__len__`.
+    """Pairs of all documented functions and methods, except tests and special methods such as `__len__`.
 
     The query is the docstring's first paragraph, 3 to 100 words; the text is the source without the docstring, 3 to
-    200 lines of it. `on_file` is called before every file.
+    200 lines. `on_file` is called before every file.
     """
     for origin in origins:
         for path in origin.files:
@@ -169,14 +167,14 @@ def function_pairs(origins: Iterable[Origin], on_file: Callable[[], None] = lamb
 
 
 def documented_functions(source: str) -> Iterator[tuple[str, str, str]]:
-    """Name, first paragraph of the docstring, and source without the docstring, of a module's functions and methods."""
+    """Name, first paragraph of the docstring, and source without docstring of a module's functions and methods."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return  # another Python's, or a template
-    lines = [line + "\n" for line in source.split("\n")]  # str.splitlines knows more line ends than Python's own
+        return  # of another Python version, or a template
+    lines = [line + "\n" for line in source.split("\n")]  # str.splitlines splits at more characters than Python does
     for name, node in _functions(tree.body):
         text = _without_docstring(node, lines)
         docstring = ast.get_docstring(node)
@@ -185,9 +183,9 @@ def documented_functions(source: str) -> Iterator[tuple[str, str, str]]:
 
 
 def first_paragraph(docstring: str) -> str:
-    """What a docstring says in words, on one line: up to the first blank line, list of arguments, or example.
+    """The first paragraph of a docstring as one line, up to a blank line, a list of arguments or an example.
 
-    A first line that only repeats the signature is passed over.
+    A first line that only repeats the signature is skipped.
     """
     found: list[str] = []
     lines = docstring.strip().splitlines()
@@ -201,7 +199,7 @@ def first_paragraph(docstring: str) -> str:
 
 
 def _without_docstring(node: _Function, lines: Sequence[str]) -> str | None:
-    """The function's own lines; None if it has no code but its docstring, is too short or too long."""
+    """The source of a function; None if it has only a docstring, or is too short or too long."""
     if len(node.body) < 2:
         return None
     docstring, first = node.body[0], min([node.lineno, *(each.lineno for each in node.decorator_list)])

@@ -1,4 +1,4 @@
-"""Documents of one's own as a retrieval set: a heading asks for the section that stands section_text it."""
+"""The dataset of sections: the query is a heading of a document, the text the section under it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from llamory.documents import find_files, read_documents
 from llamory.documents.document import Document
 from llamory.evaluation.datasets.builder import Pair, words
 
-MIN_SECTION_WORDS = 20  # words of a section that says something
+MIN_SECTION_WORDS = 20
 MIN_HEADING_WORDS = 2
 
-# "3.", "A.1.4", "IV)" and the like; a first word such as "A" or "2001" stays, as nothing marks it as a number.
+# "3.", "A.1.4", "IV)" and similar; a first word such as "A" or "2001" isn't a section number.
 _NUMBER = re.compile(r"(§\s*[0-9]+[.:]?|[0-9]+[.):]|([0-9]+|[A-Z])(\.[0-9A-Za-z]+)+[.):]?|[IVXLC]+[.)])\s+")
-_HEADING_MARKS = " \t¶#*=-~^"
+_HEADING_MARKUP = " \t¶#*=-~^"
 
 
 def section_pairs(paths: Iterable[Path], on_document: Callable[[], None] = lambda: None) -> Iterator[Pair]:
-    """Heading and section of all documents that have headings.
+    """Heading and section of all documents with headings.
 
-    The query is the heading without its number, two words or more; the text is what stands section_text it up to the next
-    heading, 20 words or more. Blocks of code and headings that a document has more than once are left out.
+    The query is the heading without its number, two words or more; the text is the section up to the next heading, 20
+    words or more. Source code, and headings that occur more than once in a document, are left out.
 
     Args:
         paths: files and folders, as for an index.
@@ -35,7 +35,7 @@ def section_pairs(paths: Iterable[Path], on_document: Callable[[], None] = lambd
 
 
 def _pairs(document: Document) -> Iterator[Pair]:
-    found: list[tuple[str, str]] = []  # heading, and what stands section_text it
+    found: list[tuple[str, str]] = []  # headings and the text under them
     for section in document.sections:
         section_text = _without_heading(section.text, section.title)
         if section_text is not None:
@@ -53,18 +53,18 @@ def _pairs(document: Document) -> Iterator[Pair]:
 
 
 def plain_heading(title: str) -> str:
-    """A heading without the number before it and the marks around it."""
-    return _NUMBER.sub("", title.strip(_HEADING_MARKS), count=1).strip()
+    """A heading without its number and the markup around it."""
+    return _NUMBER.sub("", title.strip(_HEADING_MARKUP), count=1).strip()
 
 
 def _without_heading(text: str, title: str) -> str | None:
-    """What stands section_text a heading; None where the text doesn't begin with it, as before a document's first one."""
+    """The text under a heading; None if the text doesn't begin with it, as before a document's first heading."""
     lines = text.split("\n")
-    plain_title = " ".join(title.strip(_HEADING_MARKS).split())
-    for at, line in enumerate(lines[:3]):
-        if plain_title and " ".join(line.strip(_HEADING_MARKS).split()) == plain_title:
-            rest = lines[at + 1 :]
-            while rest and not rest[0].strip(_HEADING_MARKS):
+    plain_title = " ".join(title.strip(_HEADING_MARKUP).split())
+    for number, line in enumerate(lines[:3]):
+        if plain_title and " ".join(line.strip(_HEADING_MARKUP).split()) == plain_title:
+            rest = lines[number + 1 :]
+            while rest and not rest[0].strip(_HEADING_MARKUP):
                 rest = rest[1:]
             return "\n".join(rest).strip()
     return None
