@@ -104,5 +104,8 @@ def test_a_failure_of_apt_get_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
         pass
     (tmp_path / "apt-get").unlink()
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(LlamoryError, match="which isn't installed; give --package-list FILE"), downloaded_package_lists():
+    with (
+        pytest.raises(LlamoryError, match="which isn't installed; give --package-list FILE"),
+        downloaded_package_lists(),
+    ):
         pass
