@@ -174,7 +174,7 @@ def test_wrong_input_is_one_sentence_and_code_2(read, llamory, texts, book, make
     refused(llamory("ask", "", "--memory", book), "blank")
     refused(llamory(*ask, "--evidence-ratio", "0.5"), "must be at least 1, or 0", "0.5")
     assert book.read_bytes() == before
-    assert sorted(path.name for path in book.parent.iterdir()) == [".book.lock", "book", "texts"]
+    assert sorted(path.name for path in book.parent.iterdir() if path.suffix != ".lock") == ["book", "texts"]
     book.write_bytes(before[:-20])
     refused(llamory(*ask), "cut short")
     refused(llamory("info", book), "cut short")

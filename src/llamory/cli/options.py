@@ -267,7 +267,7 @@ def explicit(options: Any, *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value not in (None, []) and value is not False}
 
 
-def device_kwargs(device: str | None) -> dict[str, str]:
+def device_kwargs(device: str | None) -> dict[str, Any]:
     """The argument `device` for a function that chooses one by default, if the option was given.
 
     Raises:

@@ -131,7 +131,7 @@ def _parameters(field: dataclasses.Field[Any], hint: Any) -> list[inspect.Parame
     help = field.metadata.get("help", "")
     if get_origin(kind) is list:
         help = f"{help} (repeatable)" if help else "(repeatable)"
-    default = None
+    default: Any = None
     if is_required(field):
         help += " Required here or in --config."
     else:
@@ -141,7 +141,7 @@ def _parameters(field: dataclasses.Field[Any], hint: Any) -> list[inspect.Parame
     no_flag = f"--no-{flag[2:]}"
     names, panel = (f"{flag}/{no_flag}" if default else flag, "Switches") if kind is bool else (flag, None)
     option = typer.Option(names, help=help.replace("[", r"\[").strip(), rich_help_panel=panel)
-    annotation = Annotated[kind if isinstance(default, bool) else kind | None, option]
+    annotation: Any = Annotated[kind if isinstance(default, bool) else kind | None, option]
     parameters = [inspect.Parameter(field.name, keyword, default=default, annotation=annotation)]
     if kind is bool and not default:
         # It overrides a setting of the file. Help is easier to read without it.
