@@ -19,7 +19,7 @@ def draw() -> str:
     context_sampler = ContextSampler(
         ContextSamplingConfig(crossbatch_schedule=SCHEDULE), batch_size=BATCH, dataset_packing=PACKING, seed=3
     )
-    contexts = context_sampler.choose(step=0)
+    contexts = context_sampler.select(step=0)
     width, height = LEFT + BATCH * CELL + 360, TOP + BATCH * CELL + 30
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '

@@ -1,4 +1,4 @@
-"""Cross-batch attention against the published code's values, a plain reference, and windows read one by one."""
+"""Cross-batch attention against published values, a plain reference, and windows encoded one by one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from llamory.longllama.crossbatch import (
     cross_batch_parts,
     crossbatch_contexts,
     plan_contexts,
+    plan_frozen_contexts,
 )
+from llamory.longllama.losses import IGNORE_INDEX
 from plain_crossbatch import plain_cross_batch
 from tiny_models import make_long_llama
 
@@ -163,7 +165,7 @@ def test_a_weight_of_a_whole_number_is_as_many_copies(way, data):
 def test_weights_that_cannot_be(weights):
     inputs = drawn(3, 2, 2, 4, 8)
     contexts = [[1], [2], []] if weights == [[1], [], []] else [[1], [], []]
-    with pytest.raises(LlamoryError, match="needs a weight, a number above 0"):
+    with pytest.raises(LlamoryError, match="needs a weight, a finite number above 0"):
         cross_batch_attention(*inputs, *rotary(4, 8), contexts, weights=weights)
 
 
@@ -206,7 +208,7 @@ def test_rows_in_step_are_one_call():
         ([[], [1], []], "Row 1 can't see row 1"),
         ([[], [3], []], "Row 1 can't see row 3"),
         ([[], [-1], []], "Row 1 can't see row -1"),
-        ([[], [0, 0], []], "Row 1 names a row twice"),
+        ([[], [0, 0], []], "Row 1 has a context twice"),
     ],
 )
 def test_contexts_that_cannot_be(contexts, told):
@@ -367,3 +369,124 @@ def test_rows_that_predict_nothing_are_only_seen(implementation, own):
     assert not output.hidden_states[0][[0, 1, 3]].any()
     for got, want in zip(torch.autograd.grad(output.loss, list(model.parameters())), wanted, strict=True):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)
+
+
+def rotary_float64(seq, dim):
+    frequencies = 1 / 10000.0 ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = torch.arange(seq, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.cat([angles, angles], -1)[None]
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("way", ["cpu", "plain"])
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_rows_outside_the_batch_equal_the_plain_way(way, data):
+    """The plain way has all rows in one batch, and names a row that counts as three of its kind three times."""
+    asked, outside, seq = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5)), data.draw(st.integers(1, 7))
+    kv_heads, groups, dim = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), 8
+    some = st.lists(st.sampled_from(range(outside)), unique=True)
+    shared = data.draw(some)
+    contexts = [shared if data.draw(st.booleans()) else data.draw(some) for _ in range(asked)]
+    weights = [[data.draw(st.sampled_from([1, 3])) for _ in seen] for seen in contexts]
+    lengths = data.draw(st.none() | st.lists(st.integers(1, seq), min_size=outside, max_size=outside))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+
+    def drawn(rows, heads):
+        return torch.randn((rows, heads, seq, dim), generator=generator, dtype=torch.float64).requires_grad_()
+
+    near = [drawn(asked, kv_heads * groups), drawn(asked, kv_heads), drawn(asked, kv_heads)]
+    far = [drawn(asked, kv_heads * groups), drawn(outside, kv_heads), drawn(outside, kv_heads)]
+    cos, sin = rotary_float64(seq, dim)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_backend", lambda query: way)
+        given_settings = {"lengths": lengths, "weights": weights, "frozen_contexts": True}
+        found = cross_batch_parts(tuple(near), tuple(far), cos, sin, contexts, **given_settings)
+        cotangents = [torch.randn(part.shape, generator=generator, dtype=torch.float64) for part in found]
+        got = torch.autograd.grad(list(found), near + far, cotangents)
+
+    def whole(tensor, before):
+        empty = tensor.new_zeros(outside if before else asked, *tensor.shape[1:])
+        return torch.cat([empty, tensor] if before else [tensor, empty])
+
+    together = [whole(each, True) for each in near]
+    others = whole(far[0], True), whole(far[1], False), whole(far[2], False)
+    repeated = [
+        [row for row, weight in zip(seen, given, strict=True) for _ in range(weight)]
+        for seen, given in zip(contexts, weights, strict=True)
+    ]
+    every = None if lengths is None else [*lengths, *[seq] * asked]
+    plain = plain_cross_batch(*together, cos, sin, [[]] * outside + repeated, lengths=every, far=others)
+    plain = [part[outside:] for part in plain]
+    wanted = torch.autograd.grad(plain, near + far, cotangents, allow_unused=True)
+    for one, two in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-9, rtol=0)
+    for one, two in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, torch.zeros_like(one) if two is None else two, atol=1e-9, rtol=0)
+
+
+def test_rows_that_see_the_same_are_looked_for_at_once():
+    looks = plan_frozen_contexts([[0, 1, 2], [0, 1, 2], [2]], 3, 3, [4, 4, 2], [[1, 5, 5], [1, 5, 5], [1]])
+    assert [(look.rows.start, look.rows.stop, look.seen, look.length, look.weight) for look in looks] == [
+        (0, 2, (0,), 4, 1),
+        (0, 2, (1,), 4, 5),
+        (0, 2, (2,), 2, 5),
+        (2, 3, (2,), 2, 1),
+    ]
+    with pytest.raises(LlamoryError, match="can't see row 3"):
+        plan_frozen_contexts([[3]], 1, 3)
+
+
+# ---- in the model --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"mem_projections": True},
+        {"mem_positionals": False},
+        {"attn_implementation": "eager"},
+        {"mem_projections": True, "memory_size_bias": 0.6, "memory_size_bias_start": 7},
+    ],
+    ids=str,
+)
+def test_a_question_to_rows_read_apart_is_one_to_a_memory_with_each_mounted(changes):
+    model = make_long_llama(max_position_embeddings=8, last_context_length=8, **changes)
+    draw = torch.Generator().manual_seed(3)
+    rows, lengths = torch.randint(5, 60, (3, 8), generator=draw), [8, 8, 5]
+    asked = torch.randint(5, 60, (2, 6), generator=draw)
+    contexts = [[0, 1, 2], [1]]
+    memory = model.new_memory()
+    for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        model.read(row[:length], memory, segment=str(number))
+    rows[2, 5:] = 0
+    states = model.model.layer_inputs(rows)
+    more = {"contexts": contexts, "context_states": states, "context_lengths": lengths}
+    with torch.no_grad():
+        got = model.model(asked, **more).last_hidden_state
+        for question, seen, hidden in zip(asked, contexts, got, strict=True):
+            mounted = model.new_memory()
+            mounted.attach(memory, list(map(str, seen)))
+            cache = model.memory_cache(mounted)
+            wanted = model.model(question[None], past_key_values=cache, last_context_length=8).last_hidden_state
+            torch.testing.assert_close(hidden[None], wanted, atol=2e-5, rtol=0)
+
+
+def test_gradients_of_memory_projections_equal_those_through_rows_of_the_batch():
+    """What is read apart is the base's alone, so that nothing is lost by reading it without gradient."""
+    model = make_long_llama(max_position_embeddings=8, last_context_length=8, mem_projections=True).train()
+    model.requires_grad_(False)
+    trained = [each.requires_grad_() for name, each in model.named_parameters() if ".mem_" in name]
+    draw = torch.Generator().manual_seed(3)
+    rows, asked = torch.randint(5, 60, (3, 8), generator=draw), torch.randint(5, 60, (2, 8), generator=draw)
+    targets = torch.randint(5, 60, (2, 8), generator=draw)
+    contexts, weights = [[0, 1, 2], [2, 1]], [[1, 3, 1], [2, 1]]
+    whole = {"contexts": [[], [], [], *contexts], "context_weights": [[], [], [], *weights]}
+    labels = torch.cat([torch.full((3, 8), IGNORE_INDEX), targets])
+    plain = model(torch.cat([rows, asked]), shift_labels=labels, **whole).loss
+    apart = {"contexts": contexts, "context_weights": weights, "context_states": model.model.layer_inputs(rows)}
+    loss = model(asked, shift_labels=targets, **apart).loss
+    torch.testing.assert_close(loss, plain)
+    for got, wanted in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(plain, trained), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)

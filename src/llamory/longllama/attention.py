@@ -1,4 +1,7 @@
-"""Attention with memory: local context and memory under one softmax (Tworkowski et al. 2023, sections 3.1 and 3.3)."""
+"""Attention with memory: local context and memory under one softmax (Tworkowski et al. 2023, sections 3.1 and 3.3).
+
+Shapes: R rows of a window, W its width, H query heads, K key/value heads, D head_dim.
+"""
 
 from __future__ import annotations
 
@@ -9,90 +12,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
 
 from llamory.longllama.cache import ForwardContext, LongLlamaCacheLayer
+from llamory.longllama.configuration import LongLlamaConfig
 from llamory.longllama.crossbatch import CrossBatch, Weights, cross_batch_attention, cross_batch_parts
 from llamory.memory.attention import flash, merge
 from llamory.memory.blocks import SpanList
 from llamory.memory.search.base import attend
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-class MemoryProjection(nn.Linear):
-    """A projection for memory, which starts as the layer's own.
-
-    Args:
-        base: the layer's.
-        bias: whether it has a bias, too.
-    """
-
-    def __init__(self, base: nn.Linear, bias: bool):
-        super().__init__(base.in_features, base.out_features, bias, base.weight.device, base.weight.dtype)
-        self._base = (base,)  # in a tuple, as it isn't a part of this one
-        self.init_from_base()
-
-    def init_from_base(self) -> None:
-        """Take the weights of the layer's own, unless these were loaded."""
-        for name, parameter in self.named_parameters():
-            init.copy_(parameter, getattr(self._base[0], name))
-
-
-def seen_tokens(spans: Sequence[SpanList], evicted: Tensor | None, device: torch.device) -> Tensor:
-    """Tokens of memory that each query sees, (rows, 1, width or 1) in float32.
-
-    Args:
-        spans: what is in memory, per row.
-        evicted: (rows, width, slots) of the local context's, true where one has become memory for a query.
-        device: where the numbers go.
-    """
-    counts = torch.tensor([row.tokens for row in spans], dtype=torch.float32, device=device)[:, None, None]
-    return counts if evicted is None else counts + evicted.to(device).sum(-1)
-
-
-def scale_queries(config: Any, tensors: Sequence[Tensor], seen: Tensor) -> list[Tensor]:
-    """Queries (rows, heads, width, head_dim), times what `logn_attention_scale` says for the memory that each sees."""
-    factor = 1 + config.logn_attention_scale * (seen[..., None] / config.logn_attention_start).clamp(min=1).log()
-    return [tensor * factor.to(tensor.dtype) for tensor in tensors]
-
-
-def memory_logit_bias(config: Any, seen: Tensor) -> Tensor:
-    """What `memory_size_bias` takes off all scores of memory, in the shape of `seen`."""
-    return config.memory_size_bias * (seen / config.memory_size_bias_start).clamp(min=1).log()
-
-
-def scale_context_weights(config: Any, weights: Weights, lengths: Sequence[Sequence[int]]) -> Weights:
-    """The same in training: what each of a row's contexts counts as.
-
-    Args:
-        config: the model's.
-        weights: per row, what each of its contexts counts as without it.
-        lengths: of the same shape, the contexts' real tokens.
-    """
-    scaled = []
-    for row_weights, row_lengths in zip(weights, lengths, strict=True):
-        tokens = sum(weight * length for weight, length in zip(row_weights, row_lengths, strict=True))
-        scale = max(1.0, tokens / config.memory_size_bias_start) ** -config.memory_size_bias
-        scaled.append([weight * scale for weight in row_weights])
-    return scaled
-
-
-# Queries, keys and values of a part of the attention, and where a query may look (None: everywhere).
+# Queries, keys, values and mask (True where a query sees a key, None for everywhere) of a part of the attention.
 _LocalQKV = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 class LongLlamaDecoderLayer(LlamaDecoderLayer):
-    """Llama's layer, which can stop once its memory is written."""
+    """Llama's decoder layer with `LongLlamaAttention`; it can stop once its memory is written."""
+
+    def __init__(self, config: LongLlamaConfig, layer_idx: int):
+        # Llama's constructor would build a second attention.
+        GradientCheckpointingLayer.__init__(self)
+        self.hidden_size = config.hidden_size
+        self.self_attn = LongLlamaAttention(config, layer_idx)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """As Llama's. Where only memory is wanted, the last layer's output is of no use and isn't computed."""
+        """Llama's forward. The last layer to compute writes memory only, or keeps only the rows with queries."""
         forward_context: ForwardContext | None = kwargs.get("forward_context")
         if forward_context is not None and forward_context.last_layer == self.self_attn.layer_idx:
             self.self_attn.write_memory(self.input_layernorm(hidden_states), forward_context)
@@ -107,12 +63,25 @@ class LongLlamaDecoderLayer(LlamaDecoderLayer):
         return super().forward(hidden_states, *args, **kwargs)
 
 
-class LongLlamaAttention(LlamaAttention):
-    """Llama's attention that goes on from a local context and, in memory layers, attends to memory as well.
+class MemoryProjection(nn.Linear):
+    """A projection for memory only, initialized from the layer's own projection `base`."""
 
-    With `mem_projections` queries to memory, its keys and values, and what was found in it have projections of their
-    own, `mem_q_proj` to `mem_o_proj`; local context and memory still share one softmax. What is read without memory is
-    then computed from the layer's own weights alone, whatever was trained for memory.
+    def __init__(self, base: nn.Linear, bias: bool):
+        super().__init__(base.in_features, base.out_features, bias, base.weight.device, base.weight.dtype)
+        self._base = (base,)  # in a tuple, so that torch doesn't register it as a submodule
+        self.init_from_base()
+
+    def init_from_base(self) -> None:
+        """Copy the weights of the layer's own projection, unless they were loaded from a checkpoint."""
+        for name, parameter in self.named_parameters():
+            init.copy_(parameter, getattr(self._base[0], name))
+
+
+class LongLlamaAttention(LlamaAttention):
+    """Llama's attention that continues a local context and, in memory layers, attends to memory as well.
+
+    With `mem_projections`, memory has its own projections `mem_q_proj` to `mem_o_proj`; local context and memory still
+    share one softmax. Without memory, the output depends on the layer's own weights only.
     """
 
     @property
@@ -122,14 +91,14 @@ class LongLlamaAttention(LlamaAttention):
 
     @property
     def has_projections(self) -> bool:
-        """Whether memory has projections of its own here."""
+        """Whether memory has its own projections in this layer."""
         return bool(self.config.mem_projections) and self.has_memory
 
     def add_projections(self) -> None:
-        """Give memory projections of its own, which start as the layer's."""
+        """Add the projections for memory, initialized from the layer's own."""
         for name in PROJECTIONS:
-            # What is found in memory is added to the local output, which has that projection's bias already.
             base = getattr(self, name)
+            # The outputs of o_proj and mem_o_proj are added, so the bias must count once.
             setattr(self, f"mem_{name}", MemoryProjection(base, bias=base.bias is not None and name != "o_proj"))
 
     @property
@@ -147,9 +116,9 @@ class LongLlamaAttention(LlamaAttention):
         cross_batch: CrossBatch | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend within `forward_context`, or to the rows that `cross_batch` names; else it is Llama's attention.
+        """Attention of a window (with `forward_context`), of training (with `cross_batch`), or Llama's.
 
-        `hidden_states` is (rows, width, hidden).
+        `hidden_states` is (R, W, hidden).
         """
         if cross_batch is not None and self.has_memory:
             assert position_embeddings is not None
@@ -178,14 +147,14 @@ class LongLlamaAttention(LlamaAttention):
         return output, None
 
     def write_memory(self, hidden_states: Tensor, forward_context: ForwardContext) -> None:
-        """Write a forward_context into memory without attending."""
+        """Write the window's keys and values into memory without attending."""
         _, key, value = self._project(hidden_states, "mem_" if self.has_projections else "", queries=False)
         self._store(None, None, (self._memory_key(key, forward_context), value), forward_context)
 
     def attend_cross_batch(
         self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], cross_batch: CrossBatch
     ) -> Tensor:
-        """Attend to other rows, too, as training has it; in the last memory layer only the rows that are query_rows do."""
+        """Cross-batch attention (section 3.2), (R, W, hidden); in the last memory layer for `query_rows` only."""
         rows = cross_batch.query_rows if cross_batch.last_layer == self.layer_idx else None
         contexts, weights = cross_batch.contexts, cross_batch.weights
         query_states = hidden_states
@@ -210,7 +179,7 @@ class LongLlamaAttention(LlamaAttention):
         local_output, found = cross_batch_parts((query, key, value), memory_qkv, cos, sin, contexts, **settings)
         return self._output_projection(local_output, found) if prefix else self._output_projection(local_output + found)
 
-    # ---- a first forward_context ------------------------------------------------------------------------------------------
+    # ---- first window ------------------------------------------------------------------------------------------------
 
     def _attend_window(
         self,
@@ -220,9 +189,9 @@ class LongLlamaAttention(LlamaAttention):
         forward_context: ForwardContext,
         **kwargs: Any,
     ) -> Tensor:
-        """Causal attention in the forward_context, and all of memory. Gives the layer's output, (rows, width, hidden).
+        """Causal attention within the window, and to all of memory; (R, W, hidden).
 
-        Rows are filled up behind their tokens, where causal attention doesn't look, so no mask is needed.
+        Rows are padded on the right, where causal attention doesn't look, so no padding mask is needed.
         """
         query, key, value = local_qkv
         if not self._has_memory_tokens(forward_context):
@@ -238,9 +207,8 @@ class LongLlamaAttention(LlamaAttention):
             causal = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()[None, None]
             return self._eager_attention([(query, key, value, causal)], memory_query, forward_context, memory_bias)
         local = flash(query, key, value, scaling=self.scaling, causal=True)
-        return self._merge_local_and_memory(
-            local, [self._attend_memory(memory_query, forward_context)], memory_query, forward_context, memory_bias
-        )
+        memory = self._attend_memory(memory_query, forward_context)
+        return self._merge_local_and_memory(local, [memory], memory_query, forward_context, memory_bias)
 
     def _store(
         self,
@@ -249,7 +217,7 @@ class LongLlamaAttention(LlamaAttention):
         memory_kv: tuple[Tensor, Tensor],
         forward_context: ForwardContext,
     ) -> None:
-        """Put a first forward_context where it belongs: the local context, or memory."""
+        """Write a first window into the local context or into memory."""
         if forward_context.keep_local:
             assert forward_context.slots is not None and key is not None and value is not None
             self._local_cache(forward_context).write(
@@ -258,12 +226,12 @@ class LongLlamaAttention(LlamaAttention):
         elif self.has_memory:
             before = self._memory_spans(forward_context)
             for row, (bank, length) in enumerate(zip(forward_context.banks, forward_context.lengths, strict=True)):
-                # A layer that gradient checkpointing computes once more must not write once more.
+                # Gradient checkpointing runs a layer twice; the second run must not write again.
                 if bank.length(self.layer_idx) == before[row].tokens:
                     keys, values = (part[row, :, :length].detach() for part in memory_kv)
                     bank.append(self.layer_idx, keys, values)
 
-    # ---- going on from a local context ---------------------------------------------------------------------------
+    # ---- continuation of a local context -----------------------------------------------------------------------------
 
     def _attend_continuation(
         self,
@@ -272,14 +240,7 @@ class LongLlamaAttention(LlamaAttention):
         memory_kv: tuple[Tensor, Tensor],
         forward_context: ForwardContext,
     ) -> Tensor:
-        """Attend to the local context, what is evicted it, and memory. Gives the layer's output, (rows, width, hidden).
-
-        Args:
-            new_qkv: the step's queries, keys and values.
-            memory_query: its queries to memory.
-            memory_kv: the keys and values that memory will keep of it.
-            forward_context: the step.
-        """
+        """Attention to the local context, the slots evicted from it, and memory; (R, W, hidden)."""
         local_update, local = forward_context.local_update, self._local_cache(forward_context)
         assert local_update is not None
         query = new_qkv[0]
@@ -316,7 +277,7 @@ class LongLlamaAttention(LlamaAttention):
     def _evict(
         self, slots: list[Tensor | slice] | None, local: LongLlamaCacheLayer, forward_context: ForwardContext
     ) -> None:
-        """Move the given slots of each row from the local context into memory."""
+        """Move these slots of each row from the local context into memory."""
         if slots is None:
             return
         rows = range(len(slots)) if forward_context.rows is None else forward_context.rows.tolist()
@@ -324,23 +285,17 @@ class LongLlamaAttention(LlamaAttention):
             key, value = local.read(row, row_slots, raw=True)
             bank.append(self.layer_idx, key, value)
 
-    # ---- memory --------------------------------------------------------------------------------------------------
+    # ---- memory ------------------------------------------------------------------------------------------------------
 
     def _attend_memory(self, query: Tensor, forward_context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """Output (rows, heads, width, head_dim) and log-sum-exp (rows, heads, width) over memory."""
+        """Output (R, H, W, D) and log-sum-exp (R, H, W) over memory."""
         width = step = query.shape[2]
         if self.config.mem_attention_grouping is not None:
-            # Scores are never held, so heads needn't be taken apart: as many queries at once, in all heads.
             heads, queries = self.config.mem_attention_grouping
             step = max(1, heads * queries // query.shape[1])
+        banks, search = forward_context.banks, forward_context.search
         parts = [
-            attend(
-                query[:, :, start : start + step],
-                forward_context.banks,
-                self.layer_idx,
-                self.scaling,
-                forward_context.search,
-            )
+            attend(query[:, :, start : start + step], banks, self.layer_idx, self.scaling, search)
             for start in range(0, width, step)
         ]
         outputs, lses = zip(*parts, strict=True)
@@ -354,9 +309,9 @@ class LongLlamaAttention(LlamaAttention):
         forward_context: ForwardContext,
         memory_bias: Tensor | None,
     ) -> Tensor:
-        """The layer's output from the attention over its parts, under one softmax; (rows, width, hidden).
+        """Merge the attention over the parts into one softmax, and project; (R, W, hidden).
 
-        `memory_bias` is taken off all scores of what was `found` in memory.
+        `memory_bias`, (R, 1, W or 1), is subtracted from the scores of `found`, the parts from memory.
         """
         if memory_bias is not None:
             found = [(output, lse.float() - memory_bias) for output, lse in found]
@@ -385,33 +340,22 @@ class LongLlamaAttention(LlamaAttention):
         forward_context: ForwardContext,
         memory_bias: Tensor | None,
     ) -> Tensor:
-        """The same in plain steps, as fused kernels give no gradient through the log-sum-exp.
+        """The same attention in plain operations, since fused kernels have no gradient through the log-sum-exp.
 
-        Memory is a constant here: no gradient reaches what was read before.
-
-        Args:
-            local_qkv: queries, keys, values and masks (True where a query may look) of the local context, and of what is
-                evicted it.
-            memory_query: queries to memory, (rows, heads, width, head_dim).
-            forward_context: the step, with the memory as it was when the step began.
-            memory_bias: what is taken off all scores but the local context's.
+        Memory is constant: no gradient reaches what was written before. `local_qkv` has the local context first, then
+        the slots evicted from it; `memory_bias` is subtracted from all scores but the local context's.
         """
         outputs, found = [], []
-        spans = (
-            self._memory_spans(forward_context)
-            if forward_context.local_update is None
-            else self._current_spans(forward_context)
-        )
-        for row, past in enumerate(spans):
+        for row, past in enumerate(self._seen_spans(forward_context)):
             parts = [(q[row], k[row], v[row], m) for q, k, v, m in local_qkv]
             parts += [
                 (memory_query[row], span.keys().to(memory_query), span.values().to(memory_query), None) for span in past
             ]
             scores: list[Tensor] = []
             values = []
-            for query, key, value, mask in parts:
+            for query, key, value, mask in parts:  # (H, W, D), (K, keys, D), (K, keys, D)
                 key, value = (part.repeat_interleave(self.num_key_value_groups, 0) for part in (key, value))
-                score = (query @ key.transpose(1, 2)).float() * self.scaling
+                score = (query @ key.transpose(1, 2)).float() * self.scaling  # (H, W, keys)
                 if scores and memory_bias is not None:
                     score = score - memory_bias[row, :, :, None]
                 if mask is not None:
@@ -432,15 +376,10 @@ class LongLlamaAttention(LlamaAttention):
     def _scale_by_memory_size(
         self, query: Tensor, memory_query: Tensor, forward_context: ForwardContext, evicted: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Queries, scale_queries by the memory that each sees, with what is `evicted` for it, and what its scores lose."""
+        """Queries scaled by the size of the memory that each sees, and the bias to subtract from memory's scores."""
         if not self.config.logn_attention_scale and not self.config.memory_size_bias:
             return query, memory_query, None
-        spans = (
-            self._memory_spans(forward_context)
-            if forward_context.local_update is None
-            else self._current_spans(forward_context)
-        )
-        seen = seen_tokens(spans, evicted, query.device)
+        seen = count_seen_tokens(self._seen_spans(forward_context), evicted, query.device)
         if self.config.logn_attention_scale:
             query, memory_query = scale_queries(self.config, (query, memory_query), seen)
         return query, memory_query, memory_logit_bias(self.config, seen) if self.config.memory_size_bias else None
@@ -449,32 +388,37 @@ class LongLlamaAttention(LlamaAttention):
         return self.has_memory and any(self._memory_spans(forward_context))
 
     def _memory_spans(self, forward_context: ForwardContext) -> list[SpanList]:
-        """Per row what memory held when the step began."""
+        """Per row, the memory before this forward pass."""
         if self.layer_idx not in forward_context.spans:
             forward_context.spans[self.layer_idx] = self._current_spans(forward_context)
         return forward_context.spans[self.layer_idx]
 
+    def _seen_spans(self, forward_context: ForwardContext) -> list[SpanList]:
+        """Per row, the memory that queries see: a continuation sees the slots that it has just evicted."""
+        is_first = forward_context.local_update is None
+        return self._memory_spans(forward_context) if is_first else self._current_spans(forward_context)
+
     def _current_spans(self, forward_context: ForwardContext) -> list[SpanList]:
         return [bank.spans(self.layer_idx) for bank in forward_context.banks]
 
-    # ---- projections ---------------------------------------------------------------------------------------------
+    # ---- projections -------------------------------------------------------------------------------------------------
 
     def _project(self, hidden_states: Tensor, prefix: str = "", queries: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, (rows, heads or kv_heads, width, head_dim), before the rotary embedding.
+        """Query (R, H, W, D), key and value (R, K, W, D) without the rotary embedding; without `queries` key twice.
 
-        Those for memory are of the `prefix` "mem_". Without `queries` the first is the key once more.
+        The prefix "mem_" selects the projections for memory.
         """
         key, value = (self._heads(getattr(self, f"{prefix}{name}_proj")(hidden_states)) for name in "kv")
         query = self._heads(getattr(self, f"{prefix}q_proj")(hidden_states)) if queries else key
         return query, key, value
 
     def _output_projection(self, output: Tensor, found: Tensor | None = None) -> Tensor:
-        """Attention's output (rows, heads, width, head_dim) as the layer's, and what was `found` in memory with it."""
+        """Project outputs (R, H, W, D) of the local context and of memory (`found`) to (R, W, hidden)."""
         projected: Tensor = self.o_proj(output.transpose(1, 2).flatten(2))
         return projected if found is None else projected + self.mem_o_proj(found.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor) -> Tensor:
-        """(rows, width, heads * head_dim) as (rows, heads, width, head_dim)."""
+        """(R, W, H * D) to (R, H, W, D)."""
         return projected.view(*projected.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def _apply_rotary(self, query: Tensor, key: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -484,11 +428,53 @@ class LongLlamaAttention(LlamaAttention):
         return apply_rotary_pos_emb(query, key, cos, sin)
 
     def _memory_key(self, key: Tensor, forward_context: ForwardContext) -> Tensor:
-        """The key at position 0: as it is, but for the factor that some rotary embeddings put on all positions."""
+        """The key at position 0: unrotated, times the factor that some rotary embeddings apply at every position."""
         return key * forward_context.key_scale if self.uses_rotary and forward_context.key_scale != 1.0 else key
 
     def _local_cache(self, forward_context: ForwardContext) -> LongLlamaCacheLayer:
         return forward_context.cache.layers[self.layer_idx]
+
+
+# ---- scaling by the size of memory -----------------------------------------------------------------------------------
+
+
+def count_seen_tokens(spans: Sequence[SpanList], evicted: Tensor | None, device: torch.device) -> Tensor:
+    """Memory tokens that each query sees, (R, 1, W or 1) float32.
+
+    Args:
+        spans: the memory of each row.
+        evicted: (R, W, slots), True where a slot of the local context counts as memory for a query.
+        device: of the result.
+    """
+    counts = torch.tensor([row.tokens for row in spans], dtype=torch.float32, device=device)[:, None, None]
+    return counts if evicted is None else counts + evicted.to(device).sum(-1)
+
+
+def scale_queries(config: Any, queries: Sequence[Tensor], seen: Tensor) -> list[Tensor]:
+    """Queries (R, H, W, D) times 1 + scale · ln(max(1, seen / start)), the log-n scale of `LongLlamaConfig`."""
+    factor = 1 + config.logn_attention_scale * (seen[..., None] / config.logn_attention_start).clamp(min=1).log()
+    return [query * factor.to(query.dtype) for query in queries]
+
+
+def memory_logit_bias(config: Any, seen: Tensor) -> Tensor:
+    """`memory_size_bias` · ln(max(1, seen / start)), to subtract from scores of memory; the shape of `seen`."""
+    return config.memory_size_bias * (seen / config.memory_size_bias_start).clamp(min=1).log()
+
+
+def scale_context_weights(config: Any, weights: Weights, lengths: Sequence[Sequence[int]]) -> Weights:
+    """`memory_logit_bias` in training: the weight of each context in the softmax.
+
+    Args:
+        config: the model's.
+        weights: per row, the weight of each context without the bias.
+        lengths: per row, the real tokens of each context.
+    """
+    scaled = []
+    for row_weights, row_lengths in zip(weights, lengths, strict=True):
+        tokens = sum(weight * length for weight, length in zip(row_weights, row_lengths, strict=True))
+        scale = max(1.0, tokens / config.memory_size_bias_start) ** -config.memory_size_bias
+        scaled.append([weight * scale for weight in row_weights])
+    return scaled
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:
@@ -496,7 +482,7 @@ def _needs_gradient(*tensors: Tensor) -> bool:
 
 
 def _additive_mask(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """A mask that is added to the scores."""
+    """A boolean mask as numbers to add to scores, 0 or -inf, of the type of `like`."""
     if mask is None:
         return None
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, float("-inf"))

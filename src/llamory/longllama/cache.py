@@ -1,4 +1,4 @@
-"""The key/value cache of LongLLaMA: a local context per layer, and a memory bank per row."""
+"""The key/value cache of LongLLaMA: a local context per layer and a memory bank per row."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from llamory.memory.search import Search
 
 @dataclass
 class CacheShape:
-    """What a cache's layers share; knowing the cache itself, they would keep its memory from being freed with it.
+    """State that the layers share. They hold no reference to the cache, so that its memory is freed with it.
 
     Attributes:
-        slots: where the local columns stand.
-        count: columns of input taken in so far.
+        slots: which token is in which column of the local buffers.
+        num_columns: input columns processed so far.
     """
 
     slots: Slots
-    count: int = 0
+    num_columns: int = 0
 
 
 class LongLlamaCacheLayer(CacheLayerMixin):
@@ -38,8 +38,8 @@ class LongLlamaCacheLayer(CacheLayerMixin):
     Attributes:
         keys: (batch, kv_heads, capacity, head_dim), rotated.
         values: the same shape.
-        raw_keys: the keys that memory keeps, without the rotary embedding; None in layers without memory.
-        raw_values: the values that memory keeps, where they aren't the local ones.
+        raw_keys: keys for memory, without the rotary embedding; None in layers without memory.
+        raw_values: values for memory; None where they equal `values`.
     """
 
     is_croppable = True
@@ -53,7 +53,7 @@ class LongLlamaCacheLayer(CacheLayerMixin):
         self.raw_values: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make buffers for the cache's batch, of the kind of these (rows, kv_heads, tokens, head_dim)."""
+        """Allocate buffers for the batch, of the type and device of these (rows, kv_heads, tokens, head_dim)."""
         shape = (self._shape.slots.batch, key_states.shape[1], self._shape.slots.capacity, key_states.shape[3])
         self.keys, self.values = key_states.new_zeros(shape), value_states.new_zeros(shape)
         self.raw_keys = key_states.new_zeros(shape) if self.has_memory else None
@@ -61,7 +61,7 @@ class LongLlamaCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def write(self, rows: Any, slots: slice, key: Tensor, value: Tensor, raw_key: Tensor, raw_value: Tensor) -> None:
-        """Write (rows, kv_heads, tokens, head_dim) into the given slots of these rows."""
+        """Write tensors (rows, kv_heads, tokens, head_dim) into these slots of these rows."""
         if self.keys is None or self.keys.shape[2] < self._shape.slots.capacity:
             self.lazy_initialization(key, value)
         for name, new in zip(self.BUFFERS, (key, value, raw_key, raw_value), strict=True):
@@ -70,7 +70,7 @@ class LongLlamaCacheLayer(CacheLayerMixin):
                 buffer[rows, :, slots] = new.detach()
 
     def read(self, rows: Any, slots: Any, raw: bool = False) -> tuple[Tensor, Tensor]:
-        """Keys and values of these rows and slots; as memory keeps them with `raw`."""
+        """Keys and values (rows, kv_heads, slots, head_dim); with `raw` those for memory."""
         keys = self.raw_keys if raw else self.keys
         values = self.raw_values if raw and self.has_projections else self.values
         assert keys is not None and values is not None
@@ -79,7 +79,7 @@ class LongLlamaCacheLayer(CacheLayerMixin):
         return keys[rows][..., slots, :], values[rows][..., slots, :]
 
     def move(self, kept_slots: slice, capacity: int) -> None:
-        """Move what is kept to the front of buffers of another capacity."""
+        """Move these slots to the front of buffers of another capacity."""
         for name in self.BUFFERS:
             old = getattr(self, name)
             if old is not None:
@@ -95,40 +95,40 @@ class LongLlamaCacheLayer(CacheLayerMixin):
                 setattr(self, name, old.index_select(0, indices.to(old.device)))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Not for this cache: LongLLaMA's attention writes with `write`."""
-        raise NotImplementedError("a LongLlamaCache is written by LongLLaMA's attention only")
+        """Not supported: LongLLaMA's attention writes with `write`."""
+        raise NotImplementedError("only LongLLaMA's attention writes to a LongLlamaCache")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Local keys that a query of this length sees, and their offset."""
+        """The number of local keys that an input of this length sees, and their offset."""
         return self._shape.slots.longest + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Columns of input that the cache has taken in."""
-        return self._shape.count
+        """Input columns processed so far."""
+        return self._shape.num_columns
 
     def get_max_length(self) -> int:
-        """-1: what the local context can't hold leaves it, so there is no limit."""
+        """-1 for unlimited: the local context evicts what it can't hold."""
         return -1
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Done by the cache, for all layers at once."""
+        """Does nothing: the cache crops all layers at once."""
 
 
 class LongLlamaCache(Cache):
     """Local context and memory of a batch.
 
-    `get_seq_length()` is the number of input columns taken in since the cache was made, wherever they are now; a
-    mounted memory doesn't count, so `generate` reads all of a question that is asked of it.
+    `get_seq_length()` counts the input columns processed with this cache. An attached memory doesn't count, so that
+    `generate` processes the whole prompt.
 
     Args:
         config: the model's configuration.
-        memory: one bank for all rows (each row gets a fork of its own), or one bank per row, used as they are.
+        memory: one bank for all rows (each row gets its own fork), or one bank per row (used directly).
 
     Attributes:
-        observer: if set, is told by each memory layer of each step: its index, the queries to memory (rows, heads,
-            width, head_dim) and the log-sum-exp of all that they see, local and in memory, (rows, heads, width), plus
-            what is taken off scores of memory (`memory_size_bias`): a score less that is a share's logarithm.
-        search: how memory is searched, where that isn't the configuration's way.
+        observer: called by each memory layer in each forward pass with the layer's index, the queries to memory (rows,
+            heads, width, head_dim), and the log-sum-exp of local and memory scores (rows, heads, width) plus the
+            `memory_size_bias`, so that exp(score - this) is the attention weight of a memory token.
+        search: replaces the configuration's memory search.
     """
 
     def __init__(self, config: LongLlamaConfig, memory: MemoryBank | Sequence[MemoryBank] | None = None):
@@ -147,7 +147,7 @@ class LongLlamaCache(Cache):
 
     @property
     def slots(self) -> Slots:
-        """Where the local columns stand."""
+        """Which token is in which column of the local buffers."""
         return self._shape.slots
 
     @slots.setter
@@ -156,22 +156,22 @@ class LongLlamaCache(Cache):
 
     @property
     def columns(self) -> int:
-        """Columns of input taken in so far."""
-        return self._shape.count
+        """Input columns processed so far."""
+        return self._shape.num_columns
 
     @columns.setter
     def columns(self, count: int) -> None:
-        self._shape.count = count
+        self._shape.num_columns = count
 
     def memory_length(self, layer_idx: int) -> int:
-        """Tokens in a layer's memory (of the row that has the most)."""
+        """Tokens in a layer's memory, of the longest row."""
         if layer_idx not in self.mem_layers:
             return 0
         banks = self.memory or ([self._attached] if self._attached is not None else [])
         return max((bank.length(layer_idx) for bank in banks), default=0)
 
     def local_length(self, layer_idx: int) -> int:  # noqa: ARG002 (all layers have the same)
-        """Tokens in a layer's local context (of the row that has the most)."""
+        """Tokens in a layer's local context, of the longest row."""
         return self.slots.longest
 
     @property
@@ -180,14 +180,10 @@ class LongLlamaCache(Cache):
         return self.slots.end > self.slots.start
 
     def prepare(self, batch: int, new_bank: Any) -> None:
-        """Get ready for a batch of so many rows.
-
-        Args:
-            batch: rows.
-            new_bank: makes an empty `MemoryBank`.
+        """Prepare for a batch of so many rows; `new_bank` creates an empty `MemoryBank`.
 
         Raises:
-            LlamoryError: the cache is another batch's.
+            LlamoryError: the cache has another number of rows.
         """
         if not self.memory and self.mem_layers:
             self.memory = [self._attached.fork() if self._attached else new_bank() for _ in range(batch)]
@@ -195,27 +191,27 @@ class LongLlamaCache(Cache):
             self.slots = self._empty_slots(batch)
         known = len(self.memory) if self.mem_layers else self.slots.batch
         if batch not in (known, self.slots.batch) or known != self.slots.batch:
-            raise LlamoryError(f"The cache holds {known} rows, but the input has {batch}; give each row its own cache.")
+            raise LlamoryError(f"The cache has {known} rows, but the input has {batch}; use one cache per batch.")
 
     def fresh_copy(self) -> LongLlamaCache:
-        """A cache of its own with the same mounted memory and nothing read."""
+        """An empty cache with the same attached memory."""
         fresh = LongLlamaCache(self.config, self._attached)
         fresh.search = self.search
         return fresh
 
     def reserve(self, width: int) -> None:
-        """Make room for `width` more columns in all layers."""
+        """Reserve `width` more columns in all layers."""
         move_args = self.slots.reserve_columns(width)
         if move_args is not None:
             for layer in self.layers:
                 layer.move(*move_args)
 
     def rebase_positions(self, rotary: Any, skipped: frozenset[int] = frozenset()) -> None:
-        """Turn local keys back once their positions have grown large; distances stay as they are.
+        """Rotate local keys back once their positions are large; the distances stay the same.
 
         Args:
             rotary: the model's rotary embedding.
-            skipped: layers whose keys aren't rotated.
+            skipped: layers without rotary embedding.
         """
         shift = self.slots.rebase_positions()
         for index, layer in enumerate(self.layers if shift else []):
@@ -225,10 +221,10 @@ class LongLlamaCache(Cache):
                 cos, sin = (part[:, None] / rotary.attention_scaling for part in (cos, sin))
                 layer.keys = (keys * cos - rotate_half(keys) * sin).to(layer.keys.dtype)
 
-    # ---- what transformers asks of a cache -----------------------------------------------------------------------
+    # ---- transformers' cache interface -------------------------------------------------------------------------------
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows in another order, some of them several times, as beam search needs them."""
+        """Reorder rows for beam search; a row may occur several times."""
         indices = beam_idx.tolist()
         if indices == list(range(self.slots.batch)):
             return
@@ -243,7 +239,7 @@ class LongLlamaCache(Cache):
         self.memory = banks
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeat each row `repeats` times."""
         self.reorder_cache(torch.arange(self.slots.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -251,17 +247,17 @@ class LongLlamaCache(Cache):
         self.reorder_cache(torch.arange(self.slots.batch)[indices.cpu()])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` columns.
+        """Remove the last `-tokens_to_remove` columns.
 
         Raises:
-            LlamoryError: some of them have pushed others out of the local context, which can't be undone.
+            LlamoryError: these columns have evicted others from the local context, which can't be undone.
         """
         count = abs(tokens_to_remove)
         if not count:
             return
         if count > self.slots.end - self.slots.start or max(self.slots.next) > self.config.max_position_embeddings:
             raise LlamoryError(
-                "The cache can't be cropped: the local context has overflowed. Assisted decoding must stay within "
+                "The cache can't be cropped: its local context has overflowed. Assisted decoding must stay within "
                 f"{self.config.max_position_embeddings} local tokens."
             )
         self.slots.crop(count)
@@ -281,21 +277,21 @@ class LongLlamaCache(Cache):
 
 @dataclass
 class ForwardContext:
-    """What the layers need to know of the step that they compute.
+    """What the layers need to know about the window that they process.
 
     Attributes:
         cache: where keys and values go.
-        rows: the batch's rows that take part, None for all.
-        lengths: real tokens per row; what stands behind them is filling.
+        rows: the batch rows in this window; None for all.
+        lengths: real tokens per row; the rest is padding.
         banks: the memory of each row.
         search: how memory is searched.
-        keep_local: whether the tokens stay in the local context, or go into memory.
-        slots: where a first window that keep_local is written.
-        local_update: how the step goes on from a local context; None for a first window.
+        keep_local: whether the tokens stay in the local context or go into memory.
+        slots: the slots of a first window in the local context.
+        local_update: how the window continues a local context; None for a first window.
         memory_rotary: cosine and sine for queries to memory, where they differ from the local ones.
-        key_scale: what the rotary embedding multiplies keys with at position 0 (1 but for yarn's).
-        last_layer: with a window of which nothing but memory is wanted, the last layer to compute.
-        spans: per layer what was in memory when the step began; a recomputed layer must see the same.
+        key_scale: the factor of the rotary embedding at position 0 (not 1 for yarn).
+        last_layer: the last layer to compute, if only memory is needed.
+        spans: per layer, the memory before this pass; a layer that is recomputed must see the same.
     """
 
     cache: LongLlamaCache
@@ -313,5 +309,5 @@ class ForwardContext:
 
     @property
     def row_index(self) -> Any:
-        """What picks the window's rows of the local buffers."""
+        """The index of the window's rows in the local buffers."""
         return slice(None) if self.rows is None else self.rows

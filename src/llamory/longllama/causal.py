@@ -1,4 +1,4 @@
-"""LongLLaMA as a language model: logits, generate, and a memory that can be kept."""
+"""LongLLaMA as a language model: logits, generation, and memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CHUNK_ELEMENTS = 1 << 22
 
 
 class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
-    """A language model that reads and answers with memory; a drop-in for `LlamaForCausalLM`, with the same weights."""
+    """A language model with memory; a drop-in replacement for `LlamaForCausalLM` with the same weights."""
 
     config_class = LongLlamaConfig
     config: LongLlamaConfig
@@ -45,14 +45,12 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs belong, even if the first weights are offloaded: accelerate then has nothing of them here."""
+        """The device for inputs, also where accelerate has offloaded the first weights to CPU or disk."""
         device: torch.device = super().device
         if device.type != "meta":
             return device
-        hooks = (getattr(module, "_hf_hook", None) for module in self.modules())
-        execution_devices = (getattr(hook, "execution_device", None) for hook in hooks)
-        main_device = next((candidate for candidate in execution_devices if candidate is not None), None)
-        return device if main_device is None else torch.device(main_device)
+        placed = [where for where in getattr(self, "hf_device_map", {}).values() if where not in ("cpu", "disk")]
+        return torch.device(placed[0]) if placed else torch.device("cpu")
 
     @can_return_tuple
     def forward(  # type: ignore[override]
@@ -73,23 +71,20 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
     ) -> CausalLMOutputWithPast:
         """Llama's forward for inputs of any length; see `LongLlamaModel.forward`.
 
-        Logits, (batch, columns kept, vocabulary), are computed for the last `logits_to_keep` columns only. In training
-        with `contexts` there are none: the loss goes through the head chunk by chunk.
+        Logits, (batch, columns kept, vocabulary), are computed for the last `logits_to_keep` columns only. With
+        `contexts` there are none: the loss applies the head to one chunk at a time.
 
         Args:
-            contexts: per row, the rows whose contexts it sees as well; the rows are then a window each.
-            shift_labels: (batch, length) what each place should predict, instead of `labels`, where that is the next
-                column's label.
-            num_items_in_batch: what the sum of the losses is divided by.
-            kwargs: passed on, such as `context_weights`.
+            contexts: per row, the rows that it sees in training; each row is then one window.
+            shift_labels: (batch, length) the token that each column predicts, instead of `labels`.
+            num_items_in_batch: divides the sum of the losses.
+            kwargs: passed to the model, such as `context_weights`.
         """
         query_rows = None
         if contexts is not None:
             shift_labels = _shift_labels(labels) if shift_labels is None and labels is not None else shift_labels
-            # Rows that predict nothing are only seen by others.
-            query_rows = (
-                None if shift_labels is None else (shift_labels != IGNORE_INDEX).any(1).nonzero()[:, 0].tolist()
-            )
+            if shift_labels is not None:  # rows that predict nothing are only seen by others
+                query_rows = (shift_labels != IGNORE_INDEX).any(1).nonzero()[:, 0].tolist()
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -119,11 +114,11 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    # ---- generate ------------------------------------------------------------------------------------------------
+    # ---- generation --------------------------------------------------------------------------------------------------
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        # `generate` has to leave the choice of the cache to this class.
+        # So that `generate` leaves the choice of the cache to this class.
         return False
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
@@ -134,7 +129,7 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Cache | None = None, use_cache: bool | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """As transformers', but without a cache each step reads the whole text anew, with a mounted memory."""
+        """As in transformers; without a cache, each step processes the whole text again with the attached memory."""
         if use_cache is False and isinstance(past_key_values, LongLlamaCache):
             past_key_values = past_key_values.fresh_copy()
         return super().prepare_inputs_for_generation(
@@ -148,10 +143,10 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
             outputs.past_key_values = model_kwargs.get("past_key_values")
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
-    # ---- memory --------------------------------------------------------------------------------------------------
+    # ---- memory ------------------------------------------------------------------------------------------------------
 
     def memory_fingerprint(self) -> str:
-        """What this model's memories are marked with: it changes with the weights and with how keys are made."""
+        """Identifies the model of a memory: it changes with the weights and with the way memory keys are computed."""
         return _fingerprint(self)
 
     def new_memory(self) -> MemoryBank:
@@ -166,27 +161,26 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
         segment: str = "context",
         on_window: Callable[[int], None] | None = None,
     ) -> MemoryBank:
-        """Read a document by itself into a segment of a memory, window by window.
+        """Encode a document into a segment of a memory, window by window.
 
-        A segment that is there already is read on: the document's windows see what it holds, and no other segment.
+        The document sees no other segment. If the segment exists, the document continues it.
 
         Args:
-            input_ids: the document's tokens.
-            memory: where the segment goes; a new memory if none is given.
+            input_ids: the document's token ids.
+            memory: the memory to add to; by default a new one. An interrupted call leaves it unchanged.
             segment: the segment's name.
-            on_window: called after each window with the tokens read so far.
+            on_window: called after each window with the number of tokens encoded so far.
 
         Returns:
             The memory.
 
         Raises:
-            LlamoryError: the model has no memory layers, or the memory is another model's.
+            LlamoryError: the model has no memory layers, or the memory is of another model.
         """
         self._require_memory_layers()
         memory = self.new_memory() if memory is None else memory
         self._check_memory(memory)
         ids = torch.as_tensor(input_ids, dtype=torch.long).flatten()
-        # What is read stands beside until all of it is there: an interruption leaves the memory as it was.
         staging, order = memory.empty_sibling(), memory.segments
         if segment in order:
             staging.attach(memory, [segment])
@@ -203,12 +197,12 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
         return memory
 
     def memory_cache(self, memory: MemoryBank) -> LongLlamaCache:
-        """A cache that has a memory mounted: pass it as `past_key_values`, with nothing but the question as input.
+        """A cache with this memory attached; pass it as `past_key_values`, with only the question as input.
 
-        The memory itself isn't changed by what is asked; its blocks are shared, not copied.
+        The memory isn't changed; its blocks are shared, not copied.
 
         Raises:
-            LlamoryError: the model has no memory layers, or the memory is another model's.
+            LlamoryError: the model has no memory layers, or the memory is of another model.
         """
         self._require_memory_layers()
         self._check_memory(memory)
@@ -269,16 +263,15 @@ def encode_windows(
 
 
 def _shift_labels(labels: Tensor) -> Tensor:
-    """Labels, (batch, length), moved by one: what each place should predict."""
+    """Labels (batch, length), shifted to the left by one: the token that each column predicts."""
     return torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """The fingerprint of a LongLLaMA model: of its weights, as bfloat16, and of how it makes memory keys.
+    """Hash of a model's weights in bfloat16 and of the settings that memory keys depend on.
 
-    Loading the same weights as float32 or as bfloat16 gives the same fingerprint; an adapter gives another one, the
-    same one whether it is merged into the weights or beside them. The weights are read once, and again only if they
-    have changed.
+    Weights loaded in float32 or bfloat16 have the same fingerprint, and so have merged and unmerged adapters. The
+    weights are read again only if they have changed.
     """
     versions = tuple((name, parameter.data_ptr(), parameter._version) for name, parameter in model.named_parameters())
     config: Any = model.config
@@ -293,9 +286,9 @@ def _fingerprint(model: nn.Module) -> str:
     if cached is not None and cached[0] == state:
         return cached[1]
     digest = xxhash.xxh3_128(json.dumps(key_settings, default=str, sort_keys=True).encode())
-    # A tied head has a name of its own only where it is offloaded, which mustn't make another model of this one.
+    # A tied head has its own name only where it is offloaded, so it must not count.
     tied = getattr(model, "all_tied_weights_keys", {})
-    # Shared ones count under each of their names, as models whose weights aren't shared have them.
+    # Shared parameters count under each name, as they do in models that don't share them.
     parameters = dict(model.named_parameters(remove_duplicate=False))
     named = [(name, parameter) for name, parameter in parameters.items() if name not in tied]
     for name, make in sorted(merged(model, named), key=lambda item: item[0]):

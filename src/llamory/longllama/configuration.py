@@ -1,4 +1,4 @@
-"""LongLLaMA's configuration: Llama's, with the published keys of memory and ours."""
+"""LongLLaMA's configuration: Llama's, the published keys for memory, and ours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llamory.memory.search import SEARCHES
 
 DEFAULT_LAST_CONTEXT = 1024
 OVERFLOWS = ("slide", "flush")
-# Rotary embeddings whose frequencies change with the length seen; memory mixes windows, so they have no one length.
+# Rotary embeddings whose frequencies depend on the input's length; memory holds windows of many lengths.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 _OPEN_LLAMA_3B: dict[str, Any] = {
@@ -46,7 +46,7 @@ PUBLISHED = {
     "longllama-code-7b": _CODE_LLAMA_7B,
 }
 
-# Keys of configurations that earlier versions wrote.
+# Keys in configurations of earlier versions.
 RENAMED_KEYS = {
     "mem_only_top_k": "mem_top_k_attention",
     "mem_log_scale": "logn_attention_scale",
@@ -58,40 +58,38 @@ RENAMED_KEYS = {
 
 @strict
 class LongLlamaConfig(LlamaConfig):
-    """A `LlamaConfig` with memory.
-
-    The context, that is the length of a window, is `max_position_embeddings`.
+    """A `LlamaConfig` with memory. The context (the length of a window) is `max_position_embeddings`.
 
     Args:
-        mem_layers: indices of the layers with memory; with none the model is a plain LLaMA up to its context.
+        mem_layers: indices of the memory layers; without any, the model is a plain LLaMA up to its context.
         mem_positionals: whether memory layers use the rotary embedding (memory keys are then at position 0).
-        mem_projections: whether memory layers have projections of their own for memory (`mem_q_proj`, `mem_k_proj`,
-            `mem_v_proj`, `mem_o_proj`), which start as the layer's where a checkpoint has none. Training these alone
-            changes nothing of what is read without memory (not in LongLLaMA's paper, whose layers have one kind).
-        mem_dtype: how memory is kept: "float32", "bfloat16", "float16" or "int8" (one scale per token and head).
-        mem_attention_grouping: (heads, queries), at most so many attend to memory at once; None for no limit.
-        torch_attention: published key, kept for its files; attention is always a fused kernel here.
-        gradient_checkpoint_every_ith: with gradient checkpointing, every i-th layer is checkpointed.
-        last_context_length: tokens of a prompt that stay in the local context, at most the context; None for 1024, or
-            the context where it is shorter.
-        local_cache_overflow: "slide", the oldest local entries leave one by one, or "flush", all of them at once as in
-            the published code. In memory layers they go to memory.
-        mem_search: how memory is searched: "exact", "pages" or "faiss".
-        mem_top_k: pages, or neighbours, that each query reads (None for the way's own default).
-        mem_top_k_attention: leave out what isn't among the `mem_top_k` best tokens of memory (32 if not given), as the
-            paper's inference does, instead of estimating it ("exact" or "faiss").
-        logn_attention_scale: in memory layers, scores are multiplied by 1 + `logn_attention_scale` · ln(memory / `logn_attention_start`)
-            once memory has more tokens than `logn_attention_start`, so that the right key isn't drowned by the number of
-            others (log-n scaling: Chiang & Cholak 2022, arXiv:2202.12172; not in LongLLaMA's paper). 0 for never.
-        logn_attention_start: tokens of memory up to which scores stay as they are.
-        memory_size_bias: from scores of memory `memory_size_bias` · ln(memory / `memory_size_bias_start`) is taken off once memory
-            has more tokens than `memory_size_bias_start`. With 1 all of memory weighs as much as that many of its tokens,
-            so that what stands near isn't drowned by what is far (not in LongLLaMA's paper). 0 for never.
-        memory_size_bias_start: tokens of memory up to which nothing is taken off.
-        mem_device: where memory is kept; None for where its layer is.
+        mem_projections: whether memory has its own projections (`mem_q_proj`, `mem_k_proj`, `mem_v_proj`,
+            `mem_o_proj`), initialized from the layer's own. Training only these leaves the model without memory
+            unchanged. Not in the paper.
+        mem_dtype: dtype of memory: "float32", "bfloat16", "float16" or "int8" (one scale per token and head).
+        mem_attention_grouping: (heads, queries) that attend to memory at once; None for no limit.
+        torch_attention: published key without effect; attention always uses a fused kernel.
+        gradient_checkpoint_every_ith: with gradient checkpointing, checkpoint every i-th layer.
+        last_context_length: tokens of a prompt that stay in the local context; None for 1024, or the context if that is
+            shorter.
+        local_cache_overflow: "slide" evicts the oldest local tokens one by one, "flush" all of them at once, as in the
+            published code. Memory layers move evicted tokens to memory.
+        mem_search: "exact", "pages" or "faiss".
+        mem_top_k: pages or neighbors per query; None for the search's default.
+        mem_top_k_attention: attend to the `mem_top_k` best tokens only (32 by default), as the paper does at inference,
+            instead of estimating the rest; for "exact" and "faiss".
+        logn_attention_scale: multiply the scores of memory layers by 1 + scale · ln(n / `logn_attention_start`) for
+            n > `logn_attention_start` memory tokens (Chiang & Cholak 2022, arXiv:2202.12172; not in LongLLaMA's paper).
+            0 to disable.
+        logn_attention_start: memory tokens up to which scores are not scaled.
+        memory_size_bias: subtract bias · ln(n / `memory_size_bias_start`) from memory scores for
+            n > `memory_size_bias_start` memory tokens. With 1, memory as a whole weighs as much as
+            `memory_size_bias_start` tokens. Not in the paper. 0 to disable.
+        memory_size_bias_start: memory tokens up to which nothing is subtracted.
+        mem_device: device of memory; None for the device of its layer.
 
     Raises:
-        LlamoryError: a value isn't possible.
+        LlamoryError: a value is out of range.
     """
 
     model_type = "longllama"
@@ -125,13 +123,13 @@ class LongLlamaConfig(LlamaConfig):
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
         check_memory(self)
-        # The Auto classes learn of the models here: whoever asks them for one has a configuration first, and earlier,
-        # while transformers itself is being imported, the models couldn't be.
+        # This registers the models with the Auto classes, which create a configuration first. Registering them any
+        # earlier would import Llama while transformers itself is being imported.
         import_module("llamory.longllama.causal")
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As `PreTrainedConfig.get_config_dict`; a plain LLaMA's folder is taken for one of ours, which it can be."""
+        """As `PreTrainedConfig.get_config_dict`; the folder of a plain LLaMA is read as one of ours."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if config_dict.get("model_type") == LlamaConfig.model_type:
             config_dict["model_type"] = cls.model_type
@@ -139,7 +137,7 @@ class LongLlamaConfig(LlamaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `PreTrainedConfig.from_dict`, but changed values are there before defaults are worked out from them."""
+        """As `PreTrainedConfig.from_dict`, but changed values are set before defaults are derived from them."""
         changed = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.__dataclass_fields__ and key != "dtype"}
         return super().from_dict({**config_dict, **changed}, **kwargs)
 
@@ -148,19 +146,15 @@ class LongLlamaConfig(LlamaConfig):
         """The configuration of a published checkpoint: "longllama-3b", "longllama-3b-v1.1" or "longllama-code-7b".
 
         Raises:
-            LlamoryError: there is no such name.
+            LlamoryError: the name is unknown.
         """
         if name not in PUBLISHED:
-            raise LlamoryError(f"No published LongLLaMA is called {name}: choose one of {', '.join(PUBLISHED)}.")
+            raise LlamoryError(f"Unknown published LongLLaMA {name}: choose one of {', '.join(PUBLISHED)}.")
         return cls(**PUBLISHED[name] | overrides)
 
 
 def check_last_context(length: int, context: int) -> int:
-    """Check that the last window fits into the context.
-
-    Raises:
-        LlamoryError: it doesn't.
-    """
+    """Return `length`, or raise LlamoryError if the last window doesn't fit into the context."""
     if not 1 <= length <= context:
         raise LlamoryError(
             f"last_context_length is {length}, but it must be between 1 and the context, {context} tokens "
@@ -170,15 +164,12 @@ def check_last_context(length: int, context: int) -> int:
 
 
 def check_projections(config: PretrainedConfig, name: str | os.PathLike[str], mem_layers: Sequence[int]) -> None:
-    """Check that a model which has projections for memory is given memory where it has them.
+    """Raise LlamoryError if `mem_layers` (if any) differ from the layers that have projections for memory.
 
     Args:
-        config: the model's own.
-        name: the model's, for what is told.
-        mem_layers: the layers that are asked for; none for the model's own.
-
-    Raises:
-        LlamoryError: other layers.
+        config: of the model.
+        name: of the model, for the error.
+        mem_layers: the requested memory layers; empty for the model's own.
     """
     if not getattr(config, "mem_projections", False) or not mem_layers:
         return
@@ -186,16 +177,12 @@ def check_projections(config: PretrainedConfig, name: str | os.PathLike[str], me
     if set(mem_layers) != set(config_layers):
         layers = ", ".join(map(str, config_layers))
         raise LlamoryError(
-            f"{name} has projections for the memory of layers {layers}; leave mem_layers out, or give these."
+            f"{name} has projections for the memory of layers {layers}; leave mem_layers out, or pass these."
         )
 
 
 def check_memory(config: LongLlamaConfig) -> None:
-    """Check all that concerns memory; `from_pretrained` may have changed single values since the config was made.
-
-    Raises:
-        LlamoryError: a value isn't possible.
-    """
+    """Raise LlamoryError if a setting of memory is out of range; `from_pretrained` can change settings late."""
     _check_layers(list(config.mem_layers), config.num_hidden_layers)
     assert config.last_context_length is not None
     check_last_context(config.last_context_length, config.max_position_embeddings)
@@ -212,14 +199,16 @@ def check_memory(config: LongLlamaConfig) -> None:
             f"mem_attention_grouping is {grouping}, but it must be two positive numbers, heads and queries."
         )
     if config.mem_top_k_attention and config.mem_search == "pages":
-        raise LlamoryError("mem_top_k_attention needs mem_search exact or faiss, as pages are read whole.")
+        raise LlamoryError("mem_top_k_attention needs mem_search exact or faiss; pages are read whole.")
     if config.mem_top_k is not None and config.mem_top_k < 1:
         raise LlamoryError(f"mem_top_k is {config.mem_top_k}, but it must be at least 1.")
-    for name in ("logn_attention_scale", "memory_size_bias"):
-        start = {"logn_attention_scale": "logn_attention_start"}.get(name) or f"{name}_start"
+    for name, start in (
+        ("logn_attention_scale", "logn_attention_start"),
+        ("memory_size_bias", "memory_size_bias_start"),
+    ):
         value, first = getattr(config, name), getattr(config, start)
         if not 0 <= value < math.inf or first < 1:
-            raise LlamoryError(f"{name} must be a number from 0 on and {start} at least 1, not {value} and {first}.")
+            raise LlamoryError(f"{name} must be at least 0 and finite and {start} at least 1, not {value} and {first}.")
     if config.gradient_checkpoint_every_ith < 1:
         raise LlamoryError(
             f"gradient_checkpoint_every_ith is {config.gradient_checkpoint_every_ith}, but it must be at least 1."
@@ -227,8 +216,8 @@ def check_memory(config: LongLlamaConfig) -> None:
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if config.mem_layers and rope_type in _LENGTH_DEPENDENT_ROPE:
         raise LlamoryError(
-            f"Memory needs rotary embeddings that don't change with the length, but this model's are of the type "
-            f"{rope_type}; set rope_parameters to the type default, linear, llama3 or yarn."
+            f"Memory needs rotary embeddings that don't depend on the input's length, but rope_type is {rope_type}; "
+            "choose default, linear, llama3 or yarn."
         )
 
 

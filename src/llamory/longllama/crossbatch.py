@@ -1,8 +1,8 @@
 """Cross-batch attention, which trains memory (Tworkowski et al. 2023, section 3.2).
 
 A row of the batch attends, under one softmax, to its own causal context and to the whole contexts of other rows:
-earlier chunks of its document (positives) and other documents (negatives). Gradients flow into the other rows' keys and
-values. Keys of other rows are encoded as if they stood at the first position of the local_key context, as memory keys are.
+earlier chunks of its document (positives) and other documents (negatives), with gradients into their keys and values.
+Keys of other rows are encoded at the first position of the local context, like memory keys.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Weights = Sequence[Sequence[float]]
 
 @dataclass(frozen=True)
 class _RowGroup:
-    """Consecutive rows that look at others.
+    """Consecutive rows that attend to others in one call.
 
     Attributes:
-        rows: the rows that look.
-        seen: the rows that are looked at.
-        length: how many of their tokens are real; None for all.
-        weight: how many of their kind they count as.
+        rows: the rows with the queries.
+        seen: the rows with the keys.
+        length: real tokens of each row of `seen`; None for all.
+        weight: of these keys in the softmax.
     """
 
     rows: slice
@@ -43,56 +43,56 @@ class _RowGroup:
 
     @property
     def log_weight(self) -> float:
-        """What the weight adds to scores."""
+        """What the weight adds to the scores."""
         return math.log(self.weight)
 
 
 @dataclass(frozen=True)
 class ContiguousGroup(_RowGroup):
-    """Consecutive rows that see as many consecutive rows, one each: `seen` is a slice."""
+    """Consecutive rows that see equally many consecutive rows, one each: `seen` is a slice."""
 
     seen: slice
 
     def part(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionPart:
-        """The queries, keys and values of it, out of all."""
+        """The queries, keys and values of this group."""
         return AttentionPart(
             self.select(query), key[self.seen, :, : self.length], value[self.seen, :, : self.length], causal=False
         )
 
     def select(self, tensor: Tensor) -> Tensor:
-        """A query-like tensor's rows, as they are in `part`."""
+        """The group's rows of a query-like tensor, in the shape of `part`."""
         return tensor[self.rows]
 
     def ungroup(self, tensor: Tensor) -> Tensor:
-        """What is shaped as in `part`, as rows."""
+        """A tensor in the shape of `part`, as rows."""
         return tensor
 
     def add(self, total: Tensor, grad: Tensor) -> None:
-        """Add the gradient of the part's keys or values to that of all."""
+        """Add the gradient of the group's keys or values to `total`."""
         total[self.seen, :, : self.length] += grad
 
 
 @dataclass(frozen=True)
 class SharedContextGroup(_RowGroup):
-    """Consecutive rows that all see the same rows, as one long row that sees one long row: `seen` are numbers."""
+    """Consecutive rows that all see the same rows, computed as one long row: `seen` are row indices."""
 
     seen: tuple[int, ...]
 
     def part(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionPart:
-        """The queries, keys and values of it, out of all."""
+        """The queries, keys and values of this group."""
         key, value = (_concat_rows(tensor[list(self.seen), :, : self.length]) for tensor in (key, value))
         return AttentionPart(self.select(query), key, value, causal=False)
 
     def select(self, tensor: Tensor) -> Tensor:
-        """A query-like tensor's rows, as they are in `part`."""
+        """The group's rows of a query-like tensor, in the shape of `part`."""
         return _concat_rows(tensor[self.rows])
 
     def ungroup(self, tensor: Tensor) -> Tensor:
-        """What is shaped as in `part`, as rows."""
+        """A tensor in the shape of `part`, as rows."""
         return _split_rows(tensor, self.rows.stop - self.rows.start)
 
     def add(self, total: Tensor, grad: Tensor) -> None:
-        """Add the gradient of the part's keys or values to that of all."""
+        """Add the gradient of the group's keys or values to `total`."""
         at = torch.tensor(self.seen, device=total.device)
         total[:, :, : self.length].index_add_(0, at, _split_rows(grad, len(self.seen)))
 
@@ -114,11 +114,11 @@ def plan_contexts(
     rows: Sequence[int] | None = None,
     weights: Weights | None = None,
 ) -> list[ContiguousGroup]:
-    """Put pairs of a row and a row it sees together where both go on in step, so that few calls do the work.
+    """Group pairs (row, seen row) that advance together, so that few calls are needed.
 
     Raises:
-        LlamoryError: not one list per row, a row that isn't there, that sees itself, or that is named twice, or
-            weights that aren't one positive number for each context.
+        LlamoryError: there isn't one list per row, a row is out of range, sees itself or is given twice, or the weights
+            aren't one positive number per context.
     """
     numbers = range(batch) if rows is None else rows
     weights = _check_contexts(contexts, numbers, batch, lengths, weights)
@@ -150,13 +150,13 @@ def plan_frozen_contexts(
     lengths: Sequence[int] | None = None,
     weights: Weights | None = None,
 ) -> list[SharedContextGroup]:
-    """Put rows together that see the same rows, none of which is one of them.
+    """Group rows that see the same rows outside the batch.
 
     Args:
-        contexts: per row, the rows context_rows the batch that it sees.
-        rows: of the batch.
-        context_rows: rows that can be seen.
-        lengths: real tokens of these.
+        contexts: per row of the batch, the context rows that it sees.
+        rows: number of rows of the batch.
+        context_rows: number of context rows.
+        lengths: real tokens of each context row.
         weights: as for `plan_contexts`.
 
     Raises:
@@ -180,38 +180,40 @@ def plan_frozen_contexts(
 def _check_contexts(
     contexts: Contexts, numbers: Sequence[int], seen_rows: int, lengths: Sequence[int] | None, weights: Weights | None
 ) -> Weights:
-    """The weights, if all fits."""
+    """Check contexts and return the weights, 1 by default."""
     if len(contexts) != len(numbers):
-        raise LlamoryError(f"There are {len(numbers)} rows, but contexts for {len(contexts)}.")
+        raise LlamoryError(f"There are {len(numbers)} rows, but contexts for {len(contexts)}; give one list per row.")
     if lengths is not None and len(lengths) != seen_rows:
-        raise LlamoryError(f"There are {seen_rows} rows, but lengths of {len(lengths)}.")
+        raise LlamoryError(f"There are {seen_rows} rows, but lengths of {len(lengths)}; give one length per row.")
     weights = [[1.0] * len(seen) for seen in contexts] if weights is None else weights
     if [len(each) for each in weights] != [len(seen) for seen in contexts] or any(
         not 0 < weight < math.inf for each in weights for weight in each
     ):
-        raise LlamoryError("Each context a row sees needs a weight, a number above 0; give as many as there are.")
+        raise LlamoryError("Each context needs a weight, a finite number above 0; give one per context.")
     for number, seen in zip(numbers, contexts, strict=True):
         for other in seen:
             if not 0 <= other < seen_rows or other == number:
-                raise LlamoryError(f"Row {number} can't see row {other}: other rows are meant, 0 to {seen_rows - 1}.")
+                raise LlamoryError(
+                    f"Row {number} can't see row {other}: contexts are other rows from 0 to {seen_rows - 1}."
+                )
         if len(set(seen)) != len(seen):
-            raise LlamoryError(f"Row {number} names a row twice: {list(seen)}.")
+            raise LlamoryError(f"Row {number} has a context twice: {list(seen)}.")
     return weights
 
 
 def crossbatch_contexts(
     batch_size: int, cross_batch_range: int, dataset_packing: int = 1, crossbatch_stepping: bool = False
 ) -> list[list[int]]:
-    """Which other rows each row sees: those before it, nearest first, as the published training code has it.
+    """The rows that each row sees: those before it, nearest first, as in the published training code.
 
     Args:
         batch_size: rows of the batch.
-        cross_batch_range: how many rows before it a row sees at most.
+        cross_batch_range: maximum number of rows that a row sees.
         dataset_packing: consecutive rows that hold consecutive chunks of one document.
-        crossbatch_stepping: later chunks of a document see more than earlier ones, whose first sees nothing.
+        crossbatch_stepping: later chunks of a document see more rows than earlier ones; the first sees none.
 
     Raises:
-        LlamoryError: a number is too small, packing doesn't divide the batch, or more contexts than there are rows.
+        LlamoryError: a number is too small, packing doesn't divide the batch, or the range exceeds the batch.
     """
     if batch_size < 1 or dataset_packing < 1 or cross_batch_range < 0:
         raise LlamoryError(
@@ -220,8 +222,8 @@ def crossbatch_contexts(
         )
     if batch_size % dataset_packing:
         raise LlamoryError(
-            f"The batch of {batch_size} rows can't be divided among documents of {dataset_packing} rows each; choose "
-            "a batch size that dataset_packing divides."
+            f"A batch of {batch_size} rows can't be divided into documents of {dataset_packing} rows each; choose a "
+            "multiple of dataset_packing."
         )
     if cross_batch_range >= batch_size:
         raise LlamoryError(
@@ -251,30 +253,28 @@ def cross_batch_attention(
     rows: Sequence[int] | None = None,
     weights: Weights | None = None,
 ) -> Tensor:
-    """Attention of each row to its own causal context and to the contexts of other rows, in one softmax.
+    """Attention of each row to its own causal context and to the contexts of other rows, under one softmax.
 
-    Scores are never held whole, and keys and values of other rows are read where they lie, never copied per row.
+    Memory doesn't grow with the number of scores, and keys and values of other rows aren't copied per row.
 
     Args:
         query: (batch, heads, seq, head_dim), without rotary embedding.
-        key: (batch, kv_heads, seq, head_dim), likewise; query head h reads key head h // (heads // kv_heads).
+        key: (batch, kv_heads, seq, head_dim), likewise; query head h uses key head h // (heads // kv_heads).
         value: the shape of `key`.
-        cos: (1 or batch, seq, head_dim), as transformers' rotary embedding gives it.
+        cos: (1 or batch, seq, head_dim), from transformers' rotary embedding.
         sin: likewise.
         contexts: per row, the rows whose whole contexts it also sees.
-        scaling: what scores are multiplied by; 1 / sqrt(head_dim) if not given.
-        lengths: real tokens of each row, which stand at its front; what is behind them is seen by nobody.
-        rows: the only rows that attend, where not all do; query, contexts and weights are then those rows' alone.
-        weights: for each of the contexts, how many of its kind it counts as in the softmax; 1 if not given. So a few
-            rows can stand for a large memory.
+        scaling: factor of the scores; by default 1 / sqrt(head_dim).
+        lengths: real tokens of each row; padding on the right isn't seen by other rows.
+        rows: the only rows with queries; query, contexts and weights are then of these rows.
+        weights: of each context in the softmax, 1 by default; a context of weight w counts as w copies.
 
     Returns:
-        The query's shape, differentiable in query, key and value. Behind a row's `lengths` it means nothing.
+        The shape of `query`, differentiable in query, key and value; undefined at padding.
 
     Raises:
-        LlamoryError: contexts, weights or lengths that don't fit the batch, or rows that begin at different positions.
+        LlamoryError: contexts, weights or lengths don't fit the batch, or rows start at different positions.
     """
-    # One projection for all, so what is found anywhere is one output.
     qkv = (query, key, value)
     settings: dict[str, Any] = {"scaling": scaling, "lengths": lengths, "rows": rows, "weights": weights}
     tensors, plan, scaling = _prepared(qkv, qkv, cos, sin, contexts, **settings)
@@ -290,16 +290,16 @@ def cross_batch_parts(
     contexts: Contexts,
     **settings: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`cross_batch_attention` where other rows are seen by projections of their own.
+    """`cross_batch_attention` with separate projections for other rows.
 
     Args:
         local_qkv: query, key and value for a row's own context.
-        memory_qkv: of the same shapes, for what it sees of other rows; with `frozen_contexts` keys and values are of rows that aren't
-            in the batch, which `contexts` and `lengths` then mean.
-        cos, sin, contexts, settings: as there.
+        memory_qkv: of the same shapes, for other rows. With `frozen_contexts` keys and values are of rows outside the
+            batch, to which `contexts` and `lengths` then refer.
+        cos, sin, contexts, settings: as for `cross_batch_attention`.
 
     Returns:
-        Of one softmax over both, what was found in a row's own context and what in others; their sum is the output.
+        The outputs from a row's own context and from other rows, under one softmax; the attention is their sum.
     """
     tensors, plan, scaling = _prepared(local_qkv, memory_qkv, cos, sin, contexts, **settings)
     outputs: tuple[Tensor, Tensor] = _CrossBatch.apply(*tensors, plan, scaling, True)  # type: ignore[no-untyped-call]
@@ -319,7 +319,7 @@ def _prepared(
     weights: Weights | None = None,
     frozen_contexts: bool = False,
 ) -> tuple[list[Tensor], Sequence[ContiguousGroup | SharedContextGroup], float]:
-    """Rotated queries, keys and values, those for other rows behind, with the plan and the scaling."""
+    """Rotated local and memory queries, keys and values, the plan, and the scaling."""
     query, key, value = local_qkv
     plan: Sequence[ContiguousGroup | SharedContextGroup]
     if frozen_contexts:
@@ -328,11 +328,11 @@ def _prepared(
         plan = plan_contexts(contexts, len(key), lengths, rows, weights)
     if lengths is not None and max(lengths, default=0) > memory_qkv[1].shape[2]:
         raise LlamoryError(
-            f"A row can't have {max(lengths)} tokens where the batch has {memory_qkv[1].shape[2]} columns."
+            f"A row can't have {max(lengths)} real tokens in a batch of {memory_qkv[1].shape[2]} columns."
         )
     first_cos, first_sin = cos[:, :1], sin[:, :1]
     if len(first_cos) > 1 and plan and not torch.equal(first_cos, first_cos[:1].expand_as(first_cos)):
-        raise LlamoryError("All rows must begin at the same position, as they read one another's keys at it.")
+        raise LlamoryError("All rows must start at the same position, at which they see one another's keys.")
     local_value = value
     if rows is not None:
         row_ids = torch.tensor(rows, device=key.device)
@@ -342,9 +342,9 @@ def _prepared(
     memory_query = rotated
     if memory_qkv[0] is not query:
         memory_query, _ = apply_rotary_pos_emb(memory_qkv[0], memory_qkv[0][:, :1], cos, sin)
-    # At position 0 this leaves keys as they are, but for the factor that some rotary embeddings put on all positions.
+    # At position 0 this only applies the factor that some rotary embeddings have at every position.
     _, memory_key = apply_rotary_pos_emb(query[:1, :, :1], memory_qkv[1], first_cos[:1], first_sin[:1])
-    # Under autocast the rotary embedding leaves queries and keys in float32, values in the shorter type.
+    # Under autocast, the rotary embedding returns queries and keys in float32.
     tensors = [
         part.to(value.dtype) for part in (rotated, local_key, local_value, memory_query, memory_key, memory_qkv[2])
     ]
@@ -353,16 +353,16 @@ def _prepared(
 
 @dataclass(frozen=True)
 class CrossBatch:
-    """Which rows of a batch are seen together in training.
+    """Which rows of a training batch see one another.
 
     Attributes:
         contexts: per row, the rows whose whole contexts it also sees in memory layers.
-        lengths: real tokens of each row, at its front; None if all columns are real.
-        query_rows: the only rows whose output is wanted; None for all. Of the others no more is computed than is seen.
-        last_layer: with `query_rows`, the last memory layer, from which on there are only those rows.
-        weights: for each of the contexts, how many of its kind it counts as; None for 1.
-        frozen_contexts: per memory layer, what it gets of rows that were read separate_outputs, (rows, width, hidden); `contexts` and
-            `lengths` then mean those.
+        lengths: real tokens of each row; None for all.
+        query_rows: the only rows whose output is needed; None for all.
+        last_layer: with `query_rows`, the last memory layer; behind it there are only these rows.
+        weights: of each context in the softmax; None for 1.
+        frozen_contexts: per memory layer, its inputs (rows, width, hidden) from rows outside the batch, to which
+            `contexts` and `lengths` then refer.
     """
 
     contexts: Contexts
@@ -374,9 +374,9 @@ class CrossBatch:
 
 
 class _CrossBatch(torch.autograd.Function):
-    """Flash attention part by part; the parts' gradients need nothing but the output and log-sum-exp of the whole.
+    """Flash attention by parts; their gradients need only the output and log-sum-exp of the whole.
 
-    Gives the output and None, or, `separate_outputs`, what was found local_qkv and what memory_qkv.
+    Returns the output and None, or with `separate_outputs` those from local and from memory keys.
     """
 
     @staticmethod
@@ -426,7 +426,7 @@ class _CrossBatch(torch.autograd.Function):
         grad_query, grad_local_key, grad_local_value = attend_part_backward(
             grad, local_qkv, output, lse, ctx.scaling, delta
         )
-        # Where all is one output, queries to others are the same ones, and so is their gradient.
+        # With one output, the queries to other rows are the local ones, and so are their gradients.
         grad_memory_query = torch.zeros_like(memory_query) if ctx.separate_outputs else grad_query
         grad_memory_key, grad_value = torch.zeros_like(memory_key), torch.zeros_like(value)
         for group in ctx.plan:
@@ -450,7 +450,7 @@ class _CrossBatch(torch.autograd.Function):
 
 
 def _merge_into(output: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> None:
-    """One softmax of what `output` and `lse` hold and another part, in place."""
+    """Merge another part into `output` and `lse`, in place, under one softmax."""
     total_lse = torch.logaddexp(lse, new_lse)
     output.mul_((lse - total_lse).exp_().unsqueeze(-1)).addcmul_(
         new.to(output.dtype), (new_lse - total_lse).exp_().unsqueeze(-1)

@@ -1,4 +1,7 @@
-"""The backward pass of `llamory.memory.attention.flash`, so that parts of one softmax can be trained."""
+"""The backward pass of `llamory.memory.attention.flash` for parts of one softmax.
+
+The kernels are private operators of torch, without which plain matrix products do the same.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-MAX_MATMUL_SCORES = 1 << 22  # scores that the plain way holds at once
-_CUDA_LSE_TILE = 32  # the memory-efficient kernel wants its log-sum-exp filled up to a multiple of this
-_EXTRA_DIMS = 8  # dimensions: kernels want multiples of 8
+MAX_MATMUL_SCORES = 1 << 22  # scores that the plain backward pass holds at once
+_CUDA_LSE_TILE = 32  # the CUDA kernel needs its log-sum-exp padded to a multiple of this
+_EXTRA_DIMS = 8  # kernels need head_dim to be a multiple of 8
+_KERNELS = {
+    "cpu": "_scaled_dot_product_flash_attention_for_cpu_backward",
+    "cuda": "_scaled_dot_product_efficient_attention_backward",
+}
 _CPU_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -22,9 +29,9 @@ class AttentionPart:
 
     Attributes:
         query: (batch, heads, queries, head_dim).
-        key: (batch, kv_heads, keys, head_dim); query head h reads key head h // (heads // kv_heads).
+        key: (batch, kv_heads, keys, head_dim); query head h uses key head h // (heads // kv_heads).
         value: the shape of `key`.
-        causal: query i sees the keys 0 to i, or all.
+        causal: whether query i sees the keys 0 to i only.
     """
 
     query: Tensor
@@ -42,7 +49,7 @@ class AttentionPart:
         return tensor.reshape(len(tensor), self.key.shape[1], -1, *tensor.shape[3:])
 
     def heads_of(self, tensor: Tensor) -> Iterator[Tensor]:
-        """Views of a query-like tensor that have as many heads as the keys, one per query head of a group."""
+        """Views of a query-like tensor with kv_heads heads, one for each query head of a group."""
         for group in range(self.groups):
             yield tensor[:, group :: self.groups]
 
@@ -53,20 +60,20 @@ def attend_part_backward(
     """Gradients of a part's query, key and value.
 
     Args:
-        grad: gradient of the whole attention's output, (batch, heads, queries, head_dim).
+        grad: gradient of the output of the whole attention, (batch, heads, queries, head_dim).
         part: the part.
-        output: of the whole attention, over this part and all others.
-        lse: of the whole attention, (batch, heads, queries).
-        scaling: what scores are multiplied by.
-        delta: the sum over head_dim of gradient times output, (batch, heads, queries), where other parts' outputs have
-            gradients of their own; worked out from `grad` and `output` if not given.
+        output: of the whole attention, over all parts.
+        lse: log-sum-exp of the whole attention, (batch, heads, queries).
+        scaling: factor of the scores.
+        delta: sum over head_dim of gradient times output, (batch, heads, queries); computed from `grad` and `output` by
+            default. Needed if the outputs of other parts have other gradients.
     """
     if delta is not None:
         return _with_delta(grad, part, lse, scaling, delta)
     if part.groups == 1:
         return _backward(grad, part.query, part.key, part.value, output, lse, part.causal, scaling)
     if not part.causal:
-        # Heads of a group read the same keys, as in `flash`: more queries of one head.
+        # As in `flash`, the heads of a group become more queries of one head.
         grouped = part.grouped(grad), part.grouped(part.query), part.key, part.value, part.grouped(output)
         grads = _backward(*grouped, part.grouped(lse), part.causal, scaling)
         return grads[0].reshape(part.query.shape), grads[1], grads[2]
@@ -83,10 +90,10 @@ def attend_part_backward(
 def _with_delta(
     grad: Tensor, part: AttentionPart, lse: Tensor, scaling: float, delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients for a given `delta`, which kernels work out themselves, from the output and its gradient.
+    """The gradients for a given `delta`, which kernels compute themselves as the product of gradient and output.
 
-    So both get more dimensions, where the gradient is 1, the values are 0, and the output is delta (in two terms, what
-    a short type rounds off being the second): their product is then delta, and nothing else changes.
+    Both get extra dimensions, in which the gradient is 1, values are 0, and the output is delta, split into two terms
+    against rounding. Their product is then delta, and nothing else changes.
     """
     (*shape, width), dtype = grad.shape, grad.dtype
     first = delta.to(dtype)
@@ -102,11 +109,11 @@ def _with_delta(
 
 def _backend(query: Tensor) -> str:
     device, dtype = query.device.type, query.dtype
-    if device == "cpu" and dtype in _CPU_TYPES:
-        return "cpu"
-    if device == "cuda" and dtype in _CUDA_TYPES and query.shape[-1] % 8 == 0:
-        return "cuda"
-    return "plain"
+    if not hasattr(torch.ops.aten, _KERNELS.get(device, "")):
+        return "plain"
+    if device == "cuda":
+        return "cuda" if dtype in _CUDA_TYPES and query.shape[-1] % 8 == 0 else "plain"
+    return "cpu" if dtype in _CPU_TYPES else "plain"
 
 
 def _backward(
@@ -130,13 +137,13 @@ def _backward(
         return grads
     if backend == "cuda":
         queries = query.shape[2]
-        # Filled up with what its forward pass fills up with.
+        # The forward kernel pads with infinity, too.
         padded_lse = lse.new_full((*lse.shape[:2], -(-queries // _CUDA_LSE_TILE) * _CUDA_LSE_TILE), torch.inf)
         padded_lse[..., :queries] = lse
-        # In half precision the kernel takes the output's rows to lie heads * head_dim apart, as its forward pass left
-        # them, and doesn't look where they are.
+        # In half precision the kernel ignores the output's strides: rows must be heads * head_dim apart, as its forward
+        # pass leaves them.
         output = output.transpose(1, 2).contiguous().transpose(1, 2)
-        # Without dropout the kernel reads no random state, but wants to be given one.
+        # Without dropout the kernel ignores the random state, but needs the arguments.
         seed = torch.zeros((), dtype=torch.long, device=query.device)
         *grads, _ = aten._scaled_dot_product_efficient_attention_backward(
             grad, query, key, value, None, output, padded_lse, seed, seed, 0.0, (True, True, True, False), causal,
@@ -173,7 +180,7 @@ def _query_slices(query: Tensor, key: Tensor) -> Iterator[slice]:
 
 
 def _scores(query: Tensor, key: Tensor, first: int | None, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Scores (batch, heads, queries, keys); with `first`, query i is number `first` + i and sees no future key."""
+    """Scores (batch, heads, queries, keys); with `first`, query i is at position `first` + i and sees no later key."""
     scores = query.to(dtype) @ key.to(dtype).transpose(2, 3) * scaling
     if first is not None:
         key_positions = torch.arange(key.shape[2], device=key.device)

@@ -16,36 +16,33 @@ from llamory.longllama.configuration import LongLlamaConfig, check_projections
 from llamory.models import base as backbone
 from llamory.models.adapters import load_shared
 
-# A model that wasn't trained for memory finds what it read best with memory in all layers but the first few, and with
-# windows well within its context (SmolLM2-135M: layers 5 to 29 of 30, 512 tokens).
+# A model that wasn't trained for memory retrieves best with memory in all layers but the first few and with windows
+# well below its context (SmolLM2-135M: layers 5 to 29 of 30, 512 tokens).
 DEFAULT_WINDOW = 512
 _MEMORY_FREE_DIVISOR = 6
-DEFAULT_READER = "reader"  # the packaged adapter that "default" means to whoever reads
+DEFAULT_READER = "reader"  # the packaged adapter that "default" refers to
 
 
 def resolve_reader_name(name: str | os.PathLike[str]) -> str:
-    """The model that a name means as a reader: "default" is the packaged one, all others are as for `backbone`."""
+    """The name of a reader for `models.base`: "default" is the packaged adapter."""
     packaged = backbone.packaged_name(name)
     if packaged is not None:
         return backbone.unshadowed_name(DEFAULT_READER) if packaged == "default" else packaged
     return name if isinstance(name, str) else os.path.abspath(name)  # noqa: PTH100
 
 
+# Settings of `LongLlamaConfig` that `load_long_model` takes under their own names.
+_CONFIG_SETTINGS = (
+    "mem_projections last_context_length mem_search mem_top_k mem_top_k_attention logn_attention_scale "
+    "logn_attention_start memory_size_bias memory_size_bias_start mem_dtype"
+).split()
+
+
 def load_long_model(
     name: str | Path = "default",
     *,
     mem_layers: Sequence[int] | None = None,
-    mem_projections: bool | None = None,
     context_length: int | None = None,
-    last_context_length: int | None = None,
-    mem_search: str | None = None,
-    mem_top_k: int | None = None,
-    mem_top_k_attention: bool | None = None,
-    logn_attention_scale: float | None = None,
-    logn_attention_start: int | None = None,
-    memory_size_bias: float | None = None,
-    memory_size_bias_start: int | None = None,
-    mem_dtype: str | None = None,
     dtype: Any = None,
     device: str | None = None,
     shared: bool = False,
@@ -55,23 +52,15 @@ def load_long_model(
 
     Args:
         name: a folder, a hub id, a `.gguf` file, an adapter's folder, "default" or "reader" for SmolLM2-135M with the
-            packaged adapter for answers from memory, or "base" for SmolLM2-135M as it is.
-        mem_layers: the memory layers. By default the checkpoint's own; a plain LLaMA, which has none, gets memory in
-            all but the first sixth of its layers.
-        mem_projections: whether memory has projections of its own; see `LongLlamaConfig`.
-        context_length: tokens of a window; by default the context of a LongLLaMA, 512 for a plain LLaMA.
-        last_context_length: tokens of a prompt that stay local.
-        mem_search: "exact", "pages" or "faiss".
-        mem_top_k: pages or neighbours per query.
-        mem_top_k_attention: leave out of the softmax what isn't among the `mem_top_k` best tokens, as the paper does.
-        logn_attention_scale, logn_attention_start: how much sharper attention gets as memory grows; see `LongLlamaConfig`.
-        memory_size_bias, memory_size_bias_start: how much of its growth is taken off memory's scores; see there.
-        mem_dtype: how memory is kept.
+            packaged adapter for answers from memory, or "base" for plain SmolLM2-135M.
+        mem_layers: memory layers; by default the checkpoint's, or for a plain LLaMA all but the first sixth.
+        context_length: tokens of a window; by default the context of a LongLLaMA, and at most 512 for a plain LLaMA.
         dtype: of the weights.
         device: where the model goes.
-        shared: in float32, with the base model's weights that another model has that was loaded so (`models.adapters`);
-            in any other type it makes no difference.
-        kwargs: passed to `from_pretrained`.
+        shared: in float32, share the base model's weights with other models loaded so (`models.adapters`).
+        kwargs: `mem_projections`, `last_context_length`, `mem_search`, `mem_top_k`, `mem_top_k_attention`,
+            `logn_attention_scale`, `logn_attention_start`, `memory_size_bias`, `memory_size_bias_start` and `mem_dtype`
+            of `LongLlamaConfig` (None for the default); others are passed to `from_pretrained`.
 
     Raises:
         LlamoryError: the model can't be loaded, or a setting isn't possible for it.
@@ -81,22 +70,13 @@ def load_long_model(
     check_projections(config, name, mem_layers or ())
     settings: dict[str, Any] = {
         "mem_layers": list(mem_layers) if mem_layers is not None else None,
-        "mem_projections": mem_projections,
         "max_position_embeddings": context_length,
-        "last_context_length": last_context_length,
-        "mem_search": mem_search,
-        "mem_top_k": mem_top_k,
-        "mem_top_k_attention": mem_top_k_attention,
-        "logn_attention_scale": logn_attention_scale,
-        "logn_attention_start": logn_attention_start,
-        "memory_size_bias": memory_size_bias,
-        "memory_size_bias_start": memory_size_bias_start,
-        "mem_dtype": mem_dtype,
+        **{key: kwargs.pop(key, None) for key in _CONFIG_SETTINGS},
     }
     if not isinstance(config, LongLlamaConfig):
         settings = _defaults_for_llama(config) | {key: value for key, value in settings.items() if value is not None}
     elif backbone.adapter_folder(name) is not None:
-        # The base model's own configuration knows nothing of memory.
+        # The model is loaded with the base model's configuration, which has no memory settings.
         last = settings.pop("last_context_length")
         settings = {key: getattr(config, key) if value is None else value for key, value in settings.items()}
         settings["last_context_length"] = last
@@ -104,10 +84,11 @@ def load_long_model(
     window = settings.get("max_position_embeddings")
     if window is not None and not 1 <= window <= config.max_position_embeddings:
         raise LlamoryError(
-            f"A window of {window} tokens isn't possible: this model's context is {config.max_position_embeddings}."
+            f"context_length is {window}, but it must be between 1 and the model's context, "
+            f"{config.max_position_embeddings}."
         )
     if window is not None and isinstance(config, LongLlamaConfig):
-        # A shorter window, asked for alone, brings a last window that fits.
+        # A shorter window alone also shortens the last window.
         settings.setdefault("last_context_length", min(window, config.last_context_length or window))
     if dtype is None and backbone.adapter_folder(name) is None:
         dtype = config.dtype

@@ -1,4 +1,4 @@
-"""The next-token loss, chunk by chunk so that (length × vocabulary) logits are never held, and a teacher's."""
+"""The next-token loss, in chunks that avoid (length × vocabulary) logits, and the distillation loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = -100
-# Bytes that one chunk's float32 logits may take, and rows it has at least: matrix products want tall operands.
+# Maximum bytes of a chunk's float32 logits, and its minimum rows, below which matrix products are slow.
 _CHUNK_BYTES = 32 * 2**20
 _MIN_CHUNK_ROWS = 128
 
@@ -19,8 +19,8 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, count: Tens
     Args:
         hidden: (..., hidden) last hidden states.
         weight: (vocabulary, hidden) of the output head.
-        targets: (...) the token that each place should predict, -100 where none is asked for.
-        count: what the sum is divided by instead of the number of targets here: those of a whole step, say.
+        targets: (...) token ids to predict, -100 for none.
+        count: divides the sum; by default the number of targets.
     """
     rows, row_targets = _labelled_rows(hidden, targets)
     total = hidden.sum() * 0.0 if not len(rows) else hidden.new_zeros((), dtype=torch.float32)
@@ -31,12 +31,12 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, count: Tens
 
 
 def teacher_loss(logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
-    """Mean KL divergence of a model's next-token distributions from a teacher's, in nats (Hinton et al. 2015).
+    """Mean KL divergence of next-token distributions from a teacher's, in nats (Hinton et al. 2015).
 
     Args:
-        logits: (batch, columns, vocabulary) the model's.
+        logits: (batch, length, vocabulary) of the model.
         teacher_logits: the same shape, without gradient.
-        mask: (batch, columns) true where a distribution counts.
+        mask: (batch, length), True where a distribution counts.
     """
     total = logits.new_zeros((), dtype=torch.float32)
     for row, teacher, real in zip(logits, teacher_logits, mask.bool(), strict=True):
@@ -46,7 +46,7 @@ def teacher_loss(logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor
 
 @torch.no_grad()
 def correct_tokens(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """How many of the targets are the model's first choice; arguments as `next_token_loss`."""
+    """How many targets have the highest logit; arguments as for `next_token_loss`."""
     rows, row_targets = _labelled_rows(hidden, targets)
     size = _chunk_rows(weight)
     parts = zip(rows.split(size), row_targets.split(size), strict=True)
@@ -55,7 +55,7 @@ def correct_tokens(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def _labelled_rows(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states and targets of the places where something is asked for."""
+    """Hidden states and targets of the tokens with a target."""
     labelled = targets != IGNORE_INDEX
     return hidden[labelled], targets[labelled]
 

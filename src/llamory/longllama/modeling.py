@@ -1,4 +1,7 @@
-"""LongLLaMA's decoder: a LLaMA that reads on, window by window (Tworkowski et al. 2023, arXiv:2307.03170)."""
+"""LongLLaMA's decoder: a LLaMA that processes inputs of any length in windows (Tworkowski et al. 2023).
+
+The paper is arXiv:2307.03170. Shapes: B rows of the batch, L columns of the input, R rows and W width of a window.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,10 @@ from transformers import AutoModel, LlamaModel, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from llamory.errors import LlamoryError
-from llamory.longllama.attention import (
-    LongLlamaAttention,
-    LongLlamaDecoderLayer,
-    MemoryProjection,
-    scale_context_weights,
-)
+from llamory.longllama.attention import LongLlamaDecoderLayer, MemoryProjection, scale_context_weights
 from llamory.longllama.cache import ForwardContext, LongLlamaCache
 from llamory.longllama.configuration import LongLlamaConfig, check_last_context, check_memory
 from llamory.longllama.crossbatch import Contexts, CrossBatch, Weights
@@ -27,15 +26,15 @@ from llamory.longllama.windows import RealTokens, Window, split_continuation, sp
 from llamory.memory import MemoryBank
 from llamory.memory.search import Search, make_search
 
-# Tokens at once that go on from a local context. Each sees its own part of it; the mask for that sets the limit.
+# Tokens of a continuation per window. Each sees another part of the local context, for which the mask grows with W².
 MAX_CONTINUATION_TOKENS = 512
 
 
 class LongLlamaPreTrained(PreTrainedModel):
-    """What the decoder and the language model have in common.
+    """The common part of decoder and language model.
 
-    Gradient checkpointing of every i-th layer, as the configuration says, and projections for memory that start as the
-    layer's own where a checkpoint has none.
+    Every i-th layer is checkpointed with gradient checkpointing, as configured. Projections for memory that a
+    checkpoint doesn't have are initialized from the layer's own.
     """
 
     _keys_to_ignore_on_load_missing = [r"\.mem_[qkvo]_proj\."]
@@ -49,13 +48,13 @@ class LongLlamaPreTrained(PreTrainedModel):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int | None = None, **kwargs: Any
     ) -> None:
-        """As transformers', for every `gradient_checkpoint_every_ith` layer if nothing else is said."""
+        """As in transformers, by default for every `gradient_checkpoint_every_ith` layer."""
         every = self.config.gradient_checkpoint_every_ith if every_n_layers is None else every_n_layers
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, every, **kwargs)
 
 
 class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
-    """A LlamaModel that reads inputs of any length in windows, with a memory in some of its layers."""
+    """A LlamaModel that processes inputs of any length in windows, with memory in some of its layers."""
 
     config_class = LongLlamaConfig
     config: LongLlamaConfig
@@ -64,14 +63,22 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
 
     def __init__(self, config: LongLlamaConfig):
         check_memory(config)
-        super().__init__(config)
+        super(LlamaModel, self).__init__(config)  # not Llama's constructor, which builds Llama's layers
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [LongLlamaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self._search: tuple[Any, Search] | None = None
+        self.post_init()
         for layer in self.layers:
-            # The same weights under the same names, only the forward pass is ours; so nothing is built twice.
-            layer.__class__ = LongLlamaDecoderLayer
-            layer.self_attn.__class__ = LongLlamaAttention
+            # After the initialization of the layer's own projections, which the ones for memory copy.
             if layer.self_attn.has_projections:
                 layer.self_attn.add_projections()
-        self._search: tuple[Any, Search] | None = None
         self.post_init()
 
     def forward(  # type: ignore[override]
@@ -93,34 +100,33 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         context_lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
-        """Read a batch of any length, or, with `contexts`, rows of one window each that see one another (training).
+        """Process a batch of any length, or in training (with `contexts`) rows of one window that see one another.
 
         Args:
-            input_ids: (batch, length).
-            attention_mask: (batch, length) or with the columns read before in front; 0 at padding, on either side.
-            position_ids: not used: local positions start at 0 in each window (the paper's section 3.3).
-            past_key_values: a `LongLlamaCache` to go on from.
-            inputs_embeds: (batch, length, hidden), instead of `input_ids`.
-            use_cache: whether the last window keep_local in a local context; without, it goes into memory as well.
-            last_context_length: tokens in the last window; the configuration's if not given.
-            logits_to_keep: hidden states are kept of so many last columns only (0 or a tensor: all;
-                None: of none, which spares computing what nothing but memory is wanted of).
-            output_hidden_states: whether to give the layers' inputs, too.
-            return_dict: whether to give a `BaseModelOutputWithPast` or a tuple.
-            contexts: per row, the rows of this batch whose whole contexts its memory layers see, with gradients
-                (section 3.2). Nothing is kept then, and padding stands on the right.
-            query_rows: with `contexts`, the only rows whose hidden states are wanted; those of the others are zeros, and no
-                more of them is computed than is seen.
-            context_weights: for each of the contexts, how many of its kind it counts as; see `cross_batch_attention`.
-            context_states: what `layer_inputs` gave of rows that were read apart; `contexts` then means those.
-            context_lengths: real tokens of each of these rows, at its front; all of them if not given.
-            kwargs: passed on to the layers.
+            input_ids: (B, L).
+            attention_mask: (B, L) or longer, with earlier columns in front; 0 at padding, on either side.
+            position_ids: ignored; local positions start at 0 in each window (section 3.3 of the paper).
+            past_key_values: a `LongLlamaCache` to continue.
+            inputs_embeds: (B, L, hidden), instead of `input_ids`.
+            use_cache: keep the last window in a local context; otherwise it goes into memory like the others.
+            last_context_length: tokens of the last window; by default the configuration's.
+            logits_to_keep: return hidden states of the last columns only (0 or a tensor: of all; None: of none, which
+                computes only what memory needs).
+            output_hidden_states: return the input of each layer, too.
+            return_dict: return a `BaseModelOutputWithPast` instead of a tuple.
+            contexts: per row, the rows of this batch that its memory layers see whole, with gradients (section 3.2).
+                Nothing is cached, and padding must be on the right.
+            query_rows: with `contexts`, the only rows whose hidden states are needed; the others' are zeros.
+            context_weights: the weight of each context in the softmax; see `cross_batch_attention`.
+            context_states: what `layer_inputs` returned for rows outside the batch; `contexts` then refers to these.
+            context_lengths: real tokens of each row of `context_states`; by default all.
+            kwargs: passed to the layers.
 
         Returns:
-            Hidden states, (batch, columns kept, hidden), zeros at padding, and the cache (None where nothing is kept).
+            Hidden states (B, columns kept, hidden), zeros at padding, and the cache (None if nothing is cached).
 
         Raises:
-            LlamoryError: the last context is longer than the context, or the cache doesn't fit.
+            LlamoryError: the last window is longer than the context, or the cache doesn't fit the batch.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -171,7 +177,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         assert last is not None
         check_last_context(last, context)
         if cache.has_local and not use_cache:
-            raise LlamoryError("A cache with a local context can only be gone on with use_cache=True.")
+            raise LlamoryError("A cache with a local context can only be continued with use_cache=True.")
         if cache.has_local and self.config.local_cache_overflow == "slide":
             return split_continuation(real.lengths, min(MAX_CONTINUATION_TOKENS, context))
         if not self.config.mem_layers and max(real.lengths, default=0) <= context:
@@ -189,7 +195,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         all_states: bool,
         kwargs: dict[str, Any],
     ) -> list[Tensor]:
-        """Take one window through the layers. Gives the last hidden states, with `all_states` each layer's input too."""
+        """The last hidden states (R, W, hidden) of one window, with `all_states` after the input of each layer."""
         part = real.gather(window, source)
         hidden = part if source.is_floating_point() else self.embed_tokens(part)
         all_rows = len(window.rows) == len(source)
@@ -240,7 +246,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         cross_batch: CrossBatch,
         kwargs: dict[str, Any],
     ) -> BaseModelOutputWithPast:
-        """Rows that see one another's contexts in memory layers."""
+        """Rows that see one another in memory layers (section 3.2)."""
         batch, width = source.shape[:2]
         if width > self.config.max_position_embeddings:
             raise LlamoryError(
@@ -262,7 +268,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
             weights = cross_batch.weights or [[1.0] * len(seen) for seen in real]
             cross_batch = replace(cross_batch, weights=scale_context_weights(self.config, weights, real))
         position_ids = torch.arange(width, device=hidden.device)[None]
-        # Padding stands behind what is real, where causal attention doesn't look.
+        # Padding is on the right, where causal attention doesn't look.
         mask = self._causal_mask(hidden, position_ids)
         rotary = self.rotary_emb(hidden, position_ids)
         for layer in self.layers:
@@ -277,19 +283,19 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
 
     @torch.no_grad()
     def layer_inputs(self, input_ids: Tensor) -> dict[int, Tensor]:
-        """What memory layers make keys and values of, for rows that are read by themselves.
+        """The normed inputs of the memory layers' attention, from which memory keys and values are computed.
 
         Args:
-            input_ids: (rows, width) of one window each, padded on the right.
+            input_ids: (R, W), one window per row, padded on the right; rows don't see one another.
 
         Returns:
-            Per memory layer (rows, width, hidden), without gradient.
+            Per memory layer (R, W, hidden), without gradient.
         """
         hidden, layer_inputs_by_index = self.embed_tokens(input_ids), {}
         position_ids = torch.arange(input_ids.shape[1], device=hidden.device)[None]
         mask, rotary = self._causal_mask(hidden, position_ids), self.rotary_emb(hidden, position_ids)
         last = max(self.config.mem_layers, default=-1)
-        # Memory layers without positions aren't Llama's layers.
+        # Memory layers without positions need our attention, here without any contexts.
         layer_kwargs = {} if self.config.mem_positionals else {"cross_batch": CrossBatch([[]] * len(input_ids))}
         for layer in self.layers[: last + 1]:
             if layer.self_attn.has_memory:
@@ -299,7 +305,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         return layer_inputs_by_index
 
     def _causal_mask(self, hidden: Tensor, position_ids: Tensor) -> Tensor | None:
-        """Only some implementations (eager) need it spelt out that a window is causal."""
+        """The causal mask, None for attention implementations that need none."""
         mask: Tensor | None = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden,
@@ -319,18 +325,18 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         if past is not None and not isinstance(past, LongLlamaCache):
             if past.get_seq_length():
                 raise LlamoryError(
-                    f"LongLLaMA can't go on from a {type(past).__name__}; pass the past_key_values that it gave, "
-                    "or memory_cache(bank)."
+                    f"LongLLaMA can't continue a {type(past).__name__}; pass past_key_values that it returned, or "
+                    "memory_cache(bank)."
                 )
             past = None
         cache = past if past is not None else LongLlamaCache(self.config)
         if past is not None and not use_cache and cache.has_local:
-            raise LlamoryError("A cache with a local context can only be gone on with use_cache=True.")
+            raise LlamoryError("A cache with a local context can only be continued with use_cache=True.")
         cache.prepare(batch, self.new_memory)
         return cache
 
     def new_memory(self, fingerprint: str = "") -> MemoryBank:
-        """An empty memory of this model's layers and shape."""
+        """An empty memory with the layers and shape of this model."""
         config = self.config
         return MemoryBank(
             config.mem_layers,
@@ -351,7 +357,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
 
 
 class _HiddenStateCollector:
-    """The hidden states of all windows, put back to their columns."""
+    """Puts the hidden states of windows into the columns of the input."""
 
     def __init__(self, batch: int, columns: int, all_states: bool):
         self.shape, self.all_states = (batch, columns), all_states
@@ -359,7 +365,7 @@ class _HiddenStateCollector:
 
     def add(self, states: list[Tensor], window: Window, real: RealTokens, offset: int) -> None:
         if real.columns is None and len(window.rows) == self.shape[0] and states[0].shape[1] >= self.shape[1]:
-            # All that is asked for came from this one window, which is most often so.
+            # The common case: all columns are from this window.
             self.tensors = [state[:, -self.shape[1] :] for state in states]
             return
         if not self.tensors:
@@ -377,31 +383,33 @@ class _HiddenStateCollector:
 
 
 def _first_kept(logits_to_keep: int | Tensor | None, length: int) -> int:
-    """The first column whose hidden state is wanted."""
+    """The first column whose hidden state is returned."""
     if logits_to_keep is None:
         return length
     return max(length - logits_to_keep, 0) if isinstance(logits_to_keep, int) and logits_to_keep else 0
 
 
 def _current_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """The mask of the input's own columns."""
+    """The last `length` columns of the mask."""
     if attention_mask is None:
         return None
     if attention_mask.ndim != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
         raise LlamoryError(
-            f"attention_mask has the shape {tuple(attention_mask.shape)}, but it must be (batch, length), with "
-            f"{batch} rows and at least {length} columns."
+            f"attention_mask has the shape {tuple(attention_mask.shape)}, but it needs {batch} rows and at least "
+            f"{length} columns."
         )
     return attention_mask[:, attention_mask.shape[1] - length :]
 
 
 def _lengths(mask: Tensor | None) -> tuple[int, ...] | None:
-    """Real tokens of each row, None if all are."""
+    """Real tokens per row; None if all tokens are real."""
     if mask is None or bool(mask.all()):
         return None
     lengths = mask.bool().sum(1)
     if bool((mask.bool() != (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])).any()):
-        raise LlamoryError("Rows that see one another must be padded on the right; set the padding side to right.")
+        raise LlamoryError(
+            "Rows that see one another must be padded on the right; set the tokenizer's padding_side to right."
+        )
     return tuple(lengths.tolist())
 
 

@@ -1,4 +1,4 @@
-"""Windows: how an input is cut, and which tokens of the local context a window reads, moves and evicts."""
+"""Windows: how an input is split, and which tokens of the local context a window reads and evicts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Window:
-    """One pass through the layers: some rows' next real tokens.
+    """One pass through the layers: the next real tokens of some rows.
 
     Attributes:
-        rows: indices of the batch's rows that take part.
-        starts: per row, the first of its real tokens in this window.
-        stops: per row, behind the last one.
-        keep_local: whether the tokens stay in the local context (else they go into memory).
+        rows: indices of the batch rows in this window.
+        starts: per row, the index of its first real token in this window.
+        stops: per row, the index behind its last one.
+        keep_local: whether the tokens stay in the local context or go into memory.
     """
 
     rows: tuple[int, ...]
@@ -37,21 +37,22 @@ class Window:
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all rows have as many tokens."""
+        """Whether all rows have the same number of tokens."""
         return len(set(self.lengths)) == 1
 
 
 def split_prompt(lengths: Sequence[int], context: int, last: int, keep_local: bool) -> list[Window]:
-    """Cut the rows of a new prompt into windows (the paper's section 3; `last_context_length` in the published code).
+    """Split the rows of a new prompt into windows (section 3 of the paper).
 
-    All but the last `last` tokens are cut into windows of `context` tokens, which go into memory; then comes the last
-    window. Rows are cut each by its own length, so what a row sees doesn't depend on the rest of the batch.
+    All but the last `last` tokens (`last_context_length` in the published code) become windows of `context` tokens that
+    go into memory; then comes the last window. Each row is split by its own length, so its result doesn't depend on
+    the rest of the batch.
 
     Args:
-        lengths: real tokens per row; rows without any take no part.
+        lengths: real tokens per row; rows without any are left out.
         context: the length of a window.
         last: the length of the last window.
-        keep_local: whether the last window keep_local in the local context.
+        keep_local: whether the last window stays in the local context.
     """
     memory_stops = [max(length - last, 0) for length in lengths]
     windows = [
@@ -68,7 +69,7 @@ def split_prompt(lengths: Sequence[int], context: int, last: int, keep_local: bo
 
 
 def split_continuation(lengths: Sequence[int], chunk: int) -> list[Window]:
-    """Cut what follows on a local context into chunks; all of them stay."""
+    """Split the continuation of a local context into windows of `chunk` tokens that stay local."""
     return [
         _window(
             [(row, start, min(start + chunk, length)) for row, length in enumerate(lengths) if start < length],
@@ -84,12 +85,12 @@ def _window(parts: list[tuple[int, int, int]], keep_local: bool) -> Window:
 
 
 class RealTokens:
-    """Where the real tokens of a padded batch stand.
+    """The columns of the real tokens of a padded batch.
 
     Args:
-        attention_mask: (batch, length), not 0 at real tokens; None where all are real.
-        batch: rows.
-        length: columns.
+        attention_mask: (batch, length), 0 at padding; None if all tokens are real.
+        batch: number of rows.
+        length: number of columns.
     """
 
     def __init__(self, attention_mask: Tensor | None, batch: int, length: int):
@@ -100,7 +101,7 @@ class RealTokens:
             self.lengths = [len(columns) for columns in self.columns]
 
     def gather(self, window: Window, batch: Tensor) -> Tensor:
-        """A window's part of (batch, length, ...), (rows, width, ...); short rows are filled up behind with zeros."""
+        """The window of a tensor (batch, length, ...) as (rows, width, ...), zeros behind shorter rows."""
         if self.columns is None and window.is_uniform and len(window.rows) == len(batch):
             return batch[:, window.starts[0] : window.stops[0]]
         part = batch.new_zeros((len(window.rows), window.width, *batch.shape[2:]))
@@ -109,7 +110,7 @@ class RealTokens:
         return part
 
     def scatter(self, window: Window, part: Tensor, batch: Tensor, offset: int) -> None:
-        """Write a window's results (rows, width, ...) to their columns of `batch`, whose first column is `offset`."""
+        """Write a window's results (rows, width, ...) to their columns of `batch`, which starts at column `offset`."""
         if self.columns is None and window.is_uniform and len(window.rows) == len(batch):
             start = max(window.starts[0], offset)
             if start < window.stops[0]:
@@ -120,7 +121,7 @@ class RealTokens:
             batch[row, columns[wanted] - offset] = part[source, : len(columns)][wanted]
 
     def reaches(self, window: Window, offset: int) -> bool:
-        """Whether a window has tokens at column `offset` or behind it."""
+        """Whether a window has tokens at or after column `offset`."""
         if self.columns is None:
             return max(window.stops) > offset
         last = [int(self.columns[row][stop - 1]) for row, stop in zip(window.rows, window.stops, strict=True)]
@@ -138,26 +139,26 @@ class RealTokens:
         return parts
 
 
-# Positions grow as the local context slides; far beyond this float32 angles of the rotary embedding get coarse.
+# Positions grow as the local context slides; far beyond this, float32 angles of the rotary embedding lose precision.
 REBASE_THRESHOLD = 65536
 
 
 @dataclass
 class LocalUpdate:
-    """What attention needs to go on from a local context with a few tokens per row.
+    """How the next tokens continue a local context: what they see, and what they evict.
 
-    Slots are columns of the layers' buffers. Masks are True where a query may look.
+    Slots are columns of the layers' buffers. Masks are True where a query sees a key.
 
     Attributes:
         write: slots of the new tokens.
-        seen: slots that are attended to in the local context, old and new.
-        mask: (rows or 1, 1, width, seen) or None where every query sees all of `seen`.
-        evicted_before: per row, slots that leave before attention (None: nothing leaves).
-        evicted: slots among which some leave within the update: the queries far enough behind see them as memory.
+        seen: slots of the local context that are attended to, old and new.
+        mask: (rows or 1, 1, width, seen); None if every query sees all of `seen`.
+        evicted_before: per row, slots to evict before attention; None for none.
+        evicted: slots of which some are evicted during the update; later queries see these as memory.
         evicted_mask: (rows or 1, 1, width, evicted), for `evicted`.
-        evicted_after: per row, slots that leave after attention.
+        evicted_after: per row, slots to evict after attention.
         position_ids: (rows or 1, width) of the new tokens.
-        memory_position_ids: the same for queries to memory, which stay within the context; None where equal.
+        memory_position_ids: the same for queries to memory, limited to the context; None if equal.
     """
 
     write: slice
@@ -169,7 +170,7 @@ class LocalUpdate:
     evicted: slice | None = None
     evicted_mask: Tensor | None = None
     evicted_after: list[Tensor | slice] | None = None
-    # The table's entries after the update, kept for `Slots.commit`.
+    # For `Slots.commit`.
     rows: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     start: int = 0
@@ -177,19 +178,19 @@ class LocalUpdate:
 
 
 class Slots:
-    """Which tokens of each row stand in which columns of the local buffers, the same for all layers.
+    """Which tokens of each row are in which columns of the local buffers, the same for all layers.
 
     Args:
-        batch: rows.
-        context: the most tokens of a row that are local.
-        flush: whether all local tokens leave when the next don't fit (else the oldest leave, one by one).
+        batch: number of rows.
+        context: maximum local tokens per row.
+        flush: on overflow evict all local tokens instead of the oldest ones.
     """
 
     def __init__(self, batch: int, context: int, flush: bool):
         self.batch, self.context, self.flush = batch, context, flush
         self.start = self.end = self.capacity = 0
         self.next = [0] * batch
-        # (batch, capacity) position of the token in each slot, -1 for none. None while all rows are alike: slot j then
+        # (batch, capacity) position of the token in each slot, -1 for none. None while all rows are equal: slot j then
         # has the position next - (end - j).
         self.table: Tensor | None = None
 
@@ -205,7 +206,7 @@ class Slots:
         return max((self.length(row) for row in range(self.batch)), default=0)
 
     def fill(self, rows: Sequence[int], counts: Sequence[int]) -> slice:
-        """Take in a first window; its tokens start at slot 0. Gives the slots to write."""
+        """Add a first window and return its slots, from 0."""
         width = max(counts)
         self.start, self.end = 0, width
         self.capacity = max(self.capacity, width + min(256, self.context))
@@ -220,15 +221,16 @@ class Slots:
         return slice(0, width)
 
     def reserve_columns(self, width: int) -> tuple[slice, int] | None:
-        """Make room for `width` more columns: what of the buffers must move to the front of buffers of which capacity.
+        """Reserve `width` more columns.
 
-        None if there is room enough.
+        Returns:
+            The slots to move to the front of new buffers, and their capacity; None if nothing must move.
         """
         if self.end + width <= self.capacity:
             return None
         kept = slice(self.start, self.end)
         used = self.end - self.start + width
-        # Some room to slide in, so that moving to the front stays rare.
+        # Spare columns, so that moving to the front stays rare.
         self.capacity = max(used, min(2 * used, self.context + width + max(64, self.context // 8)))
         if self.table is not None:
             table = torch.full((self.batch, self.capacity), -1)
@@ -238,14 +240,14 @@ class Slots:
         return kept, self.capacity
 
     def plan(self, rows: Sequence[int], counts: Sequence[int]) -> LocalUpdate:
-        """Plan the next tokens (`counts` of each of `rows`); there must be room for them."""
+        """Plan the next `counts` tokens of `rows`; their columns must be reserved."""
         if self.table is None and len(rows) == self.batch and len(set(counts)) == 1:
             return self._plan_uniform(list(rows), counts[0])
         self._ensure_table()
         return self._plan_ragged(list(rows), list(counts))
 
     def commit(self, update: LocalUpdate) -> None:
-        """The update's tokens are written and what left is expired."""
+        """Record that an update was computed."""
         if self.table is None:
             if update.flushed[0]:
                 self.next = [0] * self.batch
@@ -273,7 +275,7 @@ class Slots:
             self.table = self.table[list(indices)]
 
     def crop(self, tokens: int) -> None:
-        """Take back the last columns of all rows; what has left doesn't return."""
+        """Remove the last columns of all rows; evicted tokens don't return."""
         self._ensure_table()
         assert self.table is not None
         for row in range(self.batch):
@@ -284,7 +286,7 @@ class Slots:
             self.table = None
 
     def rebase_positions(self) -> int:
-        """Let positions start again near 0 once they are large; gives by how much they became smaller."""
+        """Subtract from large positions so that they start near 0 again; returns the difference."""
         if max(self.next, default=0) < max(REBASE_THRESHOLD, 2 * self.context):
             return 0
         shift = min(self.next) - self.context
@@ -373,7 +375,7 @@ class Slots:
         return [row.nonzero().flatten() + self.start for row in slot_mask]
 
     def _clamp_positions(self, positions: Tensor) -> Tensor | None:
-        """Positions of queries to memory: as far as the local context reaches, which training saw, and no further."""
+        """Positions of queries to memory, limited to the context, as in training."""
         if int(positions.max()) < self.context:
             return None
         return positions.clamp(max=self.context - 1)

@@ -1,10 +1,7 @@
-"""An endless stream of tokenised documents from one or several sources, seeded and resumable from a few numbers."""
+"""An endless, seeded and resumable stream of tokenized documents from sources with given proportions."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,37 +10,36 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamory.common.io import PathLike, json_digest
 from llamory.documents import Document, find_files, read_file
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-# A document of a source: number of the file (as `find_files` lists them) and of the document within the file.
+# A document of a source: the index of its file (in the order of `find_files`) and its index within the file.
 Key = tuple[int, int]
-# How far from 1 the sum of all proportions may be.
-_PROPORTION_TOLERANCE = 1e-3
+_PROPORTION_TOLERANCE = 1e-3  # how far from 1 the sum of all proportions may be
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents that belong together, and their share of the tokens.
+    """Documents and their proportion of the tokens.
 
     Attributes:
         paths: files and folders, as for `llamory.documents.find_files`.
-        proportion: the share of all tokens that come from here; the shares of all sources add up to 1.
+        proportion: of all tokens; the proportions of all sources add up to 1.
     """
 
-    paths: Paths
+    paths: PathLike | Sequence[PathLike]
     proportion: float = 1.0
 
 
-def make_sources(paths: Sequence[str | os.PathLike[str]], proportions: Sequence[float] | None = None) -> list[Source]:
-    """One source of all paths, or with proportions one of each path.
+def make_sources(paths: Sequence[PathLike], proportions: Sequence[float] | None = None) -> list[Source]:
+    """One source of all paths, or with proportions one source per path.
 
     Raises:
-        LlamoryError: there isn't one proportion for each path, or they can't be used (see `DocumentStream`).
+        LlamoryError: there isn't one proportion per path, or they aren't positive or don't add up to 1.
     """
     if proportions is None:
         return [Source(list(paths))]
@@ -57,31 +53,30 @@ def make_sources(paths: Sequence[str | os.PathLike[str]], proportions: Sequence[
 
 
 class DocumentStream:
-    """Documents without end, as `(tokens, source, key)`: ids of ordinary tokens, the source's number, which document.
+    """An endless iterator of documents as `(token ids, source index, key)`.
 
-    A source that ends begins again in another order. The next document is of the source that is furthest behind its
-    proportion of the tokens so far, so that the shares of tokens tend to the proportions. Files are taken in an order
-    that depends on seed, epoch and source; documents go through a buffer from which the next one is drawn.
-    Several processes share the documents of an epoch: each takes every `shards`-th. A process to which an epoch leaves
-    no usable document takes all of them, in an order of its own.
+    Each next document is of the source that is furthest behind its proportion of the tokens so far. A source restarts
+    in another order when it ends. The order of files depends on seed, epoch and source; documents are drawn from a
+    shuffle buffer. Each of several shards takes every `shards`-th document of an epoch. A shard without any usable
+    document in an epoch takes all of them, in its own order.
 
     Args:
         sources: where documents come from.
-        tokenizer: makes token ids; each document is tokenised whole.
-        seed: of all that is shuffled.
-        min_length: documents with fewer tokens are passed over.
-        shuffle_buffer: documents of each source whose texts wait to be drawn; 0 leaves documents and files in order.
-        shard: number of this process, from 0.
-        shards: how many processes share the documents.
-        text_field: the entry of a JSON line that holds the text.
-        skip_broken: pass over broken JSON lines and files that aren't UTF-8.
+        tokenizer: encodes each document, without special tokens.
+        seed: of all shuffling.
+        min_length: skip documents with fewer tokens.
+        shuffle_buffer: documents per source to draw from; 0 keeps the order of documents and files.
+        shard: index of this shard.
+        shards: number of shards.
+        text_field: field of a JSON line with the text.
+        skip_broken: skip broken JSON lines and files that aren't UTF-8.
 
     Attributes:
-        tokens_emitted: tokens given so far, of each source.
+        tokens_emitted: tokens returned so far, per source.
 
     Raises:
-        LlamoryError: a file can't be found or read, a number is out of range, proportions aren't positive or don't add
-            up to 1, or a source has no document of `min_length`. While iterating, a broken line or file.
+        LlamoryError: a file can't be read, a number is out of range, proportions aren't positive or don't add up to 1,
+            or a source has no document of `min_length`. While iterating: a line or file is broken.
     """
 
     def __init__(
@@ -104,8 +99,8 @@ class DocumentStream:
             )
         if not 0 <= shard < shards:
             raise LlamoryError(f"shard must be one of 0 to {shards - 1}, not {shard}.")
-        whole = sum(source.proportion for source in sources)
-        self._proportions = [source.proportion / whole for source in sources]
+        total = sum(source.proportion for source in sources)
+        self._proportions = [source.proportion / total for source in sources]
         self._settings = {
             "seed": seed,
             "min_length": min_length,
@@ -128,14 +123,6 @@ class DocumentStream:
         ]
         self._digest = _digest([reader.files for reader in self._readers], tokenizer)
         self.tokens_emitted = [0] * len(sources)
-        self.check()
-
-    def check(self) -> None:
-        """Find a first document of each source that is long enough.
-
-        Raises:
-            LlamoryError: a source has none, or what comes before it is broken.
-        """
         for reader in self._readers:
             reader.files.check()
 
@@ -144,18 +131,18 @@ class DocumentStream:
 
     def __next__(self) -> tuple[list[int], int, Key]:
         total = sum(self.tokens_emitted)
-        shares = zip(self._proportions, self.tokens_emitted, strict=True)
-        behind = [(share * total - taken, share) for share, taken in shares]
+        emitted = zip(self._proportions, self.tokens_emitted, strict=True)
+        behind = [(proportion * total - tokens, proportion) for proportion, tokens in emitted]
         source = max(range(len(behind)), key=behind.__getitem__)
         key, tokens = self._readers[source].draw()
         self.tokens_emitted[source] += len(tokens)
         return tokens, source, key
 
     def read(self, documents: Iterable[tuple[int, Key]]) -> list[list[int]]:
-        """Tokens of documents that were given before, by source and key; each file is read once.
+        """Token ids of documents given by source and key; each file is read once.
 
         Raises:
-            LlamoryError: a document is no longer there.
+            LlamoryError: a document doesn't exist any more.
         """
         documents = list(documents)
         keys: dict[int, list[Key]] = defaultdict(list)
@@ -165,7 +152,7 @@ class DocumentStream:
         return [self._readers[source].files.encode(texts[source][key]) for source, key in documents]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, for JSON: only numbers of files and documents, no text and no tokens."""
+        """The position, as JSON values: indices of files and documents, no text."""
         return {
             "settings": self._settings,
             "files": self._digest,
@@ -174,16 +161,16 @@ class DocumentStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the state was taken; documents that waited in a buffer are read again.
+        """Continue at a position; documents in the shuffle buffer are read again.
 
         Raises:
-            LlamoryError: the state is of other files, another tokenizer or other settings.
+            LlamoryError: the position is of other files, another tokenizer or other settings.
         """
         check_same_settings(state["settings"], self._settings)
         if state["files"] != self._digest:
             raise LlamoryError(
-                "The checkpoint's place in the data is of other files or another tokenizer; go on with those that it "
-                "was made with, or start anew."
+                "The checkpoint's position in the data is of other files or another tokenizer; resume with the same "
+                "ones, or start a new run."
             )
         for reader, reader_state in zip(self._readers, state["readers"], strict=True):
             reader.load_state_dict(reader_state)
@@ -191,16 +178,12 @@ class DocumentStream:
 
 
 def check_same_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Compare a saved state's settings with those at hand.
-
-    Raises:
-        LlamoryError: names the first that differs.
-    """
+    """Raise LlamoryError if a setting of a saved position differs."""
     for name in current:
         if saved.get(name) != current[name]:
             raise LlamoryError(
-                f"The checkpoint's place in the data was made with {name} {saved.get(name)}, not {current[name]}; go "
-                "on with the same settings, or start anew."
+                f"The checkpoint's position in the data is for {name} {saved.get(name)}, not {current[name]}; resume "
+                "with the same settings, or start a new run."
             )
 
 
@@ -209,7 +192,7 @@ def check_same_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
 
 @dataclass(frozen=True)
 class _SourceFiles:
-    """Files of one source and how they become tokens."""
+    """The files of one source and how they are tokenized."""
 
     paths: list[Path]
     tokenizer: PreTrainedTokenizerBase
@@ -225,7 +208,7 @@ class _SourceFiles:
         return ids
 
     def texts(self, keys: Iterable[Key]) -> dict[Key, str]:
-        """Texts of the documents with these keys; each file is read once, up to its last document that is wanted."""
+        """Texts of the documents with these keys; each file is read once, up to its last requested document."""
         wanted: dict[int, set[int]] = defaultdict(set)
         for file, number in keys:
             wanted[file].add(number)
@@ -236,11 +219,12 @@ class _SourceFiles:
                     texts[file, number] = document.text
             if (file, max(numbers)) not in texts:
                 raise LlamoryError(
-                    f"{self.paths[file]} has no document {max(numbers)} any more; go on with the files as they were."
+                    f"{self.paths[file]} has no document {max(numbers)} any more; resume with unchanged files."
                 )
         return texts
 
     def check(self) -> None:
+        """Raise LlamoryError if no document is long enough."""
         longest = 0
         for file in range(len(self.paths)):
             for document in self.documents(file):
@@ -255,7 +239,7 @@ class _SourceFiles:
 
 
 class _SourceReader:
-    """One source's documents in order, through a buffer, epoch after epoch."""
+    """The documents of one source, epoch after epoch, through a shuffle buffer."""
 
     def __init__(self, files: _SourceFiles, *, seed: str, shuffle_buffer: int, shard: int, shards: int) -> None:
         self.files = files
@@ -266,32 +250,32 @@ class _SourceReader:
         self._start_epoch(0, unsharded=False)
 
     def _start_epoch(self, epoch: int, *, unsharded: bool) -> None:
-        """Start an epoch: the process's share of it, or, `alone`, all of it."""
+        """Start an epoch of this shard's documents or, `unsharded`, of all of them."""
         self._epoch, self._unsharded = epoch, unsharded
         self._epoch_seed = f"{self._seed}/{epoch}" + (f"/{self._shard}" if unsharded else "")
         self._order = list(range(len(self.files.paths)))
         if self._shuffles:
             random.Random(self._epoch_seed).shuffle(self._order)
-        self._file_index = 0  # files of the order that are read
-        self._document = 0  # documents of the file that are read
-        self._num_seen = 0  # documents of the epoch that are read, all processes' ones
-        self._num_drawn = 0  # documents drawn from the buffer
-        self._num_used = 0  # of them long enough
+        self._file_index = 0  # index in the order of the current file
+        self._document = 0  # documents read of the current file
+        self._num_read = 0  # documents read in the epoch, of all shards
+        self._draws = 0  # documents drawn from the buffer
+        self._num_used = 0  # drawn documents that are long enough
         self._buffer: list[tuple[Key, str]] = []
         self._open: Iterator[Document] | None = None
 
     def draw(self) -> tuple[Key, list[int]]:
-        """The next document that is long enough: its key and tokens."""
+        """Key and token ids of the next document that is long enough."""
         while True:
             self._fill()
             if not self._buffer:
                 self._next_epoch()
                 continue
-            # A draw of its own for each number, so that the state is the number alone.
-            rng = random.Random(f"{self._epoch_seed}/{self._shard}/{self._num_drawn}")
-            self._num_drawn += 1
-            place = rng.randrange(len(self._buffer))
-            self._buffer[place], self._buffer[-1] = self._buffer[-1], self._buffer[place]
+            # A new generator for each draw, so that the state is only the number of draws.
+            rng = random.Random(f"{self._epoch_seed}/{self._shard}/{self._draws}")
+            self._draws += 1
+            index = rng.randrange(len(self._buffer))
+            self._buffer[index], self._buffer[-1] = self._buffer[-1], self._buffer[index]
             key, text = self._buffer.pop()
             tokens = self.files.encode(text)
             if len(tokens) >= self.files.min_length:
@@ -304,7 +288,7 @@ class _SourceReader:
         elif not self._unsharded:
             self._start_epoch(self._epoch, unsharded=True)
         else:
-            # Files have changed since they were checked first: say so, or read what is there now.
+            # The files have changed since the first check.
             self.files.check()
             self._start_epoch(self._epoch, unsharded=True)
 
@@ -316,16 +300,16 @@ class _SourceReader:
             self._buffer.append(entry)
 
     def _read_next(self) -> tuple[Key, str] | None:
-        """The process's next document of the epoch, or None at its end."""
+        """The shard's next document of the epoch, or None at its end."""
         while self._file_index < len(self._order):
             file = self._order[self._file_index]
             if self._open is None:
                 self._open = islice(self.files.documents(file), self._document, None)
             for document in self._open:
                 key = (file, self._document)
-                in_shard = self._unsharded or self._num_seen % self._shards == self._shard
+                in_shard = self._unsharded or self._num_read % self._shards == self._shard
                 self._document += 1
-                self._num_seen += 1
+                self._num_read += 1
                 if in_shard:
                     return key, document.text
             self._file_index, self._document, self._open = self._file_index + 1, 0, None
@@ -337,8 +321,8 @@ class _SourceReader:
             "alone": self._unsharded,
             "at": self._file_index,
             "document": self._document,
-            "seen": self._num_seen,
-            "drawn": self._num_drawn,
+            "seen": self._num_read,
+            "drawn": self._draws,
             "used": self._num_used,
             "buffer": [list(key) for key, _ in self._buffer],
         }
@@ -347,8 +331,8 @@ class _SourceReader:
         keys = [(int(file), int(document)) for file, document in state["buffer"]]
         texts = self.files.texts(keys)
         self._start_epoch(state["epoch"], unsharded=state["alone"])
-        self._file_index, self._document, self._num_seen = state["at"], state["document"], state["seen"]
-        self._num_drawn, self._num_used = state["drawn"], state["used"]
+        self._file_index, self._document, self._num_read = state["at"], state["document"], state["seen"]
+        self._draws, self._num_used = state["drawn"], state["used"]
         self._buffer = [(key, texts[key]) for key in keys]
 
 
@@ -367,7 +351,6 @@ def _check_proportions(sources: Sequence[Source]) -> None:
 
 
 def _digest(sources: Sequence[_SourceFiles], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes with the names and sizes of files and with the vocabulary; folders may move."""
+    """Identifies the vocabulary and the names and sizes of files; folders may move."""
     files = [[(path.name, path.stat().st_size) for path in source.paths] for source in sources]
-    whole = json.dumps([files, sorted(tokenizer.get_vocab().items())])
-    return hashlib.sha256(whole.encode()).hexdigest()[:32]
+    return json_digest([files, sorted(tokenizer.get_vocab().items())])

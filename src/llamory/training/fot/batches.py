@@ -1,4 +1,4 @@
-"""Batches for FoT training: rows that hold consecutive chunks of documents, each document in one pack of the batch."""
+"""Batches for FoT training: rows of consecutive chunks of documents, each document in one pack of the batch."""
 
 from __future__ import annotations
 
@@ -17,30 +17,27 @@ from llamory.training.corpus import DocumentStream, Key, check_same_settings
 
 
 class FotBatches:
-    """Batches without end (Tworkowski et al. 2023, section 3.2 and appendix A.2).
+    """An endless iterator of batches (Tworkowski et al. 2023, section 3.2 and appendix A.2).
 
-    The batch has `batch_size // dataset_packing` packs. A document stays in its pack, over as many batches as it
-    takes, until it ends; after an end-of-text token the next one begins. Of each batch a pack fills `dataset_packing`
-    rows with consecutive chunks. Nothing is padded.
+    A batch has `batch_size // dataset_packing` packs of `dataset_packing` rows with consecutive chunks. A document
+    continues in its pack over as many batches as it needs; the next one follows after an end-of-text token. There is
+    no padding. Each batch has
 
-    Each batch has
-        `input_ids`: (batch_size, row_length), long;
-        `shift_labels`: (batch_size, row_length), long: for each token the one that follows it in its pack, across
-            the ends of rows and batches;
-        `documents`: (batch_size,), long: running number of the document that the row's first token belongs to, with
-            the tokens around it; rows of one number are chunks of one document.
+        `input_ids`: (batch_size, row_length);
+        `shift_labels`: (batch_size, row_length), the next token in the pack, across rows and batches;
+        `documents`: (batch_size,), the running number of the document of each row's first token.
 
     Args:
         stream: where documents come from.
         row_length: tokens of a row.
         batch_size: rows of a batch.
-        dataset_packing: rows of a batch that hold consecutive chunks.
-        bos_token_id: begins each document; None for a tokenizer that has none.
+        dataset_packing: rows of a pack.
+        bos_token_id: starts each document; None for none.
         eos_token_id: ends each document.
 
     Raises:
         LlamoryError: a number is too small, packing doesn't divide the batch, or there is no end-of-text token. While
-            iterating, as the stream does.
+            iterating: as the stream.
     """
 
     def __init__(
@@ -65,7 +62,7 @@ class FotBatches:
                 "batch_size that is a multiple of it."
             )
         if eos_token_id is None:
-            raise LlamoryError("The tokenizer has no end-of-text token (eos_token); it needs one between documents.")
+            raise LlamoryError("The tokenizer has no end-of-text token to separate documents; set its eos_token.")
         self.stream = stream
         self.row_length = row_length
         self.packing = dataset_packing
@@ -88,7 +85,7 @@ class FotBatches:
         length = self.packing * self.row_length
         inputs, labels, documents = [], [], []
         for pack in self._packs:
-            # One more than the rows hold, as their last token has a label too.
+            # One token more than the rows hold, as the label of their last token.
             while pack.num_waiting_tokens() <= length:
                 tokens, source, key = next(self.stream)
                 pack.queue.append(self._queued_document(tokens, source, key, self._documents))
@@ -110,7 +107,7 @@ class FotBatches:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the batches are, for JSON: the stream's state, and of each pack the documents and how far it is."""
+        """The position, as JSON values: the stream's, and the documents and the offset of each pack."""
         return {
             "settings": self._settings,
             "stream": self.stream.state_dict(),
@@ -125,10 +122,10 @@ class FotBatches:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the state was taken, with the same batches to the bit; documents in their packs are read again.
+        """Continue at a position with the same batches; documents in packs are read again.
 
         Raises:
-            LlamoryError: the state is of other files or settings.
+            LlamoryError: the position is of other files or settings.
         """
         check_same_settings(state["settings"], self._settings)
         self.stream.load_state_dict(state["stream"])
@@ -149,7 +146,7 @@ class FotBatches:
 
 @dataclass(frozen=True)
 class _QueuedDocument:
-    """A document in its pack: its tokens with those around it, which one it is, and its running number."""
+    """A document in a pack: its tokens with bos and eos, source, key, and running number."""
 
     tokens: Tensor
     source: int
@@ -159,7 +156,7 @@ class _QueuedDocument:
 
 @dataclass
 class _Pack:
-    """Documents that wait in one pack of the batch, and how many tokens of the first were given."""
+    """The queued documents of a pack, and how many tokens of the first one are used."""
 
     queue: deque[_QueuedDocument] = field(default_factory=deque)
     offset: int = 0
@@ -180,9 +177,9 @@ class _Pack:
         return torch.cat(parts).long()
 
     def document_numbers(self, offsets: range) -> list[int]:
-        """Numbers of the documents whose tokens are so far offsets."""
+        """Numbers of the documents at these offsets."""
         ends = list(accumulate(len(document.tokens) for document in self.queue))
-        return [self.queue[bisect_right(ends, self.offset + step)].number for step in offsets]
+        return [self.queue[bisect_right(ends, self.offset + offset)].number for offset in offsets]
 
     def advance(self, count: int) -> None:
         self.offset += count

@@ -1,9 +1,8 @@
-"""FoT training on the Hugging Face Trainer: teaches a LLaMA to use its memory (Tworkowski et al. 2023, section 3.2)."""
+"""FoT training on the Hugging Face Trainer: trains a LLaMA to use memory (Tworkowski et al. 2023, section 3.2)."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from itertools import islice
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from llamory.common.io import write_json
 from llamory.embedding.encoder import escape_slot_tokens
 from llamory.embedding.pipeline import load_embedder
 from llamory.errors import LlamoryError
@@ -45,8 +45,7 @@ def train_fot(settings: FotSettings) -> dict[str, Any]:
         The output folder, steps done, the last loss and, with eval_data, the last losses with and without memory.
 
     Raises:
-        LlamoryError: settings, data, model, checkpoint or output folder that can't be used, or a loss that isn't
-            finite.
+        LlamoryError: settings, data, model, checkpoint or output folder can't be used, or a loss isn't finite.
     """
     sampling_config = _check(settings)
     run_context = setup_run(settings, has_eval_data=bool(settings.eval_data))
@@ -84,7 +83,7 @@ def train_fot(settings: FotSettings) -> dict[str, Any]:
 
 
 class FotBatchSource:
-    """The batches of one process's streams, with the contexts that their rows see."""
+    """The batches of one process's streams, with the contexts of their rows."""
 
     def __init__(self, streams: Mapping[int, FotBatches], context_sampler: ContextSampler) -> None:
         self.streams, self.context_sampler = dict(streams), context_sampler
@@ -95,24 +94,24 @@ class FotBatchSource:
 
     def _micro_batch(self, step: int, number: int, batches: FotBatches) -> dict[str, Any]:
         batch = next(batches)
-        contexts = self.context_sampler.choose(step, number, batch["input_ids"], batch.pop("documents"))
+        contexts = self.context_sampler.select(step, number, batch["input_ids"], batch.pop("documents"))
         weights = self.context_sampler.weights(contexts, step, number)
         return batch | {"contexts": contexts} | ({} if weights is None else {"context_weights": weights})
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the streams stand and how far the number of contexts has grown."""
+        """The positions of the streams and the state of the curriculum."""
         streams = {str(number): batches.state_dict() for number, batches in self.streams.items()}
         return {"streams": streams, "contexts": self.context_sampler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue from a state."""
         for number, batches in self.streams.items():
             batches.load_state_dict(state["streams"][str(number)])
         self.context_sampler.load_state_dict(state["contexts"])
 
 
 class FotTrainer(StreamingTrainer):
-    """Counts right tokens where the number of contexts grows with them, and has_eval_data with memory and without."""
+    """Evaluates with and without memory; with a curriculum it measures the training accuracy."""
 
     def __init__(self, *args: Any, settings: FotSettings, context_sampler: ContextSampler, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -120,7 +119,7 @@ class FotTrainer(StreamingTrainer):
         self._accuracy: float | None = None
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The next-token loss; the context_sampler hears the accuracy after a step's last pass."""
+        """The next-token loss; the last pass of a step reports the accuracy to the context sampler."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.settings.schedule == "curriculum" and model.training:
             accuracy = self.step_accuracy(outputs["hidden_states"][0], inputs["shift_labels"])
@@ -130,7 +129,7 @@ class FotTrainer(StreamingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add training accuracy and number of contexts, where they aren't the same all the time."""
+        """Log training accuracy and number of contexts as well, unless they are constant."""
         if "loss" in logs and self.settings.schedule != "constant":
             size = self.context_sampler.size(self.state.global_step)
             logs |= {} if size is None else {"contexts": size}
@@ -139,13 +138,13 @@ class FotTrainer(StreamingTrainer):
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002
-        """The loss with memory of a document's earlier chunks and the loss without, of the same held-out tokens.
+        """The loss of the same held-out tokens with a document's earlier chunks in memory, and without.
 
-        Rows that have no earlier chunk in their batch aren't counted.
+        Rows without an earlier chunk in their batch don't count.
         """
         self.model.eval()
-        memory_answers, without_memory, count = self.sum_over_batches(self.eval_dataset, self._losses)
-        metrics = {_LOSS_WITH_MEMORY: memory_answers / count, _LOSS_WITHOUT_MEMORY: without_memory / count}
+        with_memory, without_memory, count = self.sum_over_batches(self.eval_dataset, self._losses)
+        metrics = {_LOSS_WITH_MEMORY: with_memory / count, _LOSS_WITHOUT_MEMORY: without_memory / count}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.args.should_save:
@@ -153,7 +152,7 @@ class FotTrainer(StreamingTrainer):
         return metrics
 
     def _losses(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """(3,) sums of the losses with and without memory, and the number of tokens."""
+        """(3,) sums of the losses with memory and without, and the number of tokens."""
         inputs = self._prepare_inputs(dict(batch))
         contexts = _earlier_chunks(len(inputs["input_ids"]), self.settings.dataset_packing)
         no_contexts: list[list[int]] = [[] for _ in contexts]
@@ -182,14 +181,11 @@ class FotTrainer(StreamingTrainer):
                 for e in history
             ],
         }
-        file = Path(self.args.output_dir) / CURVE_FILE
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(curve, indent=1))
-        partial.replace(file)
+        write_json(Path(self.args.output_dir) / CURVE_FILE, curve)
 
 
 def _earlier_chunks(batch_size: int, dataset_packing: int) -> list[list[int]]:
-    """Per row, all earlier chunks of its document, nearest first: what it would have in memory when read on."""
+    """Per row, all earlier chunks of its document, nearest first."""
     return [[row - offset for offset in range(1, row % dataset_packing + 1)] for row in range(batch_size)]
 
 
@@ -198,21 +194,18 @@ def _earlier_chunks(batch_size: int, dataset_packing: int) -> list[list[int]]:
 
 def _check(settings: FotSettings) -> ContextSamplingConfig:
     if settings.steps is None:
-        raise LlamoryError("FoT training's data have no end; set steps.")
+        raise LlamoryError("FoT training has no last batch; set steps.")
     if settings.row_length < 2:
         raise LlamoryError(f"row_length must be at least 2, not {settings.row_length}.")
     if settings.schedule == "curriculum" and settings.fsdp:
-        raise LlamoryError(
-            "A curriculum schedule needs the training accuracy, which FSDP's shards don't tell; use DDP."
-        )
+        raise LlamoryError("A curriculum needs the training accuracy, which isn't available with FSDP; use DDP.")
     if settings.eval_data and settings.dataset_packing < 2:
-        raise LlamoryError("Evaluation reads earlier chunks of a document as memory; set dataset_packing to 2 or more.")
+        raise LlamoryError("Evaluation needs earlier chunks of a document as memory; set dataset_packing to 2 or more.")
     if settings.negatives == "similar" and settings.retriever is None:
-        raise LlamoryError("Similar negatives are found by a retriever; give one, a Sentence Transformers model.")
+        raise LlamoryError("Similar negatives need a retriever; give a Sentence Transformers model.")
+    use_range = settings.cross_batch_range is not None and not settings.crossbatch_schedule
     sampling_config = ContextSamplingConfig(
-        crossbatch_schedule=None
-        if settings.cross_batch_range is not None and not settings.crossbatch_schedule
-        else _parse_crossbatch_schedule(settings.crossbatch_schedule),
+        crossbatch_schedule=(None if use_range else _parse_crossbatch_schedule(settings.crossbatch_schedule)),
         cross_batch_range=settings.cross_batch_range,
         crossbatch_stepping=settings.crossbatch_stepping,
         schedule=settings.schedule,
@@ -221,7 +214,7 @@ def _check(settings: FotSettings) -> ContextSamplingConfig:
         negatives=settings.negatives,
         negative_weight=settings.negative_weight or (1.0, 1.0),
     )
-    # It checks the sampling_config against the batch; the retriever is loaded later.
+    # Checks the configuration against the batch; the retriever is loaded later.
     ContextSampler(
         dataclasses.replace(sampling_config, negatives="random"),
         settings.batch_size,
@@ -232,7 +225,7 @@ def _check(settings: FotSettings) -> ContextSamplingConfig:
 
 
 def _parse_crossbatch_schedule(entries: list[str]) -> list[tuple[int, int]]:
-    """A crossbatch_schedule from its texts: a published one's name, or positives+negatives, one text each or parted by commas."""
+    """Parse a crossbatch_schedule: a published name, or POSITIVES+NEGATIVES entries, also comma-separated."""
     parts = [part.strip() for entry in entries or [_DEFAULT_CROSSBATCH_SCHEDULE] for part in str(entry).split(",")]
     if len(parts) == 1 and parts[0] in PUBLISHED_CROSSBATCH_SCHEDULES:
         return PUBLISHED_CROSSBATCH_SCHEDULES[parts[0]]
@@ -240,8 +233,8 @@ def _parse_crossbatch_schedule(entries: list[str]) -> list[tuple[int, int]]:
     wrong = [part for part, pair in zip(parts, pairs, strict=True) if pair is None]
     if wrong:
         raise LlamoryError(
-            f"crossbatch_schedule has the entry {wrong[0]!r}, but it must be POSITIVES+NEGATIVES, such as 2+1, or one of "
-            f"{', '.join(PUBLISHED_CROSSBATCH_SCHEDULES)} alone."
+            f"crossbatch_schedule has the entry {wrong[0]!r}, but it must be POSITIVES+NEGATIVES, such as 2+1, "
+            f"or one of {', '.join(PUBLISHED_CROSSBATCH_SCHEDULES)} alone."
         )
     return [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
 
@@ -263,7 +256,7 @@ def _context_sampler(
 def _streams(
     settings: FotSettings, tokenizer: PreTrainedTokenizerBase, process: int, processes: int
 ) -> dict[int, FotBatches]:
-    """One stream for each of this process's micro_batches of a step."""
+    """One stream for each micro-batch of this process in a step."""
     sources = make_sources(settings.data, settings.proportions or None)
     streams_per_process, streams = settings.accumulation, settings.accumulation * processes
     return {
@@ -273,7 +266,7 @@ def _streams(
 
 
 def _held_out(settings: FotSettings, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
-    """The batches that are evaluated: the first ones of eval_data, in the files' order."""
+    """The first batches of eval_data, in the order of the files."""
     if not settings.eval_data:
         return []
     batches = _batches(settings, make_sources(settings.eval_data), tokenizer, shard=0, shards=1, buffer=0)

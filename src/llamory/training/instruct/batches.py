@@ -26,19 +26,19 @@ class MemorySplit:
     """How much of an example is in memory.
 
     The published code pads an example to `total_length` columns, of which the last `last_context_length` are local and
-    those before them in memory; where the padding stands decides what is where. Here no padding is read, only the cut
-    is kept.
+    the others in memory, so the position of the padding determines the split. Here the split is the same, without the
+    padding.
 
     Attributes:
-        row_length: the most tokens of a row, that is of a window that goes into memory; the model's context.
-        last_context_length: the most tokens of the last row.
-        total_length: the most tokens of an example.
-        mode: "random", the number of padding columns in front is drawn anew each time (published `random_pad`);
-            "memory", none are in front, so that as much as possible is in memory (`always_pad` without it); "last",
-            the last `last_context_length` tokens are local, as when the model reads a prompt (neither).
+        row_length: maximum tokens of a row, i.e. of a window in memory; the model's context.
+        last_context_length: maximum tokens of the last row.
+        total_length: maximum tokens of an example.
+        mode: "random", a random part of the padding is in front (published `random_pad`); "memory", none is, so that as
+            much as possible is in memory (published `always_pad` alone); "last", the last `last_context_length` tokens
+            are local, as in a prompt (neither).
 
     Raises:
-        LlamoryError: lengths that aren't positive, or a last row that is longer than a row.
+        LlamoryError: a length isn't positive, or the last row is longer than a row.
     """
 
     row_length: int
@@ -53,22 +53,22 @@ class MemorySplit:
         if self.last_context_length > self.row_length:
             raise LlamoryError(
                 f"The last row of an example can't have {self.last_context_length} tokens where a row has "
-                f"{self.row_length}; choose a last_context_length of at most row_length."
+                f"{self.row_length}; last_context_length must be at most row_length."
             )
 
     @property
     def max_rows(self) -> int:
-        """Rows that one example takes at most."""
+        """Maximum number of rows of an example."""
         return -(-max(0, self.total_length - self.last_context_length) // self.row_length) + 1
 
     def num_memory_tokens(self, length: int, rng: random.Random) -> int:
-        """How many of an example's first tokens go into memory."""
+        """How many of the first tokens of an example go into memory."""
         columns = self.total_length if self.mode != "last" else length
         padding = rng.randint(0, columns - length) if self.mode == "random" else 0
         return min(max(columns - self.last_context_length - padding, 0), length)
 
     def split_rows(self, length: int, rng: random.Random) -> list[tuple[int, int]]:
-        """Where the rows of an example begin and end; each row sees the rows before it as memory."""
+        """Start and stop of each row of an example; a row sees earlier rows as memory."""
         memory = self.num_memory_tokens(length, rng)
         rows = [(start, min(start + self.row_length, memory)) for start in range(0, memory, self.row_length)]
         return rows + [(memory, length)] * (memory < length)
@@ -76,7 +76,7 @@ class MemorySplit:
 
 @dataclass(frozen=True)
 class SplitExample:
-    """An example and where its rows begin and end."""
+    """An example and the start and stop of its rows."""
 
     input_ids: Sequence[int]
     labels: Sequence[int]
@@ -92,23 +92,20 @@ def collate(
     negative_weight: tuple[float, float] = (1, 1),
     rng: random.Random | None = None,
 ) -> dict[str, Any]:
-    """Make one batch of whole examples, padded on the right.
+    """Make a batch of whole examples, padded on the right.
 
     Args:
         examples: the examples.
-        pad_token_id: fills up rows.
-        negatives: rows of other examples that a row with answers sees as well, where there are so many. Only rows in
-            front of all answers of their example are taken: they see nothing but such rows, so none is told its own
-            answers in a circle.
-        negative_weight: how many of its kind a negative counts as in the softmax, the least and the most; each row draws one
-            number, evenly on a logarithmic scale, so that a few rows stand for memories of all sizes.
-        rng: draws negatives and negative_weight; without, the first ones are taken, and the least.
+        pad_token_id: for padding.
+        negatives: maximum rows of other examples that a row with answers sees as well. Only rows before all answers of
+            their example are used. They see such rows only, so that no row sees its own answers through others.
+        negative_weight: (min, max) weight of a negative in the softmax, log-uniform per row; simulates a larger memory.
+        rng: draws negatives and weights; without it, the first negatives and the min weight are used.
 
     Returns:
-        `input_ids`, `attention_mask`, `shift_labels`: (rows, longest row) long; `shift_labels` is the label of the
-        example's next token, be it the first of its next row, and -100 where none is asked for; `contexts`: per row,
-        the earlier rows of its example, nearest first, then negatives; `context_weights`, with negative_weight: what each of
-        these counts as; `sources`: per example, where it is from.
+        `input_ids`, `attention_mask`, `shift_labels`: (rows, longest row), the last with the label of the next token
+        of the example, also of its next row, and -100 elsewhere; `contexts`: per row, the earlier rows of its example, nearest
+        first, then negatives; `context_weights` (with negative_weight): of each context; `sources`: per example.
     """
     tokens: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []
@@ -145,7 +142,7 @@ def _add_negatives(
     negative_weight: tuple[float, float],
     rng: random.Random | None,
 ) -> list[list[float]]:
-    """Add negatives to the contexts; gives the weight of each context."""
+    """Add negatives to the contexts; returns the weight of each context."""
     weights = [[1.0] * len(seen) for seen in contexts]
     answers = [bool((target != IGNORE_INDEX).any()) for target in targets]
     in_front = [
@@ -162,26 +159,28 @@ def _add_negatives(
 
 
 class InstructBatches:
-    """Endless batches of whole examples, of at most `rows` rows each, drawn from datasets in given proportions.
+    """An endless iterator of batches of whole examples, drawn from datasets in given proportions.
 
-    Which dataset an example comes from and how it is cut is drawn by a generator that is seeded with the example's
-    number, and each dataset is gone through in a new order each epoch; so the position is no more than a count.
+    The generator for each example is seeded with its number, and each epoch of a dataset has its own order, so the
+    position is only a count per dataset.
 
     Args:
-        datasets: as `load_instructions` gives them, or any sequences of such examples.
-        proportions: the share of each in the examples.
-        split: how examples are cut.
-        rows: the most rows of a batch.
-        pad_token_id: fills up rows.
-        seed: of all that is drawn.
-        stream: which of `streams` disjoint parts of the data this is.
-        streams: how many there are.
-        negatives: rows of other examples' first parts that rows with answers see as well.
-        negative_weight: how many of its kind each of these counts as, the least and the most; see `collate`.
+        datasets: from `load_instructions`, or any sequences of such examples.
+        proportions: of the datasets in the examples.
+        split: how examples are split.
+        rows: maximum rows of a batch.
+        pad_token_id: for padding.
+        seed: of all draws.
+        stream: index of this part of the data.
+        streams: number of disjoint parts.
+        negatives: as for `collate`.
+        negative_weight: as for `collate`.
+
+    Attributes:
+        negative_weight_progress: how far the max weight has grown from the min, from 0 to 1 on a logarithmic scale.
 
     Raises:
-        LlamoryError: an example may take more rows than a batch has, the number of negatives is below 0, or negative_weight
-            aren't two numbers above 0, the smaller one first.
+        LlamoryError: an example may need more rows than a batch has, or negatives or their weights are out of range.
     """
 
     def __init__(
@@ -203,12 +202,10 @@ class InstructBatches:
             raise LlamoryError(f"negatives must be at least 0, not {negatives}.")
         check_negative_weight(negative_weight)
         self.negatives, self.negative_weight = negatives, negative_weight
-        self.negative_weight_progress = (
-            1.0  # how far, on a logarithmic scale, the most negative_weight have grown from the least
-        )
+        self.negative_weight_progress = 1.0
         self.datasets, self.proportions, self.split, self.rows = datasets, list(proportions), split, rows
         self.pad_token_id, self.seed, self.stream, self.streams = pad_token_id, seed, stream, streams
-        self._num_drawn = [0] * len(datasets)
+        self._counts = [0] * len(datasets)
         self._order = lru_cache(len(datasets))(self._shuffled)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -217,34 +214,39 @@ class InstructBatches:
     def __next__(self) -> dict[str, Any]:
         """The next batch; see `collate`."""
         examples: list[SplitExample] = []
-        room = self.rows
+        remaining_rows = self.rows
         while True:
             source, example = self._next_example()
-            room -= len(example.rows)
-            if room < 0:
-                rng = random.Random(f"{self.seed}/{self.stream}/{sum(self._num_drawn)}/negatives")
-                negative_weight = (
-                    self.negative_weight[0],
-                    log_interpolate(self.negative_weight, self.negative_weight_progress),
-                )
-                return collate(
-                    examples, self.pad_token_id, negatives=self.negatives, negative_weight=negative_weight, rng=rng
-                )
+            remaining_rows -= len(example.rows)
+            if remaining_rows < 0:
+                rng = random.Random(f"{self.seed}/{self.stream}/{sum(self._counts)}/negatives")
+                return collate(examples, self.pad_token_id, **self._negative_settings(), rng=rng)
             examples.append(example)
-            self._num_drawn[source] += 1
+            self._counts[source] += 1
+
+    def _negative_settings(self) -> dict[str, Any]:
+        """Number and current weights of negatives."""
+        largest = log_interpolate(self.negative_weight, self.negative_weight_progress)
+        return {"negatives": self.negatives, "negative_weight": (self.negative_weight[0], largest)}
+
+    def _example_index(self, source: int) -> int:
+        """The index of a dataset's next example of this stream."""
+        size = len(self.datasets[source])
+        epoch, index = divmod(self._counts[source] * self.streams + self.stream, size)
+        return int(self._order(source, epoch)[index])
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: examples drawn of each dataset, and what they were drawn from."""
-        return {"drawn": list(self._num_drawn), "data": self._identity()}
+        """The position, as JSON values: examples drawn of each dataset, and the identity of the data."""
+        return {"drawn": list(self._counts), "data": self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a position.
+        """Continue at a position.
 
         Raises:
-            LlamoryError: it is a position in other data, or in the same with other settings.
+            LlamoryError: the position is of other data or settings.
         """
         check_same_settings(state["data"], self._identity())
-        self._num_drawn = list(state["drawn"])
+        self._counts = list(state["drawn"])
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -259,12 +261,10 @@ class InstructBatches:
         }
 
     def _next_example(self) -> tuple[int, SplitExample]:
-        """The next example and the dataset it comes from; drawing it again gives the same."""
-        rng = random.Random(f"{self.seed}/{self.stream}/{sum(self._num_drawn)}")
+        """The next example and its dataset; repeated calls return the same."""
+        rng = random.Random(f"{self.seed}/{self.stream}/{sum(self._counts)}")
         source = rng.choices(range(len(self.datasets)), self.proportions)[0]
-        dataset = self.datasets[source]
-        epoch, index = divmod(self._num_drawn[source] * self.streams + self.stream, len(dataset))
-        example = dataset[int(self._order(source, epoch)[index])]
+        example = self.datasets[source][self._example_index(source)]
         rows = self.split.split_rows(len(example["input_ids"]), rng)
         return source, SplitExample(example["input_ids"], example["labels"], rows, example.get("source", ""))
 
@@ -273,22 +273,22 @@ class InstructBatches:
 
 
 def check_rows(split: MemorySplit, rows: int) -> None:
-    """Raise LlamoryError unless a batch has room for the longest example."""
+    """Raise LlamoryError unless a batch has enough rows for the longest example."""
     if rows < split.max_rows:
         raise LlamoryError(
-            f"An example may take {split.max_rows} rows, but a batch has {rows}; choose a batch_size of at least "
+            f"An example may need {split.max_rows} rows, but a batch has {rows}; choose a batch_size of at least "
             f"{split.max_rows} or a smaller total_length."
         )
 
 
 @dataclass(frozen=True)
 class Query:
-    """A row that predicts something.
+    """A row with targets.
 
     Attributes:
-        ids: its tokens.
-        targets: what each of them should predict, -100 where nothing is queries for.
-        num_visible_rows: how many of its document's rows, the first ones, are in its memory.
+        ids: token ids.
+        targets: the token that each of them predicts, -100 for none.
+        num_visible_rows: how many of the first rows of its document it sees as memory.
     """
 
     ids: Sequence[int]
@@ -298,7 +298,7 @@ class Query:
 
 @dataclass(frozen=True)
 class Context:
-    """A document's rows, each read by itself, and what is queries with them in memory."""
+    """The rows of a document, encoded independently, and the queries with these rows in memory."""
 
     rows: Sequence[Sequence[int]]
     queries: Sequence[Query]
@@ -306,16 +306,15 @@ class Context:
 
 
 def build_context(examples: Sequence[Mapping[str, Any]], split: MemorySplit, rng: random.Random) -> Context:
-    """Make rows of a document's examples.
+    """Make the rows and queries of a document's examples.
 
-    Where examples ask about a document, it is in memory, in rows as `read` makes them, and each chat or question is a
-    row of its own. Any other example is cut by `split`; each of its rows that has answers is queries with those before
-    it in memory.
+    The document is in memory, in rows like the windows of `read`, and each chat or question is a query. An example
+    without a document is split by `split`; each of its rows with answers is a query that sees earlier rows.
 
     Args:
-        examples: all of one document, or a single one.
-        split: how others are cut; `row_length` and the length of the last row hold for all.
-        rng: draws the cut.
+        examples: all examples of one document, or a single example.
+        split: the lengths of rows, and how an example without a document is split.
+        rng: draws the split.
     """
     first = examples[0]
     document, source = first["document"], first.get("source", "")
@@ -332,13 +331,13 @@ def build_context(examples: Sequence[Mapping[str, Any]], split: MemorySplit, rng
         ]
         return Context(rows, [each for each in queries if _has_targets(each.targets)], source)
     next_labels = [*first["labels"][1:], IGNORE_INDEX]
-    cut = split.split_rows(len(first["input_ids"]), rng)
+    spans = split.split_rows(len(first["input_ids"]), rng)
     queries = [
         Query(first["input_ids"][start:stop], next_labels[start:stop], number)
-        for number, (start, stop) in enumerate(cut)
+        for number, (start, stop) in enumerate(spans)
         if _has_targets(next_labels[start:stop])
     ]
-    rows = [first["input_ids"][start:stop] for start, stop in cut]
+    rows = [first["input_ids"][start:stop] for start, stop in spans]
     return Context(rows[: max((each.num_visible_rows for each in queries), default=0)], queries, source)
 
 
@@ -355,25 +354,24 @@ def collate_frozen_contexts(
     negative_weight: tuple[float, float] = (1, 1),
     rng: random.Random,
 ) -> dict[str, Any]:
-    """Make one batch, padded on the right.
+    """Make a batch of queries on frozen contexts, padded on the right.
 
     Args:
-        documents: their rows and what is queries.
-        pad_token_id: fills up rows.
-        query_token_budget: tokens, with padding, of the rows that are queries; which ones is drawn. One is queries at least.
-        negatives: rows of other documents that are in memory as well, where there are so many.
-        negative_weight: how many of its kind each of these counts as in the softmax, the least and the most; each document draws
-            one number, evenly on a logarithmic scale.
-        rng: draws all that is drawn.
+        documents: rows and queries of each document.
+        pad_token_id: for padding.
+        query_token_budget: maximum tokens of the queries with padding; at least one query is drawn.
+        negatives: maximum rows of other documents that a query sees as well.
+        negative_weight: (min, max) weight of a negative in the softmax, log-uniform per document.
+        rng: of all draws.
 
     Returns:
-        `context_ids`: (rows, longest) what is in memory; `context_lengths`: real tokens of each. `input_ids`,
-        `attention_mask`, `shift_labels`: (queries rows, longest); `contexts`: per queries row, what it num_visible_rows of the first;
-        `context_weights`, with negative_weight: what each of these counts as; `sources`: per document, where it is from.
+        `context_ids`: (context rows, longest), and `context_lengths`: their real tokens; `input_ids`, `attention_mask`,
+        `shift_labels`: (queries, longest); `contexts`: per query, the context rows that it sees; `context_weights`
+        (with negative_weight): of each context; `sources`: per document.
     """
     rows = [torch.as_tensor(row, dtype=torch.long) for each in documents for row in each.rows]
     document_indices = [number for number, each in enumerate(documents) for _ in each.rows]
-    chosen = _sample_queries(documents, query_token_budget, rng)
+    selected = _sample_queries(documents, query_token_budget, rng)
     queries: list[Query] = []
     contexts: list[list[int]] = []
     weights: list[list[float]] = []
@@ -383,7 +381,7 @@ def collate_frozen_contexts(
         seen = sorted(rng.sample(others, min(negatives, len(others))))
         weight = log_interpolate(negative_weight, rng.random())
         for index, each in enumerate(document.queries):
-            if (number, index) in chosen:
+            if (number, index) in selected:
                 queries.append(each)
                 contexts.append([*range(first, first + each.num_visible_rows), *seen])
                 weights.append([1.0] * each.num_visible_rows + [weight] * len(seen))
@@ -402,28 +400,28 @@ def collate_frozen_contexts(
 
 
 def _sample_queries(documents: Sequence[Context], token_budget: int, rng: random.Random) -> set[tuple[int, int]]:
-    """Document and index of the rows that are queries."""
+    """Draw queries within the budget, as (document, index) pairs."""
     all_rows = [(number, index) for number, each in enumerate(documents) for index in range(len(each.queries))]
     rng.shuffle(all_rows)
-    chosen: set[tuple[int, int]] = set()
+    selected: set[tuple[int, int]] = set()
     longest = 0
     for number, index in all_rows:
         longest = max(longest, len(documents[number].queries[index].ids))
-        if chosen and (len(chosen) + 1) * longest > token_budget:
+        if selected and (len(selected) + 1) * longest > token_budget:
             break
-        chosen.add((number, index))
-    return chosen
+        selected.add((number, index))
+    return selected
 
 
 class DocumentExamples(Sequence[list[dict[str, Any]]]):
-    """The examples of a dataset, those that ask about one document together."""
+    """The examples of a dataset, grouped by document."""
 
     def __init__(self, examples: Any) -> None:
         self.examples, self._starts = examples, [0]
         keys = zip(examples["document"], examples["source"], strict=True)
         for about, group in groupby(keys, lambda key: key[1] if key[0] else ""):
             first, count = self._starts[-1], len(list(group))
-            # Examples of no document stand alone.
+            # An example without a document is its own group.
             self._starts += [first + count] if about else range(first + 1, first + count + 1)
 
     def __len__(self) -> int:
@@ -435,13 +433,14 @@ class DocumentExamples(Sequence[list[dict[str, Any]]]):
 
 
 class FrozenContextBatches(InstructBatches):
-    """Endless batches as of `collate_frozen_contexts`, each of one dataset's documents, of at most `rows` rows in memory.
+    """An endless iterator of `collate_frozen_contexts` batches, each with documents of one dataset.
 
     Args:
-        datasets, proportions, split, rows, negatives, negative_weight: as for `InstructBatches`, but that a dataset's proportion
-            is its share in the batches.
-        query_token_budget: tokens of the rows that are queries, with padding.
-        more: as there.
+        datasets: as for `InstructBatches`.
+        proportions: of the datasets in the batches.
+        split: as for `InstructBatches`.
+        query_token_budget: as for `collate_frozen_contexts`.
+        more: as for `InstructBatches`; `rows` is the maximum number of context rows.
     """
 
     def __init__(
@@ -454,50 +453,38 @@ class FrozenContextBatches(InstructBatches):
         **more: Any,
     ) -> None:
         if query_token_budget < 1:
-            raise LlamoryError(f"The rows that are queries need at least 1 token, not {query_token_budget}.")
+            raise LlamoryError(f"query_token_budget must be at least 1, not {query_token_budget}.")
         super().__init__([DocumentExamples(each) for each in datasets], proportions, split, **more)
         self.query_token_budget = query_token_budget
 
     def __next__(self) -> dict[str, Any]:
         """The next batch; see `collate_frozen_contexts`."""
-        rng = random.Random(f"{self.seed}/{self.stream}/{sum(self._num_drawn)}/batch")
+        rng = random.Random(f"{self.seed}/{self.stream}/{sum(self._counts)}/batch")
         source = rng.choices(range(len(self.datasets)), self.proportions)[0]
         documents: list[Context] = []
         remaining_rows = self.rows
         while True:
-            document = build_context(self._draw(source), self.split, rng)
+            document = build_context(self.datasets[source][self._example_index(source)], self.split, rng)
             remaining_rows -= len(document.rows)
             if documents and remaining_rows < 0:
                 break
             documents.append(document)
-            self._num_drawn[source] += 1
-        negative_weight = self.negative_weight[0], log_interpolate(self.negative_weight, self.negative_weight_progress)
-        settings: dict[str, Any] = {
-            "query_token_budget": self.query_token_budget,
-            "negatives": self.negatives,
-            "negative_weight": negative_weight,
-        }
+            self._counts[source] += 1
+        settings = {"query_token_budget": self.query_token_budget, **self._negative_settings()}
         return collate_frozen_contexts(documents, self.pad_token_id, **settings, rng=rng)
-
-    def _draw(self, source: int) -> list[dict[str, Any]]:
-        dataset = self.datasets[source]
-        epoch, index = divmod(self._num_drawn[source] * self.streams + self.stream, len(dataset))
-        examples: list[dict[str, Any]] = dataset[int(self._order(source, epoch)[index])]
-        return examples
 
     def _identity(self) -> dict[str, Any]:
         return super()._identity() | {"query_token_budget": self.query_token_budget}
 
 
-BATCH_ROWS = 16  # rows that are read together
+BATCH_ROWS = 16  # rows that are encoded together
 
 
 class HiddenStateCache:
-    """Reads rows, and keeps what it read.
+    """An LRU cache of the memory layers' inputs of encoded rows.
 
     Args:
-        rows: how many are kept, those that were wanted last; each takes width * hidden * memory layers * the type's
-            bytes.
+        rows: capacity; each row takes width * hidden * memory layers * itemsize bytes.
     """
 
     def __init__(self, rows: int = 0) -> None:
@@ -505,12 +492,12 @@ class HiddenStateCache:
         self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def get(self, model: Any, input_ids: Tensor, lengths: Sequence[int]) -> dict[int, Tensor]:
-        """Per memory layer (rows, width, hidden), as `layer_inputs` gives them.
+        """`layer_inputs` of these rows: per memory layer (rows, width, hidden).
 
         Args:
-            model: a LongLlamaModel, whose weights must not change but for memory's projections.
+            model: a LongLlamaModel of which only the projections for memory are trained.
             input_ids: (rows, width), padded on the right.
-            lengths: real tokens of each row; what is behind them means nothing.
+            lengths: real tokens of each row.
         """
         layers = sorted(model.config.mem_layers)
         names = [row[:length].cpu().numpy().tobytes() for row, length in zip(input_ids, lengths, strict=True)]
@@ -538,6 +525,6 @@ class HiddenStateCache:
 
 
 def _cache_dtype(state: Tensor) -> torch.dtype:
-    """The short type of autocast, which projections round to anyway."""
+    """The dtype of autocast, to which projections convert their input anyway."""
     device = state.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else state.dtype

@@ -1,8 +1,7 @@
-"""Instruction and chat data: JSON lines as token ids with labels on the answers only."""
+"""Instruction and chat data: JSON lines as token ids, with labels on the answers only."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ import datasets
 from datasets import Dataset, Features, List, Value
 
 import llamory
+from llamory.common.io import PathLike, json_digest
 from llamory.documents import find_files, read_json_lines
 from llamory.documents.readers import string_entry
 from llamory.errors import LlamoryError
@@ -28,29 +28,27 @@ if TYPE_CHECKING:
 
 
 ASSISTANT = "assistant"
-# Templates that say themselves what the assistant's words are put them between these tags.
+# Some templates mark the assistant's text with these tags.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 CharSpan = tuple[int, int]
 
 
 def split_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[tuple[str, bool]]:
-    """Write a chat with the tokenizer's template.
+    """Render a chat with the tokenizer's template and split it into the assistant's text and the rest.
 
-    The assistant's parts are those that the template marks with `{% generation %}`; of a template without marks, what
-    it adds to the chat so far, with the prompt for an answer, when the answer is there: the answer itself and the mark
-    of its end, without white space behind.
+    The assistant's text is what the template marks with `{% generation %}`. Without marks, it is what each answer adds
+    to the chat so far with its generation prompt: the answer and its end mark, without trailing white space.
 
     Args:
-        tokenizer: has a chat template.
+        tokenizer: with a chat template.
         messages: `role` and `content` of each turn; the first isn't the assistant's.
 
     Returns:
-        Texts in order, which together are the whole chat, and whether each is the assistant's.
+        The texts in order, and whether each is the assistant's.
 
     Raises:
-        LlamoryError: the template refuses the chat, or writes a turn differently once others follow, so that the
-            assistant's parts can't be told.
+        LlamoryError: the template rejects the chat, or renders a turn differently once others follow.
     """
     import jinja2
 
@@ -60,7 +58,7 @@ def split_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, 
         else:
             text, spans = _spans_by_prefix(tokenizer, messages)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise LlamoryError(f"the chat template refuses these messages ({' '.join(str(error).split())})") from error
+        raise LlamoryError(f"the chat template rejects these messages ({' '.join(str(error).split())})") from error
     return _split_at_spans(text, spans)
 
 
@@ -89,8 +87,8 @@ def _spans_by_prefix(
             after = _render(tokenizer, messages[: turn + 1])
             if not after.startswith(before) or not whole.startswith(after):
                 raise LlamoryError(
-                    "the chat template writes earlier turns differently once others follow, so answers can't be told "
-                    "from the rest; put {% generation %} and {% endgeneration %} around them in the template"
+                    "the chat template renders earlier turns differently once others follow, so answers can't be "
+                    "found; put {% generation %} and {% endgeneration %} around them in the template"
                 )
             spans.append((len(before), len(before) + len(after[len(before) :].rstrip())))
     return whole, spans
@@ -128,19 +126,18 @@ _ROWS = Features(
     }
 )
 
-PathLike = str | os.PathLike[str]
 # A text and whether it is an answer.
 LabeledText = tuple[str, bool]
 
 
 @dataclass(frozen=True)
 class InstructFormat:
-    """What the objects of the JSON lines hold; names and defaults are the published code's.
+    """The fields of the JSON objects; names and defaults are those of the published code.
 
-    An object with `messages` is a chat for the tokenizer's template, about its `document` if there is one; one with
-    `document` and `chats` or `questions` is several examples, each a chat or an instruction about that document; one
-    with `chat_conversations_field` is a chat as published; any other an instruction: prompt (if `prompt_field` is
-    given), question, response, each between its two fixed texts.
+    - `messages`: a chat for the tokenizer's template, about a `document` if there is one.
+    - `document` with `chats` or `questions`: several chats or instructions about the document.
+    - `chat_conversations_field`: a chat in the published format.
+    - otherwise an instruction: prompt (with `prompt_field`), question and response, each between two fixed texts.
     """
 
     prompt_field: str | None = None
@@ -163,7 +160,7 @@ class InstructFormat:
     def read_all(
         self, entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase
     ) -> list[tuple[str, list[LabeledText]]]:
-        """The examples of an object, kind and texts of each; errors as of `read`."""
+        """The examples of an object, kind and texts of each; raises like `read`."""
         document = (string_entry(entry, DOCUMENT), False) if DOCUMENT in entry else None
         if document is not None and CHATS in entry:
             return [
@@ -178,13 +175,13 @@ class InstructFormat:
         """The kind of an object (instruction, chat, messages or document) and its texts.
 
         Raises:
-            LlamoryError: a field is missing or not of its kind, or the chat template can't write the messages.
+            LlamoryError: a field is missing or of another type, or the chat template rejects the messages.
         """
         if MESSAGES in entry:
             turns = [_message(turn) for turn in _list_entry(entry, MESSAGES)]
             if turns[0]["role"] == ASSISTANT:
-                raise LlamoryError("the messages begin with the assistant's; a system or user message should be first")
-            # Without a template the reader stops, whether broken lines are passed over or not.
+                raise LlamoryError("the first message is the assistant's; it should be a system or user message")
+            # Without a template, `_Preprocessor.rows` raises an error even with skip_broken.
             parts = split_chat(tokenizer, turns) if tokenizer.chat_template else []
             if parts and DOCUMENT in entry:
                 return DOCUMENT, [(string_entry(entry, DOCUMENT), False), *parts]
@@ -217,12 +214,12 @@ class InstructFormat:
 
 @dataclass(frozen=True)
 class Lengths:
-    """The most tokens of an example; what is longer is cut at its end, as in the published code.
+    """Maximum tokens of an example; longer parts are truncated at the end, as in the published code.
 
     Attributes:
-        input: of an instruction's prompt and question, with the bos token.
-        output: of its response, with the eos token, which a longer response loses.
-        total: of the whole example, of any kind.
+        input: of an instruction's prompt and question, with bos.
+        output: of its response, with eos (lost by a longer response).
+        total: of a whole example of any kind.
     """
 
     input: int = 2048
@@ -245,36 +242,35 @@ def load_instructions(
     num_proc: int | None = None,
     cache_dir: PathLike | None = None,
 ) -> Dataset:
-    """Make examples of JSON lines; the finished examples are cached while files and settings stay as they are.
+    """Load JSON lines as tokenized examples, cached until files or settings change.
 
-    An instruction is bos, prompt and question, response, eos; the response and its eos are the answer. A published
-    chat is bos, the initial prompt, and per turn a prefix and its text, with eos behind the model's; these texts and
-    their eos are the answers. Each text is tokenised by itself there, as in the published code. Messages are written
-    by the tokenizer's chat template and tokenised as a whole; a token that reaches out of an answer isn't part of it. A
-    document stands before them as `llamory read` reads it, so that the chat asks what was read.
-    Examples whose length leaves no answer are passed over (the published code keeps them and learns nothing). Unlike
-    there, eos tokens within a chat can be attended to.
+    An instruction is bos, prompt and question, response, eos; the answer is the response with eos. A published chat is
+    bos, the initial prompt, and per turn a prefix and its text, with eos after the model's; the answers are these texts
+    with eos. As in the published code, each text is tokenized separately; unlike there, eos within a chat is attended
+    to. Messages are rendered by the chat template and tokenized as a whole; a token that extends beyond an answer isn't
+    part of it. A document comes before the rest, tokenized as for `llamory read`. Examples without an answer within
+    their maximum length are skipped.
 
     Args:
-        paths: `.jsonl` files and folders of them.
-        tokenizer: a fast one, with an eos token.
-        format: what the objects hold.
-        lengths: the most tokens.
-        skip_broken: pass over broken lines, with a warning in the log.
-        num_proc: processes that tokenise.
-        cache_dir: folder for the examples.
+        paths: `.jsonl` files and folders.
+        tokenizer: a fast tokenizer with an eos token.
+        format: the fields of the objects.
+        lengths: maximum tokens.
+        skip_broken: skip broken lines with a warning.
+        num_proc: processes for tokenization.
+        cache_dir: folder of the cache.
 
     Returns:
-        a dataset of `input_ids` and `labels` (the same ids in answers, -100 elsewhere), `source` (`path:line`), and
-        `document`, how many of the first tokens are a document that the rest asks about.
+        A dataset of `input_ids`, `labels` (ids of answers, -100 elsewhere), `source` (`path:line`) and `document` (how
+        many of the first tokens are a document).
 
     Raises:
-        LlamoryError: no such file, a broken line, a tokenizer that doesn't do, or no example with an answer.
+        LlamoryError: a file is missing, a line is broken, the tokenizer is unsuitable, or no example has an answer.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files = [str(path) for path in find_files(paths) if path.suffix.lower() == ".jsonl"]
     if not files:
-        raise LlamoryError(f"{_join_paths(paths)} holds no .jsonl file; instructions are read from JSON lines.")
+        raise LlamoryError(f"{_join_paths(paths)} has no .jsonl file; instructions must be JSON lines.")
     preprocessor = _Preprocessor(tokenizer, format or InstructFormat(), lengths or Lengths(), skip_broken)
     rows = _cached_rows(preprocessor, files, paths, cache_dir)
     examples = rows.map(
@@ -284,14 +280,14 @@ def load_instructions(
         features=FEATURES,
         num_proc=min(num_proc, len(rows)) if num_proc else None,
         new_fingerprint=preprocessor.fingerprint(files, "examples"),
-        desc="Tokenising",
+        desc="Tokenizing",
     )
-    if skipped := len(rows) - len(examples):
-        logger.warning("Passed over %d of %d examples: no answer within their length", skipped, len(rows))
+    if num_skipped := len(rows) - len(examples):
+        logger.warning("Skipped %d of %d examples: no answer within their length", num_skipped, len(rows))
     if not len(examples):
         raise LlamoryError(
-            f"No example of {_join_paths(paths)} has an answer within its first {preprocessor.lengths.total} tokens; choose a "
-            "greater total_length."
+            f"No example of {_join_paths(paths)} has an answer within its first {preprocessor.lengths.total} tokens; "
+            "choose a greater total_length."
         )
     return examples
 
@@ -301,7 +297,7 @@ def load_instructions(
 
 @dataclass(frozen=True)
 class _Preprocessor:
-    """All that makes examples of files, in two steps: texts, then token ids."""
+    """Makes examples from files in two steps: texts, then token ids."""
 
     tokenizer: PreTrainedTokenizerBase
     format: InstructFormat
@@ -310,9 +306,9 @@ class _Preprocessor:
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
-            raise LlamoryError("Instruction data need a fast tokenizer; use one that has a tokenizer.json.")
+            raise LlamoryError("Instruction data need a fast tokenizer; use one with a tokenizer.json.")
         if self.tokenizer.eos_token_id is None:
-            raise LlamoryError("The tokenizer has no end-of-sequence token, which ends an answer; set its eos_token.")
+            raise LlamoryError("The tokenizer has no end-of-sequence token to end answers; set its eos_token.")
 
     def fingerprint(self, files: Sequence[str], step: str) -> str:
         """Changes with everything that the examples depend on."""
@@ -321,8 +317,7 @@ class _Preprocessor:
         names = [self.tokenizer.chat_template, self.tokenizer.special_tokens_map]
         settings = [asdict(self.format), asdict(self.lengths), self.skip_broken]
         stats = [(path, (stat := Path(path).stat()).st_size, stat.st_mtime_ns) for path in files]
-        whole = [llamory.__version__, "instruct", list(FEATURES), step, tokenizer, names, settings, stats]
-        return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]
+        return json_digest([llamory.__version__, "instruct", list(FEATURES), step, tokenizer, names, settings, stats])
 
     def rows(self, files: list[str]) -> Iterator[dict[str, Any]]:
         """The texts of each object."""
@@ -341,7 +336,7 @@ class _Preprocessor:
             yield {"kind": kind, "texts": list(texts), "answers": list(answers), "source": f"{path}:{line}"}
 
     def examples(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """Tokenise a batch of rows; those without an answer within the length are left out."""
+        """Tokenize a batch of rows; those without an answer within the length are dropped."""
         found: dict[str, list[Any]] = {name: [] for name in FEATURES}
         encoders: dict[str, Callable[[list[str], list[bool]], tuple[list[int], list[bool]]]] = {
             "instruction": self._instruction,
@@ -378,7 +373,7 @@ class _Preprocessor:
     def _messages(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:
         encoded = self.tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         inside = [answer for text, answer in zip(texts, answers, strict=True) for _ in text]
-        # Some tokenizers have tokens of no characters at all, which belong to nobody.
+        # Some tokenizers have tokens without characters, which are no part of an answer.
         is_answer = [start < end and all(inside[start:end]) for start, end in encoded["offset_mapping"]]
         return encoded["input_ids"], is_answer
 

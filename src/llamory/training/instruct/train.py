@@ -1,4 +1,4 @@
-"""Instruction and chat tuning with part of each example in memory, trained through (Tworkowski et al. 2023)."""
+"""Instruction and chat tuning with part of each example in memory (Tworkowski et al. 2023)."""
 
 from __future__ import annotations
 
@@ -33,14 +33,13 @@ _EVAL = "eval_loss"
 
 
 def train_instruct(settings: InstructSettings) -> dict[str, Any]:
-    """Tune a LongLLaMA, or any LLaMA with memory, to follow instructions; saves it in `settings.output`.
+    """Tune any LLaMA with memory to follow instructions and save it in `settings.output`.
 
     Returns:
         The output folder, steps done, the last loss and, with eval_data, the last loss on it.
 
     Raises:
-        LlamoryError: settings, data, model, checkpoint or output folder that can't be used, or a loss that isn't
-            finite.
+        LlamoryError: settings, data, model, checkpoint or output folder can't be used, or a loss isn't finite.
     """
     _check(settings)
     run_context = setup_run(settings, has_eval_data=bool(settings.eval_data), ignored_settings=["num_proc"])
@@ -82,7 +81,8 @@ class InstructBatchSource:
 
     Args:
         streams: by number.
-        negative_weight_warmup_steps: steps over which the most negative_weight of a negative grow from the least, evenly on a logarithmic scale.
+        negative_weight_warmup_steps: steps in which the max weight of negatives grows from the min, on a logarithmic
+            scale.
     """
 
     def __init__(self, streams: Mapping[int, InstructBatches], negative_weight_warmup_steps: int = 0) -> None:
@@ -97,17 +97,17 @@ class InstructBatchSource:
         return [_model_inputs(next(batches)) for batches in self.streams.values()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the streams stand."""
+        """The positions of the streams."""
         return {"streams": {str(number): batches.state_dict() for number, batches in self.streams.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Continue from a state."""
         for number, batches in self.streams.items():
             batches.load_state_dict(state["streams"][str(number)])
 
 
 class InstructTrainer(StreamingTrainer):
-    """Evaluates on a list of batches, and reads contexts that are read apart before the model is called."""
+    """Evaluates on a list of batches, and encodes frozen contexts before it calls the model."""
 
     def __init__(self, *args: Any, hidden_state_cache: HiddenStateCache, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -119,13 +119,13 @@ class InstructTrainer(StreamingTrainer):
             model = self.accelerator.unwrap_model(self.model)
             model = model.get_base_model() if hasattr(model, "get_base_model") else model
             with self.accelerator.autocast():
-                read = self.hidden_state_cache.get(model.model, inputs.pop("context_ids"), inputs["context_lengths"])
-            inputs["context_states"] = read
+                states = self.hidden_state_cache.get(model.model, inputs.pop("context_ids"), inputs["context_lengths"])
+            inputs["context_states"] = states
         return inputs
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002
-        """The mean loss of the answers' tokens in all held-out batches."""
+        """The mean loss of answer tokens in all held-out batches."""
         self.model.eval()
         total, count = self.sum_over_batches(self.eval_dataset, self._loss)
         metrics = {_EVAL: total / count}
@@ -134,7 +134,7 @@ class InstructTrainer(StreamingTrainer):
         return metrics
 
     def _loss(self, batch: Mapping[str, Any]) -> torch.Tensor:
-        """(2,) the sum of the answers' losses, and the number of their tokens."""
+        """(2,) the sum of the losses of answer tokens, and their number."""
         inputs = self._prepare_inputs(dict(batch))
         loss = self.model(**inputs, num_items_in_batch=1).loss.float()
         return torch.stack([loss, (inputs["shift_labels"] != IGNORE_INDEX).sum()])
@@ -148,16 +148,16 @@ def _check(settings: InstructSettings) -> None:
         raise LlamoryError(f"negatives must be at least 0, not {settings.negatives}.")
     if not 0 <= settings.negative_weight_warmup <= 1:
         raise LlamoryError(
-            f"negative_weight_warmup must be a share of the steps, from 0 to 1, not {settings.negative_weight_warmup}."
+            f"negative_weight_warmup must be from 0 to 1 (of the steps), not {settings.negative_weight_warmup}."
         )
     if settings.frozen_context and (settings.trainable != "memory_projections" or settings.fsdp):
         raise LlamoryError(
-            "What is read apart is read without gradient: it needs trainable: memory_projections, and no fsdp."
+            "frozen_context encodes contexts without gradient; it needs trainable: memory_projections, and no fsdp."
         )
     if settings.context_cache_rows < 0:
         raise LlamoryError(f"context_cache_rows must be at least 0, not {settings.context_cache_rows}.")
     if settings.steps is None:
-        raise LlamoryError("Instruction tuning's data have no end; set steps.")
+        raise LlamoryError("Instruction tuning has no last batch; set steps.")
     if settings.seed < 0:
         raise LlamoryError(f"seed must be at least 0, not {settings.seed}.")
     _negative_weight(settings)
@@ -180,10 +180,10 @@ def _format(settings: InstructSettings) -> InstructFormat:
 
 
 def _split(settings: InstructSettings, config: PretrainedConfig) -> MemorySplit:
-    """How examples are cut for this model.
+    """How examples are split for this model.
 
     Raises:
-        LlamoryError: lengths that don't fit one another, or a batch without room for an example.
+        LlamoryError: the lengths don't fit one another, or the batch is too small for an example.
     """
     row = config.max_position_embeddings if settings.row_length is None else settings.row_length
     last = settings.last_context_length
@@ -200,7 +200,7 @@ def _split(settings: InstructSettings, config: PretrainedConfig) -> MemorySplit:
 def _streams(
     settings: InstructSettings, split: MemorySplit, tokenizer: PreTrainedTokenizerBase, process: int, processes: int
 ) -> dict[int, InstructBatches]:
-    """One stream for each of this process's micro_batches of a step."""
+    """One stream for each micro-batch of this process in a step."""
     sources = make_sources(settings.data, settings.proportions or None)
     datasets = [_examples(settings, source.paths, tokenizer) for source in sources]
     proportions = [source.proportion for source in sources]
@@ -214,7 +214,7 @@ def _streams(
 def _held_out(
     settings: InstructSettings, split: MemorySplit, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """The batches that are evaluated, cut as in training."""
+    """The batches for evaluation, split as in training."""
     if not settings.eval_data:
         return []
     dataset = _examples(settings, settings.eval_data, tokenizer)
@@ -256,5 +256,5 @@ def _examples(settings: InstructSettings, paths: Any, tokenizer: PreTrainedToken
 
 
 def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """What the model takes of a batch."""
+    """The arguments of the model."""
     return {key: value for key, value in batch.items() if key != "sources"}

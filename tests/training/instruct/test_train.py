@@ -19,7 +19,7 @@ from llamory.training.instruct.train import InstructBatchSource, train_instruct
 from llamory.training.settings import InstructSettings
 from training_runs import TORCHRUN, finish, kill_behind, losses, start, weights
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 ROW, LAST, TOTAL, ROWS = 16, 12, 40, 8
 
 
@@ -171,7 +171,7 @@ def test_a_checkpoint_of_other_settings_or_data_is_refused(settings, data):
     train_instruct(settings())
     with pytest.raises(LlamoryError, match="another split: random, not last"):
         train_instruct(settings(split="last", resume=True))
-    with pytest.raises(LlamoryError, match="place in the data"):
+    with pytest.raises(LlamoryError, match="position in the data"):
         train_instruct(settings(data=[data[0], *[str(Path(data[1]).parent)]], resume=True))
 
 

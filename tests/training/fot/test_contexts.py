@@ -1,4 +1,4 @@
-"""Contexts of a batch: who may see whom, how many, how random, and that nothing flows backwards."""
+"""Contexts of a batch: which rows see which, how many, how random, and that nothing flows backwards."""
 
 from __future__ import annotations
 
@@ -10,10 +10,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from llamory.embedding.encoder import escape_slot_tokens
+from llamory.embedding.pipeline import export_sentence_transformer, load_embedder
 from llamory.errors import LlamoryError
+from llamory.llara import LlaraTemplate
 from llamory.longllama.crossbatch import cross_batch_attention, crossbatch_contexts
-from llamory.training.fot.contexts import PUBLISHED_CROSSBATCH_SCHEDULES, ContextSampler, ContextSamplingConfig
+from llamory.training.fot.contexts import (
+    PUBLISHED_CROSSBATCH_SCHEDULES,
+    ContextSampler,
+    ContextSamplingConfig,
+    embedder,
+)
 
 
 def first_token_vectors(rows):
@@ -54,7 +66,7 @@ def chosen(draw):
     step, stream = draw(st.integers(0, 10**6)), draw(st.integers(0, 9))
     context_sampler = ContextSampler(sampling_config, batch, packing, draw(st.integers(0, 9)), first_token_vectors)
     numbers = None if documents is None else torch.tensor(documents)
-    contexts = context_sampler.choose(step, stream, ids, numbers)
+    contexts = context_sampler.select(step, stream, ids, numbers)
     return context_sampler, step, stream, ids, documents, contexts
 
 
@@ -127,7 +139,7 @@ def test_published_mixes(name, batch):
         ContextSamplingConfig(crossbatch_schedule=PUBLISHED_CROSSBATCH_SCHEDULES[name]), batch, 4
     )
     for step in range(20):
-        contexts = context_sampler.choose(step)
+        contexts = context_sampler.select(step)
         for row, seen in enumerate(contexts):
             positives, negatives = PUBLISHED_CROSSBATCH_SCHEDULES[name][row // (batch // 4)]
             assert sum(other // 4 == row // 4 for other in seen) == min(positives, row % 4)
@@ -146,7 +158,7 @@ def test_published_numbers():
 )
 def test_shares_are_as_even_as_can_be(packs, entries, shares):
     crossbatch_schedule = [(positives, 0) for positives in range(entries)]
-    contexts = ContextSampler(ContextSamplingConfig(crossbatch_schedule=crossbatch_schedule), packs * 8, 8).choose(0)
+    contexts = ContextSampler(ContextSamplingConfig(crossbatch_schedule=crossbatch_schedule), packs * 8, 8).select(0)
     most = [max(len(contexts[row]) for row in range(pack * 8, pack * 8 + 8)) for pack in range(packs)]
     assert most == [entry for entry, share in enumerate(shares) for _ in range(share)]
 
@@ -157,7 +169,7 @@ def test_as_few_rows_go_short_as_can_without_circles(negatives):
     context_sampler = ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(0, negatives)]), 8)
     shortest = set()
     for step in range(60):
-        contexts = context_sampler.choose(step)
+        contexts = context_sampler.select(step)
         assert sorted(len(seen) for seen in contexts) == [min(row, negatives) for row in range(8)]
         shortest.add(next(row for row, seen in enumerate(contexts) if not seen))
     assert shortest == set(range(8))
@@ -171,7 +183,7 @@ def test_random_negatives_are_drawn_evenly():
     context_sampler = ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(0, 0), (0, 0), (0, 0), (0, 2)]), 8, 2)
     steps = 3000
     for row in (6, 7):
-        pairs = Counter(tuple(sorted(context_sampler.choose(step)[row])) for step in range(steps))
+        pairs = Counter(tuple(sorted(context_sampler.select(step)[row])) for step in range(steps))
         assert len(pairs) == 15
         chi_square = sum((count - steps / 15) ** 2 / (steps / 15) for count in pairs.values())
         assert chi_square < 36.1  # 14 degrees of freedom, one run in a thousand is beyond it
@@ -190,21 +202,21 @@ def test_sampled_sizes_are_drawn_evenly_per_step(way):
     assert sum((count - steps / 9) ** 2 / (steps / 9) for count in following.values()) < 26.2  # 8 degrees
     for step in range(5):
         for stream in (0, 3):
-            assert max(len(seen) for seen in context_sampler.choose(step, stream)) == context_sampler.size(step)
+            assert max(len(seen) for seen in context_sampler.select(step, stream)) == context_sampler.size(step)
 
 
 def test_a_step_can_be_made_again_alone():
     sampling_config = ContextSamplingConfig(crossbatch_schedule=[(0, 0), (1, 3)], schedule="sampled", sizes=[1, 2, 3])
     context_sampler = ContextSampler(sampling_config, 16, 2, seed=3)
-    forwards = [context_sampler.choose(step, stream) for step in range(6) for stream in range(3)]
+    forwards = [context_sampler.select(step, stream) for step in range(6) for stream in range(3)]
     torch.manual_seed(5)
     np.random.seed(5)
     again = ContextSampler(sampling_config, 16, 2, seed=3)
-    backwards = [again.choose(step, stream) for step in reversed(range(6)) for stream in reversed(range(3))]
+    backwards = [again.select(step, stream) for step in reversed(range(6)) for stream in reversed(range(3))]
     assert forwards == backwards[::-1]
     assert len({str(contexts) for contexts in forwards}) == len(forwards)
     other = ContextSampler(sampling_config, 16, 2, seed=4)
-    assert [other.choose(step, stream) for step in range(6) for stream in range(3)] != forwards
+    assert [other.select(step, stream) for step in range(6) for stream in range(3)] != forwards
 
 
 def test_negatives_count_as_many_drawn_evenly_on_a_logarithmic_scale_and_positives_once():
@@ -213,7 +225,7 @@ def test_negatives_count_as_many_drawn_evenly_on_a_logarithmic_scale_and_positiv
     )
     draws = []
     for step in range(500):
-        contexts = context_sampler.choose(step, 1)
+        contexts = context_sampler.select(step, 1)
         weights = context_sampler.weights(contexts, step, 1)
         assert context_sampler.weights(contexts, step, 1) == weights
         for row, (seen, counted) in enumerate(zip(contexts, weights, strict=True)):
@@ -235,20 +247,20 @@ def test_a_range_is_the_published_one(crossbatch_stepping):
     context_sampler = ContextSampler(
         ContextSamplingConfig(cross_batch_range=3, crossbatch_stepping=crossbatch_stepping), 8, 4
     )
-    assert context_sampler.choose(7) == crossbatch_contexts(8, 3, 4, crossbatch_stepping)
+    assert context_sampler.select(7) == crossbatch_contexts(8, 3, 4, crossbatch_stepping)
     assert context_sampler.order(7) == list(range(8))
     sampled = ContextSamplingConfig(
         cross_batch_range=6, crossbatch_stepping=crossbatch_stepping, schedule="sampled", sizes=[2, 6]
     )
     context_sampler = ContextSampler(sampled, 8, 4)
-    assert {str(context_sampler.choose(step)) for step in range(20)} == {
+    assert {str(context_sampler.select(step)) for step in range(20)} == {
         str(crossbatch_contexts(8, size, 4, crossbatch_stepping)) for size in (2, 6)
     }
 
 
 def test_a_range_leaves_out_the_same_document_at_another_place():
     context_sampler = ContextSampler(ContextSamplingConfig(cross_batch_range=3), 6, 2)
-    contexts = context_sampler.choose(0, documents=torch.tensor([1, 1, 2, 2, 1, 3]))
+    contexts = context_sampler.select(0, documents=torch.tensor([1, 1, 2, 2, 1, 3]))
     assert contexts == [[], [0], [1, 0], [2, 1, 0], [3, 2], [4, 3, 2]]
 
 
@@ -336,7 +348,7 @@ def changed_places(contexts, row, column, layers):
 @pytest.mark.parametrize("step", range(3))
 def test_only_what_is_seen_flows_and_nothing_from_later_chunks_through_any_layers(way, step):
     batch, packing = 9, 3
-    contexts = ContextSampler(ContextSamplingConfig(**way), batch, packing).choose(step)
+    contexts = ContextSampler(ContextSamplingConfig(**way), batch, packing).select(step)
     known = reached(contexts)
     for row in range(batch):
         for column in (0, 2):
@@ -415,7 +427,7 @@ def test_batches_that_do_not_fit_the_plan(sampling_config, batch, packing, told)
 
 
 def test_as_many_contexts_as_there_are_rows_for():
-    assert [len(seen) for seen in ContextSampler(ContextSamplingConfig(cross_batch_range=7), 8).choose(0)] == list(
+    assert [len(seen) for seen in ContextSampler(ContextSamplingConfig(cross_batch_range=7), 8).select(0)] == list(
         range(8)
     )
     ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(1, 6)]), 8, 2)
@@ -426,8 +438,85 @@ def test_what_is_missing_for_a_choice():
     context_sampler = ContextSampler(sampling_config, 4, embed=first_token_vectors)
     for ids in (None, torch.zeros(3, 2)):
         with pytest.raises(LlamoryError, match="tokens of all 4 rows"):
-            context_sampler.choose(0, input_ids=ids)
+            context_sampler.select(0, input_ids=ids)
     with pytest.raises(LlamoryError, match=r"4 rows, but numbers of documents of shape \(3,\)"):
-        ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(0, 1)]), 4).choose(0, documents=torch.zeros(3))
+        ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(0, 1)]), 4).select(0, documents=torch.zeros(3))
     with pytest.raises(LlamoryError, match="seed"):
         ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(0, 1)]), 4, seed=-1)
+
+
+WORDS = ["river", "money", "cat", "dog"]
+
+
+@settings(deadline=None, max_examples=50)
+@given(seed=st.integers(0, 10**6), negatives=st.integers(1, 6))
+def test_similar_negatives_are_the_first_of_a_plain_sort(seed, negatives):
+    """The rows of the last place may see all others."""
+    ids = torch.randint(0, 9, (8, 2), generator=torch.Generator().manual_seed(seed))
+    sampling_config = ContextSamplingConfig(
+        crossbatch_schedule=[(0, 0), (0, 0), (0, 0), (1, negatives)], negatives="similar"
+    )
+    contexts = ContextSampler(sampling_config, 8, 2, embed=first_token_vectors).select(seed, 1, ids)
+    vectors = first_token_vectors(list(ids))
+    for row, own in ((6, []), (7, [6])):
+        ranked = torch.sort(vectors[:6] @ vectors[row], descending=True, stable=True).indices
+        assert contexts[row] == own + ranked[:negatives].tolist()
+
+
+@pytest.fixture(scope="module")
+def word_tokenizer():
+    ids = {word: at for at, word in enumerate(["[UNK]", "<s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="<s>")
+
+
+@pytest.fixture(scope="module")
+def word_model():
+    """The mean of one unit vector per known word; its ids aren't those of the tokenizer that wrote the rows."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0} | {w: i for i, w in enumerate(WORDS, 1)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    weights = np.vstack([np.zeros(len(WORDS)), 3 * np.eye(len(WORDS))]).astype(np.float32)
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=weights)], device="cpu")
+
+
+def test_any_sentence_transformers_model_finds_similar_rows(word_tokenizer, word_model, tmp_path):
+    folder = tmp_path / "model"
+    word_model.save(str(folder), create_model_card=False)
+    texts = ["river river", "money money", "river cat", "money dog"]
+    ids = torch.tensor(word_tokenizer(["<s> " + text for text in texts])["input_ids"])
+    half = 0.5**0.5
+    expected = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [half, 0, half, 0], [0, half, 0, half]])
+    for model in (word_model, SentenceTransformer(str(folder), device="cpu")):
+        embed = embedder(model, word_tokenizer, batch_size=3)
+        vectors = embed(list(ids))
+        torch.testing.assert_close(vectors, expected, atol=1e-6, rtol=0)
+        assert not vectors.requires_grad
+        sampling_config = ContextSamplingConfig(
+            crossbatch_schedule=[(0, 0), (0, 0), (0, 1), (0, 1)], negatives="similar"
+        )
+        assert ContextSampler(sampling_config, 4, embed=embed).select(0, input_ids=ids)[2:] == [[0], [1]]
+    assert not any(weight.requires_grad for weight in word_model.parameters())
+
+
+def test_texts_that_the_model_would_not_take_are_changed(word_tokenizer, word_model):
+    embed = embedder(word_model, word_tokenizer, clean=lambda texts: [text.replace("cat", "dog") for text in texts])
+    vectors = embed([torch.tensor(word_tokenizer("cat")["input_ids"])])
+    assert vectors.tolist() == [[0, 0, 0, 1]]
+
+
+def test_a_folder_that_llara_exported_reads_rows_as_documents(model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    rows = [torch.tensor(tokenizer(text)["input_ids"]) for text in ("River stone.", "Silver morning, harbour.", "<s1>")]
+    with_slots = AutoTokenizer.from_pretrained(model_folder)
+    model = LlamaForCausalLM.from_pretrained(model_folder)
+    LlaraTemplate.from_tokenizer(with_slots).prepare_model(model)
+    model.save_pretrained(tmp_path / "checkpoint")
+    with_slots.save_pretrained(tmp_path / "checkpoint")
+    retriever = load_embedder(tmp_path / "checkpoint", device="cpu")
+    exported = export_sentence_transformer(tmp_path / "checkpoint", tmp_path / "exported")
+    embed = embedder(
+        SentenceTransformer(str(exported)), tokenizer, clean=lambda texts: escape_slot_tokens(retriever, texts)
+    )
+    wanted = [retriever.encode_document(text) for text in ("River stone.", "Silver morning, harbour.", "< s1>")]
+    torch.testing.assert_close(embed(rows).cpu(), torch.tensor(np.stack(wanted)), atol=1e-5, rtol=0)

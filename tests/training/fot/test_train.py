@@ -24,7 +24,7 @@ from llamory.training.fot.train import train_fot
 from llamory.training.settings import FotSettings
 from training_runs import TORCHRUN, finish, kill_behind, losses, start, weights
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 JOIN = RECIPES / "join_adapters.py"
 ROW, BATCH, PACKING, SEED = 16, 8, 2, 42
 
@@ -105,7 +105,7 @@ def test_the_loss_is_the_mean_over_all_tokens_of_all_passes(settings, model_fold
     wanted = []
     for stream in range(2):
         batch = next(batches(model_folder, documents, shard=stream, shards=2))
-        contexts = context_sampler.choose(0, stream, batch["input_ids"], batch["documents"])
+        contexts = context_sampler.select(0, stream, batch["input_ids"], batch["documents"])
         assert any(contexts) and not all(contexts)
         wanted.append(token_losses(model, batch, contexts))
     assert losses(settings().output)[0] == pytest.approx(float(torch.cat(wanted).mean()), abs=1e-5)
@@ -130,7 +130,7 @@ def test_a_range_and_a_mixture_of_sources_give_the_first_loss_that_they_should(s
     context_sampler = ContextSampler(
         ContextSamplingConfig(cross_batch_range=3, crossbatch_stepping=True), BATCH, PACKING, SEED
     )
-    contexts = context_sampler.choose(0, 0, batch["input_ids"], batch["documents"])
+    contexts = context_sampler.select(0, 0, batch["input_ids"], batch["documents"])
     wanted = token_losses(load(model_folder).eval(), batch, contexts).mean()
     assert losses(settings().output)[0] == pytest.approx(float(wanted), abs=1e-5)
 
@@ -139,7 +139,7 @@ def test_negatives_that_count_as_fifty_give_the_first_loss_that_they_should(sett
     train_fot(settings(crossbatch_schedule=["1+4"], negative_weight=[50, 50]))
     model, batch = load(model_folder).eval(), next(batches(model_folder, documents))
     context_sampler = ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(1, 4)]), BATCH, PACKING, SEED)
-    contexts = context_sampler.choose(0, 0, batch["input_ids"], batch["documents"])
+    contexts = context_sampler.select(0, 0, batch["input_ids"], batch["documents"])
     weights = [[1 if other // PACKING == row // PACKING else 50 for other in seen] for row, seen in enumerate(contexts)]
     wanted = token_losses(model, batch, contexts, context_weights=weights).mean()
     assert losses(settings().output)[0] == pytest.approx(float(wanted), abs=1e-5)

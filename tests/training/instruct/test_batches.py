@@ -1,4 +1,4 @@
-"""How instruction examples are cut into memory and last rows, and what flows between."""
+"""Instruction batches: rows in memory, frozen contexts, and what flows between rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 
 from llamory.errors import LlamoryError
 from llamory.longllama.losses import IGNORE_INDEX
-from llamory.training.instruct.batches import InstructBatches, MemorySplit, SplitExample, collate
+from llamory.training.instruct.batches import (
+    DocumentExamples,
+    FrozenContextBatches,
+    HiddenStateCache,
+    InstructBatches,
+    MemorySplit,
+    SplitExample,
+    build_context,
+    collate,
+    collate_frozen_contexts,
+)
 from tiny_models import CONTEXT, LAST, make_long_llama
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -269,3 +279,137 @@ def test_an_example_is_learned_alike_in_any_company():
         first = 0 if together[0] is example else len(other.rows)
         for row, (start, stop) in enumerate(example.rows):
             torch.testing.assert_close(found[first + row, : stop - start], hidden[row, : stop - start])
+
+
+def test_states_are_kept_and_are_those_of_rows_read_anew():
+    model = make_long_llama(max_position_embeddings=8, last_context_length=8).model
+    rows = torch.randint(5, 60, (6, 8), generator=torch.Generator().manual_seed(3))
+    lengths = [8, 3, 8, 8, 5, 8]
+    rows[5] = rows[0]
+    read = []
+    whole, model.layer_inputs = model.layer_inputs, lambda ids: (read.append(len(ids)), whole(ids))[1]
+    states = HiddenStateCache(2)
+    for numbers, new in (([0, 1, 2, 5], 3), ([1, 2], 0), ([3, 4], 2), ([2], 1)):
+        got = states.get(model, rows[numbers], [lengths[number] for number in numbers])
+        assert sum(read) == new
+        read.clear()
+        for layer, wanted in whole(rows[numbers]).items():
+            for place, number in enumerate(numbers):
+                real = slice(lengths[number])
+                torch.testing.assert_close(got[layer][place, real], wanted[place, real], atol=1e-6, rtol=0)
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------
+
+
+def numbered_documents(count, questions=3, document=7):
+    """DocumentExamples with questions, whose tokens tell which they are; every fourth example is of no document."""
+    made = {"input_ids": [], "labels": [], "source": [], "document": []}
+    for number in range(count):
+        size = 0 if number % 4 == 3 else document
+        for question in range(questions if size else 1):
+            ids = [number] * (size or 9) + [50 + question] * 2 + [60 + question] * 2
+            made["input_ids"].append(ids)
+            made["labels"].append([IGNORE_INDEX] * (len(ids) - 2) + ids[-2:])
+            made["source"].append(f"file:{number}")
+            made["document"].append(size)
+    return Listed(made)
+
+
+class Listed:
+    """Columns by name, examples by number, as a dataset has them."""
+
+    def __init__(self, columns):
+        self.columns = columns
+
+    def __getitem__(self, key):
+        return self.columns[key] if isinstance(key, str) else {name: all_[key] for name, all_ in self.columns.items()}
+
+    def __len__(self):
+        return len(self.columns["source"])
+
+
+def made(data, proportions=(1.0,), **options):
+    return FrozenContextBatches(
+        data, proportions, MemorySplit(3, 3, 13, "memory"), **{"rows": 8, "query_token_budget": 30} | options
+    )
+
+
+def test_examples_of_a_document_are_together():
+    documents = DocumentExamples(numbered_documents(9))
+    assert len(documents) == 9
+    assert [len(documents[number]) for number in range(9)] == [3, 3, 3, 1, 3, 3, 3, 1, 3]
+    assert {each["source"] for each in documents[4]} == {"file:4"}
+
+
+def test_a_document_is_in_memory_and_each_question_a_row():
+    split = MemorySplit(3, 3, 13, "memory")
+    group = build_context(DocumentExamples(numbered_documents(2))[1], split, random.Random(0))
+    assert group.rows == [[1] * 3, [1] * 3, [1]]
+    assert [(each.ids, each.targets, each.num_visible_rows) for each in group.queries] == [
+        ([50 + q, 50 + q, 60 + q], [IGNORE_INDEX, 60 + q, 60 + q], 3) for q in range(3)
+    ]
+    alone = build_context(DocumentExamples(numbered_documents(4))[3], split, random.Random(0))
+    ids = [3] * 9 + [50, 50, 60, 60]
+    following = [IGNORE_INDEX] * 10 + [60, 60, IGNORE_INDEX]
+    assert sum(map(list, alone.rows), []) == ids[: sum(map(len, alone.rows))]
+    for each in alone.queries:
+        start = sum(map(len, alone.rows[: each.num_visible_rows]))
+        assert list(each.ids) == ids[start : start + len(each.ids)]
+        assert list(each.targets) == following[start : start + len(each.ids)]
+    assert sum(target != IGNORE_INDEX for each in alone.queries for target in each.targets) == 2
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 20), negatives=st.integers(0, 9), most=st.integers(1, 40))
+def test_a_batch_sees_its_document_whole_and_negatives_of_others(seed, negatives, most):
+    batches = made(
+        [numbered_documents(12)], seed=seed, negatives=negatives, negative_weight=(2, 8), query_token_budget=most
+    )
+    for _ in range(3):
+        batch = next(batches)
+        assert len(batch["context_ids"]) <= 8
+        assert len(batch["input_ids"]) == 1 or batch["input_ids"].numel() <= most
+        owners = []
+        for row in batch["context_ids"].tolist():  # what isn't a document's number goes on with the same text
+            owners.append(row[0] if row[0] < 50 else owners[-1])
+        assert set(owners) <= {int(source.split(":")[1]) for source in batch["sources"]}
+        for seen, weights, target in zip(
+            batch["contexts"], batch["context_weights"], batch["shift_labels"], strict=True
+        ):
+            assert (target != IGNORE_INDEX).any()
+            own = [owners[row] for row, weight in zip(seen, weights, strict=True) if weight == 1]
+            others = [owners[row] for row, weight in zip(seen, weights, strict=True) if weight != 1]
+            assert len(set(own)) <= 1 and not set(own) & set(others)
+            if own and own[0] % 4 != 3:
+                assert len(own) == owners.count(own[0]) == 3
+                assert len(others) == min(negatives, len(owners) - 3)
+            assert all(2 <= weight <= 8 for weight in weights if weight != 1)
+
+
+def test_batches_are_of_one_dataset_and_go_on_where_they_were():
+    data = [numbered_documents(8), numbered_documents(12)]
+    for each in data[1].columns["source"]:
+        assert each.startswith("file")
+    data[1].columns["source"] = [f"other:{each}" for each in data[1].columns["source"]]
+    running, resumed = (made(data, (0.5, 0.5), negatives=2, stream=1, streams=2) for _ in range(2))
+    kinds = set()
+    for _ in range(20):
+        found = {source.split(":")[0] for source in next(running)["sources"]}
+        assert len(found) == 1
+        kinds |= found
+    assert kinds == {"file", "other"}
+    resumed.load_state_dict(json.loads(json.dumps(running.state_dict())))
+    for _ in range(3):
+        one, two = next(running), next(resumed)
+        assert one["contexts"] == two["contexts"] and one["sources"] == two["sources"]
+        assert torch.equal(one["input_ids"], two["input_ids"])
+    with pytest.raises(LlamoryError, match="at least 1 token"):
+        made([numbered_documents(4)], query_token_budget=0)
+
+
+def test_rows_that_nobody_may_see_make_no_contexts():
+    group = build_context(DocumentExamples(numbered_documents(1))[0], MemorySplit(3, 3, 13), random.Random(0))
+    batch = collate_frozen_contexts([group], 0, query_token_budget=99, negatives=5, rng=random.Random(1))
+    assert batch["contexts"] == [[0, 1, 2]] * 3 and "context_weights" not in batch
+    assert batch["context_lengths"] == [3, 3, 1]

@@ -1,4 +1,4 @@
-"""generate, in all the ways users call it, with prompts longer than the context and with mounted memory."""
+"""Generation with long prompts and attached memory, reading documents, and fingerprints."""
 
 import copy
 import gc
@@ -6,20 +6,22 @@ import weakref
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TextIteratorStreamer, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TextIteratorStreamer,
+    pipeline,
+)
 
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
 from plain_longllama import logits, sight
 
 CONTEXT, LAST = 16, 8
+
+
 LONG = {"do_sample": False, "max_new_tokens": 30, "min_new_tokens": 30}
-
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 def greedy(model, prompt, count):
@@ -313,3 +315,13 @@ def test_an_interrupted_document_leaves_the_memory_as_it_was_and_no_trace_in_the
     for layer in memory.layers:
         assert torch.equal(memory.keys(layer, "b"), apart.keys(layer, "b"))
         assert memory.length(layer) == 44
+
+
+def test_fingerprint_is_of_the_weights_not_of_their_type(make_model):
+    model, same = make_model(), make_model()
+    assert model.memory_fingerprint() == same.memory_fingerprint()
+    with torch.no_grad():
+        same.lm_head.weight[5, 5] += 0.5
+    assert model.memory_fingerprint() != same.memory_fingerprint()
+    assert make_model().to(torch.bfloat16).memory_fingerprint() == model.memory_fingerprint()
+    assert make_model(mem_layers=[1]).memory_fingerprint() != model.memory_fingerprint()
