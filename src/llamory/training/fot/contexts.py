@@ -51,8 +51,8 @@ class ContextSamplingConfig:
         cross_batch_range: maximum number of earlier rows that a row sees; give either this or `crossbatch_schedule`.
         crossbatch_stepping: with a range, later chunks of a pack see more rows than earlier ones.
         schedule: of the number of contexts: "constant", "sampled" (drawn from `sizes` at each step) or "curriculum"
-            (the next of `sizes` once a training accuracy is reached). A size replaces the range, or the number of negatives
-            of each entry that has negatives.
+            (the next of `sizes` once a training accuracy is reached). A size replaces the range, or the
+            number of negatives of each entry that has negatives.
         sizes: numbers of contexts, at most the range; increasing for "curriculum".
         advance_at_accuracy: running mean of the training accuracy that advances the curriculum, above 0, at most 1.
         negatives: "random", or "similar" for the nearest by a retriever.
@@ -192,7 +192,7 @@ class ContextSampler:
         if positives >= self.dataset_packing:
             raise LlamoryError(
                 f"The crossbatch_schedule asks for {positives} earlier chunks of a document, but with a "
-                f"dataset_packing of {self.dataset_packing} a row has at most {self.dataset_packing - 1}; choose one of at least "
+                f"dataset_packing of {self.dataset_packing} a row has at most {self.dataset_packing - 1}; choose at least "
                 f"{positives + 1}."
             )
         negatives = max(self.sampling_config.sizes or [entry[1] for entry in schedule])
