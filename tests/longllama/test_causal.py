@@ -16,6 +16,7 @@ from transformers import (
 
 from llamory.errors import LlamoryError
 from llamory.longllama import LongLlamaForCausalLM
+from llamory.longllama.causal import encode_windows
 from plain_longllama import logits, sight
 
 CONTEXT, LAST = 16, 8
@@ -141,6 +142,28 @@ def test_reading_on_is_reading_at_once(make_model, ids):
     for layer in once.layers:
         torch.testing.assert_close(once.keys(layer), twice.keys(layer), atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(once.values(layer), twice.values(layer), atol=1e-6, rtol=1e-5)
+
+
+def test_windows_of_a_batch_are_those_of_each_document(make_model, ids):
+    model = make_model(max_position_embeddings=16, mem_dtype="float32").train()
+    documents = [ids(40), ids(16, seed=1), ids(5, seed=2)]
+    banks = [model.new_memory() for _ in documents]
+    assert list(encode_windows(model, documents, banks)) == [16, 32, 40]
+    assert model.training
+    for document, bank in zip(documents, banks, strict=True):
+        alone = model.read(document)
+        for layer in alone.layers:
+            difference = (bank.keys(layer) - alone.keys(layer)).abs().max()
+            assert difference <= 1e-5 * alone.keys(layer).abs().max()
+
+
+def test_windows_can_be_stopped_and_continued(make_model, ids):
+    model, document = make_model(max_position_embeddings=16), ids(40)
+    bank = model.new_memory()
+    assert next(encode_windows(model, [document], [bank])) == 16
+    assert list(encode_windows(model, [document], [bank], start=16)) == [32, 40]
+    once = model.read(document)
+    assert all(torch.equal(bank.keys(layer), once.keys(layer)) for layer in once.layers)
 
 
 def test_an_interrupted_reading_leaves_the_memory_as_it_was(make_model, ids):

@@ -79,6 +79,19 @@ def test_impossible_values_get_one_sentence(settings, said):
     assert "\n" not in str(error.value)
 
 
+def test_keys_of_earlier_versions_are_read_and_can_be_changed(tmp_path):
+    old = {"mem_only_top_k": True, "mem_log_scale": 0.6, "mem_log_start": 4096, "mem_log_bias": 1.0}
+    old |= {"mem_log_bias_start": 1024}
+    values = {"logn_attention_scale": 0.6, "logn_attention_start": 4096, "memory_size_bias": 1.0}
+    values |= {"mem_top_k_attention": True, "memory_size_bias_start": 1024}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "longllama", "mem_layers": [1], **old}))
+    for config in (AutoConfig.from_pretrained(tmp_path), LongLlamaConfig(mem_layers=[1], **old)):
+        assert {key: getattr(config, key) for key in values} == values
+        assert not set(old) & set(config.to_dict())
+    changed = AutoConfig.from_pretrained(tmp_path, logn_attention_scale=0.25)
+    assert {key: getattr(changed, key) for key in values} == values | {"logn_attention_scale": 0.25}
+
+
 def test_last_context_follows_a_short_context():
     assert LongLlamaConfig(max_position_embeddings=64).last_context_length == 64
     assert LongLlamaConfig(max_position_embeddings=4096).last_context_length == 1024

@@ -490,3 +490,10 @@ def test_gradients_of_memory_projections_equal_those_through_rows_of_the_batch()
     torch.testing.assert_close(loss, plain)
     for got, wanted in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(plain, trained), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_without_the_kernel_plain_products_are_used(monkeypatch):
+    query = torch.zeros(1, 1, 1, 8)
+    assert kernels._backend(query) == "cpu"
+    monkeypatch.setitem(kernels._KERNELS, "cpu", "_no_such_operator")
+    assert kernels._backend(query) == "plain"

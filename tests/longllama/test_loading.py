@@ -59,7 +59,7 @@ def test_load_long_model_chooses_for_a_plain_llama(model_folder, make_model, tmp
     own = load_long_model(tmp_path).config
     assert (own.mem_layers, own.max_position_embeddings, own.last_context_length) == ([1, 2], 16, 8)
     assert load_long_model(tmp_path, context_length=4).config.last_context_length == 4
-    with pytest.raises(LlamoryError, match="window of 32 tokens"):
+    with pytest.raises(LlamoryError, match="context_length is 32"):
         load_long_model(tmp_path, context_length=32)
     with pytest.raises(LlamoryError, match="layer 7"):
         load_long_model(tmp_path, mem_layers=[7])

@@ -138,6 +138,7 @@ class LongLlamaConfig(LlamaConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As `PreTrainedConfig.from_dict`, but changed values are set before defaults are derived from them."""
+        config_dict = {RENAMED_KEYS.get(key, key): value for key, value in config_dict.items()}
         changed = {key: kwargs.pop(key) for key in list(kwargs) if key in cls.__dataclass_fields__ and key != "dtype"}
         return super().from_dict({**config_dict, **changed}, **kwargs)
 
