@@ -380,12 +380,12 @@ def test_rows_that_see_one_another_would_be_told_their_next_tokens():
         ({"crossbatch_schedule": []}, "list of pairs"),
         ({"crossbatch_schedule": [(1, 2, 3)]}, "list of pairs"),
         ({"crossbatch_schedule": [1, 2]}, "list of pairs"),
-        ({"crossbatch_schedule": [(0, -1)]}, "from 0 on, not -1"),
-        ({"crossbatch_schedule": [(0.5, 1)]}, "whole number"),
-        ({"cross_batch_range": -2}, "from 0 on, not -2"),
-        ({"cross_batch_range": 3, "schedule": "sampled", "sizes": [1, -1]}, "from 0 on, not -1"),
+        ({"crossbatch_schedule": [(0, -1)]}, "at least 0, not -1"),
+        ({"crossbatch_schedule": [(0.5, 1)]}, "an integer"),
+        ({"cross_batch_range": -2}, "at least 0, not -2"),
+        ({"cross_batch_range": 3, "schedule": "sampled", "sizes": [1, -1]}, "at least 0, not -1"),
         ({"cross_batch_range": 3, "schedule": "sampled"}, "needs sizes"),
-        ({"cross_batch_range": 3, "schedule": "curriculum", "sizes": [2, 1]}, "small to large"),
+        ({"cross_batch_range": 3, "schedule": "curriculum", "sizes": [2, 1]}, "must increase"),
         ({"cross_batch_range": 3, "schedule": "curriculum", "sizes": [2, 4]}, "more than the cross_batch_range of 3"),
         ({"cross_batch_range": 3, "sizes": [1]}, "choose one of them"),
         (
@@ -397,9 +397,9 @@ def test_rows_that_see_one_another_would_be_told_their_next_tokens():
         ({"cross_batch_range": 1, "negatives": "similar"}, "chosen for a crossbatch_schedule"),
         ({"crossbatch_schedule": [(0, 1)], "crossbatch_stepping": True}, "goes with a cross_batch_range"),
         ({"crossbatch_schedule": [(0, 1)], "negative_weight": (3, 2)}, "negative_weight must be two numbers above 0"),
-        ({"crossbatch_schedule": [(0, 1)], "advance_at_accuracy": 0.0}, "above 0 and up to 1"),
-        ({"crossbatch_schedule": [(0, 1)], "advance_at_accuracy": 1.5}, "above 0 and up to 1"),
-        ({"crossbatch_schedule": [(0, 1)], "advance_at_accuracy": float("nan")}, "above 0 and up to 1"),
+        ({"crossbatch_schedule": [(0, 1)], "advance_at_accuracy": 0.0}, "above 0 and at most 1"),
+        ({"crossbatch_schedule": [(0, 1)], "advance_at_accuracy": 1.5}, "above 0 and at most 1"),
+        ({"crossbatch_schedule": [(0, 1)], "advance_at_accuracy": float("nan")}, "above 0 and at most 1"),
     ],
 )
 def test_plans_that_cannot_be(sampling_config, told):
@@ -437,7 +437,7 @@ def test_what_is_missing_for_a_choice():
     sampling_config = ContextSamplingConfig(crossbatch_schedule=[(0, 1)], negatives="similar")
     context_sampler = ContextSampler(sampling_config, 4, embed=first_token_vectors)
     for ids in (None, torch.zeros(3, 2)):
-        with pytest.raises(LlamoryError, match="tokens of all 4 rows"):
+        with pytest.raises(LlamoryError, match="token ids of all 4 rows"):
             context_sampler.select(0, input_ids=ids)
     with pytest.raises(LlamoryError, match=r"4 rows, but numbers of documents of shape \(3,\)"):
         ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(0, 1)]), 4).select(0, documents=torch.zeros(3))

@@ -86,6 +86,7 @@ def token_losses(model, batch, contexts, **more):
     return cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten(), reduction="none").view(BATCH, ROW)
 
 
+@pytest.mark.slow
 def test_training_learns_and_saves_a_long_llama(settings):
     result = train_fot(settings(steps=30, save_every=30))
     output = Path(result["output"])
@@ -153,6 +154,7 @@ KILLED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", KILLED.values(), ids=KILLED)
 def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path, documents, changes):
     changes = changes | {"steps": 14, "eval_data": [str(documents)], "eval_every": 3, "eval_batches": 1}
@@ -170,6 +172,7 @@ def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path, documents, ch
     assert curves[0] == curves[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fsdp", "changes"),
     [(False, {}), (True, {}), (True, {"trainable": "memory_projections", "negative_weight": [1, 9]})],
@@ -299,14 +302,14 @@ def test_bfloat16_with_checkpointing_loses_nearly_as_float32(settings, tmp_path)
 def test_similar_negatives_are_those_that_share_most_words(settings, model_folder, tmp_path, monkeypatch):
     words = "river stone bridge winter garden letter window market silver morning harbour candle forest summer".split()
     keyword_model(words).save(str(tmp_path / "finder"))
-    seen, real = [], ContextSampler.choose
+    seen, real = [], ContextSampler.select
 
-    def choose(self, step, stream, input_ids, documents):
+    def select(self, step, stream, input_ids, documents):
         contexts = real(self, step, stream, input_ids, documents)
         seen.append((input_ids, documents, self.order(step, stream), contexts))
         return contexts
 
-    monkeypatch.setattr(ContextSampler, "choose", choose)
+    monkeypatch.setattr(ContextSampler, "select", select)
     train_fot(settings(negatives="similar", retriever=str(tmp_path / "finder"), crossbatch_schedule=["0+0", "0+1"]))
     tokenizer, checked = AutoTokenizer.from_pretrained(model_folder), 0
     for input_ids, documents, order, contexts in seen:
@@ -355,7 +358,7 @@ def test_settings_that_cannot_be_are_refused(settings, tmp_path, documents):
         ({"data": [str(documents)] * 2, "proportions": [0.5, 0.6]}, "add up to 1"),
         ({"proportions": [0.5, 0.5]}, "1 sources of documents but 2 proportions"),
         ({"schedule": "curriculum"}, "needs sizes"),
-        ({"negatives": "similar"}, "give one, a Sentence Transformers model"),
+        ({"negatives": "similar"}, "give a Sentence Transformers model"),
         ({"negatives": "similar", "retriever": str(tmp_path / "nowhere")}, "nowhere"),
         ({"eval_data": [str(documents)], "dataset_packing": 1}, "dataset_packing to 2"),
         ({"schedule": "curriculum", "sizes": [1], "fsdp": True}, "use DDP"),

@@ -170,9 +170,9 @@ def test_an_epoch_has_every_example_once_and_another_order_next():
     orders = [[], []]
     for epoch in range(2):
         for stream in made:
-            while stream._num_drawn[0] < 12 * (epoch + 1):
+            while stream._counts[0] < 12 * (epoch + 1):
                 orders[epoch].append(stream._next_example()[1].source)
-                stream._num_drawn[0] += 1
+                stream._counts[0] += 1
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(example["source"] for example in numbered(24))
     assert orders[0] != orders[1]
 
@@ -204,7 +204,7 @@ def test_a_resumed_run_sees_the_same_batches(before, seed, stream):
 
 
 def test_rows_and_positions_that_do_not_fit_are_refused():
-    with pytest.raises(LlamoryError, match="may take 3 rows, but a batch has 2"):
+    with pytest.raises(LlamoryError, match="may need 3 rows, but a batch has 2"):
         batches([numbered(3)], rows=2)
     with pytest.raises(LlamoryError, match="negatives must be at least 0"):
         batches([numbered(3)], negatives=-1)
@@ -404,7 +404,7 @@ def test_batches_are_of_one_dataset_and_go_on_where_they_were():
         one, two = next(running), next(resumed)
         assert one["contexts"] == two["contexts"] and one["sources"] == two["sources"]
         assert torch.equal(one["input_ids"], two["input_ids"])
-    with pytest.raises(LlamoryError, match="at least 1 token"):
+    with pytest.raises(LlamoryError, match="query_token_budget must be at least 1"):
         made([numbered_documents(4)], query_token_budget=0)
 
 

@@ -202,8 +202,8 @@ def test_examples_without_an_answer_left_are_passed_over(load, tokenizer):
         ({"conversations": [{"value": "?"}]}, CHATML, "no 'from'"),
         ({"messages": []}, CHATML, "'messages' should be a list of objects"),
         ({"messages": [{"role": "user"}]}, CHATML, "no 'content'"),
-        (messages(TURNS[1:]), CHATML, "begin with the assistant's"),
-        (messages(), STRICT, "refuses these messages .no system message"),
+        (messages(TURNS[1:]), CHATML, "the first message is the assistant's"),
+        (messages(), STRICT, "rejects these messages .no system message"),
         (messages(), FORGETFUL, "put {% generation %}"),
         (messages(), None, "has no chat template; choose a model with one"),
     ],
@@ -221,7 +221,7 @@ def test_what_cannot_be_read_is_told_with_its_line(load, tokenizer, entry, templ
 
 
 def test_files_and_tokenizers_that_do_not_do(load, tokenizer, documents, model_folder):
-    with pytest.raises(LlamoryError, match=r"holds no \.jsonl file"):
+    with pytest.raises(LlamoryError, match=r"has no \.jsonl file"):
         load_instructions(documents, tokenizer)
     endless = AutoTokenizer.from_pretrained(model_folder, eos_token=None)
     with pytest.raises(LlamoryError, match="no end-of-sequence token"):

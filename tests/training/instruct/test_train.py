@@ -81,6 +81,7 @@ def token_losses(model, batch):
     return cross_entropy(logits, targets, reduction="none")[targets != IGNORE_INDEX]
 
 
+@pytest.mark.slow
 def test_training_learns_and_saves_a_long_llama(settings, data):
     result = train_instruct(settings(steps=30, save_every=30, eval_data=data[:1], eval_every=15))
     output = Path(result["output"])
@@ -117,6 +118,7 @@ def test_the_loss_is_the_mean_over_all_answers_of_all_passes(settings, model_fol
     assert losses(made.output, "eval_loss")[0] == pytest.approx(mean(made.seed, 1), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(settings, tmp_path):
     changes = {"steps": 12, "save_every": 2, "lora_dropout": 0.1, "lora": True, "accumulation": 2}
     changes |= {"negatives": 2, "negative_weight": [1, 9], "negative_weight_warmup": 0.5}
@@ -146,6 +148,7 @@ def test_copies_grow_evenly_on_a_logarithmic_scale():
     ] == pytest.approx([2, 4, 8])
 
 
+@pytest.mark.slow
 def test_two_processes_lose_as_one_with_two_passes(settings, tmp_path):
     train_instruct(settings(accumulation=2, output=str(tmp_path / "one")))
     shared = settings(output=str(tmp_path / "two"))
@@ -187,7 +190,7 @@ def test_a_checkpoint_of_other_settings_or_data_is_refused(settings, data):
         ({"proportions": [0.5, 0.4]}, "add up to 1"),
         ({"proportions": [1.0]}, "2 sources"),
         ({"last_context_length": 17}, "at most row_length"),
-        ({"batch_size": 2}, "may take 3 rows, but a batch has 2"),
+        ({"batch_size": 2}, "may need 3 rows, but a batch has 2"),
         ({"row_length": 4096}, "longer than the context"),
         ({"mem_layers": [2]}, "mem_layers"),
         ({"question_field": "ask"}, "nor 'ask'"),
@@ -276,6 +279,7 @@ def test_apart_trains_what_rows_of_one_batch_would(frozen_context, model_folder,
     assert history[0] == pytest.approx(float(torch.cat(losses_of).detach().mean()), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_run_apart_resumes_to_the_same_bits_and_is_evaluated(frozen_context, tmp_path):
     changes = {"steps": 8, "save_every": 2, "lora": True, "context_cache_rows": 4, "eval_batches": 2, "eval_every": 4}
     changes["eval_data"] = frozen_context().data
