@@ -394,7 +394,7 @@ def test_rows_that_see_one_another_would_be_told_their_next_tokens():
         ),
         ({"crossbatch_schedule": [(0, 1)], "schedule": "grows"}, "no schedule 'grows'"),
         ({"crossbatch_schedule": [(0, 1)], "negatives": "hard"}, "can't be 'hard'"),
-        ({"cross_batch_range": 1, "negatives": "similar"}, "chosen for a crossbatch_schedule"),
+        ({"cross_batch_range": 1, "negatives": "similar"}, "need a crossbatch_schedule"),
         ({"crossbatch_schedule": [(0, 1)], "crossbatch_stepping": True}, "goes with a cross_batch_range"),
         ({"crossbatch_schedule": [(0, 1)], "negative_weight": (3, 2)}, "negative_weight must be two numbers above 0"),
         ({"crossbatch_schedule": [(0, 1)], "advance_at_accuracy": 0.0}, "above 0 and at most 1"),
@@ -414,7 +414,7 @@ def test_plans_that_cannot_be(sampling_config, told):
         ({"crossbatch_schedule": [(0, 7)]}, 8, 2, "can't see 7 rows of other documents.* 6 of them"),
         ({"crossbatch_schedule": [(0, 1)]}, 2, 2, "0 of them"),
         ({"crossbatch_schedule": [(0, 1)], "schedule": "sampled", "sizes": [1, 7]}, 8, 2, "can't see 7 rows"),
-        ({"crossbatch_schedule": [(2, 0)]}, 8, 2, "at most 1; choose one of at least 3"),
+        ({"crossbatch_schedule": [(2, 0)]}, 8, 2, "at most 1; choose at least 3"),
         ({"crossbatch_schedule": [(0, 1)] * 5}, 8, 2, "5 entries, but .* 4 documents"),
         ({"crossbatch_schedule": [(0, 1)]}, 8, 3, "can't be divided"),
         ({"crossbatch_schedule": [(0, 0)]}, 0, 1, "at least 1"),
@@ -439,7 +439,7 @@ def test_what_is_missing_for_a_choice():
     for ids in (None, torch.zeros(3, 2)):
         with pytest.raises(LlamoryError, match="token ids of all 4 rows"):
             context_sampler.select(0, input_ids=ids)
-    with pytest.raises(LlamoryError, match=r"4 rows, but numbers of documents of shape \(3,\)"):
+    with pytest.raises(LlamoryError, match=r"4 rows, but document numbers of shape \(3,\)"):
         ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(0, 1)]), 4).select(0, documents=torch.zeros(3))
     with pytest.raises(LlamoryError, match="seed"):
         ContextSampler(ContextSamplingConfig(crossbatch_schedule=[(0, 1)]), 4, seed=-1)
