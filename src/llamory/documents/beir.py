@@ -91,7 +91,7 @@ def read_beir(folder: Path, split: str | None = None, *, skip_broken: bool = Fal
             raise LlamoryError(
                 f"{folder} is no BEIR folder: there is no {name} (it should have {CORPUS}, {QUERIES}, {QRELS}/*.tsv)."
             )
-    split = _choose_split(folder, split)
+    split = _resolve_split(folder, split)
     queries = dict(entry for _, entry in read_json_lines(folder / QUERIES, _query_entry, skip_broken=skip_broken))
     qrels: dict[str, dict[str, float]] = {}
     locations: dict[tuple[str, str], str] = {}
@@ -104,7 +104,7 @@ def read_beir(folder: Path, split: str | None = None, *, skip_broken: bool = Fal
     return BeirDataset(folder, split, queries, qrels, locations, skip_broken)
 
 
-def _choose_split(folder: Path, split: str | None) -> str:
+def _resolve_split(folder: Path, split: str | None) -> str:
     existing = sorted(path.stem for path in (folder / QRELS).glob("*.tsv"))
     if not existing:
         raise LlamoryError(f"{folder} is no BEIR folder: there are no qrels in {folder / QRELS}/*.tsv.")

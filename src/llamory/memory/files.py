@@ -214,10 +214,10 @@ def _read_header(path: PathLike, file: BinaryIO) -> tuple[MemoryHeader, int, dic
         )
     if metadata["check"] != _header_checksum(raw):
         raise LlamoryError(_damaged_message(path, "its header"))
-    end = _LENGTH_BYTES + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if size < end:
+    data_stop = _LENGTH_BYTES + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if size < data_stop:
         raise LlamoryError(_truncated_message(path))
-    if size > end:
+    if size > data_stop:
         raise LlamoryError(f"The memory file {path} is damaged: something was added at its end.")
     header = MemoryHeader(
         layers=tuple(json.loads(metadata["layers"])),

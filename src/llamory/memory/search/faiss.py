@@ -162,11 +162,11 @@ class IndexedPart:
 
     def search(self, query: Tensor, count: int) -> Tensor:
         """Numbers of the nearest tokens, -1 where there are fewer, for queries (kv_heads, queries, head_dim)."""
-        nearest_tokens = [
+        neighbors = [
             torch.from_numpy(index.search(head.contiguous().numpy(), count)[1])
             for index, head in zip(self.indexes, query.cpu(), strict=True)
         ]
-        return torch.stack(nearest_tokens).to(query.device)
+        return torch.stack(neighbors).to(query.device)
 
 
 def get_or_build_part(span: Span, folder: Path | None) -> IndexedPart:
