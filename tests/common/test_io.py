@@ -9,7 +9,7 @@ def test_a_large_file_replaces_the_old_one_when_it_is_complete(tmp_path):
     path = tmp_path / "folder" / "file"
     with atomic_file(path) as file:
         file.write(b"old")
-    with pytest.raises(RuntimeError), atomic_file(path) as file:
+    with pytest.raises(RuntimeError), atomic_file(path) as file:  # noqa: PT012
         file.write(b"new")
         raise RuntimeError
     assert path.read_bytes() == b"old"
@@ -30,7 +30,7 @@ def test_the_rest_of_a_killed_run_is_overwritten(tmp_path):
 def test_a_failed_block_leaves_the_old_file(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:  # noqa: PT012
         temporary.write_text("new")
         raise RuntimeError
     assert path.read_text() == "old"
