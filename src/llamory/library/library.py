@@ -349,7 +349,7 @@ class Library:
         return self.qa_source(progress=progress).session(**settings)
 
     def precompute_memory(
-        self, *, engine: str = "local", ray_address: str | None = None, progress: bool = True
+        self, *, engine: EngineName = "local", ray_address: str | None = None, progress: bool = True
     ) -> MemoryReport:
         """Encode the documents that have no memory, as many as fit the budget.
 
@@ -422,8 +422,8 @@ class Library:
                 self._loaded = None
                 raise LlamoryError(
                     f"The library at {self.path} was made by another model than the one given (by "
-                    f"{self._store.settings.model or 'a loaded model'}, whose weights may have changed since); give that "
-                    "model, or make a new library."
+                    f"{self._store.settings.model or 'a loaded model'}, whose weights may have changed since); give "
+                    "that model, or make a new library."
                 )
             self._checked = True
         return self._loaded

@@ -20,9 +20,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llamory.common.extras import import_extra
+from llamory.common.locks import local_folder
 from llamory.errors import LlamoryError
 from llamory.library.indexer import Batch, ChunkingConfig, FileTask, chunk_files, embed_batch, find_vectors
 
@@ -156,12 +157,7 @@ class RayIndexer:
     advance: Callable[[int], None] = lambda _: None
 
     def run(self, tasks: Collection[FileTask]) -> Iterator[Batch]:
-        """Batches of all files, in order.
-
-        Raises:
-            LlamoryError: there is no such cluster, a worker can't load the model, or a file can't be read and the
-                config is strict.
-        """
+        """Batches of all files, in order; raises LlamoryError where a worker does."""
         check_ray(self.address)
         deduplicator = _Deduplicator()
         with cluster(self.address):
@@ -179,6 +175,7 @@ class RayIndexer:
 
         from llamory.embedding.encoder import chunk_tokenizer, fingerprint
 
+        folder = local_folder(self.library)
         resources = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
         on_gpu = gpus > 0 and self.embedder.device.type == "cuda"
@@ -207,7 +204,7 @@ class RayIndexer:
                 "config": self.config,
                 "model": self.model or ray.put(self.embedder),
                 "fingerprint": fingerprint(self.embedder),
-                "library": _absolute_uri(self.library),
+                "library": self.library if folder is None else str(folder.absolute()),
                 "device": None if on_gpu else "cpu",
             },
         )
@@ -219,8 +216,7 @@ class FileReader:
     """An actor that reads and chunks files."""
 
     def __init__(self, config: ChunkingConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._config = config
-        self._tokenizer = tokenizer
+        self._config, self._tokenizer = config, tokenizer
 
     def __call__(self, rows: Mapping[str, Any]) -> Iterator[dict[str, list[bytes]]]:
         """Messages with the batches of some lists of files, without vectors."""
@@ -238,11 +234,8 @@ class Embedder:
     """An actor that loads the model once and gives batches their vectors."""
 
     def __init__(self, config: ChunkingConfig, model: Any, fingerprint: str, library: str, device: str | None) -> None:
-        self._config = config
-        self._model = model
-        self._fingerprint = fingerprint
-        self._library = library
-        self._device = device
+        self._config, self._model, self._fingerprint = config, model, fingerprint
+        self._library, self._device = library, device
 
     def __call__(self, rows: Mapping[str, Any]) -> Iterator[dict[str, list[bytes]]]:
         """The same messages with vectors, and before each the vectors of a large batch as they are computed."""
@@ -323,14 +316,6 @@ class _Deduplicator:
         )
 
 
-def _absolute_uri(library: str) -> str:
-    """A library's URI, or its absolute path."""
-    from llamory.common.locks import local_folder
-
-    folder = local_folder(library)
-    return library if folder is None else os.path.abspath(folder)  # noqa: PTH100
-
-
 def _pack(message: BatchMessage) -> dict[str, list[bytes]]:
     return {"message": [pickle.dumps(message)]}
 
@@ -344,19 +329,12 @@ def _actor_pool(max_actors: int, tasks: int) -> Any:
 # ---- memories --------------------------------------------------------------------------------------------------------
 
 
-class DocumentReader(Protocol[D]):
-    """Encodes documents into memory."""
-
-    def read(self, documents: Iterable[D], advance: Callable[[str, int], None]) -> Iterator[tuple[D, MemoryBank]]:
-        """Each of the documents with its memory, in any order; `advance` is called with (source, tokens) meanwhile."""
-        ...
-
-
 class MemoryWriters:
     """Actors that encode documents into memory; their models stay loaded until the `with` block ends.
 
     Args:
-        make_reader: makes a reader on a worker; it is pickled.
+        make_reader: pickled; makes on a worker an object whose `read(documents, advance)` gives each document with its
+            memory, in any order, and calls `advance` with (source, tokens) meanwhile, as `library.reader.Reader` does.
         address: address of a running cluster; None to start one on this machine.
         on_gpu: one writer per GPU instead of one per core.
 
@@ -364,9 +342,7 @@ class MemoryWriters:
         LlamoryError: Ray isn't installed, or there is no such cluster.
     """
 
-    def __init__(
-        self, make_reader: Callable[[], DocumentReader[Any]], address: str | None = None, *, on_gpu: bool = False
-    ):
+    def __init__(self, make_reader: Callable[[], Any], address: str | None = None, *, on_gpu: bool = False):
         self._make_reader, self._address, self._on_gpu = make_reader, address, on_gpu
         self._stack = ExitStack()
         self._writers: list[Any] = []
@@ -387,11 +363,7 @@ class MemoryWriters:
     def read(
         self, documents: Iterable[D], advance: Callable[[str, int], None] = lambda *_: None
     ) -> Iterator[tuple[D, MemoryBank]]:
-        """Encode documents, and yield each with its memory as soon as it has arrived.
-
-        Args:
-            documents: anything that the readers read; each is pickled.
-            advance: called with a document's source and tokens when its memory has arrived.
+        """Encode documents, and yield each with its memory when it arrives; `advance` gets (source, tokens) of it.
 
         Raises:
             LlamoryError: a document can't be read, or a writer died more than `MAX_RESTARTS` times.
@@ -421,8 +393,7 @@ class MemoryWriters:
     def _start_writers(self, max_writers: int) -> list[Any]:
         import ray
 
-        resources = ray.cluster_resources()
-        max_actors = max(1, int(resources.get("GPU" if self._on_gpu else "CPU", 1)))
+        max_actors = max(1, int(ray.cluster_resources().get("GPU" if self._on_gpu else "CPU", 1)))
         actor_resources: dict[str, Any] = {"num_gpus": 1} if self._on_gpu else {"num_cpus": 1}
         actor = ray.remote(max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS, **actor_resources)(MemoryWriter)
         while len(self._writers) < min(max_writers, max_actors):
@@ -433,20 +404,13 @@ class MemoryWriters:
 class MemoryWriter:
     """An actor that turns documents into memory files."""
 
-    def __init__(self, make_reader: Callable[[], DocumentReader[Any]]) -> None:
+    def __init__(self, make_reader: Callable[[], Any]) -> None:
         self._make_reader = make_reader
-        self._reader: DocumentReader | None = None
+        self._reader: Any = None
 
-    def read(
-        self, number: int, documents: list[Any]
-    ) -> tuple[int, list[tuple[int, list[tuple[str, int]], bytes]], str]:
-        """The memories of some documents.
-
-        Returns:
-            The given number; per document its index, its (source, tokens) counts and its memory file; and a sentence
-            for the user if a document can't be read.
-        """
-        token_counts: list[tuple[str, int]] = []
+    def read(self, number: int, documents: list[Any]) -> tuple[int, list[tuple[int, list[Any], bytes]], str]:
+        """The given number; per document its index, (source, tokens) counts and memory file; and an error message."""
+        token_counts: list[Any] = []
         memories = []
         indices = {id(document): index for index, document in enumerate(documents)}
         try:
