@@ -354,7 +354,7 @@ def test_a_name_that_is_no_text_is_listed(docs, library):
     assert (report.added, report.failed[0].reason) == (3, "its name is not valid Unicode; rename it")
 
 
-# ---- a run that is stopped in a long document --------------------------------------------------------------------------
+# ---- a run that is stopped in a long document ------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -297,7 +297,7 @@ def test_removal_needs_no_model(tmp_path, docs, library, monkeypatch):
     assert Library(library.path).remove(docs / "cats.txt") == AddReport(removed=1)
 
 
-# ---- folders that are empty, perhaps as their disk isn't mounted -------------------------------------------------------
+# ---- folders that are empty, perhaps as their disk isn't mounted -----------------------------------------------------
 
 
 def empty(folder: Path) -> None:
@@ -383,7 +383,7 @@ def test_a_given_path_that_is_gone_is_an_error_and_removes_nothing(docs, library
     assert len(library) == 3
 
 
-# ---- removal without a model -------------------------------------------------------------------------------------------
+# ---- removal without a model -----------------------------------------------------------------------------------------
 
 
 def test_a_run_without_changes_needs_no_model(docs, library, monkeypatch, model_folder):

@@ -147,7 +147,7 @@ def test_an_unknown_search_is_refused(library):
         library.search("cat", mode="sparse")
 
 
-# ---- odd queries and numbers -------------------------------------------------------------------------------------------
+# ---- odd queries and numbers -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["dense", "bm25", "fused"])

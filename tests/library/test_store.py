@@ -73,7 +73,7 @@ def test_a_library_of_the_first_format_goes_on_working(docs, library):
     assert [Path(hit.source).name for hit in old.search("money", mode="bm25")] == ["cats.txt"]
 
 
-# ---- errors of the disk and of arguments -------------------------------------------------------------------------------
+# ---- errors of the disk and of arguments -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_write_that_the_disk_refuses_tells_why(tmp_path):
     assert output == f"{errno.EFBIG} {tmp_path / 'library'}\n"
 
 
-# ---- many documents ----------------------------------------------------------------------------------------------------
+# ---- many documents --------------------------------------------------------------------------------------------------
 
 
 def test_many_sources_are_looked_up_and_removed_in_short_lists(tmp_path, monkeypatch):
@@ -150,7 +150,7 @@ def test_many_sources_are_looked_up_and_removed_in_short_lists(tmp_path, monkeyp
     assert store.documents().keys() == set(sources[7:])
 
 
-# ---- vectors of a killed run -------------------------------------------------------------------------------------------
+# ---- vectors of a killed run -----------------------------------------------------------------------------------------
 
 
 def pending_row(source: str, text: str) -> dict[str, str]:

@@ -383,8 +383,6 @@ class Library:
 
     def memory_info(self) -> dict[str, Any]:
         """What memories take: their number, `bytes` and `reader` (None for the default); empty if there are none."""
-        from llamory.library.reader import ReaderConfig
-
         cache = MemoryCache(memory_folder(self.path))
         keys, config = cache.stored_keys(), ReaderConfig.load(cache.folder)
         if not keys:
