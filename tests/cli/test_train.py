@@ -70,3 +70,32 @@ def test_train_retriever_trains_on_pairs(llamory, model_folder: Path, tmp_path: 
     ran = llamory("train", "retriever", "--data", data, "--output", tmp_path / "other")
     assert ran.code == 2
     assert ran.err.startswith(f"Error: {data}:9: the object has no 'pos'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--mem-layers", "29-5"), "Invalid value for '--mem-layers': The range 29-5 ends before it begins"),
+        (("--seed", "9" * 23), "--seed must be less than 4294967296"),
+        (("--steps", "0"), "--steps must be at least 1, not 0."),
+        (("--batch-size", "x"), "Invalid value for '--batch-size'"),
+    ],
+)
+def test_a_wrong_setting_is_named_as_a_flag(llamory, arguments, sentence: str) -> None:
+    ran = llamory("train", "fot", "--data", "a", "--output", "out", *arguments)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert ran.err.startswith(f"Error: {sentence}")
+
+
+def test_layers_of_a_file_have_the_form_of_the_flag(tmp_path: Path) -> None:
+    from llamory.cli.settings import read_settings
+    from llamory.errors import LlamoryError
+    from llamory.training.settings import FotSettings
+
+    file = tmp_path / "run.yaml"
+    for text, layers in (("3,7-9", [3, 7, 8, 9]), ("6", [6]), ("[6, 12]", [6, 12])):
+        file.write_text(f"mem_layers: {text}\n")
+        assert read_settings(FotSettings, file, {"data": ["a"], "output": "out"}).mem_layers == layers
+    file.write_text("mem_layers: 29-5\n")
+    with pytest.raises(LlamoryError, match=r"mem_layers in .*: The range 29-5 ends before it begins"):
+        read_settings(FotSettings, file, {"data": ["a"], "output": "out"})

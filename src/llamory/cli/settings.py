@@ -85,9 +85,7 @@ def read_settings(settings_class: type[Settings], file: Path | None, overrides: 
 
     fields = _fields(settings_class)
     values = _file_values(file, fields) if file else {}
-    values |= {
-        key: options.layers(value) if key == "mem_layers" and value else value for key, value in overrides.items()
-    }
+    values |= overrides
     missing = [_flag(name) for name, (field, _) in fields.items() if name not in values and is_required(field)]
     if missing:
         raise LlamoryError(f"{' and '.join(missing)} must be given, as flags or as keys of the --config file.")
@@ -136,11 +134,13 @@ def _parameters(field: dataclasses.Field[Any], hint: Any) -> list[inspect.Parame
         help += " Required here or in --config."
     else:
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    callback = None
     if field.name == "mem_layers":
         kind, default = list[str], [options.show_layers(default)] if default else None
+        callback = lambda values: options.layers(values) if values else None  # noqa: E731
     no_flag = f"--no-{flag[2:]}"
     names, panel = (f"{flag}/{no_flag}" if default else flag, "Switches") if kind is bool else (flag, None)
-    option = typer.Option(names, help=help.replace("[", r"\[").strip(), rich_help_panel=panel)
+    option = typer.Option(names, help=help.replace("[", r"\[").strip(), rich_help_panel=panel, callback=callback)
     annotation: Any = Annotated[kind if isinstance(default, bool) else kind | None, option]
     parameters = [inspect.Parameter(field.name, keyword, default=default, annotation=annotation)]
     if kind is bool and not default:
@@ -168,7 +168,10 @@ def _file_values(file: Path, fields: Mapping[str, tuple[Any, Any]]) -> dict[str,
             raise LlamoryError(f"{file} has an unknown key, {key}; {hint}")
         kind = _kind(fields[name][1])
         if name == "mem_layers" and isinstance(value, int | str):
-            values[name] = options.layers([str(value)])
+            try:
+                values[name] = options.layers([str(value)])
+            except typer.BadParameter as error:
+                raise LlamoryError(f"{name} in {file}: {error.message}") from error
             continue
         is_list = get_origin(kind) is list
         entries = value if is_list and isinstance(value, list) else [value]

@@ -18,6 +18,7 @@ from llamory.errors import LlamoryError
 Class = TypeVar("Class", bound=type)
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -110,7 +111,7 @@ class RunSettings:
     weight_decay: NonNegative = _setting(0.0, "Weight decay.")
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = _setting(0.999, "AdamW's beta2.")
     max_grad_norm: NonNegative = _setting(1.0, "Gradients are clipped to this norm; 0 for no clipping.")
-    seed: CountOrZero = _setting(42, "Random seed.")
+    seed: Seed = _setting(42, "Random seed.")
 
     bf16: bool = _setting(False, "Compute in bfloat16 (weights stay in float32).")
     gradient_checkpointing: bool = _setting(False, "Recompute activations in the backward pass to save memory.")
@@ -428,7 +429,7 @@ class LookupSettings(RunSettings):
     scheduler: str = _setting("cosine", "Learning-rate schedule (a name that transformers knows).")
     warmup: NonNegative = _setting(0.02, "Fraction of the steps (below 1) or number of steps of learning-rate warm-up.")
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = _setting(0.98, "AdamW's beta2.")
-    seed: CountOrZero = _setting(0, "Random seed.")
+    seed: Seed = _setting(0, "Random seed.")
 
     vocabulary: Count = _setting(64, "Vocabulary size, six special tokens included.")
     key_length: Count = _setting(4, "Tokens of a key.")
