@@ -25,6 +25,12 @@ CONTEXT, LAST = 16, 8
 LONG = {"do_sample": False, "max_new_tokens": 30, "min_new_tokens": 30}
 
 
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
 def greedy(model, prompt, count):
     """Greedy continuation by the plain reference, one token after the other."""
     row = prompt

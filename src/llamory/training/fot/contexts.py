@@ -192,8 +192,8 @@ class ContextSampler:
         if positives >= self.dataset_packing:
             raise LlamoryError(
                 f"The crossbatch_schedule asks for {positives} earlier chunks of a document, but with a "
-                f"dataset_packing of {self.dataset_packing} a row has at most {self.dataset_packing - 1}; choose at least "
-                f"{positives + 1}."
+                f"dataset_packing of {self.dataset_packing} a row has at most {self.dataset_packing - 1}; "
+                f"choose at least {positives + 1}."
             )
         negatives = max(self.sampling_config.sizes or [entry[1] for entry in schedule])
         others = self.batch_size - self.dataset_packing

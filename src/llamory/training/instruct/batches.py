@@ -105,7 +105,8 @@ def collate(
     Returns:
         `input_ids`, `attention_mask`, `shift_labels`: (rows, longest row), the last with the label of the next token
         of the example, also of its next row, and -100 elsewhere; `contexts`: per row, the earlier rows of its
-        example, nearest first, then negatives; `context_weights` (with negative_weight): of each context; `sources`: per example.
+        example, nearest first, then negatives; `context_weights` (with negative_weight): of each context; `sources`:
+        per example.
     """
     tokens: list[torch.Tensor] = []
     targets: list[torch.Tensor] = []
