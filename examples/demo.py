@@ -122,7 +122,7 @@ def main() -> int:
 
 def ask(library: Library, question: str, out: Console) -> None:
     """Ask the library, and show what the answer rests on."""
-    answer = library.ask(question, top=3, citations=3, max_new_tokens=40)
+    answer = library.ask(question, top_documents=3, citations=3, max_new_tokens=40)
     out.print(f"\n[bold]{question}[/bold]", highlight=False)
     out.print(f"  {answer.text}", highlight=False, markup=False, soft_wrap=True)
     for citation in answer.citations:

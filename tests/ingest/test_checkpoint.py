@@ -57,6 +57,7 @@ encode.read_documents_into(
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_ends_as_if_in_one_go(read, memory_file, texts, model_folder) -> None:
     arguments = [str(memory_file), str(texts), str(model_folder), "8"]
     done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, check=False)

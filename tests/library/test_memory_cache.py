@@ -188,6 +188,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_whole_files(tmp_path) -> None:
     folder = tmp_path / "cache"
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(folder)]
