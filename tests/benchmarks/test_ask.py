@@ -1,11 +1,11 @@
-"""The benchmark of asking gives documents of the lengths that it says, and compares what it should."""
+"""benchmarks/ask.py: lengths of the documents, and the spread of times."""
 
 import ask
 from llamory.ingest.documents import StoredDocument
 from llamory.models.base import load_tokenizer
 
 
-def test_documents_have_about_the_tokens_that_are_said(model_folder) -> None:
+def test_documents_have_the_requested_length(model_folder) -> None:
     library = ask.StubLibrary("nowhere", 300, 3, str(model_folder))
     assert len(library.sources()) == 3
     tokenizer, found = load_tokenizer(model_folder), library.passages_of(library.sources())
@@ -15,7 +15,7 @@ def test_documents_have_about_the_tokens_that_are_said(model_folder) -> None:
         assert all(passage.text.strip() for passage in found[source])
 
 
-def test_the_spread_is_the_longest_documents_time_over_the_shortest_ones() -> None:
+def test_spread_is_the_time_ratio_of_longest_to_shortest() -> None:
     way = "(c) mounting, pages, open"
     rows = [
         {"way": way, "tokens_each": tokens, "median": time} for tokens, time in ((4000, 9.0), (1000, 2.0), (16000, 3.0))

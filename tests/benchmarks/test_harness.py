@@ -1,4 +1,4 @@
-"""The plain transcription that benchmarks compare with gives what the published code gave, and what ours gives."""
+"""benchmarks/harness.py: the reference method agrees with the published code and with llamory."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmark of memory attention measures and counts what it says."""
+"""benchmarks/memory_attention.py: methods agree, and measurements and floors are correct."""
 
 import time
 from pathlib import Path
@@ -41,7 +41,7 @@ def take_memory(megabytes: int, seconds: float) -> dict:
     return {"megabytes": peak.bytes() / 2**20, "sum": allocated[:3].sum().item()}
 
 
-def test_all_ways_of_a_memory_give_the_same_logits() -> None:
+def test_all_methods_with_memory_have_the_same_logits() -> None:
     ids = CASE.ids(103)
     logits = {}
     for method in ("published", "published-sdpa", "exact", "pages"):
@@ -60,7 +60,7 @@ def test_the_stock_model_has_the_same_weights() -> None:
 
 
 @pytest.mark.parametrize("method", ["published", "exact", "stock"])
-def test_a_filled_memory_has_so_many_tokens(method: str, tmp_path: Path) -> None:
+def test_a_filled_memory_has_the_requested_length(method: str, tmp_path: Path) -> None:
     KeyValueStatistics.measure(CASE, tmp_path / "likeness.pt")
     contender = make(CASE, method)
     contender.read(CASE.ids(8))
@@ -75,7 +75,7 @@ def test_a_filled_memory_has_so_many_tokens(method: str, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_drawn_keys_have_the_means_and_covariances_of_real_ones(tmp_path: Path) -> None:
+def test_sampled_keys_have_the_means_and_covariances_of_real_ones(tmp_path: Path) -> None:
     KeyValueStatistics.measure(CASE, tmp_path / "likeness.pt")
     pretrained = CASE.long_model().read(CASE.ids(2048)[0]).keys(1)
     sampled = torch.cat([keys for keys, _ in KeyValueStatistics.load(tmp_path / "likeness.pt").sample(1, 50_000)], 1)
@@ -86,7 +86,7 @@ def test_drawn_keys_have_the_means_and_covariances_of_real_ones(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_child_tells_what_it_took_and_is_stopped_when_it_takes_too_much() -> None:
+def test_a_child_reports_its_memory_and_is_stopped_at_its_limits() -> None:
     settings = {"threads": 1, "seconds": 60, "memory": 4 << 30}
     result = in_child(take_memory, 256, 0.0, **settings)
     assert result["megabytes"] == pytest.approx(256, abs=24)
@@ -96,7 +96,7 @@ def test_a_child_tells_what_it_took_and_is_stopped_when_it_takes_too_much() -> N
         in_child(take_memory, None, 0.0, **settings)
 
 
-def test_guesses_follow_the_two_lengths_before() -> None:
+def test_estimates_extrapolate_from_two_lengths() -> None:
     seconds = {length: 2e-3 * length + 3e-7 * length**2 for length in (4096, 16384, 65536)}
     assert estimate_seconds({4096: seconds[4096], 16384: seconds[16384]}, 65536, linear=False) == pytest.approx(
         seconds[65536]
@@ -105,7 +105,7 @@ def test_guesses_follow_the_two_lengths_before() -> None:
     assert estimate_seconds({}, 4096, linear=True) == 0.0
 
 
-def test_rounds_are_joined_by_medians_and_skipped_ones_dont_count() -> None:
+def test_rounds_are_merged_by_medians_without_skipped_ones() -> None:
     rounds = [
         {"first_step": 9.0, "steps": [1.0, 2.0, 9.0], "peak": 5},
         {"first_step": 5.0, "steps": [4.0], "peak": 7},
@@ -116,7 +116,7 @@ def test_rounds_are_joined_by_medians_and_skipped_ones_dont_count() -> None:
     assert merge_rounds([{"skipped": "no"}]) == {"skipped": "no"}
 
 
-def test_floors_are_counted_right() -> None:
+def test_floors_are_correct() -> None:
     # Query and output 8x8, key and value 8x4, three products with 16 columns.
     assert layer_weights(TINY) == 2 * 64 + 2 * 32 + 3 * 128
     case = Case("tiny", context=32, mem_layers=(1, 3), pretrained=False)

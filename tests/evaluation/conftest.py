@@ -1,4 +1,4 @@
-"""A small tokenizer and a model whose answers are known: it finds a passkey only in the last tokens of the prompt."""
+"""A small tokenizer, and a model that finds a passkey only in the last tokens of the prompt."""
 
 import re
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def tokenizer():
 
 @pytest.fixture
 def oracle(tokenizer) -> Callable[..., Oracle]:
-    """Makes a model that finds what stands in the last tokens of a prompt."""
+    """Makes a model that finds what is in the last tokens of a prompt."""
     return lambda sees, **settings: Oracle(tokenizer, sees, **settings)
 
 

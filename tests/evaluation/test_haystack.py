@@ -33,11 +33,11 @@ ABC = Haystack(("Aaaa. ", "Bbbb. ", "Cccc. ", "Dddd. "))
         (1, "Aaaa. Bbbb. Cccc. Dddd.", ""),
     ],
 )
-def test_a_text_is_parted_at_the_sentence_end_nearest_to_the_depth(depth: float, before: str, after: str) -> None:
+def test_a_text_is_split_at_the_sentence_end_nearest_to_the_depth(depth: float, before: str, after: str) -> None:
     assert ABC.around(4, depth) == (before, after)
 
 
-def test_the_depth_is_a_share_of_the_text_not_of_its_sentences() -> None:
+def test_depth_is_a_fraction_of_characters_not_of_sentences() -> None:
     uneven = Haystack(("A" * 89 + ". ", "B. ", "C. ", "D. "))
     assert uneven.around(4, 0.5) == ("A" * 89 + ".", "B. C. D.")
     assert uneven.around(4, 0.4) == ("", "A" * 89 + ". B. C. D.")
@@ -47,7 +47,7 @@ def test_a_short_text_is_repeated() -> None:
     assert ABC.around(6, 0.5) == ("Aaaa. Bbbb. Cccc.", "Dddd. Aaaa. Bbbb.")
 
 
-def test_the_published_text_begins_anew_after_the_needle() -> None:
+def test_the_published_text_restarts_after_the_needle() -> None:
     assert PUBLISHED_HAYSTACK.around(7, 0.45) == (
         "The grass is green. The sky is blue. The sun is yellow.",
         "The grass is green. The sky is blue. The sun is yellow. Here we go.",
@@ -112,7 +112,7 @@ def model(tokenizer) -> LongLlamaForCausalLM:
     return LongLlamaForCausalLM(config).eval()
 
 
-def mounted(model, options):
+def attached_memory(model, options):
     """The memory that a question gets."""
     cache = options["past_key_values"]
     cache.prepare(1, model.new_memory)
@@ -144,7 +144,7 @@ def test_memory_holds_the_text_with_the_needle_in_one_window(tokenizer, model, m
     assert needle == texts[-1]  # the last to be read, when all others stood
     assert "\nThe pass key is 4711. Remember it. 4711 is the pass key.\n" in needle + "\n"
     assert max(map(len, given)) <= WINDOW
-    memory = mounted(model, options)
+    memory = attached_memory(model, options)
     assert memory.segments[-1] == "needle"
     total = memory.length() + len(prompt.input_ids)
     assert 900 - WINDOW < total <= 900
@@ -160,11 +160,11 @@ def test_memory_holds_the_text_with_the_needle_in_one_window(tokenizer, model, m
         assert 0 < at < len(memory.segments) - 1
 
 
-def test_keys_and_values_are_those_of_windows_read_alone(tokenizer, model, monkeypatch) -> None:
+def test_keys_and_values_are_those_of_independent_windows(tokenizer, model, monkeypatch) -> None:
     given = read_windows(monkeypatch, model)
     prompts = IndependentDocumentPrompts(model, tokenizer)
     _, options = prompts(1200, 0.6, "31")
-    memory = mounted(model, options)
+    memory = attached_memory(model, options)
     # The published text comes round again, so fewer windows are read than are mounted.
     assert len(given) <= len(memory.segments)
     windows = {ids: model.read(ids) for ids in set(map(tuple, given))}
@@ -179,7 +179,7 @@ def test_keys_and_values_are_those_of_windows_read_alone(tokenizer, model, monke
             )
 
 
-def test_longer_prompts_read_on_and_shorter_ones_mount_less(tokenizer, model, monkeypatch) -> None:
+def test_longer_prompts_encode_more_and_shorter_ones_attach_less(tokenizer, model, monkeypatch) -> None:
     prompts = IndependentDocumentPrompts(model, tokenizer, haystack=TEXT)
     first, _ = prompts(900, 0.5, "1")
     given = read_windows(monkeypatch, model)
@@ -210,7 +210,7 @@ def test_what_does_not_fit_is_refused(tokenizer, model) -> None:
         IndependentDocumentPrompts(model, tokenizer, needle=Needle("word " * 90 + "{key}"))
 
 
-def test_a_focused_question_is_asked_of_the_likeliest_windows(tokenizer, model, monkeypatch) -> None:
+def test_evidence_ratio_selects_the_likeliest_windows(tokenizer, model, monkeypatch) -> None:
     def likelihoods(_, question, memory, units):
         assert question == encode(tokenizer, Needle().question_text)
         return torch.tensor([-3.0 if unit[0].segment == "needle" else -30.0 for unit in units])
@@ -218,7 +218,7 @@ def test_a_focused_question_is_asked_of_the_likeliest_windows(tokenizer, model, 
     monkeypatch.setattr("llamory.qa.evidence.question_likelihoods", likelihoods)
     prompt, options = IndependentDocumentPrompts(model, tokenizer, haystack=TEXT, evidence_ratio=100)(900, 0.5, "12345")
     whole, everything = IndependentDocumentPrompts(model, tokenizer, haystack=TEXT)(900, 0.5, "12345")
-    assert mounted(model, options).segments == ("needle",)
-    window = mounted(model, everything)
-    assert torch.equal(mounted(model, options).keys(1), window.keys(1, "needle"))
+    assert attached_memory(model, options).segments == ("needle",)
+    window = attached_memory(model, everything)
+    assert torch.equal(attached_memory(model, options).keys(1), window.keys(1, "needle"))
     assert prompt.in_memory == whole.in_memory == window.length()

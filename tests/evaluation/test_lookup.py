@@ -53,7 +53,7 @@ def test_distinct_keys_are_distinct_and_look_random():
 
 
 @pytest.mark.parametrize("documents", [1, 8, 128])
-def test_crowded_keys_are_half_of_all_that_few_symbols_make(documents):
+def test_confusable_keys_are_half_of_all_keys_of_few_symbols(documents):
     task = LookupTask()
     keys = task.draw_confusable(documents, torch.Generator().manual_seed(documents)).keys.view(-1, 4)
     symbols = len(keys.unique())

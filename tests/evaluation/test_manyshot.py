@@ -1,4 +1,4 @@
-"""Demonstrations are drawn and packed as told, and answers are those of the plainest computation."""
+"""Many-shot prompts, and answers compared with a direct computation."""
 
 import json
 import statistics
@@ -111,7 +111,7 @@ def test_the_answer_is_the_likeliest_label(model, length, score_type) -> None:
         assert (trial.demonstrations, trial.tokens) == (prompt.demonstrations, len(prompt.input_ids))
 
 
-def test_what_was_tried_is_not_tried_again(model) -> None:
+def test_earlier_trials_are_not_run_again(model) -> None:
     prompt_template = PromptTemplate(Letters())
     prompts = [ManyshotPrompt(length, 0, tuple(ids(length)), 1, (Example("ab", "no"),)) for length in (5, 9)]
     known, told = [Trial(5, 0, 1, 5, 0.25, ["no"], ["no"], 0.1)], []
@@ -168,7 +168,7 @@ def test_demonstrations_are_drawn_anew_for_every_seed_and_again_for_the_same(pro
     assert build_manyshot_prompts(prompt_template, EXAMPLES, [150], [1], questions=10) == [second]
 
 
-def test_a_template_words_demonstrations_and_questions(tokenizer) -> None:
+def test_a_template_formats_demonstrations_and_questions(tokenizer) -> None:
     prompt_template = PromptTemplate(tokenizer, "Question: {text}\nType: {label}\n")
     example = Example("Who?", "human")
     assert tokenizer.decode(prompt_template.demonstration(example)) == "Question: Who?\nType: human\n"
@@ -225,7 +225,7 @@ def test_fields_can_be_named_and_numbers_are_labels(tmp_path) -> None:
         ("{", "the line is not valid JSON"),
     ],
 )
-def test_a_line_that_lacks_something_is_told_with_its_number(tmp_path, line, fault) -> None:
+def test_an_incomplete_line_is_reported_with_its_number(tmp_path, line, fault) -> None:
     path = write_lines(tmp_path / "a.jsonl", {"text": "b", "label": "c"}, line)
     with pytest.raises(LlamoryError) as error:
         read_examples(path)

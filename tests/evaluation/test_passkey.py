@@ -28,7 +28,7 @@ def length_of(tokenizer, text: str) -> int:
 # ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_prompt_is_the_published_one_to_the_letter(tokenizer) -> None:
+def test_the_default_prompt_is_the_published_one(tokenizer) -> None:
     length = length_of(tokenizer, PUBLISHED)
     prompt = build_prompt(tokenizer, length, 0.75, "40123")
     assert prompt.text == PUBLISHED
@@ -39,7 +39,7 @@ def test_the_prompt_is_the_published_one_to_the_letter(tokenizer) -> None:
     assert build_prompt(tokenizer, length - 1, 0.75, "40123").sentences == 7
 
 
-def test_the_needle_stands_first_at_depth_0_and_last_at_depth_1(tokenizer) -> None:
+def test_the_needle_is_first_at_depth_0_and_last_at_depth_1(tokenizer) -> None:
     first, last = (build_prompt(tokenizer, 400, depth, "7").text.split("\n") for depth in (0, 1))
     assert first[1] == last[3] == ""
     assert first[2] == last[2] == "The pass key is 7. Remember it. 7 is the pass key."
@@ -67,7 +67,7 @@ def test_a_prompt_fits_and_one_more_sentence_would_not(tokenizer, hay: Haystack,
 
 
 @pytest.mark.parametrize("depth", [0.1, 0.25, 0.5, 0.9])
-def test_the_needle_stands_at_its_depth(tokenizer, depth: float) -> None:
+def test_the_needle_is_at_its_depth(tokenizer, depth: float) -> None:
     prompt = build_prompt(tokenizer, 4000, depth, "123")
     before, after = len(prompt.text.split("\n")[1]), len(prompt.text.split("\n")[3])
     assert before / (before + after) == pytest.approx(depth, abs=0.01)
@@ -105,14 +105,14 @@ def test_a_depth_outside_the_text_is_refused(tokenizer, depth: float) -> None:
 # ---- needles ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_needle_of_ones_own_is_asked_for_by_its_first_words(tokenizer) -> None:
+def test_a_custom_needle_has_its_first_words_as_question(tokenizer) -> None:
     needle = Needle("In {Rome} the best room is {key}, I say; go to {key}.")
     lines = build_prompt(tokenizer, 300, 0.5, "12", needle=needle).text.split("\n")
     assert lines[2] == "In {Rome} the best room is 12, I say; go to 12."
     assert lines[-1] == "In {Rome} the best room is"
 
 
-def test_a_question_of_ones_own_ends_the_prompt(tokenizer) -> None:
+def test_a_custom_question_ends_the_prompt(tokenizer) -> None:
     needle = Needle("{key} is the room.", "Which room is it? It is room ")
     assert build_prompt(tokenizer, 300, 0.5, "12", needle=needle).text.endswith("\nWhich room is it? It is room")
 
@@ -183,7 +183,7 @@ def test_secrets_of_all_kinds_are_hidden_and_found(kind: str, tokenizer, oracle)
     assert len(drawn) > 200
 
 
-def test_a_needle_of_ones_own_may_hide_a_name(tokenizer) -> None:
+def test_a_custom_needle_may_hide_a_name(tokenizer) -> None:
     needle = Needle.of("name", "The best cook is {key}.")
     assert needle.question_text == "The best cook is"
     with pytest.raises(LlamoryError, match=r"write \{key\} where the secret name goes"):
@@ -214,7 +214,7 @@ def test_an_answer_in_words_has_room_for_them(tokenizer, oracle) -> None:
     assert run_passkey(model, tokenizer, [400], [0.5], needle=needle).accuracy == 1
 
 
-def test_the_model_is_asked_greedily_with_what_else_it_is_told(tokenizer, oracle) -> None:
+def test_decoding_is_greedy_with_further_arguments(tokenizer, oracle) -> None:
     model = oracle(sees=10)
     run_passkey(model, tokenizer, [300], [0], trials=1, generate={"last_context_length": 77})
     (options,) = model.options
@@ -245,7 +245,7 @@ def test_keys_are_between_1_and_49999(tokenizer, oracle) -> None:
     assert min(keys) < 10_000 and max(keys) > 40_000
 
 
-def test_cells_that_are_there_are_not_run_again(tokenizer, oracle) -> None:
+def test_existing_cells_are_not_run_again(tokenizer, oracle) -> None:
     model, result, told = oracle(sees=999), PasskeyResult(), []
     run_passkey(model, tokenizer, [300], [0, 1], trials=2, result=result)
     before = list(result.cells)
@@ -262,7 +262,7 @@ def test_nothing_to_run_is_refused(tokenizer, oracle, nothing: dict) -> None:
         run_passkey(oracle(9), tokenizer, **({"lengths": [300], "depths": [0.5]} | nothing))
 
 
-def test_progress_is_told_on_standard_error_only_if_wanted(tokenizer, oracle, capsys) -> None:
+def test_progress_is_shown_on_standard_error_only_with_a_title(tokenizer, oracle, capsys) -> None:
     run_passkey(oracle(sees=999), tokenizer, [1200], [0.25], trials=1)
     assert capsys.readouterr() == ("", "")
     run_passkey(oracle(sees=9999), tokenizer, [1200], [0.25, 0.5], trials=1, title="Plain")

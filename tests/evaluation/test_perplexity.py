@@ -1,4 +1,4 @@
-"""The loss of a text's end with memory is that of the plainest computation over what the method says a token sees."""
+"""The loss with memory, compared with a direct computation over the visible tokens."""
 
 import math
 import statistics
@@ -70,7 +70,7 @@ def test_with_memory_it_is_one_reading_of_so_many_tokens_and_the_window(model, m
 
 
 @pytest.mark.parametrize("memory", [1, 15, 16, 40, 64])
-def test_windows_apart_are_segments_of_their_own(model, memory) -> None:
+def test_independent_windows_are_segments(model, memory) -> None:
     ids, local = text(90), 5
     windows = model.new_memory()
     known = tail_loss(model, ids.tolist(), 48, tokens=TOKENS, local=local, windows=windows)
@@ -91,7 +91,7 @@ def test_windows_apart_are_segments_of_their_own(model, memory) -> None:
     assert known != found
 
 
-def test_a_run_with_windows_apart_reads_each_document_by_itself(model) -> None:
+def test_a_run_with_independent_windows_encodes_document_by_document(model) -> None:
     texts = [LongText(name, tuple(text(90, seed).tolist())) for name, seed in (("a", 0), ("b", 1))]
     scores = run_perplexity(model, texts, [0, 20, 40], tokens=TOKENS, independent_windows=True)
     assert [(score.source, score.memory) for score in scores] == [(n, m) for n in "ab" for m in (0, 20, 40)]
@@ -101,7 +101,7 @@ def test_a_run_with_windows_apart_reads_each_document_by_itself(model) -> None:
         assert score.loss == pytest.approx(alone, abs=1e-6)
 
 
-def test_what_stands_before_the_memory_plays_no_part(model) -> None:
+def test_tokens_before_the_memory_are_ignored(model) -> None:
     ids = text(90).tolist()
     whole = tail_loss(model, ids, 32, tokens=TOKENS)
     assert tail_loss(model, ids[-32 - TOKENS - 1 :], 32, tokens=TOKENS) == whole
@@ -120,7 +120,7 @@ def test_every_document_is_scored_with_every_memory_the_shortest_first(model) ->
         assert score.loss == pytest.approx(expected(model, ids, score.memory), abs=1e-5)
 
 
-def test_what_was_scored_is_kept_and_not_scored_again(model) -> None:
+def test_earlier_scores_are_kept(model) -> None:
     texts = [LongText("a", tuple(text(50).tolist()))]
     known, told = [Score(16, "a", 7.0, 0.1)], []
     scores = run_perplexity(model, texts, [0, 16], tokens=TOKENS, scores=known, on_score=told.append)
@@ -176,7 +176,7 @@ def test_a_curve_has_means_over_documents_and_paired_changes() -> None:
     assert more.change_standard_error == pytest.approx(math.sqrt(0.03) / math.sqrt(3))
 
 
-def test_lengths_that_a_stopped_run_left_unfinished_are_left_out() -> None:
+def test_incomplete_lengths_are_left_out() -> None:
     curve = perplexity_curve(scored({0: [2.0, 3.0], 16: [1.0, 2.0], 32: [0.5]}))
     assert [point.memory for point in curve] == [0, 16]
     (only,) = perplexity_curve(scored({8: [2.0]}))
@@ -184,7 +184,7 @@ def test_lengths_that_a_stopped_run_left_unfinished_are_left_out() -> None:
 
 
 @given(st.dictionaries(st.integers(0, 99), st.lists(st.floats(0, 20), min_size=3, max_size=3), min_size=1))
-def test_the_order_of_scores_plays_no_part(losses) -> None:
+def test_the_order_of_scores_does_not_matter(losses) -> None:
     scores = scored(losses)
     assert [vars(point) for point in perplexity_curve(scores[::-1])] == [
         pytest.approx(vars(point)) for point in perplexity_curve(scores)

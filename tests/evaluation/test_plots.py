@@ -46,12 +46,12 @@ def drawn(tmp_path):
     return draw
 
 
-def test_short_prompts_stand_left_of_long_ones(cell, drawn) -> None:
+def test_short_prompts_are_left_of_long_ones(cell, drawn) -> None:
     image = drawn(panel("memory", cells(cell, lambda length, _: length == 1024)))
     assert centre(image, RIGHT)[0] < centre(image, WRONG)[0] - 0.2
 
 
-def test_needles_at_the_start_stand_above_those_at_the_end(cell, drawn) -> None:
+def test_low_depths_are_above_high_ones(cell, drawn) -> None:
     image = drawn(panel("memory", cells(cell, lambda _, depth: depth == 0)))
     assert centre(image, RIGHT)[1] < centre(image, WRONG)[1] - 0.2
 
@@ -62,7 +62,7 @@ def test_two_models_stand_side_by_side(cell, drawn) -> None:
     assert centre(image, RIGHT)[0] < 0.5 < centre(image, WRONG)[0]
 
 
-def test_a_place_that_was_not_run_has_neither_colour(cell, drawn) -> None:
+def test_a_cell_that_was_not_run_is_grey(cell, drawn) -> None:
     gap = [cell(1024, 0.0, True), cell(2048, 1.0, True)]
     x, y = centre(drawn(panel("memory", gap)), (237, 237, 237))
     assert 0.3 < x < 0.8 and 0.3 < y < 0.8
@@ -121,7 +121,7 @@ def pixels(image: np.ndarray, colour: tuple[int, int, int]) -> tuple[np.ndarray,
 
 
 @pytest.mark.parametrize("xs", [(1024, 2048, 4096, 8192), (0, 1024, 2048, 4096), (0, 16, 32)])
-def test_what_falls_by_a_step_with_each_doubling_is_a_straight_line(drawn_lines, xs) -> None:
+def test_the_horizontal_axis_is_logarithmic(drawn_lines, xs) -> None:
     across, up = pixels(drawn_lines(Line("model", xs, [9.0 - 2 * step for step in range(len(xs))])), FIRST_COLOUR)
     slope, height = np.polyfit(across, up, 1)
     assert slope < -0.2
@@ -129,7 +129,7 @@ def test_what_falls_by_a_step_with_each_doubling_is_a_straight_line(drawn_lines,
     assert np.abs(up - slope * across - height).max() < 16
 
 
-def test_lines_have_their_colours_and_the_higher_one_stands_above(drawn_lines) -> None:
+def test_lines_have_different_colours_and_correct_heights(drawn_lines) -> None:
     image = drawn_lines(Line("low", [1024, 2048], [1.0, 1.0]), Line("high", [1024, 2048], [3.0, 3.0], [0.1, 0.5]))
     # The legend has a sample of each; half of all pixels are far from it.
     assert np.median(pixels(image, SECOND_COLOUR)[1]) > np.median(pixels(image, FIRST_COLOUR)[1]) + 100
@@ -150,5 +150,5 @@ def test_a_single_place_and_odd_names_are_drawn_lines(drawn_lines) -> None:
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0"), (2048, "2k"), (65536, "64k"), (500, "500"), (1500, "1,500")])
-def test_counts_are_as_short_as_they_go(count, text) -> None:
+def test_short_counts(count, text) -> None:
     assert short_count(count) == text

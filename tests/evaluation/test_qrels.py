@@ -1,4 +1,4 @@
-"""Retrieval tasks of mteb come by name, with mteb's own rules."""
+"""Retrieval tasks of mteb by name, with the scores of mteb."""
 
 import random
 import sys

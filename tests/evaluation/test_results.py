@@ -25,7 +25,7 @@ def without_seconds(document: dict) -> dict:
     return document
 
 
-def test_the_file_says_what_was_found_where(tmp_path, cell) -> None:
+def test_the_file_has_all_cells(tmp_path, cell) -> None:
     report = PasskeyResultsFile(tmp_path / "passkey.json", SETTINGS)
     report.run("memory", FACTS)
     result = report.result("memory")
@@ -48,7 +48,7 @@ def test_the_file_says_what_was_found_where(tmp_path, cell) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["passkey.json"]
 
 
-def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, tokenizer, oracle) -> None:
+def test_an_interrupted_run_resumes(tmp_path, tokenizer, oracle) -> None:
     def run(name: str, model) -> PasskeyResultsFile:
         report = PasskeyResultsFile(tmp_path / name, SETTINGS)
         report.run("memory", FACTS)
@@ -94,7 +94,7 @@ def test_results_of_other_settings_are_not_mixed(tmp_path, cell, settings: dict,
     "content",
     ["", "{", "[]", "{}", '{"evaluation": "passkey"}', '{"evaluation": "passkey", "settings": {}, "runs": 3}'],
 )
-def test_a_file_that_is_none_of_ours_is_refused_and_kept(tmp_path, content: str) -> None:
+def test_another_file_is_refused_and_kept(tmp_path, content: str) -> None:
     file = tmp_path / "passkey.json"
     file.write_text(content)
     with pytest.raises(LlamoryError, match="holds no passkey results"):
@@ -130,7 +130,7 @@ def record(path, **settings) -> PerplexityResultsFile:
     return PerplexityResultsFile(path, {"tokens": 6} | settings)
 
 
-def test_a_record_comes_back_from_its_file(tmp_path) -> None:
+def test_scores_are_read_back(tmp_path) -> None:
     path = tmp_path / "perplexity.json"
     first = record(path)
     first.run("one", {"mem_layers": (1, 2)}).extend(SCORES)
@@ -144,7 +144,7 @@ def test_a_record_comes_back_from_its_file(tmp_path) -> None:
     assert again.run("two", {}) == []
 
 
-def test_a_record_of_something_else_is_refused(tmp_path) -> None:
+def test_results_of_another_evaluation_are_refused(tmp_path) -> None:
     path = tmp_path / "perplexity.json"
     first = record(path)
     first.run("one", {"mem_layers": [1]})

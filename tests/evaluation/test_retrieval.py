@@ -1,4 +1,4 @@
-"""Rankings are scored as trec_eval and the formulas say, and intervals say how sure that is."""
+"""Rankings, metrics and bootstrap intervals, compared with formulas and other libraries."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_a_document_judged_0_is_not_relevant() -> None:
     assert score.values["MRR@10"] == 0.5
 
 
-def test_the_interval_of_a_share_is_the_binomial_distributions() -> None:
+def test_the_interval_of_a_fraction_is_that_of_the_binomial_distribution() -> None:
     values = [1.0] * 30 + [0.0] * 70
     low, high = interval(values)
     deviation = math.sqrt(0.3 * 0.7 / 100)

@@ -1,4 +1,4 @@
-"""The splits of a set are fixed by content, share nothing, and are written as BEIR folders."""
+"""Splits depend on content only, are disjoint, and are written as BEIR folders."""
 
 import json
 import random
@@ -26,7 +26,7 @@ def parts_of(pairs: list[Pair]) -> dict[str, str]:
     return {pair.source: part for part, kept in found.items() for pair in kept}
 
 
-def test_new_pairs_move_no_old_one() -> None:
+def test_new_pairs_move_no_existing_one() -> None:
     few, more = [pair(i) for i in range(400)], [pair(i) for i in range(1600)]
     before, after = parts_of(few), parts_of(random.Random(0).sample(more, 1600))
     assert len(before) == 400 and len(after) == 1600
@@ -35,7 +35,7 @@ def test_new_pairs_move_no_old_one() -> None:
     assert sizes == pytest.approx([250, 100, 1250], abs=45)
 
 
-def test_copies_are_left_out_whatever_their_case_and_punctuation() -> None:
+def test_duplicates_are_removed_regardless_of_case_and_punctuation() -> None:
     pairs = [pair(i) for i in range(50)]
     duplicates = [
         pair(90, query="TITLE: 3!"),
@@ -52,7 +52,7 @@ def plain_overlap(one: str, other: str) -> float:
     return len(first & second) / min(len(first), len(second))
 
 
-def test_texts_of_different_parts_are_not_alike_and_test_keeps_its_own() -> None:
+def test_splits_have_no_near_duplicates_and_test_keeps_its_pairs() -> None:
     pairs = [pair(i) for i in range(300)]
     where = parts_of(pairs)
     # Half of each text's words stand in a longer one of a group of its own, and so mostly in another part.
@@ -70,14 +70,14 @@ def test_texts_of_different_parts_are_not_alike_and_test_keeps_its_own() -> None
     assert found.near_duplicates == 600 - len(kept) > 50
 
 
-def test_texts_that_share_less_than_half_both_stay() -> None:
+def test_texts_that_share_less_than_half_are_kept() -> None:
     pairs = [pair(i) for i in range(200)]
     others = [pair(1000 + i, text(i)[: 7 * 12] + text(5000 + i, 30)) for i in range(200)]
     assert plain_overlap(pairs[0].text, others[0].text) < 0.5
     assert split_pairs([*pairs, *others]).near_duplicates == 0
 
 
-def test_parts_are_written_as_beir_folders_of_their_own(tmp_path: Path) -> None:
+def test_splits_are_written_as_separate_beir_folders(tmp_path: Path) -> None:
     pairs = [pair(i) for i in range(200)]
     splits = split_pairs(pairs)
     counts = write_set(tmp_path / "set", splits, "About it.\n")
@@ -107,7 +107,7 @@ def test_a_used_folder_and_too_few_pairs_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_what_is_judged_with_is_known_again(tmp_path: Path) -> None:
+def test_decontamination_finds_test_data(tmp_path: Path) -> None:
     write_set(tmp_path / "set", split_pairs([pair(i) for i in range(60)]), "about")
     judged = DecontaminationIndex([tmp_path / "set" / "test"])
     for part in ("test", "train"):

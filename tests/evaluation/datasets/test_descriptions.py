@@ -1,4 +1,4 @@
-"""Titles and long descriptions are read from Debian's lists as its policy writes them."""
+"""Titles and long descriptions in Debian package lists."""
 
 import subprocess
 from pathlib import Path
@@ -82,7 +82,7 @@ def apt_get(folder: Path, script: str) -> Path:
     return command
 
 
-def test_lists_are_fetched_into_a_folder_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_are_downloaded_to_a_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release = "printf 'Origin: Debian\\nCodename: forky\\n\\n' > $lists/mirror_dists_forky_InRelease\n"
     lists = "for each in forky forky-security; do cp %s $lists/mirror_dists_${each}_main_i18n_Translation-en; done\n"
     (tmp_path / "list").write_text(TRANSLATION)
@@ -97,7 +97,7 @@ def test_lists_are_fetched_into_a_folder_of_their_own(tmp_path: Path, monkeypatc
     assert not file.exists()
 
 
-def test_a_failure_of_apt_get_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_apt_get_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     apt_get(tmp_path, "echo 'E: The network is gone.' >&2; exit 100")
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(LlamoryError, match=r"descriptions: E: The network is gone\.$"), downloaded_package_lists():

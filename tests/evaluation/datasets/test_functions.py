@@ -1,4 +1,4 @@
-"""Functions lose their docstring and nothing else; only packages whose licence allows it are read."""
+"""Functions without their docstring, and the licences of packages."""
 
 import ast
 import textwrap
@@ -68,7 +68,7 @@ if True:
 '''
 
 
-def test_the_docstring_is_taken_out_and_all_else_stays() -> None:
+def test_only_the_docstring_is_removed() -> None:
     found = {name: (query, text) for name, query, text in documented_functions(MODULE)}
     assert list(found) == ["measure", "Bridge.cross"]
     query, text = found["measure"]
@@ -124,7 +124,7 @@ def test_a_broken_module_has_no_functions() -> None:
         ("mean(x)", "mean(x)"),
     ],
 )
-def test_a_query_is_what_the_docstring_says_in_words(docstring: str, words: str) -> None:
+def test_the_query_is_the_first_paragraph_of_the_docstring(docstring: str, words: str) -> None:
     assert first_paragraph(docstring) == words
 
 
@@ -170,7 +170,7 @@ def test_only_permissive_licences_are_taken(fields: dict[str, str], licence: str
 
 
 @pytest.mark.slow
-def test_the_usual_packages_are_permissive_and_come_with_this_one() -> None:
+def test_default_packages_are_permissive_dependencies() -> None:
     names = [origin.name.split()[0] for origin in default_packages()]
     assert names == sorted(DEFAULT_PACKAGES)  # all of them are installed where the tests run
     assert permissive_licence(metadata("torch")) is not None

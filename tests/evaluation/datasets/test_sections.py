@@ -1,4 +1,4 @@
-"""Headings and the sections under them, from documents of several kinds."""
+"""Headings and sections of documents in several formats."""
 
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def documents(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_heading_asks_for_what_stands_under_it(documents) -> None:
+def test_a_heading_is_paired_with_its_section(documents) -> None:
     found = {pair.query: pair.text for pair in section_pairs([documents])}
     assert found == {
         "Rivers and lakes": BODY.format("water") + "\n\nA second paragraph of it.",
