@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -153,7 +154,8 @@ class IngestCheckpoint:
 
     def _device(self, layer: int) -> torch.device:
         """Where a layer's keys are computed."""
-        device = self._model.model.layers[layer].self_attn.k_proj.weight.device
+        decoder_layer: Any = self._model.model.layers[layer]
+        device: torch.device = decoder_layer.self_attn.k_proj.weight.device
         # Offloaded weights have the device "meta": they are moved to the inputs.
         return self._model.device if device.type == "meta" else device
 

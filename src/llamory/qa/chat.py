@@ -260,7 +260,7 @@ class QASession:
         names = list(dict.fromkeys(span.segment for span in self.evidence))
         if not self._max_citations or not all(name in self._chunks for name in names):
             return []
-        layers = self._source.generator.model.model.layers
+        layers: Any = self._source.generator.model.model.layers
         mass = self.recorder.mass(
             self.memory,
             names,
