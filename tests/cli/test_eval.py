@@ -300,7 +300,7 @@ def test_what_was_found_before_an_error_is_kept(llamory, models, model_folder, t
 @pytest.mark.parametrize(
     ("verb", "flag"), [("passkey", "--baseline"), ("perplexity", "--memory"), ("manyshot", "--num-seeds")]
 )
-def test_help_is_light(verb, flag) -> None:
+def test_help_imports_no_heavy_library(verb, flag) -> None:
     program = f"""
 import sys
 from llamory.cli import main

@@ -204,6 +204,7 @@ def test_an_empty_document_among_others_is_told(read, texts, book, caplog) -> No
     assert len(MemoryBank.load(book).segments) == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_memory_and_keeps_what_was_read(texts, book, model_folder) -> None:
     (texts / "long.txt").write_text("silver river winter " * 30000)
     arguments = ("--model", model_folder, "--context-length", "16")

@@ -56,6 +56,7 @@ def test_train_help_lists_recipes_and_their_flags(llamory, recipe: None) -> None
     assert "(repeatable) Required here or in --config." in words
 
 
+@pytest.mark.slow
 def test_train_retriever_trains_on_pairs(llamory, model_folder: Path, tmp_path: Path) -> None:
     data, run = tmp_path / "pairs.jsonl", tmp_path / "run"
     data.write_text("".join(f'{{"query": "q {i}", "pos": ["p {i}"], "neg": ["n {i}"]}}\n' for i in range(8)))
