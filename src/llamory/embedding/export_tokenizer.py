@@ -1,4 +1,4 @@
-"""Tokenizer of an exported LLARA model: a chat template writes the prompts; prefix, passage and prompt stay separate."""
+"""Tokenizer of an exported LLARA model: a chat template writes the prompts, all segments are tokenized separately."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _slow_backward(query: Tensor) -> bool:
 
 @cache
 def _has_amx() -> bool:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions of torch
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions of torch
     return bool(capabilities.get("amx_tile", False))
 
 

@@ -30,7 +30,7 @@ def available_devices() -> list[str]:
     """The names of this machine's devices, such as `cpu`, `cuda:0` and `cuda:1`; the CPU comes first."""
     import torch
 
-    if not torch.accelerator.is_available():
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
         return ["cpu"]
-    kind = torch.accelerator.current_accelerator().type
-    return ["cpu", *(f"{kind}:{index}" for index in range(torch.accelerator.device_count()))]
+    return ["cpu", *(f"{accelerator.type}:{index}" for index in range(torch.accelerator.device_count()))]
