@@ -58,6 +58,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
 
     config_class = LongLlamaConfig
     config: LongLlamaConfig
+    layers: Any  # a ModuleList of LongLlamaDecoderLayer
     _no_split_modules = ["LongLlamaDecoderLayer"]
     _can_compile_fullgraph = False
 
