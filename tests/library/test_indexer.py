@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from llamory import embedding
 from llamory.documents import SkippedFile
 from llamory.documents import storage as storage_module
 from llamory.errors import LlamoryError
@@ -240,10 +241,10 @@ def test_a_changed_file_is_hashed_once_and_read_once(docs, library, opened, monk
 
 
 def test_a_long_line_of_json_lines_counts_in_the_content_key(docs, library):
-    (docs / "huge.jsonl").write_text('{"text": "a cat"}\n' + '{"text": "' + "a " * 2**20 + '"}\n{"text": "a dog"}\n')
-    assert add(library, docs, max_file_size=1).added == 5
+    (docs / "huge.jsonl").write_text('{"text": "a cat"}\n' + '{"text": "' + "a " * 2**12 + '"}\n{"text": "a dog"}\n')
+    assert add(library, docs, max_file_size=2**-8).added == 5
     # The long line is listed again: the file isn't marked as indexed.
-    assert len(add(library, docs, max_file_size=1).failed) == 1
+    assert len(add(library, docs, max_file_size=2**-8).failed) == 1
     assert add(library, docs).added == 1
     assert add(library, docs) == AddReport(unchanged=6)
 
@@ -297,14 +298,14 @@ def test_nothing_outside_the_given_folders_is_read(tmp_path, docs, library, monk
 
 def test_a_file_swapped_for_a_link_after_the_survey_is_not_read(tmp_path, docs, library, monkeypatch):
     (tmp_path / "secret.txt").write_text("a secret cat")
-    resolve_chunk_size = sys.modules["llamory.library.library"].resolve_chunk_size
+    resolve_chunk_size = embedding.resolve_chunk_size
 
     def swapping(*settings):
         (docs / "cats.txt").unlink(missing_ok=True)
         (docs / "cats.txt").symlink_to(tmp_path / "secret.txt")
         return resolve_chunk_size(*settings)
 
-    monkeypatch.setattr("llamory.library.library.resolve_chunk_size", swapping)
+    monkeypatch.setattr("llamory.embedding.resolve_chunk_size", swapping)
     report = add(library, docs)
     assert reasons(report.failed, docs) == {"cats.txt": "is a link that leads out of the given folders"}
     assert names(library) == {"both.txt", "dogs.md"}
