@@ -1,8 +1,9 @@
-"""Files are replaced whole or not at all."""
+"""Files are replaced whole or not at all, and one process at a time holds a library's lock."""
 
 import pytest
 
-from llamory.common.io import atomic_file, atomic_path
+from llamory.common.io import atomic_file, atomic_path, lock_path, write_lock
+from llamory.errors import LlamoryError
 
 
 def test_a_large_file_replaces_the_old_one_when_it_is_complete(tmp_path):
@@ -35,3 +36,14 @@ def test_a_failed_block_leaves_the_old_file(tmp_path):
         raise RuntimeError
     assert path.read_text() == "old"
     assert [each.name for each in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_an_object_store_has_its_lock_on_this_machine():
+    path = lock_path("s3://shelf/library")
+    assert path.parent.is_dir() and path != lock_path("s3://shelf/other")
+    with (
+        write_lock("s3://shelf/library"),
+        pytest.raises(LlamoryError, match="Another process"),
+        write_lock("s3://shelf/library", wait=False),
+    ):
+        pass

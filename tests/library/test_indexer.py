@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 
 from llamory import embedding
 from llamory.documents import SkippedFile
-from llamory.documents import storage as storage_module
+from llamory.documents import scan as storage_module
 from llamory.errors import LlamoryError
 from llamory.library import AddReport, Library
 from llamory.library import indexer as indexer_module

@@ -415,7 +415,7 @@ def test_files_that_did_not_change_are_not_parsed_again(docs, library, monkeypat
 
 HOLDER = """
 import sys
-from llamory.common.locks import write_lock
+from llamory.common.io import write_lock
 with write_lock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.readline()

@@ -14,9 +14,9 @@ import cuda_kernels
 from llamory.longllama import LongLlamaForCausalLM, crossbatch
 from llamory.longllama.flash_backward import AttentionPart, attend_part_backward
 from llamory.memory import MemoryBank
-from llamory.memory.attention import flash
 from llamory.memory.search import exact, page_index, pages
 from llamory.memory.search import faiss as faiss_index
+from llamory.memory.search.base import flash
 from llamory.qa.attribution import AttentionRecorder
 from pretend_device import can_pretend, pretended_cuda
 

@@ -4,8 +4,7 @@ from llamory.documents.chunking import chunk_document
 from llamory.documents.document import Chunk, Document, Section, location
 from llamory.documents.formats import SUFFIXES, supported_suffixes
 from llamory.documents.readers import read_documents, read_file, read_json_lines
-from llamory.documents.scan import FileScan, find_files, scan_files
-from llamory.documents.storage import SkippedFile
+from llamory.documents.scan import FileScan, SkippedFile, find_files, scan_files
 
 __all__ = [
     "SUFFIXES",

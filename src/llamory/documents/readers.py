@@ -12,8 +12,7 @@ from typing import Any, BinaryIO, Protocol, TypeVar
 from llamory.common.io import PathLike
 from llamory.documents.document import Document, Section
 from llamory.documents.formats import FORMATS, JSON_LINES, parse
-from llamory.documents.scan import find_files
-from llamory.documents.storage import open_regular, read_limited, too_large_message
+from llamory.documents.scan import find_files, open_regular, read_limited, too_large_message
 from llamory.errors import LlamoryError
 
 logger = logging.getLogger(__name__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import logging
 import os
 import stat
@@ -11,12 +13,19 @@ from pathlib import Path
 
 from llamory.common.io import PathLike
 from llamory.documents.formats import SUFFIXES, supported_suffixes
-from llamory.documents.storage import SkippedFile, open_regular
 from llamory.errors import LlamoryError
 
 LINK_OUTSIDE = "a link that leads out of the given folders"
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SkippedFile:
+    """A file or folder that was skipped, and why, in a few words."""
+
+    path: str
+    reason: str
 
 
 @dataclass
@@ -150,3 +159,71 @@ def _has_valid_name(path: Path, scan: FileScan) -> bool:
         scan.failed.append(SkippedFile(str(path), "its name is not valid Unicode; rename it"))
         return False
     return True
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a regular file for reading; a pipe or a device never blocks.
+
+    Raises:
+        LlamoryError: it isn't a regular file.
+        OSError: it can't be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise LlamoryError(f"{path} is not a regular file; give a file that holds text.")
+    return open(descriptor, "rb")  # noqa: PTH123 -- a descriptor has no path
+
+
+def read_limited(path: Path, max_bytes: int | None) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        LlamoryError: there are more than `max_bytes`, or it isn't a regular file.
+        OSError: it can't be read.
+    """
+    with open_regular(path) as file:
+        _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
+        data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    _check_size(path, len(data), max_bytes)  # some files have no size until they are read
+    return data
+
+
+def _check_size(path: Path, size: int, max_bytes: int | None) -> None:
+    if max_bytes is not None and size > max_bytes:
+        raise LlamoryError(f"{path} {too_large_message(size, max_bytes)}.")
+
+
+def too_large_message(size: int, max_bytes: int) -> str:
+    """The end of the error message for a file that is too large."""
+    return (
+        f"is too large ({size / 2**20:,.0f} MiB; the limit is {max_bytes / 2**20:,.0f} MiB); split it, or raise the "
+        "largest file size"
+    )
+
+
+def content_hash(path: Path, max_bytes: int | None = None) -> tuple[str, tuple[int, ...]]:
+    """Hash of a file's bytes, and its state, which changes when the file is written.
+
+    Raises:
+        LlamoryError: there are more than `max_bytes`, or it isn't a regular file.
+        OSError: it can't be read.
+    """
+    with open_regular(path) as file:
+        state = _stat_key(os.fstat(file.fileno()))
+        _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32], state
+
+
+def file_state(path: Path) -> tuple[int, ...]:
+    """The state of a file, as `content_hash` returns it."""
+    return _stat_key(path.stat())
+
+
+def unchanged_since(path: Path, state: tuple[int, ...]) -> bool:
+    """Whether a file still has a state."""
+    return file_state(path) == state
+
+
+def _stat_key(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

@@ -48,7 +48,7 @@ class FileTask:
         file: absolute path.
         stored: hash of each document (by source) that the library holds of it.
         content: the file's content key, if it is known; it is valid while the file has this `state`.
-        state: the file's state as `llamory.documents.storage.file_state` gives it.
+        state: the file's state as `llamory.documents.scan.file_state` gives it.
     """
 
     file: str
@@ -202,7 +202,7 @@ class _FileChunker:
 
     def _chunk(self, task: FileTask) -> Iterator[None]:
         from llamory.documents import SkippedFile, read_file
-        from llamory.documents.storage import file_state, unchanged_since
+        from llamory.documents.scan import file_state, unchanged_since
 
         path, config, broken_locations = Path(task.file), self.config, list[str]()
         _check_within(path, config)
@@ -507,7 +507,7 @@ def is_under(file: str, roots: Iterable[Path]) -> bool:
 
 def _read_content_key(file: str, config: ChunkingConfig) -> tuple[str, tuple[int, ...]]:
     """The content key and the state of a file; empty if it can't be read."""
-    from llamory.documents.storage import content_hash
+    from llamory.documents.scan import content_hash
 
     path = Path(file)
     try:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from llamory import embedding
-from llamory.common.io import PathLike
-from llamory.common.locks import write_lock
+from llamory.common.io import PathLike, write_lock
 from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
 from llamory.library.indexer import AddReport, ChunkingConfig, FileTask, Update, index_files, is_under, remove_sources

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llamory.common.locks import local_folder
+from llamory.common.io import local_folder
 from llamory.errors import LlamoryError
 from llamory.models.base import cache_folder
 

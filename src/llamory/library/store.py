@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from llamory.common.locks import local_folder
+from llamory.common.io import local_folder
 from llamory.documents import Chunk
 from llamory.errors import LlamoryError
 from llamory.library.search import Hit, SearchMode, check_unicode, search_table, source_filter, sql_string

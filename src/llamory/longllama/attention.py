@@ -26,9 +26,8 @@ from transformers.models.llama.modeling_llama import (
 from llamory.longllama.cache import ForwardContext, LongLlamaCacheLayer
 from llamory.longllama.configuration import LongLlamaConfig
 from llamory.longllama.crossbatch import CrossBatch, Weights, cross_batch_attention, cross_batch_parts
-from llamory.memory.attention import flash, merge
 from llamory.memory.blocks import SpanList
-from llamory.memory.search.base import attend
+from llamory.memory.search.base import attend, flash, merge
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Queries, keys, values and mask (True where a query sees a key, None for everywhere) of a part of the attention.

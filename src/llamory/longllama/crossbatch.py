@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llamory.errors import LlamoryError
 from llamory.longllama.flash_backward import AttentionPart, attend_part_backward
-from llamory.memory.attention import flash
+from llamory.memory.search.base import flash
 
 Contexts = Sequence[Sequence[int]]
 Weights = Sequence[Sequence[float]]

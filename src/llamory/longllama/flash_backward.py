@@ -1,4 +1,4 @@
-"""The backward pass of `llamory.memory.attention.flash` for parts of one softmax.
+"""The backward pass of `llamory.memory.search.base.flash` for parts of one softmax.
 
 The kernels are private operators of torch, without which plain matrix products do the same.
 """

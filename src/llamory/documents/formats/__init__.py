@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamory.documents.formats.html import read_html
-from llamory.documents.formats.markdown import read_markdown, read_rst
-from llamory.documents.formats.notebook import read_notebook
+from llamory.documents.formats.markdown import read_markdown, read_notebook, read_rst
 from llamory.documents.formats.pdf import read_pdf
-from llamory.documents.formats.text import ParsedFile, read_python, read_text
-from llamory.documents.storage import decode
+from llamory.documents.formats.text import ParsedFile, decode, read_python, read_text
 from llamory.errors import LlamoryError
 
 

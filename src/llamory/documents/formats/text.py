@@ -6,12 +6,26 @@ A reader of a text format takes a file's text and the name for a document withou
 from __future__ import annotations
 
 import ast
+import codecs
+import io
+import tokenize
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 from llamory.documents.document import Section
+from llamory.errors import LlamoryError
+
+# Byte order marks (BOM) and their encodings; UTF-32's begins like UTF-16's, so it is first.
+_BOM_ENCODINGS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 class ParsedFile(NamedTuple):
@@ -78,3 +92,27 @@ def _definitions(body: Iterable[ast.stmt], title: str) -> Iterator[tuple[int, in
 
 def _first_line(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> int:
     return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+
+
+def decode(path: Path, data: bytes) -> str:
+    """Text with plain newlines; in UTF-8, or the encoding of a byte order mark or (in Python files) a declaration.
+
+    Raises:
+        LlamoryError: the bytes are no text, or text in another encoding.
+    """
+    encoding = next((name for bom, name in _BOM_ENCODINGS if data.startswith(bom)), "utf-8-sig")
+    if encoding == "utf-8-sig" and path.suffix.lower() == ".py":
+        with suppress(SyntaxError):  # for an unknown encoding UTF-8 is the best guess
+            encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0]
+    binary = LlamoryError(f"{path} is a binary file, not text; give it the suffix of its kind.")
+    if b"\0" in data and not encoding.startswith(("utf-16", "utf-32")):
+        raise binary
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        expected = encoding.upper().removesuffix("-SIG")
+        raise LlamoryError(f"{path}:{line}: the file is not {expected} text; save it as UTF-8.") from error
+    if "\0" in text:
+        raise binary
+    return text.replace("\r\n", "\n").replace("\r", "\n")

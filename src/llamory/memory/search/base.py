@@ -13,15 +13,177 @@ import torch
 from torch import Tensor
 
 from llamory.errors import LlamoryError
-from llamory.memory.attention import empty_attention, merge
 from llamory.memory.blocks import SpanList
 
+KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_BIAS_TILE = 16  # CUDA's kernel needs the rows of an additive mask to start at multiples of this
+MAX_MATMUL_SCORES = 1 << 24  # scores that the fallback holds at once
+MERGE_ELEMENTS = 1 << 22  # elements of partial outputs that AttentionAccumulator holds before it merges them
+# Private operators of torch, the only ones that return the log-sum-exp; without them the fallback is used.
+_CPU_KERNEL = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_CUDA_KERNEL = getattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", None)
 # The scores of a page's tokens vary less than the sum over its keys' channels says, as channels are correlated.
 VARIANCE_SCALE = 0.7
 # Largest score of a page above its mean, relative to that of normally distributed scores.
 MAX_SCORE_SCALE = 1.1
 
 _buffers = threading.local()
+
+
+def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention over all parts from the attention over each.
+
+    Args:
+        outputs: (..., queries, head_dim) of each part.
+        lses: (..., queries), the log-sum-exp of each part's scores; -inf where a query sees nothing.
+
+    Returns:
+        The output in the first part's type and its log-sum-exp in float32; 0 and -inf where no part sees anything.
+    """
+    if len(outputs) == 1:
+        return outputs[0], lses[0].float()
+    sums = torch.stack([lse.float() for lse in lses])  # (parts, ..., queries)
+    # -inf minus -inf would be NaN, so a row that sees nothing is measured from a finite number.
+    max_lse = sums.amax(0).clamp_min(torch.finfo(torch.float32).min)
+    weights = (sums - max_lse).exp_()
+    total = weights.sum(0)
+    normalized = (weights / total.clamp_min(torch.finfo(torch.float32).tiny)).unsqueeze(-1)
+    if sum(output.numel() for output in outputs) <= MERGE_ELEMENTS:
+        merged = (torch.stack([output.float() for output in outputs]) * normalized).sum(0)
+    else:
+        merged = outputs[0].float() * normalized[0]
+        for output, weight in zip(outputs[1:], normalized[1:], strict=True):
+            merged.addcmul_(output.float(), weight)
+    return merged.to(outputs[0].dtype), max_lse + total.log()
+
+
+class AttentionAccumulator:
+    """Merges the attention over any number of parts in bounded memory."""
+
+    def __init__(self) -> None:
+        self._outputs: list[Tensor] = []
+        self._lses: list[Tensor] = []
+        self._elements = 0
+
+    def add(self, output: Tensor, lse: Tensor) -> None:
+        """Add one part's output (..., queries, head_dim) and log-sum-exp (..., queries)."""
+        self._outputs.append(output)
+        self._lses.append(lse)
+        self._elements += output.numel()
+        if self._elements > MERGE_ELEMENTS and len(self._outputs) > 1:
+            output, lse = merge(self._outputs, self._lses)
+            self._outputs, self._lses, self._elements = [output], [lse], output.numel()
+
+    def result(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Output in the type and shape of `like`, and its log-sum-exp; 0 and -inf if nothing was added."""
+        if not self._outputs:
+            return empty_attention(like)
+        output, lse = merge(self._outputs, self._lses)
+        return output.to(like.dtype), lse
+
+
+def empty_attention(query: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over no keys: output 0 and log-sum-exp -inf, for a query (..., queries, head_dim)."""
+    return torch.zeros_like(query), query.new_full(query.shape[:-1], -torch.inf, dtype=torch.float32)
+
+
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, *, scaling: float, mask: Tensor | None = None, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention and its log-sum-exp by the device's kernel. For inference: the log-sum-exp has no gradient.
+
+    Args:
+        query: (batch, heads, queries, head_dim).
+        key: (batch, kv_heads, keys, head_dim); query head h reads key head h // (heads // kv_heads).
+        value: the shape of `key`.
+        scaling: factor of the scores.
+        mask: added to the scores, broadcastable to (batch, heads, queries, keys), or boolean with True where a query
+            sees a key. Keys with at most half of the type's lowest number are not seen.
+        causal: query i sees the keys 0 to i (instead of a mask).
+
+    Returns:
+        Output (batch, heads, queries, head_dim) in the query's type and log-sum-exp (batch, heads, queries) in
+        float32 (float64 for float64); 0 and -inf in rows that see nothing.
+    """
+    if query.numel() == 0 or key.shape[2] == 0:
+        return empty_attention(query)
+    (batch, heads, queries, head_dim), kv_heads = query.shape, key.shape[1]
+    if heads != kv_heads and mask is None and not causal:
+        # Heads of a group read the same keys: as more queries of one head they share each read of the memory.
+        grouped = query.reshape(batch, kv_heads, heads // kv_heads * queries, head_dim)
+        output, lse = flash(grouped, key, value, scaling=scaling)
+        return output.reshape(query.shape), lse.reshape(query.shape[:-1])
+    bias, fully_masked = _additive_mask(mask, query)
+    output, lse = _kernel_attention(query, key, value, scaling, bias, causal)
+    output, lse = output.to(query.dtype), lse.to(torch.promote_types(query.dtype, torch.float32))
+    if fully_masked is not None:
+        lse = lse.masked_fill(fully_masked, -torch.inf)
+        output = output.masked_fill(fully_masked.unsqueeze(-1), 0)
+    return output, lse
+
+
+def _additive_mask(mask: Tensor | None, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The mask as four-dimensional numbers to add, and the rows that see nothing."""
+    if mask is None:
+        return None, None
+    mask = mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+    # Kernels disagree about such rows (0, NaN, the mean of all values), so they are set afterwards.
+    fully_masked = mask.amax(-1) <= torch.finfo(mask.dtype).min / 2
+    return mask, fully_masked.expand(*query.shape[:3])
+
+
+def _kernel_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    device, head_dim = query.device.type, query.shape[-1]
+    kernel = {"cpu": _CPU_KERNEL, "cuda": _CUDA_KERNEL if head_dim % 8 == 0 else None}.get(device)
+    supported = key.dtype == value.dtype and key.shape == value.shape and key.dtype in KERNEL_TYPES
+    if kernel is None or not supported:
+        return _matmul_attention(query, key, value, scaling, bias, causal)
+    query = query.to(key.dtype)
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    if device == "cpu":
+        bias = None if bias is None else bias.to(key.dtype)
+        return kernel(query, key, value, 0.0, causal, attn_mask=bias, scale=scaling)
+    key, value = (_repeat_kv(tensor, query.shape[1]) for tensor in (key, value))
+    if bias is not None:
+        keys = key.shape[2]
+        padded_bias = bias.new_zeros(*bias.shape[:3], -(-keys // CUDA_BIAS_TILE) * CUDA_BIAS_TILE, dtype=key.dtype)
+        padded_bias[..., :keys] = bias
+        bias = padded_bias[..., :keys].expand(*query.shape[:3], keys)
+    output, lse, *_ = kernel(query, key, value, bias, True, 0.0, causal, scale=scaling)
+    return output, lse[..., : query.shape[2]]  # the kernel pads the queries
+
+
+def _matmul_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, bias: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Matrix products, some queries at a time: for devices and types without a kernel."""
+    batch, heads, queries, _ = query.shape
+    compute_dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), torch.float32)
+    key, value = (_repeat_kv(tensor.to(compute_dtype), heads) for tensor in (key, value))
+    output = query.new_empty(batch, heads, queries, value.shape[-1], dtype=compute_dtype)
+    lse = query.new_empty(batch, heads, queries, dtype=compute_dtype)
+    step = max(1, MAX_MATMUL_SCORES // (batch * heads * key.shape[2]))
+    for start in range(0, queries, step):
+        rows = slice(start, start + step)
+        scores = query[:, :, rows].to(compute_dtype) @ key.transpose(2, 3) * scaling  # (batch, heads, rows, keys)
+        if bias is not None:
+            scores = scores + bias.expand(batch, -1, queries, -1)[:, :, rows]
+        if causal:
+            positions = torch.arange(start, start + scores.shape[2], device=key.device)
+            future = torch.arange(key.shape[2], device=key.device) > positions.unsqueeze(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        lse[:, :, rows] = scores.logsumexp(-1)
+        output[:, :, rows] = scores.softmax(-1) @ value
+    return output, lse
+
+
+def _repeat_kv(tensor: Tensor, heads: int) -> Tensor:
+    """Key or value heads (batch, kv_heads, keys, head_dim), each repeated for the query heads that read it."""
+    return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
 
 
 class Memory(Protocol):

@@ -8,9 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from llamory.memory.attention import AttentionAccumulator, flash
 from llamory.memory.blocks import Span, SpanList
-from llamory.memory.search.base import AttentionResult, Search, workspace
+from llamory.memory.search.base import AttentionAccumulator, AttentionResult, Search, flash, workspace
 
 CHUNK = 4096  # tokens per head that are converted and read while they are in the processor's cache
 TOLERANCE = 0.1  # default expected error, relative to the values' size, from which a query reads everything

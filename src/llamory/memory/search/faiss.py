@@ -17,13 +17,13 @@ from torch import Tensor
 
 from llamory.common.io import atomic_path
 from llamory.errors import LlamoryError
-from llamory.memory.attention import merge
 from llamory.memory.blocks import Span, SpanList
 from llamory.memory.search.base import (
     AttentionResult,
     Search,
     log_error_bound,
     log_sum_exp,
+    merge,
     score_moments,
     softmax_weights,
 )

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llamory.memory.attention import flash, merge
 from llamory.memory.blocks import SpanList
 from llamory.memory.search.base import (
     AttentionResult,
     Search,
+    flash,
     log_error_bound,
     log_sum_exp,
+    merge,
     merge_results,
     score_moments,
     softmax_weights,

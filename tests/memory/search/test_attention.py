@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamory.memory import attention
-from llamory.memory.attention import AttentionAccumulator, flash, merge
+from llamory.memory.search import base
+from llamory.memory.search.base import AttentionAccumulator, flash, merge
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
@@ -77,7 +77,7 @@ def test_no_keys_and_no_queries_are_no_error():
 
 
 def test_the_fallback_holds_the_scores_of_some_queries_at_once(memory, monkeypatch):
-    monkeypatch.setattr(attention, "MAX_MATMUL_SCORES", 300)
+    monkeypatch.setattr(base, "MAX_MATMUL_SCORES", 300)
     query, key, value = tensors(6, 2, 40, 33, torch.float64)
     mask = torch.randn(40, 33)
     found = flash(query, key, value, scaling=0.3, mask=mask)
@@ -93,7 +93,7 @@ def test_parts_merge_into_the_whole(cuts, bound):
     edges, parts = [0, *sorted(cuts), 40], []
     for start, stop in pairwise(edges):
         parts.append(flash(query, key[:, :, start:stop], value[:, :, start:stop], scaling=0.3))
-    kept, attention.MERGE_ELEMENTS = attention.MERGE_ELEMENTS, bound
+    kept, base.MERGE_ELEMENTS = base.MERGE_ELEMENTS, bound
     try:
         gathered = AttentionAccumulator()
         for part in parts:
@@ -102,7 +102,7 @@ def test_parts_merge_into_the_whole(cuts, bound):
             for one, other in zip(found, whole, strict=True):
                 torch.testing.assert_close(one, other)
     finally:
-        attention.MERGE_ELEMENTS = kept
+        base.MERGE_ELEMENTS = kept
 
 
 def test_parts_that_all_see_nothing_merge_into_nothing():
