@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llamory.common.extras import import_extra
-from llamory.common.locks import local_folder
+from llamory.common.io import local_folder
 from llamory.errors import LlamoryError
 from llamory.library.indexer import Batch, ChunkingConfig, FileTask, chunk_files, embed_batch, find_vectors
 
