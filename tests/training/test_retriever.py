@@ -276,13 +276,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings, llara_folder, tmp_pat
 # ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["retriever_paper", "retriever_cpu", "default_tuned"])
-def test_recipes_hold_settings_that_can_be(recipe, tmp_path):
+@pytest.mark.parametrize("recipe", ["paper/retriever", "examples/retriever_cpu", "retriever/retriever"])
+def test_settings_of_recipes_are_valid(recipe, tmp_path):
     file = Path(__file__).parents[2] / "recipes" / f"{recipe}.yaml"
     read = read_settings(RetrieverSettings, file, {"data": ["x"], "output": str(tmp_path), "cpu": True})
     read.bf16 = False  # not every machine has it
     _arguments(read)
-    if recipe == "retriever_paper":  # the command in the README of research/LLARA, and its finetune/arguments.py
+    if recipe == "paper/retriever":  # the command in the README of research/LLARA, and its finetune/arguments.py
         published = (3e-4, 1.0, 16, 0.01, 64, 160, 0.1, True, True, 64, 16.0, 0.1)
         names = "learning_rate epochs group_size temperature max_query_length max_passage_length warmup share_negatives"
         names += " lora lora_rank lora_alpha lora_dropout"

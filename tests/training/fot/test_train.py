@@ -333,8 +333,12 @@ def test_default_memory_layers_are_those_of_the_published_models(count):
     assert long_models._default_mem_layers(count) == {2: [1], 4: [1, 2, 3], 26: [6, 12, 18], 32: [8, 16, 24]}[count]
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("fot_*.yaml")), ids=lambda path: path.stem)
-def test_recipes_hold_settings_that_can_be(recipe, tmp_path):
+@pytest.mark.parametrize(
+    "recipe",
+    sorted([*RECIPES.glob("*/fot_*.yaml"), *(RECIPES / "reader" / "stages" / f"{n}.yaml" for n in ("08", "10"))]),
+    ids=lambda path: path.stem,
+)
+def test_settings_of_recipes_are_valid(recipe, tmp_path):
     given = {"data": ["nowhere"], "output": str(tmp_path / "run"), "model": "/no/model", "cpu": True, "fsdp": False}
     with pytest.raises(LlamoryError, match="There is no model"):
         train_fot(read_settings(FotSettings, recipe, given))

@@ -308,7 +308,7 @@ def test_settings_that_cannot_be_apart_are_refused(frozen_context, changes, sent
         train_instruct(frozen_context(**changes))
 
 
-@pytest.mark.parametrize("file", sorted(RECIPES.glob("instruct_*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("paper/instruct_*.yaml")), ids=lambda file: file.stem)
 def test_recipes_can_be_read_and_give_the_published_batch(file):
     made = read_settings(InstructSettings, file, {"data": ["a.jsonl", "b.jsonl"], "output": "b"})
     split = MemorySplit(made.row_length, made.last_context_length, made.total_length, made.split)
