@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 from llamory import __version__
-from llamory.cli import ask, dataset, export, index, info, read, search, train
+from llamory.cli import ask, dataset, index, info, read, search, train
 from llamory.cli import eval as evaluate
 from llamory.cli.options import add_command
 from llamory.cli.output import INTERRUPTED, exit_interrupted, open_closed_streams, silence_libraries, user_errors
@@ -32,7 +32,7 @@ add_command(app, ask.chat, "chat", panel=_DATA)
 add_command(app, read.read, "read", panel=_DATA)
 add_command(app, info.info, "info", panel=_DATA)
 app.add_typer(train.app, name="train", rich_help_panel=_MODELS)
-add_command(app, export.export, "export", panel=_MODELS)
+add_command(app, train.export, "export", panel=_MODELS)
 app.add_typer(evaluate.app, name="eval", rich_help_panel=_MODELS)
 app.add_typer(dataset.app, name="dataset", rich_help_panel=_MODELS)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import io
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
 from llamory.cli import options
-from llamory.cli.options import ADVANCED, GENERATION, SEARCH, explicit, integer, number, option
+from llamory.cli.options import ADVANCED, GENERATION, SEARCH, Option, explicit, integer
 from llamory.cli.output import print_json, stdout_redirected, write_printable
 from llamory.errors import LlamoryError
 
@@ -30,16 +31,10 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 class SourceOptions:
     """What is asked, a library or memory files, and the model."""
 
-    library: Annotated[
-        str | None, option("--library", options.name, "Library: a folder or an object-store address.")
-    ] = None
-    memory: Annotated[
-        list[Path] | None,
-        option("--memory", options.path, "Memory file of `llamory read` (repeatable).", metavar="FILE"),
-    ] = None
+    library: Annotated[str | None, Option("Library: a folder or an object-store address.")] = None
+    memory: Annotated[list[Path] | None, Option("Memory file of `llamory read` (repeatable).", metavar="FILE")] = None
     model: Annotated[
-        str | None,
-        option("--model", options.name, "Model that made the memory, or that embedded the library, if it has moved."),
+        str | None, Option("Model that made the memory, or that embedded the library, if it has moved.")
     ] = None
     device: options.Device = None
 
@@ -49,32 +44,21 @@ class RetrievalOptions:
     """Which documents of a library a question finds, and how many of its passages are cited."""
 
     documents: Annotated[
-        list[str] | None,
-        option("--document", options.name, "Ask this document only (repeatable).", SEARCH, metavar="NAME"),
+        list[str] | None, Option("Ask this document only (repeatable).", SEARCH, metavar="NAME", flag="--document")
     ] = None
-    top_documents: Annotated[
-        int | None, option("--top-documents", integer(), "Documents to retrieve per question, 5 if not given.", SEARCH)
-    ] = None
+    top_documents: Annotated[int | None, Option("Documents to retrieve per question, 5 if not given.", SEARCH)] = None
     source: options.Source = None
-    mode: Annotated[
-        Literal["dense", "bm25", "fused"] | None, option("--mode", None, options.SEARCH_MODE_HELP, SEARCH)
-    ] = None
-    citations: Annotated[
-        int | None, option("--citations", integer(0), "Largest number of passages to cite.", SEARCH)
-    ] = None
+    mode: Annotated[Literal["dense", "bm25", "fused"] | None, Option(options.SEARCH_MODE_HELP, SEARCH)] = None
+    citations: Annotated[int | None, Option("Largest number of passages to cite.", SEARCH, integer(0))] = None
 
 
 @dataclasses.dataclass(kw_only=True)
 class GenerationOptions:
     """How the answer is generated."""
 
-    max_new_tokens: Annotated[
-        int, option("--max-new-tokens", integer(), "Largest number of tokens of an answer.", GENERATION)
-    ] = 256
-    temperature: Annotated[
-        float, option("--temperature", number(), "Sampling temperature; 0 decodes greedily.", GENERATION)
-    ] = 0.0
-    seed: options.Seed = None
+    max_new_tokens: Annotated[int, Option("Largest number of tokens of an answer.", GENERATION)] = 256
+    temperature: Annotated[float, Option("Sampling temperature; 0 decodes greedily.", GENERATION)] = 0.0
+    seed: Annotated[int | None, Option("Random seed for sampling.", GENERATION, integer(0, options.MAX_SEED))] = None
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -84,16 +68,11 @@ class AdvancedOptions(options.MemorySearchOptions, options.ReaderOptions):
     last_context_length: options.LastContextLength = None
     evidence_ratio: Annotated[
         float | None,
-        option(
-            "--evidence-ratio",
-            number(),
-            "Drop evidence whose query likelihood is more than this many times below the best; 0 keeps all.",
-            ADVANCED,
+        Option(
+            "Drop evidence whose query likelihood is more than this many times below the best; 0 keeps all.", ADVANCED
         ),
     ] = None
-    max_question_tokens: Annotated[
-        int | None, option("--max-question-tokens", integer(), "Refuse a question of more tokens.", ADVANCED)
-    ] = None
+    max_question_tokens: Annotated[int | None, Option("Refuse a question of more tokens.", ADVANCED)] = None
     bf16: options.Bf16 = False
 
 
@@ -116,12 +95,11 @@ def ask(
         _check_target(target, retrieval, advanced)
         kwargs = _generation_kwargs(generation, advanced, None if as_json else out)
         if target.memory:
-            opened_memory = _open_memory(target, retrieval, advanced)
-            answer: Any = opened_memory.ask(question, **kwargs)
-            name = opened_memory.name
+            memory = _open_memory(target, retrieval, advanced)
+            name, answer = memory.name, memory.ask(question, **kwargs)
         else:
             library = _open_library(target, advanced)
-            answer = library.ask(question, progress=True, **_retrieval_kwargs(retrieval), **kwargs)
+            answer = library.ask(question, progress=True, **explicit(retrieval), **kwargs)
             name = library.qa_source().reader.name
     if as_json:
         print_json(_target_fields(target) | {"model": name} | dataclasses.asdict(answer))
@@ -137,12 +115,8 @@ def chat(
     advanced: AdvancedOptions,
     save: Annotated[
         Path | None,
-        option(
-            "--save",
-            options.path,
-            "Write the documents and the conversation to this memory file at the end.",
-            options.OUTPUT,
-            metavar="FILE",
+        Option(
+            "Write the documents and the conversation to this memory file at the end.", options.OUTPUT, metavar="FILE"
         ),
     ] = None,
     as_json: options.Json = False,
@@ -157,11 +131,10 @@ def chat(
     with stdout_redirected(quiet=quiet):
         _check_target(target, retrieval, advanced)
         kwargs = _generation_kwargs(generation, advanced, None if as_json else out)
-        session: Any
         if target.memory:
             session = _open_memory(target, retrieval, advanced).chat()
         else:
-            session = _open_library(target, advanced).chat(progress=True, **_retrieval_kwargs(retrieval))
+            session = _open_library(target, advanced).chat(progress=True, **explicit(retrieval))
         if interactive:
             sys.stderr.write(f"{_HELP}\n")
         for question in _questions(interactive=interactive):
@@ -202,23 +175,18 @@ def _reader_settings(advanced: AdvancedOptions) -> dict[str, Any]:
 
 def _model_kwargs(target: SourceOptions, advanced: AdvancedOptions) -> dict[str, Any]:
     kwargs = explicit(advanced, "mem_search", "mem_top_k", "last_context_length", "bf16")
-    return kwargs | {"model": target.model} | options.device_kwargs(target.device)
-
-
-def _retrieval_kwargs(retrieval: RetrievalOptions) -> dict[str, Any]:
-    return explicit(retrieval) | {"documents": retrieval.documents or None}
+    return kwargs | {"model": target.model, "device": target.device}
 
 
 def _generation_kwargs(generation: GenerationOptions, advanced: AdvancedOptions, out: TextIO | None) -> dict[str, Any]:
-    on_text: Callable[[str], None] | None = None if out is None else lambda text: write_printable(out, text)
-    return explicit(generation) | explicit(advanced, "evidence_ratio", "max_question_tokens") | {"on_text": on_text}
+    kwargs = explicit(generation) | explicit(advanced, "evidence_ratio", "max_question_tokens")
+    return kwargs if out is None else kwargs | {"on_text": partial(write_printable, out)}
 
 
 def _open_memory(target: SourceOptions, retrieval: RetrievalOptions, advanced: AdvancedOptions) -> Any:
     from llamory.qa.open_memory import OpenMemory
 
-    files = list(target.memory or ())
-    return OpenMemory(files, documents=retrieval.documents or None, **_model_kwargs(target, advanced))
+    return OpenMemory(target.memory or [], documents=retrieval.documents or None, **_model_kwargs(target, advanced))
 
 
 def _open_library(target: SourceOptions, advanced: AdvancedOptions) -> Any:

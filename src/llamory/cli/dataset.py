@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from llamory.cli import options
-from llamory.cli.options import option
+from llamory.cli.options import Option
 from llamory.cli.output import print_json, stdout_redirected
 from llamory.errors import LlamoryError
 
@@ -19,21 +19,15 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Build retrieval datasets for training and evaluation.", rich_markup_mode="rich")
 
-Output = Annotated[
-    Path, option("--output", options.path, "Folder for the BEIR folders train, dev and test.", metavar="DIR")
-]
+Output = Annotated[Path, Option("Folder for the BEIR folders train, dev and test.", metavar="DIR")]
 
 
 def descriptions(
     output: Output,
     package_list: Annotated[
         list[Path] | None,
-        option(
-            "--package-list",
-            options.path,
-            "A Debian Translation-en file, or /var/lib/dpkg/status, instead of the lists that apt-get downloads "
-            "(repeatable).",
-            metavar="FILE",
+        Option(
+            "Debian Translation-en file, or dpkg status, instead of the lists of apt-get (repeatable).", metavar="FILE"
         ),
     ] = None,
     as_json: options.Json = False,
@@ -41,20 +35,16 @@ def descriptions(
 ) -> None:
     """Pair the titles of Debian packages with their long descriptions."""
     with stdout_redirected(quiet=quiet):
+        from llamory.evaluation.datasets import descriptions as module
         from llamory.evaluation.datasets.builder import require_empty_folder
-        from llamory.evaluation.datasets.descriptions import (
-            description_pairs,
-            downloaded_package_lists,
-            format_package_lists,
-        )
 
         require_empty_folder(output)
         for path in package_list or ():
             if not path.is_file():
                 raise LlamoryError(f"There is no file {path}.")
-        with nullcontext(package_list) if package_list else downloaded_package_lists() as files:
-            readme = _DESCRIPTIONS.format(lists=format_package_lists(files))
-            result = _build_dataset(output, description_pairs(files), readme)
+        with nullcontext(package_list) if package_list else module.downloaded_package_lists() as files:
+            readme = _DESCRIPTIONS.format(lists=module.format_package_lists(files))
+            result = _build_dataset(output, module.description_pairs(files), readme)
     _print_summary(output, result, as_json=as_json)
 
 
@@ -62,30 +52,21 @@ def functions(
     output: Output,
     package: Annotated[
         list[str] | None,
-        option(
-            "--package",
-            options.name,
+        Option(
             "Take this installed package besides the standard library, instead of --package-set (repeatable).",
             metavar="NAME",
         ),
     ] = None,
     package_set: Annotated[
         Literal["default", "all", "none"],
-        option(
-            "--package-set",
-            None,
+        Option(
             "Packages besides the standard library: the dependencies of llamory, all installed ones with a "
-            "permissive licence, or none.",
+            "permissive licence, or none."
         ),
     ] = "default",
     folder: Annotated[
         list[Path] | None,
-        option(
-            "--folder",
-            options.path,
-            "Take the Python files of this folder and nothing else (repeatable).",
-            metavar="DIR",
-        ),
+        Option("Take the Python files of this folder and nothing else (repeatable).", metavar="DIR"),
     ] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -93,38 +74,30 @@ def functions(
     """Pair the docstrings of Python functions with the functions."""
     with stdout_redirected(quiet=quiet):
         from llamory.common.progress import ProgressBar
+        from llamory.evaluation.datasets import functions as module
         from llamory.evaluation.datasets.builder import require_empty_folder
-        from llamory.evaluation.datasets.functions import (
-            default_packages,
-            function_pairs,
-            installed_packages,
-            origin_of_folder,
-            standard_library,
-        )
 
         if package and folder:
             raise LlamoryError("--package can't be given with --folder; give one of them.")
         require_empty_folder(output)
         if folder:
-            origins = [origin_of_folder(each) for each in folder]
+            origins = [module.origin_of_folder(each) for each in folder]
         else:
-            origins = [standard_library()]
+            origins = [module.standard_library()]
             if package or package_set == "all":
-                origins += installed_packages(package)
+                origins += module.installed_packages(package)
             elif package_set == "default":
-                origins += default_packages()
+                origins += module.default_packages()
         readme = _FUNCTIONS.format(origins="\n".join(f"- {origin.name}: {origin.licence}" for origin in origins))
         with ProgressBar("Python files", sum(len(origin.files) for origin in origins), unit="files") as progress:
-            result = _build_dataset(output, function_pairs(origins, progress.advance), readme)
+            result = _build_dataset(output, module.function_pairs(origins, progress.advance), readme)
     _print_summary(output, result, as_json=as_json)
 
 
 def sections(
     documents: options.Documents,
     output: Output,
-    test_only: Annotated[
-        bool, option("--test-only", None, "Put all pairs into the test split, for evaluation only.")
-    ] = False,
+    test_only: Annotated[bool, Option("Put all pairs into the test split, for evaluation only.")] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:

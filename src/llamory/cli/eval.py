@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
-from llamory.cli import eval_retrieval, options
-from llamory.cli.options import ADVANCED, explicit, integer, number, option
+from llamory.cli import options
+from llamory.cli.options import ADVANCED, OUTPUT, Option, explicit
 from llamory.cli.output import print_json, print_table, show_count, stdout_redirected
 from llamory.errors import LlamoryError
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from llamory.evaluation.manyshot import ManyshotResultsFile
     from llamory.evaluation.passkey import PasskeyResult, PasskeyResultsFile
     from llamory.evaluation.perplexity import PerplexityResultsFile
+    from llamory.evaluation.results import ResultsFile
+    from llamory.evaluation.retrieval import RetrievalResultsFile
+
+    Results = TypeVar("Results", bound=ResultsFile[Any])
 
 app = typer.Typer(help="Evaluate memory and retrieval.", rich_markup_mode="rich")
 
 DATA = "Data"
 
+_PASSKEY_LENGTHS, _DEPTHS, _MANYSHOT_LENGTHS = ["1k,2k,4k,8k"], ["5"], ["2k,4k,8k,16k"]
+_PERPLEXITY_MEMORY, _LOOKUP_MEMORY = ["0,2k,4k,8k,16k,32k,64k"], ["4k,16k,64k,256k,1M,4M,16M"]
 
-def _output_option(evaluation: str) -> Any:
-    files = f"{evaluation}.json and {evaluation}.png"
-    return option(
-        "--output",
-        options.path,
-        f"Folder for {files}; a run that was interrupted resumes there.",
-        options.OUTPUT,
-        metavar="DIR",
-    )
+
+def _output_option(files: str) -> Option:
+    return Option(f"Folder for {files}; a run that was interrupted resumes there.", OUTPUT, metavar="DIR")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -44,8 +44,7 @@ class ModelOptions:
         str | None, typer.Argument(parser=options.name, metavar="MODEL", help="The same as --model.")
     ] = None
     model: Annotated[
-        str | None,
-        option("--model", options.name, "Model: folder, .gguf file, hub id or 'default'; the default if not given."),
+        str | None, Option("Model: folder, .gguf file, hub id or 'default'; the default if not given.")
     ] = None
     device: options.Device = None
 
@@ -61,10 +60,9 @@ class ModelOptions:
 class ModelsOptions(ModelOptions):
     """Models that are compared."""
 
-    compare: Annotated[
-        list[str] | None,
-        option("--compare", options.name, "Another model for the same task (repeatable).", metavar="MODEL"),
-    ] = None
+    compare: Annotated[list[str] | None, Option("Another model for the same task (repeatable).", metavar="MODEL")] = (
+        None
+    )
 
     @property
     def names(self) -> list[str]:
@@ -80,21 +78,14 @@ class MemoryOptions(options.MemorySearchOptions):
     context_length: options.ContextLength = None
     logn_attention_scale: Annotated[
         float | None,
-        option(
-            "--logn-attention-scale",
-            number(),
+        Option(
             "How much attention sharpens with the logarithm of the size of the memory; the model's own if not given.",
             ADVANCED,
         ),
     ] = None
     memory_size_bias: Annotated[
         float | None,
-        option(
-            "--memory-size-bias",
-            number(),
-            "How much the scores of a larger memory are lowered; the model's own if not given.",
-            ADVANCED,
-        ),
+        Option("How much the scores of a larger memory are lowered; the model's own if not given.", ADVANCED),
     ] = None
     bf16: options.Bf16 = False
 
@@ -105,6 +96,20 @@ class MemoryOptions(options.MemorySearchOptions):
         kwargs = {"mem_layers": self.mem_layers, "context_length": self.context_length, "mem_search": self.mem_search}
         kwargs |= explicit(self, "mem_top_k", "logn_attention_scale", "memory_size_bias")
         return kwargs | ({"dtype": "bfloat16"} if self.bf16 else {}) | {"device": pick_device(device)}
+
+
+def _tokens_option(help: str) -> Option:
+    return Option(help, DATA, metavar="TOKENS", parse_all=options.token_counts)
+
+
+def _report(results: Results, show: Callable[[Results], None], *, as_json: bool) -> None:
+    """Print results as JSON or by `show`, and the files that they are in."""
+    if as_json:
+        print_json(results.document())
+        return
+    show(results)
+    assert results.path is not None
+    typer.echo(f"Written: {results.path} and {results.path.with_suffix('.png')}")
 
 
 # ---- passkey ---------------------------------------------------------------------------------------------------------
@@ -127,81 +132,48 @@ def _depths(values: Sequence[str]) -> list[float]:
 def passkey(
     *,
     model: ModelOptions,
-    lengths: Annotated[
-        list[Any],
-        option("--lengths", options.token_counts, "Lengths of the prompts; 1k is 1024 tokens.", DATA, parse_all=True),
-    ] = ["1k,2k,4k,8k"],  # noqa: B006 (typer copies it)
+    lengths: Annotated[list[Any], _tokens_option("Lengths of the prompts; 1k is 1024 tokens.")] = _PASSKEY_LENGTHS,
     depths: Annotated[
         list[Any],
-        option(
-            "--depths",
-            _depths,
+        Option(
             "Number of depths, evenly spaced from 0 (start) to 1 (end), or a list such as 0,0.5,1.",
             DATA,
             metavar="DEPTHS",
-            parse_all=True,
+            parse_all=_depths,
         ),
-    ] = ["5"],  # noqa: B006
-    trials: Annotated[int, option("--trials", integer(), "Prompts per length and depth.", DATA)] = 3,
+    ] = _DEPTHS,
+    trials: Annotated[int, Option("Prompts per length and depth.", DATA)] = 3,
     seed: options.EvalSeed = 0,
     haystack: Annotated[
         list[Path] | None,
-        option(
-            "--haystack",
-            options.path,
-            "File or folder with the text around the needle, instead of the published text (repeatable).",
-            DATA,
-            metavar="PATH",
-        ),
+        Option("File or folder with the text around the needle, instead of the published text (repeatable).", DATA),
     ] = None,
     key: Annotated[
         Literal["number", "name", "date", "sentence"],
-        option("--key", None, "Kind of the secret; each has its own needle and question.", DATA),
+        Option("Kind of the secret; each has its own needle and question.", DATA),
     ] = "number",
-    needle: Annotated[
-        str | None, option("--needle", options.text, "Sentence to hide, with {key} for the secret.", DATA)
-    ] = None,
+    needle: Annotated[str | None, Option("Sentence to hide, with {key} for the secret.", DATA, options.text)] = None,
     question: Annotated[
         str | None,
-        option(
-            "--question",
-            options.text,
-            "Text that asks for the secret; the words of --needle before {key} if not given.",
-            DATA,
-        ),
+        Option("Text that asks for the secret; the words of --needle before {key} if not given.", DATA, options.text),
     ] = None,
     independent_documents: Annotated[
-        bool,
-        option(
-            "--independent-documents",
-            None,
-            "Encode each window by itself, as a document of a library, and attach them.",
-        ),
+        bool, Option("Encode each window by itself, as a document of a library, and attach them.")
     ] = False,
     evidence_ratio: Annotated[
         float,
-        option(
-            "--evidence-ratio",
-            number(),
+        Option(
             "With --independent-documents, drop windows whose query likelihood is more than this many times below "
-            "the best; 0 keeps all.",
+            "the best; 0 keeps all."
         ),
     ] = 0.0,
-    baseline: Annotated[
-        bool, option("--baseline", None, "Also evaluate the plain model without memory, even beyond its context.")
-    ] = False,
+    baseline: Annotated[bool, Option("Also evaluate the plain model without memory, even beyond its context.")] = False,
     memory: MemoryOptions,
     last_context_length: options.LastContextLength = None,
     mem_top_k_attention: Annotated[
-        bool,
-        option(
-            "--mem-top-k-attention",
-            None,
-            "Attend only to the --mem-top-k best tokens of the memory, as the paper does.",
-            ADVANCED,
-        ),
+        bool, Option("Attend only to the --mem-top-k best tokens of the memory, as the paper does.", ADVANCED)
     ] = False,
-    output: Annotated[Path, _output_option("passkey")] = Path("passkey"),
+    output: Annotated[Path, _output_option("passkey.json and passkey.png")] = Path("passkey"),
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -231,17 +203,15 @@ def passkey(
             baseline=baseline,
             model_kwargs=model_kwargs | ({"mem_top_k_attention": True} if mem_top_k_attention else {}),
         )
-    if as_json:
-        print_json(results.document())
-    else:
-        _print_passkey(results, evaluation.TITLES)
-        _print_written(output, "passkey")
+    _report(results, _print_passkey, as_json=as_json)
 
 
-def _print_passkey(results: PasskeyResultsFile, titles: Mapping[str, str]) -> None:
+def _print_passkey(results: PasskeyResultsFile) -> None:
+    from llamory.evaluation.passkey import TITLES
+
     for kind, result in results.results.items():
         context = results.metadata[kind].get("context_length")
-        typer.echo(f"{titles.get(kind, kind)}: {result.accuracy:.0%} of the keys found")
+        typer.echo(f"{TITLES.get(kind, kind)}: {result.accuracy:.0%} of the keys found")
         for line in _passkey_table(result, context):
             typer.echo(line)
         if result.lengths_beyond_context(context):
@@ -269,33 +239,19 @@ def _passkey_table(result: PasskeyResult, context: int | None) -> list[str]:
 def perplexity(
     *,
     model: ModelsOptions,
-    data: Annotated[
-        list[Path],
-        option("--data", options.path, "File or folder of long documents (repeatable).", DATA, metavar="PATH"),
-    ],
-    memory_tokens: Annotated[
-        list[Any],
-        option("--memory-tokens", options.token_counts, "Tokens in memory; 1k is 1024 tokens.", DATA, parse_all=True),
-    ] = ["0,2k,4k,8k,16k,32k,64k"],  # noqa: B006
-    scored_tokens: Annotated[
-        int, option("--scored-tokens", integer(), "Tokens at the end of a document that are scored.", DATA)
-    ] = 256,
-    local_tokens: Annotated[
-        int, option("--local-tokens", integer(), "Tokens before the scored ones that stay in the local context.", DATA)
-    ] = 1,
+    data: Annotated[list[Path], Option("File or folder of long documents (repeatable).", DATA)],
+    memory_tokens: Annotated[list[Any], _tokens_option("Tokens in memory; 1k is 1024 tokens.")] = _PERPLEXITY_MEMORY,
+    scored_tokens: Annotated[int, Option("Tokens at the end of a document that are scored.", DATA)] = 256,
+    local_tokens: Annotated[int, Option("Tokens before the scored ones that stay in the local context.", DATA)] = 1,
     max_documents: Annotated[
-        int | None,
-        option(
-            "--max-documents", integer(), "Largest number of documents; the first long enough ones are taken.", DATA
-        ),
+        int | None, Option("Largest number of documents; the first long enough ones are taken.", DATA)
     ] = None,
     text_field: options.TextField = "text",
     independent_windows: Annotated[
-        bool,
-        option("--independent-windows", None, "Encode each window by itself, once for all lengths, and attach them."),
+        bool, Option("Encode each window by itself, once for all lengths, and attach them.")
     ] = False,
     memory: MemoryOptions,
-    output: Annotated[Path, _output_option("perplexity")] = Path("perplexity"),
+    output: Annotated[Path, _output_option("perplexity.json and perplexity.png")] = Path("perplexity"),
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -320,14 +276,10 @@ def perplexity(
             text_field=text_field,
             model_kwargs=memory.model_kwargs(model.device),
         )
-    if as_json:
-        print_json(results.document())
-    else:
-        _print_perplexity(results, scored_tokens)
-        _print_written(output, "perplexity")
+    _report(results, _print_perplexity, as_json=as_json)
 
 
-def _print_perplexity(results: PerplexityResultsFile, tokens: int) -> None:
+def _print_perplexity(results: PerplexityResultsFile) -> None:
     from llamory.evaluation.results import display_names
 
     def text(value: float | None, sign: str = "") -> str:
@@ -335,7 +287,9 @@ def _print_perplexity(results: PerplexityResultsFile, tokens: int) -> None:
 
     for name, shown in display_names(results.scores).items():
         curve = results.curve(name)
-        typer.echo(f"{shown}: the last {tokens} tokens of {show_count(curve[0].documents, 'document')}")
+        typer.echo(
+            f"{shown}: the last {results.settings['tokens']} tokens of {show_count(curve[0].documents, 'document')}"
+        )
         rows = [
             [
                 f"{point.memory:,}",
@@ -358,50 +312,31 @@ def _print_perplexity(results: PerplexityResultsFile, tokens: int) -> None:
 def manyshot(
     *,
     model: ModelsOptions,
-    train: Annotated[
-        Path, option("--train", options.path, "JSON lines file with the demonstrations.", DATA, metavar="FILE")
-    ],
+    train: Annotated[Path, Option("JSON lines file with the demonstrations.", DATA, metavar="FILE")],
     test: Annotated[
         Path | None,
-        option(
-            "--test",
-            options.path,
-            "JSON lines file with the questions; --train is split if not given.",
-            DATA,
-            metavar="FILE",
-        ),
+        Option("JSON lines file with the questions; --train is split if not given.", DATA, metavar="FILE"),
     ] = None,
     lengths: Annotated[
-        list[Any],
-        option(
-            "--lengths",
-            options.token_counts,
-            "Largest numbers of tokens of demonstrations; 1k is 1024 tokens.",
-            DATA,
-            parse_all=True,
-        ),
-    ] = ["2k,4k,8k,16k"],  # noqa: B006
-    num_seeds: Annotated[
-        int, option("--num-seeds", integer(), "Random draws of demonstrations and questions.", DATA)
-    ] = 3,
-    num_questions: Annotated[int, option("--num-questions", integer(), "Questions per length and seed.", DATA)] = 100,
+        list[Any], _tokens_option("Largest numbers of tokens of demonstrations; 1k is 1024 tokens.")
+    ] = _MANYSHOT_LENGTHS,
+    num_seeds: Annotated[int, Option("Random draws of demonstrations and questions.", DATA)] = 3,
+    num_questions: Annotated[int, Option("Questions per length and seed.", DATA)] = 100,
     text_field: options.TextField = "text",
-    label_field: Annotated[str, option("--label-field", options.name, "Key of the label in JSONL files.")] = "label",
+    label_field: Annotated[str, Option("Key of the label in JSONL files.")] = "label",
     template: Annotated[
-        str, option("--template", options.text, r"Template of a demonstration; \n is a new line.", DATA)
+        str, Option(r"Template of a demonstration; \n is a new line.", DATA, options.text)
     ] = r"{text}\n{label}\n\n",
     score_type: Annotated[
         Literal["mean", "sum"],
-        option(
-            "--score-type",
-            None,
+        Option(
             "Score of a label: the mean or the sum of the log-probabilities of its tokens; the mean favours long "
             "labels.",
             DATA,
         ),
     ] = "mean",
     memory: MemoryOptions,
-    output: Annotated[Path, _output_option("manyshot")] = Path("manyshot"),
+    output: Annotated[Path, _output_option("manyshot.json and manyshot.png")] = Path("manyshot"),
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -427,11 +362,7 @@ def manyshot(
             score_type=score_type,
             model_kwargs=memory.model_kwargs(model.device),
         )
-    if as_json:
-        print_json(results.document())
-    else:
-        _print_manyshot(results)
-        _print_written(output, "manyshot")
+    _report(results, _print_manyshot, as_json=as_json)
 
 
 def _print_manyshot(results: ManyshotResultsFile) -> None:
@@ -461,26 +392,16 @@ def _print_manyshot(results: ManyshotResultsFile) -> None:
 def lookup(
     model: ModelsOptions,
     memory_tokens: Annotated[
-        list[Any],
-        option(
-            "--memory-tokens",
-            options.token_counts,
-            "Tokens in memory; 1k is 1024 tokens, 1M is 1024k.",
-            DATA,
-            parse_all=True,
-        ),
-    ] = ["4k,16k,64k,256k,1M,4M,16M"],  # noqa: B006
-    num_documents: Annotated[int, option("--num-documents", integer(), "Documents with questions.", DATA)] = 16,
+        list[Any], _tokens_option("Tokens in memory; 1k is 1024 tokens, 1M is 1024k.")
+    ] = _LOOKUP_MEMORY,
+    num_documents: Annotated[int, Option("Documents with questions.", DATA)] = 16,
     seed: options.EvalSeed = 0,
     mem_search: Annotated[
-        Literal["exact", "faiss"],
-        option("--mem-search", None, "Search of the memory: faiss, or exact for a full scan.", ADVANCED),
+        Literal["exact", "faiss"], Option("Search of the memory: faiss, or exact for a full scan.", ADVANCED)
     ] = "faiss",
-    mem_top_k: Annotated[
-        int, option("--mem-top-k", integer(), "Neighbours per query and head; 32 in the paper.", ADVANCED)
-    ] = 32,
+    mem_top_k: Annotated[int, Option("Neighbours per query and head; 32 in the paper.", ADVANCED)] = 32,
     mem_dtype: options.MemDtype = None,
-    output: Annotated[Path, _output_option("lookup")] = Path("lookup"),
+    output: Annotated[Path, _output_option("lookup.json and lookup.png")] = Path("lookup"),
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -508,11 +429,7 @@ def lookup(
                 "device": pick_device(model.device),
             },
         )
-    if as_json:
-        print_json(results.document())
-    else:
-        _print_lookup(results)
-        _print_written(output, "lookup")
+    _report(results, _print_lookup, as_json=as_json)
 
 
 def _print_lookup(results: LookupResultsFile) -> None:
@@ -535,12 +452,125 @@ def _print_lookup(results: LookupResultsFile) -> None:
         typer.echo()
 
 
-def _print_written(output: Path, evaluation: str) -> None:
-    typer.echo(f"Written: {output / f'{evaluation}.json'} and {output / f'{evaluation}.png'}")
+# ---- retrieval -------------------------------------------------------------------------------------------------------
+
+
+def retrieval(
+    data: Annotated[
+        str, typer.Argument(parser=options.name, help="A BEIR folder, or the name of an mteb retrieval task.")
+    ],
+    model: Annotated[
+        list[str] | None,
+        Option("Retriever: 'default', a LLARA checkpoint, a Sentence Transformers folder or a hub id (repeatable)."),
+    ] = None,
+    mean_pooling: Annotated[
+        list[str] | None,
+        Option(
+            "LLaMA that was not trained to embed, scored by the mean of its last hidden states (repeatable).",
+            metavar="MODEL",
+        ),
+    ] = None,
+    bm25: Annotated[bool, Option("Also score BM25.", flag="--bm25/--no-bm25")] = True,
+    split: Annotated[str | None, Option("Split of the qrels; test, or the only one there is, if not given.")] = None,
+    num_queries: Annotated[int | None, Option("Sample this many queries, by a hash.")] = None,
+    num_documents: Annotated[
+        int | None, Option("Sample this many documents; all relevant ones are among them.")
+    ] = None,
+    max_length: Annotated[int | None, Option("Tokens of a text that a model reads.")] = None,
+    query_prompt: options.QueryPrompt = None,
+    device: options.Device = None,
+    ignore_identical_ids: Annotated[
+        bool,
+        Option("Skip a document with the id of the query, as BEIR does, even if its text differs.", ADVANCED),
+    ] = False,
+    bf16: options.Bf16 = False,
+    per_query: Annotated[
+        Path | None, Option("JSON lines file for the scores of each query and model.", OUTPUT, metavar="FILE")
+    ] = None,
+    output: Annotated[Path | None, _output_option("retrieval.json and queries.jsonl")] = None,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Scores of retrievers and BM25: nDCG@10, MRR@10 and Recall@100, with 95% bootstrap intervals."""
+    names, mean_pooling_models = options.distinct_names(model or []), options.distinct_names(mean_pooling or [])
+    if not names and not mean_pooling_models and not bm25:
+        raise LlamoryError("There is nothing to score: give a --model, or leave out --no-bm25.")
+    with stdout_redirected(quiet=quiet):
+        from llamory.evaluation import retrieval as evaluation
+        from llamory.evaluation.results import display_names
+        from llamory.models.device import pick_device
+
+        results = evaluation.evaluate(
+            data,
+            names,
+            mean_pooling=mean_pooling_models,
+            bm25=bm25,
+            split=split,
+            num_queries=num_queries,
+            num_documents=num_documents,
+            ignore_identical_ids=ignore_identical_ids,
+            max_length=max_length,
+            query_prompt=query_prompt,
+            bf16=bf16,
+            device=pick_device(device),
+            output=output,
+            per_query=per_query,
+        )
+    if as_json:
+        print_json(results.document())
+    else:
+        shown = display_names([*names, *mean_pooling_models])
+        shown |= {
+            evaluation.mean_pooling_name(name): evaluation.mean_pooling_name(shown[name])
+            for name in mean_pooling_models
+        }
+        _print_retrieval(results, shown)
+        written = [str(path) for path in (output, per_query) if path is not None]
+        if written:
+            typer.echo(f"Written: {' and '.join(written)}")
+
+
+def _print_retrieval(report: RetrievalResultsFile, shown: dict[str, str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from llamory.evaluation.retrieval import METRICS
+
+    settings, document = report.settings, report.document()
+    title = (
+        f"{settings['data']} ({settings['split']}): {settings['queries']:,} queries, "
+        f"{settings['documents']:,} documents"
+    )
+    console = Console(highlight=False)
+    console.print(title, markup=False, soft_wrap=True)
+    missing = settings["relevant_documents_missing"]
+    if missing:
+        console.print(f"{missing:,} relevant documents are not among them and can't be found.", soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("", overflow="fold")  # a path may be long
+    for metric in METRICS:
+        table.add_column(metric, justify="right", no_wrap=True)
+    for name, metadata in document["runs"].items():
+        table.add_row(shown.get(name, name), *(_format_with_interval(metadata, metric, "\n") for metric in METRICS))
+    console.print(table)
+    for entry in document["differences"]:
+        one, other = (shown.get(entry[side], entry[side]) for side in ("model", "minus"))
+        low, high = entry["intervals"]["nDCG@10"] or (0, 0)
+        significance = "beyond" if low > 0 or high < 0 else "within"
+        difference = _format_with_interval(entry, "nDCG@10", " ", sign="+")
+        text = f"nDCG@10 of {one} minus {other}: {difference}, {significance} chance"
+        console.print(text, markup=False, soft_wrap=True)
+
+
+def _format_with_interval(entry: dict[str, Any], metric: str, separator: str, *, sign: str = "") -> str:
+    bounds = entry["intervals"][metric]
+    value = f"{entry[metric]:{sign}.3f}"
+    return value if bounds is None else f"{value}{separator}({bounds[0]:{sign}.3f} to {bounds[1]:{sign}.3f})"
 
 
 options.add_command(app, passkey, "passkey")
 options.add_command(app, perplexity, "perplexity")
 options.add_command(app, manyshot, "manyshot")
 options.add_command(app, lookup, "lookup")
-options.add_command(app, eval_retrieval.retrieval, "retrieval")
+options.add_command(app, retrieval, "retrieval")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llamory.cli import options
-from llamory.cli.options import ADVANCED, READER, explicit, integer, number, option
+from llamory.cli.options import ADVANCED, READER, Option, explicit, number
 from llamory.cli.output import print_json, printable, show_size, stdout_redirected
 from llamory.errors import LlamoryError
 
@@ -23,56 +23,33 @@ _MAX_LISTED = 20
 
 def index(
     paths: options.Documents,
-    library: Annotated[
-        str,
-        option(
-            "--library", options.name, "Library: a folder or an object-store address; created if it does not exist."
-        ),
-    ],
+    library: Annotated[str, Option("Library: a folder or an object-store address; created if it does not exist.")],
     reader: options.ReaderOptions,
-    model: Annotated[
-        str | None, option("--model", options.name, "Embedding model of a new library; the packaged one if not given.")
-    ] = None,
+    model: Annotated[str | None, Option("Embedding model of a new library; the packaged one if not given.")] = None,
     device: options.Device = None,
-    remove: Annotated[bool, option("--remove", None, "Remove the paths from the library instead.")] = False,
-    chunk_size: Annotated[
-        int | None, option("--chunk-size", integer(), "Largest number of tokens of a passage.")
-    ] = None,
+    remove: Annotated[bool, Option("Remove the paths from the library instead.")] = False,
+    chunk_size: Annotated[int | None, Option("Largest number of tokens of a passage.")] = None,
     text_field: options.TextField = "text",
     max_file_size: Annotated[
         float,
-        option(
-            "--max-file-size",
-            number(infinite=True),
-            "Skip and list larger files and JSON lines; inf is no limit.",
-            metavar="MIB",
-        ),
+        Option("Skip and list larger files and JSON lines; inf is no limit.", None, number(infinite=True), "MIB"),
     ] = 64.0,
-    strict: Annotated[bool, option("--strict", None, "Stop at the first file that can't be read.")] = False,
+    strict: Annotated[bool, Option("Stop at the first file that can't be read.")] = False,
     allow_empty: Annotated[
-        bool, option("--allow-empty", None, "Remove the documents of folders that are empty now; otherwise they stay.")
+        bool, Option("Remove the documents of folders that are empty now; otherwise they stay.")
     ] = False,
     precompute_memory: Annotated[
-        bool,
-        option(
-            "--precompute-memory", None, "Encode the documents into memory now, not when they are first asked.", READER
-        ),
+        bool, Option("Encode the documents into memory now, not when they are first asked.", READER)
     ] = False,
     wait: Annotated[
-        bool, option("--wait/--no-wait", None, "Wait while another process writes to the library.", ADVANCED)
+        bool, Option("Wait while another process writes to the library.", ADVANCED, flag="--wait/--no-wait")
     ] = True,
     engine: Annotated[
-        Literal["local", "ray"], option("--engine", None, "Work in this process, or on a Ray cluster.", ADVANCED)
+        Literal["local", "ray"], Option("Work in this process, or on a Ray cluster.", ADVANCED)
     ] = "local",
     ray_address: Annotated[
         str | None,
-        option(
-            "--ray-address",
-            options.name,
-            "Ray cluster; one is started on this machine if not given.",
-            ADVANCED,
-            metavar="HOST:PORT",
-        ),
+        Option("Ray cluster; one is started on this machine if not given.", ADVANCED, metavar="HOST:PORT"),
     ] = None,
     bf16: options.Bf16 = False,
     as_json: options.Json = False,
@@ -89,7 +66,7 @@ def index(
         reader_settings = explicit(reader)
         if model is None and not remove and PassageStore.open(library) is None:
             model = "default"
-        opened = Library(library, model=model, bf16=bf16, **options.device_kwargs(device), **reader_settings)
+        opened = Library(library, model=model, bf16=bf16, device=device, **reader_settings)
         if remove:
             report = opened.remove(paths, wait=wait)
         else:

@@ -28,17 +28,21 @@ def info(
     as_json: options.Json = False,
 ) -> None:
     """Describe a model, a library or a memory file; without a name, the installation."""
+    show = print_result
     with stdout_redirected():
         if path is None:
             metadata = _machine()
         elif _is_memory_path(path):
-            metadata = _memory(path)
+            from llamory.ingest.memory_file import MemoryFileInfo
+
+            metadata, show = MemoryFileInfo(path).summary(), _print_memory
+        elif _is_library_path(path):
+            from llamory.library import Library
+
+            metadata = Library(path).info()
         else:
-            metadata = _library(path) if _is_library_path(path) else _model(path)
-    if path is not None and _is_memory_path(path) and not as_json:
-        _print_memory(metadata)
-    else:
-        print_result(metadata, as_json=as_json)
+            metadata = _model(path)
+    show(metadata, as_json=as_json)
 
 
 def _machine() -> dict[str, Any]:
@@ -64,12 +68,6 @@ def _is_library_path(path: str) -> bool:
     return "://" in path or (Path(path).is_dir() and not (Path(path) / "config.json").exists())
 
 
-def _library(path: str) -> dict[str, Any]:
-    from llamory.library import Library
-
-    return Library(path).info()
-
-
 def _is_memory_path(path: str) -> bool:
     """Whether this is a file that isn't a model's, or the name of a memory that isn't finished."""
     if Path(path).is_file():
@@ -77,13 +75,9 @@ def _is_memory_path(path: str) -> bool:
     return not Path(path).exists() and Path(f"{path}.partial").is_file()
 
 
-def _memory(path: str) -> dict[str, Any]:
-    from llamory.ingest.memory_file import MemoryFileInfo
-
-    return MemoryFileInfo(path).summary()
-
-
-def _print_memory(metadata: dict[str, Any]) -> None:
+def _print_memory(metadata: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        return print_result(metadata, as_json=as_json)
     documents = metadata["documents"]
     summary_rows = {
         "memory": metadata["memory"],

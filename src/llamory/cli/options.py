@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -25,11 +25,7 @@ MAX_LAYERS = 10_000
 
 
 def text(value: str) -> str:
-    """Parse a text argument. Bytes that the locale can't decode are read as UTF-8.
-
-    Raises:
-        typer.BadParameter: the bytes are not UTF-8.
-    """
+    """Parse a text argument. Bytes that the locale can't decode are read as UTF-8."""
     try:
         return os.fsencode(value).decode("utf-8") if any("\udc80" <= letter <= "\udcff" for letter in value) else value
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
@@ -109,11 +105,7 @@ def comma_separated(values: Sequence[str], parse: Callable[[str], Any], expected
 
 
 def layers(values: Sequence[str]) -> list[int]:
-    """Parse layers such as `6,12,18`, `5-29` or `3,7-9`; a flag that is given several times adds up.
-
-    Raises:
-        typer.BadParameter: the text has another form, or a range ends before it begins.
-    """
+    """Parse layers such as `6,12,18`, `5-29` or `3,7-9`; a flag that is given several times adds up."""
     found: list[int] = []
     for part in ",".join(map(str, values)).replace(" ", ",").split(","):
         first, dash, last = part.partition("-")
@@ -139,106 +131,147 @@ def show_layers(layers: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-_METAVARS: dict[Any, str] = {text: "TEXT", name: "TEXT", path: "PATH", token_counts: "TOKENS", layers: "LAYERS"}
+def device(value: str) -> str:
+    """Parse the name of a device of this machine."""
+    from llamory.models.device import pick_device
 
-
-# ---- options ---------------------------------------------------------------------------------------------------------
-
-
-def option(
-    flag: str,
-    parser: Callable[[Any], Any] | None,
-    help: str,
-    panel: str | None = None,
-    *,
-    parse_all: bool = False,
-    metavar: str | None = None,
-) -> Any:
-    """A typer option with a parser of its values, or of the list of all its values; None leaves that to typer."""
-    settings: dict[str, Any] = {"help": help, "rich_help_panel": panel}
-    if parser is not None:
-        settings["metavar"] = metavar or _METAVARS.get(parser, "NUMBER")
-        settings["parser"] = text if parse_all else parser
-        settings["callback"] = (lambda values: parser(values) if values else None) if parse_all else None
-    return typer.Option(flag, **settings)
+    try:
+        return pick_device(value)
+    except LlamoryError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def distinct_names(names: list[str]) -> list[str]:
-    """The names of models, none of which may be given twice.
-
-    Raises:
-        LlamoryError: one is given twice.
-    """
+    """The names of models; raises LlamoryError if one is given twice."""
     for name in names:
         if names.count(name) > 1:
             raise LlamoryError(f"The model {name} was named twice; compare it with another one.")
     return names
 
 
-Json = Annotated[bool, option("--json", None, "Print the result as one JSON document.", OUTPUT)]
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print no progress and no messages, only errors.", rich_help_panel=OUTPUT)
-]
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+_PARSERS: dict[Any, Callable[[Any], Any]] = {int: integer(), float: number(), str: name, Path: path}
+_METAVARS = {int: "NUMBER", float: "NUMBER", str: "TEXT", Path: "PATH"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """An option of a command, as the annotation of a parameter; its name and type give the flag and the parser.
+
+    `parser` parses each value instead, and `parse_all` the list of the values of all flags.
+    """
+
+    help: str
+    panel: str | None = None
+    parser: Callable[[str], Any] | None = None
+    metavar: str | None = None
+    flag: str | None = None
+    parse_all: Callable[[list[str]], Any] | None = None
+
+    def for_parameter(self, name: str, hint: Any) -> Any:
+        """The typer option for a parameter of this name and type."""
+        kind, parse_all = without_none(hint), self.parse_all
+        kind = get_args(kind)[0] if get_origin(kind) is list else kind
+        return typer.Option(
+            *(self.flag or f"--{name.replace('_', '-')}").split(),
+            help=self.help,
+            rich_help_panel=self.panel,
+            metavar=self.metavar or _METAVARS.get(kind),
+            parser=text if parse_all else self.parser or _PARSERS.get(kind),
+            callback=(lambda values: parse_all(values) if values else None) if parse_all else None,
+        )
+
+
+def without_none(hint: Any) -> Any:
+    """A type without `| None`."""
+    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
+    return kinds[0] if NoneType in get_args(hint) and len(kinds) == 1 else hint
+
+
+def parameter(name: str, hint: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    """A parameter of a command, whose annotation may hold an `Option`."""
+    if get_origin(hint) is Annotated and isinstance(hint.__metadata__[0], Option):
+        kind, option = get_args(hint)
+        hint = Annotated[kind, option.for_parameter(name, kind)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def set_parameters(command: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
+    """Give a function the signature that typer reads the options of a command from."""
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def add_command(app: typer.Typer, command: Callable[..., None], name: str, *, panel: str | None = None) -> None:
+    """Add a command to an app; its docstring is the help.
+
+    A parameter that is a dataclass of options, such as `reader: ReaderOptions`, becomes one option per field, and the
+    command gets an instance.
+    """
+    groups: dict[str, type] = {}
+    parameters: list[inspect.Parameter] = []
+    hints = get_type_hints(command, include_extras=True)
+    for each in inspect.signature(command).parameters.values():
+        kind = hints[each.name]
+        if dataclasses.is_dataclass(kind):
+            assert isinstance(kind, type)
+            groups[each.name], fields = kind, get_type_hints(kind, include_extras=True)
+            parameters += [
+                parameter(field.name, fields[field.name], field.default) for field in dataclasses.fields(kind)
+            ]
+        else:
+            parameters.append(parameter(each.name, kind, each.default))
+
+    def run(**values: Any) -> None:
+        made = {
+            group: kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
+            for group, kind in groups.items()
+        }
+        command(**values, **made)
+
+    set_parameters(run, parameters)
+    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+    help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.command(name=name, help=help, rich_help_panel=panel)(run)
+
+
+def explicit(options: Any, *names: str) -> dict[str, Any]:
+    """The options of a group that were given, or those of them with these names."""
+    values = {name: getattr(options, name) for name in names or vars(options)}
+    return {name: value for name, value in values.items() if value not in (None, []) and value is not False}
+
+
+# ---- options of several commands -------------------------------------------------------------------------------------
+
+Json = Annotated[bool, Option("Print the result as one JSON document.", OUTPUT, flag="--json")]
+Quiet = Annotated[bool, Option("Print no progress and no messages, only errors.", OUTPUT, flag="--quiet -q")]
 Documents = Annotated[list[Path], typer.Argument(parser=path, help="Files and folders.")]
-Library = Annotated[str, option("--library", name, "Library: a folder or an object-store address.")]
-TextField = Annotated[str, option("--text-field", name, "Key of the text in JSONL files.")]
+Library = Annotated[str, Option("Library: a folder or an object-store address.")]
+TextField = Annotated[str, Option("Key of the text in JSONL files.")]
 Device = Annotated[
-    str | None, option("--device", name, "Device, such as cpu, cuda or cuda:1; the accelerator if there is one.")
+    str | None, Option("Device, such as cpu, cuda or cuda:1; the accelerator if there is one.", None, device)
 ]
-Bf16 = Annotated[bool, option("--bf16", None, "Compute in bfloat16 instead of float32.", ADVANCED)]
-Seed = Annotated[int | None, option("--seed", integer(0, MAX_SEED), "Random seed for sampling.", GENERATION)]
-EvalSeed = Annotated[int, option("--seed", integer(0, MAX_SEED), "Random seed.")]
+Bf16 = Annotated[bool, Option("Compute in bfloat16 instead of float32.", ADVANCED)]
+EvalSeed = Annotated[int, Option("Random seed.", None, integer(0, MAX_SEED))]
+QueryPrompt = Annotated[
+    Literal["prediction", "summary"] | None, Option("Prompt of LLARA models for queries; the model's own if not given.")
+]
 Source = Annotated[
     list[str] | None,
-    option(
-        "--source",
-        name,
-        "Search only files that match this pattern, such as 'docs/*.md' (repeatable).",
-        SEARCH,
-        metavar="PATTERN",
-    ),
+    Option("Search only files that match this pattern, such as 'docs/*.md' (repeatable).", SEARCH, metavar="PATTERN"),
 ]
 SEARCH_MODE_HELP = "Search by meaning (dense), by words (bm25) or by both (fused)."
 MemLayers = Annotated[
     list[Any] | None,
-    option("--mem-layers", layers, "Layers that attend to memory, such as 5-29 or 3,7-9.", ADVANCED, parse_all=True),
+    Option("Layers that attend to memory, such as 5-29 or 3,7-9.", ADVANCED, parse_all=layers, metavar="LAYERS"),
 ]
-ContextLength = Annotated[int | None, option("--context-length", integer(), "Tokens per encoder window.", ADVANCED)]
+ContextLength = Annotated[int | None, Option("Tokens per encoder window.", ADVANCED)]
 LastContextLength = Annotated[
-    int | None,
-    option(
-        "--last-context-length", integer(), "Tokens at the end of the prompt that stay in the local context.", ADVANCED
-    ),
+    int | None, Option("Tokens at the end of the prompt that stay in the local context.", ADVANCED)
 ]
 MemDtype = Annotated[
-    Literal["float32", "bfloat16", "float16", "int8"] | None,
-    option("--mem-dtype", None, "Data type of stored keys and values.", ADVANCED),
-]
-MemSearch = Annotated[
-    Literal["exact", "pages", "faiss"] | None,
-    option(
-        "--mem-search",
-        None,
-        "Search of the memory: exact reads all of it; pages and faiss read the best matches of a large memory.",
-        ADVANCED,
-    ),
-]
-MemTopK = Annotated[
-    int | None, option("--mem-top-k", integer(), "Pages or neighbours that a memory search reads.", ADVANCED)
-]
-ReaderName = Annotated[
-    str | None,
-    option(
-        "--reader",
-        name,
-        "Model that reads the library's documents: folder, .gguf file, hub id or 'default'; the recorded one if "
-        "not given.",
-        READER,
-    ),
-]
-MemoryBudget = Annotated[
-    str | None,
-    option("--memory-budget", name, "Disk space for the memories of a library, such as 10GB.", READER, metavar="SIZE"),
+    Literal["float32", "bfloat16", "float16", "int8"] | None, Option("Data type of stored keys and values.", ADVANCED)
 ]
 
 
@@ -246,8 +279,17 @@ MemoryBudget = Annotated[
 class ReaderOptions:
     """The reader of a library."""
 
-    reader: ReaderName = None
-    memory_budget: MemoryBudget = None
+    reader: Annotated[
+        str | None,
+        Option(
+            "Model that reads the library's documents: folder, .gguf file, hub id or 'default'; the recorded one if "
+            "not given.",
+            READER,
+        ),
+    ] = None
+    memory_budget: Annotated[
+        str | None, Option("Disk space for the memories of a library, such as 10GB.", READER, metavar="SIZE")
+    ] = None
     mem_layers: MemLayers = None
     context_length: ContextLength = None
     mem_dtype: MemDtype = None
@@ -257,67 +299,11 @@ class ReaderOptions:
 class MemorySearchOptions:
     """How a model searches its memory."""
 
-    mem_search: MemSearch = None
-    mem_top_k: MemTopK = None
-
-
-def explicit(options: Any, *names: str) -> dict[str, Any]:
-    """The options of a group that were given, or those of them with these names."""
-    values = {name: getattr(options, name) for name in names or vars(options)}
-    return {name: value for name, value in values.items() if value not in (None, []) and value is not False}
-
-
-def device_kwargs(device: str | None) -> dict[str, Any]:
-    """The argument `device` for a function that chooses one by default, if the option was given.
-
-    Raises:
-        LlamoryError: the machine has no such device.
-    """
-    from llamory.models.device import pick_device
-
-    return {} if device is None else {"device": pick_device(device)}
-
-
-def add_command(app: typer.Typer, command: Callable[..., None], name: str, *, panel: str | None = None) -> None:
-    """Add a command to an app; its docstring is the help.
-
-    A parameter that is a dataclass of options, such as `reader: ReaderOptions`, becomes one option per field, and the
-    command gets an instance.
-    """
-    paragraphs = (inspect.getdoc(command) or "").split("\n\n")
-    help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-    app.command(name=name, help=help, rich_help_panel=panel)(_with_option_groups(command))
-
-
-def _with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
-    hints = get_type_hints(command, include_extras=True)
-    hints.pop("return", None)
-    groups: dict[str, tuple[type, list[str]]] = {}
-    parameters: list[inspect.Parameter] = []
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    for parameter in inspect.signature(command).parameters.values():
-        kind = hints[parameter.name]
-        if not dataclasses.is_dataclass(kind):
-            parameters.append(parameter.replace(kind=keyword, annotation=kind))
-            continue
-        assert isinstance(kind, type)
-        field_hints, fields = get_type_hints(kind, include_extras=True), dataclasses.fields(kind)
-        groups[parameter.name] = kind, [field.name for field in fields]
-        parameters += [
-            inspect.Parameter(field.name, keyword, default=field.default, annotation=field_hints[field.name])
-            for field in fields
-        ]
-
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
-        made = {
-            parameter: kind(**{field: values.pop(field) for field in fields})
-            for parameter, (kind, fields) in groups.items()
-        }
-        command(**values, **made)
-
-    del run.__wrapped__  # type: ignore[attr-defined]
-    # typer reads the options of a command from its signature.
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
+    mem_search: Annotated[
+        Literal["exact", "pages", "faiss"] | None,
+        Option(
+            "Search of the memory: exact reads all of it; pages and faiss read the best matches of a large memory.",
+            ADVANCED,
+        ),
+    ] = None
+    mem_top_k: Annotated[int | None, Option("Pages or neighbours that a memory search reads.", ADVANCED)] = None

@@ -9,23 +9,19 @@ from typing import Annotated
 import typer
 
 from llamory.cli import options
-from llamory.cli.options import integer, option
+from llamory.cli.options import Option
 from llamory.cli.output import print_json, show_count, show_size, stdout_redirected
 
 
 def read(
     paths: options.Documents,
-    memory: Annotated[
-        Path, option("--memory", options.path, "Memory file, created if it does not exist.", metavar="FILE")
-    ],
+    memory: Annotated[Path, Option("Memory file, created if it does not exist.", metavar="FILE")],
     search: options.MemorySearchOptions,
-    model: Annotated[
-        str | None, option("--model", options.name, "Model of a new memory: folder, .gguf file, hub id or 'default'.")
-    ] = None,
+    model: Annotated[str | None, Option("Model of a new memory: folder, .gguf file, hub id or 'default'.")] = None,
     device: options.Device = None,
-    max_tokens: Annotated[int | None, option("--max-tokens", integer(), "Refuse documents of more tokens.")] = None,
+    max_tokens: Annotated[int | None, Option("Refuse documents of more tokens.")] = None,
     text_field: options.TextField = "text",
-    skip_broken: Annotated[bool, option("--skip-broken", None, "Skip broken lines and files.")] = False,
+    skip_broken: Annotated[bool, Option("Skip broken lines and files.")] = False,
     mem_layers: options.MemLayers = None,
     context_length: options.ContextLength = None,
     mem_dtype: options.MemDtype = None,
@@ -36,7 +32,6 @@ def read(
     """Encode documents into a memory file, or update the file. An interrupted run resumes."""
     with stdout_redirected(quiet=quiet):
         from llamory.ingest.encode import read_documents_into
-        from llamory.models.device import pick_device
 
         report = read_documents_into(
             memory,
@@ -51,7 +46,7 @@ def read(
             mem_search=search.mem_search,
             mem_top_k=search.mem_top_k,
             bf16=bf16,
-            device=pick_device(device),
+            device=device,
         )
     if as_json:
         fields = dataclasses.asdict(report)

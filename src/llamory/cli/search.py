@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from llamory.cli import options
-from llamory.cli.options import integer, option
+from llamory.cli.options import Option
 from llamory.cli.output import print_json, printable, stdout_redirected
 
 if TYPE_CHECKING:
@@ -21,14 +21,10 @@ _SHOWN_LINES = 3
 def search(
     query: Annotated[str, typer.Argument(parser=options.text, help="The query, in plain words.")],
     library: options.Library,
-    top: Annotated[int, option("--top", integer(), "Passages to return.", options.SEARCH)] = 10,
-    mode: Annotated[
-        Literal["dense", "bm25", "fused"], option("--mode", None, options.SEARCH_MODE_HELP, options.SEARCH)
-    ] = "fused",
+    top: Annotated[int, Option("Passages to return.", options.SEARCH)] = 10,
+    mode: Annotated[Literal["dense", "bm25", "fused"], Option(options.SEARCH_MODE_HELP, options.SEARCH)] = "fused",
     source: options.Source = None,
-    model: Annotated[
-        str | None, option("--model", options.name, "The embedding model of the library, if it has moved.")
-    ] = None,
+    model: Annotated[str | None, Option("The embedding model of the library, if it has moved.")] = None,
     device: options.Device = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -37,7 +33,7 @@ def search(
     with stdout_redirected(quiet=quiet):
         from llamory.library import Library
 
-        opened = Library(library, model=model, **options.device_kwargs(device))
+        opened = Library(library, model=model, device=device)
         hits = opened.search(query, top, source=source or None, mode=mode)
     if as_json:
         ranked = [

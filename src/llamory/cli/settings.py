@@ -8,12 +8,12 @@ import os
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
 from llamory.cli import options
+from llamory.cli.options import Option, parameter, set_parameters, without_none
 from llamory.cli.output import print_result, stdout_redirected
 from llamory.errors import LlamoryError
 
@@ -30,16 +30,14 @@ def add_settings_command(
     *,
     help: str | None = None,
 ) -> None:
-    """Add a command whose flags are the fields of a dataclass.
+    """Add a command whose flags are the fields of a dataclass, and which prints what `run` returns.
 
-    The field `learning_rate` is the flag `--learning-rate`; its help is `metadata["help"]`. `--config FILE.yaml` holds
-    values under the names of the fields; flags take precedence. The command prints what `run` returns.
+    `--config FILE.yaml` holds values under the names of the fields; flags take precedence.
 
     Args:
-        app: the app that gets the command.
-        name: the name of the command.
-        settings_class: a dataclass of str, int, float, bool, Path, Literal, lists of these, or one of these or None.
-            A field `quiet` of its own replaces the flag `--quiet`.
+        app, name: the app that gets the command, and the name of the command.
+        settings_class: a dataclass of str, int, float, bool, Path, Literal, lists of these, or one of these or None;
+            `metadata["help"]` is the help of a field. A field `quiet` replaces the flag `--quiet`.
         run: does the work.
         help: the description of the command, by default the docstring of the class.
     """
@@ -55,21 +53,16 @@ def add_settings_command(
         if os.environ.get("RANK", "0") == "0":  # one of the processes that train together prints
             print_result(result, as_json=as_json)
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    config_option = options.option(
-        "--config", options.path, "Settings by name; flags take precedence.", metavar="FILE.yaml"
-    )
+    config_option = Option("Settings by name; flags take precedence.", metavar="FILE.yaml")
     parameters = [
-        inspect.Parameter("context", keyword, annotation=typer.Context),
-        inspect.Parameter("config", keyword, default=None, annotation=Annotated[Path | None, config_option]),
-        *(parameter for field, hint in fields.values() for parameter in _parameters(field, hint)),
-        inspect.Parameter("as_json", keyword, default=False, annotation=options.Json),
+        parameter("context", typer.Context),
+        parameter("config", Annotated[Path | None, config_option], None),
+        *(each for field, hint in fields.values() for each in _parameters(field, hint)),
+        parameter("as_json", options.Json, False),
     ]
     if "quiet" not in fields:
-        parameters.append(inspect.Parameter("quiet", keyword, default=False, annotation=options.Quiet))
-    # typer reads the options of a command from its signature.
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        parameters.append(parameter("quiet", options.Quiet, False))
+    set_parameters(command, parameters)
     app.command(name=name, help=help or inspect.getdoc(settings_class))(command)
 
 
@@ -77,7 +70,7 @@ def read_settings(settings_class: type[Settings], file: Path | None, overrides: 
     """Make a dataclass of settings from a YAML file and from values that take precedence over it.
 
     Raises:
-        LlamoryError: the file can't be read, a key is unknown, a value is missing or invalid; the message names it.
+        LlamoryError: the file can't be read, or a key is unknown, missing or invalid.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -114,18 +107,11 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _kind(hint: Any) -> Any:
-    """The type of a field without `| None`."""
-    kinds = [kind for kind in get_args(hint) if kind is not NoneType]
-    return kinds[0] if NoneType in get_args(hint) and len(kinds) == 1 else hint
-
-
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 
 def _parameters(field: dataclasses.Field[Any], hint: Any) -> list[inspect.Parameter]:
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    kind, flag = _kind(hint), _flag(field.name)
+    kind, flag = without_none(hint), _flag(field.name)
     help = field.metadata.get("help", "")
     if get_origin(kind) is list:
         help = f"{help} (repeatable)" if help else "(repeatable)"
@@ -142,11 +128,11 @@ def _parameters(field: dataclasses.Field[Any], hint: Any) -> list[inspect.Parame
     names, panel = (f"{flag}/{no_flag}" if default else flag, "Switches") if kind is bool else (flag, None)
     option = typer.Option(names, help=help.replace("[", r"\[").strip(), rich_help_panel=panel, callback=callback)
     annotation: Any = Annotated[kind if isinstance(default, bool) else kind | None, option]
-    parameters = [inspect.Parameter(field.name, keyword, default=default, annotation=annotation)]
+    parameters = [parameter(field.name, annotation, default)]
     if kind is bool and not default:
         # It overrides a setting of the file. Help is easier to read without it.
         hidden = Annotated[bool, typer.Option(no_flag, hidden=True)]
-        parameters.append(inspect.Parameter(f"no_{field.name}", keyword, default=False, annotation=hidden))
+        parameters.append(parameter(f"no_{field.name}", hidden, False))
     return parameters
 
 
@@ -166,7 +152,7 @@ def _file_values(file: Path, fields: Mapping[str, tuple[Any, Any]]) -> dict[str,
             close = get_close_matches(name, fields, n=1)
             hint = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(fields)}."
             raise LlamoryError(f"{file} has an unknown key, {key}; {hint}")
-        kind = _kind(fields[name][1])
+        kind = without_none(fields[name][1])
         if name == "mem_layers" and isinstance(value, int | str):
             try:
                 values[name] = options.layers([str(value)])
