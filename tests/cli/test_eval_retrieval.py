@@ -10,6 +10,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, LlamaModel
 
 from keyword_models import keyword_model
+from llamory.models.device import pick_device
 
 DOCUMENTS = {
     "cats": "the cat sat",
@@ -142,6 +143,21 @@ def test_a_smaller_sample_is_drawn(llamory, data) -> None:
     ran = llamory("eval", "retrieval", data, "--num-queries", "2", "--num-documents", "3", "--json", "--quiet")
     settings = json.loads(ran.out)["settings"]
     assert (settings["queries"], settings["documents"]) == (2, 3)
+
+
+def test_models_are_loaded_on_the_device(llamory, data, models, model_folder, monkeypatch) -> None:
+    loaded: list[object] = []
+    load = SentenceTransformer.__init__
+
+    def spy(self, *arguments, **settings) -> None:
+        loaded.append(settings["device"])
+        load(self, *arguments, **settings)
+
+    monkeypatch.setattr(SentenceTransformer, "__init__", spy)
+    arguments = ("eval", "retrieval", data, "--model", models["knowing"], "--mean-pooling", model_folder, "--quiet")
+    assert llamory(*arguments, "--device", "cpu").code == 0
+    assert llamory(*arguments).code == 0
+    assert loaded == ["cpu", "cpu", pick_device(), pick_device()]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,10 @@ def test_index_reports_what_it_did(llamory, calls: list[tuple]) -> None:
     unset = {"chunk_size": None, "text_field": "text", "max_file_size": 64.0, "strict": False, "wait": True}
     unset |= {"allow_empty": False}
     unset |= {"engine": "local", "ray_address": None}
-    assert calls == [("library", "lib", {"model": "default", "bf16": False}), ("add", [Path("a.md"), Path("c")], unset)]
+    assert calls == [
+        ("library", "lib", {"model": "default", "bf16": False, "device": None}),
+        ("add", [Path("a.md"), Path("c")], unset),
+    ]
 
 
 def test_index_lists_what_could_not_be_read(llamory, calls: list[tuple]) -> None:
@@ -56,7 +59,10 @@ def test_index_hands_on_what_it_is_told(llamory, calls: list[tuple]) -> None:
         "max_file_size": 0.5,
     }
     settings |= {"engine": "ray", "ray_address": "here:6379"}
-    assert calls == [("library", "s3://shelf/lib", {"model": "m", "bf16": True}), ("add", [Path("a.md")], settings)]
+    assert calls == [
+        ("library", "s3://shelf/lib", {"model": "m", "bf16": True, "device": None}),
+        ("add", [Path("a.md")], settings),
+    ]
 
 
 def test_index_takes_documents_out(llamory, calls: list[tuple]) -> None:

@@ -80,7 +80,7 @@ def test_bytes_that_the_locale_cannot_decode_are_read_as_utf_8() -> None:
 @dataclasses.dataclass(kw_only=True)
 class Lamp:
     color: Annotated[str, typer.Option(help="Its colour.")] = "red"
-    watts: Annotated[int | None, options.option("--power", options.integer(), "Its power.")] = None
+    watts: Annotated[int | None, options.Option("Its power.", flag="--power")] = None
 
 
 def test_a_parameter_of_a_group_becomes_one_option_per_field() -> None:
@@ -147,8 +147,12 @@ def test_a_wrong_value_is_refused_with_the_name_of_its_option(llamory, arguments
 @pytest.mark.parametrize("device", ["cuda", "nosuch"])
 @pytest.mark.parametrize(
     "command",
-    [*((*command, "--library", "lib") for command in COMMANDS.values()), ("read", "docs", "--memory", "book")],
-    ids=[*COMMANDS, "read"],
+    [
+        *((*command, "--library", "lib") for command in COMMANDS.values()),
+        ("read", "docs", "--memory", "book"),
+        ("export", "default", "--output", "out"),
+    ],
+    ids=[*COMMANDS, "read", "export"],
 )
 def test_a_device_that_is_not_there_is_refused(llamory, tmp_path, monkeypatch, command, device) -> None:
     import torch
@@ -162,7 +166,7 @@ def test_a_device_that_is_not_there_is_refused(llamory, tmp_path, monkeypatch, c
     assert f"no device '{device}' on this machine; it has cpu" in ran.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("task", ["passkey", "perplexity", "manyshot", "lookup"])
+@pytest.mark.parametrize("task", ["passkey", "perplexity", "manyshot", "lookup", "retrieval"])
 def test_evaluations_refuse_a_device_that_is_not_there(llamory, tmp_path, monkeypatch, task) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.jsonl").write_text("{}\n")

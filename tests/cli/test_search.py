@@ -41,7 +41,7 @@ def test_search_prints_one_json_document_and_nothing_else(llamory, calls: list[t
     }
     assert "searching" in ran.err
     assert calls == [
-        ("library", "lib", {"model": None}),
+        ("library", "lib", {"model": None, "device": None}),
         ("search", "light", 1, {"source": ["docs/*.md", "a"], "mode": "bm25"}),
     ]
 
@@ -60,4 +60,4 @@ def test_search_needs_at_least_one_place(llamory, calls: list[tuple]) -> None:
 
 def test_search_can_be_told_where_the_model_went(llamory, calls: list[tuple]) -> None:
     assert llamory("search", "light", "--library", "lib", "--model", "moved").code == 0
-    assert calls[0] == ("library", "lib", {"model": "moved"})
+    assert calls[0] == ("library", "lib", {"model": "moved", "device": None})

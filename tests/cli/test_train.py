@@ -1,4 +1,4 @@
-"""`llamory train` runs the recipes with their settings."""
+"""`llamory train` runs the recipes with their settings; `llamory export` passes its options on."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from llamory.errors import LlamoryError
+from llamory.models.device import pick_device
 from llamory.training.settings import LlaraSettings
 
 
@@ -100,3 +101,26 @@ def test_layers_of_a_file_have_the_form_of_the_flag(tmp_path: Path) -> None:
     file.write_text("mem_layers: 29-5\n")
     with pytest.raises(LlamoryError, match=r"mem_layers in .*: The range 29-5 ends before it begins"):
         read_settings(FotSettings, file, {"data": ["a"], "output": "out"})
+
+
+def test_export_hands_on_the_model_and_names_the_folder(llamory, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple] = []
+
+    def export(model: str, output: Path, *, device: str, **settings: Any) -> None:
+        asked.append((model, output, device, *settings.values()))
+
+    def texts(model: str, paths: list[Path], *, max_length: int) -> list[str]:
+        return [f"{path} for {model} in {max_length}" for path in paths]
+
+    module = SimpleNamespace(export_sentence_transformer=export, sample_passages=texts)
+    monkeypatch.setitem(sys.modules, "llamory.embedding.pipeline", module)
+    ran = llamory("export", "trained", "--output", "out", "--max-length", "256", "--json")
+    assert json.loads(ran.out) == {"model": "trained", "output": "out", "max_length": 256}
+    assert llamory("export", "trained", "--output", "out", "--query-prompt", "summary", "--device", "cpu").code == 0
+    ran = llamory("export", "trained", "--output", "out", "--whiten", "one", "--whiten", "two", "--json")
+    assert json.loads(ran.out)["whitened_on"] == 2
+    assert asked == [
+        ("trained", Path("out"), pick_device(), 256, None, []),
+        ("trained", Path("out"), "cpu", 512, "summary", []),
+        ("trained", Path("out"), pick_device(), 512, None, ["one for trained in 512", "two for trained in 512"]),
+    ]

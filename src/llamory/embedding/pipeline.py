@@ -116,12 +116,14 @@ def check_embedder(model: PathLike) -> None:
         _require_template(name, config)
 
 
-def mean_embedder(model: PathLike, *, max_length: int = DEFAULT_MAX_LENGTH, **model_kwargs: Any) -> SentenceTransformer:
+def mean_embedder(
+    model: PathLike, *, max_length: int = DEFAULT_MAX_LENGTH, device: str | None = None, **model_kwargs: Any
+) -> SentenceTransformer:
     """A LLaMA as it is as an embedder: the mean of the last hidden states of a text's tokens, a baseline.
 
     Args:
         model: as for `llamory.models.base.resolve`; "default" is the packaged base model.
-        max_length, model_kwargs: as for `load_embedder`.
+        max_length, device, model_kwargs: as for `load_embedder`.
 
     Raises:
         LlamoryError: there is no such LLaMA.
@@ -137,7 +139,7 @@ def mean_embedder(model: PathLike, *, max_length: int = DEFAULT_MAX_LENGTH, **mo
             str(backbone.resolve(model)), model_kwargs=model_kwargs, max_seq_length=max_length, **_NO_REMOTE_CODE
         )
     modules = [transformer, Pooling(config.hidden_size, "mean"), Normalize()]
-    return SentenceTransformer(modules=modules)  # type: ignore[arg-type]
+    return SentenceTransformer(modules=modules, device=device)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,6 +431,7 @@ def export_sentence_transformer(
     similarity: str = "cosine",
     query_prompt: str | None = None,
     whitening_texts: Sequence[str] = (),
+    device: str = "cpu",
 ) -> Path:
     """Write a LLARA checkpoint as a Sentence Transformers folder that loads without llamory.
 
@@ -443,6 +446,7 @@ def export_sentence_transformer(
         query_prompt: "prediction" or "summary"; by default as the template says.
         whitening_texts: texts without labels, of the kind that will be searched, to fit whitening on (see
             `fit_whitening_on_texts`); by default the whitening beside the checkpoint is used, if there is one.
+        device: where the texts are embedded.
 
     Returns:
         The output folder.
@@ -457,7 +461,7 @@ def export_sentence_transformer(
         name = _resolve_name(model)
         _check_folder(name)
         checkpoint = _Checkpoint.load(name, max_length)
-        embedder = checkpoint.build("cpu", similarity, {}, shared=False)
+        embedder = checkpoint.build(device, similarity, {}, shared=False)
         whitening = (
             fit_whitening_on_texts(embedder, whitening_texts) if whitening_texts else checkpoint.load_whitening()
         )

@@ -363,6 +363,7 @@ def evaluate(
     max_length: int | None = None,
     query_prompt: str | None = None,
     bf16: bool = False,
+    device: str | None = None,
     output: Path | None = None,
     per_query: Path | None = None,
 ) -> RetrievalResultsFile:
@@ -379,6 +380,7 @@ def evaluate(
         max_length: tokens of a text that a model reads.
         query_prompt: prompt of LLARA models for queries.
         bf16: embed in bfloat16.
+        device: as for `load_embedder`.
         output: a folder for the results; None writes none.
         per_query: another file for the lines per query.
 
@@ -402,10 +404,10 @@ def evaluate(
         metadata = {"kind": "bm25", "library": f"bm25s {version('bm25s')}"}
         _score(results, dataset, BM25, metadata, lambda advance: search_bm25(dataset, advance), BM25)
     for name in mean_pooling:
-        embedder = mean_embedder(name, **({} if max_length is None else {"max_length": max_length}))
+        embedder = mean_embedder(name, device=device, **({} if max_length is None else {"max_length": max_length}))
         _score_embedder(results, dataset, mean_pooling_name(name), embedder, mean_pooling_name(shown[name]), bf16=bf16)
     for name in models:
-        embedder = load_embedder(name, max_length=max_length)
+        embedder = load_embedder(name, max_length=max_length, device=device)
         if query_prompt is not None and is_llara(embedder):
             set_query_prompt(embedder, query_prompt)
         _score_embedder(results, dataset, name, embedder, shown[name], bf16=bf16)
