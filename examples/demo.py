@@ -1,9 +1,8 @@
-"""The main jobs from end to end.
+"""The main tasks from end to end, with the packaged adapters and the Python standard library as documents.
 
-Index documents, find things in them, and ask: what was found is read into memory once, and the answer cites it. Then
-read a document that is longer than the model's context, and ask about its start. Last, find a number that stands in the
-middle of 65,536 tokens. The documents are this Python's own standard library: every machine has them. Nothing is
-trained; the package brings its adapters.
+Index functions, search them, and ask: the documents found are encoded into memory once, and the answer cites them. Then
+encode a document that is longer than the model's context, and ask about its start. Last, find a number in the middle of
+65,536 tokens.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ LIBRARY_QUESTIONS = [
     "What does bisect.insort_right do?",
     "What does bisect.insort_right do?",
 ]
-# Modules that programs use every day: some 1,100 functions, few enough for the patience of two cores.
+# Common modules: some 1,100 functions, few enough for two cores.
 MODULES = """
 argparse base64 bisect calendar collections/__init__ configparser contextlib copy csv datetime difflib fnmatch
 functools glob gzip heapq html/__init__ html/parser http/client http/server json/__init__ json/decoder json/encoder
@@ -42,8 +41,8 @@ linecache logging/__init__ os pathlib posixpath queue random re/__init__ secrets
 string subprocess tempfile textwrap threading timeit traceback urllib/parse urllib/request zipapp zipfile _strptime
 """.split()
 CHUNK_SIZE = 96
-# Longer than the context that SmolLM2 was trained for, 8,192 tokens; the answer stands in the document's first lines.
-# The packaged adapter was never trained on it.
+# Longer than the context of SmolLM2, 8,192 tokens; the answer is in the first lines. The packaged adapter was not trained
+# on it.
 LONG_DOCUMENT, LONG_QUESTION = "http/client.py", "What is the value of _MAXHEADERS?"
 
 # Tokens of the passkey prompt.
@@ -71,7 +70,7 @@ def _walk(node: ast.AST, scope: str) -> Iterator[tuple[str, str]]:
 
 
 def write_texts(folder: Path, texts: Path) -> int:
-    """Write what is indexed, one function a line; gives the number of functions."""
+    """Write what is indexed, one function per line; returns the number of functions."""
     lines = [
         json.dumps({"title": signature.split("(")[0], "text": f"{signature}\n{docstring}"})
         for signature, docstring in functions(folder)
@@ -81,7 +80,7 @@ def write_texts(folder: Path, texts: Path) -> int:
 
 
 def main() -> int:
-    """Run the demo; gives the exit code."""
+    """Run the demo; returns the exit code."""
     started = time.perf_counter()
     console = Console(file=sys.stderr)
 
@@ -109,19 +108,19 @@ def main() -> int:
                 summary = hit.text.partition("\n")[2] or hit.text
                 line = f"  {rank}. {hit.title}: {' '.join(summary.split())[:80]}"
                 out.print(line, highlight=False, markup=False, soft_wrap=True)
-        report_progress("Asking the library: what it finds is read into memory once, and mounted from then on.")
+        report_progress("Asking the library: documents are encoded into memory once, and attached from then on.")
         for question in LIBRARY_QUESTIONS:
             ask(library, question, out)
-        report_progress(f"Reading {LONG_DOCUMENT} into a memory, window by window.")
+        report_progress(f"Encoding {LONG_DOCUMENT} into memory, window by window.")
         read_and_ask(Path(sysconfig.get_path("stdlib")) / LONG_DOCUMENT, folder / "memory_file", out)
-        report_progress(f"Looking for the pass key in the middle of {PROMPT:,} tokens.")
+        report_progress(f"Finding the passkey in the middle of {PROMPT:,} tokens.")
         find_passkey(out)
         report_progress("Done.")
     return 0
 
 
 def ask(library: Library, question: str, out: Console) -> None:
-    """Ask the library, and show what the answer rests on."""
+    """Ask the library, and show the citations."""
     answer = library.ask(question, top_documents=3, citations=3, max_new_tokens=40)
     out.print(f"\n[bold]{question}[/bold]", highlight=False)
     out.print(f"  {answer.text}", highlight=False, markup=False, soft_wrap=True)
@@ -129,14 +128,14 @@ def ask(library: Library, question: str, out: Console) -> None:
         bar = "█" * round(20 * citation.share)
         out.print(f"  {bar:<20} {citation.share:4.0%}  {citation.title}", highlight=False, markup=False, soft_wrap=True)
     out.print(
-        f"  (from {answer.evidence_tokens} tokens of memory, {answer.tokens_read} tokens read for it; first word after "
+        f"  (from {answer.evidence_tokens} tokens of memory, {answer.tokens_read} tokens encoded for it; first token after "
         f"{answer.seconds_to_first_token:.1f} s)",
         highlight=False,
     )
 
 
 def read_and_ask(document: Path, memory_file: Path, out: Console) -> None:
-    """Read a document into a memory and ask about its start."""
+    """Encode a document into a memory file and ask about its start."""
     from llamory.ingest.encode import read_documents_into
     from llamory.models.base import load_config
     from llamory.qa.open_memory import OpenMemory
@@ -145,8 +144,8 @@ def read_and_ask(document: Path, memory_file: Path, out: Console) -> None:
     memory = OpenMemory(memory_file, bf16=True)
     context = load_config("default").max_position_embeddings
     out.print(
-        f"\n{report.tokens:,} tokens, {report.tokens / context:.1f} times the model's context of {context:,}, read in "
-        f"{report.seconds:.0f} s in windows of {memory.model.config.max_position_embeddings}; kept in "
+        f"\n{report.tokens:,} tokens, {report.tokens / context:.1f} times the model's context of {context:,}, encoded in "
+        f"{report.seconds:.0f} s in windows of {memory.model.config.max_position_embeddings}; stored in "
         f"{report.bytes / 1e6:.0f} MB.",
         highlight=False,
         soft_wrap=True,
@@ -154,11 +153,11 @@ def read_and_ask(document: Path, memory_file: Path, out: Console) -> None:
     answer = memory.ask(LONG_QUESTION, max_new_tokens=16)
     out.print(f"[bold]{LONG_QUESTION}[/bold]", highlight=False)
     out.print(f"  {answer.answer}", highlight=False, markup=False, soft_wrap=True)
-    out.print(f"  ({answer.seconds:.1f} s, without reading it again)", highlight=False)
+    out.print(f"  ({answer.seconds:.1f} s, without encoding it again)", highlight=False)
 
 
 def find_passkey(out: Console) -> None:
-    """Find the key of the published passkey prompt, whose windows are read each by itself and mounted."""
+    """Find the key of the published passkey prompt; its windows are encoded independently and attached."""
     import torch
 
     from llamory.evaluation.haystack import IndependentDocumentPrompts
@@ -175,7 +174,7 @@ def find_passkey(out: Console) -> None:
     out.print(f"\n[bold]The pass key is {found.key}. Remember it.[/bold] … What is the pass key?", highlight=False)
     out.print(f"  {found.answer.strip()}", highlight=False, markup=False, soft_wrap=True)
     out.print(
-        f"  ({found.tokens:,} tokens; {seconds:.0f} s with loading, reading and answering; the whole demo took "
+        f"  ({found.tokens:,} tokens; {seconds:.0f} s with loading, encoding and answering; the whole demo took "
         f"{peak:.1f} GiB of memory at most)",
         highlight=False,
         soft_wrap=True,
