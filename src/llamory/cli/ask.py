@@ -32,10 +32,8 @@ class SourceOptions:
     """What is asked, a library or memory files, and the model."""
 
     library: Annotated[str | None, Option("Library: a folder or an object-store address.")] = None
-    memory: Annotated[list[Path] | None, Option("Memory file of `llamory read` (repeatable).", metavar="FILE")] = None
-    model: Annotated[
-        str | None, Option("Model that made the memory, or that embedded the library, if it has moved.")
-    ] = None
+    memory: Annotated[list[Path] | None, Option("Memory file of `llamory read`.")] = None
+    model: Annotated[str | None, Option("Model of the memory or of the library, if it has moved.")] = None
     device: options.Device = None
 
 
@@ -43,9 +41,7 @@ class SourceOptions:
 class RetrievalOptions:
     """Which documents of a library a question finds, and how many of its passages are cited."""
 
-    documents: Annotated[
-        list[str] | None, Option("Ask this document only (repeatable).", SEARCH, metavar="NAME", flag="--document")
-    ] = None
+    documents: Annotated[list[str] | None, Option("Ask this document only.", SEARCH, flag="--document")] = None
     top_documents: Annotated[int | None, Option("Documents to retrieve per question, 5 if not given.", SEARCH)] = None
     source: options.Source = None
     mode: Annotated[Literal["dense", "bm25", "fused"] | None, Option(options.SEARCH_MODE_HELP, SEARCH)] = None
@@ -68,9 +64,7 @@ class AdvancedOptions(options.MemorySearchOptions, options.ReaderOptions):
     last_context_length: options.LastContextLength = None
     evidence_ratio: Annotated[
         float | None,
-        Option(
-            "Drop evidence whose query likelihood is more than this many times below the best; 0 keeps all.", ADVANCED
-        ),
+        Option("Drop evidence of a query likelihood more than this many times below the best; 0 keeps all.", ADVANCED),
     ] = None
     max_question_tokens: Annotated[int | None, Option("Refuse a question of more tokens.", ADVANCED)] = None
     bf16: options.Bf16 = False
@@ -114,10 +108,7 @@ def chat(
     generation: GenerationOptions,
     advanced: AdvancedOptions,
     save: Annotated[
-        Path | None,
-        Option(
-            "Write the documents and the conversation to this memory file at the end.", options.OUTPUT, metavar="FILE"
-        ),
+        Path | None, Option("Write documents and conversation to this memory file.", options.OUTPUT)
     ] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,

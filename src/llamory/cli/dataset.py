@@ -19,16 +19,14 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Build retrieval datasets for training and evaluation.", rich_markup_mode="rich")
 
-Output = Annotated[Path, Option("Folder for the BEIR folders train, dev and test.", metavar="DIR")]
+Output = Annotated[Path, Option("Folder for the BEIR folders train, dev and test.")]
 
 
 def descriptions(
     output: Output,
     package_list: Annotated[
         list[Path] | None,
-        Option(
-            "Debian Translation-en file, or dpkg status, instead of the lists of apt-get (repeatable).", metavar="FILE"
-        ),
+        Option("A Debian Translation-en file, or /var/lib/dpkg/status, instead of the lists that apt-get downloads."),
     ] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -51,23 +49,13 @@ def descriptions(
 def functions(
     output: Output,
     package: Annotated[
-        list[str] | None,
-        Option(
-            "Take this installed package besides the standard library, instead of --package-set (repeatable).",
-            metavar="NAME",
-        ),
+        list[str] | None, Option("Installed package besides the standard library, instead of --package-set.")
     ] = None,
     package_set: Annotated[
         Literal["default", "all", "none"],
-        Option(
-            "Packages besides the standard library: the dependencies of llamory, all installed ones with a "
-            "permissive licence, or none."
-        ),
+        Option("Packages besides the standard library: llamory's dependencies, all permissive ones, or none."),
     ] = "default",
-    folder: Annotated[
-        list[Path] | None,
-        Option("Take the Python files of this folder and nothing else (repeatable).", metavar="DIR"),
-    ] = None,
+    folder: Annotated[list[Path] | None, Option("Take the Python files of this folder and nothing else.")] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -17,7 +17,7 @@ from llamory.errors import LlamoryError
 if TYPE_CHECKING:
     from llamory.evaluation.lookup import LookupResultsFile
     from llamory.evaluation.manyshot import ManyshotResultsFile
-    from llamory.evaluation.passkey import PasskeyResult, PasskeyResultsFile
+    from llamory.evaluation.passkey import PasskeyResultsFile
     from llamory.evaluation.perplexity import PerplexityResultsFile
     from llamory.evaluation.results import ResultsFile
     from llamory.evaluation.retrieval import RetrievalResultsFile
@@ -33,7 +33,7 @@ _PERPLEXITY_MEMORY, _LOOKUP_MEMORY = ["0,2k,4k,8k,16k,32k,64k"], ["4k,16k,64k,25
 
 
 def _output_option(files: str) -> Option:
-    return Option(f"Folder for {files}; a run that was interrupted resumes there.", OUTPUT, metavar="DIR")
+    return Option(f"Folder for {files}; a run that was interrupted resumes there.", OUTPUT)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -43,9 +43,7 @@ class ModelOptions:
     argument: Annotated[
         str | None, typer.Argument(parser=options.name, metavar="MODEL", help="The same as --model.")
     ] = None
-    model: Annotated[
-        str | None, Option("Model: folder, .gguf file, hub id or 'default'; the default if not given.")
-    ] = None
+    model: Annotated[str | None, Option("Folder, .gguf file, hub id, or 'default' if not given.")] = None
     device: options.Device = None
 
     @property
@@ -60,9 +58,7 @@ class ModelOptions:
 class ModelsOptions(ModelOptions):
     """Models that are compared."""
 
-    compare: Annotated[list[str] | None, Option("Another model for the same task (repeatable).", metavar="MODEL")] = (
-        None
-    )
+    compare: Annotated[list[str] | None, Option("Another model for the same task.", metavar="MODEL")] = None
 
     @property
     def names(self) -> list[str]:
@@ -77,15 +73,10 @@ class MemoryOptions(options.MemorySearchOptions):
     mem_layers: options.MemLayers = None
     context_length: options.ContextLength = None
     logn_attention_scale: Annotated[
-        float | None,
-        Option(
-            "How much attention sharpens with the logarithm of the size of the memory; the model's own if not given.",
-            ADVANCED,
-        ),
+        float | None, Option("Sharpening of attention per log of the memory's size; by default the model's.", ADVANCED)
     ] = None
     memory_size_bias: Annotated[
-        float | None,
-        Option("How much the scores of a larger memory are lowered; the model's own if not given.", ADVANCED),
+        float | None, Option("How much the scores of a larger memory are lowered; by default the model's.", ADVANCED)
     ] = None
     bf16: options.Bf16 = False
 
@@ -98,8 +89,8 @@ class MemoryOptions(options.MemorySearchOptions):
         return kwargs | ({"dtype": "bfloat16"} if self.bf16 else {}) | {"device": pick_device(device)}
 
 
-def _tokens_option(help: str) -> Option:
-    return Option(help, DATA, metavar="TOKENS", parse_all=options.token_counts)
+def _list_option(help: str, parse_all: Callable[..., Any] = options.token_counts, metavar: str = "TOKENS") -> Option:
+    return Option(help, DATA, metavar=metavar, parse_all=parse_all)
 
 
 def _report(results: Results, show: Callable[[Results], None], *, as_json: bool) -> None:
@@ -110,6 +101,13 @@ def _report(results: Results, show: Callable[[Results], None], *, as_json: bool)
     show(results)
     assert results.path is not None
     typer.echo(f"Written: {results.path} and {results.path.with_suffix('.png')}")
+
+
+def _print_scores(headers: Sequence[str], columns: Mapping[str, str], scores: Iterable[Any]) -> None:
+    """Print attributes of scores as columns; `columns` holds the format of each, and None is shown as -."""
+    values = ([(getattr(score, key), spec) for key, spec in columns.items()] for score in scores)
+    print_table(headers, [["-" if value is None else format(value, spec) for value, spec in row] for row in values])
+    typer.echo()
 
 
 # ---- passkey ---------------------------------------------------------------------------------------------------------
@@ -132,47 +130,28 @@ def _depths(values: Sequence[str]) -> list[float]:
 def passkey(
     *,
     model: ModelOptions,
-    lengths: Annotated[list[Any], _tokens_option("Lengths of the prompts; 1k is 1024 tokens.")] = _PASSKEY_LENGTHS,
+    lengths: Annotated[list[Any], _list_option("Lengths of the prompts; 1k is 1024 tokens.")] = _PASSKEY_LENGTHS,
     depths: Annotated[
-        list[Any],
-        Option(
-            "Number of depths, evenly spaced from 0 (start) to 1 (end), or a list such as 0,0.5,1.",
-            DATA,
-            metavar="DEPTHS",
-            parse_all=_depths,
-        ),
+        list[Any], _list_option("Number of depths from 0 (start) to 1 (end), or a list of them.", _depths, "DEPTHS")
     ] = _DEPTHS,
     trials: Annotated[int, Option("Prompts per length and depth.", DATA)] = 3,
     seed: options.EvalSeed = 0,
     haystack: Annotated[
-        list[Path] | None,
-        Option("File or folder with the text around the needle, instead of the published text (repeatable).", DATA),
+        list[Path] | None, Option("Text around the needle, a file or folder, instead of the published text.", DATA)
     ] = None,
     key: Annotated[
-        Literal["number", "name", "date", "sentence"],
-        Option("Kind of the secret; each has its own needle and question.", DATA),
+        Literal["number", "name", "date", "sentence"], Option("Kind of secret, with its needle and question.", DATA)
     ] = "number",
     needle: Annotated[str | None, Option("Sentence to hide, with {key} for the secret.", DATA, options.text)] = None,
     question: Annotated[
-        str | None,
-        Option("Text that asks for the secret; the words of --needle before {key} if not given.", DATA, options.text),
+        str | None, Option("Text that asks for the secret; --needle before {key} if not given.", DATA, options.text)
     ] = None,
-    independent_documents: Annotated[
-        bool, Option("Encode each window by itself, as a document of a library, and attach them.")
-    ] = False,
-    evidence_ratio: Annotated[
-        float,
-        Option(
-            "With --independent-documents, drop windows whose query likelihood is more than this many times below "
-            "the best; 0 keeps all."
-        ),
-    ] = 0.0,
+    independent_documents: Annotated[bool, Option("Encode each window as a document of a library.")] = False,
+    evidence_ratio: Annotated[float, Option("As for `ask`, with --independent-documents; 0 keeps all.")] = 0.0,
     baseline: Annotated[bool, Option("Also evaluate the plain model without memory, even beyond its context.")] = False,
     memory: MemoryOptions,
     last_context_length: options.LastContextLength = None,
-    mem_top_k_attention: Annotated[
-        bool, Option("Attend only to the --mem-top-k best tokens of the memory, as the paper does.", ADVANCED)
-    ] = False,
+    mem_top_k_attention: Annotated[bool, Option("Attend to the --mem-top-k best tokens only.", ADVANCED)] = False,
     output: Annotated[Path, _output_option("passkey.json and passkey.png")] = Path("passkey"),
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -211,26 +190,17 @@ def _print_passkey(results: PasskeyResultsFile) -> None:
 
     for kind, result in results.results.items():
         context = results.metadata[kind].get("context_length")
+        beyond = result.lengths_beyond_context(context)
         typer.echo(f"{TITLES.get(kind, kind)}: {result.accuracy:.0%} of the keys found")
-        for line in _passkey_table(result, context):
-            typer.echo(line)
-        if result.lengths_beyond_context(context):
+        headers = [f"{length:,}{'*' if length in beyond else ''}".rjust(6) for length in result.lengths]
+        rows = []
+        for depth in result.depths:
+            cells = [result.cell(length, depth) for length in result.lengths]
+            rows.append([f"{depth:.0%}", *("-" if cell is None else f"{cell.accuracy:.0%}" for cell in cells)])
+        print_table(["depth", *headers], rows)
+        if beyond:
             typer.echo(f"* longer than the context of {context:,} tokens")
         typer.echo()
-
-
-def _passkey_table(result: PasskeyResult, context: int | None) -> list[str]:
-    beyond = result.lengths_beyond_context(context)
-    headers = [f"{length:,}{'*' if length in beyond else ''}" for length in result.lengths]
-    rows = [("depth", headers)]
-    for depth in result.depths:
-        cells = [result.cell(length, depth) for length in result.lengths]
-        rows.append((f"{depth:.0%}", ["-" if cell is None else f"{cell.accuracy:.0%}" for cell in cells]))
-    widths = [max(6, len(header)) + 2 for header in headers]
-    return [
-        f"{title:>5}" + "".join(f"{entry:>{width}}" for entry, width in zip(entries, widths, strict=True))
-        for title, entries in rows
-    ]
 
 
 # ---- perplexity ------------------------------------------------------------------------------------------------------
@@ -239,17 +209,13 @@ def _passkey_table(result: PasskeyResult, context: int | None) -> list[str]:
 def perplexity(
     *,
     model: ModelsOptions,
-    data: Annotated[list[Path], Option("File or folder of long documents (repeatable).", DATA)],
-    memory_tokens: Annotated[list[Any], _tokens_option("Tokens in memory; 1k is 1024 tokens.")] = _PERPLEXITY_MEMORY,
+    data: Annotated[list[Path], Option("File or folder of long documents.", DATA)],
+    memory_tokens: Annotated[list[Any], _list_option("Tokens in memory; 1k is 1024 tokens.")] = _PERPLEXITY_MEMORY,
     scored_tokens: Annotated[int, Option("Tokens at the end of a document that are scored.", DATA)] = 256,
     local_tokens: Annotated[int, Option("Tokens before the scored ones that stay in the local context.", DATA)] = 1,
-    max_documents: Annotated[
-        int | None, Option("Largest number of documents; the first long enough ones are taken.", DATA)
-    ] = None,
+    max_documents: Annotated[int | None, Option("Documents to use, the first long enough ones.", DATA)] = None,
     text_field: options.TextField = "text",
-    independent_windows: Annotated[
-        bool, Option("Encode each window by itself, once for all lengths, and attach them.")
-    ] = False,
+    independent_windows: Annotated[bool, Option("Encode each window by itself, once for all lengths.")] = False,
     memory: MemoryOptions,
     output: Annotated[Path, _output_option("perplexity.json and perplexity.png")] = Path("perplexity"),
     as_json: options.Json = False,
@@ -282,27 +248,14 @@ def perplexity(
 def _print_perplexity(results: PerplexityResultsFile) -> None:
     from llamory.evaluation.results import display_names
 
-    def text(value: float | None, sign: str = "") -> str:
-        return "-" if value is None else f"{value:{sign}.4f}"
-
+    headers = ["memory", "perplexity", "loss", "±", "change", "±"]
+    columns = {"memory": ",", "perplexity": ".3f", "loss": ".4f", "standard_error": ".4f"}
+    columns |= {"change": "+.4f", "change_standard_error": ".4f"}
     for name, shown in display_names(results.scores).items():
         curve = results.curve(name)
-        typer.echo(
-            f"{shown}: the last {results.settings['tokens']} tokens of {show_count(curve[0].documents, 'document')}"
-        )
-        rows = [
-            [
-                f"{point.memory:,}",
-                f"{point.perplexity:.3f}",
-                text(point.loss),
-                text(point.standard_error),
-                text(point.change, sign="+"),
-                text(point.change_standard_error),
-            ]
-            for point in curve
-        ]
-        print_table(["memory", "perplexity", "loss", "±", "change", "±"], rows)
-        typer.echo()
+        documents = show_count(curve[0].documents, "document")
+        typer.echo(f"{shown}: the last {results.settings['tokens']} tokens of {documents}")
+        _print_scores(headers, columns, curve)
     typer.echo("± is the standard error over documents; change is the loss minus the loss without memory.")
 
 
@@ -312,28 +265,17 @@ def _print_perplexity(results: PerplexityResultsFile) -> None:
 def manyshot(
     *,
     model: ModelsOptions,
-    train: Annotated[Path, Option("JSON lines file with the demonstrations.", DATA, metavar="FILE")],
-    test: Annotated[
-        Path | None,
-        Option("JSON lines file with the questions; --train is split if not given.", DATA, metavar="FILE"),
-    ] = None,
-    lengths: Annotated[
-        list[Any], _tokens_option("Largest numbers of tokens of demonstrations; 1k is 1024 tokens.")
-    ] = _MANYSHOT_LENGTHS,
+    train: Annotated[Path, Option("JSON lines file with the demonstrations.", DATA)],
+    test: Annotated[Path | None, Option("JSON lines of the questions; --train is split if not given.", DATA)] = None,
+    lengths: Annotated[list[Any], _list_option("Largest numbers of tokens of demonstrations.")] = _MANYSHOT_LENGTHS,
     num_seeds: Annotated[int, Option("Random draws of demonstrations and questions.", DATA)] = 3,
     num_questions: Annotated[int, Option("Questions per length and seed.", DATA)] = 100,
     text_field: options.TextField = "text",
     label_field: Annotated[str, Option("Key of the label in JSONL files.")] = "label",
-    template: Annotated[
-        str, Option(r"Template of a demonstration; \n is a new line.", DATA, options.text)
-    ] = r"{text}\n{label}\n\n",
+    template: Annotated[str, Option(r"Demonstration; \n is a new line.", DATA, options.text)] = r"{text}\n{label}\n\n",
     score_type: Annotated[
         Literal["mean", "sum"],
-        Option(
-            "Score of a label: the mean or the sum of the log-probabilities of its tokens; the mean favours long "
-            "labels.",
-            DATA,
-        ),
+        Option("Mean or sum of the log-probabilities of a label's tokens; the mean favours long labels.", DATA),
     ] = "mean",
     memory: MemoryOptions,
     output: Annotated[Path, _output_option("manyshot.json and manyshot.png")] = Path("manyshot"),
@@ -368,21 +310,13 @@ def manyshot(
 def _print_manyshot(results: ManyshotResultsFile) -> None:
     from llamory.evaluation.results import display_names
 
+    headers = ["tokens", "demonstrations", "correct", "±"]
+    columns = {"length": ",", "demonstrations": ",.1f", "accuracy": ".1%", "deviation": ".1%"}
     labels = len(results.settings["labels"])
     for name, shown in display_names(results.scores).items():
         curve = results.curve(name)
         typer.echo(f"{shown}: {labels} labels, {show_count(curve[0].seeds, 'seed')}")
-        rows = [
-            [
-                f"{point.length:,}",
-                f"{point.demonstrations:,.1f}",
-                f"{point.accuracy:.1%}",
-                "-" if point.deviation is None else f"{point.deviation:.1%}",
-            ]
-            for point in curve
-        ]
-        print_table(["tokens", "demonstrations", "correct", "±"], rows)
-        typer.echo()
+        _print_scores(headers, columns, curve)
     typer.echo("± is the standard deviation between seeds.")
 
 
@@ -391,14 +325,10 @@ def _print_manyshot(results: ManyshotResultsFile) -> None:
 
 def lookup(
     model: ModelsOptions,
-    memory_tokens: Annotated[
-        list[Any], _tokens_option("Tokens in memory; 1k is 1024 tokens, 1M is 1024k.")
-    ] = _LOOKUP_MEMORY,
+    memory_tokens: Annotated[list[Any], _list_option("Tokens in memory; 1M is 1024k.")] = _LOOKUP_MEMORY,
     num_documents: Annotated[int, Option("Documents with questions.", DATA)] = 16,
     seed: options.EvalSeed = 0,
-    mem_search: Annotated[
-        Literal["exact", "faiss"], Option("Search of the memory: faiss, or exact for a full scan.", ADVANCED)
-    ] = "faiss",
+    mem_search: Annotated[Literal["exact", "faiss"], Option("Memory search; exact scans all.", ADVANCED)] = "faiss",
     mem_top_k: Annotated[int, Option("Neighbours per query and head; 32 in the paper.", ADVANCED)] = 32,
     mem_dtype: options.MemDtype = None,
     output: Annotated[Path, _output_option("lookup.json and lookup.png")] = Path("lookup"),
@@ -416,18 +346,14 @@ def lookup(
         from llamory.evaluation import lookup as evaluation
         from llamory.models.device import pick_device
 
+        search = {"mem_search": mem_search, "mem_top_k": mem_top_k}
         results = evaluation.evaluate(
             names,
             memory_tokens,
             output,
             documents=num_documents,
             seed=seed,
-            model_kwargs={
-                "mem_search": mem_search,
-                "mem_top_k": mem_top_k,
-                "mem_dtype": mem_dtype,
-                "device": pick_device(model.device),
-            },
+            model_kwargs=search | {"mem_dtype": mem_dtype, "device": pick_device(model.device)},
         )
     _report(results, _print_lookup, as_json=as_json)
 
@@ -435,58 +361,41 @@ def lookup(
 def _print_lookup(results: LookupResultsFile) -> None:
     from llamory.evaluation.results import display_names
 
-    shown = display_names(results.scores)
-    for name, cells in results.scores.items():
-        typer.echo(f"{shown[name]}: {cells[0].num_values if cells else 0} values asked for")
-        rows = [
-            [
-                f"{cell.tokens:,}",
-                f"{cell.accuracy:.1%}",
-                f"{cell.value_accuracy:.1%}",
-                f"{cell.encode_seconds:.0f}",
-                f"{cell.query_seconds:.0f}",
-            ]
-            for cell in cells
-        ]
-        print_table(["memory", "correct tokens", "correct values", "encoding, s", "queries, s"], rows)
-        typer.echo()
+    headers = ["memory", "correct tokens", "correct values", "encoding, s", "queries, s"]
+    columns = {
+        "tokens": ",",
+        "accuracy": ".1%",
+        "value_accuracy": ".1%",
+        "encode_seconds": ".0f",
+        "query_seconds": ".0f",
+    }
+    for name, shown in display_names(results.scores).items():
+        cells = results.scores[name]
+        typer.echo(f"{shown}: {cells[0].num_values if cells else 0} values asked for")
+        _print_scores(headers, columns, cells)
 
 
 # ---- retrieval -------------------------------------------------------------------------------------------------------
 
 
 def retrieval(
-    data: Annotated[
-        str, typer.Argument(parser=options.name, help="A BEIR folder, or the name of an mteb retrieval task.")
-    ],
+    data: Annotated[str, typer.Argument(parser=options.name, help="A BEIR folder, or the name of an mteb task.")],
     model: Annotated[
-        list[str] | None,
-        Option("Retriever: 'default', a LLARA checkpoint, a Sentence Transformers folder or a hub id (repeatable)."),
+        list[str] | None, Option("Retriever: 'default', a LLARA or Sentence Transformers folder, or a hub id.")
     ] = None,
-    mean_pooling: Annotated[
-        list[str] | None,
-        Option(
-            "LLaMA that was not trained to embed, scored by the mean of its last hidden states (repeatable).",
-            metavar="MODEL",
-        ),
-    ] = None,
+    mean_pooling: Annotated[list[str] | None, Option("LLaMA to score by the mean of its hidden states.")] = None,
     bm25: Annotated[bool, Option("Also score BM25.", flag="--bm25/--no-bm25")] = True,
     split: Annotated[str | None, Option("Split of the qrels; test, or the only one there is, if not given.")] = None,
     num_queries: Annotated[int | None, Option("Sample this many queries, by a hash.")] = None,
-    num_documents: Annotated[
-        int | None, Option("Sample this many documents; all relevant ones are among them.")
-    ] = None,
+    num_documents: Annotated[int | None, Option("Sample this many documents and all relevant ones.")] = None,
     max_length: Annotated[int | None, Option("Tokens of a text that a model reads.")] = None,
     query_prompt: options.QueryPrompt = None,
     device: options.Device = None,
     ignore_identical_ids: Annotated[
-        bool,
-        Option("Skip a document with the id of the query, as BEIR does, even if its text differs.", ADVANCED),
+        bool, Option("Skip a document with the query's id, as BEIR does, even if its text differs.", ADVANCED)
     ] = False,
     bf16: options.Bf16 = False,
-    per_query: Annotated[
-        Path | None, Option("JSON lines file for the scores of each query and model.", OUTPUT, metavar="FILE")
-    ] = None,
+    per_query: Annotated[Path | None, Option("JSON lines file for the scores per query and model.", OUTPUT)] = None,
     output: Annotated[Path | None, _output_option("retrieval.json and queries.jsonl")] = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,

@@ -31,25 +31,15 @@ def index(
     chunk_size: Annotated[int | None, Option("Largest number of tokens of a passage.")] = None,
     text_field: options.TextField = "text",
     max_file_size: Annotated[
-        float,
-        Option("Skip and list larger files and JSON lines; inf is no limit.", None, number(infinite=True), "MIB"),
+        float, Option("Skip and list larger files and JSON lines; inf is no limit.", None, number(infinite=True), "MIB")
     ] = 64.0,
     strict: Annotated[bool, Option("Stop at the first file that can't be read.")] = False,
-    allow_empty: Annotated[
-        bool, Option("Remove the documents of folders that are empty now; otherwise they stay.")
-    ] = False,
-    precompute_memory: Annotated[
-        bool, Option("Encode the documents into memory now, not when they are first asked.", READER)
-    ] = False,
-    wait: Annotated[
-        bool, Option("Wait while another process writes to the library.", ADVANCED, flag="--wait/--no-wait")
-    ] = True,
-    engine: Annotated[
-        Literal["local", "ray"], Option("Work in this process, or on a Ray cluster.", ADVANCED)
-    ] = "local",
+    allow_empty: Annotated[bool, Option("Remove the documents of empty folders, which otherwise stay.")] = False,
+    precompute_memory: Annotated[bool, Option("Encode documents into memory now, not when asked.", READER)] = False,
+    wait: Annotated[bool, Option("Wait while another process writes.", ADVANCED, flag="--wait/--no-wait")] = True,
+    engine: Annotated[Literal["local", "ray"], Option("Work in this process or on Ray.", ADVANCED)] = "local",
     ray_address: Annotated[
-        str | None,
-        Option("Ray cluster; one is started on this machine if not given.", ADVANCED, metavar="HOST:PORT"),
+        str | None, Option("Ray cluster; one is started here if not given.", ADVANCED, metavar="HOST:PORT")
     ] = None,
     bf16: options.Bf16 = False,
     as_json: options.Json = False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,13 +23,13 @@ def info(
     path: Annotated[
         str | None,
         typer.Argument(
-            parser=options.name, help="A model (folder, .gguf file, hub id or 'default'), a library or a memory file."
+            parser=options.name, help="A model (folder, .gguf file, hub id, 'default'), a library or a memory file."
         ),
     ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Describe a model, a library or a memory file; without a name, the installation."""
-    show = print_result
+    show: Callable[..., None] = print_result
     with stdout_redirected():
         if path is None:
             metadata = _machine()

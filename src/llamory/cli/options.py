@@ -171,11 +171,12 @@ class Option:
 
     def for_parameter(self, name: str, hint: Any) -> Any:
         """The typer option for a parameter of this name and type."""
-        kind, parse_all = without_none(hint), self.parse_all
-        kind = get_args(kind)[0] if get_origin(kind) is list else kind
+        kind, parse_all, help = without_none(hint), self.parse_all, self.help
+        if get_origin(kind) is list:
+            kind, help = get_args(kind)[0], help if parse_all else f"{help.removesuffix('.')} (repeatable)."
         return typer.Option(
             *(self.flag or f"--{name.replace('_', '-')}").split(),
-            help=self.help,
+            help=help,
             rich_help_panel=self.panel,
             metavar=self.metavar or _METAVARS.get(kind),
             parser=text if parse_all else self.parser or _PARSERS.get(kind),
@@ -249,27 +250,21 @@ Quiet = Annotated[bool, Option("Print no progress and no messages, only errors."
 Documents = Annotated[list[Path], typer.Argument(parser=path, help="Files and folders.")]
 Library = Annotated[str, Option("Library: a folder or an object-store address.")]
 TextField = Annotated[str, Option("Key of the text in JSONL files.")]
-Device = Annotated[
-    str | None, Option("Device, such as cpu, cuda or cuda:1; the accelerator if there is one.", None, device)
-]
+Device = Annotated[str | None, Option("Device, such as cpu or cuda:1; an accelerator if there is one.", None, device)]
 Bf16 = Annotated[bool, Option("Compute in bfloat16 instead of float32.", ADVANCED)]
 EvalSeed = Annotated[int, Option("Random seed.", None, integer(0, MAX_SEED))]
 QueryPrompt = Annotated[
     Literal["prediction", "summary"] | None, Option("Prompt of LLARA models for queries; the model's own if not given.")
 ]
 Source = Annotated[
-    list[str] | None,
-    Option("Search only files that match this pattern, such as 'docs/*.md' (repeatable).", SEARCH, metavar="PATTERN"),
+    list[str] | None, Option("Search only files that match this pattern, such as 'docs/*.md'.", SEARCH, None, "PATTERN")
 ]
 SEARCH_MODE_HELP = "Search by meaning (dense), by words (bm25) or by both (fused)."
 MemLayers = Annotated[
-    list[Any] | None,
-    Option("Layers that attend to memory, such as 5-29 or 3,7-9.", ADVANCED, parse_all=layers, metavar="LAYERS"),
+    list[Any] | None, Option("Layers that attend to memory, such as 3,7-9.", ADVANCED, None, "LAYERS", parse_all=layers)
 ]
 ContextLength = Annotated[int | None, Option("Tokens per encoder window.", ADVANCED)]
-LastContextLength = Annotated[
-    int | None, Option("Tokens at the end of the prompt that stay in the local context.", ADVANCED)
-]
+LastContextLength = Annotated[int | None, Option("Tokens of the prompt's end in the local context.", ADVANCED)]
 MemDtype = Annotated[
     Literal["float32", "bfloat16", "float16", "int8"] | None, Option("Data type of stored keys and values.", ADVANCED)
 ]
@@ -280,16 +275,9 @@ class ReaderOptions:
     """The reader of a library."""
 
     reader: Annotated[
-        str | None,
-        Option(
-            "Model that reads the library's documents: folder, .gguf file, hub id or 'default'; the recorded one if "
-            "not given.",
-            READER,
-        ),
+        str | None, Option("Model that reads (folder, .gguf file, hub id, 'default'), if not the recorded one.", READER)
     ] = None
-    memory_budget: Annotated[
-        str | None, Option("Disk space for the memories of a library, such as 10GB.", READER, metavar="SIZE")
-    ] = None
+    memory_budget: Annotated[str | None, Option("Disk space for memories, such as 10GB.", READER, None, "SIZE")] = None
     mem_layers: MemLayers = None
     context_length: ContextLength = None
     mem_dtype: MemDtype = None
@@ -301,9 +289,6 @@ class MemorySearchOptions:
 
     mem_search: Annotated[
         Literal["exact", "pages", "faiss"] | None,
-        Option(
-            "Search of the memory: exact reads all of it; pages and faiss read the best matches of a large memory.",
-            ADVANCED,
-        ),
+        Option("Memory search: exact reads all; pages and faiss read the best matches of a large memory.", ADVANCED),
     ] = None
     mem_top_k: Annotated[int | None, Option("Pages or neighbours that a memory search reads.", ADVANCED)] = None

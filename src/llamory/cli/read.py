@@ -15,7 +15,7 @@ from llamory.cli.output import print_json, show_count, show_size, stdout_redirec
 
 def read(
     paths: options.Documents,
-    memory: Annotated[Path, Option("Memory file, created if it does not exist.", metavar="FILE")],
+    memory: Annotated[Path, Option("Memory file, created if it does not exist.")],
     search: options.MemorySearchOptions,
     model: Annotated[str | None, Option("Model of a new memory: folder, .gguf file, hub id or 'default'.")] = None,
     device: options.Device = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,65 +18,38 @@ from llamory.training.settings import FotSettings, InstructSettings, LlaraSettin
 
 app = typer.Typer(help="Train a model.", rich_markup_mode="rich")
 
-# Command: settings, module and function of the recipe, help.
+# Command: settings, module of the recipe, help.
 COMMANDS: dict[str, tuple[type, str, str]] = {
-    "llara": (
-        LlaraSettings,
-        "llamory.training.llara:train_llara",
-        "Train a LLaMA to embed texts, without labels (LLARA).",
-    ),
+    "llara": (LlaraSettings, "llara", "Train a LLaMA to embed texts, without labels (LLARA)."),
     "retriever": (
         RetrieverSettings,
-        "llamory.training.retriever:train_retriever",
+        "retriever",
         "Train a LLARA model, or any LLaMA, on pairs of queries and documents.",
     ),
-    "fot": (
-        FotSettings,
-        "llamory.training.fot.train:train_fot",
-        "Train a LLaMA to attend to a memory of earlier text (Focused Transformer, LongLLaMA).",
-    ),
-    "instruct": (
-        InstructSettings,
-        "llamory.training.instruct.train:train_instruct",
-        "Tune a LLaMA with memory to follow instructions and to chat.",
-    ),
-    "lookup": (
-        LookupSettings,
-        "llamory.training.lookup:train_lookup",
-        "Train a small model from scratch on dictionary look-up.",
-    ),
+    "fot": (FotSettings, "fot.train", "Train a LLaMA to attend to a memory of earlier text (Focused Transformer)."),
+    "instruct": (InstructSettings, "instruct.train", "Tune a LLaMA with memory to follow instructions and to chat."),
+    "lookup": (LookupSettings, "lookup", "Train a small model from scratch on dictionary look-up."),
 }
 
 
-def _runner(target: str) -> Callable[[Any], Mapping[str, Any]]:
-    module, _, function = target.partition(":")
-
-    def run(settings: Any) -> Mapping[str, Any]:
-        require("train")
-        result: Mapping[str, Any] = getattr(import_module(module), function)(settings)
-        return result
-
-    return run
+def _train(name: str, module: str, settings: Any) -> Any:
+    require("train")
+    return getattr(import_module(f"llamory.training.{module}"), f"train_{name}")(settings)
 
 
-for _name, (_settings, _target, _help) in COMMANDS.items():
-    add_settings_command(app, _name, _settings, _runner(_target), help=_help)
+for _name, (_settings, _module, _help) in COMMANDS.items():
+    add_settings_command(app, _name, _settings, partial(_train, _name, _module), help=_help)
 
 
 def export(
     model: Annotated[
-        str, typer.Argument(parser=options.name, help="A model trained with `llamory train llara`: folder or hub id.")
+        str, typer.Argument(parser=options.name, help="A model of `llamory train llara`: folder or hub id.")
     ],
-    output: Annotated[Path, Option("Folder to write.", metavar="DIR")],
+    output: Annotated[Path, Option("Folder to write.")],
     max_length: Annotated[int, Option("Largest number of tokens of a text with its prompt.")] = 512,
     query_prompt: options.QueryPrompt = None,
     whiten: Annotated[
-        list[Path] | None,
-        Option(
-            "Fit whitening on these files and folders instead of keeping the model's; take some that will be "
-            "searched (repeatable).",
-            metavar="DOCUMENTS",
-        ),
+        list[Path] | None, Option("Fit whitening on these files and folders; take some that will be searched.")
     ] = None,
     device: options.Device = None,
     as_json: options.Json = False,
