@@ -20,12 +20,11 @@ _UNFINISHED = "unfinished"
 
 
 class IngestCheckpoint:
-    """Encoded documents, and the windows of unfinished ones. Segments are named by their source.
+    """Encoded documents, and the windows of unfinished ones, in segments named by their source.
 
     Args:
         path: the checkpoint file.
-        model: the model that encodes the documents.
-        name: the model's name, for the metadata.
+        model, name: the model that encodes the documents, and its name for the metadata.
         bank: the content of the checkpoint file, if there is one.
     """
 
@@ -36,8 +35,6 @@ class IngestCheckpoint:
         self._has_changes, self._saved_tokens = False, 0
         self._saved_at, self._save_seconds = time.perf_counter(), 0.0
         self._load(model.new_memory() if bank is None else bank)
-
-    # ---- documents ---------------------------------------------------------------------------------------------------
 
     def contains(self, document: TokenizedDocument) -> bool:
         """Whether a document is finished."""
@@ -56,25 +53,16 @@ class IngestCheckpoint:
         """A bank for a long document, with the windows that an earlier run encoded."""
         bank, tokens = self._model.new_memory(), self.resumable_tokens(document)
         if tokens:
+            devices = {layer: self._device(layer) for layer in bank.layers}
             # Window by window, as in an uninterrupted run: then the blocks, and the sums that attention takes over
             # them, are the same to the bit.
-            bank.attach_copy(
-                self._unfinished_bank,
-                document.source,
-                tokens=tokens,
-                step=self._context_length,
-                devices={layer: self._device(layer) for layer in bank.layers},
-            )
+            step = self._context_length
+            bank.attach_copy(self._unfinished_bank, document.source, tokens=tokens, step=step, devices=devices)
         self._current, self._saved_tokens = (document, bank), tokens
         return bank
 
     def add(self, document: TokenizedDocument, bank: MemoryBank) -> None:
-        """Store a document that is encoded to its end.
-
-        Args:
-            document: the document.
-            bank: its memory, one segment.
-        """
+        """Store a document that is encoded to its end, with its memory of one segment."""
         self._current = None
         self._drop_segment(document.source)
         bank.rename(bank.segments[0], document.source)
@@ -89,11 +77,9 @@ class IngestCheckpoint:
     # ---- the file ----------------------------------------------------------------------------------------------------
 
     def save_if_due(self, *, mid_document: bool = False) -> None:
-        """Save unless the last save is too recent.
+        """Save unless the last save is too recent; within a long document (`mid_document`) the interval is longer.
 
-        Args:
-            mid_document: whether a long document is being encoded; the interval is then longer. Nothing is saved if
-                none is, or at its last window.
+        With `mid_document` nothing is saved if no long document is being encoded, or at its last window.
         """
         if mid_document and (self._current is None or self._current[1].length() >= len(self._current[0].ids)):
             return
@@ -147,9 +133,8 @@ class IngestCheckpoint:
             combined.attach(part)
             metadata = document.metadata(self._name, self._context_length)
             combined.set_metadata(document.source, **metadata, **{_UNFINISHED: True})
-        combined.attach(
-            self._unfinished_bank, [name for name in self._unfinished_bank.segments if name not in combined.segments]
-        )
+        earlier = [name for name in self._unfinished_bank.segments if name not in combined.segments]
+        combined.attach(self._unfinished_bank, earlier)
         return combined
 
     def _device(self, layer: int) -> torch.device:

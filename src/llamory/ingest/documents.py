@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamory.common.io import PathLike
 from llamory.documents import Chunk, Document, find_files, read_file
+from llamory.documents.scan import has_text
 from llamory.errors import LlamoryError
 from llamory.models.base import bos_ids, encode_document
 
@@ -32,13 +33,12 @@ class TokenizedDocument:
 
     Attributes:
         source: identifies the document: an absolute path, `path:line` for a line of a JSON lines file.
-        title: the document's title.
-        digest: hash of the content; equal documents have equal digests.
+        digest: hash of the content.
         ids: (tokens,) int32.
         file: absolute path of the file; empty for a document of a library.
         label: short name: the path from the given folder, or the file's name; `:line` for JSON lines.
-        starts: first token of each chunk of a library's document. Tokens before the first one (a prefix such as BOS)
-            belong to no chunk. None for a document of a file.
+        starts: first token of each chunk of a library's document; a prefix such as BOS belongs to no chunk. None for a
+            document of a file.
     """
 
     source: str
@@ -52,11 +52,10 @@ class TokenizedDocument:
     def metadata(self, model: str, context_length: int) -> dict[str, Any]:
         """What a memory stores of the document, with the model that encoded it and its window length."""
         # The keys are part of the file format: "digest" in memory files, "text" in a library's memories.
-        content = (
-            {"file": self.file, "digest": self.digest}
-            if self.starts is None
-            else {"text": self.digest, "starts": self.starts}
-        )
+        if self.starts is None:
+            content: dict[str, Any] = {"file": self.file, "digest": self.digest}
+        else:
+            content = {"text": self.digest, "starts": self.starts}
         common = {"source": self.source, "title": self.title, "tokens": len(self.ids)}
         return common | content | {"model": model, "context_length": context_length}
 
@@ -76,7 +75,7 @@ def load_documents(
 
     Args:
         paths: files and folders, as for `llamory.documents.find_files`.
-        tokenizer: the model's tokenizer. Its BOS token, if it adds one, starts each document.
+        tokenizer: the model's. Its BOS token, if it adds one, starts each document.
         max_tokens: maximum tokens of a document.
         text_field: field of a JSON line that holds the text.
         skip_broken: skip lines and files that can't be read.
@@ -86,54 +85,35 @@ def load_documents(
     """
     if max_tokens is not None and max_tokens < 1:
         raise LlamoryError(f"max_tokens must be at least 1, not {max_tokens}.")
-    roots, files = _files(paths)
-    prefix_ids = bos_ids(tokenizer)
-    documents = []
-    for file in files:
-        empty = True
-        for document in read_file(file, text_field=text_field, skip_broken=skip_broken):
-            tokenized = _tokenize(document, file, roots, tokenizer)
-            if len(tokenized.ids) == len(prefix_ids):
-                continue
-            if max_tokens is not None and len(tokenized.ids) > max_tokens:
+    given = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
+    empty = [path for path in given if path.is_file() and not has_text(path)]
+    nonempty = [path for path in given if path not in empty]
+    files = find_files(nonempty or given)  # if all are empty, this raises the error that fits
+    roots, num_prefix_ids = [_absolute(path) for path in nonempty], len(bos_ids(tokenizer))
+    documents: list[TokenizedDocument] = []
+    for file in dict.fromkeys(map(_absolute, files)):
+        tokenized = [
+            _tokenize(document, file, roots, tokenizer)
+            for document in read_file(file, text_field=text_field, skip_broken=skip_broken)
+        ]
+        nonblank = [document for document in tokenized if len(document.ids) > num_prefix_ids]
+        for document in nonblank:
+            if max_tokens is not None and len(document.ids) > max_tokens:
                 raise LlamoryError(
-                    f"{document.source} has {len(tokenized.ids):,} tokens, more than the limit of {max_tokens:,}: "
+                    f"{document.source} has {len(document.ids):,} tokens, more than the limit of {max_tokens:,}: "
                     "raise the limit, or leave the document out."
                 )
-            empty = False
-            documents.append(tokenized)
-        if empty:
-            _warn_empty(file)
+        documents += nonblank
+        empty += [] if nonblank else [file]
+    for path in empty:
+        logger.warning("Skipped %s: it is empty.", path)
     if not documents:
         raise LlamoryError(f"There is no text in {', '.join(map(str, roots))}; give files that have some.")
     return documents
 
 
-def _files(paths: PathLike | Iterable[PathLike]) -> tuple[list[Path], list[Path]]:
-    """The given paths and the files in them that may have text, all absolute."""
-    input_paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
-    empty_paths = [path for path in input_paths if _is_blank(Path(path))]
-    nonempty_paths = [path for path in input_paths if path not in empty_paths]
-    if not nonempty_paths:
-        find_files(input_paths)  # raises the error that fits
-    for path in empty_paths:
-        _warn_empty(path)
-    # Not resolve(), which would follow links and so change the names.
-    roots = [Path(os.path.abspath(path)) for path in nonempty_paths]  # noqa: PTH100
-    find_files(nonempty_paths)  # so that errors name the paths as they were given
-    return roots, find_files(roots, log_skipped=False)
-
-
-def _is_blank(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        chunks: Iterator[bytes] = iter(lambda: file.read(1 << 16), b"")
-        return not any(chunk.removeprefix(b"\xef\xbb\xbf").strip() for chunk in chunks)
-
-
-def _warn_empty(path: PathLike) -> None:
-    logger.warning("Skipped %s: it is empty.", path)
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 -- resolve() would follow links and so change the names
 
 
 def _tokenize(
@@ -141,29 +121,15 @@ def _tokenize(
 ) -> TokenizedDocument:
     import torch
 
-    line_suffix = document.source.removeprefix(str(file))
-    text = document.text
+    line_suffix, text = document.source.removeprefix(str(file)), document.text
     if line_suffix and document.title and not text.startswith(document.title):
         # A JSON line has the title beside the text; in other files it is part of the text, or the file's name.
         text = f"{document.title}{_SEPARATOR}{text}"
     ids = torch.tensor(encode_document(text, tokenizer), dtype=torch.int32)
-    digest = hashlib.sha256(text.encode())
-    digest.update(ids.numpy().tobytes())
-    return TokenizedDocument(
-        source=f"{file}{line_suffix}",
-        title=document.title,
-        digest=digest.hexdigest()[:32],
-        ids=ids,
-        file=str(file),
-        label=f"{_label(file, roots)}{line_suffix}",
-    )
-
-
-def _label(file: Path, roots: list[Path]) -> str:
-    for root in roots:
-        if root in file.parents:
-            return file.relative_to(root.parent).as_posix()
-    return file.name
+    digest = hashlib.sha256(text.encode() + ids.numpy().tobytes()).hexdigest()[:32]
+    folder = next((root.parent for root in roots if root in file.parents), file.parent)
+    label = f"{file.relative_to(folder).as_posix()}{line_suffix}"
+    return TokenizedDocument(f"{file}{line_suffix}", document.title, digest, ids, str(file), label)
 
 
 # ---- documents of a library ------------------------------------------------------------------------------------------
@@ -171,12 +137,7 @@ def _label(file: Path, roots: list[Path]) -> str:
 
 @dataclass(frozen=True)
 class StoredDocument:
-    """A document as a library stores it.
-
-    Attributes:
-        source: identifies the document.
-        chunks: at least one, in order.
-    """
+    """A document as a library stores it: its source, and at least one chunk."""
 
     source: str
     chunks: tuple[Chunk, ...]
@@ -200,11 +161,7 @@ class StoredDocument:
         return hashlib.sha256(json.dumps(self.chunk_texts).encode()).hexdigest()[:32]
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, prefix_ids: Sequence[int] = ()) -> TokenizedDocument:
-        """The document's tokens, with the first token of each chunk.
-
-        Args:
-            tokenizer: the reader's; it must be a fast one.
-            prefix_ids: tokens before the text, such as BOS.
+        """The document's tokens after `prefix_ids` (such as BOS), with the first token of each chunk.
 
         Raises:
             LlamoryError: the tokenizer isn't a fast one.

@@ -22,12 +22,13 @@ from llamory.ingest.checkpoint import IngestCheckpoint
 from llamory.ingest.documents import TokenizedDocument, load_documents
 from llamory.ingest.memory_file import (
     MemoryFileInfo,
+    SyncPlan,
     canonical_name,
     check_model_matches,
     checkpoint_path,
+    diff_documents,
     load_model_for,
 )
-from llamory.ingest.sync_plan import SyncPlan, diff_documents
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.longllama.causal import encode_windows
 from llamory.memory import MemoryBank
@@ -42,7 +43,7 @@ MAX_BATCH_ROWS, MAX_BATCH_TOKENS = 16, 4096
 
 _OOM_ADVICE = (
     "keep the memory as int8, choose fewer memory layers or a smaller model, or read fewer documents at once; "
-    "{memory} is as it was before"
+    "{memory} is as it was before."
 )
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -56,12 +57,9 @@ def encode_documents(
 ) -> Iterator[list[tuple[TokenizedDocument, MemoryBank]]]:
     """Encode documents, each by itself: first those of at most one window, in batches, then long ones one by one.
 
-    The batches and their order depend on the documents alone, so a run that resumes after a batch computes the same
-    numbers as an uninterrupted one.
+    Batches depend on the documents alone, so a run that resumes after a batch computes the same numbers.
 
     Args:
-        model: the model.
-        documents: the documents.
         on_window: called with a document and the tokens of each window that was encoded.
         start: gives the bank of a long document, which may hold its first windows; by default a new bank.
 
@@ -72,7 +70,7 @@ def encode_documents(
         MemoryError: there is too little RAM.
     """
     context: int = model.config.max_position_embeddings
-    for batch in batches_by_length([document for document in documents if len(document.ids) <= context]):
+    for batch in _batches_by_length(document for document in documents if len(document.ids) <= context):
         banks = [model.new_memory() for _ in batch]
         for _ in _encode_rows(model, [document.ids for document in batch], banks):
             for document in batch:
@@ -88,7 +86,7 @@ def encode_documents(
             yield [(document, bank)]
 
 
-def batches_by_length(documents: Iterable[TokenizedDocument]) -> Iterator[list[TokenizedDocument]]:
+def _batches_by_length(documents: Iterable[TokenizedDocument]) -> Iterator[list[TokenizedDocument]]:
     """Batches of documents of similar length, shortest first."""
     batch: list[TokenizedDocument] = []
     for document in sorted(documents, key=lambda each: len(each.ids)):
@@ -105,12 +103,12 @@ def _encode_rows(
 ) -> Iterator[int]:
     """`encode_windows` that raises MemoryError before a window that the RAM is too small for."""
     context, longest = model.config.max_position_embeddings, max(map(len, rows))
-    window_bytes = banks[0].token_bytes * sum(min(len(row), context) for row in rows)
-    ram.require_free_ram(2 * window_bytes)
+    required = 2 * banks[0].token_bytes * sum(min(len(row), context) for row in rows)
+    ram.require_free_ram(required)
     for stop in encode_windows(model, rows, banks, start):
         yield stop
         if stop < longest:
-            ram.require_free_ram(2 * window_bytes)
+            ram.require_free_ram(required)
 
 
 # ---- memory files ----------------------------------------------------------------------------------------------------
@@ -121,16 +119,11 @@ class ReadReport:
     """Result of `read_documents_into`.
 
     Attributes:
-        added: new documents.
-        replaced: documents whose content had changed.
-        unchanged: documents that the memory had already.
-        removed: documents (JSON lines) that are no longer in their file.
-        tokens: tokens encoded by this run.
+        added, replaced, unchanged, removed: numbers of documents; a JSON line that is no longer in its file is removed.
+        tokens: encoded by this run.
         resumed: tokens that a stopped run had encoded.
         seconds: duration, without loading the model.
-        documents: documents in the memory now.
-        memory_tokens: tokens in the memory now.
-        bytes: size of the memory file now.
+        documents, memory_tokens, bytes: of the memory file now.
         model: the model's name.
     """
 
@@ -166,34 +159,32 @@ def read_documents_into(
 ) -> ReadReport:
     """Encode files and folders into a memory file, each document into a segment of its own.
 
-    Unchanged documents are not encoded again, changed ones are replaced, and documents of other paths stay. The memory
-    file is replaced at the end. Until then finished work is in `FILE.partial`, from which a stopped run resumes.
+    Unchanged documents are not encoded again, and documents of other paths stay. The memory file is replaced at the
+    end; until then finished work is in `FILE.partial`, from which a stopped run resumes.
 
         report = read_documents_into("notes.memory", "notes/")
         print(OpenMemory("notes.memory").ask("What did we say about the bridge?").answer)
 
     Args:
         memory: the memory file; created if it doesn't exist.
-        paths: files and folders, as for `llamory.documents.find_files`.
         model: a folder, `.gguf` file, hub id, "default" or a loaded model; by default the memory's own, for a new
             memory "default".
         tokenizer: tokenizer of a loaded model, if it isn't in the model's folder.
-        max_tokens: maximum tokens of a document.
-        text_field: field of a JSON line that holds the text.
-        skip_broken: skip JSON lines and files that can't be read.
+        paths, max_tokens, text_field, skip_broken: as for `llamory.ingest.documents.load_documents`.
         progress: show a progress bar on standard error.
         settings: as for `llamory.ingest.memory_file.load_model_for`: `mem_layers`, `context_length`, `mem_dtype`,
             `mem_search`, `mem_top_k`, `bf16`, `device`; by default those of the memory.
 
     Raises:
-        LlamoryError: a path can't be read, a document has more than `max_tokens` tokens, there is no text, the memory
-            is damaged or another model's, another run writes it, or there is too little RAM or disk space. The
-            memory file is then as it was before.
+        LlamoryError: as `load_documents`; or the memory is damaged or another model's, another run writes it, or there
+            is too little RAM or disk space. The memory file is then as it was before.
     """
     memory = Path(memory)
-    loaded = model if isinstance(model, LongLlamaForCausalLM) else None
-    with ram.translate_oom(_OOM_ADVICE.format(memory=memory) + "."):
-        name = _model_name(model, _memory_files(memory))
+    with ram.translate_oom(_OOM_ADVICE.format(memory=memory)):
+        if isinstance(model, LongLlamaForCausalLM):
+            name = str(model.config._name_or_path)
+        else:
+            name = str(model or next((file.model for file in _memory_files(memory) if file.model), "default"))
         if tokenizer is None:
             from llamory.models.base import load_tokenizer
 
@@ -203,8 +194,9 @@ def read_documents_into(
         )
         with _exclusive_lock(memory):
             memory_files = _memory_files(memory)
-            if loaded is None:
-                loaded = load_model_for(memory_files, name, **settings)
+            loaded = (
+                model if isinstance(model, LongLlamaForCausalLM) else load_model_for(memory_files, name, **settings)
+            )
             check_model_matches(memory_files, loaded, name)
             return _IngestRun(memory, memory_files, loaded, canonical_name(name), progress).run(documents)
 
@@ -216,48 +208,32 @@ def _memory_files(memory: Path) -> list[MemoryFileInfo]:
     return [MemoryFileInfo(path) for path in (memory, checkpoint_path(memory)) if path.exists()]
 
 
-def _model_name(model: PathLike | LongLlamaForCausalLM | None, memory_files: Sequence[MemoryFileInfo]) -> str:
-    if isinstance(model, LongLlamaForCausalLM):
-        return str(model.config._name_or_path)
-    return str(model or next((file.model for file in memory_files if file.model), "default"))
-
-
 class _IngestRun:
     """One run: from the memory file and its checkpoint to the new memory file."""
 
     def __init__(
-        self,
-        memory: Path,
-        memory_files: Sequence[MemoryFileInfo],
-        model: LongLlamaForCausalLM,
-        name: str,
-        progress: bool,
+        self, memory: Path, files: Sequence[MemoryFileInfo], model: LongLlamaForCausalLM, name: str, progress: bool
     ):
-        self.memory, self.model, self.progress = memory, model, progress
-        self.name, self.context_length = name, model.config.max_position_embeddings
-        info_by_path = {Path(file.path): file for file in memory_files}
+        self.memory, self.model, self.name, self.progress = memory, model, name, progress
+        infos = {Path(file.path): file for file in files}
         checkpoint_file = checkpoint_path(memory)
-        self.info = info_by_path.get(memory)
-        self.bank = model.new_memory() if self.info is None else self._load(memory)
-        resumed = self._load(checkpoint_file) if checkpoint_file in info_by_path else None
+        self.segments = infos[memory].segments if memory in infos else []
+        self.bank = self._load(memory) if memory in infos else model.new_memory()
+        resumed = self._load(checkpoint_file) if checkpoint_file in infos else None
         self.checkpoint = IngestCheckpoint(checkpoint_file, model, name, resumed)
         self.report = ReadReport(model=name)
 
     def run(self, documents: list[TokenizedDocument]) -> ReadReport:
         report, started = self.report, time.perf_counter()
-        plan = diff_documents([] if self.info is None else self.info.segments, documents)
+        plan = diff_documents(self.segments, documents)
         pending = [document for document in plan.read.values() if not self.checkpoint.contains(document)]
         total_tokens = sum(len(document.ids) for document in plan.read.values())
         pending_tokens = sum(len(document.ids) - self.checkpoint.resumable_tokens(document) for document in pending)
         report.resumed = total_tokens - pending_tokens
         self._check_disk(total_tokens)
+        shown = self.progress and bool(pending)
         with ProgressBar(
-            "Reading",
-            total_tokens,
-            unit="tokens",
-            completed=report.resumed,
-            shown=self.progress and bool(pending),
-            speed=True,
+            "Reading", total_tokens, unit="tokens", completed=report.resumed, shown=shown, speed=True
         ) as bar:
             try:
                 self._encode(pending, bar)
@@ -285,20 +261,13 @@ class _IngestRun:
             self.checkpoint.save()
         except Exception as error:
             logger.error(
-                "The run was interrupted, and %s can't be saved: %s. What was read since the last save is lost.",
-                self.checkpoint.path,
-                error,
+                "%s can't be saved: %s. What was read since the last save is lost.", self.checkpoint.path, error
             )
 
     def _load(self, path: Path) -> MemoryBank:
-        config = self.model.config
+        empty = self.model.new_memory()
         try:
-            return MemoryBank.load(
-                path,
-                fingerprint=self.model.memory_fingerprint(),
-                layers=self.model.new_memory().layers,
-                dtype=config.mem_dtype,
-            )
+            return MemoryBank.load(path, fingerprint=empty.fingerprint, layers=empty.layers, dtype=empty.dtype)
         except LlamoryError as error:
             if path == self.memory:
                 raise
@@ -316,13 +285,12 @@ class _IngestRun:
 
     def _write(self, plan: SyncPlan) -> None:
         """Write the new memory file and clear the checkpoint."""
-        report = self.report
+        report, context_length = self.report, self.model.config.max_position_embeddings
         report.unchanged, report.removed = len(plan.unchanged), len(plan.removed)
-        report.replaced = len(plan.replaced)
-        report.added = len(plan.read) - report.replaced
+        report.replaced, report.added = len(plan.replaced), len(plan.read) - len(plan.replaced)
         if plan.has_changes:
             self.bank = plan.apply(
-                self.bank, self.checkpoint.bank, lambda document: document.metadata(self.name, self.context_length)
+                self.bank, self.checkpoint.bank, lambda document: document.metadata(self.name, context_length)
             )
             self.bank.save(self.memory)
         self.checkpoint.remove(plan.read.values())

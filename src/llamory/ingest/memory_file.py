@@ -1,14 +1,18 @@
-"""Memory files of documents: the header, and loading the model that made them."""
+"""Memory files of documents: the header, how documents change one, and loading the model that made them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamory.common.io import PathLike
 from llamory.errors import LlamoryError
-from llamory.memory import read_header
+from llamory.ingest.documents import TokenizedDocument
+from llamory.memory import MemoryBank, read_header
 from llamory.models import base
 
 if TYPE_CHECKING:
@@ -20,11 +24,7 @@ _CHECKPOINT_SUFFIX = ".partial"
 class MemoryFileInfo:
     """Header of a memory file.
 
-    Args:
-        path: the file.
-
     Attributes:
-        path: as given.
         model: name of the model that made it (folders and files as absolute paths); None if unknown.
         context_length: window length, in tokens; None if unknown.
         layers, dtype, fingerprint: the memory's.
@@ -38,8 +38,7 @@ class MemoryFileInfo:
         self.path = path
         if not Path(path).exists() and checkpoint_path(path).exists():
             raise LlamoryError(
-                f"The memory {path} isn't finished: {checkpoint_path(path)} holds the work of a stopped run; read "
-                "the same documents again to resume it."
+                f"{path} isn't finished: read the same documents again to resume the run from {checkpoint_path(path)}."
             )
         self.header: dict[str, Any] = read_header(path)
         self.segments: list[dict[str, Any]] = self.header["segments"]
@@ -57,10 +56,11 @@ class MemoryFileInfo:
 
     def summary(self) -> dict[str, Any]:
         """All information as JSON-serializable values; `bytes` is the file size."""
-        documents = []
-        for segment in self.segments:
-            metadata = {key: segment["metadata"][key] for key in ("title", "source") if key in segment["metadata"]}
-            documents.append({"name": segment["name"], "tokens": segment["tokens"], **metadata})
+        documents = [
+            {"name": each["name"], "tokens": each["tokens"]}
+            | {key: value for key, value in each["metadata"].items() if key in ("title", "source")}
+            for each in self.segments
+        ]
         return {
             "memory": str(self.path),
             "model": self.model,
@@ -76,8 +76,135 @@ class MemoryFileInfo:
 
 def checkpoint_path(path: PathLike) -> Path:
     """Path of the checkpoint of an ingest run."""
-    path = Path(path)
-    return path.with_name(f"{path.name}{_CHECKPOINT_SUFFIX}")
+    return Path(f"{os.fspath(path)}{_CHECKPOINT_SUFFIX}")
+
+
+# ---- changes ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SyncPlan:
+    """The changes that bring a memory up to date with documents.
+
+    Attributes:
+        read: documents to encode, by segment name.
+        replaced: names in `read` whose segment exists with older content.
+        unchanged: documents that the memory has, by segment name.
+        removed: segments whose document is no longer in its file.
+        moved: new names of segments whose document has moved, by old name.
+    """
+
+    read: dict[str, TokenizedDocument] = field(default_factory=dict)
+    replaced: list[str] = field(default_factory=list)
+    unchanged: dict[str, TokenizedDocument] = field(default_factory=dict)
+    removed: list[str] = field(default_factory=list)
+    moved: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether the memory changes."""
+        return bool(self.read or self.removed or self.moved)
+
+    def apply(
+        self, bank: MemoryBank, encoded: MemoryBank, get_metadata: Callable[[TokenizedDocument], dict[str, Any]]
+    ) -> MemoryBank:
+        """The changed memory; both banks stay as they are.
+
+        Args:
+            bank: the memory.
+            encoded: has the documents of `read` in segments named by their source.
+            get_metadata: gives the metadata of a document.
+        """
+        removed, replaced, result, new = set(self.removed), set(self.replaced), bank.slice([]), bank.slice([])
+        result.attach(bank, [name for name in bank.segments if name not in removed | replaced])
+        result.rename_all(self.moved)
+        for name, moved in self.moved.items():
+            result.set_metadata(moved, **get_metadata(self.unchanged[name]))
+        new.attach(encoded, [document.source for document in self.read.values()])
+        new.rename_all({document.source: name for name, document in self.read.items()})
+        result.attach(new)
+        # A replaced document keeps its place.
+        order = [self.moved.get(name, name) for name in bank.segments if name not in removed]
+        result.reorder(list(dict.fromkeys([*order, *self.read])))
+        return result
+
+
+def diff_documents(segments: Sequence[dict[str, Any]], documents: Sequence[TokenizedDocument]) -> SyncPlan:
+    """Compare documents with the segments of a memory (dictionaries with `name` and `metadata`)."""
+    metadata = {segment["name"]: segment["metadata"] for segment in segments}
+    plan, unmatched = SyncPlan(), _UnmatchedSegments(metadata)
+
+    def match(candidates: Sequence[TokenizedDocument], *key: str) -> list[TokenizedDocument]:
+        """Mark the documents with a segment of the same `key` as unchanged, and return the others."""
+        found = [(unmatched.match(document, key), document) for document in candidates]
+        plan.unchanged |= {name: document for name, document in found if name is not None}
+        return [document for name, document in found if name is None]
+
+    # Lines of a JSON lines file may have moved: the same content in the same file is the same document.
+    remaining = match(match(documents, "source", "digest"), "file", "digest")
+    old_names = {each.source: unmatched.match(each, ("source",)) for each in remaining}
+    for document in list(remaining):
+        if old_names[document.source] is None and (name := unmatched.match_moved(document)) is not None:
+            plan.unchanged[name] = document
+            remaining.remove(document)
+    files = {each.file for each in documents}
+    plan.removed = [name for name in unmatched.names if metadata[name].get("file") in files]
+    moved = [name for name, each in plan.unchanged.items() if metadata[name]["source"] != each.source]
+    used_names = set(metadata) - {*plan.removed, *moved}
+    for name in moved:
+        plan.moved[name] = _unique_segment_name(plan.unchanged[name], used_names)
+        used_names.add(plan.moved[name])
+    for document in remaining:
+        name = old_names[document.source] or _unique_segment_name(document, used_names)
+        used_names.add(name)
+        plan.read[name] = document
+    plan.replaced = [name for name in old_names.values() if name is not None]
+    return plan
+
+
+class _UnmatchedSegments:
+    """Segments that no document has been matched with."""
+
+    def __init__(self, metadata: dict[str, dict[str, Any]]):
+        self._metadata = metadata
+        self.names = dict.fromkeys(metadata)
+        self._index: dict[tuple, dict[tuple, list[str]]] = {}
+
+    def match(self, document: TokenizedDocument, key: tuple[str, ...]) -> str | None:
+        """The first segment whose metadata equal a document's in the fields of `key`; it is claimed."""
+        if key not in self._index:
+            self._index[key] = defaultdict(list)
+            for name in self.names:
+                self._index[key][tuple(map(self._metadata[name].get, key))].append(name)
+        return self._claim(self._index[key][tuple(getattr(document, each) for each in key)])
+
+    def match_moved(self, document: TokenizedDocument) -> str | None:
+        """The segment of the document's name and content whose file no longer exists: the file was moved."""
+        metadata = self._metadata.get(document.label, {})
+        if metadata.get("digest") != document.digest or Path(metadata.get("file", "")).exists():
+            return None
+        return self._claim([document.label])
+
+    def _claim(self, names: list[str]) -> str | None:
+        name = next((each for each in names if each in self.names), None)
+        if name is not None:
+            del self.names[name]
+        return name
+
+
+def _unique_segment_name(document: TokenizedDocument, used_names: set[str]) -> str:
+    """A segment name: the document's label, with more parent folders if that name is used."""
+    name, full_path = document.label, document.source.replace("\\", "/")
+    while name in used_names and name != full_path:
+        slash = full_path[: -len(name)].rstrip("/").rfind("/")
+        name = full_path[slash + 1 :] if slash > 0 else full_path
+    number = 2
+    while name in used_names:
+        name, number = f"{full_path} ({number})", number + 1
+    return name
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
 
 
 def canonical_name(name: PathLike) -> str:
@@ -101,12 +228,11 @@ def load_model_for(
     """Load the model that made memory files; settings that aren't given are those of the files.
 
     Args:
-        memory_files: headers of the files; none for a new memory.
-        name: the model; by default the recorded one, or "default".
-        mem_layers, context_length, mem_dtype: as for `load_long_model`.
+        memory_files: none for a new memory.
+        name: by default the recorded one, or "default".
         bf16: compute in bfloat16.
-        device: torch device; by default an accelerator if there is one.
-        settings: as for `load_long_model`.
+        device: by default an accelerator if there is one.
+        mem_layers, context_length, mem_dtype, settings: as for `load_long_model`.
 
     Raises:
         LlamoryError: the model can't be loaded, or another one made a memory file.
@@ -116,16 +242,16 @@ def load_model_for(
     from llamory.longllama.loading import load_long_model, resolve_reader_name
     from llamory.models.device import pick_device
 
-    memory_file = memory_files[0] if memory_files else None
-    if memory_file is not None:
-        if name is None and memory_file.model is None:
-            raise LlamoryError(f"The memory file {memory_file.path} doesn't record its model; give the model too.")
-        _check_settings(memory_file, mem_layers, context_length, mem_dtype)
-        mem_layers, mem_dtype = memory_file.layers, memory_file.dtype
-        context_length = memory_file.context_length or context_length
-    model_name = resolve_reader_name(name or (memory_file and memory_file.model) or "default")
+    if memory_files:
+        first = memory_files[0]
+        if name is None and first.model is None:
+            raise LlamoryError(f"The memory file {first.path} doesn't record its model; give the model too.")
+        _check_settings(first, mem_layers, context_length, mem_dtype)
+        name, mem_layers, mem_dtype = name or first.model, first.layers, first.dtype
+        context_length = first.context_length or context_length
+    model_name = resolve_reader_name(name or "default")
     for each in memory_files:
-        check_model_shape(each, model_name)
+        _check_model_shape(each, model_name)
     model = load_long_model(
         model_name,
         mem_layers=mem_layers,
@@ -154,17 +280,11 @@ def check_model_matches(memory_files: Sequence[MemoryFileInfo], model: LongLlama
             raise _model_mismatch(memory_file, name)
 
 
-def check_model_shape(memory_file: MemoryFileInfo, name: str) -> None:
-    """Check, before the weights are loaded, that a model of this shape can have made the memory file.
-
-    Raises:
-        LlamoryError: it can't, or there is no such model.
-    """
-    from llamory.models.base import load_config
-
+def _check_model_shape(memory_file: MemoryFileInfo, name: str) -> None:
+    """Check, before the weights are loaded, that a model of this shape can have made the memory file."""
     config: Any
     try:
-        config = load_config(name)
+        config = base.load_config(name)
     except LlamoryError as error:
         if name == memory_file.model and name not in base.PACKAGED_MODELS:
             raise LlamoryError(
@@ -195,16 +315,13 @@ def _check_settings(
         ("the dtype", mem_dtype, memory_file.dtype),
     ):
         if requested is not None and recorded is not None and requested != recorded:
-            recorded_text, requested_text = (
-                ", ".join(map(str, each)) if isinstance(each, list) else each for each in (recorded, requested)
-            )
+            made_with, given = (str(each).strip("[]") for each in (recorded, requested))
             raise LlamoryError(
-                f"The memory file {memory_file.path} was made with {setting} {recorded_text}, not {requested_text}: "
-                f"use the same, or {_alternative_advice(memory_file)}."
+                f"The memory file {memory_file.path} was made with {setting} {made_with}, not {given}: use the same, "
+                f"or {_alternative_advice(memory_file)}."
             )
 
 
 def _alternative_advice(memory_file: MemoryFileInfo) -> str:
-    if Path(memory_file.path).suffix == _CHECKPOINT_SUFFIX:
-        return "remove that file to begin anew"
-    return "read the documents into a new memory"
+    is_checkpoint = Path(memory_file.path).suffix == _CHECKPOINT_SUFFIX
+    return "remove that file to begin anew" if is_checkpoint else "read the documents into a new memory"

@@ -488,10 +488,7 @@ def find_vectors(
     store: PassageStore | None, pending: PendingVectors | None, texts: Collection[str]
 ) -> Mapping[str, np.ndarray]:
     """The vectors of those of some texts that a library has, or that a killed run computed for it."""
-    return {
-        **({} if pending is None else pending.get(texts)),
-        **({} if store is None else store.vectors(texts)),
-    }
+    return {**({} if pending is None else pending.get(texts)), **({} if store is None else store.vectors(texts))}
 
 
 def remove_sources(store: PassageStore, sources: Collection[str], stored: Mapping[str, tuple[str, str]]) -> None:
