@@ -136,6 +136,13 @@ def test_opening_many_documents_renames_them_in_one_step(memory_files, monkeypat
     assert OpenMemory(memory_files, documents=["b.txt", "two:a.txt"]).documents == ("b.txt", "two:a.txt")
 
 
+def test_metadata_is_decoded_once_per_document_however_many_names(memory_files, monkeypatch) -> None:
+    decoded, metadata = [], MemoryBank.metadata
+    monkeypatch.setattr(MemoryBank, "metadata", lambda bank, name: decoded.append(name) or metadata(bank, name))
+    assert OpenMemory(memory_files, documents=["b", "b.txt", "b"]).documents == ("b.txt",)
+    assert len(decoded) == len(set(decoded))
+
+
 def test_an_answer_ends_where_the_tokenizer_says(memory_files, model_folder) -> None:
     opened = OpenMemory(memory_files[0])
     next_token = opened.model.generate(

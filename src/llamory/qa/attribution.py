@@ -1,9 +1,8 @@
 """Attention to each token of a memory, and the citations computed from it.
 
-Most attention to memory carries no information: models attend to the first tokens of a document, to whitespace and to
-articles, whatever the question (`benchmarks/citations.py`: more than half of it goes to three tokens). So there is a
-second measure, the baseline-corrected mass: the attention of question and answer to a token beyond BASELINE_FACTOR
-times the mean attention of the prompt's fixed tokens to it.
+Most attention to memory goes to a few tokens, whatever the question (`benchmarks/citations.py`). So there is a second
+measure, the baseline-corrected mass: the attention of question and answer to a token beyond BASELINE_FACTOR times the
+mean attention of the prompt's fixed tokens to it.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ class AttentionMass(NamedTuple):
 
     Attributes:
         attention_mass: probabilities of the queries that predict the answer's tokens.
-        baseline_corrected_mass: probabilities of all queries of question and answer beyond the baseline, which is
-            BASELINE_FACTOR times the mean over the prompt's fixed tokens.
+        baseline_corrected_mass: probabilities of all queries of question and answer beyond the baseline.
     """
 
     attention_mass: Tensor
@@ -74,18 +72,16 @@ class AttentionRecorder:
     ) -> AttentionMass:
         """Attention to each token of segments, segment after segment.
 
-        A probability belongs to the one softmax over local context and memory: exp(scaling * q k - lse). It is exact
-        for every search, except that a search which estimates the log-sum-exp makes it an estimate.
+        A probability belongs to the one softmax over local context and memory: exp(scaling * q k - lse).
 
         Args:
             bank: the memory that was searched.
-            segments: their names.
+            segments: names of segments.
             scalings: scale of the scores, per layer.
             baseline_tokens: the prompt's fixed tokens; they are the first queries.
-            question: tokens of the prompt.
-            answer: tokens of the answer.
+            question, answer: tokens of the prompt and of the answer.
         """
-        selected = MemoryBank(bank.layers, bank.kv_heads, bank.head_dim, dtype=bank.dtype, fingerprint=bank.fingerprint)
+        selected = bank.slice([])
         selected.attach(bank, segments)
         total = torch.zeros(2, selected.length(), dtype=torch.float64)
         num_queries = question + answer - 1  # the last token of the answer is never a query
@@ -119,10 +115,8 @@ def _layer_mass(
     Args:
         query: (heads, queries, head_dim), scaled; the baseline comes first.
         lse: (heads, queries).
-        baseline_tokens: queries of the baseline.
         is_answer: (queries - baseline,), which of the others predict the answer's tokens.
-        spans: the tokens.
-        kv_heads: key heads; query head h attends to key head h // (heads // kv_heads).
+        kv_heads: query head h attends to key head h // (heads // kv_heads).
     """
     num_queries = query.shape[1]
     grouped = query.reshape(kv_heads, -1, query.shape[2])
@@ -148,12 +142,10 @@ class Citation:
 
     Attributes:
         location: its start, as `path:line`.
-        share: its fraction of the baseline-corrected attention mass of all chunks, from 0 to 1.
-        attention: its fraction of the plain attention mass of all chunks, from 0 to 1.
+        share, attention: its fractions of the baseline-corrected and of the plain attention mass of all chunks.
         source: the document's source.
         title: title of its section.
         line: its first line, counted from 1.
-        text: its text.
     """
 
     location: str
@@ -166,33 +158,22 @@ class Citation:
 
 
 def sum_mass_by_chunk(mass: Tensor, starts: Sequence[int]) -> Tensor:
-    """Sum the mass of each chunk's tokens.
-
-    Args:
-        mass: (kinds, tokens) of a document.
-        starts: the first token of each chunk, ascending.
-
-    Returns:
-        (chunks, kinds).
-    """
+    """Sum a document's mass (kinds, tokens) over each chunk, (chunks, kinds); `starts` are the chunks' first tokens."""
     boundaries = torch.tensor([*starts, mass.shape[1]])
     chunk_index = torch.repeat_interleave(torch.arange(len(starts)), boundaries.diff())
     return torch.zeros(len(starts), len(mass), dtype=mass.dtype).index_add_(0, chunk_index, mass[:, starts[0] :].T)
 
 
 def cite(chunks: Sequence[Chunk], masses: Tensor, limit: int) -> list[Citation]:
-    """Citations of the chunks with the largest shares, largest first; chunks without any aren't cited.
+    """Citations of at most `limit` chunks, the largest shares first; chunks without any aren't cited.
 
     Args:
         chunks: all chunks in memory.
         masses: (chunks, 2): attention mass and baseline-corrected mass.
         limit: maximum number of citations.
     """
-    attention_mass, baseline_corrected_mass = masses.unbind(1)
-    # If no attention exceeds the baseline, the shares are those of the plain mass.
-    masses = torch.stack(
-        [attention_mass, baseline_corrected_mass if float(baseline_corrected_mass.sum()) > 0 else attention_mass], 1
-    )
+    if not float(masses[:, 1].sum()) > 0:  # no attention exceeds the baseline: share the plain mass
+        masses = masses[:, [0, 0]]
     fractions = masses / masses.sum(0).clamp_min(_EPSILON)
     cited = []
     for index in fractions[:, 1].argsort(descending=True, stable=True)[:limit].tolist():

@@ -16,15 +16,7 @@ from llamory.longllama.cache import LongLlamaCache
 from llamory.memory import MemoryBank, SegmentSpan
 from llamory.qa.attribution import AttentionRecorder, Citation, cite, sum_mass_by_chunk
 from llamory.qa.evidence import evaluation_mode, make_evidence_search
-from llamory.qa.generation import (
-    OOM_ADVICE,
-    Answer,
-    GenerationResult,
-    GenerationSettings,
-    Generator,
-    Prompt,
-    check_question,
-)
+from llamory.qa.generation import OOM_ADVICE, Answer, GenerationResult, GenerationSettings, Generator, Prompt
 
 if TYPE_CHECKING:
     from llamory.documents import Chunk
@@ -40,8 +32,7 @@ class LoadedMemory:
     Attributes:
         memory: a segment per document, under its name.
         tokens_read: tokens that had to be encoded for it.
-        chunks: the chunks of each document, for citations; segments then have the metadata `starts`. Empty if the
-            source can't cite.
+        chunks: of each document, for citations; segments then have the metadata `starts`. Empty if it can't cite.
     """
 
     memory: MemoryBank
@@ -65,8 +56,8 @@ class DocumentSource(Protocol):
 class QASession:
     """Questions and answers of one conversation.
 
-    Each question finds documents, and their memory stays attached. Evidence is selected anew for each question. The
-    conversation is in the local context, and older parts move to a memory segment of their own.
+    Each question finds documents, which stay attached, and selects evidence anew. The conversation is in the local
+    context; older parts move to a memory segment of their own.
 
         session = Library("notes.lib").chat()
         session.ask("Who built the bridge?")
@@ -108,13 +99,14 @@ class QASession:
 
         Args:
             question: the question.
-            settings: fields of `llamory.qa.generation.GenerationSettings`, such as `max_new_tokens` and `on_text`.
+            settings: fields of `llamory.qa.generation.GenerationSettings`.
 
         Raises:
             LlamoryError: the question is blank or too long, no document was found, or there is too little RAM.
         """
         options = GenerationSettings(**settings)
-        check_question(question)
+        if not question.strip():  # before the generator is loaded
+            raise LlamoryError("The question is blank; ask something.")
         generator = self._source.generator
         with ram.translate_oom(OOM_ADVICE), evaluation_mode(generator.model):
             prompt = generator.prompt(question, first=not self._ids, limit=options.max_question_tokens)
@@ -125,7 +117,8 @@ class QASession:
             attached_at = time.perf_counter()
             self._use_evidence(self._select_evidence(question, options.evidence_ratio))
             memory_tokens = self.document_memory.length() + self.memory.length(segment=self._conversation)
-            result, setup_seconds = self._generate(prompt, options, started_at)
+            setup_seconds = time.perf_counter() - started_at
+            result = self._generate(prompt, options)
             answer = Answer(
                 question=question,
                 answer=result.text,
@@ -148,9 +141,6 @@ class QASession:
 
     def save(self, path: PathLike) -> None:
         """Write a memory file of the attached documents and of the conversation, encoded into a segment of its own.
-
-        Args:
-            path: the file; it may be one that is attached.
 
         Raises:
             LlamoryError: nothing has been asked.
@@ -196,12 +186,10 @@ class QASession:
 
     def _select_evidence(self, question: str, evidence_ratio: float) -> list[SegmentSpan]:
         """The parts of the documents to answer from."""
-        selected = self._source.generator.select_evidence(
-            question, self.document_memory, self.documents, evidence_ratio
-        )
-        previous = (
-            [span for span in self.evidence if any(_covers(each, span) for each in selected)] if self.turns else []
-        )
+        generator = self._source.generator
+        selected = generator.select_evidence(question, self.document_memory, self.documents, evidence_ratio)
+        earlier = self.evidence if self.turns else []
+        previous = [span for span in earlier if any(_covers(each, span) for each in selected)]
         if evidence_ratio and previous:
             # "And when?" is likely everywhere: the conversation doesn't return to what the last answer left out.
             selected = previous + [span for span in selected if span.segment in self._new_documents]
@@ -221,10 +209,7 @@ class QASession:
 
     # ---- conversation ------------------------------------------------------------------------------------------------
 
-    def _generate(
-        self, prompt: Prompt, options: GenerationSettings, started_at: float
-    ) -> tuple[GenerationResult, float]:
-        """The answer, and the seconds from `started_at` until the model got the prompt."""
+    def _generate(self, prompt: Prompt, options: GenerationSettings) -> GenerationResult:
         assert self._cache is not None
         generator, previous_ids = self._source.generator, self._ids
         if previous_ids and previous_ids[-1] in generator.eos_token_ids():
@@ -232,7 +217,6 @@ class QASession:
             previous_ids = previous_ids[:-1]
         ids = [*previous_ids, *prompt.ids]
         self.recorder.clear()
-        setup_seconds = time.perf_counter() - started_at
         try:
             result = generator.generate(ids, self._cache, options)
         except BaseException:
@@ -241,7 +225,7 @@ class QASession:
             self._start_conversation()
             raise
         self._ids = [*ids, *result.tokens]
-        return result, setup_seconds
+        return result
 
     def _start_conversation(self) -> None:
         """A cache without tokens, and an empty segment at the end for those that leave the local context."""
@@ -270,35 +254,23 @@ class QASession:
             answer=len(result.tokens),
         )
         # Spread the mass of the evidence over whole documents: (2, tokens) each.
-        by_document = {
-            name: torch.zeros(2, self.document_memory.length(segment=name), dtype=torch.float64) for name in names
-        }
+        spread = {name: mass[0].new_zeros(2, self.document_memory.length(segment=name)) for name in names}
         spans = [span for name in names for span in self.evidence if span.segment == name]  # as in self.memory
         parts = torch.stack(list(mass)).split([stop - start for _, start, stop in spans], dim=1)
         for (name, start, stop), part in zip(spans, parts, strict=True):
-            by_document[name][:, start:stop] = part
-        ordered = [name for name in self.documents if name in by_document]
-        masses = [
-            sum_mass_by_chunk(by_document[name], self.document_memory.metadata(name)["starts"]) for name in ordered
-        ]
+            spread[name][:, start:stop] = part
+        ordered = [name for name in self.documents if name in spread]
+        masses = [sum_mass_by_chunk(spread[name], self.document_memory.metadata(name)["starts"]) for name in ordered]
         return cite([chunk for name in ordered for chunk in self._chunks[name]], torch.cat(masses), self._max_citations)
 
 
 def not_one_document(name: str, found: Sequence[str], names: Sequence[str], where: str) -> LlamoryError:
-    """The error for a document name that matches none or several.
-
-    Args:
-        name: as given.
-        found: what it matches.
-        names: all documents.
-        where: "in memory" or "in the library".
-    """
+    """The error for a document name that matches none of all `names`, or several (`found`)."""
     candidates = found or names
-    listed = ", ".join(candidates[:_NAMES_SHOWN])
-    hidden = len(candidates) - _NAMES_SHOWN
-    listed += f" and {hidden} more" if hidden > 0 else ""
+    listed, hidden = ", ".join(candidates[:_NAMES_SHOWN]), len(candidates) - _NAMES_SHOWN
     problem = f"{name} may be several documents" if found else f"There is no document {name} {where}"
-    return LlamoryError(f"{problem}; give one of these names: {listed}.")
+    more = f" and {hidden} more" if hidden > 0 else ""
+    return LlamoryError(f"{problem}; give one of these names: {listed}{more}.")
 
 
 def _covers(one: SegmentSpan, other: SegmentSpan) -> bool:

@@ -1,8 +1,7 @@
 """Select the evidence for a question: the documents, and parts of long ones, with the highest query likelihood.
 
 Query likelihood (Ponte and Croft 1998; with a language model Sachan et al. 2022, arXiv:2204.07496) is computed from
-memories, without encoding the documents again. A reader that attends to many documents at once may confuse facts of the
-same kind; the names in a question tell the documents apart.
+memories, without encoding the documents again.
 """
 
 from __future__ import annotations
@@ -46,10 +45,8 @@ def question_likelihoods(
     """Log-likelihood of a question with one unit at a time in memory; the model is in evaluation mode.
 
     Args:
-        model: the model.
         question: token ids; the first one isn't predicted.
         memory: has the segments of the units.
-        units: the spans of each unit.
 
     Returns:
         (units,) float64, in nats: sum of ln p(token | previous tokens, unit).
@@ -77,9 +74,8 @@ def select_evidence(
     """The documents, whole or in parts, to answer a question from; their order stays.
 
     Args:
-        model, question: as for `question_likelihoods`.
+        question: token ids.
         memory: has a segment per document.
-        documents: names of the documents.
         evidence_ratio: drop units whose likelihood is more than this many times below the best; 0 keeps all.
 
     Raises:
@@ -133,12 +129,8 @@ def check_evidence_ratio(evidence_ratio: float) -> None:
 
 
 def split_units(spans: Sequence[SegmentSpan], size: int) -> list[EvidenceUnit]:
-    """Split spans into units of at most `size` tokens.
-
-    Longer spans are split into equal parts. If `size` is more than COARSE_TOKENS, neighbours that fit share a unit.
-    """
-    units: list[list[SegmentSpan]] = []
-    free_tokens = -1
+    """Units of at most `size` tokens: longer spans in equal parts; over COARSE_TOKENS, neighbours that fit share one."""
+    units, free_tokens = list[list[SegmentSpan]](), -1
     for name, start, stop in spans:
         length = stop - start
         if length <= free_tokens:

@@ -29,7 +29,6 @@ OOM_ADVICE = "choose a smaller model, fewer documents or a shorter answer."
 
 # For a model without a chat template.
 _PLAIN_PROMPT = "Question: {question}\nAnswer:"
-_TURN_SEPARATOR = "\n\n"
 # Stands for an answer in the template, to find what the template writes after it.
 _ANSWER_PLACEHOLDER = "ANSWER"
 _PLACEHOLDER_QUESTIONS = ("-", "?")
@@ -40,20 +39,16 @@ class Answer:
     """A question and its answer.
 
     Attributes:
-        question: the question.
-        answer: the answer, without surrounding whitespace.
+        answer: the answer, without surrounding whitespace; also `text`.
         documents: names of the attached documents.
         memory_tokens: tokens of the attached documents, and of the earlier conversation in memory.
         question_tokens: tokens of the prompt.
-        answer_tokens: tokens of the answer.
-        seconds_to_first_token: from the question to the first token of the answer.
-        seconds: from the question to the end of the answer.
+        seconds_to_first_token, seconds: from the question to the first token and to the end of the answer.
         evidence_documents: names of the documents that the answer was generated from.
         evidence_tokens: tokens of these in memory; of long documents only the selected parts.
         citations: the chunks with the most attention, most first; empty for memory files.
         tokens_read: tokens of documents that had to be encoded because their memory wasn't stored.
-        seconds_to_find: duration of the search for documents.
-        seconds_to_attach: duration of loading (and encoding) them.
+        seconds_to_find, seconds_to_attach: duration of the search for documents, and of loading (and encoding) them.
     """
 
     question: str
@@ -82,9 +77,7 @@ class GenerationSettings:
     """How to answer.
 
     Attributes:
-        max_new_tokens: maximum tokens of the answer.
-        temperature: of sampling; 0 decodes greedily.
-        seed: of sampling.
+        temperature, seed: of sampling; a temperature of 0 decodes greedily.
         max_question_tokens: maximum tokens of the prompt.
         on_text: called with each piece of the answer as it is generated.
         evidence_ratio: evidence whose query likelihood is more than this many times below the best is dropped (see
@@ -109,12 +102,7 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Tokens of a question with the chat template.
-
-    Attributes:
-        ids: the tokens.
-        baseline_tokens: how many of the first ones are the same for every question.
-    """
+    """Tokens of a question with the chat template; the first `baseline_tokens` are the same for every question."""
 
     ids: list[int]
     baseline_tokens: int
@@ -122,13 +110,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GenerationResult:
-    """What a model generated.
-
-    Attributes:
-        tokens: the tokens, with the EOS if there is one.
-        text: the text without special tokens and surrounding whitespace.
-        seconds_to_first_token, seconds: counted from the call.
-    """
+    """The tokens of an answer (with the EOS if there is one), and its text without special tokens."""
 
     tokens: list[int]
     text: str
@@ -137,13 +119,7 @@ class GenerationResult:
 
 
 class Generator:
-    """A model with its tokenizer.
-
-    Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        name: the model's name, for the metadata of memories.
-    """
+    """A model with its tokenizer, and its name for the metadata of memories."""
 
     def __init__(self, model: LongLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, name: str):
         self.model, self.tokenizer, self.name = model, tokenizer, name
@@ -152,19 +128,17 @@ class Generator:
         """The prompt of a question.
 
         Args:
-            question: the question.
             first: whether it starts a conversation; else it follows an answer, whose end of turn comes first.
             limit: maximum number of tokens.
 
         Raises:
-            LlamoryError: the question is blank or too long, or the chat template drops earlier answers.
+            LlamoryError: the question is too long, or the chat template drops earlier answers.
         """
-        check_question(question)
         ids = self._prompt_ids(question, first=first)
         if limit is not None and len(ids) > limit:
             raise LlamoryError(
-                f"The question has {len(ids):,} tokens with the prompt around it, more than the limit of "
-                f"{limit:,}: raise the limit, or ask a shorter question."
+                f"The question has {len(ids):,} tokens with the prompt around it, more than the limit of {limit:,}: "
+                "raise the limit, or ask a shorter question."
             )
         other = next(each for each in _PLACEHOLDER_QUESTIONS if not question.startswith(each))
         pairs = zip(ids, self._prompt_ids(other, first=first), strict=False)
@@ -173,13 +147,9 @@ class Generator:
     def _prompt_ids(self, question: str, *, first: bool) -> list[int]:
         if not self.tokenizer.chat_template:
             text = _PLAIN_PROMPT.format(question=question)
-            return (
-                [*bos_ids(self.tokenizer), *self._tokenize(text)] if first else self._tokenize(_TURN_SEPARATOR + text)
-            )
-        turns = (
-            [("user", question)] if first else [("user", "-"), ("assistant", _ANSWER_PLACEHOLDER), ("user", question)]
-        )
-        messages = [{"role": role, "content": content} for role, content in turns]
+            return [*bos_ids(self.tokenizer), *self._tokenize(text)] if first else self._tokenize(f"\n\n{text}")
+        earlier = [] if first else [("user", "-"), ("assistant", _ANSWER_PLACEHOLDER)]
+        messages = [{"role": role, "content": content} for role, content in [*earlier, ("user", question)]]
         text = str(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         if not first:
             _, found, text = text.partition(_ANSWER_PLACEHOLDER)
@@ -202,8 +172,7 @@ class Generator:
 
         Args:
             ids: all tokens so far: those that the cache has, and at least one more.
-            cache: the cache with its memory; afterwards it has all tokens but the last one of the answer.
-            settings: how to answer.
+            cache: afterwards it has all tokens but the last one of the answer.
         """
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if settings.temperature > 0:
@@ -230,16 +199,9 @@ class Generator:
 
     def eos_token_ids(self) -> list[int]:
         """Tokens that end an answer: those of the generation config, and the tokenizer's EOS."""
-        generation = self.model.generation_config
-        configured = generation.eos_token_id if generation is not None else None
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
         eos_ids = [configured] if isinstance(configured, int) else list(configured or [])
-        return list(dict.fromkeys([*eos_ids, *([] if (eos := self.tokenizer.eos_token_id) is None else [eos])]))
-
-
-def check_question(question: str) -> None:
-    """Raise LlamoryError if a question is blank."""
-    if not question.strip():
-        raise LlamoryError("The question is blank; ask something.")
+        return list(dict.fromkeys(each for each in [*eos_ids, self.tokenizer.eos_token_id] if each is not None))
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,15 +24,12 @@ if TYPE_CHECKING:
 class OpenMemory:
     """Memory files with the model that made them, as a source of documents for `QASession`.
 
-        memory = OpenMemory("notes.memory")
-        for question in questions:
-            print(memory.ask(question).answer)
+        print(OpenMemory("notes.memory").ask("Who built the bridge?").answer)
 
     Args:
         memory: one or more memory files. If documents have the same name, the file's name is put in front.
-        model: the model that made them: a folder, `.gguf` file, hub id, "default" or a loaded model; by default the
-            recorded one.
-        tokenizer: the tokenizer of a loaded model, if it isn't in the model's folder.
+        model: a folder, `.gguf` file, hub id, "default" or a loaded model; by default the recorded one.
+        tokenizer: of a loaded model, if it isn't in the model's folder.
         documents: names of the documents to use; the end of a name, or a title, is enough if it is unique.
         settings: as for `llamory.longllama.loading.load_long_model`: `mem_search`, `mem_top_k`,
             `last_context_length`; and `bf16`, `device`.
@@ -52,9 +51,8 @@ class OpenMemory:
 
         with ram.translate_oom(OOM_ADVICE):
             memory_files = [MemoryFileInfo(path) for path in _unique_paths(memory)]
-            if not any(memory_file.segments for memory_file in memory_files):
-                paths = ", ".join(str(memory_file.path) for memory_file in memory_files)
-                raise LlamoryError(f"There is nothing in {paths}: read documents.")
+            if not any(file.segments for file in memory_files):
+                raise LlamoryError(f"There is nothing in {', '.join(str(file.path) for file in memory_files)}.")
             if isinstance(model, LongLlamaForCausalLM):
                 name = str(model.config._name_or_path)
                 check_model_matches(memory_files, model, name)
@@ -73,15 +71,7 @@ class OpenMemory:
         return self.memory.segments
 
     def ask(self, question: str, **settings: Any) -> Answer:
-        """Ask a question; the memory doesn't change.
-
-        Args:
-            question: the question.
-            settings: fields of `llamory.qa.generation.GenerationSettings`.
-
-        Raises:
-            LlamoryError: as `QASession.ask`.
-        """
+        """Ask a question as `QASession.ask`; the memory doesn't change."""
         return self.chat().ask(question, **settings)
 
     def chat(self) -> QASession:
@@ -98,45 +88,45 @@ class OpenMemory:
 
     def _load_files(self, memory_files: Sequence[MemoryFileInfo], documents: Sequence[str] | None) -> MemoryBank:
         """One memory of all files, or of the documents with these names."""
-        combined = self.model.new_memory()
+        combined, dtype = self.model.new_memory(), memory_files[0].dtype
         for file in memory_files:
-            bank = MemoryBank.load(
-                file.path,
-                fingerprint=self.model.memory_fingerprint(),
-                layers=combined.layers,
-                dtype=memory_files[0].dtype,
-            )
+            bank = MemoryBank.load(file.path, fingerprint=combined.fingerprint, layers=combined.layers, dtype=dtype)
             bank.rename_all(_new_names(bank.segments, combined.segments, Path(file.path).name))
             combined.attach(bank)
         if documents is None:
             return combined
         selected = combined.slice([])
-        selected.attach(combined, list(dict.fromkeys(_match_name(combined, name) for name in documents)))
+        selected.attach(combined, _match_names(combined, documents))
         return selected
 
 
 def _new_names(names: Sequence[str], used_names: Sequence[str], file: str) -> dict[str, str]:
     """Names with the file's name in front, for the documents whose names are used."""
     used, own, renamed = set(used_names), set(names), dict[str, str]()
-    for name in names:
-        new, number = name, 1
-        while new in used or (new != name and new in own):
-            new = f"{file}:{name}" if number == 1 else f"{file} ({number}):{name}"
+    for name in filter(used.__contains__, names):
+        new, number = f"{file}:{name}", 1
+        while new in used or new in own:
             number += 1
-        if new != name:
-            renamed[name] = new
-            own.add(new)
+            new = f"{file} ({number}):{name}"
+        renamed[name] = new
+        own.add(new)
     return renamed
 
 
-def _match_name(bank: MemoryBank, document: str) -> str:
-    """The segment with a name, a name that ends so, or a title."""
-    found = [name for name in bank.segments if name == document]
-    found = found or [name for name in bank.segments if name.endswith((f"/{document}", f":{document}"))]
-    found = found or [name for name in bank.segments if bank.metadata(name).get("title") == document]
-    if len(found) != 1:
-        raise not_one_document(document, found, bank.segments, "in memory")
-    return found[0]
+def _match_names(bank: MemoryBank, documents: Sequence[str]) -> list[str]:
+    """The segments with these names, names that end so, or titles; each once."""
+    by_end, by_title = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
+    for name in bank.segments:
+        by_title[bank.metadata(name).get("title", "")].append(name)
+        for separator in re.finditer("[/:]", name):
+            by_end[name[separator.end() :]].append(name)
+    segments, matched = set(bank.segments), dict[str, None]()
+    for document in documents:
+        found = [document] if document in segments else by_end.get(document) or by_title.get(document) or []
+        if len(found) != 1:
+            raise not_one_document(document, found, bank.segments, "in memory")
+        matched[found[0]] = None
+    return list(matched)
 
 
 def _unique_paths(memory: PathLike | Sequence[PathLike]) -> list[PathLike]:
