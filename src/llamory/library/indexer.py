@@ -1,8 +1,7 @@
 """Index files into a library: chunk and embed what is new or changed, write it, delete what no longer exists.
 
-`Update` decides which files are read and alone writes; `chunk_files` and `embed_batch` do the work in between, in this
-process (`index_files`) or on other machines (`ray.RayIndexer`). A file may be processed twice, and a run may stop at
-any moment: nothing is lost or doubled.
+`Update` decides which files are read and alone writes; `chunk_files` and `embed_batch` work in this process
+(`index_files`) or on other machines (`ray.RayIndexer`). A run may stop at any moment: nothing is lost or doubled.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,13 +41,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FileTask:
-    """A file to index. It can be pickled.
+    """A file to index, by absolute path.
 
     Attributes:
-        file: absolute path.
         stored: hash of each document (by source) that the library holds of it.
         content: the file's content key, if it is known; it is valid while the file has this `state`.
-        state: the file's state as `llamory.documents.scan.file_state` gives it.
+        state: as `llamory.documents.scan.file_state` gives it.
     """
 
     file: str
@@ -59,7 +57,7 @@ class FileTask:
 
 @dataclass(frozen=True)
 class ChunkingConfig:
-    """How files become passages. It can be pickled.
+    """How files become passages.
 
     Attributes:
         chunk_size: maximum tokens of a passage.
@@ -87,7 +85,7 @@ class Batch:
         vectors: float32 (passages, dimension); None if there are no passages.
         unchanged: sources of documents that the library holds as they are.
         completed_files: files that were read to the end, each with its content key (empty if some of it was broken).
-        failed: what couldn't be read; the library keeps what it holds of it.
+        failed: what couldn't be read.
         files: number of files that are done, read or not.
     """
 
@@ -104,10 +102,7 @@ class AddReport:
     """What `Library.add` or `Library.remove` did.
 
     Attributes:
-        added: documents that were new.
-        unchanged: documents that were in the library already.
-        updated: documents whose old passages were replaced.
-        removed: documents that are no longer in their file, or whose file no longer exists.
+        added, unchanged, updated, removed: numbers of documents.
         passages: passages that were written.
         failed: files, folders and JSON lines that couldn't be read; the library keeps what it holds of them.
         skipped: links that lead out of the given folders or nowhere, and things that aren't files.
@@ -141,9 +136,6 @@ def index_files(
     """Read, chunk and embed files in this process, as batches of about `CHUNKS_PER_BATCH` passages of whole documents.
 
     Args:
-        tasks: the files.
-        config: how files become passages.
-        embedder: the library's model.
         find_vectors: gives the vectors of those of some texts that need not be embedded again.
         save_vectors: called with rows and vectors while a document with many passages is embedded.
         advance: called with the number of passages that were embedded.
@@ -177,9 +169,7 @@ class _FileChunker:
     """Adds the passages of files to the current batch."""
 
     def __init__(self, config: ChunkingConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.batch = Batch()
+        self.config, self.tokenizer, self.batch = config, tokenizer, Batch()
 
     def chunk(self, task: FileTask) -> Iterator[None]:
         """Read and chunk one file, pausing after each document; an error in it must not stop the others."""
@@ -187,17 +177,15 @@ class _FileChunker:
 
         try:
             yield from self._chunk(task)
-        except (LlamoryError, OSError, RecursionError) as error:
-            if self.config.strict:
-                if isinstance(error, RecursionError):
-                    raise LlamoryError(f"{task.file} can't be read ({_name_error(error)}).") from error
-                raise
-            self.batch.failed.append(SkippedFile(task.file, _failure_reason(error, task.file)))
         except Exception as error:
+            if self.config.strict and isinstance(error, RecursionError):
+                raise LlamoryError(f"{task.file} can't be read ({_name_error(error)}).") from error
             if self.config.strict:
                 raise
-            logger.warning("An error of llamory in reading %s", task.file, exc_info=True)
-            reason = f"llamory failed unexpectedly on it ({_name_error(error)}); please report this"
+            reason = _failure_reason(error, task.file)
+            if not isinstance(error, LlamoryError | OSError | RecursionError):
+                logger.warning("An error of llamory in reading %s", task.file, exc_info=True)
+                reason = f"llamory failed unexpectedly on it ({_name_error(error)}); please report this"
             self.batch.failed.append(SkippedFile(task.file, reason))
 
     def _chunk(self, task: FileTask) -> Iterator[None]:
@@ -213,14 +201,10 @@ class _FileChunker:
             broken_locations.append(location)
             self.batch.failed.append(SkippedFile(location, reason))
 
-        documents = read_file(
-            path,
-            text_field=config.text_field,
-            broken=None if config.strict else on_error,
-            max_bytes=config.max_bytes,
-            hasher=hasher,
-        )
-        for document in documents:
+        broken = None if config.strict else on_error
+        for document in read_file(
+            path, text_field=config.text_field, broken=broken, max_bytes=config.max_bytes, hasher=hasher
+        ):
             digest = document_hash(document, config.chunk_size)
             if task.stored.get(document.source) == digest:
                 self.batch.unchanged.append(document.source)
@@ -276,16 +260,7 @@ def _rows(
     from llamory.documents import chunk_document
 
     return [
-        {
-            "text": chunk.text,
-            "source": chunk.source,
-            "title": chunk.title,
-            "line": chunk.line,
-            "page": chunk.page,
-            "position": position,
-            "file": file,
-            "hash": digest,
-        }
+        asdict(chunk) | {"position": position, "file": file, "hash": digest}
         for position, chunk in enumerate(chunk_document(document, tokenizer, chunk_size))
     ]
 
@@ -333,8 +308,7 @@ class Update:
         store: the library's table; None if there is none yet.
         create: creates the table once the dimension of the vectors is known.
         roots: absolute paths of the given files and folders.
-        allow_empty: delete the documents of folders that are empty now. Otherwise they stay, since a folder is also
-            empty while its disk isn't mounted.
+        allow_empty: delete the documents of folders that are empty now, instead of taking the disk for unmounted.
     """
 
     def __init__(
@@ -349,23 +323,20 @@ class Update:
         self.stored_documents = {} if store is None else store.documents()
         self.pending: PendingVectors | None = None
         self.changed_sources: set[str] = set()  # documents that were replaced or removed
-        self._store = store
-        self._create = create
-        self._roots = roots
-        self._allow_empty = allow_empty
+        self._store, self._create, self._roots, self._allow_empty = store, create, roots, allow_empty
         self._file_index = {} if store is None else store.file_index()
         self.resumed = store is not None and store.unfinished  # whether an earlier run was killed
         self._seen_sources: set[str] = set()  # that have passages now
         self._completed_files: dict[str, str] = {}
+        self._is_deleted = cache(self._check_deleted)
         self._pending_index: dict[str, str] = {}  # content keys of completed files that aren't in the index yet
-        self._batches = 0
-        self._has_written = False
+        self._batches, self._has_written = 0, False
 
     def check_roots(self, files: Collection[Path]) -> None:
-        """Check that no given folder lost all of its files, given those that it holds now.
+        """Check that no given folder lost all of its files, given those that it holds now, unless that is allowed.
 
         Raises:
-            LlamoryError: a folder held documents and holds none now, and `allow_empty` is off.
+            LlamoryError: a folder held documents and holds none now.
         """
         if self._allow_empty:
             return
@@ -415,11 +386,8 @@ class Update:
         self._seen_sources.update(batch.unchanged)
         self.changed_sources |= replaced
         self._completed_files |= batch.completed_files
-        self._pending_index |= {
-            file: content
-            for file, content in batch.completed_files.items()
-            if content and self._file_index.get(file) != content
-        }
+        contents = batch.completed_files.items()
+        self._pending_index |= {file: key for file, key in contents if key and self._file_index.get(file) != key}
         self.report.unchanged += len(batch.unchanged)
         self.report.passages += len(batch.rows)
         self.report.updated += len(replaced)
@@ -450,12 +418,8 @@ class Update:
         """Whether a stored source is no longer in its file, which was read, or its file no longer exists."""
         return source not in self._seen_sources and (file in self._completed_files or self._is_deleted(file))
 
-    @cached_property
-    def _is_deleted(self) -> Callable[[str], bool]:
-        return cache(self._check_deleted)
-
     def _check_deleted(self, file: str) -> bool:
-        """Whether a file of the roots was deleted. A folder that is empty is listed, and its files count as kept."""
+        """Whether a file of the roots was deleted. The files of a folder that is empty count as kept; it is listed."""
         from llamory.documents import SkippedFile
 
         if not is_under(file, self._roots) or _exists(file):
@@ -464,10 +428,7 @@ class Update:
         if self._allow_empty or (is_under(str(folder), self._roots) and not _is_empty(folder)):
             return True
         if str(folder) not in {failure.path for failure in self.report.failed}:
-            reason = (
-                "the folder is empty; the library keeps its documents: check that its disk is mounted, or remove them "
-                "with `--allow-empty`"
-            )
+            reason = "the folder is empty: check that its disk is mounted, or remove its documents with `--allow-empty`"
             self.report.failed.append(SkippedFile(str(folder), reason))
         return False
 
@@ -488,7 +449,7 @@ def find_vectors(
     store: PassageStore | None, pending: PendingVectors | None, texts: Collection[str]
 ) -> Mapping[str, np.ndarray]:
     """The vectors of those of some texts that a library has, or that a killed run computed for it."""
-    return {**({} if pending is None else pending.get(texts)), **({} if store is None else store.vectors(texts))}
+    return ({} if pending is None else pending.get(texts)) | ({} if store is None else store.vectors(texts))
 
 
 def remove_sources(store: PassageStore, sources: Collection[str], stored: Mapping[str, tuple[str, str]]) -> None:

@@ -30,20 +30,14 @@ _FOLDER = "memory"
 _SUFFIX = ".safetensors"
 # Page index of a memory, deleted with it.
 _PAGES_SUFFIX = ".pages"
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of a size such as `10GB`, `500 MB`, `1.5T` or a plain number.
-
-    Raises:
-        LlamoryError: the size isn't valid.
-    """
+    """Bytes of a size such as `10GB`, `500 MB`, `1.5T` or a plain number; LlamoryError if it isn't valid."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", str(size).upper())
     if match is None or (match[3] and not match[2]):
         raise LlamoryError(f"A size is given as 10GB, 500MB or a number of bytes, not as {size!r}.")
-    unit = 1024 ** "KMGT".index(match[2]) * 1024 if match[3] else _UNITS[match[2]]
-    return int(float(match[1]) * unit)
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " "))
 
 
 def memory_folder(library: str) -> Path:
@@ -55,24 +49,15 @@ def memory_folder(library: str) -> Path:
 
 
 def memory_key(digest: str, reader: str) -> str:
-    """The key of a document's memory.
-
-    Args:
-        digest: of the document's content.
-        reader: identifies a reader whose memories differ from another's.
-    """
+    """The key of a document's memory, from the document's digest and what identifies a reader's memories."""
     return hashlib.sha256(f"{digest} {reader}".encode()).hexdigest()[:32]
 
 
 class MemoryCache:
-    """Memories by key, each in a file of its own that is written atomically.
+    """Memories by key, each in a file of `folder`, with at most `budget` bytes together.
 
     The modification time of a file is the time of its last use, so processes can share a cache. Deleting a file that
     is mapped is safe.
-
-    Args:
-        folder: the folder; created with the first file.
-        budget: maximum bytes of all files.
     """
 
     def __init__(self, folder: Path, budget: int = DEFAULT_BUDGET):
@@ -127,12 +112,7 @@ class MemoryCache:
             os.utime(self.path(key))
 
     def put(self, key: str, bank: MemoryBank, *, protected: Collection[str] = ()) -> bool:
-        """Write a memory, and evict others if the budget requires it.
-
-        Args:
-            key: its key.
-            bank: the memory.
-            protected: keys that are never evicted.
+        """Write a memory, and evict others but those of `protected` keys if the budget requires it.
 
         Returns:
             Whether it is stored; a memory larger than the budget isn't.
@@ -149,14 +129,9 @@ class MemoryCache:
         return self.has(key)
 
     def evict(self, size: int, *, protected: Collection[str] = ()) -> bool:
-        """Delete memories, the least recently used first, until `size` more bytes fit the budget.
+        """Delete memories, the least recently used first, until `size` more bytes fit; returns whether they do.
 
-        Args:
-            size: bytes.
-            protected: keys that are never deleted.
-
-        Returns:
-            Whether they fit now.
+        Memories of `protected` keys are never deleted.
         """
         if self._trusted_calls > 0 and self._used + size <= self.budget:
             self._trusted_calls -= 1

@@ -28,13 +28,11 @@ class MemoryReport:
     """Result of `Library.precompute_memory`.
 
     Attributes:
-        read: documents encoded by this run.
+        read, tokens: documents and tokens encoded by this run.
         existing: documents whose memory exists, as their own or as that of a document with the same content.
         remaining: documents that exceed the budget; a question that needs them encodes them.
-        tokens: tokens encoded by this run.
         seconds: duration, without loading the model.
-        bytes: disk space of all memories.
-        budget: maximum disk space.
+        bytes, budget: disk space of all memories, and its maximum.
         reader: the model's name.
     """
 
@@ -53,25 +51,23 @@ def precompute_memory(
 ) -> MemoryReport:
     """Encode all documents of a library that have no memory, as many as fit the budget.
 
-    Each memory is stored at once, so a stopped run resumes. Only memories that belong to no current document are
-    evicted.
+    Each memory is stored at once, so a stopped run resumes. Only memories of no current document are evicted.
 
     Raises:
         LlamoryError: the reader can't be loaded, or there is too little RAM.
         OSError: a memory can't be written.
     """
-    reader = source.reader
+    reader, cache = source.reader, source.reader.memory_cache
     source.save_reader_config(change=True)
     started = time.perf_counter()
-    report = MemoryReport(reader=reader.name, budget=reader.memory_cache.budget)
-    reader.memory_cache.evict(0)  # the budget may have become smaller
-    sources = source.library.sources()
+    report = MemoryReport(reader=reader.name, budget=cache.budget)
+    cache.evict(0)  # the budget may have become smaller
     pending: dict[str, str] = {}
     keys: set[str] = set()
-    for documents in _document_batches(source, sources):
+    for documents in _document_batches(source, source.library.sources()):
         for document in documents:
             key = reader.key(document)
-            if key not in keys and not reader.memory_cache.has(key):
+            if key not in keys and not cache.has(key):
                 pending[key] = document.source
             else:
                 report.existing += 1
@@ -90,7 +86,7 @@ def precompute_memory(
             batch, batch_bytes = [], 0  # the memories of a batch must fit together
             for tokenized in map(reader.tokenize, documents):
                 batch_bytes += reader.size(tokenized)
-                if not reader.memory_cache.evict(batch_bytes, protected=keys):
+                if not cache.evict(batch_bytes, protected=keys):
                     break
                 batch.append(tokenized)
             for tokenized, bank in read(batch, on_tokens):
@@ -100,7 +96,7 @@ def precompute_memory(
             if len(batch) < len(documents):
                 break
     report.remaining = len(pending) - report.read
-    report.seconds, report.bytes = time.perf_counter() - started, reader.memory_cache.nbytes
+    report.seconds, report.bytes = time.perf_counter() - started, cache.nbytes
     return report
 
 
@@ -118,21 +114,19 @@ def _open_encoder(source: LibrarySource, engine: str, address: str | None) -> It
 
 
 def delete_stale_memories(library: DocumentStore, folder: Path, sources: Collection[str] | None = None) -> int:
-    """Delete memories whose document has changed or was removed from the library; returns their number.
+    """Delete memories in `folder` whose document (of some sources, or any) has changed or is no longer in the library.
 
-    Args:
-        library: the library.
-        folder: of its memories.
-        sources: check only documents of these; None for all.
+    Returns:
+        Their number.
     """
-    memory_cache = MemoryCache(folder)
-    metadata = {key: _read_metadata(memory_cache.path(key)) for key in memory_cache.stored_keys()}
+    cache = MemoryCache(folder)
+    metadata = {key: _read_metadata(cache.path(key)) for key in cache.stored_keys()}
     if sources is not None:
         metadata = {key: each for key, each in metadata.items() if not each or each["source"] in sources}
     existing = library.passages_of({each["source"] for each in metadata.values() if each})
     digests = {source: StoredDocument(source, tuple(passages)).digest for source, passages in existing.items()}
     stale = [key for key, each in metadata.items() if not each or digests.get(each["source"]) != each["text"]]
-    memory_cache.delete(stale)
+    cache.delete(stale)
     return len(stale)
 
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from llamory.common import ram
 from llamory.common.progress import ProgressBar
@@ -56,9 +56,7 @@ class LibrarySource:
     """A library as a source of documents for `QASession`.
 
     Args:
-        library: the library.
-        config: the reader's configuration.
-        device, bf16: where and how the reader computes.
+        config, device, bf16: as for `llamory.library.reader.Reader`.
         progress: show a progress bar on standard error when documents are encoded.
     """
 
@@ -111,17 +109,7 @@ class LibrarySource:
         mode: SearchMode | None = None,
         citations: int = DEFAULT_CITATIONS,
     ) -> QASession:
-        """A session of questions.
-
-        Args:
-            documents: names of the documents to answer from; by default each question finds its own.
-            top_documents: documents to find per question.
-            source, mode: as for `Library.search`.
-            citations: passages to cite, at most.
-
-        Raises:
-            LlamoryError: there is no document of such a name.
-        """
+        """A session of questions; arguments and errors as for `Library.chat`."""
         if documents is not None:
             resolved = self.resolve_documents(documents)
             return QASession(self, lambda _: resolved, citations=citations)
@@ -145,9 +133,8 @@ class LibrarySource:
         if top_documents < 1:
             raise LlamoryError(f"top_documents must be at least 1 document, not {top_documents}.")
         passages = top_documents * _PASSAGES_PER_DOCUMENT
-        search_options: dict[str, Any] = {} if mode is None else {"mode": mode}
         while True:
-            hits = self.library.search(question, passages, source=source, **search_options)
+            hits = self.library.search(question, passages, source=source, mode=mode or "fused")
             sources = list(dict.fromkeys(hit.source for hit in hits))
             if len(sources) >= top_documents or len(hits) < passages:
                 return sources[:top_documents]
@@ -182,8 +169,7 @@ class LibrarySource:
             documents.setdefault(self.reader.key(document), document)
         banks = {key: self.reader.cached_memory(key) for key in documents}
         missing = [self.reader.tokenize(document) for key, document in documents.items() if banks[key] is None]
-        for tokenized, new_bank in self._encode(missing):
-            banks[self.reader.key(tokenized)] = new_bank
+        banks |= {self.reader.key(document): bank for document, bank in self._encode(missing)}
         memory = self.reader.model.new_memory()
         for key, document in documents.items():
             bank = banks[key]
@@ -223,17 +209,10 @@ def _is_pattern(name: str) -> bool:
 
 def _match_name(name: str, sources: Sequence[str]) -> list[str]:
     """Sources that a name matches, by the first rule that matches any."""
-
-    def is_path_suffix(source: str) -> bool:
-        return source.replace("\\", "/").endswith(f"/{name}")
-
-    def is_stem(source: str) -> bool:
-        return PurePath(source).stem == name
-
-    rules: list[Callable[[str], bool]] = [name.__eq__, is_path_suffix, is_stem]
     if _is_pattern(name):
-        rules = [lambda source: fnmatch.fnmatchcase(source, name) or fnmatch.fnmatchcase(source, f"*/{name}")]
-    for rule in rules:
-        if found := [source for source in sources if rule(source)]:
-            return found
-    return []
+        return [each for each in sources if fnmatch.fnmatchcase(each, name) or fnmatch.fnmatchcase(each, f"*/{name}")]
+    return (
+        [each for each in sources if each == name]
+        or [each for each in sources if each.replace("\\", "/").endswith(f"/{name}")]
+        or [each for each in sources if PurePath(each).stem == name]
+    )

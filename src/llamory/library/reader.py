@@ -32,6 +32,7 @@ SEGMENT = "document"
 HEADER_BYTES = 1 << 16
 _CONFIG_NAME = "reader.json"
 _SAVED_FIELDS = ("reader", "mem_layers", "context_length", "mem_dtype", "memory_budget")
+_MODEL_SETTINGS = ("mem_layers", "context_length", "mem_dtype", "mem_search", "mem_top_k", "last_context_length")
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class ReaderConfig:
     """How documents are encoded and memory is searched. None: the library's saved value, or the model's default.
 
     Attributes:
-        reader: the model: a folder, `.gguf` file, hub id, "default" or a loaded LongLLaMA.
-        mem_layers, context_length, mem_dtype: as for `llamory.longllama.loading.load_long_model`.
+        reader: a folder, `.gguf` file, hub id, "default" or a loaded LongLLaMA.
         memory_budget: bytes that all memories may take on disk, or a text such as "10GB" (the default).
-        mem_search, mem_top_k, last_context_length: as for `load_long_model`; they aren't saved.
+        mem_search, mem_top_k, last_context_length: these and `mem_layers`, `context_length`, `mem_dtype` are as for
+            `llamory.longllama.loading.load_long_model`; these three aren't saved.
         tokenizer: of a loaded reader, if it isn't in the model's folder; it isn't saved.
     """
 
@@ -58,11 +59,7 @@ class ReaderConfig:
 
     @classmethod
     def load(cls, folder: Path) -> ReaderConfig | None:
-        """The configuration saved in a library's memory folder; None if there is none.
-
-        Raises:
-            LlamoryError: the file is damaged.
-        """
+        """The configuration saved in a library's memory folder, if any; LlamoryError if the file is damaged."""
         path = folder / _CONFIG_NAME
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -73,21 +70,13 @@ class ReaderConfig:
             raise LlamoryError(f"{path} can't be read: remove it, and name the reader again.") from error
 
     def save(self, folder: Path) -> None:
-        """Save the configuration for those who open the library later.
-
-        Raises:
-            OSError: the file can't be written.
-        """
+        """Save the configuration for those who open the library later; OSError if the file can't be written."""
         name = self._name()
         if self.reader is not None and not isinstance(self.reader, str) and not (name and Path(name).exists()):
             return  # a loaded model that can't be found again
-        saved = ReaderConfig(
-            reader=name,
-            mem_layers=None if self.mem_layers is None else list(self.mem_layers),
-            context_length=self.context_length,
-            mem_dtype=self.mem_dtype,
-            memory_budget=None if self.memory_budget is None else parse_size(self.memory_budget),
-        )
+        layers = None if self.mem_layers is None else list(self.mem_layers)
+        budget = None if self.memory_budget is None else parse_size(self.memory_budget)
+        saved = ReaderConfig(name, layers, self.context_length, self.mem_dtype, budget)
         if saved != ReaderConfig.load(folder):
             write_json(folder / _CONFIG_NAME, {name: getattr(saved, name) for name in _SAVED_FIELDS})
 
@@ -97,16 +86,13 @@ class ReaderConfig:
         return (folder / _CONFIG_NAME).exists()
 
     def with_saved(self, folder: Path) -> ReaderConfig:
-        """This configuration with the saved values where it has none.
-
-        If it names another reader than the saved one, only the saved budget is used.
-        """
+        """This configuration with the saved values where it has none; only the budget if it names another reader."""
         saved = ReaderConfig.load(folder)
         if saved is None:
             return self
         other_reader = self.reader is not None and self._name() != saved.reader
-        names = [name for name in _SAVED_FIELDS if getattr(self, name) is None]
-        values = {n: getattr(saved, n) for n in names if n == "memory_budget" or not other_reader}
+        names = ["memory_budget"] if other_reader else _SAVED_FIELDS
+        values = {name: getattr(saved, name) for name in names if getattr(self, name) is None}
         if values.get("reader"):
             values["reader"] = unshadowed_name(values["reader"])
         return replace(self, **values)
@@ -147,19 +133,8 @@ class Reader:
                 raise LlamoryError("The reader has no memory layers; load it with mem_layers, such as mem_layers=[8].")
         else:
             name = str(config.reader or "default")
-            self.model = load_model_for(
-                [],
-                name,
-                mem_layers=config.mem_layers,
-                context_length=config.context_length,
-                mem_dtype=config.mem_dtype,
-                mem_search=config.mem_search,
-                mem_top_k=config.mem_top_k,
-                last_context_length=config.last_context_length,
-                device=device,
-                bf16=bf16,
-                shared=True,
-            )
+            settings: dict[str, Any] = {each: getattr(config, each) for each in _MODEL_SETTINGS}
+            self.model = load_model_for([], name, **settings, device=device, bf16=bf16, shared=True)
         self.name = canonical_name(name) if name else name
         self.tokenizer = load_tokenizer(name) if config.tokenizer is None else config.tokenizer
         self.generator = Generator(self.model, self.tokenizer, self.name)
@@ -167,8 +142,6 @@ class Reader:
         fingerprint, dtype = self.model.memory_fingerprint(), self.model.config.mem_dtype
         self._identity = json.dumps([TEXT_VERSION, fingerprint, dtype, _tokenizer_digest(self.tokenizer)])
         self._open_banks: OrderedDict[str, MemoryBank] = OrderedDict()
-
-    # ---- cached memories ---------------------------------------------------------------------------------------------
 
     def key(self, document: StoredDocument | TokenizedDocument) -> str:
         """The key of a document's memory: it depends on the content and on the reader."""
@@ -192,8 +165,6 @@ class Reader:
                 self._open_banks.popitem(last=False)
         return bank
 
-    # ---- new memories ------------------------------------------------------------------------------------------------
-
     def tokenize(self, document: StoredDocument) -> TokenizedDocument:
         """A document's tokens, starting with BOS if the tokenizer adds it."""
         return document.tokenize(self.tokenizer, self._prefix_ids)
@@ -209,11 +180,9 @@ class Reader:
     def read(
         self, documents: Iterable[TokenizedDocument], advance: Callable[[str, int], None]
     ) -> Iterator[tuple[TokenizedDocument, MemoryBank]]:
-        """Encode documents, each by itself, and yield each with its memory; short ones come first.
+        """Encode documents, each by itself, and yield each with its memory, short ones first.
 
-        Args:
-            documents: the documents.
-            advance: called with a document's source and the number of tokens that were encoded.
+        `advance` is called with a document's source and the number of tokens that were encoded.
         """
         from llamory.ingest.encode import encode_documents
 
@@ -227,13 +196,7 @@ class Reader:
     def store(self, document: TokenizedDocument, bank: MemoryBank, protected: Collection[str] = ()) -> MemoryBank:
         """Put a memory into the cache and return it mapped, or as it is if the cache is too small for it.
 
-        Args:
-            document: the document.
-            bank: its memory, in RAM.
-            protected: keys of memories that are not evicted for it.
-
-        Raises:
-            OSError: the file can't be written.
+        Memories of `protected` keys are not evicted for it. OSError if the file can't be written.
         """
         key = self.key(document)
         if self.memory_cache.put(key, bank, protected=protected):

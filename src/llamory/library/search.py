@@ -29,14 +29,12 @@ class Hit:
     """A passage found by a search.
 
     Attributes:
-        text: the passage.
         source: the document's source: its path, for a line of JSON lines `path:line`.
         title: title of the document's section that holds the passage.
         line: first line, counted from 1.
         score: what the hits are sorted by: the cosine (dense), BM25, or the sum of reciprocal ranks (fused).
         page: page (PDF) or cell (notebook) of the first line, which is then counted within it.
-        cosine: cosine of its vector and the query's, from -1 to 1; None if the dense search did not find it.
-        bm25: its BM25 score; None if the lexical search did not find it.
+        cosine, bm25: None if the dense or the lexical search did not find it.
     """
 
     text: str
@@ -73,8 +71,7 @@ def check_unicode(text: str, name: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise LlamoryError(
-            f"The {name} is not valid Unicode text at character {error.start + 1}; give it in UTF-8 (is the locale "
-            "set to UTF-8?)."
+            f"The {name} is not valid Unicode text at character {error.start + 1}; give it in UTF-8."
         ) from error
 
 
@@ -84,11 +81,8 @@ def search_table(
     """The best passages of a table, best first.
 
     Args:
-        table: the passages.
         mode: `dense` (greatest cosine), `bm25`, or `fused` (sum of 1 / (60 + rank) over both).
-        text: the query.
-        vector: (dimension,) its embedding; not used by `bm25`.
-        top: number of passages, at most.
+        vector: (dimension,) embedding of the query `text`; not used by `bm25`.
         condition: SQL condition that a passage must meet.
     """
     top = min(top, table.count_rows())
@@ -103,11 +97,7 @@ def search_table(
 
 
 def source_filter(sources: str | Iterable[str]) -> str:
-    """SQL condition for prefixes or patterns of sources, which `Library.search` explains.
-
-    Raises:
-        LlamoryError: a source is not valid Unicode.
-    """
+    """SQL condition for prefixes or patterns of sources, which `Library.search` explains."""
     return " OR ".join(map(_source_condition, [sources] if isinstance(sources, str) else sources))
 
 
@@ -139,26 +129,18 @@ def _fuse(text: str, dense: pa.Table, lexical: pa.Table) -> list[Hit]:
     # A passage found by both searches comes with the score of the first one only.
     scores = dict(zip(lexical["_rowid"].to_pylist(), lexical["_score"].to_pylist(), strict=True))
     hits = [_to_hit(row | {"_score": scores.get(row["_rowid"])}, row["_relevance_score"]) for row in fused]
-    # Equal sums of ranks: the greater cosine comes first.
-    return sorted(hits, key=lambda hit: (-hit.score, -(hit.cosine if hit.cosine is not None else -2), *_tie_break(hit)))
+
+    def order(hit: Hit) -> tuple[Any, ...]:  # equal sums of ranks: the greater cosine comes first
+        return -hit.score, 2 if hit.cosine is None else -hit.cosine, hit.source, hit.line, hit.text
+
+    return sorted(hits, key=order)
 
 
 def _to_hit(row: dict[str, Any], score: float) -> Hit:
     distance = row.get("_distance")
-    return Hit(
-        text=row["text"],
-        source=row["source"],
-        title=row["title"],
-        line=row["line"],
-        score=score,
-        page=row.get("page"),
-        cosine=None if distance is None else 1.0 - distance,
-        bm25=row.get("_score"),
-    )
-
-
-def _tie_break(hit: Hit) -> tuple[Any, ...]:
-    return hit.source, hit.line, hit.text
+    cosine = None if distance is None else 1.0 - distance
+    columns = row["text"], row["source"], row["title"], row["line"]
+    return Hit(*columns, score, row.get("page"), cosine, row.get("_score"))
 
 
 def _source_condition(source: str) -> str:

@@ -129,7 +129,7 @@ def check_evidence_ratio(evidence_ratio: float) -> None:
 
 
 def split_units(spans: Sequence[SegmentSpan], size: int) -> list[EvidenceUnit]:
-    """Units of at most `size` tokens: longer spans in equal parts; over COARSE_TOKENS, neighbours that fit share one."""
+    """Units of at most `size` tokens: long spans in equal parts; over COARSE_TOKENS, neighbours that fit share one."""
     units, free_tokens = list[list[SegmentSpan]](), -1
     for name, start, stop in spans:
         length = stop - start
