@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from llamory.models.base import canonical_name
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-    from llamory.documents import Chunk, FileScan
+    from llamory.documents import Chunk
     from llamory.library.prefill import MemoryReport
     from llamory.library.qa import LibrarySource
     from llamory.longllama import LongLlamaForCausalLM
@@ -46,13 +46,11 @@ class Library:
         model: the embedding model: "default" (packaged), a LLARA checkpoint, a Sentence Transformers folder, a hub id
             or a loaded model. Default: the model that the library was made with.
         device: torch device. Default: the best one there is.
-        bf16: compute in bfloat16: faster, and a little less exact.
-        reader: the LongLLaMA that encodes documents and answers (`ask`, `chat`, `precompute_memory`): a folder, a
-            `.gguf` file, a hub id, "default" or a loaded model. Default: the one recorded in the library, else
-            "default".
-        reader_settings: `mem_layers`, `context_length`, `mem_dtype` ("int8", "bfloat16"), `memory_budget` ("10GB"),
-            `mem_search`, `mem_top_k`, `last_context_length`, and a loaded reader's `tokenizer`; see
-            `llamory.library.reader.ReaderConfig`.
+        bf16: compute in bfloat16.
+        reader: the LongLLaMA that encodes documents and answers: a folder, a `.gguf` file, a hub id, "default" or a
+            loaded model. Default: the one recorded in the library, else "default".
+        reader_settings: the other fields of `llamory.library.reader.ReaderConfig`, such as `mem_layers`,
+            `context_length`, `mem_dtype` ("int8", "bfloat16") and `memory_budget` ("10GB").
 
     Raises:
         LlamoryError: `path` is empty, or there is no library there and no model to make one with.
@@ -70,16 +68,14 @@ class Library:
     ) -> None:
         self.path = os.fspath(path)
         self._model = os.fspath(model) if isinstance(model, str | os.PathLike) else model
-        self._device = device
-        self._bf16 = bf16
+        self._device, self._bf16 = device, bf16
         self._loaded: SentenceTransformer | None = None
         self._merged = False  # whether the model has weights of its own instead of sharing the reader's base model
         self._checked = False  # whether the model's fingerprint is known to be the library's
         self._qa_source: LibrarySource | None = None
         self._new_chunk_size = 0  # of a library that is being created
-        self._reader_config = ReaderConfig(
-            os.fspath(reader) if isinstance(reader, os.PathLike) else reader, **reader_settings
-        )
+        reader = os.fspath(reader) if isinstance(reader, os.PathLike) else reader
+        self._reader_config = ReaderConfig(reader, **reader_settings)
         self._store = PassageStore.open(self.path)
         if self._store is None and model is None:
             raise LlamoryError(
@@ -103,19 +99,10 @@ class Library:
         return {} if self._store is None else self._store.passages(set(sources))
 
     def info(self) -> dict[str, Any]:
-        """The library's settings, its numbers of documents and passages, and the size of its memories.
-
-        Raises:
-            LlamoryError: nothing was added yet.
-        """
-        store = self._require_store()
-        return {
-            "path": self.path,
-            "documents": store.num_documents(),
-            "passages": len(store),
-            **asdict(store.settings),
-            **({"memory": memory} if (memory := self.memory_info()) else {}),
-        }
+        """The library's settings, its numbers of documents and passages, and the size of its memories."""
+        store, memory = self._require_store(), self.memory_info()
+        numbers = {"path": self.path, "documents": store.num_documents(), "passages": len(store)}
+        return numbers | asdict(store.settings) | ({"memory": memory} if memory else {})
 
     # ---- adding and removing -----------------------------------------------------------------------------------------
 
@@ -135,9 +122,9 @@ class Library:
     ) -> AddReport:
         """Index files and folders: embed what is new or changed, remove what no longer exists in them.
 
-        All passages of a document are written at once, so a run that is killed leaves whole documents; the next run
-        goes on from there and computes no vector twice. What can't be read is listed in the report, and the library
-        keeps what it holds of it. Nothing outside the given paths is read: links that lead out are skipped.
+        A run that is killed leaves whole documents; the next run goes on from there and computes no vector twice. What
+        can't be read is listed in the report, and the library keeps what it holds of it. Links that lead out of the
+        given paths are skipped.
 
         Args:
             paths: files and folders; their absolute paths become the sources.
@@ -145,19 +132,18 @@ class Library:
             text_field: entry of a JSON line that holds the text.
             max_file_size: MiB; larger files, and longer lines of JSON lines, are not read. `math.inf`: no limit.
             strict: raise an error at the first thing that can't be read.
-            allow_empty: remove the documents of folders that are empty now. By default a given folder that lost all of
-                its documents is an error and an empty one below it keeps them, as its disk may not be mounted.
+            allow_empty: remove the documents of folders that are empty now. By default that is an error for a given
+                folder, and one below it keeps them, as its disk may not be mounted.
             wait: wait while another process writes to the library.
             engine: `local` works in this process, `ray` on the workers of a Ray cluster.
             ray_address: address of a running Ray cluster. Default: start Ray on this machine for the run.
             progress: show a progress bar on standard error.
 
         Raises:
-            LlamoryError: a path doesn't exist or is of an unknown kind, there is nothing to index, a folder lost all of
-                its documents, the model or chunk size isn't the library's, another process writes and `wait` is off,
-                or Ray can't be used.
+            LlamoryError: a path can't be read, there is nothing to index, a folder lost all of its documents, the model
+                or chunk size isn't the library's, another process writes and `wait` is off, or Ray can't be used.
         """
-        from llamory.documents import scan_files
+        from llamory.documents import scan_files, supported_suffixes
         from llamory.documents.scan import real_roots
 
         if not max_file_size > 0:
@@ -166,14 +152,16 @@ class Library:
         _check_engine(engine, ray_address)
         roots = _absolute(paths)
         scan = scan_files(roots)
-        if strict and scan.failed:
-            raise LlamoryError(f"{scan.failed[0].path}: {scan.failed[0].reason}.")
+        failure = LlamoryError(f"{scan.failed[0].path}: {scan.failed[0].reason}.") if scan.failed else None
+        if strict and failure:
+            raise failure
         self._check_chunk_size(chunk_size)  # before a new library's folder is created, and before waiting
         with self._write_lock(wait=wait, progress=progress):
             update = Update(self._store, self._create, roots, allow_empty=allow_empty)
             update.check_roots(scan.files)
             if not scan.files and not any(is_under(file, roots) for file, _ in update.stored_documents.values()):
-                raise LlamoryError(_nothing_found_message(roots, scan))
+                where = f"There are no documents in {', '.join(map(str, roots))}"
+                raise failure or LlamoryError(f"{where}; there should be files of {supported_suffixes()}.")
             config = ChunkingConfig(
                 chunk_size=self._check_chunk_size(chunk_size),
                 text_field=text_field,
@@ -184,14 +172,15 @@ class Library:
             )
             self._new_chunk_size = config.chunk_size
             if tasks := update.tasks(scan.files, config):
-                self._index(update, tasks, config, engine, ray_address, progress=progress)
+                self._index(update, tasks, config, engine, ray_address, progress)
             report = update.complete()
         if update.resumed or update.changed_sources:
             self._delete_stale_memories(None if update.resumed else update.changed_sources)
         report.failed = scan.failed + report.failed
         report.skipped = scan.skipped
         if self._store is None and not report.failed:
-            raise LlamoryError(f"None of the {len(scan.files)} files in {_join_paths(roots)} has any text.")
+            where = ", ".join(map(str, roots))
+            raise LlamoryError(f"None of the {len(scan.files)} files in {where} has any text.")
         return report
 
     def _index(
@@ -199,9 +188,8 @@ class Library:
         update: Update,
         tasks: list[FileTask],
         config: ChunkingConfig,
-        engine: EngineName,
-        ray_address: str | None,
-        *,
+        engine: str,
+        address: str | None,
         progress: bool,
     ) -> None:
         """Read, embed and write the files of an update."""
@@ -220,7 +208,7 @@ class Library:
 
                 model = self._require_store().settings.model if self._model is None else self._model
                 name = canonical_name(model) if isinstance(model, str) else ""
-                indexer = RayIndexer(config, embedder, name, self.path, ray_address, pending.add, advance)
+                indexer = RayIndexer(config, embedder, name, self.path, address, pending.add, advance)
                 batches = indexer.run(tasks)
             else:
                 batches = index_files(tasks, config, embedder, update.find_vectors, pending.add, advance)
@@ -244,12 +232,10 @@ class Library:
             stored = store.documents()
             removed: set[str] = set()
             for root in roots:
-                matching = {
-                    source for source, (file, _) in stored.items() if source == str(root) or is_under(file, [root])
-                }
-                if not matching:
+                found = {each for each, (file, _) in stored.items() if each == str(root) or is_under(file, [root])}
+                if not found:
                     raise LlamoryError(f"The library at {self.path} has nothing of {root}; check the path.")
-                removed |= matching
+                removed |= found
             store.file_index()
             store.start_write()
             remove_sources(store, removed, stored)
@@ -283,25 +269,20 @@ class Library:
     def search(
         self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: SearchMode = "fused"
     ) -> list[Hit]:
-        """Find the passages that match a query.
+        """Find the passages that match a query, best first.
 
         Args:
             query: a question or any text.
             top: maximum number of passages.
-            source: only passages whose source starts with this text, or matches it if it has a `*` or `?` (both match
-                `/` too); a text that doesn't start with `/` may match after any folder. Several: any of them.
+            source: only passages whose source starts with one of these texts, or matches it if it has a `*` or `?`
+                (both match `/` too); a text that doesn't start with `/` may match after any folder.
             mode: `dense` (cosine of the vectors), `bm25` (words), or `fused` (the sum of both reciprocal ranks).
-
-        Returns:
-            Hits, best first.
 
         Raises:
             LlamoryError: the library is empty, the model isn't the library's, or the query is blank or not Unicode.
         """
         check_search(query, top, mode)
-        store = self._require_store()
-        if not len(store):
-            raise LlamoryError(f"The library at {self.path} is empty; add documents to it first.")
+        store = self._require_store(nonempty=True)
         vector = None
         if mode != "bm25":
             vector = embedding.embed_query(self._embedder(), query, dtype="bfloat16" if self._bf16 else None)
@@ -310,9 +291,7 @@ class Library:
     # ---- answers -----------------------------------------------------------------------------------------------------
 
     def ask(self, question: str, *, progress: bool = False, **settings: Any) -> Answer:
-        """Find documents for a question and answer it from their memories.
-
-        A document without a stored memory is encoded first; the memory is stored for later questions.
+        """Find documents for a question and answer it from their memories, which are encoded and stored if necessary.
 
             answer = Library("notes.lib").ask("Who built the bridge?")
             print(answer.text)
@@ -322,8 +301,7 @@ class Library:
         Args:
             question: the question.
             progress: show a progress bar on standard error when documents are encoded.
-            settings: those of `chat`, and fields of `llamory.qa.generation.GenerationSettings`: `max_new_tokens`,
-                `temperature`, `seed`, `max_question_tokens`, `on_text` and `evidence_ratio`.
+            settings: those of `chat`, and fields of `llamory.qa.generation.GenerationSettings`.
 
         Raises:
             LlamoryError: the library is empty, no document was found, the reader can't be loaded, the question is
@@ -350,12 +328,7 @@ class Library:
     def precompute_memory(
         self, *, engine: EngineName = "local", ray_address: str | None = None, progress: bool = True
     ) -> MemoryReport:
-        """Encode the documents that have no memory, as many as fit the budget.
-
-        Args:
-            engine: `local` encodes in this process, `ray` on the workers of a Ray cluster.
-            ray_address: as for `Library.add`.
-            progress: show a progress bar on standard error.
+        """Encode the documents that have no memory, as many as fit the budget; arguments as for `Library.add`.
 
         Raises:
             LlamoryError: the library is empty, or the reader can't be loaded.
@@ -365,11 +338,7 @@ class Library:
         return precompute_memory(self.qa_source(), progress=progress, engine=engine, ray_address=ray_address)
 
     def qa_source(self, *, progress: bool = False) -> LibrarySource:
-        """The library as a source of documents for questions, with its reader.
-
-        Args:
-            progress: show a progress bar on standard error when documents are encoded.
-        """
+        """The library as a source of documents for questions, with its reader."""
         from llamory.library.qa import LibrarySource
 
         self._require_store()
@@ -397,8 +366,8 @@ class Library:
 
     # ---- the library's model -----------------------------------------------------------------------------------------
 
-    def _require_store(self) -> PassageStore:
-        if self._store is None:
+    def _require_store(self, *, nonempty: bool = False) -> PassageStore:
+        if self._store is None or (nonempty and not len(self._store)):
             raise LlamoryError(f"The library at {self.path} is empty; add documents to it first.")
         return self._store
 
@@ -417,10 +386,10 @@ class Library:
         if self._store is not None and not self._checked:
             if embedding.fingerprint(self._loaded) != self._store.settings.fingerprint:
                 self._loaded = None
+                maker = self._store.settings.model or "a loaded model"
                 raise LlamoryError(
-                    f"The library at {self.path} was made by another model than the one given (by "
-                    f"{self._store.settings.model or 'a loaded model'}, whose weights may have changed since); give "
-                    "that model, or make a new library."
+                    f"The library at {self.path} was made by another model than the one given (by {maker}, whose "
+                    "weights may have changed since); give that model, or make a new library."
                 )
             self._checked = True
         return self._loaded
@@ -432,9 +401,8 @@ class Library:
         if self._store is None:
             return embedding.resolve_chunk_size(self._embedder(merged=True), chunk_size)
         settings = self._store.settings
-        if self._model is not None and (
-            not isinstance(self._model, str) or canonical_name(self._model) != settings.model
-        ):
+        name = canonical_name(self._model) if isinstance(self._model, str) else None
+        if self._model is not None and name != settings.model:
             self._embedder(merged=True)
         if chunk_size not in (None, settings.chunk_size):
             raise LlamoryError(
@@ -458,15 +426,3 @@ def _check_engine(name: str, address: str | None) -> None:
 def _absolute(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
     return [Path(os.path.abspath(path)) for path in paths]  # noqa: PTH100 -- resolve() would follow links
-
-
-def _join_paths(paths: Iterable[Path]) -> str:
-    return ", ".join(map(str, paths))
-
-
-def _nothing_found_message(roots: Sequence[Path], scan: FileScan) -> str:
-    from llamory.documents import supported_suffixes
-
-    if scan.failed:
-        return f"{scan.failed[0].path}: {scan.failed[0].reason}."
-    return f"There are no documents in {_join_paths(roots)}; there should be files of {supported_suffixes()}."

@@ -56,19 +56,14 @@ D = TypeVar("D")
 
 
 def check_ray(address: str | None = None) -> None:
-    """Check that Ray is installed, and that something listens at a cluster's address.
-
-    Args:
-        address: `host:port` of a running cluster, or another address of `ray.init`, which isn't checked.
+    """Check that Ray is installed, and that something listens at an address `host:port` (others aren't checked).
 
     Raises:
-        LlamoryError: Ray isn't installed, or nothing listens at the address.
+        LlamoryError: it isn't, or nothing listens there.
     """
     import_extra("ray.data")
-    match = re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d+)", address or "")
-    if match is not None:
-        # Ray itself would try for minutes.
-        try:
+    if match := re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d+)", address or ""):
+        try:  # Ray itself would try for minutes
             socket.create_connection((match[1], int(match[2])), _CONNECT_TIMEOUT).close()
         except (OSError, OverflowError) as error:
             raise _cluster_error(address, error) from error
@@ -84,16 +79,15 @@ def cluster(address: str | None) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        options |= {"object_store_memory": _STORE_BYTES, "include_dashboard": False}
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             # LanceDB warns about the forks that start Ray's programs; none of them uses a table.
             warnings.simplefilter("ignore", RuntimeWarning)
-            if address is None:
-                ray.init(address="local", object_store_memory=_STORE_BYTES, include_dashboard=False, **quiet)
-            else:
-                ray.init(address=address, **quiet)
+            ray.init(address=address or "local", **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise _cluster_error(address, error) from error
     try:
@@ -102,13 +96,18 @@ def cluster(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def _actors(on_gpu: bool) -> tuple[int, dict[str, Any]]:
+    """How many actors the cluster holds, one per GPU or per core, and the resources of each."""
+    import ray
+
+    number = max(1, int(ray.cluster_resources().get("GPU" if on_gpu else "CPU", 1)))
+    return number, {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
+
+
 def _cluster_error(address: str | None, error: Exception) -> LlamoryError:
     where = "on this machine" if address is None else f"at {address}"
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    return LlamoryError(
-        f"There is no Ray cluster {where} ({reason}); check that it runs, and that RAY_AUTH_MODE is as it "
-        "was started with."
-    )
+    return LlamoryError(f"There is no Ray cluster {where} ({reason}); check that it runs, and its RAY_AUTH_MODE.")
 
 
 # ---- indexing --------------------------------------------------------------------------------------------------------
@@ -119,7 +118,6 @@ class BatchMessage:
     """A batch on its way between workers.
 
     Attributes:
-        batch: the batch.
         read_ids: the files that its documents are from, each with an id of the call that read it.
         new_rows, new_vectors: instead of a batch, rows of an unfinished one and their vectors.
         embedded: passages that were embedded since the last message.
@@ -139,13 +137,11 @@ class RayIndexer:
     """Chunks and embeds files on a Ray cluster.
 
     Attributes:
-        config: how files become passages.
         embedder: the library's model, as this process loaded it.
         model: where the workers load it from (a folder that they see too, or a hub id); empty to send them this one.
         library: path or URI of the library; workers that see it don't embed what it holds.
         address: address of a running cluster; None to start one on this machine.
-        save_vectors: called with rows and vectors of unfinished documents.
-        advance: called with the number of passages that were embedded.
+        save_vectors, advance: as for `llamory.library.indexer.index_files`.
     """
 
     config: ChunkingConfig
@@ -176,11 +172,8 @@ class RayIndexer:
         from llamory.embedding.encoder import chunk_tokenizer, fingerprint
 
         folder = local_folder(self.library)
-        resources = ray.cluster_resources()
-        gpus, cpus = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
-        on_gpu = gpus > 0 and self.embedder.device.type == "cuda"
-        embedders = gpus if on_gpu else cpus
-        actor_resources: dict[str, Any] = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
+        on_gpu = ray.cluster_resources().get("GPU", 0) >= 1 and self.embedder.device.type == "cuda"
+        embedders, actor_resources = _actors(on_gpu)
         items = [{"tasks": pickle.dumps(tasks[i : i + FILES_PER_CALL])} for i in range(0, len(tasks), FILES_PER_CALL)]
         data = ray.data.from_items(items, override_num_blocks=len(items))
         # A file's last batch must arrive after all others: the file is then marked as indexed.
@@ -301,18 +294,16 @@ class _Deduplicator:
         unchanged = [source for source in batch.unchanged if source not in self._seen_sources]
         # Of a file that was read twice, some documents may be from before a change and some from after it: it isn't
         # marked as indexed, so that the next run reads it again.
-        inconsistent = {
-            file for file, read_id in message.read_ids.items() if self._read_ids.setdefault(file, read_id) != read_id
-        }
+        inconsistent = [
+            file for file, each in message.read_ids.items() if self._read_ids.setdefault(file, each) != each
+        ]
         self._seen_sources.update(batch.unchanged, (row["source"] for row in batch.rows))
         return dataclasses.replace(
             batch,
             rows=[batch.rows[i] for i in new_rows],
             vectors=batch.vectors[new_rows] if batch.vectors is not None and new_rows else None,
             unchanged=unchanged,
-            completed_files={
-                file: "" if file in inconsistent else content for file, content in batch.completed_files.items()
-            },
+            completed_files=batch.completed_files | dict.fromkeys(batch.completed_files.keys() & inconsistent, ""),
         )
 
 
@@ -333,8 +324,7 @@ class MemoryWriters:
     """Actors that encode documents into memory; their models stay loaded until the `with` block ends.
 
     Args:
-        make_reader: pickled; makes on a worker an object whose `read(documents, advance)` gives each document with its
-            memory, in any order, and calls `advance` with (source, tokens) meanwhile, as `library.reader.Reader` does.
+        make_reader: pickled; makes on a worker an object whose `read` is as that of `llamory.library.reader.Reader`.
         address: address of a running cluster; None to start one on this machine.
         on_gpu: one writer per GPU instead of one per core.
 
@@ -381,7 +371,7 @@ class MemoryWriters:
             except ray.exceptions.RayActorError as actor_error:
                 raise LlamoryError(
                     "A worker that encodes documents died several times, probably because memory ran out; use fewer "
-                    "workers or a smaller reader. Finished memories are kept."
+                    "workers or a smaller reader."
                 ) from actor_error
             if error:
                 raise LlamoryError(error)
@@ -393,8 +383,7 @@ class MemoryWriters:
     def _start_writers(self, max_writers: int) -> list[Any]:
         import ray
 
-        max_actors = max(1, int(ray.cluster_resources().get("GPU" if self._on_gpu else "CPU", 1)))
-        actor_resources: dict[str, Any] = {"num_gpus": 1} if self._on_gpu else {"num_cpus": 1}
+        max_actors, actor_resources = _actors(self._on_gpu)
         actor = ray.remote(max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS, **actor_resources)(MemoryWriter)
         while len(self._writers) < min(max_writers, max_actors):
             self._writers.append(actor.remote(self._make_reader))

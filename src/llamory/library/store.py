@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 # Version 1 had no `key` and `page` columns and no full-text index.
 FORMAT_VERSION = 2
-_READABLE_VERSIONS = (1, FORMAT_VERSION)
 # Each commit adds a small file and a list of all files; compaction joins them before the lists grow long.
 COMMITS_PER_COMPACTION = 256
 # How long overwritten states stay for processes that read them.
@@ -70,25 +69,22 @@ class PassageStore:
     """The table of one library. Each batch of whole documents is written in one commit."""
 
     def __init__(self, database: DBConnection, table: Table, settings: Settings, uri: str) -> None:
-        self._database = database
-        self._table = table
+        self.settings = settings
+        self._database, self._table, self._uri = database, table, uri
         self._file_index: Table | None = None
-        self._unfinished = False
-        self._uri = uri
+        self.unfinished = False  # whether an earlier run wrote without `finish_write`; known after `file_index`
         self._commits = self._uncompacted_rows = 0  # since the last compaction
         self._has_deletions = False  # since `start_write`
         self._has_keys = "key" in table.schema.names
         self._old_keys: np.ndarray | None = None  # sorted (passages,) int64, as of the first use
         self._new_keys: set[int] = set()  # of passages written since
-        self.settings = settings
 
     @classmethod
     def open(cls, uri: str) -> PassageStore | None:
         """Open the table of a library; None if there is none.
 
         Raises:
-            LlamoryError: `uri` is empty or no address, or the table isn't a library's, is damaged or of a format that
-                this version can't read.
+            LlamoryError: `uri` is no address, or the table is damaged, not a library's or of a later format.
         """
         import lancedb
 
@@ -160,8 +156,7 @@ class PassageStore:
         """The vectors of those of some passage texts that the table holds, in any document."""
         requested = set(texts)
         if self._has_keys:
-            keys = [str(key) for key in map(text_key, requested) if self._may_contain(key)]
-            conditions = [f"key IN ({', '.join(some)})" for some in _slices(keys)]
+            conditions = _sql_in("key", filter(self._may_contain, map(text_key, requested)))
         else:
             conditions = _sql_in("text", requested)
         vectors: dict[str, np.ndarray] = {}
@@ -254,20 +249,14 @@ class PassageStore:
 
     def finish_write(self) -> None:
         """Compact the table after a run's writes and those of an earlier run that was killed."""
-        self.compact(rebuild=(self._has_deletions or self._unfinished) and len(self) <= _MAX_REBUILD_CHUNKS)
+        self.compact(rebuild=(self._has_deletions or self.unfinished) and len(self) <= _MAX_REBUILD_CHUNKS)
         self.clear_indexed([_WRITE_MARKER])
-        self._unfinished = False
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether an earlier run wrote without `finish_write`; known after `file_index`."""
-        return self._unfinished
+        self.unfinished = False
 
     def compact(self, *, rebuild: bool = False) -> None:
         """Join the small files of many commits, and update the full-text index.
 
-        Args:
-            rebuild: build the full-text index anew; otherwise deleted passages keep counting in its statistics.
+        With `rebuild` the index is built anew; otherwise deleted passages keep counting in its statistics.
         """
         from lancedb.index import FTS
 
@@ -304,7 +293,7 @@ class PassageStore:
                 return {}
             rows = self._file_index.search().select(["file", "content"]).to_arrow().to_pydict()
         index = dict(zip(rows["file"], rows["content"], strict=True))
-        self._unfinished = index.pop(_WRITE_MARKER, None) is not None
+        self.unfinished = index.pop(_WRITE_MARKER, None) is not None
         return index
 
     def mark_indexed(self, contents: Mapping[str, str]) -> None:
@@ -344,7 +333,7 @@ class PendingVectors:
         import lancedb
 
         self._uri, self._fingerprint = uri, fingerprint
-        self._files: dict[str, str] = {}  # by source
+        self.files: dict[str, str] = {}  # of each source that has vectors here
         self._vectors: dict[str, np.ndarray] = {}  # by the text's digest
         folder = local_folder(uri)
         if read_only and folder is not None and not folder.is_dir():
@@ -359,7 +348,7 @@ class PendingVectors:
                     self._drop()
                 return
             rows = self._table.to_arrow()
-        self._files = dict(zip(rows["source"].to_pylist(), rows["file"].to_pylist(), strict=True))
+        self.files = dict(zip(rows["source"].to_pylist(), rows["file"].to_pylist(), strict=True))
         matrix = _matrix(rows, rows.schema.field("vector").type.list_size)
         self._vectors = dict(zip(rows["digest"].to_pylist(), matrix, strict=True))
 
@@ -385,26 +374,21 @@ class PendingVectors:
                 self._table = self._database.create_table(_PENDING_TABLE, data)
             else:
                 self._table.add(data)
-        self._files |= {row["source"]: row["file"] for row in rows}
+        self.files |= {row["source"]: row["file"] for row in rows}
 
     def clear(self, sources: Collection[str]) -> None:
         """Delete the vectors of some sources; those of others stay."""
-        known = self._files.keys() & set(sources)
+        known = self.files.keys() & set(sources)
         if self._table is None or not known:
             return
         for source in known:
-            del self._files[source]
+            del self.files[source]
         with _user_errors(self._uri):
-            if not self._files:
+            if not self.files:
                 self._drop()
                 return
             for condition in _sql_in("source", known):
                 self._table.delete(condition)
-
-    @property
-    def files(self) -> dict[str, str]:
-        """The file of each source that has vectors here."""
-        return dict(self._files)
 
     def _drop(self) -> None:
         self._database.drop_table(_PENDING_TABLE)
@@ -436,10 +420,8 @@ def _load_settings(table: Table, uri: str) -> Settings:
             f"The library at {uri} was made by a later llamory (format {version}; this one reads up to "
             f"{FORMAT_VERSION}); upgrade llamory to use it."
         )
-    if version not in _READABLE_VERSIONS:
-        raise LlamoryError(
-            f"{uri} is not a library that this version of llamory can read; make it again with `llamory index`."
-        )
+    if version not in (1, FORMAT_VERSION):
+        raise LlamoryError(f"{uri} is not a library that this llamory can read; make it again with `llamory index`.")
     settings["chunk_size"] = settings.get("passage_length")
     settings["model"] = unshadowed_name(settings["model"])
     return Settings(**{field.name: settings[field.name] for field in fields(Settings)})
@@ -447,10 +429,7 @@ def _load_settings(table: Table, uri: str) -> Settings:
 
 @contextmanager
 def _user_errors(uri: str) -> Iterator[None]:
-    """Turn what LanceDB reports of the disk into an OSError, and what it reports of a table into a LlamoryError.
-
-    LanceDB raises a RuntimeError for both, and a ValueError for arguments that are wrong: a bug, which passes.
-    """
+    """Turn LanceDB's RuntimeErrors into an OSError if they are about the disk, a LlamoryError if about a table."""
     try:
         yield
     except RuntimeError as error:
@@ -484,11 +463,8 @@ def _matrix(rows: pa.Table, dimension: int) -> np.ndarray:
     return vectors
 
 
-def _slices(values: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(values), _SQL_LIST_LENGTH):
-        yield values[start : start + _SQL_LIST_LENGTH]
-
-
-def _sql_in(column: str, values: Collection[str]) -> list[str]:
+def _sql_in(column: str, values: Iterable[str] | Iterable[int]) -> list[str]:
     """SQL conditions that hold together for the rows whose column has one of some values."""
-    return [f"{column} IN ({', '.join(map(sql_string, some))})" for some in _slices(sorted(values))]
+    literals = [sql_string(each) if isinstance(each, str) else str(each) for each in sorted(values)]
+    starts = range(0, len(literals), _SQL_LIST_LENGTH)
+    return [f"{column} IN ({', '.join(literals[start : start + _SQL_LIST_LENGTH])})" for start in starts]
