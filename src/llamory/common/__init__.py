@@ -1,1 +1,1 @@
-"""Helpers without a subject of their own: files, locks, progress bars, free memory."""
+"""Helpers without a subject of their own: files, locks, optional packages, progress bars, free memory."""

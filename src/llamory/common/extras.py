@@ -1,7 +1,8 @@
-"""Optional dependencies: which extra of the package holds which modules, and one sentence where one is missing."""
+"""The optional packages of each extra, and one sentence where one is missing."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -20,26 +21,17 @@ EXTRAS = {
 
 
 def require(extra: str) -> None:
-    """Check that all modules of an extra can be found; nothing is imported.
-
-    Raises:
-        LlamoryError: one of them is not installed.
-    """
+    """Check that the modules of an extra are installed, without importing them; else raise LlamoryError."""
     for name in EXTRAS[extra]:
-        try:
-            missing = find_spec(name) is None
-        except (ImportError, ValueError):  # ValueError: sys.modules holds None for a blocked module
-            missing = True
-        if missing:
+        found = None
+        with suppress(ImportError, ValueError):  # ValueError: sys.modules holds None for a blocked module
+            found = find_spec(name)
+        if found is None:
             raise LlamoryError(_sentence(name, extra))
 
 
 def import_extra(name: str) -> ModuleType:
-    """Import a module of an extra, such as "matplotlib.figure".
-
-    Raises:
-        LlamoryError: it is not installed.
-    """
+    """Import a module of an extra, such as "matplotlib.figure"; raise LlamoryError if it is not installed."""
     try:
         return import_module(name)
     except ImportError as error:

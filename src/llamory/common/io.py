@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and digests."""
+"""Files that are written whole or not at all, digests, and the lock of a library."""
 
 from __future__ import annotations
 
@@ -24,19 +24,14 @@ except ImportError:  # not a POSIX system: two processes that write the same fil
 
 logger = logging.getLogger(__name__)
 
-_LOCK_NAME = ".writing.lock"
 PathLike = str | os.PathLike[str]
 
 
 @contextmanager
 def atomic_path(path: PathLike) -> Iterator[Path]:
-    """Give a temporary path beside `path`, which replaces it if the block ends without an error.
+    """Give a temporary path with the same suffix, which replaces `path` if the block ends without an error.
 
-    A kill at any moment leaves the old file (or folder) or the new one. The temporary path has the suffix of `path`,
-    since some libraries choose a format by it; the folder of `path` is made if it doesn't exist.
-
-    Raises:
-        OSError: the file can't be written; the temporary file is removed and the old one stays.
+    A kill at any moment leaves the old file (or folder) or the new one. A missing folder is made.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -57,9 +52,7 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
     """Open a large file for writing; it replaces `path`, flushed to the disk, if the block ends without an error.
 
     The temporary file always has the same name and is locked, so killed runs leave one at most, and writers take turns.
-
-    Raises:
-        OSError: the file can't be written; its `filename` is `path`, and the old file stays.
+    An OSError has `path` as its `filename`; the old file stays.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +67,12 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
-        _sync_folder(target.parent)
+        with suppress(OSError):  # the file is in its place; some systems can't flush a folder
+            descriptor = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         if error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(target), None
@@ -83,30 +81,19 @@ def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _open_exclusive(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that is to be written anew, once no other process writes it."""
+    """Open a file to write anew, once no other process writes it."""
     while True:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             if fcntl is not None:
                 with suppress(OSError):  # some network file systems have no locks
                     fcntl.flock(file, fcntl.LOCK_EX)
-            # The process that had the lock may have renamed the file meanwhile.
-            try:
+            renamed = True
+            with suppress(FileNotFoundError):  # the process that had the lock may have renamed the file meanwhile
                 renamed = not os.path.samestat(path.stat(), os.fstat(file.fileno()))
-            except FileNotFoundError:
-                renamed = True
             if not renamed:
                 file.truncate()
                 yield file
                 return
-
-
-def _sync_folder(folder: Path) -> None:
-    with suppress(OSError):  # the file is in its place; some systems can't flush a folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def write_text(path: PathLike, text: str) -> None:
@@ -134,24 +121,18 @@ def file_digest(path: PathLike) -> str:
 
 def json_digest(value: Any, digits: int = 32) -> str:
     """The first hexadecimal digits of the SHA-256 of a value as JSON with sorted keys; other types count as `str`."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:digits]
 
 
 @contextmanager
 def write_lock(uri: str, *, wait: bool = True, notify: Callable[[str], None] = logger.info) -> Iterator[None]:
     """Hold a library's lock; the system releases it when the process ends, however it ends.
 
-    The lock of a folder is a file in it, so it holds for all machines that share the disk. The lock of an object store
-    is a file in the temporary folder of this machine, so it holds for the processes of this machine only.
+    The lock of a folder holds for all machines that share the disk, that of an object store for this machine only.
 
     Args:
         uri: folder or object-store URI of the library.
-        wait: wait until the other process is done.
-        notify: called with a sentence if another process holds the lock.
-
-    Raises:
-        LlamoryError: another process holds the lock, and `wait` is off.
+        wait: wait for another process that holds the lock, after a call of `notify`; else raise LlamoryError.
     """
     from filelock import FileLock, Timeout
 
@@ -161,11 +142,10 @@ def write_lock(uri: str, *, wait: bool = True, notify: Callable[[str], None] = l
     try:
         lock.acquire(timeout=0)
     except Timeout:
+        message = f"Another process is writing to the library at {uri}"
         if not wait:
-            raise LlamoryError(
-                f"Another process is writing to the library at {uri}; try again when it is done, or wait for it."
-            ) from None
-        notify(f"Another process is writing to the library at {uri}; waiting until it is done.")
+            raise LlamoryError(f"{message}; try again when it is done, or wait for it.") from None
+        notify(f"{message}; waiting until it is done.")
         lock.acquire()
     try:
         yield
@@ -174,10 +154,9 @@ def write_lock(uri: str, *, wait: bool = True, notify: Callable[[str], None] = l
 
 
 def lock_path(uri: str) -> Path:
-    """Path of a library's lock file."""
-    folder = local_folder(uri)
-    if folder is not None:
-        return folder / _LOCK_NAME
+    """Path of a library's lock file, for an object store in the temporary folder of this machine."""
+    if (folder := local_folder(uri)) is not None:
+        return folder / ".writing.lock"
     return Path(tempfile.gettempdir(), f"llamory-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock")
 
 

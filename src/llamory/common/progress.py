@@ -22,7 +22,7 @@ class _Speed(ProgressColumn):
 
 
 class ProgressBar:
-    """Units done, units per second and the time remaining; use it as a context manager.
+    """Units done, units per second and the time remaining; a context manager.
 
     Args:
         title: what is being done, such as "Indexing".
@@ -30,15 +30,14 @@ class ProgressBar:
         unit: name of a unit in the plural, such as "tokens".
         completed: units done by an earlier run; they don't count for the speed.
         shown: whether anything is written.
-        speed: whether units per second are shown.
+        speed: whether the bar shows units per second.
     """
 
     def __init__(
         self, title: str, total: int, *, unit: str, completed: int = 0, shown: bool = True, speed: bool = False
     ):
-        console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
-        self._console, self._shown = console, shown
-        self._lines = shown and not console.is_terminal
+        self._console = console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._shown, self._lines = shown, shown and not console.is_terminal
         self._title, self._unit, self._total = title, unit, total
         self._earlier = self._completed = completed
         self._description = self._detail = ""
@@ -92,8 +91,6 @@ class ProgressBar:
         rate = (self._completed - self._earlier) / elapsed if elapsed else 0.0
         line = f"{heading}: {self._completed:,} of {self._total:,} {self._unit}"
         if rate:
-            remaining = max(0, round((self._total - self._completed) / rate))
-            line += (
-                f", {rate:,.{0 if rate >= 10 else 1}f} {self._unit}/s, {remaining // 60}:{remaining % 60:02} remaining"
-            )
+            minutes, seconds = divmod(max(0, round((self._total - self._completed) / rate)), 60)
+            line += f", {rate:,.{0 if rate >= 10 else 1}f} {self._unit}/s, {minutes}:{seconds:02} remaining"
         return f"{line}, {self._detail}" if self._detail else line

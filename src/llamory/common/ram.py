@@ -25,7 +25,7 @@ _OOM_MESSAGES = ("can't allocate memory", "cannot allocate memory", "not enough 
 
 @contextmanager
 def translate_oom(advice: str) -> Iterator[None]:
-    """Turn the out-of-memory errors of Python, torch and the system into one LlamoryError that ends in `advice`."""
+    """Turn out-of-memory errors of Python, torch and the system into one LlamoryError that ends in `advice`."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError, LlamoryError) as error:
@@ -45,10 +45,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def require_free_ram(size: int) -> None:
-    """Raise MemoryError unless `size` more bytes are free.
-
-    Linux grants allocations that it cannot serve and kills the process later, so this checks first.
-    """
+    """Raise MemoryError unless `size` more bytes are free: Linux grants more and kills the process later."""
     if available_ram() < size + RESERVED_BYTES:
         raise MemoryError(f"{size} bytes more would leave too little")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,12 +35,10 @@ class BeirDataset:
     """One split of a BEIR folder; the corpus is streamed.
 
     Attributes:
-        folder: of the corpus, the queries and the qrels.
         split: name of the qrels.
         queries: text of each query of the folder, by id.
         qrels: for each query id of the qrels, the score of each document id; 0 is not relevant.
         locations: file and line of each (query id, document id) of the qrels.
-        skip_broken: whether broken lines of the corpus are skipped.
     """
 
     folder: Path
@@ -88,9 +87,8 @@ def read_beir(folder: Path, split: str | None = None, *, skip_broken: bool = Fal
         folder = split_folder
     for name in (CORPUS, QUERIES):
         if not (folder / name).is_file():
-            raise LlamoryError(
-                f"{folder} is no BEIR folder: there is no {name} (it should have {CORPUS}, {QUERIES}, {QRELS}/*.tsv)."
-            )
+            required = f"{CORPUS}, {QUERIES}, {QRELS}/*.tsv"
+            raise LlamoryError(f"{folder} is no BEIR folder: there is no {name} (it should have {required}).")
     split = _resolve_split(folder, split)
     queries = dict(entry for _, entry in read_json_lines(folder / QUERIES, _query_entry, skip_broken=skip_broken))
     qrels: dict[str, dict[str, float]] = {}
@@ -117,7 +115,7 @@ def _resolve_split(folder: Path, split: str | None) -> str:
 
 
 def _qrels_rows(file: Path) -> Iterator[tuple[int, str, str, float]]:
-    """Line number, query id, document id and score of each row; a header, and TREC's second column, are left out."""
+    """Line, query id, document id and score of each row, without a header and TREC's second column."""
     with file.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
         try:
@@ -127,21 +125,18 @@ def _qrels_rows(file: Path) -> Iterator[tuple[int, str, str, float]]:
                 if len(row) == 4:
                     del row[1]
                 if len(row) != 3 or not _is_number(row[2]):
-                    raise LlamoryError(
-                        f"{file}:{reader.line_num}: a line should be a query's id, a document's id and a score, with "
-                        "tabs between them; mend or remove the line."
-                    )
+                    fields = "a query's id, a document's id and a score, with tabs between them"
+                    raise LlamoryError(f"{file}:{reader.line_num}: a line should be {fields}; mend or remove the line.")
                 yield reader.line_num, row[0], row[1], float(row[2])
         except UnicodeDecodeError as error:
             raise LlamoryError(f"{file} is not UTF-8 text ({error}).") from error
 
 
 def _is_number(text: str) -> bool:
-    try:
+    with suppress(ValueError):
         float(text)
-    except ValueError:
-        return False
-    return True
+        return True
+    return False
 
 
 def _document_entry(entry: dict[str, Any]) -> tuple[str, str, str]:

@@ -48,7 +48,6 @@ def chunk_document(
     within it. A section of hardly more than a heading is joined to the next one.
 
     Args:
-        document: the document.
         tokenizer: a fast tokenizer; its special tokens are not counted.
         max_tokens: maximum tokens of a chunk; only a single character may have more.
         language: code of the language for splitting sentences.
@@ -66,8 +65,12 @@ def chunk_document(
             if len(encoding) <= max_tokens:
                 spans: list[TextSpan] = [(0, len(section.text))]
             else:
-                units = _lines(section.text) if document.code else _sentences(section.text, language)
-                spans = _ChunkBuilder(section.text, encoding, tokenizer, max_tokens).pack(units)
+                if document.code:
+                    starts = [match.end() for match in re.finditer("\n", section.text)]
+                else:  # the library leaves some blank lines out between the ends and the next starts
+                    sentences = sentencex.get_sentence_boundaries(language, section.text)
+                    starts = [sentence["start_index"] for sentence in sentences]
+                spans = _ChunkBuilder(section.text, encoding, tokenizer, max_tokens).pack(_spans(section.text, starts))
             newlines = at = 0
             for first, last in spans:
                 text = section.text[first:last]
@@ -78,30 +81,22 @@ def chunk_document(
                     yield Chunk(cleaned, document.source, section.title, *location)
 
 
-# ---- sections ------------------------------------------------------------------------------------------------------
-
-
 def _group_sections(sections: Sequence[Section]) -> list[_SectionGroup]:
     """Join consecutive sections of one title, and tiny sections with the next (the last with the one before)."""
     groups = [list(group) for _, group in groupby(sections, key=lambda section: section.title)]
     merged: list[tuple[list[Section], str]] = []
-    pending_sections: list[Section] = []
+    pending: list[Section] = []
     for group in groups:
-        if _is_short(group):
-            pending_sections += group
-        else:
-            merged.append((pending_sections + group, group[0].title))
-            pending_sections = []
-    if pending_sections and merged:
-        merged[-1][0].extend(pending_sections)
-    elif pending_sections:
-        merged.append((pending_sections, pending_sections[0].title))
+        pending += group
+        words = sum(len(section.text.split()) for section in group)
+        if words - len(group[0].title.split()) >= MIN_SECTION_WORDS:
+            merged.append((pending, group[0].title))
+            pending = []
+    if pending and merged:
+        merged[-1][0].extend(pending)
+    elif pending:
+        merged.append((pending, pending[0].title))
     return [_join_sections(group, title) for group, title in merged]
-
-
-def _is_short(group: Sequence[Section]) -> bool:
-    words = sum(len(section.text.split()) for section in group)
-    return words - len(group[0].title.split()) < MIN_SECTION_WORDS
 
 
 def _join_sections(sections: Sequence[Section], title: str) -> _SectionGroup:
@@ -125,25 +120,19 @@ def _split_long_section(section: _SectionGroup) -> Iterator[_SectionGroup]:
         rows = slice(newlines, newlines + text.count("\n", start, stop) + 1)
         yield _SectionGroup(text[start:stop], section.title, section.lines[rows], section.pages[rows])
         newlines, start = rows.stop - 1, stop
-    yield (
-        _SectionGroup(text[start:], section.title, section.lines[newlines:], section.pages[newlines:])
-        if start
-        else section
-    )
+    yield _SectionGroup(text[start:], section.title, section.lines[newlines:], section.pages[newlines:])
 
 
 def _batches(pieces: Iterable[_SectionGroup]) -> Iterator[list[_SectionGroup]]:
     """Group sections for the tokenizer."""
-    batch: list[_SectionGroup] = []
-    characters = 0
+    batch, characters = list[_SectionGroup](), 0
     for piece in pieces:
         batch.append(piece)
         characters += len(piece.text)
         if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
-    if batch:
-        yield batch
+    yield batch
 
 
 def _clean(text: str) -> str:
@@ -151,17 +140,12 @@ def _clean(text: str) -> str:
     return dedent(text).strip()
 
 
-# ---- packing -------------------------------------------------------------------------------------------------------
-
-
 class _ChunkBuilder:
     """Packs one section into chunks: token positions give an estimate, the tokenizer checks it."""
 
     def __init__(self, text: str, encoding: Encoding, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> None:
-        self.text = text
+        self.text, self.tokenizer, self.max_tokens = text, tokenizer, max_tokens
         self.token_starts = [start for start, _ in encoding.offsets]
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
 
     def pack(self, units: list[TextSpan]) -> list[TextSpan]:
         """Join consecutive units to the longest spans that fit; a unit that doesn't fit is split."""
@@ -185,9 +169,8 @@ class _ChunkBuilder:
         token = bisect_left(self.token_starts, first) + self.max_tokens + _EDGE_TOKENS
         if token >= len(self.token_starts):
             return len(pending)
-        limit_offset = self.token_starts[token]
         # The units' ends fall with the index, so their negatives rise.
-        return max(1, len(pending) - bisect_left(pending, -limit_offset, key=lambda span: -span[1]))
+        return max(1, len(pending) - bisect_left(pending, -self.token_starts[token], key=lambda span: -span[1]))
 
     def _fits(self, span: TextSpan) -> bool:
         return len(_encode(self.tokenizer, [_clean(self.text[slice(*span)])])[0]) <= self.max_tokens
@@ -195,15 +178,6 @@ class _ChunkBuilder:
     def _split_span(self, first: int, last: int) -> list[TextSpan]:
         words = [(first + m.start(), first + m.end()) for m in re.finditer(r"\s*\S+\s*", self.text[first:last])]
         return words if len(words) > 1 else [(i, i + 1) for i in range(first, last)]
-
-
-def _sentences(text: str, language: str) -> list[TextSpan]:
-    # Only the starts are used: between the ends and the next starts the library leaves some blank lines out.
-    return _spans(text, [sentence["start_index"] for sentence in sentencex.get_sentence_boundaries(language, text)])
-
-
-def _lines(text: str) -> list[TextSpan]:
-    return _spans(text, [match.end() for match in re.finditer("\n", text)])
 
 
 def _spans(text: str, starts: Sequence[int]) -> list[TextSpan]:
@@ -218,9 +192,5 @@ def _spans(text: str, starts: Sequence[int]) -> list[TextSpan]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Encoding]:
-    if not texts:
-        return []
-    batch = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )
-    return batch.encodings
+    options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+    return tokenizer(texts, add_special_tokens=False, **options).encodings if texts else []

@@ -45,15 +45,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a document that fits a model.
-
-    Attributes:
-        text: of the chunk.
-        source: the document's source.
-        title: of its section.
-        line: its first line, counted from 1.
-        page: its first page or cell; None for formats without.
-    """
+    """A part of a document that fits a model; `title` is its section's, `line` and `page` (or cell) are its first."""
 
     text: str
     source: str

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from llamory.common.io import PathLike
 from llamory.documents.document import Document, Section
@@ -21,20 +21,12 @@ T = TypeVar("T")
 OnBroken = Callable[[str, str], None]
 
 
-class Hasher(Protocol):
-    """A hash of `hashlib`."""
-
-    def update(self, data: bytes, /) -> None:
-        """Add data."""
-
-
 def read_documents(
     paths: PathLike | Iterable[PathLike], *, text_field: str = "text", skip_broken: bool = False
 ) -> Iterator[Document]:
     """Read files and folders as documents, one by one; documents without text are skipped.
 
     Args:
-        paths: files and folders, as for `find_files`.
         text_field: the field of a JSON line that holds the text.
         skip_broken: skip broken JSON lines and files that aren't UTF-8, with a warning in the log.
 
@@ -64,27 +56,21 @@ def read_file(
     skip_broken: bool = False,
     broken: OnBroken | None = None,
     max_bytes: int | None = None,
-    hasher: Hasher | None = None,
+    hasher: Any = None,
 ) -> Iterator[Document]:
-    """Read one file: one document, or one per line of a JSON lines file. Settings and errors as `read_documents`.
+    """Read one file: one document, or one per line of a JSON lines file. Errors as `read_documents`.
 
     Args:
-        path: the file.
-        text_field: the field of a JSON line that holds the text.
-        skip_broken: skip what is broken, with a warning in the log.
+        text_field, skip_broken: as for `read_documents`.
         broken: called for each broken JSON line, which is then skipped.
         max_bytes: a larger file, or a longer line of JSON lines, is broken.
         hasher: its `update` is called with all bytes of the file, in order, as they are read.
     """
     suffix = path.suffix.lower()
     if suffix == JSON_LINES:
+        parse_line = _text_and_title(text_field)
         lines = read_json_lines(
-            path,
-            _text_and_title(text_field),
-            skip_broken=skip_broken,
-            broken=broken,
-            max_bytes=max_bytes,
-            hasher=hasher,
+            path, parse_line, skip_broken=skip_broken, broken=broken, max_bytes=max_bytes, hasher=hasher
         )
         for line, (text, title) in lines:
             if text.strip():
@@ -112,17 +98,15 @@ def read_json_lines(
     skip_broken: bool = False,
     broken: OnBroken | None = None,
     max_bytes: int | None = None,
-    hasher: Hasher | None = None,
+    hasher: Any = None,
 ) -> Iterator[tuple[int, T]]:
-    """Read the objects of a JSON lines file with their line numbers; blank lines are skipped.
+    """Read the objects of a JSON lines file, line by line, with their line numbers; blank lines are skipped.
 
     Args:
-        path: the file, of any size: it is read line by line.
         parse: converts an object; it raises LlamoryError with the reason if the object is invalid.
         skip_broken: skip broken lines, with their number in the log.
         broken: called with the location and the reason of each broken line, which is then skipped.
-        max_bytes: a longer line is broken.
-        hasher: as for `read_file`.
+        max_bytes, hasher: as for `read_file`.
 
     Raises:
         LlamoryError: a line isn't UTF-8, not JSON, no object, or invalid; the message has file and line.
@@ -143,9 +127,8 @@ def read_json_lines(
                 if broken is not None:
                     broken(location, reason)
                 elif not skip_broken:
-                    raise LlamoryError(
-                        f"{location}: {reason}; mend or remove the line, or skip broken lines."
-                    ) from error
+                    message = f"{location}: {reason}; mend or remove the line, or skip broken lines."
+                    raise LlamoryError(message) from error
                 skipped_lines, first = skipped_lines + 1, first or f"{location}: {reason}"
                 continue
             yield number, result
@@ -154,7 +137,7 @@ def read_json_lines(
         logger.warning("Skipped %d broken line%s; the first: %s", skipped_lines, plural, first)
 
 
-def _numbered_lines(file: BinaryIO, max_bytes: int | None, hasher: Hasher | None) -> Iterator[tuple[int, bytes]]:
+def _numbered_lines(file: BinaryIO, max_bytes: int | None, hasher: Any) -> Iterator[tuple[int, bytes]]:
     """Lines with their numbers; only the first `max_bytes` + 1 bytes of a line that is too long."""
     size = -1 if max_bytes is None else max_bytes + 1
 

@@ -1,4 +1,4 @@
-"""Find the documents in files and folders. Nothing outside of them is read, whatever links lead there."""
+"""Find the documents in files and folders, and read files that may change meanwhile; no link leads out of them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,6 @@ def scan_files(paths: Sequence[Path], *, log_skipped: bool = False) -> FileScan:
     they lead to a file inside the given folders.
 
     Args:
-        paths: files and folders.
         log_skipped: log a warning for each file and folder that is skipped or can't be read.
 
     Raises:
@@ -83,7 +82,12 @@ def scan_files(paths: Sequence[Path], *, log_skipped: bool = False) -> FileScan:
             raise LlamoryError(f"{path} is not a regular file; give a file that holds text.")
         else:
             files[path] = None
-    scan.files = [path for path in files if _has_valid_name(path, scan)]
+    for path in files:
+        try:
+            str(path).encode()
+            scan.files.append(path)
+        except UnicodeEncodeError:
+            scan.failed.append(SkippedFile(str(path), "its name is not valid Unicode; rename it"))
     for each in (*scan.skipped, *scan.failed) if log_skipped else ():
         logger.warning("Skipped %s: %s.", each.path, each.reason)
     return scan
@@ -91,10 +95,6 @@ def scan_files(paths: Sequence[Path], *, log_skipped: bool = False) -> FileScan:
 
 def find_files(paths: PathLike | Iterable[PathLike], *, log_skipped: bool = True) -> list[Path]:
     """List the documents in files and folders, as `scan_files`, and check that there is text.
-
-    Args:
-        paths: files and folders.
-        log_skipped: as for `scan_files`.
 
     Raises:
         LlamoryError: as `scan_files`; or a folder has no documents, a file given by name is empty, or no file has text.
@@ -152,22 +152,8 @@ def _skip_reason(path: Path, roots: Sequence[str]) -> str:
     return LINK_OUTSIDE if path.is_symlink() and not is_within(path, roots) else ""
 
 
-def _has_valid_name(path: Path, scan: FileScan) -> bool:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        scan.failed.append(SkippedFile(str(path), "its name is not valid Unicode; rename it"))
-        return False
-    return True
-
-
 def open_regular(path: Path) -> io.BufferedReader:
-    """Open a regular file for reading; a pipe or a device never blocks.
-
-    Raises:
-        LlamoryError: it isn't a regular file.
-        OSError: it can't be opened.
-    """
+    """Open a regular file for reading, without ever blocking; LlamoryError if it is something else."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -176,12 +162,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def read_limited(path: Path, max_bytes: int | None) -> bytes:
-    """The bytes of a file.
-
-    Raises:
-        LlamoryError: there are more than `max_bytes`, or it isn't a regular file.
-        OSError: it can't be read.
-    """
+    """The bytes of a regular file; LlamoryError if there are more than `max_bytes`."""
     with open_regular(path) as file:
         _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
         data = file.read() if max_bytes is None else file.read(max_bytes + 1)
@@ -196,19 +177,12 @@ def _check_size(path: Path, size: int, max_bytes: int | None) -> None:
 
 def too_large_message(size: int, max_bytes: int) -> str:
     """The end of the error message for a file that is too large."""
-    return (
-        f"is too large ({size / 2**20:,.0f} MiB; the limit is {max_bytes / 2**20:,.0f} MiB); split it, or raise the "
-        "largest file size"
-    )
+    sizes = f"{size / 2**20:,.0f} MiB; the limit is {max_bytes / 2**20:,.0f} MiB"
+    return f"is too large ({sizes}); split it, or raise the largest file size"
 
 
 def content_hash(path: Path, max_bytes: int | None = None) -> tuple[str, tuple[int, ...]]:
-    """Hash of a file's bytes, and its state, which changes when the file is written.
-
-    Raises:
-        LlamoryError: there are more than `max_bytes`, or it isn't a regular file.
-        OSError: it can't be read.
-    """
+    """Hash of a file's bytes, and its state; errors as `read_limited`."""
     with open_regular(path) as file:
         state = _stat_key(os.fstat(file.fileno()))
         _check_size(path, os.fstat(file.fileno()).st_size, max_bytes)
@@ -216,13 +190,8 @@ def content_hash(path: Path, max_bytes: int | None = None) -> tuple[str, tuple[i
 
 
 def file_state(path: Path) -> tuple[int, ...]:
-    """The state of a file, as `content_hash` returns it."""
+    """The state of a file, which changes when the file is written."""
     return _stat_key(path.stat())
-
-
-def unchanged_since(path: Path, state: tuple[int, ...]) -> bool:
-    """Whether a file still has a state."""
-    return file_state(path) == state
 
 
 def _stat_key(status: os.stat_result) -> tuple[int, ...]:

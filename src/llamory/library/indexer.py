@@ -190,7 +190,7 @@ class _FileChunker:
 
     def _chunk(self, task: FileTask) -> Iterator[None]:
         from llamory.documents import SkippedFile, read_file
-        from llamory.documents.scan import file_state, unchanged_since
+        from llamory.documents.scan import file_state
 
         path, config, broken_locations = Path(task.file), self.config, list[str]()
         _check_within(path, config)
@@ -211,7 +211,7 @@ class _FileChunker:
             else:
                 self.batch.rows += _rows(document, self.tokenizer, config.chunk_size, task.file, digest)
             yield
-        if not unchanged_since(path, state):
+        if file_state(path) != state:
             raise LlamoryError(f"{path} changed while it was read; index it again.")
         content = task.content if hasher is None else _content_key(path, hasher.hexdigest()[:32], config)
         # A file with broken parts is read again by the next run, which lists them again.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
@@ -13,23 +13,8 @@ from torch import Tensor
 
 from llamory.common.io import PathLike
 from llamory.errors import LlamoryError
-from llamory.memory import files
-from llamory.memory.blocks import (
-    LARGEST_BLOCK,
-    Block,
-    Segment,
-    SegmentSpan,
-    Span,
-    SpanList,
-    capacity_for,
-    compact_tail,
-    dtype_name,
-    memory_dtype,
-    merge_spans,
-    slice_spans,
-)
-
-DEFAULT_SEGMENT = "context"
+from llamory.memory import blocks, files
+from llamory.memory.blocks import LARGEST_BLOCK, Block, Segment, SegmentSpan, Span, SpanList, dtype_name, merge_spans
 
 # A segment that can't continue in its block continues in a shared one only if its last span is at least this long:
 # many short spans would cost every search a call each.
@@ -42,23 +27,18 @@ _write_lock = threading.Lock()
 class MemoryBank:
     """Keys and values of a reader's memory layers, in named, ordered segments (one per document).
 
-    Appending writes into preallocated blocks that double in size and never moves tokens (except the short spans of
-    forks of forks). Forks, attached segments and loaded files share blocks; `copy.deepcopy` of a bank is a fork.
+    Appending writes into preallocated blocks that double in size. Forks (which `copy.deepcopy` makes too), attached
+    segments and loaded files share blocks.
 
     Args:
         layers: indices of the memory layers in the model.
-        kv_heads: key/value heads of the model.
-        head_dim: size of a head.
         dtype: storage type: "float32", "bfloat16", "float16", or "int8" (one scale per token and head).
         device: where the memory is stored; None for the device of the first keys of each layer.
         fingerprint: identity of the model that computes the memory, "" if unknown.
 
-    Attributes:
-        layers, kv_heads, head_dim, fingerprint: as given; the layers as a tuple.
-        dtype, device: as given, as torch types.
-
     Raises:
-        LlamoryError: a layer is repeated or negative, a size isn't positive, or the dtype is unknown.
+        LlamoryError: a layer is repeated or negative, a size isn't positive, or the dtype is unknown; in the methods
+            also if a layer has no memory or a segment doesn't exist.
     """
 
     def __init__(
@@ -77,7 +57,7 @@ class MemoryBank:
         if kv_heads < 1 or head_dim < 1:
             raise LlamoryError(f"A memory needs at least one head of size 1, not {kv_heads} of size {head_dim}.")
         self.kv_heads, self.head_dim = kv_heads, head_dim
-        self.dtype = memory_dtype(dtype)
+        self.dtype = blocks.memory_dtype(dtype)
         self.device = None if device is None else torch.device(device)
         self.fingerprint = fingerprint
         self._segments: dict[str, Segment] = {}
@@ -90,12 +70,8 @@ class MemoryBank:
         self._cached_prefix_spans: dict[int, list[Span]] = {}
 
     def __repr__(self) -> str:
-        return (
-            f"MemoryBank({len(self._segments)} segments, {self.length():,} tokens, "
-            f"layers {_list_layers(self.layers)}, {dtype_name(self.dtype)})"
-        )
-
-    # ---- queries -----------------------------------------------------------------------------------------------------
+        content = f"{len(self._segments)} segments, {self.length():,} tokens, layers {_list_layers(self.layers)}"
+        return f"MemoryBank({content}, {dtype_name(self.dtype)})"
 
     @property
     def segments(self) -> tuple[str, ...]:
@@ -104,7 +80,7 @@ class MemoryBank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tokens in all layers, scales included; unused capacity doesn't count."""
+        """Bytes of all tokens in all layers, scales included, without unused capacity."""
         return sum(self._lengths.values()) * self.token_bytes // max(1, len(self.layers))
 
     @property
@@ -114,24 +90,15 @@ class MemoryBank:
         return len(self.layers) * self.kv_heads * 2 * (self.head_dim * self.dtype.itemsize + scale)
 
     def length(self, layer: int | None = None, segment: str | None = None) -> int:
-        """Tokens in a layer (default: the first memory layer), of one segment or of all.
-
-        Raises:
-            LlamoryError: the layer has no memory, or there is no such segment.
-        """
-        if layer is None:
-            if not self.layers:
-                return 0
-            layer = self.layers[0]
+        """Tokens in a layer (default: the first memory layer), of one segment or of all."""
+        if layer is None and not self.layers:
+            return 0
+        layer = self.layers[0] if layer is None else layer
         self._check_layer(layer)
         return self._lengths[layer] if segment is None else self._segment(segment).length(layer)
 
     def spans(self, layer: int) -> SpanList:
-        """A layer's tokens, segment after segment, as non-empty spans; the same object until the layer changes.
-
-        Raises:
-            LlamoryError: the layer has no memory.
-        """
+        """A layer's tokens, segment after segment, as non-empty spans; the same object until the layer changes."""
         if layer not in self._cached_spans:
             self._check_layer(layer)
             *prefix, last = self._segments.values() or [Segment()]
@@ -142,43 +109,29 @@ class MemoryBank:
         return self._cached_spans[layer]
 
     def keys(self, layer: int, segment: str | None = None) -> Tensor:
-        """A copy of a layer's keys, (kv_heads, tokens, head_dim) float32, of one segment or of all.
-
-        Raises:
-            LlamoryError: the layer has no memory, or there is no such segment.
-        """
-        return self._concat([span.keys(torch.float32) for span in self._spans_of(layer, segment)])
+        """A copy of a layer's keys, (kv_heads, tokens, head_dim) float32, of one segment or of all."""
+        return self._read(layer, segment, Span.keys)
 
     def values(self, layer: int, segment: str | None = None) -> Tensor:
         """A copy of a layer's values, as `keys`."""
-        return self._concat([span.values(torch.float32) for span in self._spans_of(layer, segment)])
+        return self._read(layer, segment, Span.values)
 
     def metadata(self, segment: str) -> dict[str, Any]:
-        """A copy of the metadata that `set_metadata` stored for a segment.
-
-        Raises:
-            LlamoryError: there is no such segment.
-        """
+        """A copy of the metadata that `set_metadata` stored for a segment."""
         return json.loads(json.dumps(self._segment(segment).metadata))
-
-    # ---- changes -----------------------------------------------------------------------------------------------------
 
     def append(self, layer: int, keys: Tensor, values: Tensor, segment: str | None = None) -> None:
         """Add tokens at the end of a segment.
 
         Args:
-            layer: a memory layer.
             keys: (kv_heads, tokens, head_dim), floating, not rotated; converted to the memory's dtype and device.
             values: the same shape.
             segment: its name; a new one is made at the end. None for the last one, or "context" if there is none.
-
-        Raises:
-            LlamoryError: the layer has no memory, or the tensors don't have the memory's shape.
         """
         self._check_layer(layer)
         self._check_tensors(keys, values)
         if segment is None:
-            segment = next(reversed(self._segments), DEFAULT_SEGMENT)
+            segment = next(reversed(self._segments), "context")
         if segment not in self._segments:
             self._add(segment, Segment())
         elif segment != next(reversed(self._segments)):
@@ -186,16 +139,13 @@ class MemoryBank:
         self._cached_spans.pop(layer, None)
         target = self._segments[segment]
         keys, values = keys.detach(), values.detach()
-        written, tokens = 0, keys.shape[1]
+
+        def write(block: Block, start: int, stop: int) -> None:
+            block.write(keys[:, start:stop], values[:, start:stop])
+            self._lengths[layer] += stop - start
+
         with _write_lock:
-            while written < tokens:
-                spans, block = self._writable_block(layer, target.spans.get(layer, ()), tokens - written, keys.device)
-                stop, first = min(tokens, written + block.free), block.filled
-                block.write(keys[:, written:stop], values[:, written:stop])
-                target.spans[layer] = tuple(merge_spans([Span(block, first, block.filled)], spans))
-                self._tail_blocks[layer] = block
-                self._lengths[layer] += stop - written
-                written = stop
+            self._extend(layer, target, keys.shape[1], keys.device, write)
 
     def attach_copy(
         self,
@@ -222,27 +172,26 @@ class MemoryBank:
             for layer in self.layers:
                 spans, length = source.spans.get(layer, ()), source.length(layer) if tokens is None else tokens
                 for start in range(0, length, step):
-                    for part in slice_spans(spans, start, min(start + step, length)):
+                    for part in blocks.slice_spans(spans, start, min(start + step, length)):
                         device = part.block.keys.device if devices is None else devices[layer]
-                        self._copy_span(layer, target, part, device)
+                        self._extend(layer, target, len(part), device, part.copy_to)
         self._add(segment, target)
 
-    def _copy_span(self, layer: int, target: Segment, part: Span, device: torch.device) -> None:
-        start = part.start
-        while start < part.stop:
-            spans, block = self._writable_block(layer, target.spans.get(layer, ()), part.stop - start, device)
-            first, stop = block.filled, min(part.stop, start + block.free)
-            block.append_span(Span(part.block, start, stop))
+    def _extend(
+        self, layer: int, target: Segment, tokens: int, device: torch.device, write: Callable[[Block, int, int], None]
+    ) -> None:
+        """Add tokens to a segment: `write` gets each block with the numbers of the tokens to append to it."""
+        start = 0
+        while start < tokens:
+            spans, block = self._writable_block(layer, target.spans.get(layer, ()), tokens - start, device)
+            first, stop = block.filled, min(tokens, start + block.free)
+            write(block, start, stop)
             target.spans[layer] = tuple(merge_spans([Span(block, first, block.filled)], spans))
             self._tail_blocks[layer] = block
             start = stop
 
     def set_metadata(self, segment: str, **metadata: Any) -> None:
-        """Add metadata of a segment (its source, say); files store them too.
-
-        Raises:
-            LlamoryError: there is no such segment, or a value isn't JSON-serializable.
-        """
+        """Add JSON-serializable metadata of a segment (its source, say); files store them too."""
         target = self._segment(segment)
         try:
             stored = json.loads(json.dumps(metadata, allow_nan=False))
@@ -251,11 +200,7 @@ class MemoryBank:
         target.metadata = {**target.metadata, **stored}
 
     def drop(self, segment: str) -> None:
-        """Remove a segment; its blocks are freed when no bank uses them any more.
-
-        Raises:
-            LlamoryError: there is no such segment.
-        """
+        """Remove a segment; its blocks are freed when no bank uses them any more."""
         dropped = self._segment(segment)
         del self._segments[segment]
         self._clear_caches()
@@ -263,21 +208,13 @@ class MemoryBank:
             self._lengths[layer] -= dropped.length(layer)
 
     def rename(self, old: str, new: str) -> None:
-        """Rename a segment; its position stays.
-
-        Raises:
-            LlamoryError: as `rename_all`.
-        """
+        """Rename a segment; its position stays."""
         self.rename_all({old: new})
 
     def rename_all(self, names: Mapping[str, str]) -> None:
-        """Rename several segments at once; names may be swapped, and positions stay.
+        """Rename segments from old to new names at once; names may be swapped, and positions stay.
 
-        Args:
-            names: new name for each old one.
-
-        Raises:
-            LlamoryError: an old name doesn't exist, or a new one is invalid or used twice. Nothing changes then.
+        Raises LlamoryError if a new name is invalid or used twice; nothing changes then.
         """
         for old, new in names.items():
             self._segment(old)
@@ -291,19 +228,10 @@ class MemoryBank:
         self._segments = renamed
 
     def reorder(self, segments: Sequence[str]) -> None:
-        """Change the order of the segments.
-
-        Args:
-            segments: all names, each once.
-
-        Raises:
-            LlamoryError: a name is missing, repeated or unknown.
-        """
+        """Change the order of the segments to that of `segments`, which names each of them once."""
         if isinstance(segments, str) or sorted(map(str, segments)) != sorted(self._segments):
-            raise LlamoryError(
-                f"The new order must name every segment once ({_list_names(self.segments)}), "
-                f"not {_list_names(segments)}."
-            )
+            names = _list_names(self.segments)
+            raise LlamoryError(f"The new order must name every segment once ({names}), not {_list_names(segments)}.")
         self._segments = {name: self._segments[name] for name in segments}
         self._clear_caches()
 
@@ -315,17 +243,11 @@ class MemoryBank:
             segments: names, in the order wanted; None for all.
 
         Raises:
-            LlamoryError: the other memory doesn't fit, lacks such a segment, or a name exists here. Nothing is
-                attached then.
+            LlamoryError: the other memory doesn't fit, or a name exists here. Nothing is attached then.
         """
         names = other.segments if segments is None else tuple(segments)
-        other.check_compatible(
-            "The memory to attach",
-            fingerprint=self.fingerprint,
-            heads=(self.kv_heads, self.head_dim),
-            layers=self.layers,
-            dtype=self.dtype,
-        )
+        subject, heads = "The memory to attach", (self.kv_heads, self.head_dim)
+        other.check_compatible(subject, fingerprint=self.fingerprint, heads=heads, layers=self.layers, dtype=self.dtype)
         attached = [other._segment(name).copy() for name in names]
         existing = set(self._segments)
         for name in names:
@@ -337,19 +259,12 @@ class MemoryBank:
             self._add(name, segment)
 
     def slice(self, segment_spans: Sequence[SegmentSpan]) -> MemoryBank:
-        """A bank of parts of this one's segments, which shares its blocks; it has no metadata.
-
-        Args:
-            segment_spans: (segment, start, stop) each; those of one segment are concatenated.
-
-        Raises:
-            LlamoryError: there is no such segment.
-        """
-        result, segments = self._empty_bank(self.device), dict[str, Segment]()
+        """A bank of parts of this one's segments, concatenated per segment; it shares blocks and has no metadata."""
+        result, segments = self._empty_bank(), dict[str, Segment]()
         for name, start, stop in segment_spans:
             spans, target = self._segment(name).spans, segments.setdefault(name, Segment())
             for layer in self.layers:
-                part = slice_spans(spans.get(layer, ()), start, stop)
+                part = blocks.slice_spans(spans.get(layer, ()), start, stop)
                 target.spans[layer] = tuple(merge_spans(part, target.spans.get(layer, ())))
         for name, segment in segments.items():
             result._add(name, segment)
@@ -357,7 +272,7 @@ class MemoryBank:
 
     def fork(self) -> MemoryBank:
         """A bank of the same content that shares all blocks; later changes of either don't affect the other."""
-        result = self._empty_bank(self.device)
+        result = self._empty_bank()
         result._segments = {name: each.copy() for name, each in self._segments.items()}
         result._lengths = dict(self._lengths)
         result._cached_spans, result._cached_prefix_spans = dict(self._cached_spans), dict(self._cached_prefix_spans)
@@ -366,9 +281,9 @@ class MemoryBank:
     def empty_sibling(self) -> MemoryBank:
         """An empty bank that writes into this one's blocks, behind their tokens.
 
-        Once attached here it takes no more storage; an independent bank per document would start a block per document.
+        Attached here it takes no more storage, whereas each independent bank starts a block.
         """
-        result = self._empty_bank(self.device)
+        result = self._empty_bank()
         result._tail_blocks, result._allocated_blocks = self._tail_blocks, self._allocated_blocks
         return result
 
@@ -378,18 +293,15 @@ class MemoryBank:
     def to(self, device: str | torch.device) -> MemoryBank:
         """A bank of the same content on a device; blocks that are there already are shared."""
         device = torch.device(device)
-        blocks = {span.block for each in self._segments.values() for spans in each.spans.values() for span in spans}
-        moved = {block: block.to(device) for block in blocks}
-        result = self._empty_bank(device)
+        result, moved = self._empty_bank(), dict[Block, Block]()
+        result.device = device
         for name, segment in self._segments.items():
-            spans = {
-                layer: tuple(Span(moved[span.block], span.start, span.stop) for span in each)
-                for layer, each in segment.spans.items()
-            }
-            result._add(name, Segment(spans, segment.metadata))
+            target = Segment(metadata=segment.metadata)
+            for layer, spans in segment.spans.items():
+                moved |= {span.block: span.block.to(device) for span in spans if span.block not in moved}
+                target.spans[layer] = tuple(Span(moved[span.block], span.start, span.stop) for span in spans)
+            result._add(name, target)
         return result
-
-    # ---- files -------------------------------------------------------------------------------------------------------
 
     def save(self, path: PathLike) -> None:
         """Write the memory to a safetensors file, atomically and without a second copy in RAM.
@@ -418,13 +330,10 @@ class MemoryBank:
         dtype: str | torch.dtype | None = None,
         verify: bool = True,
     ) -> MemoryBank:
-        """Map a memory file; its tokens are read when they are needed, and never written.
+        """Map a memory file that `save` wrote; its tokens are read when they are needed, and never written.
 
         Args:
-            path: a file that `save` wrote.
-            fingerprint: of the model that will use it; None, and "" here or in the file, match any.
-            layers: that model's memory layers; None matches any.
-            dtype: storage type required; None matches any.
+            fingerprint, layers, dtype: required of the memory, see `check_compatible`.
             verify: compare the checksums of all data (0.1 s per GB in the page cache). The header is always checked.
 
         Raises:
@@ -433,7 +342,7 @@ class MemoryBank:
         file = files.read(path)
         header = file.header
         bank = cls(header.layers, header.kv_heads, header.head_dim, dtype=header.dtype, fingerprint=header.fingerprint)
-        required = None if dtype is None else memory_dtype(dtype)
+        required = None if dtype is None else blocks.memory_dtype(dtype)
         bank.check_compatible(f"The memory file {path}", fingerprint=fingerprint, layers=layers, dtype=required)
         if verify:
             file.verify()
@@ -450,36 +359,26 @@ class MemoryBank:
         layers: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Check that this memory fits a model or another memory; None (for the fingerprint also "") matches any.
+        """Raise LlamoryError unless this memory fits a model or another memory; None or "" matches any.
 
         Args:
             subject: how the error names this memory.
-            fingerprint, layers, dtype: what they must be.
-            heads: what (kv_heads, head_dim) must be.
-
-        Raises:
-            LlamoryError: one of them differs.
+            heads: (kv_heads, head_dim).
         """
+        read_again = "or read the documents again with this model"
         if heads is not None and (self.kv_heads, self.head_dim) != heads:
-            raise LlamoryError(
-                f"{subject} has {self.kv_heads} key/value heads of size {self.head_dim}, not {heads[0]} of size "
-                f"{heads[1]}: it belongs to another model."
-            )
+            problem = f"has {self.kv_heads} key/value heads of size {self.head_dim}, not {heads[0]} of size {heads[1]}"
+            raise LlamoryError(f"{subject} {problem}: it belongs to another model.")
         if layers is not None and sorted(self.layers) != sorted(layers):
-            raise LlamoryError(
-                f"{subject} has the memory layers {_list_layers(self.layers)}, not {_list_layers(layers)}: "
-                "use a model with those memory layers, or read the documents again with this model."
-            )
+            problem = f"has the memory layers {_list_layers(self.layers)}, not {_list_layers(layers)}"
+            raise LlamoryError(f"{subject} {problem}: use a model with those memory layers, {read_again}.")
         if dtype is not None and self.dtype != dtype:
-            raise LlamoryError(
-                f"{subject} is stored as {dtype_name(self.dtype)}, not as {dtype_name(dtype)}: "
-                f"use mem_dtype {dtype_name(self.dtype)}, or read the documents again."
-            )
+            stored = dtype_name(self.dtype)
+            problem = f"is stored as {stored}, not as {dtype_name(dtype)}: use mem_dtype {stored}"
+            raise LlamoryError(f"{subject} {problem}, or read the documents again.")
         if self.fingerprint and fingerprint and self.fingerprint != fingerprint:
-            raise LlamoryError(
-                f"{subject} was made by another model (fingerprint {self.fingerprint}, not {fingerprint}): "
-                "use that model, or read the documents again with this model."
-            )
+            problem = f"was made by another model (fingerprint {self.fingerprint}, not {fingerprint})"
+            raise LlamoryError(f"{subject} {problem}: use that model, {read_again}.")
 
     def _tensor_chunks(self, layer: int, part: str) -> Iterator[Tensor]:
         """A tensor of the file, head by head, as parts of the blocks."""
@@ -487,8 +386,6 @@ class MemoryBank:
             for span in self.spans(layer):
                 for subspan in span.split(LARGEST_BLOCK):
                     yield getattr(subspan.block, part)[head, subspan.start : subspan.stop]
-
-    # ---- internals ---------------------------------------------------------------------------------------------------
 
     def _writable_block(
         self, layer: int, spans: tuple[Span, ...], tokens: int, device: torch.device
@@ -501,17 +398,16 @@ class MemoryBank:
         tail_block = self._tail_blocks.get(layer)
         if tail_block is not None and tail_block.free and (last is None or len(last) >= _LONG_SPAN):
             return spans, tail_block
-        capacity = capacity_for(tokens, allocated=sum(block.capacity for block in self._allocated_blocks[layer]))
+        capacity = blocks.capacity_for(tokens, sum(block.capacity for block in self._allocated_blocks[layer]))
         # A tensor made in inference mode could not be written to outside of inference mode.
         with torch.inference_mode(False):
             block = Block.allocate(self.kv_heads, capacity, self.head_dim, self.dtype, self.device or device)
         self._allocated_blocks[layer].add(block)
-        return (compact_tail(spans, block, tokens) if continued_by_another else spans), block
+        return (blocks.compact_tail(spans, block, tokens) if continued_by_another else spans), block
 
-    def _empty_bank(self, device: torch.device | None) -> MemoryBank:
-        return MemoryBank(
-            self.layers, self.kv_heads, self.head_dim, dtype=self.dtype, device=device, fingerprint=self.fingerprint
-        )
+    def _empty_bank(self) -> MemoryBank:
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "fingerprint": self.fingerprint}
+        return MemoryBank(self.layers, self.kv_heads, self.head_dim, **kind)
 
     def _add(self, name: str, segment: Segment) -> None:
         _check_name(name)
@@ -524,14 +420,11 @@ class MemoryBank:
         self._cached_spans.clear()
         self._cached_prefix_spans.clear()
 
-    def _spans_of(self, layer: int, segment: str | None) -> Sequence[Span]:
-        if segment is None:
-            return self.spans(layer)
+    def _read(self, layer: int, segment: str | None, read: Callable[[Span, torch.dtype], Tensor]) -> Tensor:
+        """(kv_heads, tokens, head_dim); on the CPU if the spans are on several devices."""
         self._check_layer(layer)
-        return self._segment(segment).spans.get(layer, ())
-
-    def _concat(self, parts: Sequence[Tensor]) -> Tensor:
-        """(kv_heads, tokens, head_dim) of all parts; on the CPU if they are on several devices."""
+        spans = self.spans(layer) if segment is None else self._segment(segment).spans.get(layer, ())
+        parts = [read(span, torch.float32) for span in spans]
         if not parts:
             return torch.zeros(self.kv_heads, 0, self.head_dim, device=self.device)
         on_one_device = len({part.device for part in parts}) == 1
@@ -551,16 +444,13 @@ class MemoryBank:
     def _check_tensors(self, keys: Tensor, values: Tensor) -> None:
         for name, tensor in (("Keys", keys), ("Values", values)):
             if tensor.dim() != 3 or tensor.shape[0] != self.kv_heads or tensor.shape[2] != self.head_dim:
-                raise LlamoryError(
-                    f"{name} for this memory must be ({self.kv_heads} key/value heads, tokens, {self.head_dim}), "
-                    f"not {tuple(tensor.shape)}."
-                )
+                shape = f"({self.kv_heads} key/value heads, tokens, {self.head_dim})"
+                raise LlamoryError(f"{name} for this memory must be {shape}, not {tuple(tensor.shape)}.")
             if not tensor.is_floating_point():
                 raise LlamoryError(f"{name} for a memory must be floating numbers, not {dtype_name(tensor.dtype)}.")
-        if keys.shape[1] != values.shape[1]:
-            raise LlamoryError(
-                f"Keys and values must be of the same tokens, not of {keys.shape[1]} and {values.shape[1]}."
-            )
+        tokens = keys.shape[1], values.shape[1]
+        if tokens[0] != tokens[1]:
+            raise LlamoryError(f"Keys and values must be of the same tokens, not of {tokens[0]} and {tokens[1]}.")
 
 
 def _check_name(name: str) -> None:

@@ -13,22 +13,13 @@ from torch import Tensor
 
 from llamory.errors import LlamoryError
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.int8,
-}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 SMALLEST_BLOCK = 4096
 LARGEST_BLOCK = 262144
 
 
 def memory_dtype(name: str | torch.dtype) -> torch.dtype:
-    """The torch type of a memory's dtype: "float32", "bfloat16", "float16", "int8" or the torch type itself.
-
-    Raises:
-        LlamoryError: memory can't be stored in that type.
-    """
+    """The torch type of "float32", "bfloat16", "float16" or "int8"; LlamoryError if memory has no such type."""
     dtype = DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else name
     if dtype is None or dtype not in DTYPES.values():
         raise LlamoryError(f"Memory can't be stored as {name}: choose one of {', '.join(DTYPES)}.")
@@ -40,6 +31,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Block:
     """Storage for `capacity` tokens of one memory layer, filled from the front; filled tokens never change.
 
@@ -53,35 +45,16 @@ class Block:
         search_cache: what memory searches store about the filled tokens, by name.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "checksum",
-        "filled",
-        "key_scales",
-        "keys",
-        "search_cache",
-        "value_scales",
-        "values",
-    )
-
-    def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        key_scales: Tensor | None = None,
-        value_scales: Tensor | None = None,
-        filled: int = 0,
-        checksum: str = "",
-    ):
-        self.keys, self.values = keys, values
-        self.key_scales, self.value_scales = key_scales, value_scales
-        self.filled, self.checksum = filled, checksum
-        self.search_cache: dict[str, dict[Any, Any]] = {}
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+    filled: int = 0
+    checksum: str = ""
+    search_cache: dict[str, dict[Any, Any]] = field(default_factory=dict)
 
     @classmethod
-    def allocate(
-        cls, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> Block:
+    def allocate(cls, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: Any = "cpu") -> Block:
         """An empty block; on a CPU its memory pages are only committed when they are written."""
         shape = (kv_heads, capacity, head_dim)
         keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
@@ -101,16 +74,12 @@ class Block:
         return self.capacity - self.filled
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Any, ...]:
         """keys, values, key_scales, value_scales."""
         return self.keys, self.values, self.key_scales, self.value_scales
 
     def write(self, keys: Tensor, values: Tensor) -> None:
-        """Append tokens, converted to the block's type.
-
-        Args:
-            keys, values: (kv_heads, tokens, head_dim), floating, at most `free` tokens.
-        """
+        """Append floating keys and values (kv_heads, tokens, head_dim), converted; at most `free` tokens."""
         start, stop = self.filled, self.filled + keys.shape[1]
         for target, scales, source in ((self.keys, self.key_scales, keys), (self.values, self.value_scales, values)):
             if scales is None:
@@ -123,20 +92,19 @@ class Block:
         self.filled = stop
 
     def append_span(self, span: Span) -> None:
-        """Append a span of a block of the same type without converting it (int8 keeps its scales)."""
+        """Append a span of a block of the same type without conversion (int8 keeps its scales)."""
         stop = self.filled + len(span)
         for source, target in zip(span.block.tensors, self.tensors, strict=True):
-            if source is not None and target is not None:
+            if source is not None:
                 target[:, self.filled : stop].copy_(source[:, span.start : span.stop])
         self.filled = stop
 
     def to(self, device: torch.device) -> Block:
-        """The filled part on a device: this block itself if it is there already."""
+        """The filled part on a device; this block itself if it is there already."""
         if self.keys.device == torch.empty(0, device=device).device:
             return self
-        parts = [None if each is None else each[:, : self.filled].to(device).contiguous() for each in self.tensors]
-        assert parts[0] is not None and parts[1] is not None
-        return Block(parts[0], parts[1], parts[2], parts[3], filled=self.filled)
+        parts = (None if each is None else each[:, : self.filled].to(device).contiguous() for each in self.tensors)
+        return Block(*parts, filled=self.filled)
 
 
 @dataclass(frozen=True)
@@ -163,6 +131,10 @@ class Span:
         for start in range(self.start, self.stop, tokens):
             yield Span(self.block, start, min(start + tokens, self.stop))
 
+    def copy_to(self, block: Block, start: int, stop: int) -> None:
+        """Append this span's tokens `start` to `stop` to a block of the same type without conversion."""
+        block.append_span(Span(self.block, self.start + start, self.start + stop))
+
     def _read(self, tensor: Tensor, scales: Tensor | None, dtype: torch.dtype | None) -> Tensor:
         part = tensor[:, self.start : self.stop]
         if scales is None:
@@ -171,14 +143,11 @@ class Span:
 
 
 class SpanList(tuple[Span, ...]):
-    """All spans of one layer of a bank, in order. A bank returns the same object until that layer changes.
-
-    So whatever is derived from a span list is computed once per change of the memory, not once per token.
-    """
+    """All spans of one layer, in order; a bank returns the same object until the layer changes."""
 
     @cached_property
     def identity(self) -> bytes:
-        """Equal for span lists of the same tokens in the same order; bytes cache their hash."""
+        """Equal for span lists of the same tokens in the same order."""
         return np.array([(id(span.block), span.start, span.stop) for span in self], dtype=np.int64).tobytes()
 
     @cached_property
@@ -196,7 +165,7 @@ class SpanList(tuple[Span, ...]):
 
     @cached_property
     def derived(self) -> dict[Any, Any]:
-        """What searches derive from the spans, by name."""
+        """What searches derive from the spans, by name: once per change of the memory, not once per token."""
         return {}
 
 
@@ -220,7 +189,7 @@ class Segment:
         return sum(map(len, self.spans.get(layer, ())))
 
     def copy(self) -> Segment:
-        """The same content for another bank; both may append to theirs."""
+        """The same content for another bank."""
         return Segment(dict(self.spans), self.metadata)
 
 
@@ -236,7 +205,7 @@ def slice_spans(spans: Iterable[Span], start: int, stop: int) -> list[Span]:
 
 
 def merge_spans(spans: Iterable[Span], before: Sequence[Span] = ()) -> list[Span]:
-    """`before` and the spans, in order; spans that are adjacent in a block become one."""
+    """`before` and the spans; spans that are adjacent in a block become one."""
     result = list(before)
     for span in spans:
         last = result[-1] if result else None
@@ -256,8 +225,8 @@ def capacity_for(tokens: int, allocated: int) -> int:
 def compact_tail(spans: Sequence[Span], block: Block, tokens: int) -> tuple[Span, ...]:
     """Copy short spans at the end into an empty block in which `tokens` more tokens will follow.
 
-    A span is copied with all spans after it if it is at most twice as long as they are together. So a segment that
-    is forked at every step (beam search) has few spans, and each token is copied a few times at most.
+    A span is copied, with all after it, if it is at most twice as long as these: a segment that is forked at every step
+    (beam search) has few spans, and each token is copied a few times at most.
     """
     first, size = len(spans), tokens
     for i in reversed(range(len(spans))):

@@ -64,14 +64,10 @@ class MemoryHeader:
         """Type and shape of every tensor, in the order of the file: the widest type first keeps each aligned."""
         tokens = [sum(segment.tokens[i] for segment in self.segments) for i in range(len(self.layers))]
         table: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for parts, dtype, width in (
-            (("key_scales", "value_scales"), "float32", ()),
-            (("keys", "values"), self.dtype, (self.head_dim,)),
-        ):
-            if parts[0] == "keys" or self.dtype == "int8":
-                for layer, count in zip(self.layers, tokens, strict=True):
-                    for part in parts:
-                        table[f"layers.{layer}.{part}"] = (dtype, (self.kv_heads, count, *width))
+        scales = [(("key_scales", "value_scales"), "float32", ())] if self.dtype == "int8" else []
+        for parts, dtype, width in (*scales, (("keys", "values"), self.dtype, (self.head_dim,))):
+            for layer, count in zip(self.layers, tokens, strict=True):
+                table |= {f"layers.{layer}.{part}": (dtype, (self.kv_heads, count, *width)) for part in parts}
         return table
 
 
@@ -87,21 +83,11 @@ def read_header(path: PathLike) -> dict[str, Any]:
     """
     with _open(path) as file:
         header, _, _ = _read_header(path, file)
-        segments = [
-            {"name": each.name, "tokens": each.tokens[0] if each.tokens else 0, "metadata": each.metadata}
-            for each in header.segments
-        ]
-        return {
-            "version": VERSION,
-            **vars(header),
-            "layers": list(header.layers),
-            "tokens": sum(segment["tokens"] for segment in segments),
-            "bytes": os.fstat(file.fileno()).st_size,
-            "segments": segments,
-        }
-
-
-# ---- reading ---------------------------------------------------------------------------------------------------------
+        size = os.fstat(file.fileno()).st_size
+    segments = [{**vars(each), "tokens": next(iter(each.tokens), 0)} for each in header.segments]
+    tokens = sum(segment["tokens"] for segment in segments)
+    changed = {"layers": list(header.layers), "tokens": tokens, "bytes": size, "segments": segments}
+    return {"version": VERSION, **vars(header), **changed}
 
 
 @dataclass(frozen=True)
@@ -117,11 +103,7 @@ class MemoryFile:
     checksums: dict[str, str]
 
     def verify(self) -> None:
-        """Read all data once and compare the checksums.
-
-        Raises:
-            LlamoryError: a tensor isn't what was written.
-        """
+        """Read all data once; raise LlamoryError unless the checksums agree."""
         for name, tensor in self.tensors.items():
             if xxhash.xxh3_64_hexdigest(tensor_bytes(tensor)) != self.checksums[name]:
                 raise LlamoryError(_damaged_message(self.path, name))
@@ -132,10 +114,9 @@ class MemoryFile:
         blocks, starts = {}, dict.fromkeys(layers, 0)
         for layer in layers:
             names = [f"layers.{layer}.{part}" for part in ("keys", "values", "key_scales", "value_scales")]
-            keys, values, key_scales, value_scales = (self.tensors.get(name) for name in names)
-            assert keys is not None and values is not None
+            tensors = [self.tensors[name] for name in names if name in self.tensors]
             checksum = "-".join(self.checksums[name] for name in names if name in self.checksums)
-            blocks[layer] = Block(keys, values, key_scales, value_scales, keys.shape[1], checksum)
+            blocks[layer] = Block(*tensors, filled=tensors[0].shape[1], checksum=checksum)
         segments = {}
         for stored in self.header.segments:
             segment = segments[stored.name] = Segment(metadata=stored.metadata)
@@ -147,25 +128,17 @@ class MemoryFile:
 
 
 def read(path: PathLike) -> MemoryFile:
-    """Map a memory file and check its header; `MemoryFile.verify` checks its data.
-
-    Raises:
-        LlamoryError: as `read_header`.
-    """
+    """Map a memory file and check its header as `read_header`; `MemoryFile.verify` checks its data."""
     with _open(path) as file:
         header, start, checksums = _read_header(path, file)
         # Not safetensors' own mapping: that is refused for files larger than RAM, and opens the path a second time,
         # when another file may have replaced it.
-        mapped = _mmap(file)
+        data = torch.frombuffer(_mmap(file), dtype=torch.uint8)
     tensors = {}
     for name, (dtype, shape) in header.tensors().items():
-        numbers, torch_dtype = math.prod(shape), DTYPES[dtype]
-        tensors[name] = (
-            torch.frombuffer(mapped, dtype=torch_dtype, count=numbers, offset=start).view(shape)
-            if numbers
-            else torch.empty(shape, dtype=torch_dtype)  # frombuffer refuses empty tensors
-        )
-        start += numbers * torch_dtype.itemsize
+        stop = start + math.prod(shape) * DTYPES[dtype].itemsize
+        tensors[name] = data[start:stop].view(DTYPES[dtype]).view(shape)
+        start = stop
     return MemoryFile(path, header, tensors, checksums)
 
 
@@ -194,24 +167,20 @@ def _read_header(path: PathLike, file: BinaryIO) -> tuple[MemoryHeader, int, dic
     length = int.from_bytes(head[:_LENGTH_BYTES], "little")
     is_memory_file = size > _LENGTH_BYTES and _HEADER_PREFIX.startswith(head[_LENGTH_BYTES:])
     if _LENGTH_BYTES + length > size or length > _MAX_HEADER_BYTES:
-        if is_memory_file:
-            raise LlamoryError(_truncated_message(path))
-        raise LlamoryError(f"{path} is not a memory file, or the rest of a damaged one: give another file.")
+        problem = f"{path} is not a memory file, or the rest of a damaged one: give another file."
+        raise LlamoryError(_truncated_message(path) if is_memory_file else problem)
     raw = (head + file.read(max(0, length - len(_HEADER_PREFIX))))[: _LENGTH_BYTES + length]
     try:
         entries = json.loads(raw[_LENGTH_BYTES:])
         metadata = entries.pop("__metadata__", {})
     except (ValueError, AttributeError, TypeError, RecursionError) as error:
-        if is_memory_file:
-            raise LlamoryError(_damaged_message(path, "its header")) from error
-        raise LlamoryError(f"{path} is not a memory file: it isn't even a safetensors file.") from error
+        problem = f"{path} is not a memory file: it isn't even a safetensors file."
+        raise LlamoryError(_damaged_message(path, "its header") if is_memory_file else problem) from error
     if not is_memory_file:
         raise LlamoryError(f"{path} is a safetensors file, but not of a memory: give a file that `llamory read` made.")
     if (version := metadata.get("version")) != str(VERSION):
-        raise LlamoryError(
-            f"The memory file {path} has format version {version}, and this llamory reads {VERSION}: "
-            "update llamory, or read the documents again."
-        )
+        problem = f"The memory file {path} has format version {version}, and this llamory reads {VERSION}"
+        raise LlamoryError(f"{problem}: update llamory, or read the documents again.")
     if metadata["check"] != _header_checksum(raw):
         raise LlamoryError(_damaged_message(path, "its header"))
     data_stop = _LENGTH_BYTES + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
@@ -219,16 +188,14 @@ def _read_header(path: PathLike, file: BinaryIO) -> tuple[MemoryHeader, int, dic
         raise LlamoryError(_truncated_message(path))
     if size > data_stop:
         raise LlamoryError(f"The memory file {path} is damaged: something was added at its end.")
+    segments = json.loads(metadata["segments"])
     header = MemoryHeader(
         layers=tuple(json.loads(metadata["layers"])),
         kv_heads=int(metadata["kv_heads"]),
         head_dim=int(metadata["head_dim"]),
         dtype=metadata["dtype"],
         fingerprint=json.loads(metadata["fingerprint"]),
-        segments=tuple(
-            StoredSegment(each["name"], tuple(each["tokens"]), each["facts"])
-            for each in json.loads(metadata["segments"])
-        ),
+        segments=tuple(StoredSegment(each["name"], tuple(each["tokens"]), each["facts"]) for each in segments),
     )
     return header, _LENGTH_BYTES + length, json.loads(metadata["checks"])
 
@@ -238,13 +205,8 @@ def _truncated_message(path: PathLike) -> str:
 
 
 def _damaged_message(path: PathLike, part: str) -> str:
-    return (
-        f"The memory file {path} is damaged ({part} isn't what was written): "
-        "use an intact copy of it, or read the documents again."
-    )
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
+    problem = f"The memory file {path} is damaged ({part} isn't what was written)"
+    return f"{problem}: use an intact copy of it, or read the documents again."
 
 
 def write(path: PathLike, header: MemoryHeader, chunks: Callable[[int, str], Iterable[Tensor]]) -> None:
@@ -252,7 +214,6 @@ def write(path: PathLike, header: MemoryHeader, chunks: Callable[[int, str], Ite
 
     Args:
         path: the file; a missing folder is made, and a link is followed.
-        header: the description of the memory.
         chunks: gives the chunks of a tensor, by layer and part, in the order of its elements.
 
     Raises:
@@ -283,22 +244,20 @@ def write(path: PathLike, header: MemoryHeader, chunks: Callable[[int, str], Ite
 
 def _header_bytes(header: MemoryHeader, checksums: dict[str, str]) -> bytes:
     """The file's first bytes: the header's length and the header; equally long for any checksums."""
-    entries: dict[str, Any] = {
-        "__metadata__": {
-            "format": "llamory memory",
-            "check": _CHECKSUM_PLACEHOLDER,
-            "version": str(VERSION),
-            "fingerprint": json.dumps(header.fingerprint),
-            "layers": json.dumps(header.layers),
-            "dtype": header.dtype,
-            "kv_heads": str(header.kv_heads),
-            "head_dim": str(header.head_dim),
-            "segments": json.dumps(
-                [{"name": each.name, "tokens": each.tokens, "facts": each.metadata} for each in header.segments]
-            ),
-            "checks": json.dumps(checksums),
-        }
+    segments = [{"name": each.name, "tokens": each.tokens, "facts": each.metadata} for each in header.segments]
+    metadata = {
+        "format": "llamory memory",
+        "check": _CHECKSUM_PLACEHOLDER,
+        "version": str(VERSION),
+        "fingerprint": json.dumps(header.fingerprint),
+        "layers": json.dumps(header.layers),
+        "dtype": header.dtype,
+        "kv_heads": str(header.kv_heads),
+        "head_dim": str(header.head_dim),
+        "segments": json.dumps(segments),
+        "checks": json.dumps(checksums),
     }
+    entries: dict[str, Any] = {"__metadata__": metadata}
     stop = 0
     for name, (dtype, shape) in header.tensors().items():
         start, stop = stop, stop + math.prod(shape) * DTYPES[dtype].itemsize

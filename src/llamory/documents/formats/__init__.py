@@ -50,11 +50,7 @@ SUFFIXES = frozenset({*FORMATS, JSON_LINES})
 
 
 def parse(path: Path, data: bytes) -> ParsedFile:
-    """Title, text and sections of a file's content.
-
-    Raises:
-        LlamoryError: the content isn't valid in the format of the path's suffix.
-    """
+    """Title, text and sections of a file's content; LlamoryError if it isn't valid in the suffix's format."""
     file_format = FORMATS.get(path.suffix.lower(), Format())
     if not data.strip():
         return ParsedFile("", "", [])

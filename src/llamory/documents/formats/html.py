@@ -33,7 +33,7 @@ def read_html(text: str, name: str) -> ParsedFile:
 
 
 class _HtmlTextExtractor(HTMLParser):
-    """Collects the visible text: per section the parts of its text and of its heading, and its first line."""
+    """Collects, per section, the parts of its visible text and of its heading, and its first line."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Markdown and reStructuredText: sections by heading."""
+"""Markdown and reStructuredText: sections by heading. Jupyter notebooks: the text and the code of their cells."""
 
 from __future__ import annotations
 
@@ -52,11 +52,7 @@ def read_rst(text: str, name: str) -> ParsedFile:
 
 
 def read_notebook(text: str, name: str) -> ParsedFile:
-    """Sections of the Markdown and code cells, under the last heading; outputs are left out.
-
-    Raises:
-        ValueError: the text isn't a notebook.
-    """
+    """Sections of the Markdown and code cells, under the last heading, without outputs; ValueError if invalid."""
     try:
         notebook = json.loads(text)
         cells = notebook["cells"]
@@ -86,6 +82,5 @@ def _sections(text: str, headings: list[tuple[int, str]], name: str) -> ParsedFi
 
 
 def _plain_heading(content: str) -> str:
-    """A Markdown heading without its markup."""
     children = _MARKDOWN.parseInline(content)[0].children or []
     return "".join(" " if child.type == "softbreak" else child.content for child in children).strip()

@@ -26,11 +26,7 @@ _MALFORMED = (
 
 
 def read_pdf(path: Path, data: bytes) -> ParsedFile:
-    """Title, text and one section per page with text.
-
-    Raises:
-        LlamoryError: the file can't be parsed, needs a password, or has no text.
-    """
+    """Title, text and a section per page; LlamoryError if it can't be parsed, needs a password or has no text."""
     from pypdf import PdfReader
     from pypdf.errors import DependencyError, FileNotDecryptedError, PyPdfError, WrongPasswordError
 
@@ -70,11 +66,10 @@ def _page_titles(path: Path, reader: PdfReader, title: str) -> list[str]:
         visit(reader.outline)
     except (PyPdfError, *_MALFORMED) as error:
         logger.warning("The outline of %s is damaged, so headings of its pages are missing (%r).", path, error)
-    titles, current = [], title
-    for number in range(len(reader.pages)):
-        current = starts.get(number) or current
-        titles.append(current)
-    return titles
+    titles = [title]
+    for page in range(len(reader.pages)):
+        titles.append(starts.get(page) or titles[-1])
+    return titles[1:]
 
 
 def _clean_text(text: str) -> str:

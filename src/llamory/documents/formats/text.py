@@ -1,4 +1,4 @@
-"""Plain text: paragraphs. Python: functions and methods.
+"""Plain text: decoding, and paragraphs. Python: functions and methods.
 
 A reader of a text format takes a file's text and the name for a document without title, and returns a `ParsedFile`.
 """
@@ -19,13 +19,8 @@ from typing import NamedTuple
 from llamory.documents.document import Section
 from llamory.errors import LlamoryError
 
-# Byte order marks (BOM) and their encodings; UTF-32's begins like UTF-16's, so it is first.
-_BOM_ENCODINGS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
+# Byte order marks by encoding; UTF-32's begins like UTF-16's, so it is first.
+_BOMS = {"utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
 
 
 class ParsedFile(NamedTuple):
@@ -97,10 +92,9 @@ def _first_line(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> 
 def decode(path: Path, data: bytes) -> str:
     """Text with plain newlines; in UTF-8, or the encoding of a byte order mark or (in Python files) a declaration.
 
-    Raises:
-        LlamoryError: the bytes are no text, or text in another encoding.
+    Raises LlamoryError if the bytes are no text, or text in another encoding.
     """
-    encoding = next((name for bom, name in _BOM_ENCODINGS if data.startswith(bom)), "utf-8-sig")
+    encoding = next((name for name, marks in _BOMS.items() if data.startswith(marks)), "utf-8-sig")
     if encoding == "utf-8-sig" and path.suffix.lower() == ".py":
         with suppress(SyntaxError):  # for an unknown encoding UTF-8 is the best guess
             encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0]

@@ -42,7 +42,5 @@ def make_search(
         raise LlamoryError(f"There is no memory search {name!r}: choose one of {', '.join(SEARCHES)}.")
     searches = TOP_K_SEARCHES if top_k_attention else SEARCHES
     if name not in searches:
-        raise LlamoryError(
-            f"{name} reads whole pages and estimates the others; for the best tokens only use faiss or exact."
-        )
+        raise LlamoryError(f"{name} reads whole pages and estimates the rest; for the best tokens use faiss or exact.")
     return searches[name](top_k, folder=folder)

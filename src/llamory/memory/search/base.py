@@ -1,18 +1,19 @@
-"""The base class of memory searches, what they share, and attention of a batch over its rows' memories."""
+"""The base class of memory searches, attention with its log-sum-exp, and attention over the memories of a batch."""
 
 from __future__ import annotations
 
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llamory.errors import LlamoryError
+from llamory.memory.bank import MemoryBank
 from llamory.memory.blocks import SpanList
 
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,16 +23,14 @@ MERGE_ELEMENTS = 1 << 22  # elements of partial outputs that AttentionAccumulato
 # Private operators of torch, the only ones that return the log-sum-exp; without them the fallback is used.
 _CPU_KERNEL = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _CUDA_KERNEL = getattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", None)
-# The scores of a page's tokens vary less than the sum over its keys' channels says, as channels are correlated.
-VARIANCE_SCALE = 0.7
-# Largest score of a page above its mean, relative to that of normally distributed scores.
-MAX_SCORE_SCALE = 1.1
+VARIANCE_SCALE = 0.7  # a page's scores vary less than the sum over its keys' channels, as channels are correlated
+MAX_SCORE_SCALE = 1.1  # largest score of a page above its mean, relative to that of normally distributed scores
 
 _buffers = threading.local()
 
 
 def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Attention over all parts from the attention over each.
+    """Attention over all parts from the attention over each, in one softmax.
 
     Args:
         outputs: (..., queries, head_dim) of each part.
@@ -61,9 +60,7 @@ class AttentionAccumulator:
     """Merges the attention over any number of parts in bounded memory."""
 
     def __init__(self) -> None:
-        self._outputs: list[Tensor] = []
-        self._lses: list[Tensor] = []
-        self._elements = 0
+        self._outputs, self._lses, self._elements = list[Tensor](), list[Tensor](), 0
 
     def add(self, output: Tensor, lse: Tensor) -> None:
         """Add one part's output (..., queries, head_dim) and log-sum-exp (..., queries)."""
@@ -94,8 +91,7 @@ def flash(
 
     Args:
         query: (batch, heads, queries, head_dim).
-        key: (batch, kv_heads, keys, head_dim); query head h reads key head h // (heads // kv_heads).
-        value: the shape of `key`.
+        key, value: (batch, kv_heads, keys, head_dim); query head h reads key head h // (heads // kv_heads).
         scaling: factor of the scores.
         mask: added to the scores, broadcastable to (batch, heads, queries, keys), or boolean with True where a query
             sees a key. Keys with at most half of the type's lowest number are not seen.
@@ -182,15 +178,8 @@ def _matmul_attention(
 
 
 def _repeat_kv(tensor: Tensor, heads: int) -> Tensor:
-    """Key or value heads (batch, kv_heads, keys, head_dim), each repeated for the query heads that read it."""
+    """Heads (batch, kv_heads, keys, head_dim), each repeated for the query heads that read it."""
     return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], 1)
-
-
-class Memory(Protocol):
-    """What a search needs of a memory bank."""
-
-    def spans(self, layer: int) -> SpanList:
-        """The tokens of a layer."""
 
 
 class AttentionResult(NamedTuple):
@@ -211,42 +200,37 @@ class Search(ABC):
     """A way to attend to a memory. A subclass implements `attend_grouped`; the registry constructs it.
 
     Args:
-        top_k: how much is read per query and head; what it counts is up to the subclass, None for its `default_top_k`.
+        top_k: how much is read per query and head, in units of the subclass.
         folder: where the search stores its indexes; None for in memory.
         tolerance: expected error of the output, relative to the values' size, from which a query reads everything.
-
-    Attributes:
-        default_top_k: the `top_k` if none is given.
     """
 
     default_top_k = 1
+    default_tolerance = 0.0
 
-    def __init__(self, top_k: int | None = None, *, folder: str | Path | None = None, tolerance: float = 0.0):
+    def __init__(self, top_k: int | None = None, *, folder: str | Path | None = None, tolerance: float | None = None):
         self.top_k = self.default_top_k if top_k is None else top_k
         if self.top_k < 1:
             raise LlamoryError(f"mem_top_k is {top_k}, but at least 1 page or neighbour must be read.")
         self.folder = None if folder is None else Path(folder)
-        self.tolerance = tolerance
+        self.tolerance = self.default_tolerance if tolerance is None else tolerance
 
-    def attend(self, query: Tensor, bank: Memory, layer: int, scaling: float) -> tuple[Tensor, Tensor]:
+    def attend(self, query: Tensor, bank: MemoryBank, layer: int, scaling: float) -> tuple[Tensor, Tensor]:
         """Attention over all of a layer's tokens.
 
         Args:
             query: (rows, heads, queries, head_dim) of rows that share this memory; query head h reads the memory's
                 head h // (heads // kv_heads).
-            bank: the memory.
-            layer: a memory layer.
             scaling: factor of the scores.
 
         Returns:
             Output of the query's shape and type, and the log-sum-exp (rows, heads, queries) in float32; 0 and -inf for
             an empty memory.
         """
-        return self.attend_with_stats(query, bank, layer, scaling)[:2]
+        output, lse, _ = self.attend_with_stats(query, bank, layer, scaling)
+        return output, lse
 
-    def attend_with_stats(
-        self, query: Tensor, bank: Memory, layer: int, scaling: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def attend_with_stats(self, query: Tensor, bank: MemoryBank, layer: int, scaling: float) -> tuple[Tensor, ...]:
         """As `attend`, and the log-sum-exp of the tokens that were read exactly."""
         spans = bank.spans(layer)
         if not spans or query.numel() == 0:
@@ -274,19 +258,18 @@ class Search(ABC):
         """
 
 
-def attend(query: Tensor, banks: Sequence[Memory], layer: int, scaling: float, search: Search) -> tuple[Tensor, Tensor]:
+def attend(
+    query: Tensor, banks: Sequence[MemoryBank], layer: int, scaling: float, search: Search
+) -> tuple[Tensor, Tensor]:
     """Attention of a batch over its rows' memories; rows with the same memory are attended together.
 
     Args:
         query: (rows, heads, queries, head_dim).
         banks: one per row; a bank, or forks of one, may occur several times.
-        layer: a memory layer.
         scaling: factor of the scores.
-        search: how to search.
 
     Returns:
-        Output of the query's shape and type, and the log-sum-exp (rows, heads, queries) in float32; 0 and -inf for
-        rows whose memory is empty.
+        Output and log-sum-exp as of `Search.attend`; 0 and -inf for rows whose memory is empty.
     """
     rows_by_memory: dict[bytes, list[int]] = {}
     for row, bank in enumerate(banks):
@@ -300,15 +283,18 @@ def attend(query: Tensor, banks: Sequence[Memory], layer: int, scaling: float, s
     return output, lse
 
 
+def in_steps(function: Callable[..., Sequence[Tensor]], step: int, *tensors: Tensor) -> Sequence[Tensor]:
+    """The concatenated results of a function of `step` entries (at least 1) at a time of the tensors' dimension 1."""
+    results = [function(*parts) for parts in zip(*(each.split(max(1, step), 1) for each in tensors), strict=True)]
+    return results[0] if len(results) == 1 else [torch.cat(each, 1) for each in zip(*results, strict=True)]
+
+
 def merge_results(results: Sequence[AttentionResult]) -> AttentionResult:
     """One softmax over the tokens of several results."""
     if len(results) == 1:
         return results[0]
     outputs, lses, read_lses = zip(*results, strict=True)
     return AttentionResult(*merge(outputs, lses), torch.stack(read_lses).logsumexp(0))
-
-
-# ---- estimates of what isn't read, from the mean and the variance of its keys ----------------------------------------
 
 
 def score_moments(query: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
@@ -344,9 +330,6 @@ def softmax_weights(estimates: Tensor, lse: Tensor) -> Tensor:
 
 def _log(count: int | Tensor) -> float | Tensor:
     return count.log() if isinstance(count, Tensor) else math.log(count)
-
-
-# ---- buffers ---------------------------------------------------------------------------------------------------------
 
 
 def workspace(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

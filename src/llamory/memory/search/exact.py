@@ -1,4 +1,4 @@
-"""Exact attention over spans of memory: every token is read, in the way that suits the device and the memory's type."""
+"""Exact attention over spans of memory, in the way that suits the device and the memory's type."""
 
 from __future__ import annotations
 
@@ -27,16 +27,12 @@ class ExactSearch(Search):
         return AttentionResult(output, lse, lse)
 
 
-def attend_spans(
-    query: Tensor, spans: Sequence[Span], scaling: float, head: int | None = None
-) -> tuple[Tensor, Tensor]:
+def attend_spans(query: Tensor, spans: Sequence[Span], scaling: float, head: int | None = None) -> tuple[Tensor, ...]:
     """Attention of grouped queries over all tokens of some spans, on whatever devices.
 
     Args:
-        query: (kv_heads, queries, head_dim), or (1, queries, head_dim) with `head`.
-        spans: what to read.
+        query: (kv_heads, queries, head_dim), or (1, queries, head_dim) with `head`, the only head to read.
         scaling: factor of the scores.
-        head: the only key-value head to read.
 
     Returns:
         Output of the query's shape, and the log-sum-exp (kv_heads, queries) in float32.
@@ -121,9 +117,8 @@ def _add(query: Tensor, keys: Tensor, values: Tensor, scaling: float, parts: Att
 def needs_conversion(memory: Tensor) -> bool:
     """Whether memory is converted to float32, chunk by chunk, before it is read.
 
-    Only on a CPU: its kernels are fast on bfloat16 only with matrix tiles (AMX). Without them they read one query's
-    bfloat16 memory at 5 GB/s; converting a chunk and reading it from the cache is 2 to 3.5 times faster and, with many
-    queries, no slower. Matrix products in float16 are slow on all CPUs, and int8 has to be scaled.
+    CPUs without matrix tiles (AMX) read bfloat16 at 5 GB/s; converting a chunk and reading it from the cache is 2 to
+    3.5 times faster. Matrix products in float16 are slow on all CPUs, and int8 has to be scaled.
     """
     if memory.device.type != "cpu" or memory.dtype == torch.float32:
         return False

@@ -7,7 +7,6 @@ aren't found keep an estimated weight: the list's means less what was found.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,10 @@ from torch import Tensor
 from llamory.common.io import atomic_path
 from llamory.errors import LlamoryError
 from llamory.memory.blocks import Span, SpanList
-from llamory.memory.search.base import (
-    AttentionResult,
-    Search,
-    log_error_bound,
-    log_sum_exp,
-    merge,
-    score_moments,
-    softmax_weights,
-)
+from llamory.memory.search import base
+from llamory.memory.search.base import AttentionResult, Search, in_steps, merge, softmax_weights
 from llamory.memory.search.exact import TOLERANCE, attend_spans, refine_uncertain
-from llamory.memory.search.page_index import aligned_ranges, stable_spans
+from llamory.memory.search.page_index import aligned_ranges, get_or_build_range, stable_spans
 
 LENGTHS = (1 << 20, 1 << 18, 1 << 16, 1 << 14, 1 << 12)  # tokens of a range; each token is in the largest that fits
 MIN_PROBES = 8  # lists that are searched, or
@@ -40,10 +32,7 @@ MAX_GATHERED_ELEMENTS = 1 << 22  # numbers of keys, and of values, that are gath
 class FaissSearch(Search):
     """Reads the `top_k` nearest neighbours of each query and head, of each range that has an index."""
 
-    default_top_k = 128
-
-    def __init__(self, top_k: int | None = None, *, folder: str | Path | None = None, tolerance: float = TOLERANCE):
-        super().__init__(top_k, folder=folder, tolerance=tolerance)
+    default_top_k, default_tolerance = 128, TOLERANCE
 
     def attend_grouped(self, query: Tensor, spans: SpanList, scaling: float, rows: int) -> AttentionResult:
         """See `Search.attend_grouped`."""
@@ -68,15 +57,11 @@ class FaissSearch(Search):
             Output and log-sum-exp of the neighbours, those of the rest, and the log of the error that the estimate of
             the rest may have, not yet divided by the softmax's sum.
         """
-        part = get_or_build_part(span, self.folder)
+        part, count = get_or_build_part(span, self.folder), min(self.top_k, len(span))
         device_query = query.to(span.block.keys.device)
-        count = min(self.top_k, len(span))
-        step = max(1, MAX_GATHERED_ELEMENTS // (len(query) * count * query.shape[-1]))
-        chunks = [
-            _attend_part(device_query[:, start : start + step], span, part, count)
-            for start in range(0, device_query.shape[1], step)
-        ]
-        return tuple(torch.cat(tensors, 1).to(query.device) for tensors in zip(*chunks, strict=True))
+        step = MAX_GATHERED_ELEMENTS // (len(query) * count * query.shape[-1])
+        parts = in_steps(lambda queries: _attend_part(queries, span, part, count), step, device_query)
+        return tuple(each.to(query.device) for each in parts)
 
 
 def indexed_ranges(spans: SpanList) -> tuple[list[Span], list[Span]]:
@@ -105,16 +90,16 @@ def _attend_part(query: Tensor, span: Span, part: IndexedPart, count: int) -> tu
     # What remains of each list without the tokens that were found.
     found_mask = (~missing).float()
     lists = part.lists.gather(1, tokens.view(len(query), -1)).view(tokens.shape).long()
-    mean, variance = score_moments(query, part.means, part.variances)  # (kv_heads, queries, lists)
+    mean, variance = base.score_moments(query, part.means, part.variances)  # (kv_heads, queries, lists)
     counts = part.counts.unsqueeze(1).expand_as(mean)
     remaining = counts.scatter_add(2, lists, -found_mask)
     mean = (mean * counts).scatter_add(2, lists, -scores.masked_fill(missing, 0)) / remaining.clamp_min(1)
     empty = remaining < 0.5
     remaining = remaining.clamp_min(1)
-    rest = log_sum_exp(mean, variance, remaining).masked_fill_(empty, -torch.inf)
+    rest = base.log_sum_exp(mean, variance, remaining).masked_fill_(empty, -torch.inf)
     # In a list that was searched, no remaining score is higher than the lowest that was found.
     min_score = scores.masked_fill(missing, torch.inf).amin(-1, keepdim=True)
-    log_errors = log_error_bound(mean, variance, remaining)
+    log_errors = base.log_error_bound(mean, variance, remaining)
     log_errors = torch.where(remaining < counts - 0.5, torch.minimum(log_errors, (rest + min_score) / 2), log_errors)
     log_error = (2 * log_errors.masked_fill_(empty, -torch.inf)).logsumexp(-1) / 2
     estimated_lse = rest.logsumexp(-1)
@@ -129,16 +114,14 @@ def gather(span: Span, tokens: Tensor) -> tuple[Tensor, Tensor]:
     block = span.block
     offsets = torch.arange(len(tokens), device=tokens.device).view(-1, 1, 1) * block.capacity + span.start
     rows = (tokens + offsets).view(-1)
-    gathered = []
-    for tensor, scales in ((block.keys, block.key_scales), (block.values, block.value_scales)):
+
+    def gathered(tensor: Tensor, scales: Tensor | None) -> Tensor:
         numbers = tensor.reshape(-1, tensor.shape[-1]).index_select(0, rows).float()
         if scales is not None:
             numbers *= scales.reshape(-1).index_select(0, rows).unsqueeze(-1)
-        gathered.append(numbers.view(*tokens.shape, -1))
-    return gathered[0], gathered[1]
+        return numbers.view(*tokens.shape, -1)
 
-
-# ---- indexes ---------------------------------------------------------------------------------------------------------
+    return gathered(block.keys, block.key_scales), gathered(block.values, block.value_scales)
 
 
 @dataclass
@@ -170,35 +153,29 @@ class IndexedPart:
 
 
 def get_or_build_part(span: Span, folder: Path | None) -> IndexedPart:
-    """The cached indexes of a range; else they are read from the folder, or built and stored there.
+    """The cached indexes of a range; else they are read from the folder, or built and stored there."""
 
-    Raises:
-        LlamoryError: the folder can't be used.
-    """
-    cache = span.block.search_cache.setdefault("faiss", {})
-    key = (span.start, span.stop, folder)
-    if key not in cache:
-        cache[key] = _build(span) if folder is None else _load_or_build(span, folder)
-        for start, stop, other in list(cache):  # a longer range replaces those in it
-            if span.start <= start and stop <= span.stop and other == folder and (start, stop, other) != key:
-                cache.pop((start, stop, other), None)
-    return cache[key]
+    def build() -> IndexedPart:
+        indexes = _build(span) if folder is None else _load_or_build(span, folder)
+        return _indexed_part(indexes, span)
+
+    return get_or_build_range(span.block.search_cache.setdefault(f"faiss {folder}", {}), span.start, span.stop, build)
 
 
-def _build(span: Span) -> IndexedPart:
-    import faiss
-
+def _build(span: Span) -> list[Any]:
     indexes = []
     for head in span.keys(torch.float32):
         centered = (head - head.mean(0)).cpu().numpy()
-        index = _new_index(faiss, *centered.shape)
+        index = _new_index(*centered.shape)
         index.train(centered)
         index.add(centered)
         indexes.append(index)
-    return _indexed_part(faiss, indexes, span)
+    return indexes
 
 
-def _new_index(faiss: Any, tokens: int, head_dim: int) -> Any:
+def _new_index(tokens: int, head_dim: int) -> Any:
+    import faiss
+
     lists = 1 << round(tokens.bit_length() / 2)
     # One byte per number is enough to find neighbours, which are then read from the memory itself.
     index = faiss.IndexIVFScalarQuantizer(
@@ -209,9 +186,9 @@ def _new_index(faiss: Any, tokens: int, head_dim: int) -> Any:
     return index
 
 
-def _indexed_part(faiss: Any, indexes: list[Any], span: Span) -> IndexedPart:
+def _indexed_part(indexes: list[Any], span: Span) -> IndexedPart:
     keys = span.keys(torch.float32)
-    lists = torch.stack([_lists_of(faiss, index) for index in indexes]).to(keys.device)
+    lists = torch.stack([_lists_of(index) for index in indexes]).to(keys.device)
     indices = lists.long()
     counts = torch.zeros(len(lists), int(indices.max()) + 1, device=keys.device)
     counts.scatter_add_(1, indices, torch.ones_like(indices, dtype=torch.float32))
@@ -226,8 +203,10 @@ def _indexed_part(faiss: Any, indexes: list[Any], span: Span) -> IndexedPart:
     return IndexedPart(indexes, lists, means, variances, mean_of(span.values(torch.float32)), counts)
 
 
-def _lists_of(faiss: Any, index: Any) -> Tensor:
+def _lists_of(index: Any) -> Tensor:
     """The list of each token of a head, (tokens,) int16."""
+    import faiss
+
     lists = torch.empty(index.ntotal, dtype=torch.int16)
     for number in range(index.nlist):
         size = index.invlists.list_size(number)
@@ -237,7 +216,7 @@ def _lists_of(faiss: Any, index: Any) -> Tensor:
     return lists
 
 
-def _load_or_build(span: Span, folder: Path) -> IndexedPart:
+def _load_or_build(span: Span, folder: Path) -> list[Any]:
     """The indexes from files named by the keys' content; built and written if one is missing."""
     import faiss
 
@@ -246,14 +225,19 @@ def _load_or_build(span: Span, folder: Path) -> IndexedPart:
         digest = _digest(span)
         files = [folder / f"{digest}-{head}.faiss" for head in range(len(span.block.keys))]
         if not all(file.is_file() for file in files):
-            for index, file in zip(_build(span).indexes, files, strict=True):
+            for index, file in zip(_build(span), files, strict=True):
                 with atomic_path(file) as temporary:
                     faiss.write_index(index, str(temporary))
     except OSError as error:
-        raise LlamoryError(
-            f"The folder {folder} can't store indexes of memory ({error.strerror}): give a folder that is writable."
-        ) from error
-    return _indexed_part(faiss, [_open_mapped(faiss.read_index, file, faiss.IO_FLAG_MMAP) for file in files], span)
+        problem = f"The folder {folder} can't store indexes of memory ({error.strerror})"
+        raise LlamoryError(f"{problem}: give a folder that is writable.") from error
+    indexes = []
+    for file in files:
+        try:
+            indexes.append(faiss.read_index(str(file), faiss.IO_FLAG_MMAP))  # its lists are read when searched
+        except RuntimeError as error:
+            raise LlamoryError(f"{file} is not a complete memory index: remove it, and it is built again.") from error
+    return indexes
 
 
 def _digest(span: Span) -> str:
@@ -262,11 +246,3 @@ def _digest(span: Span) -> str:
     for part in span.split(1 << 16):
         digest.update(part.keys().contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return f"{len(span)}-{digest.hexdigest()}"
-
-
-def _open_mapped(read_index: Callable[..., Any], file: Path, flags: int) -> Any:
-    """An index whose lists stay on disk and are read when they are searched."""
-    try:
-        return read_index(str(file), flags)
-    except RuntimeError as error:
-        raise LlamoryError(f"{file} is not a complete memory index: remove it, and it is built again.") from error

@@ -1,17 +1,19 @@
 """The index of the paged search: tokens grouped by similar keys into pages, and pages into superpages.
 
-Adjacent tokens have less similar keys than one would expect: pages of adjacent tokens catch far less of a real model's
-attention than as many pages grouped by similarity. So tokens stay where they are in their block, and per head the
-index stores an order in which neighbours are similar. Ranges of a block are indexed once, for all banks that share it.
+Pages of similar keys catch far more of a real model's attention than as many pages of adjacent tokens. So per head the
+index stores an order in which neighbours are similar; tokens stay where they are in their block. Ranges of a block are
+indexed once, for all banks that share it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import xxhash
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from llamory.common.io import atomic_file
 from llamory.memory.bank import MemoryBank
-from llamory.memory.blocks import Block, Span, SpanList
+from llamory.memory.blocks import Block, Span, SpanList, merge_spans
 from llamory.memory.files import tensor_bytes
 from llamory.memory.search.base import workspace
 from llamory.memory.search.exact import needs_conversion
@@ -39,6 +41,7 @@ FILE_VERSION = 2
 _TABLES = ("rows", "pages", "means", "variances", "values")
 
 Range = tuple[int, int]
+T = TypeVar("T")
 
 
 @dataclass
@@ -56,22 +59,13 @@ class PagedRange:
     superpages: tuple[Tensor, ...]
 
 
-# ---- ranges of blocks ------------------------------------------------------------------------------------------------
-
-
 def stable_spans(spans: Sequence[Span], min_tokens: int) -> tuple[list[Span], list[Span]]:
     """The parts of spans that are worth indexing (at least `min_tokens` tokens that won't change), and the rest.
 
     The last tokens of a block that can still grow aren't stable: the index is better with more of them.
     """
-    merged: list[Span] = []
-    for span in sorted(spans, key=lambda span: (id(span.block), span.start)) if len(spans) > 1 else spans:
-        if merged and merged[-1].block is span.block and merged[-1].stop == span.start:
-            merged[-1] = Span(span.block, merged[-1].start, span.stop)
-        else:
-            merged.append(span)
     stable, rest = [], []
-    for span in merged:
+    for span in merge_spans(sorted(spans, key=lambda span: (id(span.block), span.start))):
         stop = span.stop
         if stop == span.block.filled and span.block.free:
             stop = max(span.start, stop - stop % STABLE_STEP)
@@ -102,11 +96,10 @@ def aligned_ranges(span: Span, lengths: Sequence[int] = LENGTHS) -> tuple[list[R
     return ranges, rest
 
 
-def get_or_build(block: Block, start: int, stop: int) -> PagedRange:
-    """The cached pages of a range, built on demand; they replace those of the ranges in it."""
-    cache = block.search_cache.setdefault("paged_ranges", {})
+def get_or_build_range(cache: dict[Any, T], start: int, stop: int, build: Callable[[], T]) -> T:
+    """The cached index of a range, built on demand; it replaces those of the ranges in it."""
     if (start, stop) not in cache:
-        cache[start, stop] = _build(block, start, stop)
+        cache[start, stop] = build()
         for other in list(cache):
             if start <= other[0] and other[1] <= stop and other != (start, stop):
                 cache.pop(other, None)
@@ -118,20 +111,16 @@ def get_or_merge(block: Block, ranges: Sequence[Range]) -> PagedRange:
     cache = block.search_cache.setdefault("merged_paged_ranges", {})
     key = ranges[0][0], ranges[-1][1]
     if key not in cache:
-        parts = [get_or_build(block, *each) for each in ranges]
+        built = block.search_cache.setdefault("paged_ranges", {})
+        parts = [get_or_build_range(built, *each, partial(_build, block, *each)) for each in ranges]
         if len(parts) == 1:
             return parts[0]
         superpages = zip(*(part.superpages for part in parts), strict=True)
-        merged = PagedRange(
-            torch.cat([part.rows for part in parts], 1),
-            torch.cat([part.pages for part in parts], 1),
-            tuple(torch.cat(tables, 1) for tables in superpages),
-        )
-        first = 0
-        for part in parts:
-            pages = slice(first, first + part.rows.shape[1])
-            part.rows, part.pages = merged.rows[:, pages], merged.pages[:, pages]
-            first = pages.stop
+        rows, pages = (torch.cat([getattr(part, name) for part in parts], 1) for name in ("rows", "pages"))
+        merged = PagedRange(rows, pages, tuple(torch.cat(tables, 1) for tables in superpages))
+        counts = [part.rows.shape[1] for part in parts]
+        for part, *tables in zip(parts, rows.split(counts, 1), pages.split(counts, 1), strict=True):
+            part.rows, part.pages = tables
         cache.clear()  # a longer one replaces those before it, which would take as much memory again
         cache[key] = merged
     return cache[key]
@@ -161,12 +150,10 @@ def _build(block: Block, start: int, stop: int) -> PagedRange:
 def balanced_pca_partition(vectors: Tensor, size: int) -> Tensor:
     """An order of vectors in which every `size` neighbours, from the front, are similar. Deterministic.
 
-    A balanced tree: every group is halved at the median of its projection on its first principal direction until it
-    has `size` vectors.
+    Every group is halved at the median of its projection on its first principal direction until it has `size` vectors.
 
     Args:
         vectors: (heads, count, head_dim) floating, where count is `size` times a power of two.
-        size: vectors of a group.
 
     Returns:
         (heads, count) int64 positions, for each head independently.
@@ -195,68 +182,56 @@ def _directions(groups: Tensor) -> Tensor:
     return direction
 
 
-# ---- the index of a layer --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class BlockPages:
-    """The pages of one block, which have the numbers `first` to `stop` (exclusive) in the index."""
-
-    block: Block
-    paged: PagedRange
-    first: int
-    stop: int
-
-
 @dataclass
 class LayerPageIndex:
-    """All pages and superpages of a layer's memory, numbered part by part, and the tokens that are in no page.
+    """All pages and superpages of a layer's memory, numbered block by block, and the tokens that are in no page.
 
-    Only the superpages' tables are concatenated, as every query reads all of them; the pages' tables, which may be
-    mapped from files, stay where they are.
+    Only the superpages' tables, which every query reads, are concatenated; the pages' tables may be mapped files.
+
+    Attributes:
+        offsets: the number of the first page of each block, and the number of all pages of a head.
     """
 
-    parts: list[BlockPages]
+    blocks: list[Block]
+    ranges: list[PagedRange]
+    offsets: list[int]
     superpages: tuple[Tensor, ...]
     rest: list[Span]
 
     @property
     def page_count(self) -> int:
         """Pages per head."""
-        return self.parts[-1].stop if self.parts else 0
+        return self.offsets[-1]
 
     def superpage_tables(self, page_ids: Tensor) -> Tensor:
-        """Tables of the pages of superpages (kv_heads, groups, superpages): (kv_heads, groups, pages, 3 * head_dim).
+        """Tables (kv_heads, groups, pages, 3 * head_dim) of the pages of superpages (kv_heads, groups, superpages).
 
         In float32; the next call reuses the storage.
         """
-        width = self.parts[0].paged.pages.shape[2]
-        tables = [part.paged.pages.unflatten(1, (-1, PAGES_PER_SUPERPAGE)).flatten(2) for part in self.parts]
-        page_gather = _PageGather(page_ids, [part.first // PAGES_PER_SUPERPAGE for part in self.parts])
+        tables = [each.pages.unflatten(1, (-1, PAGES_PER_SUPERPAGE)).flatten(2) for each in self.ranges]
+        page_gather = _PageGather(page_ids, [offset // PAGES_PER_SUPERPAGE for offset in self.offsets])
         selected = page_gather.restore_order(page_gather.select(tables, "tables"), "tables")
-        return _convert(selected, torch.float32, "tables").view(*page_ids.shape[:2], -1, width)
+        return _convert(selected, torch.float32, "tables").view(*page_ids.shape[:2], -1, self.ranges[0].pages.shape[2])
 
     def gather(self, page_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (pages, PAGE_SIZE, head_dim) of all these pages (kv_heads, groups, pages), flattened.
 
         In float32 where that is faster to read, else in the memory's type. The next call reuses the storage.
         """
-        block = self.parts[0].block
+        block = self.blocks[0]
         dtype = torch.float32 if block.key_scales is not None or needs_conversion(block.keys) else block.keys.dtype
-        page_gather = _PageGather(page_ids, [part.first for part in self.parts])
-        rows = page_gather.select([part.paged.rows for part in self.parts], "rows").view(-1)
+        page_gather = _PageGather(page_ids, self.offsets)
+        rows = page_gather.select([each.rows for each in self.ranges], "rows").view(-1)
 
         def gathered(name: str) -> Tensor:
-            tensors = [getattr(part.block, name) for part in self.parts]
+            tensors = [getattr(block, name) for block in self.blocks]
             selected = _workspace_like(name, tensors[0], len(rows), *tensors[0].shape[2:])
             for tensor, part in zip(tensors, page_gather.parts(PAGE_SIZE), strict=True):
                 _select(tensor.flatten(0, 1), rows[part], selected[part])
             return page_gather.restore_order(selected.view(page_ids.numel(), -1), name)
 
-        keys, values = (
-            _convert(gathered(name), dtype, name).view(-1, PAGE_SIZE, block.keys.shape[2])
-            for name in ("keys", "values")
-        )
+        shape = -1, PAGE_SIZE, block.keys.shape[2]
+        keys, values = (_convert(gathered(name), dtype, name).view(shape) for name in ("keys", "values"))
         if block.key_scales is not None:
             keys *= gathered("key_scales").unsqueeze(-1)
             values *= gathered("value_scales").unsqueeze(-1)
@@ -271,34 +246,30 @@ def get_or_build_index(spans: SpanList) -> tuple[LayerPageIndex | None, list[Spa
     key = ("pages", STABLE_STEP)
     if key not in spans.derived:
         stable, rest = stable_spans(spans, SUPERPAGE_SIZE)
-        index = _get_or_build_index(stable) if stable else LayerPageIndex([], (), [])
-        spans.derived[key] = (index if index.parts else None), [*index.rest, *rest]
+        cache = stable[0].block.search_cache.setdefault("page_indexes", {}) if stable else {}
+        # An index keeps its blocks alive, so their ids identify them.
+        name = tuple((id(span.block), span.start, span.stop) for span in stable)
+        if name not in cache:
+            while len(cache) >= MAX_CACHED_INDEXES:
+                cache.pop(next(iter(cache)), None)
+            cache[name] = _build_index(stable)
+        index = cache[name]
+        spans.derived[key] = (index if index.blocks else None), [*index.rest, *rest]
     return spans.derived[key]
 
 
-def _get_or_build_index(stable: list[Span]) -> LayerPageIndex:
-    cache = stable[0].block.search_cache.setdefault("page_indexes", {})
-    # An index keeps its blocks alive, so their ids identify them.
-    name = tuple((id(span.block), span.start, span.stop) for span in stable)
-    if name not in cache:
-        while len(cache) >= MAX_CACHED_INDEXES:
-            cache.pop(next(iter(cache)), None)
-        cache[name] = _build_index(stable)
-    return cache[name]
-
-
 def _build_index(spans: Sequence[Span]) -> LayerPageIndex:
-    parts: list[BlockPages] = []
-    rest: list[Span] = []
+    index = LayerPageIndex([], [], [0], (), [])
     for span in spans:
         ranges, remaining = aligned_ranges(span)
-        rest += remaining
+        index.rest += remaining
         if ranges:
-            paged = get_or_merge(span.block, ranges)
-            first = parts[-1].stop if parts else 0
-            parts.append(BlockPages(span.block, paged, first, first + paged.rows.shape[1]))
-    tables = zip(*(part.paged.superpages for part in parts), strict=True)
-    return LayerPageIndex(parts, tuple(torch.cat(each, 1) for each in tables), _compact(rest))
+            index.blocks.append(span.block)
+            index.ranges.append(get_or_merge(span.block, ranges))
+            index.offsets.append(index.page_count + index.ranges[-1].rows.shape[1])
+    tables = zip(*(each.superpages for each in index.ranges), strict=True)
+    index.superpages, index.rest = tuple(torch.cat(each, 1) for each in tables), _compact(index.rest)
+    return index
 
 
 def _compact(spans: list[Span]) -> list[Span]:
@@ -313,23 +284,17 @@ def _compact(spans: list[Span]) -> list[Span]:
 
 
 class _PageGather:
-    """Selects numbered entries (kv_heads, groups, count) from the tables of several parts.
-
-    Args:
-        ids: the numbers.
-        offsets: the first number of each part.
-    """
+    """Selects entries, by their numbers `ids` (kv_heads, groups, count), from tables between the `offsets`."""
 
     def __init__(self, ids: Tensor, offsets: Sequence[int]):
-        device, per_head = ids.device, ids[0].numel()
-        sorted_ids = ids.reshape(-1)
-        heads = torch.arange(len(ids), device=device).repeat_interleave(per_head)
+        sorted_ids, device = ids.reshape(-1), ids.device
+        heads = torch.arange(len(ids), device=device).repeat_interleave(ids[0].numel())
         self._offsets, self._bounds, self._inverse = offsets, [0, len(sorted_ids)], None
-        if len(offsets) > 1:
+        if len(offsets) > 2:
             # Sorted by their number, those of each part are adjacent.
             sorted_ids, order = sorted_ids.sort()
             heads = heads[order]
-            edges = torch.tensor(offsets[1:], device=device)
+            edges = torch.tensor(offsets[1:-1], device=device)
             self._bounds = [0, *torch.searchsorted(sorted_ids, edges).tolist(), len(sorted_ids)]
             self._inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
         self._sorted_ids, self._heads = sorted_ids, heads
@@ -341,7 +306,7 @@ class _PageGather:
     def select(self, tables: Sequence[Tensor], name: str) -> Tensor:
         """The entries from the parts' tables (kv_heads, entries, width), sorted by part: (entries, width)."""
         selected = _workspace_like(name, tables[0], len(self._sorted_ids), tables[0].shape[2])
-        for table, offset, part in zip(tables, self._offsets, self.parts(), strict=True):
+        for table, offset, part in zip(tables, self._offsets, self.parts(), strict=False):
             indices = self._sorted_ids[part] - offset + self._heads[part] * table.shape[1]
             _select(table.reshape(-1, table.shape[2]), indices, selected[part])
         return selected
@@ -368,19 +333,8 @@ def _convert(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return workspace(f"converted {name}", tensor.shape, dtype, tensor.device).copy_(tensor)
 
 
-# ---- files of pages, beside a memory file ----------------------------------------------------------------------------
-
-
 def save_pages(bank: MemoryBank, path: Path) -> None:
-    """Build the pages of a memory and write them to a file, atomically.
-
-    Args:
-        bank: of one document, as it was loaded from a memory file.
-        path: the file of pages.
-
-    Raises:
-        OSError: it can't be written.
-    """
+    """Build the pages of a memory of one document, as loaded from a file, and write them to a file, atomically."""
     tensors: dict[str, Tensor] = {}
     for layer, block, ranges in _layer_ranges(bank):
         if ranges:
@@ -392,11 +346,7 @@ def save_pages(bank: MemoryBank, path: Path) -> None:
 
 
 def load_pages(bank: MemoryBank, path: Path) -> bool:
-    """Read the pages of a memory from a file, so that they need not be built.
-
-    Args:
-        bank: as for `save_pages`.
-        path: the file of pages.
+    """Read the pages of a memory of one document from a file, so that they need not be built.
 
     Returns:
         Whether the file exists, is undamaged, and has the pages of exactly this memory; else the bank stays as it is.

@@ -8,32 +8,16 @@ estimated weight with the mean of their values. Queries whose expected error is 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from llamory.memory.blocks import SpanList
-from llamory.memory.search.base import (
-    AttentionResult,
-    Search,
-    flash,
-    log_error_bound,
-    log_sum_exp,
-    merge,
-    merge_results,
-    score_moments,
-    softmax_weights,
-)
+from llamory.memory.search import base, page_index
+from llamory.memory.search.base import AttentionResult, Search, flash, in_steps, merge, merge_results, softmax_weights
 from llamory.memory.search.exact import TOLERANCE, attend_spans, refine_uncertain
-from llamory.memory.search.page_index import (
-    PAGE_SIZE,
-    PAGES_PER_SUPERPAGE,
-    SUPERPAGE_SIZE,
-    LayerPageIndex,
-    balanced_pca_partition,
-    get_or_build_index,
-)
+from llamory.memory.search.page_index import PAGE_SIZE, PAGES_PER_SUPERPAGE, SUPERPAGE_SIZE, LayerPageIndex
 
 GROUP_SIZE = 64  # queries of a row, at most, that read the same pages
 MAX_SHARED_QUERIES = 192  # up to so many queries of a row form one group: a question's, in heads that share keys
@@ -53,10 +37,7 @@ class PagesSearch(Search):
     is several times the usual error.
     """
 
-    default_top_k = 32
-
-    def __init__(self, top_k: int | None = None, *, folder: str | Path | None = None, tolerance: float = TOLERANCE):
-        super().__init__(top_k, folder=folder, tolerance=tolerance)
+    default_top_k, default_tolerance = 32, TOLERANCE
 
     def attend_grouped(self, query: Tensor, spans: SpanList, scaling: float, rows: int) -> AttentionResult:
         """See `Search.attend_grouped`."""
@@ -68,11 +49,11 @@ class PagesSearch(Search):
 
     def _attend(self, query: Tensor, spans: SpanList, scaling: float, rows: int) -> AttentionResult:
         """Attention to spans on the query's device."""
-        page_index, rest = get_or_build_index(spans)
+        index, rest = page_index.get_or_build_index(spans)
         if (
-            page_index is None
-            or self.top_k >= page_index.page_count
-            or (query.shape[1] // rows > GROUP_SIZE and page_index.page_count * PAGE_SIZE <= EXACT_TOKENS)
+            index is None
+            or self.top_k >= index.page_count
+            or (query.shape[1] // rows > GROUP_SIZE and index.page_count * PAGE_SIZE <= EXACT_TOKENS)
         ):
             output, lse = attend_spans(query, spans, scaling)
             return AttentionResult(output, lse, lse)
@@ -84,14 +65,9 @@ class PagesSearch(Search):
         grouped = query.gather(1, _expand(indices, head_dim)).mul_(scaling).view(heads, groups, size, head_dim)
         rest_output, rest_lse = attend_spans(grouped.view(heads, -1, head_dim), rest, 1.0)
         rest_lse = rest_lse.view(heads, groups, size)
-        step = max(1, MAX_ESTIMATES // (heads * size * page_index.superpages[0].shape[1]))
-        parts = [
-            self._search(grouped[:, start : start + step], page_index, rest_lse[:, start : start + step])
-            for start in range(0, groups, step)
-        ]
-        read_output, read_lse, estimated, estimated_lse, log_error = (
-            tensors[0] if groups <= step else torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)
-        )
+        step = MAX_ESTIMATES // (heads * size * index.superpages[0].shape[1])
+        parts = in_steps(lambda *parts: self._search(index, *parts), step, grouped, rest_lse)
+        read_output, read_lse, estimated, estimated_lse, log_error = parts
         result, lse = merge((rest_output.view_as(grouped), read_output, estimated), (rest_lse, read_lse, estimated_lse))
         sums = torch.stack([lse, torch.logaddexp(rest_lse, read_lse), (log_error - lse).exp_()])
         # Back from groups to the queries' order; a query may be in a group twice.
@@ -100,15 +76,14 @@ class PagesSearch(Search):
             2, indices.expand(3, -1, -1), sums.view(3, heads, -1)
         )
         # The cost of reading everything grows with the memory, its benefit doesn't.
-        tolerance = self.tolerance * max(1.0, page_index.page_count * PAGE_SIZE / TOLERANCE_SCALE_TOKENS)
+        tolerance = self.tolerance * max(1.0, index.page_count * PAGE_SIZE / TOLERANCE_SCALE_TOKENS)
         return refine_uncertain(AttentionResult(output, lse, read_lse), error, tolerance, query, rows, spans, scaling)
 
-    def _search(self, query: Tensor, page_index: LayerPageIndex, other_lse: Tensor) -> tuple[Tensor, ...]:
+    def _search(self, index: LayerPageIndex, query: Tensor, other_lse: Tensor) -> tuple[Tensor, ...]:
         """Attention of groups of scaled queries to the pages of an index.
 
         Args:
             query: (kv_heads, groups, size, head_dim).
-            page_index: what to search.
             other_lse: log-sum-exp of the tokens that are in no page, (kv_heads, groups, size).
 
         Returns:
@@ -117,20 +92,20 @@ class PagesSearch(Search):
         """
         heads, groups, size, head_dim = query.shape
         num_pages = self.top_k * min(size, GROUP_PAGES if size <= GROUP_SIZE else 2 * GROUP_PAGES)
-        means, variances, values = page_index.superpages
+        means, variances, values = index.superpages
         count = means.shape[1]
-        moments = score_moments(query.reshape(heads, -1, head_dim), means, variances)
+        moments = base.score_moments(query.reshape(heads, -1, head_dim), means, variances)
         mean, variance = (moment.view(heads, groups, size, -1) for moment in moments)
-        superpages = log_sum_exp(mean, variance, SUPERPAGE_SIZE)  # (kv_heads, groups, size, superpages)
+        superpages = base.log_sum_exp(mean, variance, SUPERPAGE_SIZE)  # (kv_heads, groups, size, superpages)
         total_lse = torch.logaddexp(superpages.logsumexp(-1), other_lse)
-        errors = _relative_errors(log_error_bound(mean, variance, SUPERPAGE_SIZE), total_lse)
+        errors = _relative_errors(base.log_error_bound(mean, variance, SUPERPAGE_SIZE), total_lse)
         superpage_ids = _select_top(errors, min(count, max(MIN_SUPERPAGES, num_pages)))
         _mask_out(superpage_ids, superpages, errors)
 
-        means, variances, page_values = page_index.superpage_tables(superpage_ids).split(head_dim, -1)
-        mean, variance = score_moments(query, means, variances)
-        pages = log_sum_exp(mean, variance, PAGE_SIZE)  # (kv_heads, groups, size, pages of the opened superpages)
-        page_errors = _relative_errors(log_error_bound(mean, variance, PAGE_SIZE), total_lse)
+        means, variances, page_values = index.superpage_tables(superpage_ids).split(head_dim, -1)
+        mean, variance = base.score_moments(query, means, variances)
+        pages = base.log_sum_exp(mean, variance, PAGE_SIZE)  # (kv_heads, groups, size, pages of the opened superpages)
+        page_errors = _relative_errors(base.log_error_bound(mean, variance, PAGE_SIZE), total_lse)
         selected = _select_top(page_errors, min(pages.shape[3], num_pages))
         _mask_out(selected, pages, page_errors)
         page_ids = superpage_ids.gather(2, selected // PAGES_PER_SUPERPAGE) * PAGES_PER_SUPERPAGE
@@ -140,7 +115,7 @@ class PagesSearch(Search):
         superpage_weights, page_weights = (softmax_weights(each, estimated_lse) for each in (superpages, pages))
         estimated = (superpage_weights.view(heads, -1, count) @ values).view(query.shape) + page_weights @ page_values
         log_error = torch.hypot(torch.linalg.vector_norm(errors, dim=-1), torch.linalg.vector_norm(page_errors, dim=-1))
-        return *_read_pages(query, page_index, page_ids), estimated, estimated_lse, log_error.log() + total_lse
+        return *_read_pages(query, index, page_ids), estimated, estimated_lse, log_error.log() + total_lse
 
 
 def _groups(query: Tensor, rows: int) -> Tensor:
@@ -158,7 +133,7 @@ def _groups(query: Tensor, rows: int) -> Tensor:
         groups = 1 << math.ceil(math.log2(per_row / GROUP_SIZE))
         size = -(-per_row // groups)
         padded = torch.arange(size * groups, device=query.device).clamp_max_(per_row - 1)
-        order = balanced_pca_partition(query.view(heads * rows, per_row, head_dim)[:, padded], size)
+        order = page_index.balanced_pca_partition(query.view(heads * rows, per_row, head_dim)[:, padded], size)
         within = padded[order].view(-1, groups, size)
     return (within.unflatten(0, (heads, rows)) + row_offsets.unsqueeze(1)).flatten(1, 2)
 
@@ -180,22 +155,17 @@ def _mask_out(page_ids: Tensor, estimates: Tensor, errors: Tensor) -> None:
     errors.scatter_(3, indices, 0)
 
 
-def _read_pages(query: Tensor, page_index: LayerPageIndex, page_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _read_pages(query: Tensor, index: LayerPageIndex, page_ids: Tensor) -> Sequence[Tensor]:
     """Exact attention of groups of scaled queries to their pages (kv_heads, groups, pages)."""
-    heads, groups, size, head_dim = query.shape
+    heads, _, size, head_dim = query.shape
     tokens = page_ids.shape[2] * PAGE_SIZE
-    step = max(1, MAX_GATHERED_ELEMENTS // (heads * tokens * head_dim))
-    parts = []
-    for start in range(0, groups, step):
-        part = query[:, start : start + step].reshape(1, -1, size, head_dim)
-        tensors = page_index.gather(page_ids[:, start : start + step])
-        key, value = (tensor.view(1, -1, tokens, head_dim) for tensor in tensors)
-        output, lse = flash(part, key, value, scaling=1.0)
-        parts.append((output.view(heads, -1, size, head_dim), lse.view(heads, -1, size)))
-    if len(parts) == 1:
-        return parts[0]
-    output, lse = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
-    return output, lse
+
+    def attention(query: Tensor, page_ids: Tensor) -> tuple[Tensor, Tensor]:
+        key, value = (tensor.view(1, -1, tokens, head_dim) for tensor in index.gather(page_ids))
+        output, lse = flash(query.reshape(1, -1, size, head_dim), key, value, scaling=1.0)
+        return output.view(heads, -1, size, head_dim), lse.view(heads, -1, size)
+
+    return in_steps(attention, MAX_GATHERED_ELEMENTS // (heads * tokens * head_dim), query, page_ids)
 
 
 def _expand(indices: Tensor, head_dim: int) -> Tensor:

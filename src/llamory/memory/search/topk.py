@@ -1,18 +1,15 @@
 """Top-k attention: each query attends to its best few tokens per head and to nothing else.
 
-The other tokens are left out of the softmax, not estimated (Tworkowski et al. 2023, section 3.1: the k keys with the
-highest scores).
+The softmax leaves the other tokens out (Tworkowski et al. 2023, section 3.1: the k keys with the highest scores).
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from llamory.memory.blocks import Span, SpanList
-from llamory.memory.search.base import AttentionResult, Search
+from llamory.memory.search.base import AttentionResult, Search, in_steps
 from llamory.memory.search.faiss import MAX_GATHERED_ELEMENTS, gather, get_or_build_part, indexed_ranges
 
 CANDIDATE_FACTOR = 2  # an index rounds keys, so it gives this times top_k candidates
@@ -28,22 +25,22 @@ class TopKSearch(Search):
     def attend_grouped(self, query: Tensor, spans: SpanList, scaling: float, rows: int) -> AttentionResult:  # noqa: ARG002
         """See `Search.attend_grouped`; the softmax is over the tokens that are read."""
         query = query.float() * scaling
-        step = max(1, MAX_GATHERED_ELEMENTS // (len(query) * self._num_candidates * query.shape[-1]))
-        chunks = [self._attend(query[:, start : start + step], spans) for start in range(0, query.shape[1], step)]
-        output, lse = (torch.cat(parts, 1) for parts in zip(*chunks, strict=True))
+        step = MAX_GATHERED_ELEMENTS // (len(query) * self._num_candidates * query.shape[-1])
+
+        def attention(query: Tensor) -> tuple[Tensor, Tensor]:
+            best = _BestTokens(self.top_k, query)
+            self._find(query, spans, best)
+            return best.attention()
+
+        output, lse = in_steps(attention, step, query)
         return AttentionResult(output, lse, lse)
 
     @property
     def _num_candidates(self) -> int:
         return CANDIDATE_FACTOR * self.top_k + EXTRA_CANDIDATES
 
-    def _attend(self, query: Tensor, spans: SpanList) -> tuple[Tensor, Tensor]:
-        """Attention of scaled queries (kv_heads, queries, head_dim)."""
-        best = _BestTokens(self.top_k, query)
-        self._scan(query, spans, best)
-        return best.attention()
-
-    def _scan(self, query: Tensor, spans: Sequence[Span], best: _BestTokens) -> None:
+    def _find(self, query: Tensor, spans: SpanList, best: _BestTokens) -> None:
+        """Add the best tokens of scaled queries (kv_heads, queries, head_dim)."""
         for span in spans:
             for subspan in span.split(MAX_SCANNED_TOKENS):
                 device_query = query.to(subspan.block.keys.device)
@@ -55,16 +52,14 @@ class TopKSearch(Search):
 class IndexedTopKSearch(TopKSearch):
     """Reads about the `top_k` best tokens, found by the Faiss indexes of long ranges and by scanning the rest."""
 
-    def _attend(self, query: Tensor, spans: SpanList) -> tuple[Tensor, Tensor]:
+    def _find(self, query: Tensor, spans: SpanList, best: _BestTokens) -> None:
         ranges, rest = indexed_ranges(spans)
-        best = _BestTokens(self.top_k, query)
         for span in ranges:
             part = get_or_build_part(span, self.folder)
             device_query = query.to(span.block.keys.device)
             tokens = part.search(device_query, min(self._num_candidates, len(span)))
             best.add(*_score_tokens(device_query, span, tokens))
-        self._scan(query, rest, best)
-        return best.attention()
+        super()._find(query, SpanList(rest), best)
 
 
 class _BestTokens:
