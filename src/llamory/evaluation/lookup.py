@@ -2,9 +2,6 @@
 
 A document is a made-up dictionary: its first half defines keys, the second asks for their values. A model whose local
 context is half a document must find the definitions in memory, among those of all other documents.
-
-The evaluation encodes the first halves of some documents into memory, each by itself as in training. The same few
-documents are asked about at every memory size. No key is defined twice, so every question has one correct answer.
 """
 
 from __future__ import annotations
@@ -15,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +22,7 @@ from torch import Tensor
 from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
 from llamory.evaluation.plots import Line, draw_curves
-from llamory.evaluation.results import CurveResultsFile, display_names, model_metadata
+from llamory.evaluation.results import CurveResultsFile, run_models
 from llamory.longllama import LongLlamaCache, LongLlamaConfig, LongLlamaForCausalLM
 from llamory.longllama.losses import IGNORE_INDEX
 from llamory.memory import MemoryBank
@@ -40,19 +38,18 @@ SEGMENT = "dictionaries"
 
 @dataclass(frozen=True)
 class Dictionaries:
-    """Keys and values of some documents.
+    """Keys and values of some documents, as symbols."""
 
-    Attributes:
-        keys: symbols, (documents, lines, key_length).
-        values: symbols, (documents, lines, value_length).
-    """
-
-    keys: Tensor
-    values: Tensor
+    keys: Tensor  # (documents, lines, key_length)
+    values: Tensor  # (documents, lines, value_length)
 
     def first(self, documents: int) -> Dictionaries:
         """The first so many documents."""
-        return Dictionaries(self.keys[:documents], self.values[:documents])
+        return self.at(slice(documents))
+
+    def at(self, rows: slice) -> Dictionaries:
+        """The documents of a slice."""
+        return Dictionaries(self.keys[rows], self.values[rows])
 
 
 @dataclass(frozen=True)
@@ -61,20 +58,14 @@ class LookupTask:
 
     Half a document is BOS, as many lines as fit, and EOS as padding. A line is a marker, a key, a marker and a value.
 
-    Attributes:
-        vocabulary: number of symbols and the six markers.
-        key_length: symbols of a key.
-        value_length: symbols of a value.
-        half: tokens of half a document, which is one row and the local context.
-
     Raises:
         LlamoryError: a line doesn't fit, or there are too few symbols.
     """
 
-    vocabulary: int = 64
+    vocabulary: int = 64  # number of symbols and the six markers
     key_length: int = 4
     value_length: int = 4
-    half: int = 256
+    half: int = 256  # tokens of half a document, which is one row and the local context
 
     def __post_init__(self) -> None:
         if self.vocabulary < FIRST_SYMBOL + 2 or min(self.key_length, self.value_length) < 1 or self.lines < 1:
@@ -111,17 +102,14 @@ class LookupTask:
 
     def draw(self, documents: int, generator: torch.Generator) -> Dictionaries:
         """Draw random keys and values; two documents may define the same key."""
-        return Dictionaries(
-            *(
-                torch.randint(FIRST_SYMBOL, self.vocabulary, (documents, self.lines, length), generator=generator)
-                for length in (self.key_length, self.value_length)
-            )
-        )
+        keys = self._draw_symbols(documents, self.key_length, generator)
+        return Dictionaries(keys, self._draw_symbols(documents, self.value_length, generator))
+
+    def _draw_symbols(self, documents: int, length: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(FIRST_SYMBOL, self.vocabulary, (documents, self.lines, length), generator=generator)
 
     def draw_confusable(self, documents: int, generator: torch.Generator) -> Dictionaries:
-        """Draw keys from so few symbols that half of all possible keys are defined, each once.
-
-        So each key has many neighbours that differ in one or two symbols, as among millions of random keys.
+        """Draw keys, each once, from so few symbols that they are half of all possible keys and have near neighbours.
 
         Raises:
             LlamoryError: there are too few possible keys.
@@ -137,9 +125,7 @@ class LookupTask:
         return Dictionaries(self._keys_from_indices(indices, used), self.draw(documents, generator).values)
 
     def draw_distinct(self, documents: int, generator: torch.Generator) -> Dictionaries:
-        """Draw random keys and values; no key is defined twice, so every question has one correct answer.
-
-        With the same generator state, more documents begin with the same ones as fewer.
+        """Draw random keys, each defined once, and values; with one seed, more documents begin with the same as fewer.
 
         Raises:
             LlamoryError: there are too few possible keys.
@@ -147,8 +133,8 @@ class LookupTask:
         count = documents * self.lines
         if count > self.all_keys // 2:
             raise LlamoryError(
-                f"{documents} documents need {count:,} different keys, but there are only {self.all_keys:,}; take "
-                "longer keys or a smaller memory."
+                f"{documents} documents need {count:,} different keys, but there are only {self.all_keys:,}; "
+                "take longer keys or a smaller memory."
             )
         value_generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
         samples = torch.randint(self.all_keys, (2 * count + 64,), generator=generator)
@@ -158,8 +144,7 @@ class LookupTask:
         first = first.scatter_reduce_(0, inverse, torch.arange(len(samples)), "amin")
         indices = samples[first.sort().values[:count]]
         keys = self._keys_from_indices(indices, torch.arange(FIRST_SYMBOL, self.vocabulary))
-        shape = (documents, self.lines, self.value_length)
-        return Dictionaries(keys, torch.randint(FIRST_SYMBOL, self.vocabulary, shape, generator=value_generator))
+        return Dictionaries(keys, self._draw_symbols(documents, self.value_length, value_generator))
 
     def _keys_from_indices(self, indices: Tensor, symbols: Tensor) -> Tensor:
         """Keys (documents, lines, key_length) whose symbols are the digits of the indices."""
@@ -171,15 +156,10 @@ class LookupTask:
         return self._half(dictionaries.keys, dictionaries.values, DEFINE, VALUE)
 
     def questions(self, dictionaries: Dictionaries, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The second halves: every line again, in random order.
-
-        Returns:
-            token ids, and the target of each position (a token of a value, or -100); both (documents, half).
-        """
+        """The second halves, every line in random order: token ids and targets (or -100), both (documents, half)."""
         order = torch.rand(dictionaries.keys.shape[:2], generator=generator).argsort(1)[..., None]
         keys, values = (
-            symbols.gather(1, order.expand(-1, -1, symbols.shape[2]))
-            for symbols in (dictionaries.keys, dictionaries.values)
+            each.gather(1, order.expand(-1, -1, each.shape[2])) for each in (dictionaries.keys, dictionaries.values)
         )
         rows = self._half(keys, values, ASK, ANSWER)
         targets = torch.full_like(rows, IGNORE_INDEX)
@@ -217,25 +197,15 @@ def load_task(config: LongLlamaConfig) -> LookupTask:
 
 @dataclass(frozen=True)
 class LookupCell:
-    """The result at one memory size.
-
-    Attributes:
-        tokens: in memory.
-        accuracy: fraction of the values' tokens that are the model's first choice (with teacher forcing).
-        value_accuracy: fraction of the values whose tokens are all correct.
-        num_values: values that were asked for.
-        encode_seconds: for filling memory since the size before.
-        query_seconds: for all questions, including an index's construction.
-        peak_bytes: peak memory of the process so far.
-    """
+    """The result with `tokens` tokens in memory."""
 
     tokens: int
-    accuracy: float
-    value_accuracy: float
+    accuracy: float  # fraction of the values' tokens that are the model's first choice, with teacher forcing
+    value_accuracy: float  # fraction of the values whose tokens are all correct
     num_values: int
-    encode_seconds: float
-    query_seconds: float
-    peak_bytes: int
+    encode_seconds: float  # since the size before
+    query_seconds: float  # with the construction of an index
+    peak_bytes: int  # of the process so far
 
 
 def run_lookup(
@@ -248,11 +218,11 @@ def run_lookup(
     on_cell: Callable[[LookupCell], None] | None = None,
     on_read: Callable[[int], None] | None = None,
 ) -> list[LookupCell]:
-    """Ask about the same documents at several memory sizes.
+    """Ask about the same documents at several memory sizes; no key is defined twice.
 
     Args:
         model: trained for the task; its configuration says how memory is stored and searched.
-        lengths: tokens in memory, rounded down to whole documents.
+        lengths: tokens in memory, rounded down to whole documents, each encoded by itself as in training.
         task: the documents' shape.
         documents: number of documents asked about; memory holds them at every size.
         seed: of the documents.
@@ -272,15 +242,14 @@ def run_lookup(
         )
     dictionaries = task.draw_distinct(counts[-1], torch.Generator().manual_seed(seed))
     questions, targets = task.questions(dictionaries.first(documents), torch.Generator().manual_seed(seed))
-    bank, cells, num_encoded = model.new_memory(), [], 0
-    for count in counts:
+    bank, cells = model.new_memory(), []
+    for before, count in pairwise([0, *counts]):
         start = time.perf_counter()
-        for rows in _batches(num_encoded, count, ENCODE_BATCH_SIZE):
-            batch = Dictionaries(dictionaries.keys[rows], dictionaries.values[rows])
-            write_to_memory(model, task.definitions(batch), bank)
+        for rows in _batches(before, count, ENCODE_BATCH_SIZE):
+            _write_to_memory(model, task.definitions(dictionaries.at(rows)), bank)
             if on_read is not None:
                 on_read((rows.stop - rows.start) * task.half)
-        num_encoded, encoded = count, time.perf_counter()
+        encoded = time.perf_counter()
         correct = _answers(model, questions, targets, bank)
         values = correct.view(-1, task.value_length)
         cell = LookupCell(
@@ -290,7 +259,7 @@ def run_lookup(
             num_values=len(values),
             encode_seconds=encoded - start,
             query_seconds=time.perf_counter() - encoded,
-            peak_bytes=peak_memory(),
+            peak_bytes=_peak_memory(),
         )
         cells.append(cell)
         if on_cell is not None:
@@ -298,19 +267,15 @@ def run_lookup(
     return cells
 
 
-def peak_memory() -> int:
-    """Peak memory of this process, in bytes."""
+def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @torch.no_grad()
-def write_to_memory(model: LongLlamaForCausalLM, rows: Tensor, bank: MemoryBank) -> None:
+def _write_to_memory(model: LongLlamaForCausalLM, rows: Tensor, bank: MemoryBank) -> None:
     """Encode rows (documents, half), each by itself, and append their entries to one segment of a memory."""
-    cache = LongLlamaCache(model.config)
-    half = rows.shape[1]
-    model.model(
-        rows.to(model.device), past_key_values=cache, use_cache=False, last_context_length=half, logits_to_keep=None
-    )
+    cache, rows = LongLlamaCache(model.config), rows.to(model.device)
+    model.model(rows, past_key_values=cache, use_cache=False, last_context_length=rows.shape[1], logits_to_keep=None)
     for layer in bank.layers:
         for row in cache.memory:
             bank.append(layer, row.keys(layer), row.values(layer), segment=SEGMENT)
@@ -338,16 +303,6 @@ class LookupResultsFile(CurveResultsFile[LookupCell]):
     evaluation = "lookup"
     score_class = LookupCell
     make_curve = list
-    _old_keys: ClassVar[Mapping[str, str]] = {
-        "whole": "value_accuracy",
-        "asked": "num_values",
-        "reading": "encode_seconds",
-        "asking": "query_seconds",
-        "peak": "peak_bytes",
-    }
-
-    def _decode(self, entry: Mapping[str, Any]) -> LookupCell:
-        return LookupCell(**{self._old_keys.get(key, key): value for key, value in entry.items()})
 
 
 def evaluate(
@@ -361,60 +316,45 @@ def evaluate(
 ) -> LookupResultsFile:
     """Run the task for some models, and write `lookup.json` and `lookup.png`; existing results are resumed.
 
-    As in the paper, a query reads its best neighbours per head and nothing else.
+    As in the paper, a query attends to its best neighbours per head and to nothing else.
 
     Args:
         names: of models that `llamory train lookup` made.
-        lengths: tokens in memory.
+        lengths, documents, seed: as for `run_lookup`.
         output: a folder; it is created if it does not exist.
-        documents, seed: as for `run_lookup`.
-        model_kwargs: passed to `load_long_model`.
+        model_kwargs: for `load_long_model`.
 
     Raises:
         LlamoryError: a model wasn't trained for the task, or the output has other results.
     """
-    from llamory.longllama.loading import load_long_model
-
     results = LookupResultsFile(output / "lookup.json", {"documents": documents, "seed": seed})
-    shown = display_names(names)
-    for name in names:
-        model = load_long_model(name, mem_top_k_attention=True, **(model_kwargs or {}))
-        cells = results.run(name, model_metadata(model))
+
+    def run(_: str, model: LongLlamaForCausalLM, cells: list[LookupCell], title: str) -> None:
         task = load_task(model.config)
         done = {cell.tokens for cell in cells}
         remaining = [length for length in lengths if length // task.half * task.half not in done]
+        if not remaining:
+            return
         # Memory grows from size to size, so the largest is all that is encoded.
-        with ProgressBar(shown[name], max(remaining, default=0), unit="tokens") as bar:
+        with ProgressBar(title, max(remaining), unit="tokens") as bar:
 
-            def add_cell(
-                cell: LookupCell, cells: list[LookupCell] = cells, bar: ProgressBar = bar, title: str = shown[name]
-            ) -> None:
+            def add_cell(cell: LookupCell) -> None:
                 cells.append(cell)
                 cells.sort(key=lambda each: each.tokens)
                 results.write()
                 bar.print(
                     f"{title}: {cell.tokens:,} tokens: {cell.accuracy:.1%} of tokens, {cell.value_accuracy:.1%} of "
-                    f"values correct ({cell.query_seconds:.0f} s, {peak_memory() / 2**30:.1f} GiB)"
+                    f"values correct ({cell.query_seconds:.0f} s, {cell.peak_bytes / 2**30:.1f} GiB)"
                 )
 
-            if remaining:
-                run_lookup(
-                    model, remaining, task=task, documents=documents, seed=seed, on_cell=add_cell, on_read=bar.advance
-                )
-        del model  # two models at once may not fit
-    results.write()
-    shown = display_names(results.scores)
+            options: dict[str, Any] = {"documents": documents, "seed": seed, "on_cell": add_cell}
+            run_lookup(model, remaining, task=task, on_read=bar.advance, **options)
+
+    run_models(results, names, run, {**(model_kwargs or {}), "mem_top_k_attention": True})
     lines = [
-        Line(shown[name], [cell.tokens for cell in cells], [cell.accuracy for cell in cells])
-        for name, cells in results.scores.items()
-        if cells
+        Line(name, [cell.tokens for cell in cells], [cell.accuracy for cell in cells])
+        for name, cells in results.curves().items()
     ]
-    draw_curves(
-        output / "lookup.png",
-        "Dictionary look-up",
-        lines,
-        x_label="Tokens in memory",
-        y_label="Accuracy of the values' tokens",
-        percent=True,
-    )
+    labels = {"x_label": "Tokens in memory", "y_label": "Accuracy of the values' tokens"}
+    draw_curves(output / "lookup.png", "Dictionary look-up", lines, **labels, percent=True)
     return results

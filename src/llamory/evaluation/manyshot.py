@@ -1,7 +1,6 @@
 """Classification with as many demonstrations in memory as fit some lengths.
 
-As the Focused Transformer paper does with TREC (Tworkowski et al. 2023, arXiv:2307.03170, the section on in-context
-learning): more demonstrations should give better answers, also far beyond the model's context.
+As the Focused Transformer paper does with TREC (Tworkowski et al. 2023, arXiv:2307.03170, in-context learning).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from llamory.common.progress import ProgressBar
 from llamory.documents import read_json_lines
 from llamory.errors import LlamoryError
 from llamory.evaluation.plots import Line, draw_curves
-from llamory.evaluation.results import CurveResultsFile, display_names, file_identity, model_metadata
+from llamory.evaluation.results import CurveResultsFile, file_identity, run_models, run_pending
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,7 +41,7 @@ class Example:
 
 
 def read_examples(path: Path, *, text_field: str = "text", label_field: str = "label") -> list[Example]:
-    """Read labelled texts from a JSON lines file. White space around both is dropped; labels may be numbers.
+    """Read labelled texts from a JSON lines file; white space around them is dropped, and labels may be numbers.
 
     Raises:
         LlamoryError: the file doesn't exist, a line lacks a field, or there is no line.
@@ -86,10 +85,7 @@ def label_set(*examples: Sequence[Example] | None) -> list[str]:
 
 
 class PromptTemplate:
-    """Makes token ids of demonstrations and questions.
-
-    A demonstration's text, its label and the rest are tokenized separately, so a label has the same tokens in a
-    demonstration and as an answer.
+    """Makes token ids of demonstrations and questions; a label has the same tokens in a demonstration as in an answer.
 
     Attributes:
         start: the tokenizer's prefix of a text.
@@ -134,15 +130,7 @@ class PromptTemplate:
 
 @dataclass(frozen=True)
 class ManyshotPrompt:
-    """Demonstrations and questions of one length and seed.
-
-    Attributes:
-        length: the maximum number of tokens of demonstrations.
-        seed: of the draw.
-        input_ids: the demonstrations' tokens, at most `length`.
-        demonstrations: number of demonstrations.
-        questions: the same for all lengths of a seed.
-    """
+    """Demonstrations with the tokens `input_ids`, at most `length`, and the questions, the same for all lengths."""
 
     length: int
     seed: int
@@ -160,17 +148,14 @@ def build_manyshot_prompts(
     test: Sequence[Example] | None = None,
     questions: int = 100,
 ) -> list[ManyshotPrompt]:
-    """Draw demonstrations and questions for every length and seed.
-
-    Demonstrations are added in the order drawn until the next one doesn't fit, so a longer prompt begins with a shorter
-    one.
+    """Draw demonstrations and questions for every length and seed; a longer prompt begins with a shorter one.
 
     Args:
         prompt_template: of the prompts.
         train: the examples for demonstrations.
         lengths: maximum numbers of tokens of demonstrations; 0 for no demonstration.
         seeds: of the draws.
-        test: the examples for questions. None draws them from `train`; these aren't shown as demonstrations.
+        test: the examples for questions; None takes them out of `train`.
         questions: number of questions; all of `test` if it has fewer.
 
     Raises:
@@ -185,25 +170,18 @@ def build_manyshot_prompts(
         )
     prompts = []
     for seed in sorted(set(seeds)):
-        pool, sampled_questions = _sample(train, test, seed, questions)
+        pool = random.Random(f"{seed}/demonstrations").sample(train, len(train))
+        if test is None:
+            sampled, pool = pool[:questions], pool[questions:]
+        else:
+            sampled = random.Random(f"{seed}/questions").sample(test, min(questions, len(test)))
         for length in sorted(set(lengths)):
             ids, count = _fill_prompt(prompt_template, pool, length)
-            prompts.append(ManyshotPrompt(length, seed, tuple(ids), count, tuple(sampled_questions)))
+            prompts.append(ManyshotPrompt(length, seed, tuple(ids), count, tuple(sampled)))
     return sorted(prompts, key=lambda prompt: (prompt.length, prompt.seed))
 
 
-def _sample(
-    train: Sequence[Example], test: Sequence[Example] | None, seed: int, questions: int
-) -> tuple[list[Example], list[Example]]:
-    """Demonstrations in the order drawn, and questions."""
-    shuffled = random.Random(f"{seed}/demonstrations").sample(train, len(train))
-    if test is None:
-        return shuffled[questions:], shuffled[:questions]
-    return shuffled, random.Random(f"{seed}/questions").sample(test, min(questions, len(test)))
-
-
 def _fill_prompt(prompt_template: PromptTemplate, pool: Sequence[Example], length: int) -> tuple[list[int], int]:
-    """Token ids of as many demonstrations as fit, and their number."""
     if length == 0:
         return [], 0
     ids = list(prompt_template.start)
@@ -236,20 +214,16 @@ def label_scores(
     labels: Sequence[Sequence[int]],
     score_type: ScoreType = "mean",
 ) -> list[float]:
-    """The mean or the sum of the log-probabilities of each label's tokens after a question.
+    """The mean or the sum of the log-probabilities of each label's tokens after a question, in nats.
 
     The question is encoded once into the local context; the labels continue from it as rows of one batch.
 
     Args:
         model: in evaluation mode.
-        memory: of the demonstrations; it isn't changed. None for no memory.
+        memory: of the demonstrations; it isn't changed.
         question: token ids of the text up to the label.
         labels: token ids of each label.
-        score_type: "mean", or "sum" for the log-probability of the whole label. The mean favours labels of many tokens:
-            after demonstrations only a label's first token is uncertain.
-
-    Returns:
-        One score per label, in nats, computed in float32.
+        score_type: "mean" favours labels of many tokens: after demonstrations only the first token is uncertain.
     """
     output = model(
         input_ids=torch.tensor([question], device=model.device),
@@ -267,12 +241,8 @@ def label_scores(
         predictions = [torch.tensor(labels[index][:-1]) for index in multi_token]
         rows = torch.nn.utils.rnn.pad_sequence(predictions, batch_first=True)  # (labels, tokens - 1)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in predictions], batch_first=True)
-        logits = model(
-            input_ids=rows.to(model.device),
-            attention_mask=mask.to(model.device),
-            past_key_values=cache,
-            use_cache=True,
-        ).logits
+        rows, mask = rows.to(model.device), mask.to(model.device)
+        logits = model(input_ids=rows, attention_mask=mask, past_key_values=cache, use_cache=True).logits
         for row, index in enumerate(multi_token):
             target_ids = torch.tensor(labels[index][1:])
             log_probs = logits[row, : len(target_ids)].float().log_softmax(-1).cpu()
@@ -284,46 +254,26 @@ def label_scores(
 
 @dataclass(frozen=True)
 class Trial:
-    """The answers of one length and seed.
+    """The answers of one length and seed."""
 
-    Attributes:
-        length: the maximum number of tokens of demonstrations.
-        seed: of the draw.
-        demonstrations: number of demonstrations.
-        tokens: of the demonstrations.
-        accuracy: fraction of correct answers.
-        answers: the predicted label of each question.
-        labels: the correct label of each question.
-        seconds: of encoding and answering.
-    """
-
-    length: int
+    length: int  # maximum number of tokens of demonstrations
     seed: int
     demonstrations: int
-    tokens: int
+    tokens: int  # of the demonstrations
     accuracy: float
-    answers: Sequence[str]
-    labels: Sequence[str]
+    answers: Sequence[str]  # predicted label of each question
+    labels: Sequence[str]  # correct label of each question
     seconds: float
 
 
 @dataclass(frozen=True)
 class ManyshotPoint:
-    """The mean over seeds at one length.
-
-    Attributes:
-        length: the maximum number of tokens of demonstrations.
-        seeds: number of seeds.
-        accuracy: the mean.
-        deviation: standard deviation of the accuracy between seeds; None for a single seed.
-        demonstrations: the mean number of demonstrations.
-        tokens: the mean number of their tokens.
-    """
+    """Means over seeds at one length."""
 
     length: int
     seeds: int
     accuracy: float
-    deviation: float | None
+    deviation: float | None  # standard deviation of the accuracy; None for a single seed
     demonstrations: float
     tokens: float
 
@@ -336,86 +286,65 @@ def run_manyshot(
     *,
     score_type: ScoreType = "mean",
     trials: list[Trial] | None = None,
-    on_trial: Callable[[Trial], None] | None = None,
+    on_trial: Callable[[Trial], Any] | None = None,
     title: str | None = None,
 ) -> list[Trial]:
-    """Answer all questions of all prompts; a prompt's demonstrations are encoded into memory once for all questions.
-
-    The answer is the label with the highest score of `label_scores`.
+    """Answer the questions of each prompt with the labels that have the highest `label_scores`.
 
     Args:
         model: a model with memory, in evaluation mode.
         prompt_template: of its tokenizer.
-        prompts: from `build_manyshot_prompts`.
+        prompts: from `build_manyshot_prompts`; the demonstrations of each are encoded once.
         labels: the possible answers.
         score_type: as for `label_scores`.
-        trials: those of an earlier run; they are kept and not run again.
-        on_trial: called after every trial, when it is in `trials`.
-        title: of the progress on standard error; None for no progress.
+        trials: of an earlier run; they are kept and not run again.
+        on_trial, title: as for `run_pending`.
     """
     trials = [] if trials is None else trials
     done = {(trial.length, trial.seed) for trial in trials}
     pending = [prompt for prompt in prompts if (prompt.length, prompt.seed) not in done]
-    answers = [prompt_template.label(label) for label in labels]
+    label_ids = [prompt_template.label(label) for label in labels]
+
+    def run(prompt: ManyshotPrompt, bar: ProgressBar) -> tuple[Trial, str]:
+        started = time.perf_counter()
+        memory = model.read(prompt.input_ids) if prompt.input_ids else None
+        start = prompt_template.start if memory is None else []
+        answers = []
+        for example in prompt.questions:
+            question = [*start, *prompt_template.question(example.text)]
+            scores = label_scores(model, memory, question, label_ids, score_type)
+            answers.append(labels[scores.index(max(scores))])
+        correct = [example.label for example in prompt.questions]
+        accuracy = sum(map(str.__eq__, answers, correct)) / len(correct)
+        seconds, count = time.perf_counter() - started, prompt.demonstrations
+        bar.advance(prompt.length + 1)
+        line = f"{prompt.length:,} tokens, {count} demonstrations, seed {prompt.seed}: {accuracy:.1%} right"
+        tokens = len(prompt.input_ids)
+        trial = Trial(prompt.length, prompt.seed, count, tokens, accuracy, answers, correct, seconds)
+        return trial, f"{line} ({seconds:.1f} s)"
+
     total = sum(prompt.length + 1 for prompt in pending)
-    with ProgressBar(title or "", total, unit="tokens", shown=title is not None) as bar:
-        for number, prompt in enumerate(pending, 1):
-            trial = _run_trial(model, prompt_template, prompt, labels, answers, score_type)
-            trials.append(trial)
-            bar.advance(prompt.length + 1)
-            bar.print(
-                f"{title} {number}/{len(pending)}: {prompt.length:,} tokens, {prompt.demonstrations} demonstrations, "
-                f"seed {prompt.seed}: {trial.accuracy:.1%} right ({trial.seconds:.1f} s)"
-            )
-            if on_trial is not None:
-                on_trial(trial)
+    run_pending(pending, run, tokens=total, add=trials.append, on_score=on_trial, title=title)
     return trials
 
 
-def _run_trial(
-    model: LongLlamaForCausalLM,
-    prompt_template: PromptTemplate,
-    prompt: ManyshotPrompt,
-    labels: Sequence[str],
-    answers: Sequence[Sequence[int]],
-    score_type: ScoreType,
-) -> Trial:
-    started = time.perf_counter()
-    memory = model.read(prompt.input_ids) if prompt.input_ids else None
-    predictions = []
-    for example in prompt.questions:
-        question = prompt_template.question(example.text)
-        if memory is None:
-            question = [*prompt_template.start, *question]
-        scores = label_scores(model, memory, question, answers, score_type)
-        predictions.append(labels[scores.index(max(scores))])
-    right = [example.label for example in prompt.questions]
-    accuracy = sum(map(str.__eq__, predictions, right)) / len(right)
-    seconds = time.perf_counter() - started
-    return Trial(
-        prompt.length, prompt.seed, prompt.demonstrations, len(prompt.input_ids), accuracy, predictions, right, seconds
-    )
-
-
 def manyshot_curve(trials: Sequence[Trial]) -> list[ManyshotPoint]:
-    """The means over seeds, the shortest length first; lengths that an interrupted run left incomplete are left out."""
+    """The means over seeds, the shortest length first, without lengths that lack the trials of some seeds."""
     by_length: dict[int, list[Trial]] = {}
     for trial in trials:
         by_length.setdefault(trial.length, []).append(trial)
-    max_seeds = max(map(len, by_length.values()), default=0)
-    return [_point(length, found) for length, found in sorted(by_length.items()) if len(found) == max_seeds]
-
-
-def _point(length: int, trials: Sequence[Trial]) -> ManyshotPoint:
-    accuracies = [trial.accuracy for trial in trials]
-    return ManyshotPoint(
-        length,
-        len(trials),
-        statistics.fmean(accuracies),
-        statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-        statistics.fmean(trial.demonstrations for trial in trials),
-        statistics.fmean(trial.tokens for trial in trials),
-    )
+    seeds = max(map(len, by_length.values()), default=0)
+    points = []
+    for length, found in sorted(by_length.items()):
+        if len(found) == seeds:
+            accuracies = [trial.accuracy for trial in found]
+            deviation = statistics.stdev(accuracies) if seeds > 1 else None
+            demonstrations, tokens = (
+                statistics.fmean(getattr(trial, name) for trial in found) for name in ("demonstrations", "tokens")
+            )
+            accuracy = statistics.fmean(accuracies)
+            points.append(ManyshotPoint(length, seeds, accuracy, deviation, demonstrations, tokens))
+    return points
 
 
 class ManyshotResultsFile(CurveResultsFile[Trial]):
@@ -448,13 +377,13 @@ def evaluate(
         train: JSON lines file with the examples for demonstrations.
         lengths: maximum numbers of tokens of demonstrations.
         output: a folder; it is created if it does not exist.
-        test: JSON lines file with the examples for questions; None draws them from `train`.
+        test: JSON lines file with the examples for questions; None takes them out of `train`.
         seeds: number of draws.
         questions: per length and seed.
         text_field, label_field: keys of a line's text and label.
         template: of a demonstration.
         score_type: as for `label_scores`.
-        model_kwargs: passed to `load_long_model`.
+        model_kwargs: for `load_long_model`.
 
     Raises:
         LlamoryError: a file is broken, a length is impossible, or the output has other results.
@@ -466,8 +395,7 @@ def evaluate(
     test_examples = None if test is None else read_examples(test, **fields)
     labels = label_set(train_examples, test_examples)
     templates = {name: PromptTemplate(load_tokenizer(name), template) for name in names}
-    # Fail on impossible prompts before a model is loaded.
-    prompts = {
+    prompts = {  # before a model is loaded, since they may be impossible
         name: build_manyshot_prompts(
             each, train_examples, lengths, range(seeds), test=test_examples, questions=questions
         )
@@ -482,31 +410,17 @@ def evaluate(
         "template": template,
         "score_type": score_type,
     }
-    from llamory.longllama.loading import load_long_model  # after the checks: it takes a second
-
     results = ManyshotResultsFile(output / "manyshot.json", settings)
-    shown = display_names(names)
-    for name in names:
-        model = load_long_model(name, **(model_kwargs or {}))
-        run_manyshot(
-            model,
-            templates[name],
-            prompts[name],
-            labels,
-            score_type=score_type,
-            trials=results.run(name, model_metadata(model)),
-            on_trial=lambda _: results.write(),
-            title=shown[name],
-        )
-        del model  # two models at once may not fit
-    results.write()
-    shown = display_names(results.scores)
+
+    def run(name: str, model: LongLlamaForCausalLM, trials: list[Trial], title: str) -> None:
+        options: dict[str, Any] = {"score_type": score_type, "on_trial": lambda _: results.write(), "title": title}
+        run_manyshot(model, templates[name], prompts[name], labels, trials=trials, **options)
+
+    run_models(results, names, run, model_kwargs)
     lines = []
-    for name in results.scores:
-        curve = results.curve(name)
+    for name, curve in results.curves().items():
         error_bars = None if curve[0].deviation is None else [point.deviation for point in curve]
-        accuracies = [point.accuracy for point in curve]
-        lines.append(Line(shown[name], [point.length for point in curve], accuracies, error_bars))
+        lines.append(Line(name, [point.length for point in curve], [point.accuracy for point in curve], error_bars))
     draw_curves(
         output / "manyshot.png",
         f"{train.stem}: answers with demonstrations in memory",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from llamory.evaluation.haystack import (
     score_answer,
 )
 from llamory.evaluation.plots import Panel, draw_heat_map
-from llamory.evaluation.results import ResultsFile, display_names, file_identity, model_metadata
+from llamory.evaluation.results import ResultsFile, display_names, file_identity, model_metadata, run_pending
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,23 +45,14 @@ _EXTRA_TOKENS, _EXTRA_TOKENS_OF_SENTENCE = 3, 16
 
 @dataclass(frozen=True)
 class Trial:
-    """One prompt and its answer.
-
-    Attributes:
-        key: the hidden secret.
-        answer: the generated text.
-        correct: whether the answer is the secret, see `llamory.evaluation.haystack.score_answer`.
-        digits: fraction of the key's digits (of a text: words) at their positions.
-        tokens: of the prompt.
-        seconds: that `generate` took.
-    """
+    """One prompt and its answer."""
 
     key: str
     answer: str
     correct: bool
-    digits: float
-    tokens: int
-    seconds: float
+    digits: float  # fraction of the key's digits (of a text: words) at their positions
+    tokens: int  # of the prompt
+    seconds: float  # of `generate`
 
 
 @dataclass(frozen=True)
@@ -75,25 +66,25 @@ class Cell:
     @property
     def accuracy(self) -> float:
         """Fraction of the trials that found the key."""
-        return self._mean(trial.correct for trial in self.trials)
+        return self._mean("correct")
 
     @property
     def digits(self) -> float:
         """Fraction of the key's digits found, the mean over the trials."""
-        return self._mean(trial.digits for trial in self.trials)
+        return self._mean("digits")
 
     @property
     def seconds(self) -> float:
         """Seconds per prompt."""
-        return self._mean(trial.seconds for trial in self.trials)
+        return self._mean("seconds")
 
     @property
     def tokens(self) -> int:
         """Tokens of the longest prompt."""
         return max(trial.tokens for trial in self.trials)
 
-    def _mean(self, values: Iterable[float]) -> float:
-        return sum(values) / len(self.trials)
+    def _mean(self, name: str) -> float:
+        return sum(getattr(trial, name) for trial in self.trials) / len(self.trials)
 
 
 @dataclass
@@ -122,14 +113,13 @@ class PasskeyResult:
         return sum(cell.accuracy for cell in self.cells) / len(self.cells)
 
     def lengths_beyond_context(self, context: int | None) -> list[int]:
-        """The lengths whose prompts have more tokens than a context; none if there is no context."""
+        """The lengths whose prompts have more tokens than a context; none without a context."""
         return sorted({cell.length for cell in self.cells if context is not None and cell.tokens > context})
 
     def panel(self, title: str, context: int | None = None) -> Panel:
         """The cells as a panel of a heat map."""
-        beyond = self.lengths_beyond_context(context)
         accuracies = {(cell.length, cell.depth): cell.accuracy for cell in self.cells}
-        return Panel(title, accuracies, context, beyond[0] if beyond else None)
+        return Panel(title, accuracies, context, next(iter(self.lengths_beyond_context(context)), None))
 
     def add(self, cell: Cell) -> None:
         """Insert a cell."""
@@ -185,18 +175,14 @@ def evaluate(
 
     Args:
         name: of the model, as for `load_long_model`.
-        lengths: of the prompts, in tokens.
-        depths: positions of the needle, from 0 (start) to 1 (end).
+        lengths, depths, trials, seed, needle: as for `run_passkey`.
         output: a folder; it is created if it does not exist.
-        trials: prompts per length and depth.
-        seed: of the keys.
-        needle: by default the published one.
         haystack: files and folders with the text around the needle; None for the published text.
         independent_documents: encode each window by itself, see `IndependentDocumentPrompts`.
         evidence_ratio: for `IndependentDocumentPrompts`.
         last_context_length: tokens of the prompt's end that are never put into memory.
         baseline: also ask the plain model, without memory, even beyond its context.
-        model_kwargs: passed to `load_long_model`.
+        model_kwargs: for `load_long_model`.
 
     Raises:
         LlamoryError: a depth or a length is impossible, options contradict each other, or the output has other results.
@@ -231,40 +217,26 @@ def evaluate(
 
     from llamory.longllama.loading import load_long_model  # after the checks: it takes a second
 
-    def run(
-        kind: str, model: PreTrainedModel, metadata: dict[str, Any], prompts: PromptMaker | None, **generate: Any
-    ) -> None:
-        results.run(kind, metadata)
-        run_passkey(
-            model,
-            tokenizer,
-            lengths,
-            depths,
-            trials=trials,
-            seed=seed,
-            needle=needle,
-            haystack=text,
-            prompts=prompts,
-            result=results.result(kind),
-            on_cell=lambda _: results.write(),
-            title=TITLES[kind],
-            generate=generate,
-        )
+    common = {"trials": trials, "seed": seed, "needle": needle, "haystack": text}
 
-    long = load_long_model(name, **(model_kwargs or {}))
-    device, dtype = long.device, long.dtype
+    def run(kind: str, model: PreTrainedModel, metadata: dict[str, Any], **arguments: Any) -> None:
+        results.run(kind, metadata)
+        arguments |= {"result": results.result(kind), "on_cell": lambda _: results.write(), "title": TITLES[kind]}
+        run_passkey(model, tokenizer, lengths, depths, **common, **arguments)
+
+    model = load_long_model(name, **(model_kwargs or {}))
+    device, dtype = model.device, model.dtype
     prompts = None
     if independent_documents:
-        prompts = IndependentDocumentPrompts(
-            long, tokenizer, needle=needle, haystack=text, evidence_ratio=evidence_ratio
-        )
-    options = {} if last_context_length is None else {"last_context_length": last_context_length}
-    run("memory", long, model_metadata(long) | options, prompts, **options)
+        options: dict[str, Any] = {"needle": needle, "haystack": text, "evidence_ratio": evidence_ratio}
+        prompts = IndependentDocumentPrompts(model, tokenizer, **options)
+    generate = {} if last_context_length is None else {"last_context_length": last_context_length}
+    run("memory", model, model_metadata(model) | generate, prompts=prompts, generate=generate)
     if baseline:
-        del long, prompts  # both models at once may not fit
+        del model, prompts  # both models at once may not fit
         plain = load_model(name, dtype=dtype).to(device)
         context = plain.config.max_position_embeddings
-        run("baseline", plain, {"context_length": context, "dtype": str(dtype).removeprefix("torch.")}, None)
+        run("baseline", plain, {"context_length": context, "dtype": str(dtype).removeprefix("torch.")})
     results.write()
     panels = [
         result.panel(TITLES.get(kind, kind), results.metadata[kind].get("context_length"))
@@ -292,8 +264,7 @@ def run_passkey(
 ) -> PasskeyResult:
     """Ask a model for passkeys hidden at some depths of prompts of some lengths; the shortest prompts come first.
 
-    A key depends only on the seed, the length, the depth and the trial's number. So two models get the same prompts,
-    and a cell is the same whatever else is run.
+    A key depends only on the seed, the length, the depth and the trial's number, not on what else is run.
 
     Args:
         model: anything with `generate` and `device`; it decodes greedily, without a chat template.
@@ -306,8 +277,7 @@ def run_passkey(
         haystack: the text around the needle.
         prompts: makes the prompts with this needle, instead of `build_prompt`.
         result: cells of an earlier run; they are kept and not run again.
-        on_cell: called after every cell, when it is in `result`.
-        title: of the progress on standard error; None for no progress.
+        on_cell, title: as for `run_pending`.
         generate: further arguments for `model.generate`.
 
     Raises:
@@ -321,46 +291,38 @@ def run_passkey(
     needle = needle or Needle()
     pending = [(length, depth) for length in sorted(set(lengths)) for depth in sorted(set(depths))]
     pending = [(length, depth) for length, depth in pending if result.cell(length, depth) is None]
+
+    def run(item: tuple[int, float], bar: ProgressBar) -> tuple[Cell, str]:
+        (length, depth), done = item, []
+        for trial in range(trials):
+            key = draw_secret(needle.kind, random.Random(f"{seed}/{length}/{depth}/{trial}"))
+            options: Mapping[str, Any] = {}
+            if prompts is None:
+                prompt = build_prompt(tokenizer, length, depth, key, needle=needle, haystack=haystack)
+            else:
+                prompt, options = prompts(length, depth, key)
+            done.append(_run_trial(model, tokenizer, prompt, needle.kind, {**(generate or {}), **options}))
+            bar.advance(length)
+        cell = Cell(length, depth, tuple(done))
+        line = f"{length:,} tokens, depth {depth:.0%}: found {cell.accuracy:.0%} ({cell.seconds:.1f} s a prompt)"
+        return cell, line
+
     total = trials * sum(length for length, _ in pending)
-    with ProgressBar(title or "", total, unit="tokens", shown=title is not None) as bar:
-        for number, (length, depth) in enumerate(pending, 1):
-            done = []
-            for trial in range(trials):
-                key = draw_secret(needle.kind, random.Random(f"{seed}/{length}/{depth}/{trial}"))
-                if prompts is None:
-                    prompt = build_prompt(tokenizer, length, depth, key, needle=needle, haystack=haystack)
-                    options: Mapping[str, Any] = {}
-                else:
-                    prompt, options = prompts(length, depth, key)
-                done.append(_run_trial(model, tokenizer, prompt, needle.kind, {**(generate or {}), **options}))
-                bar.advance(length)
-            cell = Cell(length, depth, tuple(done))
-            result.add(cell)
-            bar.print(
-                f"{title} {number}/{len(pending)}: {cell.length:,} tokens, depth {cell.depth:.0%}: "
-                f"found {cell.accuracy:.0%} ({cell.seconds:.1f} s a prompt)"
-            )
-            if on_cell is not None:
-                on_cell(cell)
+    run_pending(pending, run, tokens=total, add=result.add, on_score=on_cell, title=title)
     return result
 
 
 def _run_trial(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Prompt, kind: str, options: Mapping[str, Any]
 ) -> Trial:
-    input_ids = torch.tensor([prompt.input_ids], device=model.device)
+    ids = torch.tensor([prompt.input_ids], device=model.device)
     key_tokens = len(tokenizer(f" {prompt.key}", add_special_tokens=False)["input_ids"])
     extra_tokens = _EXTRA_TOKENS_OF_SENTENCE if prompt.text.endswith((".", "?", "!", ":")) else _EXTRA_TOKENS
+    options = {"max_new_tokens": key_tokens + extra_tokens, "do_sample": False, **options}
     started = time.perf_counter()
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=key_tokens + extra_tokens,
-        do_sample=False,
-        **options,
-    )
-    new = output[0, input_ids.shape[1] :].tolist()
+    output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    new = output[0, ids.shape[1] :].tolist()
     seconds = time.perf_counter() - started
     answer = tokenizer.decode(new, skip_special_tokens=True)
-    correct, digits = score_answer(answer, prompt.key, kind)
-    return Trial(prompt.key, answer, correct, digits, len(prompt.input_ids) + prompt.in_memory, seconds)
+    tokens = len(prompt.input_ids) + prompt.in_memory
+    return Trial(prompt.key, answer, *score_answer(answer, prompt.key, kind), tokens, seconds)

@@ -1,7 +1,6 @@
 """Perplexity of a long document's last tokens as a function of the preceding tokens in memory.
 
-The language-modelling measure of the Focused Transformer paper (Tworkowski et al. 2023, arXiv:2307.03170): a useful
-memory lowers the loss.
+The measure of the Focused Transformer paper (Tworkowski et al. 2023, arXiv:2307.03170): useful memory lowers the loss.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ import torch
 from torch.nn import functional as F
 
 from llamory.common.progress import ProgressBar
-from llamory.documents import Document, read_documents
+from llamory.documents import read_documents
 from llamory.errors import LlamoryError
 from llamory.evaluation.plots import Line, draw_curves
-from llamory.evaluation.results import CurveResultsFile, display_names, file_identity, model_metadata
+from llamory.evaluation.results import CurveResultsFile, file_identity, run_models, run_pending
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,12 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LongText:
-    """The end of a long document.
-
-    Attributes:
-        source: of the document.
-        input_ids: its last tokens, enough for the longest memory, the local context and the scored tokens.
-    """
+    """The last tokens of a long document."""
 
     source: str
     input_ids: tuple[int, ...]
@@ -45,14 +39,7 @@ class LongText:
 
 @dataclass(frozen=True)
 class Score:
-    """The loss of one document with one memory length.
-
-    Attributes:
-        memory: tokens in memory.
-        source: the document.
-        loss: mean of the scored tokens' negative log-probabilities, in nats.
-        seconds: of encoding and scoring.
-    """
+    """The loss of one document with `memory` tokens in memory, in nats per scored token."""
 
     memory: int
     source: str
@@ -62,17 +49,13 @@ class Score:
 
 @dataclass(frozen=True)
 class PerplexityPoint:
-    """The mean over documents with one memory length.
+    """The mean over documents with `memory` tokens in memory.
 
     Attributes:
-        memory: tokens in memory.
-        documents: number of documents.
         loss: mean loss, in nats per token.
         standard_error: of that mean, over documents; None for a single document.
-        perplexity: exp(loss).
         change: mean of the paired differences to the loss without memory; None if that wasn't scored.
-        change_standard_error: of `change`. Documents differ more from each other than from themselves with another
-            memory, so this error shows whether memory helps.
+        change_standard_error: of `change`; small if the documents differ from each other but not in what memory does.
     """
 
     memory: int
@@ -92,43 +75,33 @@ def read_long_texts(
     limit: int | None = None,
     text_field: str = "text",
 ) -> list[LongText]:
-    """The last `length` tokens of each document that has as many, in order; no special tokens are added.
-
-    Args:
-        paths: files and folders, as for `llamory.documents.find_files`.
-        tokenizer: the model's tokenizer.
-        length: tokens needed and kept.
-        limit: take only the first so many long documents; None takes all.
-        text_field: the key of a JSON line's text.
+    """The last `length` tokens, without special tokens, of the first `limit` documents that have as many.
 
     Raises:
         LlamoryError: a path can't be read, or no document is long enough.
     """
+
+    def token_ids(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
     texts: list[LongText] = []
     count, longest = 0, ""
     for document in read_documents(paths, text_field=text_field):
         count += 1
         longest = max(longest, document.text, key=len)
-        ids = _tokens(tokenizer, document, length)
+        # A token has at least one byte (some tokenizers add one in front), so short texts need no tokenization.
+        ids = token_ids(document.text) if len(document.text.encode()) + 1 >= length else []
         if len(ids) >= length:
             texts.append(LongText(document.source, tuple(ids[-length:])))
             if len(texts) == limit:
                 return texts
     if not texts:
-        most = len(tokenizer(longest, add_special_tokens=False, verbose=False)["input_ids"])
         raise LlamoryError(
-            f"No document has the {length:,} tokens that are needed (of {count}, the longest has {most:,}); "
-            "name longer documents or give shorter memories."
+            f"No document has the {length:,} tokens that are needed (of {count}, the longest has "
+            f"{len(token_ids(longest)):,}); name longer documents or give shorter memories."
         )
     return texts
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, document: Document, length: int) -> list[int]:
-    # A token has at least one byte (some tokenizers add one in front), so short texts need no tokenization.
-    if len(document.text.encode()) + 1 < length:
-        return []
-    ids: list[int] = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
 
 
 @torch.no_grad()
@@ -141,23 +114,20 @@ def tail_loss(
     local: int = 1,
     windows: MemoryBank | None = None,
 ) -> float:
-    """The loss of a text's last tokens, with the tokens before them in memory.
+    """The loss of a text's last tokens, in nats (computed in float32), with the tokens before them in memory.
 
-    The last window holds `local` tokens and the scored ones; each is predicted from the window before it and from
+    Each scored token is predicted from the last window, which holds `local` tokens and the scored ones, and from
     memory. Memory holds the `memory` tokens before the window, encoded from their own start: a part of a longer memory
     would carry information from still earlier tokens in the keys and values of deeper layers.
 
     Args:
         model: in evaluation mode.
         input_ids: at least `memory + local + tokens` ids; earlier ones are ignored.
-        memory: tokens in memory; 0 for none.
-        tokens: number of scored tokens at the end.
+        memory: tokens in memory.
+        tokens: number of scored tokens.
         local: tokens before them in the local context, at least 1.
         windows: independently encoded windows of this text, to which new ones are added. With it, each window of the
             memory is encoded by itself, counted from the end, and all are attached together.
-
-    Returns:
-        The mean negative log-probability of the scored tokens, in nats, computed in float32.
     """
     ids = torch.as_tensor(input_ids, dtype=torch.long)
     start = len(ids) - tokens - local
@@ -165,15 +135,10 @@ def tail_loss(
     cache = None
     if memory:
         before = ids[start - memory : start]
-        read = model.read(before) if windows is None else _attach_windows(model, before, windows)
-        cache = model.memory_cache(read)
+        cache = model.memory_cache(model.read(before) if windows is None else _attach_windows(model, before, windows))
     window = ids[None, start:-1].to(model.device)
     output = model(
-        input_ids=window,
-        past_key_values=cache,
-        use_cache=True,
-        last_context_length=window.shape[1],
-        logits_to_keep=tokens,
+        window, past_key_values=cache, use_cache=True, last_context_length=window.shape[1], logits_to_keep=tokens
     )
     assert output.logits is not None
     return F.cross_entropy(output.logits[0].float(), ids[-tokens:].to(output.logits.device)).item()
@@ -203,24 +168,21 @@ def run_perplexity(
     local: int = 1,
     independent_windows: bool = False,
     scores: list[Score] | None = None,
-    on_score: Callable[[Score], None] | None = None,
+    on_score: Callable[[Score], Any] | None = None,
     title: str | None = None,
 ) -> list[Score]:
     """Score the last tokens of documents with memories of several lengths, the shortest first.
 
-    A document's scored tokens and last window are the same at every length. Each memory is encoded from scratch, so
-    lengths of 2k, 4k, ... 64k cost 126k tokens of encoding; see `tail_loss`.
+    Each memory is encoded from scratch, so lengths of 2k, 4k, ... 64k cost 126k tokens of encoding; see `tail_loss`.
 
     Args:
         model: a model with memory, in evaluation mode.
         texts: at least as long as the longest memory, `local` and `tokens` together.
         memories: tokens in memory.
-        tokens: number of scored tokens.
-        local: tokens before them in the local context.
+        tokens, local: as for `tail_loss`.
         independent_windows: encode each window of a document by itself, once for all lengths.
-        scores: those of an earlier run; they are kept and not computed again.
-        on_score: called after every score, when it is in `scores`.
-        title: of the progress on standard error; None for no progress.
+        scores: of an earlier run; they are kept and not computed again.
+        on_score, title: as for `run_pending`.
 
     Raises:
         LlamoryError: the window is longer than the model's context, or a text is too short.
@@ -237,23 +199,20 @@ def run_perplexity(
     if independent_windows:
         document_order = {text.source: index for index, text in enumerate(texts)}
         pending.sort(key=lambda each: document_order[each[1].source])
-    windows, current_text = None, None
+    windows: dict[str, MemoryBank] = {}  # of the current document
+
+    def run(item: tuple[int, LongText], bar: ProgressBar) -> tuple[Score, str]:
+        (memory, text), started = item, time.perf_counter()
+        if independent_windows and text.source not in windows:
+            windows.clear()
+            windows[text.source] = model.new_memory()
+        loss = tail_loss(model, text.input_ids, memory, tokens=tokens, local=local, windows=windows.get(text.source))
+        score = Score(memory, text.source, loss, time.perf_counter() - started)
+        bar.advance(memory + tokens)
+        return score, f"{memory:,} tokens in memory, {text.source}: loss {loss:.4f} ({score.seconds:.1f} s)"
+
     total = sum(memory + tokens for memory, _ in pending)
-    with ProgressBar(title or "", total, unit="tokens", shown=title is not None) as bar:
-        for number, (memory, text) in enumerate(pending, 1):
-            started = time.perf_counter()
-            if independent_windows and current_text is not text:
-                windows, current_text = model.new_memory(), text
-            loss = tail_loss(model, text.input_ids, memory, tokens=tokens, local=local, windows=windows)
-            score = Score(memory, text.source, loss, time.perf_counter() - started)
-            scores.append(score)
-            bar.advance(memory + tokens)
-            bar.print(
-                f"{title} {number}/{len(pending)}: {memory:,} tokens in memory, {text.source}: loss {loss:.4f} "
-                f"({score.seconds:.1f} s)"
-            )
-            if on_score is not None:
-                on_score(score)
+    run_pending(pending, run, tokens=total, add=scores.append, on_score=on_score, title=title)
     return scores
 
 
@@ -268,27 +227,20 @@ def check_window(tokens: int, local: int, context: int) -> None:
 
 
 def perplexity_curve(scores: Sequence[Score]) -> list[PerplexityPoint]:
-    """The means over documents, the shortest memory first.
-
-    Means over different documents can't be compared, so lengths that an interrupted run left incomplete are left out.
-    """
+    """The means over documents, the shortest memory first, without lengths that lack the scores of some documents."""
     by_memory: dict[int, dict[str, float]] = {}
     for score in scores:
         by_memory.setdefault(score.memory, {})[score.source] = score.loss
     documents = max(map(len, by_memory.values()), default=0)
     baseline = by_memory.get(0, {})
-    return [
-        _point(memory, losses, baseline if len(baseline) == documents else {})
-        for memory, losses in sorted(by_memory.items())
-        if len(losses) == documents
-    ]
-
-
-def _point(memory: int, losses: dict[str, float], baseline: dict[str, float]) -> PerplexityPoint:
-    loss, error = _mean(list(losses.values()))
-    changes = [losses[source] - baseline[source] for source in losses] if baseline else []
-    change, change_error = _mean(changes) if changes else (None, None)
-    return PerplexityPoint(memory, len(losses), loss, error, math.exp(loss), change, change_error)
+    points = []
+    for memory, losses in sorted(by_memory.items()):
+        if len(losses) == documents:
+            loss, error = _mean(list(losses.values()))
+            changes = [losses[source] - baseline[source] for source in losses] if len(baseline) == documents else []
+            change = _mean(changes) if changes else (None, None)
+            points.append(PerplexityPoint(memory, documents, loss, error, math.exp(loss), *change))
+    return points
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float | None]:
@@ -323,65 +275,20 @@ def evaluate(
     Args:
         names: of models with the same tokenizer, as for `load_long_model`.
         data: files and folders of long documents.
-        memories: tokens in memory.
+        memories, tokens, local, independent_windows: as for `run_perplexity`.
         output: a folder; it is created if it does not exist.
-        tokens, local, independent_windows: as for `run_perplexity`.
         limit, text_field: as for `read_long_texts`.
-        model_kwargs: passed to `load_long_model`.
+        model_kwargs: for `load_long_model`.
 
     Raises:
         LlamoryError: no document is long enough, tokenizers differ, or the output has other results.
     """
-    model_kwargs = model_kwargs or {}
-    if model_kwargs.get("context_length") is not None:
-        check_window(tokens, local, model_kwargs["context_length"])
-    texts = _read_for_all(names, data, max(memories) + tokens + local, limit=limit, text_field=text_field)
-    settings: dict[str, Any] = {"files": file_identity(data), "tokens": tokens, "local": local}
-    settings |= {"windows": "independent"} if independent_windows else {}
-    settings["documents"] = [text.source for text in texts]
-    from llamory.longllama.loading import load_long_model  # after the checks: it takes a second
-
-    results = PerplexityResultsFile(output / "perplexity.json", settings)
-    shown = display_names(names)
-    for name in names:
-        model = load_long_model(name, **model_kwargs)
-        run_perplexity(
-            model,
-            texts,
-            memories,
-            tokens=tokens,
-            local=local,
-            independent_windows=independent_windows,
-            scores=results.run(name, model_metadata(model)),
-            on_score=lambda _: results.write(),
-            title=shown[name],
-        )
-        del model  # two models at once may not fit
-    results.write()
-    shown = display_names(results.scores)
-    curves = {shown[name]: results.curve(name) for name in results.scores}
-    # No error bars: documents differ more from each other than a document from itself with another memory.
-    lines = [
-        Line(name, [point.memory for point in curve], [point.perplexity for point in curve])
-        for name, curve in curves.items()
-    ]
-    draw_curves(
-        output / "perplexity.png",
-        f"The last {tokens} tokens of long documents",
-        lines,
-        x_label="Tokens in memory",
-        y_label="Perplexity",
-    )
-    return results
-
-
-def _read_for_all(
-    names: Sequence[str], data: Sequence[Path], length: int, *, limit: int | None, text_field: str
-) -> list[LongText]:
-    """The documents' last tokens, which must be the same for all models."""
     from llamory.models.base import load_tokenizer
 
+    if (context := (model_kwargs or {}).get("context_length")) is not None:
+        check_window(tokens, local, context)
     texts: list[LongText] = []
+    length = max(memories) + tokens + local
     for name in names:
         found = read_long_texts(data, load_tokenizer(name), length, limit=limit, text_field=text_field)
         if texts and found != texts:
@@ -390,4 +297,21 @@ def _read_for_all(
                 "score them one by one."
             )
         texts = found
-    return texts
+    settings: dict[str, Any] = {"files": file_identity(data), "tokens": tokens, "local": local}
+    settings |= {"windows": "independent"} if independent_windows else {}
+    settings["documents"] = [text.source for text in texts]
+    results = PerplexityResultsFile(output / "perplexity.json", settings)
+    kwargs: dict[str, Any] = {"tokens": tokens, "local": local, "independent_windows": independent_windows}
+
+    def run(_: str, model: LongLlamaForCausalLM, scores: list[Score], title: str) -> None:
+        run_perplexity(model, texts, memories, **kwargs, scores=scores, on_score=lambda _: results.write(), title=title)
+
+    run_models(results, names, run, model_kwargs)
+    # No error bars: documents differ more from each other than a document from itself with another memory.
+    lines = [
+        Line(name, [point.memory for point in curve], [point.perplexity for point in curve])
+        for name, curve in results.curves().items()
+    ]
+    labels = {"x_label": "Tokens in memory", "y_label": "Perplexity"}
+    draw_curves(output / "perplexity.png", f"The last {tokens} tokens of long documents", lines, **labels)
+    return results

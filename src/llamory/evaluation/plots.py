@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +14,22 @@ from llamory.common.io import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _INK, _MUTED, _GRID, _NOT_RUN, _HIGHLIGHT = "#222222", "#666666", "#e4e4e4", "#ededed", "#c1344f"
+
+
+@contextmanager
+def _figure(path: Path, size: tuple[float, float], **save: Any) -> Iterator[Figure]:
+    """Give a figure of a size in inches, which is then written as a PNG file."""
+    require("plot")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=160, facecolor="white")
+    yield figure
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", **save)
+
 
 # ---- heat maps -------------------------------------------------------------------------------------------------------
 
@@ -21,76 +37,57 @@ _COLOUR_MAP = "viridis"
 # Inches.
 _CELL_WIDTH, _CELL_HEIGHT = 0.72, 0.46
 _MIN_WIDTH, _MAX_WIDTH, _MIN_HEIGHT, _MAX_HEIGHT = 3.2, 15.0, 2.1, 9.0
-_MARGIN, _PANEL_GAP, _TOP_MARGIN, _BOTTOM_MARGIN = 0.95, 0.6, 0.9, 0.85
+_MARGIN, _PANEL_GAP, _BAR, _TOP_MARGIN, _BOTTOM_MARGIN = 0.95, 0.6, 0.9, 0.9, 0.85
 _MAX_TITLE = 80
 _MAX_LABELS = 24
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One heat map of a plot.
-
-    Attributes:
-        title: above it.
-        accuracies: the value of each length and depth.
-        context_length: tokens of the model's context.
-        first_beyond_context: the first length whose prompts exceed the context; a line marks it. None for no line.
-    """
+    """One heat map of a plot: the accuracy of each length and depth."""
 
     title: str
     accuracies: Mapping[tuple[int, float], float]
     context_length: int | None = None
-    first_beyond_context: int | None = None
+    first_beyond_context: int | None = None  # the first length whose prompts exceed the context; a line marks it
 
 
 def draw_heat_map(path: Path, title: str, panels: Sequence[Panel]) -> None:
-    """Draw accuracies as colours and numbers, lengths from left to right and depths from top to bottom.
+    """Draw accuracies as colours and numbers into a PNG file, lengths to the right and depths downwards.
 
-    All panels have the same lengths and depths; cells that weren't run are grey.
-
-    Args:
-        path: the PNG file, written atomically.
-        title: of the plot.
-        panels: from left to right; at least one cell was run.
+    The panels stand side by side, with the same lengths and depths; cells that weren't run are grey.
     """
-    require("plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     lengths = sorted({length for panel in panels for length, _ in panel.accuracies})
     depths = sorted({depth for panel in panels for _, depth in panel.accuracies})
     panel_width = min(max(_CELL_WIDTH * len(lengths), _MIN_WIDTH), _MAX_WIDTH / len(panels))
     panel_height = min(max(_CELL_HEIGHT * len(depths), _MIN_HEIGHT), _MAX_HEIGHT)
-    bar = 0.9  # width of the colour bar
-    width = _MARGIN + len(panels) * panel_width + (len(panels) - 1) * _PANEL_GAP + bar
+    width = _MARGIN + len(panels) * panel_width + (len(panels) - 1) * _PANEL_GAP + _BAR
     height = _TOP_MARGIN + panel_height + _BOTTOM_MARGIN
-    figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
-    FigureCanvasAgg(figure)
     image: Any = None
-    for number, panel in enumerate(panels):
-        x = _MARGIN + number * (panel_width + _PANEL_GAP)
-        axes = figure.add_axes((x / width, _BOTTOM_MARGIN / height, panel_width / width, panel_height / height))
-        image = _draw(axes, panel, lengths, depths, cell=(panel_width / len(lengths), panel_height / len(depths)))
-        if number == 0:
-            axes.set_ylabel("Depth of the needle", color=_INK, fontsize=10)
-    colorbar_rect = ((width - bar + 0.2) / width, _BOTTOM_MARGIN / height, 0.14 / width, panel_height / height)
-    colours = figure.colorbar(image, cax=figure.add_axes(colorbar_rect), ticks=[0, 0.25, 0.5, 0.75, 1])
-    colours.ax.set_yticklabels(["0%", "25%", "50%", "75%", "100%"], fontsize=8, color=_MUTED)
-    colours.ax.tick_params(length=0)
-    colours.outline.set_visible(False)
-    figure.text(
-        _MARGIN / width,
-        1 - 0.3 / height,
-        title if len(title) <= _MAX_TITLE else f"{title[: _MAX_TITLE - 1]}…",
-        fontsize=12,
-        weight="bold",
-        color=_INK,
-        va="center",
-        parse_math=False,
-    )
-    with atomic_path(path) as temporary:
-        # A long title makes the plot wider.
-        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.15)
+    # A long title makes the plot wider.
+    with _figure(path, (width, height), bbox_inches="tight", pad_inches=0.15) as figure:
+
+        def add_axes(x: float, axes_width: float) -> Axes:
+            rect = (x / width, _BOTTOM_MARGIN / height, axes_width / width, panel_height / height)
+            return figure.add_axes(rect)
+
+        for number, panel in enumerate(panels):
+            axes = add_axes(_MARGIN + number * (panel_width + _PANEL_GAP), panel_width)
+            image = _draw(axes, panel, lengths, depths, cell=(panel_width / len(lengths), panel_height / len(depths)))
+            if number == 0:
+                axes.set_ylabel("Depth of the needle", color=_INK, fontsize=10)
+        colours = figure.colorbar(
+            image, cax=add_axes(width - _BAR + 0.2, 0.14), ticks=[0, 0.25, 0.5, 0.75, 1], format=_percent
+        )
+        colours.ax.tick_params(length=0, labelsize=8, labelcolor=_MUTED)
+        colours.outline.set_visible(False)
+        title = title if len(title) <= _MAX_TITLE else f"{title[: _MAX_TITLE - 1]}…"
+        style: dict[str, Any] = {"fontsize": 12, "weight": "bold", "color": _INK, "parse_math": False}
+        figure.text(_MARGIN / width, 1 - 0.3 / height, title, va="center", **style)
+
+
+def _percent(value: float, _: int | None = None) -> str:
+    return f"{value:.0%}"
 
 
 def _draw(
@@ -111,10 +108,22 @@ def _draw(
         for (row, column), accuracy in np.ndenumerate(accuracies):
             known = not np.isnan(accuracy)
             ink = _text_colour(colormaps[_COLOUR_MAP](accuracy)) if known else _MUTED
-            label = f"{accuracy:.0%}" if known else "–"
+            label = _percent(accuracy) if known else "–"
             axes.text(column, row, label, ha="center", va="center", fontsize=size, color=ink)
     _label(axes, lengths, depths)
-    _mark_context(axes, panel, lengths)
+    if panel.first_beyond_context is not None:
+        position = lengths.index(panel.first_beyond_context) - 0.5
+        axes.axvline(position, color=_HIGHLIGHT, linewidth=2, linestyle=(0, (3, 1.5)), clip_on=False)
+        axes.annotate(
+            f"context {panel.context_length:,}",
+            (position, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="left" if position < 0 else "center",
+            fontsize=8,
+            color=_HIGHLIGHT,
+        )
     axes.set_title(panel.title, fontsize=10, color=_INK, loc="left", pad=18, parse_math=False)
     return image
 
@@ -135,24 +144,6 @@ def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _mark_context(axes: Axes, panel: Panel, lengths: Sequence[int]) -> None:
-    """Draw a line before the first length beyond the context."""
-    if panel.first_beyond_context is None:
-        return
-    position = lengths.index(panel.first_beyond_context) - 0.5
-    axes.axvline(position, color=_HIGHLIGHT, linewidth=2, linestyle=(0, (3, 1.5)), clip_on=False)
-    axes.annotate(
-        f"context {panel.context_length:,}",
-        (position, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="left" if position < 0 else "center",
-        fontsize=8,
-        color=_HIGHLIGHT,
-    )
-
-
 def _text_colour(colour: tuple[float, float, float, float]) -> str:
     """Dark or light ink on a background, by its luminance."""
     red, green, blue, _ = colour
@@ -169,19 +160,12 @@ _SIZE = (6.4, 4.0)  # inches
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a plot.
-
-    Attributes:
-        name: its label in the legend.
-        xs: numbers of tokens, in ascending order.
-        ys: the values.
-        error_bars: half the length of the error bar of each value; None for no bars.
-    """
+    """One line of a plot: values over numbers of tokens, which ascend."""
 
     name: str
     xs: Sequence[int]
     ys: Sequence[float]
-    error_bars: Sequence[float] | None = None
+    error_bars: Sequence[float] | None = None  # half the length of each bar
 
 
 def draw_curves(
@@ -194,10 +178,10 @@ def draw_curves(
     percent: bool = False,
     reference_line: tuple[str, float] | None = None,
 ) -> None:
-    """Draw lines over numbers of tokens on a logarithmic axis; 0 is one step left of the smallest positive number.
+    """Draw lines over numbers of tokens into a PNG file; the horizontal axis is logarithmic and begins with 0.
 
     Args:
-        path: the PNG file, written atomically.
+        path: the file.
         title: of the plot.
         lines: at least one, with at least one value.
         x_label: of the horizontal axis.
@@ -205,34 +189,29 @@ def draw_curves(
         percent: whether the values are fractions, drawn from 0 to 100%.
         reference_line: label and height of a dashed horizontal line, such as chance.
     """
-    require("plot")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_SIZE, dpi=160, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for number, line in enumerate(lines):
-        _draw_line(axes, line, _LINE_COLOURS[number % len(_LINE_COLOURS)], _MARKERS[number % len(_MARKERS)])
-    if reference_line is not None:
-        axes.axhline(
-            reference_line[1], color=_MUTED, linewidth=1, linestyle=(0, (4, 2)), label=_literal(reference_line[0])
-        )
-    _scale(axes, sorted({x for line in lines for x in line.xs}))
-    if percent:
-        axes.set_ylim(-0.02, 1.02)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel(x_label, color=_INK, fontsize=10)
-    axes.set_ylabel(y_label, color=_INK, fontsize=10)
-    axes.set_title(_literal(title), color=_INK, fontsize=12, weight="bold", loc="left")
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=9, labelcolor=_INK)
-    axes.spines[:].set_visible(False)
-    if len(lines) > 1 or reference_line is not None:
-        axes.legend(frameon=False, fontsize=9)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    with _figure(path, _SIZE) as figure:
+        figure.set_layout_engine("constrained")
+        axes = figure.add_subplot()
+        for line, colour, marker in zip(lines, cycle(_LINE_COLOURS), cycle(_MARKERS), strict=False):
+            style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.8}
+            style |= {"label": _literal(line.name), "elinewidth": 1, "capsize": 3}
+            axes.errorbar(line.xs, line.ys, yerr=line.error_bars, **style)
+        if reference_line is not None:
+            label, value = reference_line
+            axes.axhline(value, color=_MUTED, linewidth=1, linestyle=(0, (4, 2)), label=_literal(label))
+        _scale(axes, sorted({x for line in lines for x in line.xs}))
+        if percent:
+            axes.set_ylim(-0.02, 1.02)
+            axes.yaxis.set_major_formatter(_percent)
+        axes.set_xlabel(x_label, color=_INK, fontsize=10)
+        axes.set_ylabel(y_label, color=_INK, fontsize=10)
+        axes.set_title(_literal(title), color=_INK, fontsize=12, weight="bold", loc="left")
+        axes.grid(color=_GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, labelsize=9, labelcolor=_INK)
+        axes.spines[:].set_visible(False)
+        if len(lines) > 1 or reference_line is not None:
+            axes.legend(frameon=False, fontsize=9)
 
 
 def short_count(count: int) -> str:
@@ -240,21 +219,6 @@ def short_count(count: int) -> str:
     if count and count % (1 << 20) == 0:
         return f"{count >> 20}M"
     return f"{count // 1024}k" if count and count % 1024 == 0 else f"{count:,}"
-
-
-def _draw_line(axes: Axes, line: Line, colour: str, marker: str) -> None:
-    axes.errorbar(
-        line.xs,
-        line.ys,
-        yerr=line.error_bars,
-        label=_literal(line.name),
-        color=colour,
-        marker=marker,
-        markersize=5,
-        linewidth=1.8,
-        elinewidth=1,
-        capsize=3,
-    )
 
 
 def _scale(axes: Axes, positions: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ class RetrievalDataset:
     """Queries, documents and relevance judgements.
 
     Attributes:
-        name: of the set.
+        name: of the dataset.
         split: of its qrels, such as "test".
         queries: for each query id with a relevant document, its text.
         qrels: for each of these queries, the score of each document with a judgement, by id; below 1 is not relevant.
@@ -67,27 +67,22 @@ def sample(data: RetrievalDataset, queries: int | None = None, documents: int | 
     """A sample of the queries and documents, drawn by the hash of their ids: the same on every machine.
 
     Args:
-        data: the full set.
+        data: the full dataset.
         queries: number of queries to keep; None keeps all.
         documents: number of documents to keep, including all that are relevant to a kept query; None keeps all.
 
     Raises:
-        LlamoryError: the set has fewer, or more documents than requested are relevant.
+        LlamoryError: the dataset has fewer, or more documents than requested are relevant.
     """
-    for requested, available, kind in (
-        (queries, len(data.queries), "queries"),
-        (documents, len(data.ids), "documents"),
-    ):
-        if requested is not None and requested > available:
-            raise LlamoryError(f"{data.name} has {available:,} {kind} in the split {data.split}, not {requested:,}.")
+    for kind, requested, all_ids in (("queries", queries, data.queries), ("documents", documents, data.ids)):
+        if requested is not None and requested > len(all_ids):
+            raise LlamoryError(f"{data.name} has {len(all_ids):,} {kind} in the split {data.split}, not {requested:,}.")
     if queries is not None:
         sampled = set(heapq.nsmallest(queries, data.queries, key=_hash_order))
         kept = {query: text for query, text in data.queries.items() if query in sampled}
         data = replace(data, queries=kept, qrels={query: data.qrels[query] for query in kept})
-    return data if documents is None else _sample_documents(data, documents)
-
-
-def _sample_documents(data: RetrievalDataset, documents: int) -> RetrievalDataset:
+    if documents is None:
+        return data
     needed = _relevant(data.qrels).intersection(data.ids)
     if len(needed) > documents:
         raise LlamoryError(
@@ -95,12 +90,12 @@ def _sample_documents(data: RetrievalDataset, documents: int) -> RetrievalDatase
             f"{documents:,} to keep; keep more documents or fewer queries."
         )
     rest = (key for key in data.ids if key not in needed)
-    sampled = needed | set(heapq.nsmallest(documents - len(needed), rest, key=_hash_order))
+    kept_ids = needed | set(heapq.nsmallest(documents - len(needed), rest, key=_hash_order))
 
     def read() -> Iterator[tuple[str, str]]:
-        return ((key, text) for key, text in data.read() if key in sampled)
+        return ((key, text) for key, text in data.read() if key in kept_ids)
 
-    return replace(data, ids=[key for key in data.ids if key in sampled], read=read)
+    return replace(data, ids=[key for key in data.ids if key in kept_ids], read=read)
 
 
 def _relevant(qrels: Mapping[str, Mapping[str, int]]) -> set[str]:
@@ -115,13 +110,12 @@ def _hash_order(key: str) -> tuple[int, str]:
 
 
 def load_beir(folder: Path, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalDataset:
-    """A BEIR folder as a retrieval set; the corpus is streamed.
+    """A BEIR folder as a dataset; the corpus is streamed.
 
     A document with the id and the text of a query is the query itself and not counted as found, unless it is relevant.
 
     Args:
-        folder: as for `llamory.documents.beir.read_beir`.
-        split: name of the qrels.
+        folder, split: as for `read_beir`.
         ignore_identical_ids: remove a document with a query's id for that query, whatever its text, as BEIR does.
 
     Raises:
@@ -172,7 +166,7 @@ def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool
     Args:
         name: of the task, such as "NFCorpus"; a subset follows a colon, as in "A:en".
         split: of its data; by default the one that mteb evaluates, "test" if there are several.
-        ignore_identical_ids: as for `load_beir`; also on where the task itself says so.
+        ignore_identical_ids: as for `load_beir`; also on where the task says so.
 
     Raises:
         LlamoryError: mteb isn't installed, has no such retrieval task, or its data can't be loaded.
@@ -188,7 +182,9 @@ def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool
     try:
         task: Any = mteb.get_task(task_name)
     except KeyError as error:
-        raise LlamoryError(f"There is no folder {name}, and mteb has no such task{_suggestion(error)}.") from error
+        _, found, guess = str(error.args[0]).partition("Did you mean: ")
+        suggestion = f" (did you mean {guess.strip(chr(39) + '?')}?)" if found else ""
+        raise LlamoryError(f"There is no folder {name}, and mteb has no such task{suggestion}.") from error
     if not isinstance(task, AbsTaskRetrieval):
         raise LlamoryError(f"The mteb task {name} is of the kind {task.metadata.type}; name a retrieval task.")
     try:
@@ -199,15 +195,35 @@ def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool
             f"The data of the mteb task {name} can't be loaded, which needs the hub or a copy in its cache: {reason}."
         ) from error
     subset, split = _select_split(task, task_name, subset, split)
-    return _to_dataset(
-        task, name, subset, split, ignore_identical_ids=ignore_identical_ids or task.ignore_identical_ids
+    ignore_identical_ids = ignore_identical_ids or task.ignore_identical_ids
+    data = task.dataset[subset][split]
+    corpus, query_table = data["corpus"], data["queries"]
+    if data.get("top_ranked"):
+        raise LlamoryError(f"The mteb task {name} reorders given documents; name one that searches all documents.")
+    if "instruction" in query_table.column_names or not all(map(_plain_texts, (corpus, query_table))):
+        raise LlamoryError(f"The mteb task {name} asks with instructions, or not about texts; name a plain text task.")
+    qrels = {
+        query: {key: int(score) for key, score in scores.items()} for query, scores in data["relevant_docs"].items()
+    }
+    queries = queries_with_qrels(name, dict(zip(query_table["id"], query_table["text"], strict=True)), qrels)
+    ids = list(corpus["id"])
+
+    def read() -> Iterator[tuple[str, str]]:
+        for row in corpus:
+            yield row["id"], f"{row.get('title') or ''} {row['text']}".strip()
+
+    return RetrievalDataset(
+        name=name,
+        split=split,
+        queries=queries,
+        qrels={query: qrels[query] for query in queries},
+        ids=ids,
+        read=read,
+        self_documents=frozenset(
+            key for key in ids if ignore_identical_ids and key in queries and qrels[key].get(key, 0) < 1
+        ),
+        fingerprint=json_digest({"revision": task.metadata.revision, "judgements": qrels, "ids": len(ids)}, digits=64),
     )
-
-
-def _suggestion(error: KeyError) -> str:
-    """mteb's suggestion of a similar name."""
-    _, found, guess = str(error.args[0]).partition("Did you mean: ")
-    return f" (did you mean {guess.strip(chr(39) + '?')}?)" if found else ""
 
 
 def _select_split(task: Any, name: str, subset: str, split: str | None) -> tuple[str, str]:
@@ -233,35 +249,3 @@ def _format_names(names: Sequence[str]) -> str:
 
 def _plain_texts(table: Any) -> bool:
     return "text" in table.column_names and (len(table) == 0 or isinstance(table[0]["text"], str))
-
-
-def _to_dataset(task: Any, name: str, subset: str, split: str, *, ignore_identical_ids: bool) -> RetrievalDataset:
-    data = task.dataset[subset][split]
-    corpus, query_table = data["corpus"], data["queries"]
-    if data.get("top_ranked"):
-        raise LlamoryError(f"The mteb task {name} reorders given documents; name one that searches all documents.")
-    if "instruction" in query_table.column_names or not all(_plain_texts(table) for table in (corpus, query_table)):
-        raise LlamoryError(f"The mteb task {name} asks with instructions, or not about texts; name a plain text task.")
-    queries = dict(zip(query_table["id"], query_table["text"], strict=True))
-    qrels = {
-        query: {key: int(score) for key, score in scores.items()} for query, scores in data["relevant_docs"].items()
-    }
-    query_texts = queries_with_qrels(name, queries, qrels)
-    ids = list(corpus["id"])
-    self_documents = {key for key in ids if ignore_identical_ids and key in query_texts and qrels[key].get(key, 0) < 1}
-
-    def read() -> Iterator[tuple[str, str]]:
-        for row in corpus:
-            yield row["id"], f"{row.get('title') or ''} {row['text']}".strip()
-
-    state = {"revision": task.metadata.revision, "judgements": qrels, "ids": len(ids)}
-    return RetrievalDataset(
-        name=name,
-        split=split,
-        queries=query_texts,
-        qrels={query: qrels[query] for query in query_texts},
-        ids=ids,
-        read=read,
-        self_documents=frozenset(self_documents),
-        fingerprint=json_digest(state, digits=64),
-    )

@@ -1,4 +1,4 @@
-"""One resumable results store for all evaluations: a JSON file that is complete after every write."""
+"""Resumable results of all evaluations, in a JSON file that is complete after every write, and their loops."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from llamory.common.io import write_json
+from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
 
-Score = TypeVar("Score")
+Item, Score = TypeVar("Item"), TypeVar("Score")
 
 # Keys that earlier versions wrote, and the names they have now.
 _OLD_KEYS = {
@@ -23,37 +24,35 @@ _OLD_KEYS = {
     "mem_log_start": "logn_attention_start",
     "mem_log_bias": "memory_size_bias",
     "mem_log_bias_start": "memory_size_bias_start",
+    "whole": "value_accuracy",
+    "asked": "num_values",
+    "reading": "encode_seconds",
+    "asking": "query_seconds",
+    "peak": "peak_bytes",
 }
 _OLD_VALUES = {("windows", "apart"): "independent"}
 
 
 class ResultsFile(Generic[Score]):
-    """Scores of one or more models at one evaluation, in a JSON file that a later run resumes.
-
-    A subclass names its evaluation and says how a score is written and read.
+    """Scores of models at one evaluation, in a JSON file that a later run resumes.
 
     Attributes:
         path: the file; None writes nothing.
         settings: JSON-able; everything the scores depend on except the model and the keys of a single score.
-        scores: for each model, by name, its scores so far.
-        metadata: for each model, what its scores depend on; JSON-able.
+        scores: of each model, by name.
+        metadata: what the scores of each model depend on; JSON-able.
     """
 
     evaluation: ClassVar[str]
     score_class: ClassVar[Callable[..., Any]]
     scores_key: ClassVar[str] = "scores"
-    summary_keys: ClassVar[tuple[str, ...]] = ()
-    """Keys of a model's entry that `_summary` makes; they are not metadata."""
+    summary_keys: ClassVar[tuple[str, ...]] = ()  # of what `_summary` returns
 
     def __init__(self, path: Path | None, settings: Mapping[str, Any] | None = None) -> None:
-        """Load the scores that the file has, if it exists.
-
-        Args:
-            path: the file.
-            settings: of this run; None takes those of the file.
+        """Load the scores of the file, if it exists; without `settings`, its settings too.
 
         Raises:
-            LlamoryError: the folder is a file, or the file has scores of other settings or of no such evaluation.
+            LlamoryError: the folder is a file, or the file has scores of other settings or of another evaluation.
         """
         if path is not None and path.parent.exists() and not path.parent.is_dir():
             raise LlamoryError(f"{path.parent} is a file; give a folder as --output.")
@@ -68,10 +67,10 @@ class ResultsFile(Generic[Score]):
             _require_same(path, saved, self.settings)
 
     def run(self, name: str, metadata: Mapping[str, Any]) -> list[Score]:
-        """The list of a model's scores, with those of earlier runs; the caller extends it.
+        """The scores of a model, with those of earlier runs, as a list to extend.
 
         Raises:
-            LlamoryError: the earlier scores are those of another model or of other settings.
+            LlamoryError: the earlier scores are of another model or of other settings.
         """
         metadata = _as_json(metadata)
         if self.path is not None:
@@ -92,29 +91,22 @@ class ResultsFile(Generic[Score]):
         if self.path is not None:
             write_json(self.path, self.document())
 
-    # ---- what a subclass may define anew -----------------------------------------------------------------------------
-
     def _encode(self, score: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        """A score as a JSON object."""
         return asdict(score)
 
     def _decode(self, entry: Mapping[str, Any]) -> Any:
-        """A score from its JSON object."""
-        return self.score_class(**entry)
+        return self.score_class(**_with_new_keys(entry))
 
     def _summary(self, name: str) -> dict[str, Any]:  # noqa: ARG002
-        """Entries about all scores of a model, under `summary_keys`."""
+        """Entries about all scores of a model."""
         return {}
 
     def _entries(self, name: str) -> dict[str, Any]:
-        """The entry with a model's scores."""
+        """The entry with the scores of a model."""
         return {self.scores_key: [self._encode(score, self.metadata[name]) for score in self.scores[name]]}
 
     def _load_scores(self, name: str, run: Mapping[str, Any]) -> list[Score]:  # noqa: ARG002
-        """A model's scores from its entry."""
         return [self._decode(entry) for entry in run[self.scores_key]]
-
-    # ------------------------------------------------------------------------------------------------------------------
 
     def _load(self, path: Path) -> dict[str, Any]:
         """Load scores and metadata, and return the settings."""
@@ -135,7 +127,7 @@ class ResultsFile(Generic[Score]):
 
 
 class CurveResultsFile(ResultsFile[Score]):
-    """A results file whose models also have a curve: means over the scores at each length."""
+    """Results with a curve for each model: means over the scores at each length."""
 
     summary_keys = ("curve",)
     make_curve: ClassVar[Callable[..., list[Any]]]
@@ -144,8 +136,64 @@ class CurveResultsFile(ResultsFile[Score]):
         """The points of a model's curve."""
         return self.make_curve(self.scores[name])
 
+    def curves(self) -> dict[str, list[Any]]:
+        """The curves of all models that have scores, by display name."""
+        shown = display_names(self.scores)
+        return {shown[name]: self.curve(name) for name, scores in self.scores.items() if scores}
+
     def _summary(self, name: str) -> dict[str, Any]:
         return {"curve": [asdict(point) for point in self.curve(name)]}
+
+
+def run_models(
+    results: ResultsFile[Score],
+    names: Sequence[str],
+    run: Callable[[str, Any, list[Score], str], Any],
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Load one model after the other, run it, and write the results.
+
+    Args:
+        results: existing scores in it are resumed.
+        names: of models, as for `load_long_model`.
+        run: called with a name, the model, the list of its scores, to extend, and its display name.
+        model_kwargs: for `load_long_model`.
+    """
+    from llamory.longllama.loading import load_long_model
+
+    for name, title in display_names(names).items():
+        model = load_long_model(name, **(model_kwargs or {}))
+        run(name, model, results.run(name, model_metadata(model)), title)
+        del model  # two models at once may not fit
+    results.write()
+
+
+def run_pending(
+    pending: Sequence[Item],
+    run: Callable[[Item, ProgressBar], tuple[Score, str]],
+    *,
+    tokens: int,
+    add: Callable[[Score], Any],
+    on_score: Callable[[Score], Any] | None,
+    title: str | None,
+) -> None:
+    """Run each item, with progress on standard error.
+
+    Args:
+        pending: the items.
+        run: advances the progress; returns the item's score and a line about it.
+        tokens: of all items.
+        add: stores a score.
+        on_score: called after every score, when it is stored.
+        title: of the progress; None for no progress.
+    """
+    with ProgressBar(title or "", tokens, unit="tokens", shown=title is not None) as bar:
+        for number, item in enumerate(pending, 1):
+            score, line = run(item, bar)
+            add(score)
+            bar.print(f"{title} {number}/{len(pending)}: {line}")
+            if on_score is not None:
+                on_score(score)
 
 
 def file_identity(paths: Sequence[Path]) -> dict[str, Any]:
@@ -166,25 +214,16 @@ def model_metadata(model: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "context_length": config.max_position_embeddings,
     }
-    metadata |= {
-        name: getattr(config, name) for name in ("last_context_length", "mem_layers", "mem_dtype", "mem_search")
-    }
-    metadata["mem_top_k"] = config.mem_top_k
+    names = ["last_context_length", "mem_layers", "mem_dtype", "mem_search", "mem_top_k"]
     # Settings that are off have no key, as in the files of versions before they existed.
-    for setting, start in (
-        ("mem_top_k_attention", None),
-        ("logn_attention_scale", "logn_attention_start"),
-        ("memory_size_bias", "memory_size_bias_start"),
-    ):
-        if getattr(config, setting):
-            metadata[setting] = getattr(config, setting)
-            if start is not None:
-                metadata[start] = getattr(config, start)
-    return metadata
+    names += ["mem_top_k_attention"] if config.mem_top_k_attention else []
+    names += ["logn_attention_scale", "logn_attention_start"] if config.logn_attention_scale else []
+    names += ["memory_size_bias", "memory_size_bias_start"] if config.memory_size_bias else []
+    return metadata | {name: getattr(config, name) for name in names}
 
 
 def display_names(names: Iterable[str]) -> dict[str, str]:
-    """For each model its name in tables and plots: the last part of a folder's path where that is unambiguous."""
+    """For each model its name in tables and plots: the last part of a folder's path if no other model has it."""
     names = list(names)
     short = [Path(name).resolve().name if Path(name).exists() else name for name in names]
     return {name: each if short.count(each) == 1 else name for name, each in zip(names, short, strict=True)}
@@ -206,7 +245,7 @@ def _short(value: Any) -> str:
 
 
 def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A mapping as it comes back from a file, with lists for tuples."""
+    """A mapping as a file returns it, with lists for tuples."""
     return dict(json.loads(json.dumps(value)))
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from sentence_transformers import SentenceTransformer
 
-METRICS = ("nDCG@10", "MRR@10", "Recall@100")
+METRICS = {"nDCG@10": "ndcg_cut_10", "MRR@10": "recip_rank", "Recall@100": "recall_100"}  # names of trec_eval
 DEPTH = 100  # documents per query; the deepest metric is Recall@100
 CHUNK = 10_000  # documents whose texts and vectors are in RAM at a time
 CONFIDENCE = 0.95
@@ -49,14 +49,11 @@ def search_vectors(
     similarity: Similarity,
     advance: Advance = lambda _: None,
 ) -> Ranking:
-    """The documents most similar to each query.
-
-    Documents are embedded in chunks of 10,000. Documents without text are never retrieved.
+    """The documents most similar to each query; documents without text are never retrieved.
 
     Args:
         data: queries and documents.
-        embed_queries: makes vectors (texts, dimension).
-        embed_documents: the same for documents.
+        embed_queries, embed_documents: make vectors (texts, dimension).
         similarity: makes scores (queries, documents) from vectors.
         advance: called with the number of documents embedded.
     """
@@ -64,12 +61,13 @@ def search_vectors(
 
     best = _TopDocuments(data)
     vectors = embed_queries(list(data.queries.values()))
-    for chunk in _chunks(data.read(), CHUNK):
+    documents = data.read()
+    while chunk := list(islice(documents, CHUNK)):
         texts = {key: text for key, text in chunk if text.strip()}
         if texts:
-            documents = embed_documents(list(texts.values()))
+            document_vectors = embed_documents(list(texts.values()))
             for start in range(0, len(vectors), _QUERY_BATCH):
-                scores = np.asarray(similarity(vectors[start : start + _QUERY_BATCH], documents))
+                scores = np.asarray(similarity(vectors[start : start + _QUERY_BATCH], document_vectors))
                 best.add(start, list(texts), np.nan_to_num(scores, nan=-np.inf))
         advance(len(chunk))
     return best.ranking()
@@ -86,8 +84,13 @@ def search_bm25(data: RetrievalDataset, advance: Advance = lambda _: None) -> Ra
 
     best = _TopDocuments(data)
     tokenizer = Tokenizer(stopwords="english")
-    counted_texts = _count_texts((text for _, text in data.read()), advance)
-    tokens = list(tokenizer.streaming_tokenize(counted_texts, allow_empty=False))
+
+    def texts() -> Iterator[str]:
+        for _, text in data.read():
+            yield text
+            advance(1)
+
+    tokens = list(tokenizer.streaming_tokenize(texts(), allow_empty=False))
     if not any(tokens):
         return best.ranking()
     index = bm25s.BM25()
@@ -105,8 +108,7 @@ class _TopDocuments:
 
     def __init__(self, data: RetrievalDataset) -> None:
         self.data = data
-        self.names = list(data.queries)
-        self.found: list[list[tuple[float, str]]] = [[] for _ in self.names]
+        self.found: list[list[tuple[float, str]]] = [[] for _ in data.queries]
 
     def add(self, start: int, ids: Sequence[str], scores: np.ndarray) -> None:
         """Merge scores (queries, documents) of the queries from `start` on; minus infinity means not retrieved."""
@@ -122,21 +124,10 @@ class _TopDocuments:
 
     def ranking(self) -> Ranking:
         ranked = {}
-        for query, found in zip(self.names, self.found, strict=True):
+        for query, found in zip(self.data.queries, self.found, strict=True):
             excluded = query if query in self.data.self_documents else None
             ranked[query] = [(key, score) for score, key in found if key != excluded][:DEPTH]
         return ranked
-
-
-def _chunks(pairs: Iterator[tuple[str, str]], size: int) -> Iterator[list[tuple[str, str]]]:
-    while chunk := list(islice(pairs, size)):
-        yield chunk
-
-
-def _count_texts(texts: Iterator[str], advance: Advance) -> Iterator[str]:
-    for text in texts:
-        yield text
-        advance(1)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -144,28 +135,15 @@ def _count_texts(texts: Iterator[str], advance: Advance) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class QueryScore:
-    """The metrics of one query.
-
-    Attributes:
-        query: its id.
-        values: of the metrics, by name.
-        found: ids of the best ten documents.
-    """
+    """The metrics of the query with an id."""
 
     query: str
     values: Mapping[str, float]
-    found: Sequence[str]
-
-    def line(self, model: str) -> dict[str, Any]:
-        """The query's object in the per-query file."""
-        return {"model": model, "query": self.query, **self.values, "found": list(self.found)}
+    found: Sequence[str]  # ids of the best ten documents
 
 
 def score_queries(data: RetrievalDataset, ranking: Ranking) -> list[QueryScore]:
-    """The metrics of each query, computed by trec_eval (through `pytrec_eval`); a query without results has 0.
-
-    nDCG uses the qrels' scores as gains and the logarithm of rank + 1 as discount, as trec_eval and BEIR do.
-    """
+    """The metrics of each query, computed by trec_eval; a query without results has 0."""
     require("eval")
     import pytrec_eval
 
@@ -177,13 +155,9 @@ def score_queries(data: RetrievalDataset, ranking: Ranking) -> list[QueryScore]:
     mrr_results = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(top_ten)
     scores = []
     for query in data.queries:
-        values = (
-            full_results.get(query, {}).get("ndcg_cut_10", 0.0),
-            mrr_results.get(query, {}).get("recip_rank", 0.0),
-            full_results.get(query, {}).get("recall_100", 0.0),
-        )
-        found = [key for key, _ in ranking.get(query, ())[:_NUM_SHOWN]]
-        scores.append(QueryScore(query, dict(zip(METRICS, values, strict=True)), found))
+        metrics = {**full_results.get(query, {}), **mrr_results.get(query, {})}
+        values = {name: metrics.get(key, 0.0) for name, key in METRICS.items()}
+        scores.append(QueryScore(query, values, [key for key, _ in ranking.get(query, ())[:_NUM_SHOWN]]))
     return scores
 
 
@@ -195,10 +169,7 @@ def summarize(scores: Sequence[QueryScore]) -> dict[str, Any]:
 
 
 def differences(scores: Mapping[str, Sequence[QueryScore]]) -> list[dict[str, Any]]:
-    """For each pair of models, the mean difference over the same queries and its 95% interval.
-
-    An interval without 0 means that the difference is larger than the sampling of queries explains.
-    """
+    """For each pair of models, the mean difference over the same queries and its 95% interval."""
     entries = []
     for one, other in combinations(scores, 2):
         entry: dict[str, Any] = {"model": one, "minus": other, "intervals": {}}
@@ -243,7 +214,7 @@ class RetrievalResultsFile(ResultsFile[QueryScore]):
         """Load the results that the folder has, if any.
 
         Args:
-            data: the set.
+            data: queries and documents.
             folder: for the two files; None writes nothing.
             per_query: another file for the lines per query.
 
@@ -299,7 +270,9 @@ class RetrievalResultsFile(ResultsFile[QueryScore]):
             write_json_lines(self.per_query, self._lines())
 
     def _lines(self) -> Iterator[dict[str, Any]]:
-        return (score.line(name) for name, scores in self.scores.items() for score in scores)
+        for name, scores in self.scores.items():
+            for score in scores:
+                yield {"model": name, "query": score.query, **score.values, "found": list(score.found)}
 
     def _entries(self, name: str) -> dict[str, Any]:  # noqa: ARG002 (scores are in the lines)
         return {}
@@ -317,13 +290,12 @@ class RetrievalResultsFile(ResultsFile[QueryScore]):
     def _load_scores(self, name: str, run: Mapping[str, Any]) -> list[QueryScore]:
         assert self.folder is not None
         self._seconds[name] = run["seconds"]
-        scores = []
         with (self.folder / "queries.jsonl").open(encoding="utf-8") as file:
-            for entry in map(json.loads, file):
-                values = {metric: entry[metric] for metric in METRICS}
-                if entry["model"] == name:
-                    scores.append(QueryScore(entry["query"], values, entry["found"]))
-        return scores
+            return [
+                QueryScore(entry["query"], {metric: entry[metric] for metric in METRICS}, entry["found"])
+                for entry in map(json.loads, file)
+                if entry["model"] == name
+            ]
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -367,7 +339,7 @@ def evaluate(
     output: Path | None = None,
     per_query: Path | None = None,
 ) -> RetrievalResultsFile:
-    """Score retrievers and BM25 on a set; existing results in `output` are resumed.
+    """Score retrievers and BM25 on a dataset; existing results in `output` are resumed.
 
     Args:
         data: a BEIR folder, or the name of an mteb task.
@@ -376,23 +348,22 @@ def evaluate(
         bm25: whether BM25 is scored.
         split: of the qrels.
         num_queries, num_documents: sizes of a sample; None for all.
-        ignore_identical_ids: as for `read_beir`.
+        ignore_identical_ids: as for `load_beir`.
         max_length: tokens of a text that a model reads.
-        query_prompt: prompt of LLARA models for queries.
+        query_prompt: of LLARA models.
         bf16: embed in bfloat16.
         device: as for `load_embedder`.
-        output: a folder for the results; None writes none.
-        per_query: another file for the lines per query.
+        output, per_query: as `folder` and `per_query` of `RetrievalResultsFile`.
 
     Raises:
         LlamoryError: the data or a model can't be read, or the output has other results.
     """
-    from llamory.embedding.encoder import is_llara
-    from llamory.embedding.pipeline import check_embedder, load_embedder, mean_embedder, set_query_prompt
+    from llamory.embedding import pipeline
+    from llamory.embedding.encoder import embed_passages, embed_queries, fingerprint, is_llara
     from llamory.models.base import load_config
 
     for name in models:
-        check_embedder(name)
+        pipeline.check_embedder(name)
     for name in mean_pooling:
         load_config(name)
     dataset = sample(read_dataset(data, split, ignore_identical_ids=ignore_identical_ids), num_queries, num_documents)
@@ -400,71 +371,49 @@ def evaluate(
         raise LlamoryError(f"There is no folder {per_query.parent} for the per-query file.")
     results = RetrievalResultsFile(dataset, output, per_query)
     shown = display_names([*models, *mean_pooling])
+
+    def score(name: str, title: str, metadata: Mapping[str, Any], search: Callable[[Advance], Ranking]) -> None:
+        if results.has(name, metadata):
+            return
+        started = time.perf_counter()
+        with ProgressBar(title, len(dataset.ids), unit="documents") as bar:
+            scores = score_queries(dataset, search(bar.advance))
+            seconds = time.perf_counter() - started
+            results.add(name, metadata, scores, seconds)
+            bar.print(f"{title}: nDCG@10 {summarize(scores)['nDCG@10']:.3f} ({seconds:.1f} s)")
+
+    def score_embedder(name: str, title: str, embedder: SentenceTransformer) -> None:
+        dtype, limit = "bfloat16" if bf16 else None, embedder.max_seq_length
+        metadata = {
+            "kind": "vectors",
+            "fingerprint": fingerprint(embedder),
+            "similarity": embedder.similarity_fn_name,
+            "max_length": limit if limit is not None and math.isfinite(limit) else None,  # JSON has no infinity
+            "bf16": bf16,
+        }
+        prompt = pipeline.query_prompt(embedder)
+        metadata |= {} if prompt is None else {"query_prompt": prompt}
+
+        def search(advance: Advance) -> Ranking:
+            return search_vectors(
+                dataset,
+                lambda texts: embed_queries(embedder, texts, dtype=dtype),
+                lambda texts: embed_passages(embedder, texts, advance, dtype=dtype),
+                embedder.similarity,
+            )
+
+        score(name, title, metadata, search)
+
     if bm25:
         metadata = {"kind": "bm25", "library": f"bm25s {version('bm25s')}"}
-        _score(results, dataset, BM25, metadata, lambda advance: search_bm25(dataset, advance), BM25)
+        score(BM25, BM25, metadata, lambda advance: search_bm25(dataset, advance))
     for name in mean_pooling:
-        embedder = mean_embedder(name, device=device, **({} if max_length is None else {"max_length": max_length}))
-        _score_embedder(results, dataset, mean_pooling_name(name), embedder, mean_pooling_name(shown[name]), bf16=bf16)
+        embedder = pipeline.mean_embedder(name, device=device, **({} if max_length is None else {"max_length": max_length}))
+        score_embedder(mean_pooling_name(name), mean_pooling_name(shown[name]), embedder)
     for name in models:
-        embedder = load_embedder(name, max_length=max_length, device=device)
+        embedder = pipeline.load_embedder(name, max_length=max_length, device=device)
         if query_prompt is not None and is_llara(embedder):
-            set_query_prompt(embedder, query_prompt)
-        _score_embedder(results, dataset, name, embedder, shown[name], bf16=bf16)
+            pipeline.set_query_prompt(embedder, query_prompt)
+        score_embedder(name, shown[name], embedder)
     results.write_per_query()
     return results
-
-
-def _score_embedder(
-    results: RetrievalResultsFile,
-    data: RetrievalDataset,
-    name: str,
-    embedder: SentenceTransformer,
-    title: str,
-    *,
-    bf16: bool,
-) -> None:
-    from llamory.embedding.encoder import embed_passages, embed_queries, fingerprint
-    from llamory.embedding.pipeline import query_prompt
-
-    prompt = query_prompt(embedder)
-    limit = embedder.max_seq_length  # may be infinite, which JSON can't represent
-    metadata = {
-        "kind": "vectors",
-        "fingerprint": fingerprint(embedder),
-        "similarity": embedder.similarity_fn_name,
-        "max_length": limit if limit is not None and math.isfinite(limit) else None,
-        "bf16": bf16,
-    }
-    if prompt is not None:
-        metadata["query_prompt"] = prompt
-
-    dtype = "bfloat16" if bf16 else None
-
-    def search(advance: Advance) -> Ranking:
-        return search_vectors(
-            data,
-            lambda texts: embed_queries(embedder, texts, dtype=dtype),
-            lambda texts: embed_passages(embedder, texts, advance, dtype=dtype),
-            embedder.similarity,
-        )
-
-    _score(results, data, name, metadata, search, title)
-
-
-def _score(
-    results: RetrievalResultsFile,
-    data: RetrievalDataset,
-    name: str,
-    metadata: dict[str, Any],
-    search: Callable[[Advance], Ranking],
-    title: str,
-) -> None:
-    if results.has(name, metadata):
-        return
-    started = time.perf_counter()
-    with ProgressBar(title, len(data.ids), unit="documents") as bar:
-        scores = score_queries(data, search(bar.advance))
-        seconds = time.perf_counter() - started
-        results.add(name, metadata, scores, seconds)
-        bar.print(f"{title}: nDCG@10 {summarize(scores)['nDCG@10']:.3f} ({seconds:.1f} s)")
