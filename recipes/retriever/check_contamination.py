@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from llamory.evaluation.datasets.builder import DecontaminationIndex
+from llamory.evaluation.datasets import DecontaminationIndex
 
 
 def strings(value: object) -> Iterator[str]:

@@ -20,7 +20,7 @@ from pathlib import Path
 import sentencex
 
 from llamory.documents import find_files, read_documents
-from llamory.evaluation.datasets.builder import DecontaminationIndex, words
+from llamory.evaluation.datasets import DecontaminationIndex, words
 from llamory.training.pairs import load_pairs
 
 AROUND = 80  # words that a sentence is selected out of

@@ -22,7 +22,7 @@ from pathlib import Path
 import sentencex
 
 from llamory.documents import find_files, read_documents
-from llamory.evaluation.datasets.builder import DecontaminationIndex, words
+from llamory.evaluation.datasets import DecontaminationIndex, words
 
 LONG = 70  # words of a long piece, and of what follows
 LEAST = 4  # words of a piece

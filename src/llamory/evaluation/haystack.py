@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, cycle, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from llamory.memory import MemoryBank
 
 # ---- secrets ---------------------------------------------------------------------------------------------------------
-
 
 # Numbers are drawn from 1 to this, as published.
 LARGEST_KEY = 49999
@@ -56,23 +55,17 @@ def longest_secret(kind: str) -> str:
 
 
 def score_answer(answer: str, key: str, kind: str = "number") -> tuple[bool, float]:
-    """Compare an answer with a secret.
+    """Whether an answer is the secret, and the fraction of the secret's digits or words at their positions.
 
     For a number, the first number in the answer counts; for other kinds, the first words, without case and punctuation.
-
-    Returns:
-        whether the answer is the secret, and the fraction of its digits or words at their positions.
     """
-    found: str | list[str]
-    expected: str | list[str]
     if kind == "number":
-        number = re.search(r"\d+", answer)
-        found, expected = number.group() if number else "", key
+        found, expected = list("".join(re.findall(r"\d+", answer)[:1])), list(key)
         correct = found == expected
     else:
-        found, expected = _words(answer), _words(key)
+        found, expected = (re.findall(r"\w+", text.casefold()) for text in (answer, key))
         correct = found[: len(expected)] == expected
-    return correct, sum(a == b for a, b in zip(found, expected, strict=False)) / len(expected)
+    return correct, sum(map(str.__eq__, found, expected)) / len(expected)
 
 
 class _Longest(random.Random):
@@ -83,10 +76,6 @@ class _Longest(random.Random):
 
     def randint(self, a: int, b: int) -> int:  # noqa: ARG002
         return b
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
 
 
 def _sentence(rng: random.Random) -> str:
@@ -103,36 +92,26 @@ _MAKERS: dict[str, Callable[[random.Random], str]] = {
 
 # ---- haystacks -------------------------------------------------------------------------------------------------------
 
-
 # An upper bound of the characters per token in usual text; a text that turns out shorter is repeated.
 _CHARACTERS_PER_TOKEN = 32
 
 
 @dataclass(frozen=True)
 class Haystack:
-    """Sentences to hide a needle between.
-
-    Attributes:
-        sentences: each with the white space that follows it.
-        restart_after_needle: whether the text after the needle starts again instead of continuing.
-    """
+    """Sentences to hide a needle between, each with the white space that follows it."""
 
     sentences: tuple[str, ...]
-    restart_after_needle: bool = False
+    restart_after_needle: bool = False  # whether the text after the needle starts again instead of continuing
 
     def around(self, count: int, depth: float) -> tuple[str, str]:
-        """Text before and after a needle, `count` sentences in total.
+        """Text before and after a needle, `count` sentences in total, repeated if there are fewer.
 
-        Args:
-            count: number of sentences; after the last one the first follows again.
-            depth: fraction of the text, in characters, before the needle, to the nearest sentence.
+        `depth` is the fraction of characters before the needle, to the nearest sentence.
         """
         selected = list(islice(cycle(self.sentences), count))
         ends = list(accumulate(map(len, selected), initial=0))
         target_chars = depth * ends[-1]
-        before = bisect_left(ends, target_chars)
-        if before > 0 and ends[before] - target_chars > target_chars - ends[before - 1]:
-            before -= 1
+        before = min(range(count, -1, -1), key=lambda index: abs(ends[index] - target_chars))
         after = selected[: count - before] if self.restart_after_needle else selected[before:]
         return "".join(selected[:before]).strip(), "".join(after).strip()
 
@@ -148,7 +127,7 @@ def read_haystack(paths: Iterable[Path], tokens: int, *, language: str = "en") -
     """Make a haystack of the text of files; in source code, lines count as sentences.
 
     Args:
-        paths: files and folders that `llamory.documents` reads, in this order.
+        paths: files and folders.
         tokens: length of the longest prompt; text beyond it isn't read.
         language: code of the language whose sentence rules apply.
 
@@ -173,12 +152,10 @@ def _sentences(document: Document, language: str) -> list[str]:
 
     text = document.text.strip() + "\n\n"
     if document.code:
-        return _join_blanks(text.splitlines(keepends=True))
-    starts = [sentence["start_index"] for sentence in sentencex.get_sentence_boundaries(language, text)]
-    return _join_blanks(text[start:stop] for start, stop in pairwise(sorted({0, *starts, len(text)})))
-
-
-def _join_blanks(sentences: Iterable[str]) -> list[str]:
+        sentences = text.splitlines(keepends=True)
+    else:
+        starts = [sentence["start_index"] for sentence in sentencex.get_sentence_boundaries(language, text)]
+        sentences = [text[start:stop] for start, stop in pairwise(sorted({0, *starts, len(text)}))]
     joined: list[str] = []
     for sentence in sentences:
         if joined and not sentence.strip():
@@ -189,7 +166,6 @@ def _join_blanks(sentences: Iterable[str]) -> list[str]:
 
 
 # ---- needles and prompts ---------------------------------------------------------------------------------------------
-
 
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -218,8 +194,7 @@ class Needle:
 
     Attributes:
         text: the hidden sentence, with `{key}` for the secret, once or more.
-        question: ends the prompt. None for the published question; for another text, its words before the first
-            `{key}`, which the model completes.
+        question: ends the prompt. None for the published one, or the words of another text before `{key}`.
         kind: of the secret, one of `KINDS`.
 
     Raises:
@@ -248,36 +223,29 @@ class Needle:
         """The default needle of a kind of secret (the published one for numbers), or one with another text."""
         if text is not None or kind not in _NEEDLES:
             return cls(PUBLISHED_NEEDLE if text is None else text, question, kind)
-        default_text, question_text = _NEEDLES[kind]
-        return cls(default_text, question_text if question is None else question, kind)
+        default_text, default_question = _NEEDLES[kind]
+        return cls(default_text, default_question if question is None else question, kind)
 
     @property
     def question_text(self) -> str:
         """The question that ends the prompt."""
-        if self.question is not None:
-            return self.question.strip()
-        if self.text == PUBLISHED_NEEDLE:
-            return PUBLISHED_QUESTION
-        return self.text.partition(KEY_FIELD)[0].strip()
+        default = PUBLISHED_QUESTION if self.text == PUBLISHED_NEEDLE else self.text.partition(KEY_FIELD)[0]
+        return (default if self.question is None else self.question).strip()
+
+    def hide(self, key: str) -> str:
+        """The hidden sentence with a secret."""
+        return self.text.replace(KEY_FIELD, key)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as text and as token ids.
-
-    Attributes:
-        text: the prompt.
-        input_ids: its tokens, with the tokenizer's prefix.
-        key: the hidden secret.
-        sentences: number of haystack sentences.
-        in_memory: tokens of the prompt that are already in memory, and not in `text` and `input_ids`.
-    """
+    """A prompt as text and as token ids."""
 
     text: str
-    input_ids: list[int]
-    key: str
-    sentences: int
-    in_memory: int = 0
+    input_ids: list[int]  # with the tokenizer's prefix
+    key: str  # the hidden secret
+    sentences: int  # of the haystack
+    in_memory: int = 0  # tokens of the prompt that are in memory, and not in `text` and `input_ids`
 
 
 PromptMaker = Callable[[int, float, str], tuple[Prompt, Mapping[str, Any]]]
@@ -293,12 +261,12 @@ def build_prompt(
     needle: Needle | None = None,
     haystack: Haystack = PUBLISHED_HAYSTACK,
 ) -> Prompt:
-    """Build the longest prompt of whole sentences that has at most `length` tokens.
+    """Build the longest prompt of whole sentences that has at most `length` tokens, with the tokenizer's prefix.
 
     Args:
-        tokenizer: the model's tokenizer; its prefix counts.
+        tokenizer: the model's tokenizer.
         length: in tokens.
-        depth: position of the needle, from 0 (before all filler) to 1 (after it).
+        depth: position of the needle, from 0 (before all sentences) to 1 (after them).
         key: the secret to hide.
         needle: by default the published one.
         haystack: the text around the needle.
@@ -311,7 +279,7 @@ def build_prompt(
 
     def prompt(sentences: int) -> Prompt:
         before, after = haystack.around(sentences, depth)
-        text = "\n".join([TASK, before, needle.text.replace(KEY_FIELD, key), after, needle.question_text])
+        text = "\n".join([TASK, before, needle.hide(key), after, needle.question_text])
         return Prompt(text, encode(tokenizer, text), key, sentences)
 
     best = prompt(0)
@@ -330,8 +298,7 @@ def build_prompt(
             best = candidate
         else:
             too_many = guess
-        last = candidate
-        guess += int((length - len(candidate.input_ids)) // rate)
+        last, guess = candidate, guess + int((length - len(candidate.input_ids)) // rate)
         guess = min(max(guess, best.sentences + 1), too_many - 1)
     return best
 
@@ -351,17 +318,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 # ---- prompts in memory -----------------------------------------------------------------------------------------------
 
 
-_NEEDLE_SEGMENT = "needle"
-
-
 class IndependentDocumentPrompts:
     """Makes prompts whose text is in memory, one segment per window; the model reads only the question.
 
-    Each window is encoded by itself, as a library encodes its documents. Memory keys carry no position, so a text is
-    encoded once for all lengths, depths and keys: a shorter prompt attaches fewer windows, and only the window with the
-    needle is encoded anew. Windows with the same tokens are encoded once.
-
-    A window holds whole sentences and leaves room for the needle, so the needle changes no other window.
+    Each window is encoded by itself, as a library encodes its documents, and once for all lengths, depths and keys.
+    Each leaves room for the needle, so only the window with the needle is encoded anew.
     """
 
     def __init__(
@@ -380,21 +341,21 @@ class IndependentDocumentPrompts:
             tokenizer: its tokenizer.
             needle: by default the published one.
             haystack: the text around the needle.
-            evidence_ratio: drop windows whose question likelihood is more than this factor below the best, as
-                `llamory ask` does (see `llamory.qa.evidence`); 0 drops none.
+            evidence_ratio: as for `select_evidence`: drops windows whose question likelihood is more than this factor
+                below the best; 0 drops none.
 
         Raises:
             LlamoryError: the task, the needle and a sentence don't fit into a window.
         """
         self.model, self.tokenizer, self.needle = model, tokenizer, needle or Needle()
-        self.context, self.evidence_ratio = model.config.max_position_embeddings, evidence_ratio
+        self.evidence_ratio = evidence_ratio
         self._question = encode(tokenizer, self.needle.question_text)
-        needle_tokens = len(encode(tokenizer, self._needle_text(longest_secret(self.needle.kind))))
-        self._max_window_tokens = self.context - needle_tokens
+        context = model.config.max_position_embeddings
+        needle_tokens = len(encode(tokenizer, f"\n{self.needle.hide(longest_secret(self.needle.kind))}\n"))
+        self._max_window_tokens = context - needle_tokens
         if self._max_window_tokens < 2 * len(encode(tokenizer, TASK)):
             raise LlamoryError(
-                f"Task and needle don't fit into a window of {self.context} tokens with text around them; use longer "
-                "windows."
+                f"Task and needle don't fit into a window of {context} tokens with text around; use longer windows."
             )
         self._window_iterator = self._pack_windows(haystack.sentences)
         self._windows: list[list[str]] = []
@@ -411,7 +372,7 @@ class IndependentDocumentPrompts:
         from llamory.qa.evidence import select_evidence
 
         check_depth(depth)
-        needle = self._needle_text(key)
+        needle = f"\n{self.needle.hide(key)}\n"
         extra_tokens = len(self._question) + len(encode(self.tokenizer, needle))
         while not self._cumulative_tokens or self._cumulative_tokens[-1] + extra_tokens <= length:
             self._encode_next_window()
@@ -427,46 +388,39 @@ class IndependentDocumentPrompts:
         text = "".join(window[:offset]).strip() + needle + "".join(window[offset:]).strip()
         memory = self.model.new_memory()
         memory.attach(self._memory, [str(other) for other in range(count) if other != index])
-        self.model.read(encode(self.tokenizer, text.strip()), memory, segment=_NEEDLE_SEGMENT)
+        self.model.read(encode(self.tokenizer, text.strip()), memory, segment="needle")
         evidence = select_evidence(self.model, self._question, memory, memory.segments, self.evidence_ratio)
-        options = {"past_key_values": self.model.memory_cache(memory.slice(evidence))}
-        return Prompt(self.needle.question_text, self._question, key, sentences, memory.length()), options
-
-    def _needle_text(self, key: str) -> str:
-        return f"\n{self.needle.text.replace(KEY_FIELD, key)}\n"
+        prompt = Prompt(self.needle.question_text, self._question, key, sentences, memory.length())
+        return prompt, {"past_key_values": self.model.memory_cache(memory.slice(evidence))}
 
     def _locate_sentence(self, sentence: int) -> tuple[int, int]:
         """The window of a needle before this sentence, and the number of sentences before the needle in it."""
         for index, window in enumerate(self._windows):
             if sentence <= len(window):
-                # The task comes first in the first window.
-                return index, max(sentence, int(index == 0))
+                return index, max(sentence, int(index == 0))  # the task comes first in the first window
             sentence -= len(window)
         return len(self._windows) - 1, len(self._windows[-1])
 
     def _pack_windows(self, sentences: Sequence[str]) -> Iterator[list[str]]:
         """Endless windows of as many sentences as leave room for the needle; the first begins with the task."""
-        sizes: dict[str, int] = {}
+        size = cache(lambda sentence: len(encode(self.tokenizer, f" {sentence}")))
         window, tokens = [f"{TASK}\n"], len(encode(self.tokenizer, TASK)) + 2
         for sentence in cycle(sentences):
-            if sentence not in sizes:
-                sizes[sentence] = len(encode(self.tokenizer, f" {sentence}"))
-            if window and tokens + sizes[sentence] > self._max_window_tokens:
+            if window and tokens + size(sentence) > self._max_window_tokens:
                 yield window
                 window, tokens = [], 0
             window.append(sentence)
-            tokens += sizes[sentence]
+            tokens += size(sentence)
 
     def _encode_next_window(self) -> None:
         window = next(self._window_iterator)
         # A sentence longer than a window is truncated.
         ids = encode(self.tokenizer, "".join(window).strip())[: self._max_window_tokens]
         segment = str(len(self._windows))
-        same = self._segment_by_ids.setdefault(tuple(ids), segment)
+        same, memory = self._segment_by_ids.setdefault(tuple(ids), segment), self._memory
         if same == segment:
-            self.model.read(ids, self._memory, segment=segment)
+            self.model.read(ids, memory, segment=segment)
         else:
-            memory = self._memory
             for layer in memory.layers:
                 memory.append(layer, memory.keys(layer, same), memory.values(layer, same), segment)
         self._windows.append(window)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import tempfile
@@ -11,18 +10,29 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
+from llamory.common.io import file_digest
 from llamory.errors import LlamoryError
-from llamory.evaluation.datasets.builder import Pair, words
+from llamory.evaluation.datasets import Pair, words
 
 MIN_WORDS = 10  # of a description
+README = """# Package descriptions
+
+Titles and long descriptions of Debian packages, made by `llamory dataset descriptions`. The query is a title, the
+relevant text is the description of that package. Of descriptions that begin with the same paragraph, one is included.
+
+Source:
+
+{sources}
+
+A description is part of its package and has its licence, which under the Debian Free Software Guidelines allows use,
+modification and redistribution; see https://metadata.ftp-master.debian.org/changelogs/.
+"""
 _UPDATE_SUITES = ("-security", "-updates", "-backports", "-proposed")  # of a release; these change daily
 
 
 @contextmanager
 def downloaded_package_lists() -> Iterator[list[Path]]:
     """Descriptions of all packages of this machine's Debian release, downloaded by apt-get to a temporary folder.
-
-    This needs no privileges and leaves the system's lists unchanged.
 
     Raises:
         LlamoryError: apt-get isn't installed, fails, or finds no descriptions.
@@ -54,9 +64,7 @@ def downloaded_package_lists() -> Iterator[list[Path]]:
 
 
 def description_pairs(files: Iterable[Path]) -> Iterator[Pair]:
-    """Title and long description of each package.
-
-    Descriptions that begin with the same paragraph, as those of one project do, form a group.
+    """Title and long description of each package; those that begin with the same paragraph form a group.
 
     Args:
         files: Translation-en or Packages files, `apt-cache dumpavail`, or /var/lib/dpkg/status.
@@ -66,18 +74,13 @@ def description_pairs(files: Iterable[Path]) -> Iterator[Pair]:
     """
     for path in files:
         for package, title, text in _stanzas(path):
-            first = text.split("\n\n", 1)[0]
             if len(words(text)) >= MIN_WORDS and len(words(title)) > 1:
-                yield Pair(title, text, first, package)
+                yield Pair(title, text, text.split("\n\n", 1)[0], package)
 
 
 def format_package_lists(files: Iterable[Path]) -> str:
     """The sources for the README."""
-    lines = []
-    for path in files:
-        with path.open("rb") as file:
-            lines.append(f"- {path.name}, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}{_release(path)}")
-    return "\n".join(lines)
+    return "\n".join(f"- {path.name}, sha256 {file_digest(path)}{_release(path)}" for path in files)
 
 
 def _release(path: Path) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from llamory.documents import scan_files
 from llamory.errors import LlamoryError
-from llamory.evaluation.datasets.builder import Pair, words
+from llamory.evaluation.datasets import Pair, words
 
 MIN_WORDS, MAX_WORDS = 3, 100  # of a query
 MIN_LINES, MAX_LINES = 3, 200  # of a function without its docstring
@@ -53,7 +53,15 @@ _LICENCE_TEXT = re.compile(
     re.IGNORECASE,
 )
 
+README = """# Python functions
 
+Docstrings and functions, made by `llamory dataset functions`. The query is the first paragraph of a docstring, the
+relevant text is the function without it.
+
+Sources, each under its own licence:
+
+{sources}
+"""
 _SIGNATURE = re.compile(r"[\w.]+ ?\(.*\)( *->.*)?")
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -66,19 +74,12 @@ _SECTION = re.compile(
 
 @dataclass(frozen=True)
 class Origin:
-    """A source of functions.
+    """A source of functions."""
 
-    Attributes:
-        name: of the package, with its version.
-        licence: as stated by the package.
-        files: its Python files.
-        root: the folder that module names are relative to.
-    """
-
-    name: str
-    licence: str
+    name: str  # of the package, with its version
+    licence: str  # as stated by the package
     files: Sequence[Path]
-    root: Path
+    root: Path  # the folder that module names are relative to
 
 
 def standard_library() -> Origin:
@@ -93,10 +94,7 @@ def default_packages() -> list[Origin]:
 
 
 def installed_packages(names: Sequence[str] | None = None) -> list[Origin]:
-    """Installed packages with a permissive licence.
-
-    Args:
-        names: of packages; None takes all installed ones.
+    """Installed packages with a permissive licence: those with some names, or all.
 
     Raises:
         LlamoryError: a named package isn't installed, or its licence isn't permissive.
@@ -120,11 +118,7 @@ def installed_packages(names: Sequence[str] | None = None) -> list[Origin]:
 
 
 def origin_of_folder(folder: Path) -> Origin:
-    """The Python files of a folder.
-
-    Raises:
-        LlamoryError: the folder doesn't exist, or has no Python files.
-    """
+    """The Python files of a folder; raises a LlamoryError if there are none."""
     scanned = scan_files([folder], log_skipped=True).files if folder.is_dir() else []
     files = [path for path in scanned if path.suffix == ".py" and _is_included(path.relative_to(folder))]
     if not files:
@@ -133,18 +127,13 @@ def origin_of_folder(folder: Path) -> Origin:
 
 
 def permissive_licence(package: metadata.PackageMetadata) -> str | None:
-    """The licence that a package states, if it is permissive, else None.
-
-    All parts of an expression must be permissive, or, without parentheses, one of those joined by `OR`.
-    """
+    """The licence that a package states, if it is permissive: all parts, or, without parentheses, one joined by OR."""
     expression = _field(package, "License-Expression")
     if expression:
         choices = [expression] if "(" in expression else re.split(r"\bOR\b", expression)
         return expression if any(map(_all_permissive, choices)) else None
-    classifiers = [
-        entry.rsplit(" :: ", 1)[1] for entry in package.get_all("Classifier") or [] if entry.startswith("License ")
-    ]
-    classifiers = [entry for entry in classifiers if entry != "OSI Approved"]
+    entries = [entry for entry in package.get_all("Classifier") or [] if entry.startswith("License ")]
+    classifiers = [entry.rsplit(" :: ", 1)[1] for entry in entries if not entry.endswith(" OSI Approved")]
     if classifiers:
         return ", ".join(classifiers) if all(entry in _CLASSIFIERS for entry in classifiers) else None
     licence_text = _field(package, "License")
@@ -155,7 +144,7 @@ def function_pairs(origins: Iterable[Origin], on_file: Callable[[], None] = lamb
     """Pairs of all documented functions and methods, except tests and special methods such as `__len__`.
 
     The query is the docstring's first paragraph, 3 to 100 words; the text is the source without the docstring, 3 to
-    200 lines. `on_file` is called before every file.
+    200 lines. `on_file` is called before each file.
     """
     for origin in origins:
         for path in origin.files:
@@ -203,26 +192,19 @@ def _without_docstring(node: _Function, lines: Sequence[str]) -> str | None:
     if len(node.body) < 2:
         return None
     docstring, first = node.body[0], min([node.lineno, *(each.lineno for each in node.decorator_list)])
-    header_ends = max([node.lineno, *(each.end_lineno or 0 for each in _header(node))])
+    header = [each for each in ast.walk(node.args) if isinstance(each, ast.expr | ast.arg)]
+    header += [] if node.returns is None else [node.returns]
+    header_ends = max([node.lineno, *(each.end_lineno or 0 for each in header)])
     if docstring.lineno <= header_ends or node.body[1].lineno <= (docstring.end_lineno or 0):
         return None  # on one line with code
     kept_lines = [*lines[first - 1 : docstring.lineno - 1], *lines[docstring.end_lineno : node.end_lineno]]
     text = textwrap.dedent("".join(kept_lines)).strip()
-    count = sum(1 for line in text.splitlines() if line.strip())
-    return text if MIN_LINES <= count <= MAX_LINES else None
+    return text if MIN_LINES <= sum(map(bool, map(str.strip, text.splitlines()))) <= MAX_LINES else None
 
 
-def _header(node: _Function) -> Iterator[ast.expr | ast.arg]:
-    yield from (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
-    yield from node.args.defaults
-    yield from filter(None, (*node.args.kw_defaults, node.args.vararg, node.args.kwarg, node.returns))
-
-
-def _functions(
-    body: Iterable[ast.stmt], outer: str = ""
-) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+def _functions(body: Iterable[ast.stmt], outer: str = "") -> Iterator[tuple[str, _Function]]:
     for node in body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, _Function):
             yield outer + node.name, node
         elif isinstance(node, ast.ClassDef):
             yield from _functions(node.body, f"{outer}{node.name}.")
@@ -245,10 +227,8 @@ def _package_files(package: metadata.Distribution) -> list[Path]:
 
 
 def _is_included(path: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.parts)
-    return (
-        not hidden and not set(path.parts[:-1]) & _EXCLUDED_FOLDERS and not path.name.startswith(("test_", "conftest"))
-    )
+    excluded = any(part.startswith(".") or part in _EXCLUDED_FOLDERS for part in path.parts)
+    return not excluded and not path.name.startswith(("test_", "conftest"))
 
 
 def _source(path: Path) -> str:

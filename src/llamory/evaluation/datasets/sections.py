@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from llamory.documents import find_files, read_documents
 from llamory.documents.document import Document
-from llamory.evaluation.datasets.builder import Pair, words
+from llamory.evaluation.datasets import Pair, words
 
 MIN_SECTION_WORDS = 20
 MIN_HEADING_WORDS = 2
+README = """# Sections
+
+Headings and sections of documents, made by `llamory dataset sections`. The query is a heading, the relevant text is
+the section under it.
+
+Documents, each under its own licence:
+
+{sources}
+"""
 
 # "3.", "A.1.4", "IV)" and similar; a first word such as "A" or "2001" isn't a section number.
 _NUMBER = re.compile(r"(§\s*[0-9]+[.:]?|[0-9]+[.):]|([0-9]+|[A-Z])(\.[0-9A-Za-z]+)+[.):]?|[IVXLC]+[.)])\s+")
 _HEADING_MARKUP = " \t¶#*=-~^"
 
 
-def section_pairs(paths: Iterable[Path], on_document: Callable[[], None] = lambda: None) -> Iterator[Pair]:
-    """Heading and section of all documents with headings.
+def section_pairs(paths: Iterable[Path]) -> Iterator[Pair]:
+    """Heading and section of all documents in files and folders.
 
     The query is the heading without its number, two words or more; the text is the section up to the next heading, 20
     words or more. Source code, and headings that occur more than once in a document, are left out.
-
-    Args:
-        paths: files and folders, as for an index.
-        on_document: called before every document.
     """
     for document in read_documents(find_files(list(paths)), skip_broken=True):
-        on_document()
         if not document.code:
             yield from _pairs(document)
 
@@ -44,11 +48,8 @@ def _pairs(document: Document) -> Iterator[Pair]:
             found[-1] = (section.title, f"{found[-1][1]}\n\n{section.text}")
     queries = [plain_heading(title) for title, _ in found]
     for query, (title, text) in zip(queries, found, strict=True):
-        if (
-            queries.count(query) == 1
-            and len(words(query)) >= MIN_HEADING_WORDS
-            and len(words(text)) >= MIN_SECTION_WORDS
-        ):
+        long_enough = len(words(query)) >= MIN_HEADING_WORDS and len(words(text)) >= MIN_SECTION_WORDS
+        if long_enough and queries.count(query) == 1:
             yield Pair(query, text, text, f"{document.source}: {title}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llamory.errors import LlamoryError
-from llamory.evaluation.datasets.builder import DecontaminationIndex, Pair, split_pairs, write_set
+from llamory.evaluation.datasets import DecontaminationIndex, Pair, split_pairs, write_set
 from llamory.evaluation.qrels import load_beir
 
 
