@@ -408,7 +408,9 @@ def evaluate(
         metadata = {"kind": "bm25", "library": f"bm25s {version('bm25s')}"}
         score(BM25, BM25, metadata, lambda advance: search_bm25(dataset, advance))
     for name in mean_pooling:
-        embedder = pipeline.mean_embedder(name, device=device, **({} if max_length is None else {"max_length": max_length}))
+        embedder = pipeline.mean_embedder(
+            name, device=device, **({} if max_length is None else {"max_length": max_length})
+        )
         score_embedder(mean_pooling_name(name), mean_pooling_name(shown[name]), embedder)
     for name in models:
         embedder = pipeline.load_embedder(name, max_length=max_length, device=device)
