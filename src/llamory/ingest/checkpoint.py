@@ -38,11 +38,11 @@ class IngestCheckpoint:
 
     def contains(self, document: TokenizedDocument) -> bool:
         """Whether a document is finished."""
-        return self._has_current(self.bank, document)
+        return _has_current(self.bank, document)
 
     def resumable_tokens(self, document: TokenizedDocument) -> int:
         """Tokens of an unfinished document that are encoded, in whole windows."""
-        if not self._has_current(self._unfinished_bank, document):
+        if not _has_current(self._unfinished_bank, document):
             return 0
         # If the run was stopped within a window, only the first layers have it.
         bank = self._unfinished_bank
@@ -74,8 +74,6 @@ class IngestCheckpoint:
         self.bank.set_metadata(document.source, **document.metadata(self._name, self._context_length))
         self._has_changes = True
 
-    # ---- the file ----------------------------------------------------------------------------------------------------
-
     def save_if_due(self, *, mid_document: bool = False) -> None:
         """Save unless the last save is too recent; within a long document (`mid_document`) the interval is longer.
 
@@ -88,11 +86,7 @@ class IngestCheckpoint:
             self.save()
 
     def save(self) -> None:
-        """Write what was encoded since the last save, if anything was.
-
-        Raises:
-            OSError: the file can't be written.
-        """
+        """Write what was encoded since the last save, if anything was; OSError if the file can't be written."""
         current_tokens = 0 if self._current is None else self._current[1].length()
         if not self._has_changes and current_tokens <= self._saved_tokens:
             return
@@ -112,8 +106,6 @@ class IngestCheckpoint:
             combined.save(self.path)
         else:
             self.path.unlink(missing_ok=True)
-
-    # ---- internals ---------------------------------------------------------------------------------------------------
 
     def _load(self, bank: MemoryBank) -> None:
         """Split a bank into finished and unfinished documents."""
@@ -149,7 +141,7 @@ class IngestCheckpoint:
             if source in bank.segments:
                 bank.drop(source)
 
-    @staticmethod
-    def _has_current(bank: MemoryBank, document: TokenizedDocument) -> bool:
-        name = document.source
-        return name in bank.segments and bank.metadata(name).get("digest") == document.digest
+
+def _has_current(bank: MemoryBank, document: TokenizedDocument) -> bool:
+    name = document.source
+    return name in bank.segments and bank.metadata(name).get("digest") == document.digest

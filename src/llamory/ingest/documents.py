@@ -161,11 +161,7 @@ class StoredDocument:
         return hashlib.sha256(json.dumps(self.chunk_texts).encode()).hexdigest()[:32]
 
     def tokenize(self, tokenizer: PreTrainedTokenizerBase, prefix_ids: Sequence[int] = ()) -> TokenizedDocument:
-        """The document's tokens after `prefix_ids` (such as BOS), with the first token of each chunk.
-
-        Raises:
-            LlamoryError: the tokenizer isn't a fast one.
-        """
+        """The document's tokens after `prefix_ids` (such as BOS), with the first token of each chunk."""
         import torch
 
         if not tokenizer.is_fast:

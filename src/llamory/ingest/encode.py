@@ -46,8 +46,6 @@ _OOM_ADVICE = (
     "{memory} is as it was before."
 )
 
-# ---- the loop --------------------------------------------------------------------------------------------------------
-
 
 def encode_documents(
     model: LongLlamaForCausalLM,
@@ -65,9 +63,6 @@ def encode_documents(
 
     Yields:
         The documents of a batch, each with its memory of one segment.
-
-    Raises:
-        MemoryError: there is too little RAM.
     """
     context: int = model.config.max_position_embeddings
     for batch in _batches_by_length(document for document in documents if len(document.ids) <= context):
@@ -109,9 +104,6 @@ def _encode_rows(
         yield stop
         if stop < longest:
             ram.require_free_ram(required)
-
-
-# ---- memory files ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -159,8 +151,8 @@ def read_documents_into(
 ) -> ReadReport:
     """Encode files and folders into a memory file, each document into a segment of its own.
 
-    Unchanged documents are not encoded again, and documents of other paths stay. The memory file is replaced at the
-    end; until then finished work is in `FILE.partial`, from which a stopped run resumes.
+    Unchanged documents are not encoded again, and documents of other paths stay. Until the memory file is replaced at
+    the end, finished work is in `FILE.partial`, from which a stopped run resumes.
 
         report = read_documents_into("notes.memory", "notes/")
         print(OpenMemory("notes.memory").ask("What did we say about the bridge?").answer)

@@ -79,17 +79,13 @@ def checkpoint_path(path: PathLike) -> Path:
     return Path(f"{os.fspath(path)}{_CHECKPOINT_SUFFIX}")
 
 
-# ---- changes ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class SyncPlan:
-    """The changes that bring a memory up to date with documents.
+    """The changes that bring a memory up to date with documents, by segment name.
 
     Attributes:
-        read: documents to encode, by segment name.
+        read, unchanged: documents to encode, and documents that the memory has.
         replaced: names in `read` whose segment exists with older content.
-        unchanged: documents that the memory has, by segment name.
         removed: segments whose document is no longer in its file.
         moved: new names of segments whose document has moved, by old name.
     """
@@ -108,13 +104,7 @@ class SyncPlan:
     def apply(
         self, bank: MemoryBank, encoded: MemoryBank, get_metadata: Callable[[TokenizedDocument], dict[str, Any]]
     ) -> MemoryBank:
-        """The changed memory; both banks stay as they are.
-
-        Args:
-            bank: the memory.
-            encoded: has the documents of `read` in segments named by their source.
-            get_metadata: gives the metadata of a document.
-        """
+        """The changed memory; `encoded` has the documents of `read` in segments named by their source."""
         removed, replaced, result, new = set(self.removed), set(self.replaced), bank.slice([]), bank.slice([])
         result.attach(bank, [name for name in bank.segments if name not in removed | replaced])
         result.rename_all(self.moved)
@@ -134,19 +124,19 @@ def diff_documents(segments: Sequence[dict[str, Any]], documents: Sequence[Token
     metadata = {segment["name"]: segment["metadata"] for segment in segments}
     plan, unmatched = SyncPlan(), _UnmatchedSegments(metadata)
 
-    def match(candidates: Sequence[TokenizedDocument], *key: str) -> list[TokenizedDocument]:
-        """Mark the documents with a segment of the same `key` as unchanged, and return the others."""
-        found = [(unmatched.match(document, key), document) for document in candidates]
+    def match(
+        candidates: Sequence[TokenizedDocument], find: Callable[[TokenizedDocument], str | None]
+    ) -> list[TokenizedDocument]:
+        """Mark the documents that have a segment as unchanged, and return the others."""
+        found = [(find(document), document) for document in candidates]
         plan.unchanged |= {name: document for name, document in found if name is not None}
         return [document for name, document in found if name is None]
 
     # Lines of a JSON lines file may have moved: the same content in the same file is the same document.
-    remaining = match(match(documents, "source", "digest"), "file", "digest")
-    old_names = {each.source: unmatched.match(each, ("source",)) for each in remaining}
-    for document in list(remaining):
-        if old_names[document.source] is None and (name := unmatched.match_moved(document)) is not None:
-            plan.unchanged[name] = document
-            remaining.remove(document)
+    remaining = match(documents, lambda each: unmatched.match(each, "source", "digest"))
+    remaining = match(remaining, lambda each: unmatched.match(each, "file", "digest"))
+    old_names = {each.source: unmatched.match(each, "source") for each in remaining}
+    remaining = match(remaining, lambda each: None if old_names[each.source] else unmatched.match_moved(each))
     files = {each.file for each in documents}
     plan.removed = [name for name in unmatched.names if metadata[name].get("file") in files]
     moved = [name for name, each in plan.unchanged.items() if metadata[name]["source"] != each.source]
@@ -170,7 +160,7 @@ class _UnmatchedSegments:
         self.names = dict.fromkeys(metadata)
         self._index: dict[tuple, dict[tuple, list[str]]] = {}
 
-    def match(self, document: TokenizedDocument, key: tuple[str, ...]) -> str | None:
+    def match(self, document: TokenizedDocument, *key: str) -> str | None:
         """The first segment whose metadata equal a document's in the fields of `key`; it is claimed."""
         if key not in self._index:
             self._index[key] = defaultdict(list)
@@ -202,9 +192,6 @@ def _unique_segment_name(document: TokenizedDocument, used_names: set[str]) -> s
     while name in used_names:
         name, number = f"{full_path} ({number})", number + 1
     return name
-
-
-# ---- the model -------------------------------------------------------------------------------------------------------
 
 
 def canonical_name(name: PathLike) -> str:
@@ -268,11 +255,7 @@ def load_model_for(
 
 
 def check_model_matches(memory_files: Sequence[MemoryFileInfo], model: LongLlamaForCausalLM, name: str) -> None:
-    """Check that a model made these memory files.
-
-    Raises:
-        LlamoryError: it didn't, or with other memory layers or another window length.
-    """
+    """Raise LlamoryError unless a model made these memory files, with its memory layers and window length."""
     config = model.config
     for memory_file in memory_files:
         _check_settings(memory_file, config.mem_layers, config.max_position_embeddings, None)

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llamory.documents.formats import JSON_LINES
 from llamory.errors import LlamoryError
 from llamory.library.store import PassageStore, PendingVectors
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from llamory.documents import Document, SkippedFile
 
     FindVectors = Callable[[Collection[str]], Mapping[str, np.ndarray]]
+    CreateStore = Callable[[int], PassageStore]
     SaveVectors = Callable[[Sequence[Mapping[str, Any]], np.ndarray], None]
 
 # Passages that are embedded before they are written: what a killed run computes again.
@@ -189,7 +191,7 @@ class _FileChunker:
             self.batch.failed.append(SkippedFile(task.file, reason))
 
     def _chunk(self, task: FileTask) -> Iterator[None]:
-        from llamory.documents import SkippedFile, read_file
+        from llamory.documents import SkippedFile, chunk_document, read_file
         from llamory.documents.scan import file_state
 
         path, config, broken_locations = Path(task.file), self.config, list[str]()
@@ -209,7 +211,9 @@ class _FileChunker:
             if task.stored.get(document.source) == digest:
                 self.batch.unchanged.append(document.source)
             else:
-                self.batch.rows += _rows(document, self.tokenizer, config.chunk_size, task.file, digest)
+                chunks = chunk_document(document, self.tokenizer, config.chunk_size)
+                common = {"file": task.file, "hash": digest}
+                self.batch.rows += [asdict(each) | common | {"position": i} for i, each in enumerate(chunks)]
             yield
         if file_state(path) != state:
             raise LlamoryError(f"{path} changed while it was read; index it again.")
@@ -250,19 +254,7 @@ def embed_batch(
 
 def document_hash(document: Document, chunk_size: int) -> str:
     """Hash of everything that a document's passages are made from."""
-    content = "\0".join([str(chunk_size), document.title, document.text])
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
-
-
-def _rows(
-    document: Document, tokenizer: PreTrainedTokenizerBase, chunk_size: int, file: str, digest: str
-) -> list[dict[str, Any]]:
-    from llamory.documents import chunk_document
-
-    return [
-        asdict(chunk) | {"position": position, "file": file, "hash": digest}
-        for position, chunk in enumerate(chunk_document(document, tokenizer, chunk_size))
-    ]
+    return hashlib.sha256(f"{chunk_size}\0{document.title}\0{document.text}".encode()).hexdigest()[:32]
 
 
 def _check_within(path: Path, config: ChunkingConfig) -> None:
@@ -273,13 +265,9 @@ def _check_within(path: Path, config: ChunkingConfig) -> None:
         raise LlamoryError(f"{path} is {LINK_OUTSIDE}.")
 
 
-def _is_json_lines(path: Path) -> bool:
-    return path.suffix.lower() == ".jsonl"
-
-
 def _content_key(path: Path, digest: str, config: ChunkingConfig) -> str:
     """What the file index holds of a file: equal keys give equal documents."""
-    return f"{READERS_VERSION}:{digest}:{config.text_field if _is_json_lines(path) else ''}"
+    return f"{READERS_VERSION}:{digest}:{config.text_field if path.suffix.lower() == JSON_LINES else ''}"
 
 
 def _failure_reason(error: Exception, file: str) -> str:
@@ -312,12 +300,7 @@ class Update:
     """
 
     def __init__(
-        self,
-        store: PassageStore | None,
-        create: Callable[[int], PassageStore],
-        roots: Sequence[Path],
-        *,
-        allow_empty: bool = False,
+        self, store: PassageStore | None, create: CreateStore, roots: Sequence[Path], *, allow_empty: bool = False
     ) -> None:
         self.report = AddReport()
         self.stored_documents = {} if store is None else store.documents()
@@ -333,11 +316,7 @@ class Update:
         self._batches, self._has_written = 0, False
 
     def check_roots(self, files: Collection[Path]) -> None:
-        """Check that no given folder lost all of its files, given those that it holds now, unless that is allowed.
-
-        Raises:
-            LlamoryError: a folder held documents and holds none now.
-        """
+        """Raise LlamoryError if a given folder held documents and holds none now, unless that is allowed."""
         if self._allow_empty:
             return
         missing = {file for file, _ in self.stored_documents.values()} - set(map(str, files))
@@ -470,7 +449,7 @@ def _read_content_key(file: str, config: ChunkingConfig) -> tuple[str, tuple[int
     path = Path(file)
     try:
         _check_within(path, config)
-        digest, state = content_hash(path, None if _is_json_lines(path) else config.max_bytes)
+        digest, state = content_hash(path, None if path.suffix.lower() == JSON_LINES else config.max_bytes)
     except (LlamoryError, OSError):
         return "", ()
     return _content_key(path, digest, config), state
@@ -479,16 +458,13 @@ def _read_content_key(file: str, config: ChunkingConfig) -> tuple[str, tuple[int
 def _exists(file: str | Path) -> bool:
     try:
         os.lstat(file)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:  # a file out of reach isn't gone
-        return True
+    except OSError as error:  # a file out of reach isn't gone
+        return not isinstance(error, FileNotFoundError | NotADirectoryError)
     return True
 
 
 def _is_empty(folder: Path) -> bool:
     try:
-        with os.scandir(folder) as entries:
-            return next(entries, None) is None
+        return not any(folder.iterdir())
     except OSError:
         return False

@@ -112,10 +112,7 @@ class MemoryCache:
             os.utime(self.path(key))
 
     def put(self, key: str, bank: MemoryBank, *, protected: Collection[str] = ()) -> bool:
-        """Write a memory, and evict others but those of `protected` keys if the budget requires it.
-
-        Returns:
-            Whether it is stored; a memory larger than the budget isn't.
+        """Write a memory if the budget allows, and evict others but those of `protected` keys; returns whether it did.
 
         Raises:
             OSError: the file can't be written.

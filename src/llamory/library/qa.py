@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llamory.common import ram
 from llamory.common.progress import ProgressBar
@@ -39,39 +39,27 @@ class DocumentStore(Protocol):
 
     def sources(self) -> list[str]:
         """The documents' sources, sorted."""
-        ...
 
     def passages_of(self, sources: Iterable[str]) -> dict[str, list[Chunk]]:
         """The passages of several documents, by source; unknown sources are left out."""
-        ...
 
     def search(
         self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: SearchMode = "fused"
     ) -> list[Hit]:
         """The passages that answer a query, best first."""
-        ...
 
 
 class LibrarySource:
     """A library as a source of documents for `QASession`.
 
     Args:
-        config, device, bf16: as for `llamory.library.reader.Reader`.
+        config, options: as for `llamory.library.reader.Reader`.
         progress: show a progress bar on standard error when documents are encoded.
     """
 
-    def __init__(
-        self,
-        library: DocumentStore,
-        config: ReaderConfig,
-        *,
-        device: str | None = None,
-        bf16: bool = False,
-        progress: bool = True,
-    ):
-        self.library, self.progress = library, progress
-        self._config, self._device, self._bf16 = config, device, bf16
-        self.folder = memory_folder(library.path)
+    def __init__(self, library: DocumentStore, config: ReaderConfig, *, progress: bool = True, **options: Any):
+        self.library, self.progress, self.folder = library, progress, memory_folder(library.path)
+        self._config, self._options = config, options
 
     @cached_property
     def reader(self) -> Reader:
@@ -89,7 +77,7 @@ class LibrarySource:
     def reader_factory(self) -> Callable[[], Reader]:
         """A picklable function that makes the reader, in another process too."""
         config = self._config.with_saved(self.folder)
-        return partial(Reader, config, self.folder, device=self._device, bf16=self._bf16)
+        return partial(Reader, config, self.folder, **self._options)
 
     def save_reader_config(self, *, change: bool) -> None:
         """Save the reader's configuration with the library, if it has none or `change` is set."""
@@ -116,8 +104,6 @@ class LibrarySource:
         find = partial(self.find, top_documents=top_documents, source=source, mode=mode)
         return QASession(self, find, citations=citations)
 
-    # ---- finding documents -------------------------------------------------------------------------------------------
-
     def find(
         self,
         question: str,
@@ -125,11 +111,7 @@ class LibrarySource:
         source: str | Sequence[str] | None = None,
         mode: SearchMode | None = None,
     ) -> list[str]:
-        """Sources of the documents with the best passages for a question, best first.
-
-        Raises:
-            LlamoryError: `top_documents` is less than 1, or the search fails.
-        """
+        """Sources of the documents with the best passages for a question, best first."""
         if top_documents < 1:
             raise LlamoryError(f"top_documents must be at least 1 document, not {top_documents}.")
         passages = top_documents * _PASSAGES_PER_DOCUMENT
@@ -154,15 +136,10 @@ class LibrarySource:
             resolved |= dict.fromkeys(found)
         return list(resolved)
 
-    # ---- loading memories --------------------------------------------------------------------------------------------
-
     def load(self, sources: Sequence[str]) -> LoadedMemory:
         """The memory of documents, a segment each in this order; documents without a cached memory are encoded.
 
         Of several documents with the same content only the first is loaded.
-
-        Raises:
-            LlamoryError: there is too little RAM.
         """
         documents: dict[str, StoredDocument] = {}
         for document in self.documents(sources):

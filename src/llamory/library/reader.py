@@ -112,7 +112,6 @@ class Reader:
     Args:
         config: complete, see `ReaderConfig.with_saved`.
         folder: of the cache.
-        device, bf16: where and how the model computes.
 
     Raises:
         LlamoryError: the model can't be loaded, has no memory layers, or a setting isn't possible.

@@ -87,13 +87,14 @@ def search_table(
     """
     top = min(top, table.count_rows())
     depth = max(top + _EXTRA_CANDIDATES, 2 * top)
-    dense = _dense(table, vector, depth, condition) if mode != "bm25" and vector is not None else None
-    lexical = _bm25(table, text, depth, condition) if mode != "dense" else None
-    if dense is not None and lexical is not None:
-        return _fuse(text, dense, lexical)[:top]
-    rows = dense if dense is not None else lexical
-    assert rows is not None
-    return [_to_hit(row, row["_score"] if dense is None else 1.0 - row["_distance"]) for row in rows.to_pylist()[:top]]
+    if mode == "bm25":
+        lexical = _bm25(table, text, depth, condition)
+        return [_to_hit(row, row["_score"]) for row in lexical.to_pylist()[:top]]
+    assert vector is not None
+    dense = _dense(table, vector, depth, condition)
+    if mode == "dense":
+        return [_to_hit(row, 1.0 - row["_distance"]) for row in dense.to_pylist()[:top]]
+    return _fuse(text, dense, _bm25(table, text, depth, condition))[:top]
 
 
 def source_filter(sources: str | Iterable[str]) -> str:

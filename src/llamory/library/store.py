@@ -53,9 +53,7 @@ class Settings:
     Attributes:
         model: folder or hub id of the embedding model; empty if the library was made with a loaded model.
         fingerprint: hash of the model.
-        dimension: length of the vectors.
         chunk_size: maximum tokens of a passage ("passage_length" in the file).
-        version: version of the library's format.
     """
 
     model: str
@@ -81,17 +79,12 @@ class PassageStore:
 
     @classmethod
     def open(cls, uri: str) -> PassageStore | None:
-        """Open the table of a library; None if there is none.
-
-        Raises:
-            LlamoryError: `uri` is no address, or the table is damaged, not a library's or of a later format.
-        """
+        """Open the table of a library, if there is one; LlamoryError if it is damaged or of a later format."""
         import lancedb
 
         check_uri(uri)
         # Connecting creates the folder; looking for a library must not.
-        folder = local_folder(uri)
-        if folder is not None and not folder.is_dir():
+        if (folder := local_folder(uri)) is not None and not folder.is_dir():
             return None
         try:
             with _user_errors(uri):
@@ -274,14 +267,11 @@ class PassageStore:
         import pyarrow as pa
 
         schema = self._table.schema
-        columns: dict[str, Any] = {
-            "key": pa.array([text_key(row["text"]) for row in rows], type=pa.int64()),
-            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), self.settings.dimension),
-        }
-        for field in schema:
-            if field.name not in columns:
-                columns[field.name] = pa.array([row[field.name] for row in rows], type=field.type)
-        return pa.table([columns[name] for name in schema.names], schema=schema)
+        columns: dict[str, Any] = {"key": [text_key(row["text"]) for row in rows]}
+        columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), self.settings.dimension)
+        for name in set(schema.names) - set(columns):
+            columns[name] = [row[name] for row in rows]
+        return pa.table({name: columns[name] for name in schema.names}, schema=schema)
 
     # ---- the file index ----------------------------------------------------------------------------------------------
 
@@ -321,12 +311,8 @@ class PassageStore:
 class PendingVectors:
     """Vectors of passages whose document isn't complete, so that a killed run need not compute them again.
 
-    They lie in a table of their own beside the library's, which need not exist yet.
-
-    Args:
-        uri: folder or object-store URI of the library.
-        fingerprint: of the model; the table of another model is deleted.
-        read_only: leave everything as it is.
+    They lie in a table of their own beside the library's, which need not exist yet. A table of a model with another
+    fingerprint is deleted, unless `read_only`.
     """
 
     def __init__(self, uri: str, fingerprint: str, *, read_only: bool = False) -> None:
@@ -335,8 +321,7 @@ class PendingVectors:
         self._uri, self._fingerprint = uri, fingerprint
         self.files: dict[str, str] = {}  # of each source that has vectors here
         self._vectors: dict[str, np.ndarray] = {}  # by the text's digest
-        folder = local_folder(uri)
-        if read_only and folder is not None and not folder.is_dir():
+        if read_only and (folder := local_folder(uri)) is not None and not folder.is_dir():
             return
         with _user_errors(uri):
             self._database = lancedb.connect(uri)
@@ -361,13 +346,9 @@ class PendingVectors:
         """Write the vectors (passages, dimension) of some rows, of which `text`, `source` and `file` are used."""
         import pyarrow as pa
 
-        dimension = vectors.shape[1]
-        columns = {
-            "digest": pa.array([_digest(row["text"]) for row in rows]),
-            "source": pa.array([row["source"] for row in rows]),
-            "file": pa.array([row["file"] for row in rows]),
-            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), dimension),
-        }
+        columns: dict[str, Any] = {"digest": [_digest(row["text"]) for row in rows]}
+        columns |= {name: [row[name] for row in rows] for name in ("source", "file")}
+        columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
         data = pa.table(columns).replace_schema_metadata({_METADATA_KEY: self._fingerprint.encode()})
         with _user_errors(self._uri):
             if self._table is None:

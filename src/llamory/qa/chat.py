@@ -46,11 +46,9 @@ class DocumentSource(Protocol):
     @property
     def generator(self) -> Generator:
         """The model that answers."""
-        ...
 
     def load(self, names: Sequence[str], /) -> LoadedMemory:
         """The memory of documents, in this order."""
-        ...
 
 
 class QASession:
@@ -144,7 +142,6 @@ class QASession:
 
         Raises:
             LlamoryError: nothing has been asked.
-            OSError: the file can't be written.
         """
         if self._cache is None:
             raise LlamoryError("There is no conversation to save; ask a question first.")
@@ -161,14 +158,8 @@ class QASession:
             )
         combined.save(path)
 
-    # ---- documents and evidence --------------------------------------------------------------------------------------
-
     def attach(self, names: Sequence[str]) -> int:
-        """Attach the documents that aren't attached; returns the tokens that had to be encoded.
-
-        Raises:
-            LlamoryError: no document is attached then.
-        """
+        """Attach the documents that aren't attached; returns the tokens that had to be encoded."""
         new = [name for name in names if name not in self.documents]
         if not new and self._cache is not None:
             return 0
@@ -207,8 +198,6 @@ class QASession:
             self.evidence = evidence
             self._cache.search = make_evidence_search(self._source.generator.model, self.document_memory, evidence)
 
-    # ---- conversation ------------------------------------------------------------------------------------------------
-
     def _generate(self, prompt: Prompt, options: GenerationSettings) -> GenerationResult:
         assert self._cache is not None
         generator, previous_ids = self._source.generator, self._ids
@@ -236,8 +225,6 @@ class QASession:
         self._cache.search = make_evidence_search(model, self.document_memory, self.evidence)
         if self._max_citations:
             self._cache.observer = self.recorder
-
-    # ---- citations ---------------------------------------------------------------------------------------------------
 
     def _cite(self, prompt: Prompt, result: GenerationResult) -> list[Citation]:
         """The chunks with the most attention, over all layers, heads and tokens of question and answer."""
