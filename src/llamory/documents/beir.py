@@ -32,20 +32,13 @@ class BeirDocument:
 
 @dataclass(frozen=True)
 class BeirDataset:
-    """One split of a BEIR folder; the corpus is streamed.
-
-    Attributes:
-        split: name of the qrels.
-        queries: text of each query of the folder, by id.
-        qrels: for each query id of the qrels, the score of each document id; 0 is not relevant.
-        locations: file and line of each (query id, document id) of the qrels.
-    """
+    """One split of a BEIR folder; the corpus is streamed."""
 
     folder: Path
     split: str
-    queries: dict[str, str]
-    qrels: dict[str, dict[str, float]]
-    locations: dict[tuple[str, str], str]
+    queries: dict[str, str]  # text of each query of the folder, by id
+    qrels: dict[str, dict[str, float]]  # by query id, the score of each document id; 0 is not relevant
+    locations: dict[tuple[str, str], str]  # file and line of each (query id, document id) of the qrels
     skip_broken: bool = False
 
     @property

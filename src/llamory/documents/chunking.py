@@ -49,11 +49,8 @@ def chunk_document(
 
     Args:
         tokenizer: a fast tokenizer; its special tokens are not counted.
-        max_tokens: maximum tokens of a chunk; only a single character may have more.
+        max_tokens: maximum tokens of a chunk, at least 1; only a single character may have more.
         language: code of the language for splitting sentences.
-
-    Raises:
-        LlamoryError: `max_tokens` is less than 1, or the tokenizer isn't a fast one.
     """
     if max_tokens < 1:
         raise LlamoryError(f"A chunk must have at least 1 token, not {max_tokens}.")

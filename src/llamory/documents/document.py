@@ -7,40 +7,26 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Section:
-    """A natural part of a document: a section, a paragraph, a function.
+    """A natural part of a document: a section, a paragraph, a function."""
 
-    Attributes:
-        text: with its heading, without blank lines around it.
-        title: its heading, `module.Class.method` for Python, else the document's title.
-        line: its first line, counted from 1 (within the page, if there are pages).
-        verbatim: whether lines of `text` are lines of the file, so that later lines can be counted from `line`.
-        page: its page (PDF) or cell (notebook), counted from 1; None for other formats.
-    """
-
-    text: str
-    title: str
-    line: int
-    verbatim: bool = True
-    page: int | None = None
+    text: str  # with its heading, without blank lines around it
+    title: str  # its heading, `module.Class.method` for Python, else the document's title
+    line: int  # its first line, counted from 1 (within the page, if there are pages)
+    verbatim: bool = (
+        True  # whether lines of `text` are lines of the file, so that later ones can be counted from `line`
+    )
+    page: int | None = None  # its page (PDF) or cell (notebook), counted from 1
 
 
 @dataclass(frozen=True)
 class Document:
-    """A whole document.
+    """A whole document."""
 
-    Attributes:
-        text: the whole text; of HTML only the visible text.
-        source: the path as it was given; `path:line` for JSON lines.
-        title: its title, or the file's name without suffix.
-        sections: in order; together they hold every word of `text` once.
-        code: whether it is program text, which is split between lines instead of sentences.
-    """
-
-    text: str
-    source: str
-    title: str
-    sections: tuple[Section, ...]
-    code: bool = False
+    text: str  # of HTML only the visible text
+    source: str  # the path as it was given; `path:line` for JSON lines
+    title: str  # its title, or the file's name without suffix
+    sections: tuple[Section, ...]  # in order; together they hold every word of `text` once
+    code: bool = False  # whether it is program text, which is split between lines instead of sentences
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,7 @@ def read_documents(
         skip_broken: skip broken JSON lines and files that aren't UTF-8, with a warning in the log.
 
     Raises:
-        LlamoryError: as `find_files`, at once; while reading, for a broken line or file (with its name and line), and
-            at the end if there was no text.
+        LlamoryError: at once as `find_files`; later for a broken line or file, and at the end if there was no text.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files = find_files(paths)
@@ -104,9 +103,7 @@ def read_json_lines(
 
     Args:
         parse: converts an object; it raises LlamoryError with the reason if the object is invalid.
-        skip_broken: skip broken lines, with their number in the log.
-        broken: called with the location and the reason of each broken line, which is then skipped.
-        max_bytes, hasher: as for `read_file`.
+        skip_broken, broken, max_bytes, hasher: as for `read_file`.
 
     Raises:
         LlamoryError: a line isn't UTF-8, not JSON, no object, or invalid; the message has file and line.
@@ -166,11 +163,7 @@ def _json_object(line: str) -> dict[str, Any]:
 
 
 def string_entry(entry: Mapping[str, Any], field: str) -> str:
-    """A string of a JSON object.
-
-    Raises:
-        LlamoryError: the field is missing, not a string, or has half a surrogate pair, which no tokenizer reads.
-    """
+    """A string of a JSON object; LlamoryError if it is missing, not a string, or not valid Unicode."""
     if field not in entry:
         raise LlamoryError(f"the object has no {field!r} (it has {', '.join(map(repr, entry)) or 'nothing'})")
     text = entry[field]

@@ -30,17 +30,11 @@ class SkippedFile:
 
 @dataclass
 class FileScan:
-    """The documents in some paths.
+    """The documents in some paths."""
 
-    Attributes:
-        files: the files to read, each once, sorted within each folder.
-        skipped: links that lead outside or nowhere, and things that aren't regular files.
-        failed: folders that can't be read, and files whose name isn't valid Unicode.
-    """
-
-    files: list[Path] = field(default_factory=list)
-    skipped: list[SkippedFile] = field(default_factory=list)
-    failed: list[SkippedFile] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)  # each once, sorted within each folder
+    skipped: list[SkippedFile] = field(default_factory=list)  # links outside or to nowhere, and irregular files
+    failed: list[SkippedFile] = field(default_factory=list)  # unreadable folders, and names that aren't Unicode
 
 
 def real_roots(paths: Iterable[Path]) -> tuple[str, ...]:
@@ -57,11 +51,8 @@ def is_within(path: PathLike, roots: Sequence[str]) -> bool:
 def scan_files(paths: Sequence[Path], *, log_skipped: bool = False) -> FileScan:
     """List the documents in files and folders, without hidden files and folders.
 
-    Links to folders aren't followed (a folder inside the given ones is found anyway). Links to files are followed if
-    they lead to a file inside the given folders.
-
-    Args:
-        log_skipped: log a warning for each file and folder that is skipped or can't be read.
+    Links to folders aren't followed (a folder inside the given ones is found anyway), links to files only if they lead
+    to a file inside the given folders. `log_skipped`: log a warning for everything that is skipped or can't be read.
 
     Raises:
         LlamoryError: a path doesn't exist, is no file or folder, or is of an unknown format.
@@ -94,11 +85,7 @@ def scan_files(paths: Sequence[Path], *, log_skipped: bool = False) -> FileScan:
 
 
 def find_files(paths: PathLike | Iterable[PathLike], *, log_skipped: bool = True) -> list[Path]:
-    """List the documents in files and folders, as `scan_files`, and check that there is text.
-
-    Raises:
-        LlamoryError: as `scan_files`; or a folder has no documents, a file given by name is empty, or no file has text.
-    """
+    """List documents as `scan_files`; LlamoryError if a folder has none, a given file is empty, or none has text."""
     roots = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     scan = scan_files(roots, log_skipped=log_skipped)
     for path in roots:

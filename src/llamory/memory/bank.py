@@ -124,8 +124,7 @@ class MemoryBank:
         """Add tokens at the end of a segment.
 
         Args:
-            keys: (kv_heads, tokens, head_dim), floating, not rotated; converted to the memory's dtype and device.
-            values: the same shape.
+            keys, values: (kv_heads, tokens, head_dim), floating, not rotated; converted to the memory's dtype, device.
             segment: its name; a new one is made at the end. None for the last one, or "context" if there is none.
         """
         self._check_layer(layer)
@@ -156,13 +155,11 @@ class MemoryBank:
         step: int = LARGEST_BLOCK,
         devices: Mapping[int, torch.device] | None = None,
     ) -> None:
-        """Attach a copy of another bank's segment in this bank's own blocks, without conversion: int8 keeps its scales.
-
-        Copies of short segments share blocks. Metadata isn't copied.
+        """Attach a copy of another bank's segment, without its metadata, in blocks of this bank, without conversion.
 
         Args:
             other: a memory of the same layers, heads and dtype.
-            segment: its name in both banks; it must be new here.
+            segment: its name in both banks; it must be new here. Copies of short segments share blocks.
             tokens: copy only the first ones.
             step: tokens to allocate and copy at a time, as if appended so.
             devices: where each layer's blocks go if this bank has no device; by default where the other's are.
@@ -236,14 +233,10 @@ class MemoryBank:
         self._clear_caches()
 
     def attach(self, other: MemoryBank, segments: Sequence[str] | None = None) -> None:
-        """Add segments of another bank at the end. Blocks are shared, and the other bank stays as it is.
+        """Add segments of another bank (None: all) at the end, in the order given; blocks are shared.
 
-        Args:
-            other: a memory of the same model, layers and dtype. A bank of unknown model takes over its fingerprint.
-            segments: names, in the order wanted; None for all.
-
-        Raises:
-            LlamoryError: the other memory doesn't fit, or a name exists here. Nothing is attached then.
+        A bank of unknown model takes over the other's fingerprint. LlamoryError if the other isn't of the same model,
+        layers and dtype, or a name exists here; nothing is attached then.
         """
         names = other.segments if segments is None else tuple(segments)
         subject, heads = "The memory to attach", (self.kv_heads, self.head_dim)
@@ -304,13 +297,9 @@ class MemoryBank:
         return result
 
     def save(self, path: PathLike) -> None:
-        """Write the memory to a safetensors file, atomically and without a second copy in RAM.
+        """Write the memory to a safetensors file, atomically and without a second copy in RAM; errors as `files.write`.
 
         The path may be the file that this memory was loaded from. A missing folder is made.
-
-        Raises:
-            LlamoryError: the path is a folder.
-            OSError: the file can't be written; the old file stays.
         """
         segments = tuple(
             files.StoredSegment(name, tuple(each.length(layer) for layer in self.layers), each.metadata)

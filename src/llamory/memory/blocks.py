@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -36,22 +36,16 @@ class Block:
     """Storage for `capacity` tokens of one memory layer, filled from the front; filled tokens never change.
 
     Banks, forks and segments share blocks.
-
-    Attributes:
-        keys, values: (kv_heads, capacity, head_dim), contiguous; keys are not rotated (position 0).
-        key_scales, value_scales: (kv_heads, capacity) float32 for int8 memory (number = int8 * scale), else None.
-        filled: tokens written so far.
-        checksum: identifies the content of a block read from a file; "" for other blocks.
-        search_cache: what memory searches store about the filled tokens, by name.
     """
 
-    keys: Tensor
-    values: Tensor
-    key_scales: Tensor | None = None
+    keys: Tensor  # (kv_heads, capacity, head_dim), contiguous, not rotated (position 0)
+    values: Tensor  # the same shape
+    key_scales: Tensor | None = None  # (kv_heads, capacity) float32 for int8 memory: number = int8 * scale
     value_scales: Tensor | None = None
-    filled: int = 0
-    checksum: str = ""
-    search_cache: dict[str, dict[Any, Any]] = field(default_factory=dict)
+    _: KW_ONLY
+    filled: int = 0  # tokens written so far
+    checksum: str = ""  # identifies the content of a block read from a file
+    search_cache: dict[str, dict[Any, Any]] = field(default_factory=dict)  # of memory searches, by name
 
     @classmethod
     def allocate(cls, kv_heads: int, capacity: int, head_dim: int, dtype: torch.dtype, device: Any = "cpu") -> Block:
@@ -74,9 +68,10 @@ class Block:
         return self.capacity - self.filled
 
     @property
-    def tensors(self) -> tuple[Any, ...]:
-        """keys, values, key_scales, value_scales."""
-        return self.keys, self.values, self.key_scales, self.value_scales
+    def tensors(self) -> list[Tensor]:
+        """keys and values, and for int8 memory key_scales and value_scales."""
+        tensors = (self.keys, self.values, self.key_scales, self.value_scales)
+        return [each for each in tensors if each is not None]
 
     def write(self, keys: Tensor, values: Tensor) -> None:
         """Append floating keys and values (kv_heads, tokens, head_dim), converted; at most `free` tokens."""
@@ -95,16 +90,14 @@ class Block:
         """Append a span of a block of the same type without conversion (int8 keeps its scales)."""
         stop = self.filled + len(span)
         for source, target in zip(span.block.tensors, self.tensors, strict=True):
-            if source is not None:
-                target[:, self.filled : stop].copy_(source[:, span.start : span.stop])
+            target[:, self.filled : stop].copy_(source[:, span.start : span.stop])
         self.filled = stop
 
     def to(self, device: torch.device) -> Block:
         """The filled part on a device; this block itself if it is there already."""
         if self.keys.device == torch.empty(0, device=device).device:
             return self
-        parts = (None if each is None else each[:, : self.filled].to(device).contiguous() for each in self.tensors)
-        return Block(*parts, filled=self.filled)
+        return Block(*(each[:, : self.filled].to(device).contiguous() for each in self.tensors), filled=self.filled)
 
 
 @dataclass(frozen=True)

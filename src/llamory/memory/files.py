@@ -210,10 +210,9 @@ def _damaged_message(path: PathLike, part: str) -> str:
 
 
 def write(path: PathLike, header: MemoryHeader, chunks: Callable[[int, str], Iterable[Tensor]]) -> None:
-    """Write a memory file chunk by chunk; it replaces the old file when it is complete.
+    """Write a memory file; it replaces the old file when it is complete. A missing folder is made, and a link followed.
 
     Args:
-        path: the file; a missing folder is made, and a link is followed.
         chunks: gives the chunks of a tensor, by layer and part, in the order of its elements.
 
     Raises:

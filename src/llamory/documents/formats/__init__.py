@@ -15,17 +15,11 @@ from llamory.errors import LlamoryError
 
 @dataclass(frozen=True)
 class Format:
-    """How files of a suffix are read.
+    """How files of a suffix are read."""
 
-    Attributes:
-        read_text: reads decoded text and the name for a document without title; raises ValueError if it is invalid.
-        read_bytes: reads a binary format (path and content) instead.
-        code: whether it is program text, which is cut between lines instead of sentences.
-    """
-
-    read_text: Callable[[str, str], ParsedFile] = read_text
-    read_bytes: Callable[[Path, bytes], ParsedFile] | None = None
-    code: bool = False
+    read_text: Callable[[str, str], ParsedFile] = read_text  # of text and name; raises ValueError if it is invalid
+    read_bytes: Callable[[Path, bytes], ParsedFile] | None = None  # reads a binary format instead
+    code: bool = False  # whether it is program text, which is cut between lines instead of sentences
 
 
 _TEXT = (".txt", ".text", ".tex", ".org", ".adoc")

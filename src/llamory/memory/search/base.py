@@ -183,17 +183,11 @@ def _repeat_kv(tensor: Tensor, heads: int) -> Tensor:
 
 
 class AttentionResult(NamedTuple):
-    """Attention of grouped queries.
+    """Attention of grouped queries; exp(read_lse - lse) is the attention mass of the tokens that were read."""
 
-    Attributes:
-        output: (kv_heads, queries, head_dim).
-        lse: log-sum-exp of all tokens, (kv_heads, queries).
-        read_lse: log-sum-exp of the tokens read exactly, the same shape; exp(read_lse - lse) is their attention mass.
-    """
-
-    output: Tensor
-    lse: Tensor
-    read_lse: Tensor
+    output: Tensor  # (kv_heads, queries, head_dim)
+    lse: Tensor  # log-sum-exp of all tokens, (kv_heads, queries)
+    read_lse: Tensor  # log-sum-exp of the tokens that were read exactly, the same shape
 
 
 class Search(ABC):
@@ -219,7 +213,7 @@ class Search(ABC):
         """Attention over all of a layer's tokens.
 
         Args:
-            query: (rows, heads, queries, head_dim) of rows that share this memory; query head h reads the memory's
+            query: (rows, heads, queries, head_dim) of rows that share this memory; query head h reads
                 head h // (heads // kv_heads).
             scaling: factor of the scores.
 
@@ -240,11 +234,9 @@ class Search(ABC):
         # (rows, heads, queries, head_dim) -> (kv_heads, all queries that read that head, head_dim)
         grouped = query.reshape(rows, len(spans[0].block.keys), -1, head_dim).transpose(0, 1)
         result = self.attend_grouped(grouped.reshape(len(grouped), -1, head_dim), spans, scaling, rows)
-        output, lse, read_lse = (
-            part.reshape(len(grouped), rows, -1).transpose(0, 1).reshape(shape)
-            for part, shape in zip(result, (query.shape, query.shape[:-1], query.shape[:-1]), strict=True)
-        )
-        return output.to(query.dtype), lse, read_lse
+        output, lse, read_lse = (each.reshape(len(grouped), rows, -1).transpose(0, 1) for each in result)
+        shape = query.shape[:-1]
+        return output.reshape(query.shape).to(query.dtype), lse.reshape(shape), read_lse.reshape(shape)
 
     @abstractmethod
     def attend_grouped(self, query: Tensor, spans: SpanList, scaling: float, rows: int) -> AttentionResult:
@@ -254,18 +246,16 @@ class Search(ABC):
             query: (kv_heads, rows * queries, head_dim), the queries that read each head, row by row.
             spans: the tokens, at least one span; each may be on another device.
             scaling: factor of the scores.
-            rows: rows of the batch.
         """
 
 
 def attend(
     query: Tensor, banks: Sequence[MemoryBank], layer: int, scaling: float, search: Search
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a batch over its rows' memories; rows with the same memory are attended together.
+    """Attention of a batch over its rows' memories, of which several may be the same or forks of one.
 
     Args:
         query: (rows, heads, queries, head_dim).
-        banks: one per row; a bank, or forks of one, may occur several times.
         scaling: factor of the scores.
 
     Returns:

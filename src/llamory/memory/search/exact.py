@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -32,7 +33,6 @@ def attend_spans(query: Tensor, spans: Sequence[Span], scaling: float, head: int
 
     Args:
         query: (kv_heads, queries, head_dim), or (1, queries, head_dim) with `head`, the only head to read.
-        scaling: factor of the scores.
 
     Returns:
         Output of the query's shape, and the log-sum-exp (kv_heads, queries) in float32.
@@ -54,22 +54,14 @@ def attend_spans(query: Tensor, spans: Sequence[Span], scaling: float, head: int
 
 
 def refine_uncertain(
-    estimate: AttentionResult,
-    error: Tensor,
-    tolerance: float,
-    query: Tensor,
-    rows: int,
-    spans: Sequence[Span],
-    scaling: float,
+    result: AttentionResult, error: Tensor, tolerance: float, query: Tensor, rows: int, spans: SpanList, scaling: float
 ) -> AttentionResult:
-    """Replace the most uncertain estimates of each row by exact attention, up to a limited number.
+    """Replace, in `result`, the most uncertain queries of each row by exact attention, up to a limited number.
 
     Args:
-        estimate: the result so far; changed in place.
-        error: its expected error, relative to the values' size, (kv_heads, queries).
+        error: expected error, relative to the values' size, (kv_heads, queries).
         tolerance: error from which a query reads everything.
         query, spans, scaling: as for `attend_spans`.
-        rows: rows of the batch.
     """
     error = error.view(len(error), rows, -1)
     queries = error.shape[2]
@@ -80,9 +72,9 @@ def refine_uncertain(
         if any_uncertain:
             selected = indices[head][uncertain[head]]
             output, lse = attend_spans(query[head : head + 1, selected], spans, scaling, head)
-            estimate.output[head, selected] = output[0]
-            estimate.lse[head, selected] = estimate.read_lse[head, selected] = lse[0]
-    return estimate
+            result.output[head, selected] = output[0]
+            result.lse[head, selected] = result.read_lse[head, selected] = lse[0]
+    return result
 
 
 def _attend_span(query: Tensor, span: Span, scaling: float, heads: slice, parts: AttentionAccumulator) -> None:
@@ -92,7 +84,9 @@ def _attend_span(query: Tensor, span: Span, scaling: float, heads: slice, parts:
             _add(query, subspan.keys()[heads], subspan.values()[heads], scaling, parts)
         return
     query = query.float()
-    splits = _num_splits(len(query))
+    # A head's keys are read in so many parts at once that all threads get the same work.
+    threads = torch.get_num_threads()
+    splits = threads // math.gcd(threads, len(query))
     repeated = query.repeat_interleave(splits, 0)[None]
     # The tokens that can't be split evenly come last, in a call of their own.
     even_stop = span.stop - len(span) % splits
@@ -129,12 +123,6 @@ def needs_conversion(memory: Tensor) -> bool:
 def _has_amx_tiles() -> bool:
     is_supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch has no public name for it
     return bool(is_supported and is_supported())
-
-
-def _num_splits(heads: int) -> int:
-    """Parts in which a head's keys are read at once, so that all threads get the same work."""
-    threads = torch.get_num_threads()
-    return next(splits for splits in range(1, threads + 1) if heads * splits % threads == 0)
 
 
 def _to_float32(tensor: Tensor, scales: Tensor | None, heads: slice, tokens: slice, name: str) -> Tensor:

@@ -126,29 +126,19 @@ def gather(span: Span, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class IndexedPart:
-    """The indexes of a range and the statistics of their lists, for each head.
+    """The indexes of a range and the statistics of their lists, for each head."""
 
-    Attributes:
-        indexes: Faiss index per head, of the keys less their mean: that keeps the order of inner products and makes
-            directions differ more.
-        lists: (kv_heads, tokens) int16, the list of each token.
-        means, variances, values: of each list's keys, and mean of its values, (kv_heads, lists, head_dim) float32.
-        counts: tokens of each list, (kv_heads, lists) float32.
-    """
-
-    indexes: list[Any]
-    lists: Tensor
-    means: Tensor
+    indexes: list[Any]  # per head, of the keys less their mean: same order of inner products, directions differ more
+    lists: Tensor  # (kv_heads, tokens) int16, the list of each token
+    means: Tensor  # of each list's keys, (kv_heads, lists, head_dim) float32, as the next two
     variances: Tensor
-    values: Tensor
-    counts: Tensor
+    values: Tensor  # mean of each list's values
+    counts: Tensor  # tokens of each list, (kv_heads, lists) float32
 
     def search(self, query: Tensor, count: int) -> Tensor:
         """Numbers of the nearest tokens, -1 where there are fewer, for queries (kv_heads, queries, head_dim)."""
-        neighbors = [
-            torch.from_numpy(index.search(head.contiguous().numpy(), count)[1])
-            for index, head in zip(self.indexes, query.cpu(), strict=True)
-        ]
+        heads = zip(self.indexes, query.cpu().contiguous().numpy(), strict=True)
+        neighbors = [torch.from_numpy(index.search(head, count)[1]) for index, head in heads]
         return torch.stack(neighbors).to(query.device)
 
 

@@ -46,17 +46,11 @@ T = TypeVar("T")
 
 @dataclass
 class PagedRange:
-    """The pages of a range of a block.
+    """The pages of a range of a block."""
 
-    Attributes:
-        rows: (kv_heads, pages, PAGE_SIZE) int32, where a page's tokens are in the block's (kv_heads * capacity) rows.
-        pages: mean and variance of the keys and mean of the values, (kv_heads, pages, 3 * head_dim).
-        superpages: the same of superpages, each (kv_heads, pages / PAGES_PER_SUPERPAGE, head_dim) float32.
-    """
-
-    rows: Tensor
-    pages: Tensor
-    superpages: tuple[Tensor, ...]
+    rows: Tensor  # (kv_heads, pages, PAGE_SIZE) int32: a page's tokens in the block's (kv_heads * capacity) rows
+    pages: Tensor  # mean and variance of the keys and mean of the values, (kv_heads, pages, 3 * head_dim)
+    superpages: tuple[Tensor, ...]  # the same three, each (kv_heads, superpages, head_dim) float32
 
 
 def stable_spans(spans: Sequence[Span], min_tokens: int) -> tuple[list[Span], list[Span]]:
@@ -148,15 +142,10 @@ def _build(block: Block, start: int, stop: int) -> PagedRange:
 
 
 def balanced_pca_partition(vectors: Tensor, size: int) -> Tensor:
-    """An order of vectors in which every `size` neighbours, from the front, are similar. Deterministic.
+    """An order of vectors (heads, count, head_dim) in which every `size` neighbours are similar: (heads, count) int64.
 
-    Every group is halved at the median of its projection on its first principal direction until it has `size` vectors.
-
-    Args:
-        vectors: (heads, count, head_dim) floating, where count is `size` times a power of two.
-
-    Returns:
-        (heads, count) int64 positions, for each head independently.
+    Every group is halved at the median of its projection on its first principal direction until it has `size` vectors,
+    for each head independently; count must be `size` times a power of two. Deterministic.
     """
     heads, count, head_dim = vectors.shape
     order = torch.arange(count, device=vectors.device).expand(heads, count)
@@ -187,14 +176,11 @@ class LayerPageIndex:
     """All pages and superpages of a layer's memory, numbered block by block, and the tokens that are in no page.
 
     Only the superpages' tables, which every query reads, are concatenated; the pages' tables may be mapped files.
-
-    Attributes:
-        offsets: the number of the first page of each block, and the number of all pages of a head.
     """
 
     blocks: list[Block]
     ranges: list[PagedRange]
-    offsets: list[int]
+    offsets: list[int]  # number of the first page of each block, and the number of all pages of a head
     superpages: tuple[Tensor, ...]
     rest: list[Span]
 
@@ -315,7 +301,7 @@ class _PageGather:
         """Entries (entries, width) in the order of the ids instead of sorted by part."""
         if self._inverse is None:
             return selected
-        target = workspace(f"ordered {name}", selected.shape, selected.dtype, selected.device)
+        target = _workspace_like(f"ordered {name}", selected, *selected.shape)
         return _select(selected, self._inverse, target)
 
 
@@ -390,9 +376,8 @@ def _identity(bank: MemoryBank) -> str:
 
 def _content(block: Block) -> str:
     """Identifies the tokens of a block: the checksums of its file, or those that a file of it would have."""
-    return block.checksum or "-".join(
-        xxhash.xxh3_64_hexdigest(tensor_bytes(each[:, : block.filled])) for each in block.tensors if each is not None
-    )
+    tensors = (tensor_bytes(each[:, : block.filled]) for each in block.tensors)
+    return block.checksum or "-".join(map(xxhash.xxh3_64_hexdigest, tensors))
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -72,23 +72,18 @@ class PagesSearch(Search):
         sums = torch.stack([lse, torch.logaddexp(rest_lse, read_lse), (log_error - lse).exp_()])
         # Back from groups to the queries' order; a query may be in a group twice.
         output = torch.empty_like(query).scatter_(1, _expand(indices, head_dim), result.view(heads, -1, head_dim))
-        lse, read_lse, error = query.new_empty(3, heads, queries).scatter_(
-            2, indices.expand(3, -1, -1), sums.view(3, heads, -1)
-        )
+        sums = sums.view(3, heads, -1)
+        lse, read_lse, error = query.new_empty(3, heads, queries).scatter_(2, indices.expand(3, -1, -1), sums)
         # The cost of reading everything grows with the memory, its benefit doesn't.
         tolerance = self.tolerance * max(1.0, index.page_count * PAGE_SIZE / TOLERANCE_SCALE_TOKENS)
         return refine_uncertain(AttentionResult(output, lse, read_lse), error, tolerance, query, rows, spans, scaling)
 
     def _search(self, index: LayerPageIndex, query: Tensor, other_lse: Tensor) -> tuple[Tensor, ...]:
-        """Attention of groups of scaled queries to the pages of an index.
+        """Attention of groups of scaled queries (kv_heads, groups, size, head_dim) to the pages of an index.
 
-        Args:
-            query: (kv_heads, groups, size, head_dim).
-            other_lse: log-sum-exp of the tokens that are in no page, (kv_heads, groups, size).
-
-        Returns:
-            Output and log-sum-exp of the pages that are read, those of the estimated ones, and the log of the error
-            that the estimate may have, not yet divided by the softmax's sum.
+        `other_lse` (kv_heads, groups, size) is that of the tokens that are in no page. Returns output and log-sum-exp
+        of the pages that are read, those of the estimated ones, and the log of the error that the estimate may have,
+        not yet divided by the softmax's sum.
         """
         heads, groups, size, head_dim = query.shape
         num_pages = self.top_k * min(size, GROUP_PAGES if size <= GROUP_SIZE else 2 * GROUP_PAGES)
