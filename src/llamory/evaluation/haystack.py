@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -124,12 +125,7 @@ PUBLISHED_HAYSTACK = Haystack(
 
 
 def read_haystack(paths: Iterable[Path], tokens: int, *, language: str = "en") -> Haystack:
-    """Make a haystack of the text of files; in source code, lines count as sentences.
-
-    Args:
-        paths: files and folders.
-        tokens: length of the longest prompt; text beyond it isn't read.
-        language: code of the language whose sentence rules apply.
+    """Make a haystack of files, as far as a prompt of `tokens` needs them; in source code, lines are sentences.
 
     Raises:
         LlamoryError: a path doesn't exist, has an unknown format or is broken, or there is no text.
@@ -263,16 +259,10 @@ def build_prompt(
 ) -> Prompt:
     """Build the longest prompt of whole sentences that has at most `length` tokens, with the tokenizer's prefix.
 
-    Args:
-        tokenizer: the model's tokenizer.
-        length: in tokens.
-        depth: position of the needle, from 0 (before all sentences) to 1 (after them).
-        key: the secret to hide.
-        needle: by default the published one.
-        haystack: the text around the needle.
+    The depth of the needle is 0 before all sentences and 1 after them.
 
     Raises:
-        LlamoryError: the prompt exceeds `length` without any filler, or `depth` is outside 0 to 1.
+        LlamoryError: the prompt exceeds `length` without any sentence, or `depth` is outside 0 to 1.
     """
     check_depth(depth)
     needle = needle or Needle()
@@ -334,15 +324,10 @@ class IndependentDocumentPrompts:
         haystack: Haystack = PUBLISHED_HAYSTACK,
         evidence_ratio: float = 0.0,
     ) -> None:
-        """Prepare the windows.
+        """Prepare the windows, which have the length of the model's context.
 
-        Args:
-            model: has memory layers; its context is the window.
-            tokenizer: its tokenizer.
-            needle: by default the published one.
-            haystack: the text around the needle.
-            evidence_ratio: as for `select_evidence`: drops windows whose question likelihood is more than this factor
-                below the best; 0 drops none.
+        `evidence_ratio` is that of `select_evidence`: windows whose question likelihood is more than this factor below
+        the best are dropped; 0 drops none.
 
         Raises:
             LlamoryError: the task, the needle and a sentence don't fit into a window.
@@ -364,11 +349,7 @@ class IndependentDocumentPrompts:
         self._segment_by_ids: dict[tuple[int, ...], str] = {}
 
     def __call__(self, length: int, depth: float, key: str) -> tuple[Prompt, dict[str, Any]]:
-        """Make the prompt of at most `length` tokens with a key at a depth, and the arguments of `generate` for it.
-
-        Raises:
-            LlamoryError: no window fits into `length`, or `depth` is outside 0 to 1.
-        """
+        """Make the prompt of at most `length` tokens with a key at a depth, and the arguments of `generate` for it."""
         from llamory.qa.evidence import select_evidence
 
         check_depth(depth)
@@ -382,24 +363,18 @@ class IndependentDocumentPrompts:
                 f"A prompt of {length} tokens is too short: a window, needle and question have "
                 f"{self._cumulative_tokens[0] + extra_tokens}; ask for longer prompts."
             )
-        sentences = sum(map(len, self._windows[:count]))
-        index, offset = self._locate_sentence(round(depth * sentences))
+        ends = list(accumulate(map(len, self._windows[:count])))
+        sentence = round(depth * ends[-1])
+        index = bisect_left(ends, sentence)
         window = self._windows[index]
+        offset = max(sentence - ends[index] + len(window), int(index == 0))  # the task stays first
         text = "".join(window[:offset]).strip() + needle + "".join(window[offset:]).strip()
         memory = self.model.new_memory()
         memory.attach(self._memory, [str(other) for other in range(count) if other != index])
         self.model.read(encode(self.tokenizer, text.strip()), memory, segment="needle")
         evidence = select_evidence(self.model, self._question, memory, memory.segments, self.evidence_ratio)
-        prompt = Prompt(self.needle.question_text, self._question, key, sentences, memory.length())
+        prompt = Prompt(self.needle.question_text, self._question, key, ends[-1], memory.length())
         return prompt, {"past_key_values": self.model.memory_cache(memory.slice(evidence))}
-
-    def _locate_sentence(self, sentence: int) -> tuple[int, int]:
-        """The window of a needle before this sentence, and the number of sentences before the needle in it."""
-        for index, window in enumerate(self._windows):
-            if sentence <= len(window):
-                return index, max(sentence, int(index == 0))  # the task comes first in the first window
-            sentence -= len(window)
-        return len(self._windows) - 1, len(self._windows[-1])
 
     def _pack_windows(self, sentences: Sequence[str]) -> Iterator[list[str]]:
         """Endless windows of as many sentences as leave room for the needle; the first begins with the task."""

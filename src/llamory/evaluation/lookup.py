@@ -9,7 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -57,9 +57,6 @@ class LookupTask:
     """The shape of the documents; the defaults are the paper's.
 
     Half a document is BOS, as many lines as fit, and EOS as padding. A line is a marker, a key, a marker and a value.
-
-    Raises:
-        LlamoryError: a line doesn't fit, or there are too few symbols.
     """
 
     vocabulary: int = 64  # number of symbols and the six markers
@@ -109,11 +106,7 @@ class LookupTask:
         return torch.randint(FIRST_SYMBOL, self.vocabulary, (documents, self.lines, length), generator=generator)
 
     def draw_confusable(self, documents: int, generator: torch.Generator) -> Dictionaries:
-        """Draw keys, each once, from so few symbols that they are half of all possible keys and have near neighbours.
-
-        Raises:
-            LlamoryError: there are too few possible keys.
-        """
+        """Draw keys, each once, from so few symbols that they are half of all possible keys, with near neighbours."""
         count, symbols = documents * self.lines, 1
         while symbols**self.key_length < 2 * count:
             symbols += 1
@@ -125,11 +118,7 @@ class LookupTask:
         return Dictionaries(self._keys_from_indices(indices, used), self.draw(documents, generator).values)
 
     def draw_distinct(self, documents: int, generator: torch.Generator) -> Dictionaries:
-        """Draw random keys, each defined once, and values; with one seed, more documents begin with the same as fewer.
-
-        Raises:
-            LlamoryError: there are too few possible keys.
-        """
+        """Draw random keys, each once, and values; with one seed, more documents begin with the same as fewer."""
         count = documents * self.lines
         if count > self.all_keys // 2:
             raise LlamoryError(
@@ -181,18 +170,11 @@ def save_task(config: LongLlamaConfig, task: LookupTask) -> None:
 
 
 def load_task(config: LongLlamaConfig) -> LookupTask:
-    """The task that a model was trained for.
-
-    Raises:
-        LlamoryError: the configuration has none.
-    """
+    """The task that a model was trained for, from its configuration."""
     saved = getattr(config, CONFIG_KEY, None)
     if not isinstance(saved, dict):
         raise LlamoryError("This model wasn't trained for dictionary look-up; train one with `llamory train lookup`.")
     return LookupTask(**saved)
-
-
-# ---- evaluation ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -226,8 +208,7 @@ def run_lookup(
         task: the documents' shape.
         documents: number of documents asked about; memory holds them at every size.
         seed: of the documents.
-        on_cell: called with the result of each size.
-        on_read: called with the tokens of each encoded batch.
+        on_cell, on_read: called with the result of each size, and with the tokens of each encoded batch.
 
     Raises:
         LlamoryError: the model has no memory layers, or a size holds fewer documents than are asked about.
@@ -245,10 +226,11 @@ def run_lookup(
     bank, cells = model.new_memory(), []
     for before, count in pairwise([0, *counts]):
         start = time.perf_counter()
-        for rows in _batches(before, count, ENCODE_BATCH_SIZE):
-            _write_to_memory(model, task.definitions(dictionaries.at(rows)), bank)
+        for first in range(before, count, ENCODE_BATCH_SIZE):
+            rows = task.definitions(dictionaries.at(slice(first, min(first + ENCODE_BATCH_SIZE, count))))
+            _write_to_memory(model, rows, bank)
             if on_read is not None:
-                on_read((rows.stop - rows.start) * task.half)
+                on_read(rows.numel())
         encoded = time.perf_counter()
         correct = _answers(model, questions, targets, bank)
         values = correct.view(-1, task.value_length)
@@ -285,16 +267,11 @@ def _write_to_memory(model: LongLlamaForCausalLM, rows: Tensor, bank: MemoryBank
 def _answers(model: LongLlamaForCausalLM, questions: Tensor, targets: Tensor, bank: MemoryBank) -> Tensor:
     """Whether each token of the values is the first choice, in the order of the questions."""
     correct = []
-    for rows in _batches(0, len(questions), QUERY_BATCH_SIZE):
-        ids, target_ids = questions[rows].to(model.device), targets[rows].to(model.device)
-        output = model(ids, past_key_values=model.memory_cache(bank), last_context_length=ids.shape[1])
-        correct.append((output.logits.argmax(-1) == target_ids)[target_ids != IGNORE_INDEX].cpu())
+    for ids, target_ids in zip(questions.split(QUERY_BATCH_SIZE), targets.split(QUERY_BATCH_SIZE), strict=True):
+        cache, rows = model.memory_cache(bank), ids.to(model.device)
+        predictions = model(rows, past_key_values=cache, last_context_length=ids.shape[1]).logits.argmax(-1).cpu()
+        correct.append((predictions == target_ids)[target_ids != IGNORE_INDEX])
     return torch.cat(correct)
-
-
-def _batches(start: int, stop: int, size: int) -> Iterator[slice]:
-    for first in range(start, stop, size):
-        yield slice(first, min(first + size, stop))
 
 
 class LookupResultsFile(CurveResultsFile[LookupCell]):
@@ -355,6 +332,6 @@ def evaluate(
         Line(name, [cell.tokens for cell in cells], [cell.accuracy for cell in cells])
         for name, cells in results.curves().items()
     ]
-    labels = {"x_label": "Tokens in memory", "y_label": "Accuracy of the values' tokens"}
+    labels: dict[str, Any] = {"x_label": "Tokens in memory", "y_label": "Accuracy of the values' tokens"}
     draw_curves(output / "lookup.png", "Dictionary look-up", lines, **labels, percent=True)
     return results

@@ -70,33 +70,18 @@ def _entry(entry: dict[str, Any], field: str) -> str:
 
 
 def label_set(*examples: Sequence[Example] | None) -> list[str]:
-    """All labels of some lists of examples, sorted.
-
-    Raises:
-        LlamoryError: there are fewer than 2.
-    """
+    """All labels of some lists of examples, sorted; fewer than 2 are an error."""
     labels = sorted({example.label for part in examples for example in part or ()})
     if len(labels) < 2:
         raise LlamoryError(f"The examples have only the label {labels[0]!r}; classification needs at least 2 labels.")
     return labels
 
 
-# ---- prompts ---------------------------------------------------------------------------------------------------------
-
-
 class PromptTemplate:
-    """Makes token ids of demonstrations and questions; a label has the same tokens in a demonstration as in an answer.
-
-    Attributes:
-        start: the tokenizer's prefix of a text.
-    """
+    """Token ids of demonstrations and questions; a label has the same tokens in a demonstration as in an answer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = TEMPLATE) -> None:
-        """Parse a template, such as `{text}\\n{label}\\n\\n`.
-
-        Raises:
-            LlamoryError: the template doesn't have `{text}` once and then `{label}` once.
-        """
+        """Parse a template with `{text}` once and after it `{label}` once, such as `{text}\\n{label}\\n\\n`."""
         question, found, after = template.partition(LABEL_FIELD)
         if not found or LABEL_FIELD in after or question.count(TEXT_FIELD) != 1 or TEXT_FIELD in after:
             raise LlamoryError(
@@ -109,6 +94,7 @@ class PromptTemplate:
         self._suffix_ids = self._ids(after)
         with_special: list[int] = tokenizer("a", verbose=False)["input_ids"]
         first = tokenizer.bos_token_id
+        # The tokenizer's prefix of a text.
         self.start: list[int] = with_special[:1] if first is not None and with_special[:1] == [first] else []
 
     def question(self, text: str) -> list[int]:
@@ -203,9 +189,6 @@ def _fill_prompt(prompt_template: PromptTemplate, pool: Sequence[Example], lengt
     return ids, len(pool)
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def label_scores(
     model: LongLlamaForCausalLM,
@@ -216,14 +199,13 @@ def label_scores(
 ) -> list[float]:
     """The mean or the sum of the log-probabilities of each label's tokens after a question, in nats.
 
-    The question is encoded once into the local context; the labels continue from it as rows of one batch.
+    The mean favours labels of many tokens: after demonstrations only the first token is uncertain.
 
     Args:
         model: in evaluation mode.
         memory: of the demonstrations; it isn't changed.
         question: token ids of the text up to the label.
         labels: token ids of each label.
-        score_type: "mean" favours labels of many tokens: after demonstrations only the first token is uncertain.
     """
     output = model(
         input_ids=torch.tensor([question], device=model.device),
@@ -296,9 +278,7 @@ def run_manyshot(
         prompt_template: of its tokenizer.
         prompts: from `build_manyshot_prompts`; the demonstrations of each are encoded once.
         labels: the possible answers.
-        score_type: as for `label_scores`.
-        trials: of an earlier run; they are kept and not run again.
-        on_trial, title: as for `run_pending`.
+        trials, on_trial, title: as `scores`, `on_score` and `title` of `run_perplexity`.
     """
     trials = [] if trials is None else trials
     done = {(trial.length, trial.seed) for trial in trials}
@@ -374,14 +354,11 @@ def evaluate(
 
     Args:
         names: of models, as for `load_long_model`.
-        train: JSON lines file with the examples for demonstrations.
-        lengths: maximum numbers of tokens of demonstrations.
+        train, test: JSON lines files, as for `read_examples`.
+        lengths, questions: as for `build_manyshot_prompts`.
         output: a folder; it is created if it does not exist.
-        test: JSON lines file with the examples for questions; None takes them out of `train`.
         seeds: number of draws.
-        questions: per length and seed.
-        text_field, label_field: keys of a line's text and label.
-        template: of a demonstration.
+        template: as for `PromptTemplate`.
         score_type: as for `label_scores`.
         model_kwargs: for `load_long_model`.
 

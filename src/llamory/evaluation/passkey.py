@@ -217,7 +217,7 @@ def evaluate(
 
     from llamory.longllama.loading import load_long_model  # after the checks: it takes a second
 
-    common = {"trials": trials, "seed": seed, "needle": needle, "haystack": text}
+    common: dict[str, Any] = {"trials": trials, "seed": seed, "needle": needle, "haystack": text}
 
     def run(kind: str, model: PreTrainedModel, metadata: dict[str, Any], **arguments: Any) -> None:
         results.run(kind, metadata)
@@ -273,11 +273,9 @@ def run_passkey(
         depths: positions of the needle, from 0 (start) to 1 (end).
         trials: prompts per length and depth.
         seed: of the keys.
-        needle: by default the published one.
-        haystack: the text around the needle.
+        needle, haystack: by default the published ones.
         prompts: makes the prompts with this needle, instead of `build_prompt`.
-        result: cells of an earlier run; they are kept and not run again.
-        on_cell, title: as for `run_pending`.
+        result, on_cell, title: as `scores`, `on_score` and `title` of `run_perplexity`.
         generate: further arguments for `model.generate`.
 
     Raises:

@@ -49,21 +49,14 @@ class Score:
 
 @dataclass(frozen=True)
 class PerplexityPoint:
-    """The mean over documents with `memory` tokens in memory.
-
-    Attributes:
-        loss: mean loss, in nats per token.
-        standard_error: of that mean, over documents; None for a single document.
-        change: mean of the paired differences to the loss without memory; None if that wasn't scored.
-        change_standard_error: of `change`; small if the documents differ from each other but not in what memory does.
-    """
+    """The mean over documents with `memory` tokens in memory; losses are in nats per token."""
 
     memory: int
     documents: int
     loss: float
-    standard_error: float | None
+    standard_error: float | None  # of the mean loss, over documents; None for a single document
     perplexity: float
-    change: float | None
+    change: float | None  # mean of the paired differences to the loss without memory; None if that wasn't scored
     change_standard_error: float | None
 
 
@@ -173,16 +166,15 @@ def run_perplexity(
 ) -> list[Score]:
     """Score the last tokens of documents with memories of several lengths, the shortest first.
 
-    Each memory is encoded from scratch, so lengths of 2k, 4k, ... 64k cost 126k tokens of encoding; see `tail_loss`.
-
     Args:
         model: a model with memory, in evaluation mode.
         texts: at least as long as the longest memory, `local` and `tokens` together.
-        memories: tokens in memory.
+        memories: tokens in memory, encoded from scratch for each.
         tokens, local: as for `tail_loss`.
         independent_windows: encode each window of a document by itself, once for all lengths.
         scores: of an earlier run; they are kept and not computed again.
-        on_score, title: as for `run_pending`.
+        on_score: called after every score, when it is in `scores`.
+        title: of the progress on standard error; None for no progress.
 
     Raises:
         LlamoryError: the window is longer than the model's context, or a text is too short.
@@ -312,6 +304,6 @@ def evaluate(
         Line(name, [point.memory for point in curve], [point.perplexity for point in curve])
         for name, curve in results.curves().items()
     ]
-    labels = {"x_label": "Tokens in memory", "y_label": "Perplexity"}
+    labels: dict[str, Any] = {"x_label": "Tokens in memory", "y_label": "Perplexity"}
     draw_curves(output / "perplexity.png", f"The last {tokens} tokens of long documents", lines, **labels)
     return results

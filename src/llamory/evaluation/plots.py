@@ -86,7 +86,7 @@ def draw_heat_map(path: Path, title: str, panels: Sequence[Panel]) -> None:
         figure.text(_MARGIN / width, 1 - 0.3 / height, title, va="center", **style)
 
 
-def _percent(value: float, _: int | None = None) -> str:
+def _percent(value: float, _: float = 0) -> str:
     return f"{value:.0%}"
 
 
@@ -182,10 +182,8 @@ def draw_curves(
 
     Args:
         path: the file.
-        title: of the plot.
+        title, x_label, y_label: of the plot and its axes.
         lines: at least one, with at least one value.
-        x_label: of the horizontal axis.
-        y_label: of the vertical axis.
         percent: whether the values are fractions, drawn from 0 to 100%.
         reference_line: label and height of a dashed horizontal line, such as chance.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,16 @@ from llamory.errors import LlamoryError
 
 @dataclass(frozen=True)
 class RetrievalDataset:
-    """Queries, documents and relevance judgements.
-
-    Attributes:
-        name: of the dataset.
-        split: of its qrels, such as "test".
-        queries: for each query id with a relevant document, its text.
-        qrels: for each of these queries, the score of each document with a judgement, by id; below 1 is not relevant.
-        ids: of all documents.
-        read: iterates over all documents as pairs of id and text, in the order of `ids`; a text may be empty.
-        self_documents: queries whose document of the same id is the query itself; it is removed from their rankings.
-        fingerprint: of everything that scores depend on.
-    """
+    """Queries, documents and relevance judgements."""
 
     name: str
-    split: str
-    queries: Mapping[str, str]
-    qrels: Mapping[str, Mapping[str, int]]
-    ids: Sequence[str]
-    read: Callable[[], Iterator[tuple[str, str]]]
-    self_documents: frozenset[str] = field(default_factory=frozenset)
-    fingerprint: str = ""
+    split: str  # of the qrels, such as "test"
+    queries: Mapping[str, str]  # by id, those with a relevant document
+    qrels: Mapping[str, Mapping[str, int]]  # of each query: scores of documents, by id; below 1 is not relevant
+    ids: Sequence[str]  # of all documents
+    read: Callable[[], Iterator[tuple[str, str]]]  # iterates over the ids and texts of all documents, in order
+    self_documents: frozenset[str] = frozenset()  # queries that aren't to find the document of the same id
+    fingerprint: str = ""  # of everything that scores depend on
 
     @property
     def missing_relevant(self) -> int:
@@ -47,11 +36,7 @@ class RetrievalDataset:
 
 
 def queries_with_qrels(name: str, queries: Mapping[str, str], qrels: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
-    """The queries that have a relevant document, in the order of the qrels.
-
-    Raises:
-        LlamoryError: there is none, or a query of the qrels has no text.
-    """
+    """The queries that have a relevant document, in the order of the qrels; none at all is an error."""
     found = {}
     for query, scores in qrels.items():
         if query not in queries:
@@ -66,10 +51,7 @@ def queries_with_qrels(name: str, queries: Mapping[str, str], qrels: Mapping[str
 def sample(data: RetrievalDataset, queries: int | None = None, documents: int | None = None) -> RetrievalDataset:
     """A sample of the queries and documents, drawn by the hash of their ids: the same on every machine.
 
-    Args:
-        data: the full dataset.
-        queries: number of queries to keep; None keeps all.
-        documents: number of documents to keep, including all that are relevant to a kept query; None keeps all.
+    The documents include all that are relevant to a kept query; None keeps all.
 
     Raises:
         LlamoryError: the dataset has fewer, or more documents than requested are relevant.
@@ -104,9 +86,6 @@ def _relevant(qrels: Mapping[str, Mapping[str, int]]) -> set[str]:
 
 def _hash_order(key: str) -> tuple[int, str]:
     return xxhash.xxh64_intdigest(key.encode()), key
-
-
-# ---- BEIR ------------------------------------------------------------------------------------------------------------
 
 
 def load_beir(folder: Path, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalDataset:
@@ -155,9 +134,6 @@ def load_beir(folder: Path, split: str | None = None, *, ignore_identical_ids: b
         self_documents=frozenset(self_documents),
         fingerprint=digest.hexdigest(),
     )
-
-
-# ---- mteb ------------------------------------------------------------------------------------------------------------
 
 
 def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalDataset:

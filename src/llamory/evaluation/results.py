@@ -13,7 +13,8 @@ from llamory.common.io import write_json
 from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
 
-Item, Score = TypeVar("Item"), TypeVar("Score")
+Item = TypeVar("Item")
+Score = TypeVar("Score")
 
 # Keys that earlier versions wrote, and the names they have now.
 _OLD_KEYS = {
@@ -67,11 +68,7 @@ class ResultsFile(Generic[Score]):
             _require_same(path, saved, self.settings)
 
     def run(self, name: str, metadata: Mapping[str, Any]) -> list[Score]:
-        """The scores of a model, with those of earlier runs, as a list to extend.
-
-        Raises:
-            LlamoryError: the earlier scores are of another model or of other settings.
-        """
+        """The scores of a model, with those of earlier runs, as a list to extend; other metadata is an error."""
         metadata = _as_json(metadata)
         if self.path is not None:
             _require_same(self.path, self.metadata.get(name, metadata), metadata)
@@ -153,11 +150,7 @@ def run_models(
 ) -> None:
     """Load one model after the other, run it, and write the results.
 
-    Args:
-        results: existing scores in it are resumed.
-        names: of models, as for `load_long_model`.
-        run: called with a name, the model, the list of its scores, to extend, and its display name.
-        model_kwargs: for `load_long_model`.
+    Existing scores are resumed: `run` gets a name, the model, the list of its scores, to extend, and its display name.
     """
     from llamory.longllama.loading import load_long_model
 
@@ -177,15 +170,10 @@ def run_pending(
     on_score: Callable[[Score], Any] | None,
     title: str | None,
 ) -> None:
-    """Run each item, with progress on standard error.
+    """Run each item, with progress on standard error unless `title` is None.
 
-    Args:
-        pending: the items.
-        run: advances the progress; returns the item's score and a line about it.
-        tokens: of all items.
-        add: stores a score.
-        on_score: called after every score, when it is stored.
-        title: of the progress; None for no progress.
+    `run` advances the progress, by `tokens` in total, and returns the score and a line about it; `add` stores the
+    score, `on_score` is called after that.
     """
     with ProgressBar(title or "", tokens, unit="tokens", shown=title is not None) as bar:
         for number, item in enumerate(pending, 1):

@@ -74,10 +74,7 @@ def search_vectors(
 
 
 def search_bm25(data: RetrievalDataset, advance: Advance = lambda _: None) -> Ranking:
-    """The documents with the highest BM25 score (bm25s: Lucene's variant, k1 1.5, b 0.75, English stop words removed).
-
-    Documents without a word of the query are not retrieved.
-    """
+    """The documents with the highest BM25 score (bm25s: Lucene, k1 1.5, b 0.75, English stop words removed)."""
     import bm25s
     import numpy as np
     from bm25s.tokenization import Tokenizer
@@ -130,9 +127,6 @@ class _TopDocuments:
         return ranked
 
 
-# ---- scores ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class QueryScore:
     """The metrics of the query with an id."""
@@ -163,23 +157,22 @@ def score_queries(data: RetrievalDataset, ranking: Ranking) -> list[QueryScore]:
 
 def summarize(scores: Sequence[QueryScore]) -> dict[str, Any]:
     """Means over queries and their 95% intervals (None for a single query)."""
-    by_metric = {metric: [score.values[metric] for score in scores] for metric in METRICS}
-    means = {metric: sum(values) / len(values) for metric, values in by_metric.items()}
-    return {**means, "intervals": {metric: interval(values) for metric, values in by_metric.items()}}
+    return _summarize({metric: [score.values[metric] for score in scores] for metric in METRICS})
 
 
 def differences(scores: Mapping[str, Sequence[QueryScore]]) -> list[dict[str, Any]]:
     """For each pair of models, the mean difference over the same queries and its 95% interval."""
     entries = []
     for one, other in combinations(scores, 2):
-        entry: dict[str, Any] = {"model": one, "minus": other, "intervals": {}}
-        for metric in METRICS:
-            pairs = zip(scores[one], scores[other], strict=True)
-            deltas = [first.values[metric] - second.values[metric] for first, second in pairs]
-            entry[metric] = sum(deltas) / len(deltas)
-            entry["intervals"][metric] = interval(deltas)
-        entries.append(entry)
+        pairs = [(first.values, second.values) for first, second in zip(scores[one], scores[other], strict=True)]
+        deltas = {metric: [first[metric] - second[metric] for first, second in pairs] for metric in METRICS}
+        entries.append({"model": one, "minus": other, **_summarize(deltas)})
     return entries
+
+
+def _summarize(by_metric: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    means = {metric: sum(values) / len(values) for metric, values in by_metric.items()}
+    return {**means, "intervals": {metric: interval(values) for metric, values in by_metric.items()}}
 
 
 def interval(values: Sequence[float]) -> list[float] | None:
@@ -201,9 +194,6 @@ def interval(values: Sequence[float]) -> list[float] | None:
     return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
 
 
-# ---- results ---------------------------------------------------------------------------------------------------------
-
-
 class RetrievalResultsFile(ResultsFile[QueryScore]):
     """Results of several models: means in `retrieval.json`, one line per query and model in `queries.jsonl`."""
 
@@ -211,19 +201,10 @@ class RetrievalResultsFile(ResultsFile[QueryScore]):
     summary_keys = (*METRICS, "intervals", "seconds")
 
     def __init__(self, data: RetrievalDataset, folder: Path | None = None, per_query: Path | None = None) -> None:
-        """Load the results that the folder has, if any.
-
-        Args:
-            data: queries and documents.
-            folder: for the two files; None writes nothing.
-            per_query: another file for the lines per query.
-
-        Raises:
-            LlamoryError: the folder has results of another set, or a broken file.
-        """
+        """Load the results in `folder`; None writes none. `per_query` is another file for the lines."""
         self.folder, self.per_query = folder, per_query
         self._queries = list(data.queries)
-        self._seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # of each model
         settings = {
             "data": data.name,
             "split": data.split,
@@ -237,22 +218,6 @@ class RetrievalResultsFile(ResultsFile[QueryScore]):
         }
         super().__init__(None if folder is None else folder / "retrieval.json", settings)
 
-    def has(self, name: str, metadata: Mapping[str, Any]) -> bool:
-        """Whether a model was scored by an earlier run.
-
-        Raises:
-            LlamoryError: another model was scored under this name.
-        """
-        return name in self.metadata and bool(self.run(name, metadata))
-
-    def add(self, name: str, metadata: Mapping[str, Any], scores: Sequence[QueryScore], seconds: float) -> None:
-        """Add a model's scores and write the files."""
-        self.metadata.pop(name, None)
-        self.scores.pop(name, None)
-        self.run(name, metadata).extend(scores)
-        self._seconds[name] = seconds
-        self.write()
-
     def document(self) -> dict[str, Any]:
         """The content of the file."""
         return super().document() | {"differences": differences(self.scores)}
@@ -262,10 +227,6 @@ class RetrievalResultsFile(ResultsFile[QueryScore]):
         if self.folder is not None:
             write_json_lines(self.folder / "queries.jsonl", self._lines())
         super().write()
-        self.write_per_query()
-
-    def write_per_query(self) -> None:
-        """Write the other file for the lines per query, if there is one."""
         if self.per_query is not None:
             write_json_lines(self.per_query, self._lines())
 
@@ -278,7 +239,7 @@ class RetrievalResultsFile(ResultsFile[QueryScore]):
         return {}
 
     def _summary(self, name: str) -> dict[str, Any]:
-        return {**summarize(self.scores[name]), "seconds": self._seconds[name]}
+        return {**summarize(self.scores[name]), "seconds": self.seconds[name]}
 
     def _load(self, path: Path) -> dict[str, Any]:
         settings = super()._load(path)
@@ -289,7 +250,7 @@ class RetrievalResultsFile(ResultsFile[QueryScore]):
 
     def _load_scores(self, name: str, run: Mapping[str, Any]) -> list[QueryScore]:
         assert self.folder is not None
-        self._seconds[name] = run["seconds"]
+        self.seconds[name] = run["seconds"]
         with (self.folder / "queries.jsonl").open(encoding="utf-8") as file:
             return [
                 QueryScore(entry["query"], {metric: entry[metric] for metric in METRICS}, entry["found"])
@@ -298,15 +259,8 @@ class RetrievalResultsFile(ResultsFile[QueryScore]):
             ]
 
 
-# ---- evaluation ------------------------------------------------------------------------------------------------------
-
-
 def read_dataset(data: str, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalDataset:
-    """Read a BEIR folder or a task of mteb.
-
-    Raises:
-        LlamoryError: there is neither, or its data is broken.
-    """
+    """Read a BEIR folder or a task of mteb."""
     path = Path(data)
     if path.is_dir():
         return load_beir(path, split, ignore_identical_ids=ignore_identical_ids)
@@ -346,9 +300,8 @@ def evaluate(
         models: retrievers, as for `load_embedder`.
         mean_pooling: models that embed by the mean of their last hidden states.
         bm25: whether BM25 is scored.
-        split: of the qrels.
-        num_queries, num_documents: sizes of a sample; None for all.
-        ignore_identical_ids: as for `load_beir`.
+        split, ignore_identical_ids: as for `load_beir`.
+        num_queries, num_documents: as for `sample`.
         max_length: tokens of a text that a model reads.
         query_prompt: of LLARA models.
         bf16: embed in bfloat16.
@@ -373,13 +326,13 @@ def evaluate(
     shown = display_names([*models, *mean_pooling])
 
     def score(name: str, title: str, metadata: Mapping[str, Any], search: Callable[[Advance], Ranking]) -> None:
-        if results.has(name, metadata):
+        scores, started = results.run(name, metadata), time.perf_counter()
+        if scores:  # of an earlier run
             return
-        started = time.perf_counter()
         with ProgressBar(title, len(dataset.ids), unit="documents") as bar:
-            scores = score_queries(dataset, search(bar.advance))
-            seconds = time.perf_counter() - started
-            results.add(name, metadata, scores, seconds)
+            scores += score_queries(dataset, search(bar.advance))
+            results.seconds[name] = seconds = time.perf_counter() - started
+            results.write()
             bar.print(f"{title}: nDCG@10 {summarize(scores)['nDCG@10']:.3f} ({seconds:.1f} s)")
 
     def score_embedder(name: str, title: str, embedder: SentenceTransformer) -> None:
@@ -417,5 +370,5 @@ def evaluate(
         if query_prompt is not None and is_llara(embedder):
             pipeline.set_query_prompt(embedder, query_prompt)
         score_embedder(name, shown[name], embedder)
-    results.write_per_query()
+    results.write()
     return results

@@ -67,13 +67,12 @@ def build_dataset(
 
     Args:
         name: of the dataset.
-        folder: as for `write_set`.
+        folder, fractions: as for `write_set` and `split_pairs`.
         sources: a list for the README, with licences.
         *arguments: of the function that yields the pairs.
-        fractions: as for `split_pairs`.
 
     Returns:
-        the number of pairs per split ("pairs"), "duplicates_removed" and "near_duplicates_removed".
+        "pairs" (their number per split), "duplicates_removed" and "near_duplicates_removed".
     """
     make_pairs = pkgutil.resolve_name(DATASETS[name])
     splits = split_pairs(make_pairs(*arguments), fractions)
@@ -86,13 +85,9 @@ def build_dataset(
 
 
 def split_pairs(pairs: Iterable[Pair], fractions: Mapping[str, float] = SPLITS) -> Splits:
-    """Divide pairs into splits by the words of their groups, and remove duplicates.
+    """Divide pairs into splits by the words of their groups, and remove duplicates: without case and punctuation.
 
-    Duplicates have the same words, without case and punctuation.
-
-    Args:
-        pairs: in any order.
-        fractions: of each split, in the order in which splits keep near duplicates.
+    `fractions` of the splits are in the order in which they keep near duplicates.
     """
     by_split: dict[str, list[tuple[int, Pair]]] = {split: [] for split in fractions}
     bounds = dict(zip(fractions, accumulate(fractions.values()), strict=True))
@@ -121,10 +116,7 @@ def split_pairs(pairs: Iterable[Pair], fractions: Mapping[str, float] = SPLITS) 
 
 
 def write_set(folder: Path, splits: Splits, readme: str) -> dict[str, int]:
-    """Write each split as a separate BEIR folder, so that training can't see documents of another split.
-
-    Returns:
-        The number of pairs per split.
+    """Write each split as a separate BEIR folder; returns the number of pairs per split.
 
     Raises:
         LlamoryError: the folder exists and isn't empty, or a split has no pairs.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 
 from llamory.common.io import file_digest
@@ -32,11 +32,7 @@ _UPDATE_SUITES = ("-security", "-updates", "-backports", "-proposed")  # of a re
 
 @contextmanager
 def downloaded_package_lists() -> Iterator[list[Path]]:
-    """Descriptions of all packages of this machine's Debian release, downloaded by apt-get to a temporary folder.
-
-    Raises:
-        LlamoryError: apt-get isn't installed, fails, or finds no descriptions.
-    """
+    """Descriptions of all packages of this machine's Debian release, downloaded by apt-get to a temporary folder."""
     apt = shutil.which("apt-get")
     if apt is None:
         raise LlamoryError(
@@ -66,11 +62,7 @@ def downloaded_package_lists() -> Iterator[list[Path]]:
 def description_pairs(files: Iterable[Path]) -> Iterator[Pair]:
     """Title and long description of each package; those that begin with the same paragraph form a group.
 
-    Args:
-        files: Translation-en or Packages files, `apt-cache dumpavail`, or /var/lib/dpkg/status.
-
-    Raises:
-        LlamoryError: a file doesn't exist or isn't UTF-8.
+    The files are Translation-en or Packages files, `apt-cache dumpavail`, or /var/lib/dpkg/status.
     """
     for path in files:
         for package, title, text in _stanzas(path):
@@ -96,26 +88,20 @@ def _release(path: Path) -> str:
 
 def _stanzas(path: Path) -> Iterator[tuple[str, str, str]]:
     """Package, title and long description of each stanza with a description."""
-    package, title, lines, in_description = "", "", list[str](), False
     try:
-        with path.open(encoding="utf-8") as file:
-            for line in chain(file, "\n"):
-                if not line.strip():
-                    if lines:
-                        yield package, title, _join_paragraphs(lines)
-                    package, title, lines, in_description = "", "", [], False
-                elif line[0] in " \t":
-                    if in_description:
-                        lines.append(line.rstrip()[1:])
-                else:
-                    name, _, value = line.partition(":")
-                    in_description = name in ("Description", "Description-en")
-                    if in_description:
-                        title = value.strip()
-                    elif name == "Package":
-                        package = value.strip()
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise LlamoryError(f"{path} is not UTF-8 text; give an uncompressed Translation-en file.") from error
+    for stanza in re.split(r"\n\s*\n", text):
+        fields = dict(field.partition(":")[::2] for field in re.split(r"\n(?![ \t])", stanza))
+        description = fields.get("Description-en", fields.get("Description", ""))
+        title, *lines = description.strip().split("\n")
+        if lines:
+            yield (
+                fields.get("Package", "").strip(),
+                title.strip(),
+                _join_paragraphs([line[1:].rstrip() for line in lines]),
+            )
 
 
 def _join_paragraphs(lines: list[str]) -> str:

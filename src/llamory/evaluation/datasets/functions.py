@@ -38,15 +38,9 @@ _SPDX = re.compile(
     re.IGNORECASE,
 )
 _CLASSIFIERS = (
-    "Apache Software License",
-    "BSD License",
-    "ISC License (ISCL)",
-    "MIT License",
-    "MIT No Attribution",
-    "Python Software Foundation License",
-    "The Unlicense",
-    "Historical Permission Notice and Disclaimer (HPND)",
-)
+    "Apache Software License, BSD License, ISC License (ISCL), MIT License, MIT No Attribution, Python Software "
+    "Foundation License, The Unlicense, Historical Permission Notice and Disclaimer (HPND)"
+).split(", ")
 _LICENCE_TEXT = re.compile(
     r"(the )?(new |modified |simplified |2-clause |3-clause )?(mit|bsd|apache|isc|psf)( software)?([- ]?licen[sc]e)?"
     r"([ ,-]*(version )?2(\.0)?|[ -][23]-clause)?( licen[sc]e)?",
@@ -94,11 +88,7 @@ def default_packages() -> list[Origin]:
 
 
 def installed_packages(names: Sequence[str] | None = None) -> list[Origin]:
-    """Installed packages with a permissive licence: those with some names, or all.
-
-    Raises:
-        LlamoryError: a named package isn't installed, or its licence isn't permissive.
-    """
+    """Installed packages with a permissive licence, or those named; a missing or not permissive name is an error."""
     found = {}
     for package in metadata.distributions():
         name = _canonical(package.metadata["Name"] or "")
@@ -172,10 +162,7 @@ def documented_functions(source: str) -> Iterator[tuple[str, str, str]]:
 
 
 def first_paragraph(docstring: str) -> str:
-    """The first paragraph of a docstring as one line, up to a blank line, a list of arguments or an example.
-
-    A first line that only repeats the signature is skipped.
-    """
+    """The first paragraph of a docstring as one line; a first line that only repeats the signature is skipped."""
     found: list[str] = []
     lines = docstring.strip().splitlines()
     if len(lines) > 1 and _SIGNATURE.fullmatch(lines[0].strip()):
