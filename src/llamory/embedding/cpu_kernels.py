@@ -1,8 +1,7 @@
 """Linear layers for float32 inference on a CPU by oneDNN, with activation or sum fused into the product.
 
-torch computes float32 products with MKL, which is slow on processors other than Intel's. oneDNN, which torch includes,
-generates kernels for the processor at hand. torch has no public function for them: `_KERNEL` is a private operator,
-looked up and tried once, and without it the functions compute the same with `torch.nn.functional`.
+torch computes float32 products with MKL, which is slow on processors other than Intel's. For oneDNN's kernels it has
+only a private operator, `_KERNEL`; where that fails, the functions compute the same with `torch.nn.functional`.
 """
 
 from __future__ import annotations
@@ -37,16 +36,12 @@ _KERNEL = _find_kernel()
 
 
 def linear(layer: Any, x: Tensor, *, silu: bool = False, add: Tensor | None = None) -> Tensor:
-    """The output of a linear layer, optionally with SiLU applied, optionally with a tensor added.
+    """A linear layer's output (N, out), with SiLU if asked for, plus `add`; without a gradient if the kernel is used.
 
     Args:
         layer: an `nn.Linear`, or a module that replaces one (such as a layer with a LoRA adapter).
-        x: (N, in).
-        silu: whether SiLU is applied to the product.
-        add: (N, out), added at the end.
-
-    Returns:
-        (N, out); without a gradient if the kernel was used.
+        x: (N, in)
+        add: (N, out)
     """
     if _can_use_kernel(layer, x):
         if add is not None and not silu:
@@ -76,20 +71,12 @@ def _low_rank(layer: Any, x: Tensor) -> Tensor:
 
 def _is_low_rank(layer: Any) -> bool:
     """Whether a layer is a plain LoRA layer of peft in evaluation mode."""
-    return (
-        hasattr(layer, "lora_A")
-        and not (layer.merged or layer.disable_adapters or layer.training)
-        and all(name in layer.lora_A and name not in layer.lora_variant for name in layer.active_adapters)
-    )
+    if not hasattr(layer, "lora_A") or layer.merged or layer.disable_adapters or layer.training:
+        return False
+    return all(name in layer.lora_A and name not in layer.lora_variant for name in layer.active_adapters)
 
 
 def _can_use_kernel(layer: nn.Module, x: Tensor) -> bool:
-    return (
-        _KERNEL is not None
-        and type(layer) is nn.Linear
-        and x.device.type == "cpu"
-        and x.dtype == layer.weight.dtype == torch.float32
-        and x.numel() > 0
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
+    if _KERNEL is None or type(layer) is not nn.Linear or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.device.type == "cpu" and x.dtype == layer.weight.dtype == torch.float32 and x.numel() > 0

@@ -1,8 +1,7 @@
 """Texts to vectors with any embedder; those of LLARA without padding, several times as fast on uneven texts.
 
 Sentence Transformers pads every batch to its longest text. `FlatEncoder` limits a batch by its number of tokens and
-concatenates its texts: no padding, no mask, and a batch fits into the processor's cache. After its attention, the last
-layer computes the slot tokens only, since nothing else is read.
+concatenates its texts. After its attention, the last layer computes the slot tokens only.
 """
 
 from __future__ import annotations
@@ -40,8 +39,7 @@ CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 32768
 TOKENIZER_BATCH_SIZE = 256
 
-# Kinds of rotary embedding whose frequencies depend on the longest text of a batch.
-_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # frequencies depend on the longest text of a batch
 _FINGERPRINTS: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 
 
@@ -52,16 +50,11 @@ def embed_passages(
     *,
     dtype: str | torch.dtype | None = None,
 ) -> np.ndarray:
-    """Embed passages.
+    """Embed at least one passage: float32 vectors (passages, dimension).
 
     Args:
-        embedder: a LLARA embedder or any other.
-        texts: at least one passage.
         advance: called with the number of passages of each finished batch.
         dtype: the dtype to compute in by autocast, such as "bfloat16"; by default that of the weights.
-
-    Returns:
-        float32 vectors (passages, dimension), in the order of the texts.
     """
     texts = escape_slot_tokens(embedder, texts)
     with _autocast(embedder, dtype):
@@ -79,8 +72,7 @@ def embed_passages(
 
 def embed_query(embedder: SentenceTransformer, query: str, *, dtype: str | torch.dtype | None = None) -> np.ndarray:
     """Embed a query: a float32 vector (dimension,). `dtype` as for `embed_passages`."""
-    vector: np.ndarray = embed_queries(embedder, [query], dtype=dtype)[0]
-    return vector
+    return embed_queries(embedder, [query], dtype=dtype)[0]
 
 
 def embed_queries(
@@ -103,7 +95,7 @@ def _autocast(embedder: SentenceTransformer, dtype: str | torch.dtype | None) ->
 
 
 def llara_template(embedder: SentenceTransformer) -> LlaraTemplate | None:
-    """The template of a LLARA embedder, whose embeddings are those of slots; None for any other embedder."""
+    """The template of a LLARA embedder; None for any other."""
     config: Any = getattr(embedder[0], "config", None)
     return LlaraTemplate.from_config(config) if getattr(config, "model_type", None) == "llama" else None
 
@@ -114,20 +106,12 @@ def is_llara(embedder: SentenceTransformer) -> bool:
 
 
 def escape_slot_tokens(embedder: SentenceTransformer, texts: list[str]) -> list[str]:
-    """Rewrite what a LLARA embedder refuses to read: a slot token such as `<s1>` in a text becomes `< s1>`.
-
-    For texts whose writer doesn't know of slot tokens. Texts for other embedders stay unchanged.
-    """
-    template = llara_template(embedder)
-    if template is None:
+    """Rewrite what a LLARA embedder refuses to read: a slot token such as `<s1>` in a text becomes `< s1>`."""
+    if (template := llara_template(embedder)) is None:
         return texts
-    reserved = {token: f"< {token[1:]}" for token in slot_tokens(template.slots)} | {SEGMENT_SEPARATOR: ""}
-    escaped = []
-    for text in texts:
-        for token, replacement in reserved.items():
-            text = text.replace(token, replacement)
-        escaped.append(text)
-    return escaped
+    for token in slot_tokens(template.slots):
+        texts = [text.replace(token, f"< {token[1:]}") for text in texts]
+    return [text.replace(SEGMENT_SEPARATOR, "") for text in texts]
 
 
 def chunk_tokenizer(embedder: SentenceTransformer) -> PreTrainedTokenizerBase:
@@ -140,14 +124,10 @@ def chunk_tokenizer(embedder: SentenceTransformer) -> PreTrainedTokenizerBase:
 
 
 def resolve_chunk_size(embedder: SentenceTransformer, requested: int | None) -> int:
-    """Tokens of a chunk, such that the embedder reads each chunk to its end.
-
-    Args:
-        embedder: the embedder.
-        requested: the chunk size asked for; by default 256, or less if the embedder has a smaller limit.
+    """Tokens of a chunk: as requested, or else 256 or what the embedder reads if that is less.
 
     Raises:
-        LlamoryError: chunks of this size exceed the embedder's limit.
+        LlamoryError: the requested size exceeds the embedder's limit.
     """
     limit = embedder.max_seq_length
     if limit is None or not math.isfinite(limit):
@@ -163,23 +143,18 @@ def resolve_chunk_size(embedder: SentenceTransformer, requested: int | None) -> 
 
 
 def fingerprint(embedder: SentenceTransformer) -> str:
-    """A short hash of all that an embedder's vectors depend on: weights, modules and prompts.
-
-    The weights are read once, and again only after they changed.
-    """
-    weights = embedder.state_dict()
+    """A short hash of all that an embedder's vectors depend on; weights are read again only after they changed."""
     parts = {
         "modules": [type(module).__name__ for module in embedder],
         "prompts": embedder.prompts,
         "chat_template": getattr(embedder.tokenizer, "chat_template", None),
     }
-    versions = [(name, tensor.data_ptr(), tensor._version) for name, tensor in weights.items()]
+    versions = [(name, tensor.data_ptr(), tensor._version) for name, tensor in embedder.state_dict().items()]
     state = (versions, json.dumps(parts, sort_keys=True))
-    cached = _FINGERPRINTS.get(embedder)
-    if cached is None or cached[0] != state:
+    if embedder not in _FINGERPRINTS or _FINGERPRINTS[embedder][0] != state:
         digest = hashlib.sha256(json.dumps({"weights": _bit_sums(embedder), **parts}, sort_keys=True).encode())
-        _FINGERPRINTS[embedder] = cached = (state, digest.hexdigest()[:16])
-    return cached[1]
+        _FINGERPRINTS[embedder] = (state, digest.hexdigest()[:16])
+    return _FINGERPRINTS[embedder][1]
 
 
 def _bit_sums(embedder: SentenceTransformer) -> dict[str, Any]:
@@ -197,7 +172,7 @@ def _bit_sums(embedder: SentenceTransformer) -> dict[str, Any]:
 
 
 class FlatEncoder:
-    """Encodes texts with the modules of a LLARA embedder; `from_embedder` tells whether an embedder is supported."""
+    """Encodes texts with the modules of a LLARA embedder; see `from_embedder`."""
 
     def __init__(self, embedder: SentenceTransformer, template: LlaraTemplate) -> None:
         self._embedder = embedder
@@ -216,33 +191,26 @@ class FlatEncoder:
         if type(model) is not LlamaModel or not _supports_flat_batches(model) or any(embedder.prompts.values()):
             return None
         template = LlaraTemplate.from_config(model.config)
-        if template is None:
-            return None
         weighted = embedder[1].emb_layer.weight.flatten().nonzero().flatten().tolist()
-        if set(weighted) != set(template.summarize_slot_ids + template.predict_slot_ids):
-            return None
-        return cls(embedder, template)
+        return cls(embedder, template) if template is not None and set(weighted) == set(template.slot_ids) else None
 
     def encode(
         self, texts: Sequence[str], task: str = "document", advance: Callable[[int], None] = lambda _: None
     ) -> np.ndarray:
-        """Encode texts.
+        """Encode at least one text without slot tokens: float32 vectors (texts, dimension).
 
         Args:
-            texts: at least one text; none may contain a slot token.
             task: "document" or "query".
             advance: called with the number of texts of each finished batch.
-
-        Returns:
-            float32 vectors (texts, dimension), in the order of the texts.
         """
         from sentence_transformers.util import truncate_embeddings
 
         self._embedder.eval()
         batches, order = [], []
+        token_budget = CPU_BATCH_TOKENS if self._embedder.device.type == "cpu" else GPU_BATCH_TOKENS
         with torch.inference_mode():
             ids = self._token_ids(texts, task)
-            for indices in _batches([len(row) for row in ids], self._token_budget()):
+            for indices in _batches([len(row) for row in ids], token_budget):
                 batches.append(self._encode([ids[i] for i in indices], task).float().cpu())
                 order += indices
                 advance(len(indices))
@@ -251,9 +219,6 @@ class FlatEncoder:
             if self._embedder.truncate_dim is not None:
                 vectors = truncate_embeddings(vectors, self._embedder.truncate_dim)
         return vectors.numpy()
-
-    def _token_budget(self) -> int:
-        return CPU_BATCH_TOKENS if self._embedder.device.type == "cpu" else GPU_BATCH_TOKENS
 
     def _token_ids(self, texts: Sequence[str], task: str) -> list[Tensor]:
         """The ids (length,) of each text with its prompt, as Sentence Transformers makes them."""
@@ -271,8 +236,8 @@ class FlatEncoder:
         """(texts, dimension) of the texts' ids: the model, then the other modules on the slots only."""
         device = self._embedder.device
         layout, flat = _layout([len(row) for row in ids], device), torch.cat(ids).to(device)
-        last = layout.offsets + layout.lengths("main")
-        output_indices = (last[:, None] + torch.arange(-self._slots, 0, device=device)).flatten()
+        ends = layout.offsets + layout.lengths("main")
+        output_indices = (ends[:, None] + torch.arange(-self._slots, 0, device=device)).flatten()
         features: dict[str, Any] = {
             "token_embeddings": slot_states(self._model, flat, layout, output_indices).unflatten(0, (len(ids), -1)),
             "input_ids": flat[output_indices].unflatten(0, (len(ids), -1)),
@@ -285,17 +250,7 @@ class FlatEncoder:
 
 
 def slot_states(model: LlamaModel, ids: Tensor, layout: SequenceLayout, output_indices: Tensor) -> Tensor:
-    """The last hidden states of some tokens of a flat batch.
-
-    Args:
-        model: the model, without dropout.
-        ids: (N,) the batch's token ids.
-        layout: its segments.
-        output_indices: (K,) flat indices of these tokens.
-
-    Returns:
-        (K, hidden)
-    """
+    """(K, hidden) last hidden states of the tokens `output_indices` (K,) of a flat batch of ids (N,)."""
     x = model.embed_tokens(ids)
     rotary = model.rotary_emb(x[None], layout.position_ids[None])
     for layer in model.layers[:-1]:
@@ -324,11 +279,8 @@ def _feed_forward(layer: Any, x: Tensor) -> Tensor:
 def _supports_flat_batches(model: LlamaModel) -> bool:
     config = model.config
     implementation = (config._attn_implementation or "sdpa").split("|")[-1]
-    return (
-        config.hidden_act == "silu"
-        and config.rope_parameters["rope_type"] not in _LENGTH_DEPENDENT_ROPE
-        and (implementation == "sdpa" or "flash" in implementation)
-    )
+    fixed_rope = config.rope_parameters["rope_type"] not in _LENGTH_DEPENDENT_ROPE
+    return config.hidden_act == "silu" and fixed_rope and (implementation == "sdpa" or "flash" in implementation)
 
 
 def _batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
@@ -347,14 +299,13 @@ def _batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
 
 def _layout(lengths: Sequence[int], device: torch.device) -> SequenceLayout:
     """The layout of plain causal segments, one after the other."""
-    total, longest = sum(lengths), max(lengths)
     sizes = torch.tensor(lengths)
     segments = torch.repeat_interleave(torch.arange(len(lengths)), sizes)
-    positions = torch.arange(total) - (sizes.cumsum(0) - sizes)[segments]
+    positions = torch.cat([torch.arange(length) for length in lengths])
     none = torch.empty(0, 0, dtype=torch.long)
     return SequenceLayout(
-        shape=(len(lengths), longest),
-        index=(segments * longest + positions).to(device),
+        shape=(len(lengths), max(lengths)),
+        index=(segments * max(lengths) + positions).to(device),
         position_ids=positions.to(device),
         segment_ids=segments.to(device),
         segments=tuple(SegmentLengths(shared=length, summary=0, tail=0) for length in lengths),

@@ -11,8 +11,7 @@ from llamory.llara.template import PREFIX, LlaraTemplate, prompt_texts, slot_tok
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-# Separates prefix, passage and prompt in the text that the chat template writes; removed before tokenization. A Unicode
-# noncharacter, which is never part of a text.
+# Separates prefix, passage and prompt in the text that the chat template writes: a Unicode noncharacter.
 SEGMENT_SEPARATOR = "\ufdd0"
 
 
@@ -24,19 +23,13 @@ def build_export_tokenizer(
     from transformers import PreTrainedTokenizerFast
 
     if not tokenizer.is_fast:
-        raise LlamoryError(
-            "Only tokenizers of the `tokenizers` library can be exported; save the checkpoint's tokenizer as a "
-            "tokenizer.json first."
-        )
+        raise LlamoryError("Only fast tokenizers can be exported; save the tokenizer as a tokenizer.json first.")
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["truncation"] = state["padding"] = None
     state["normalizer"] = _split_normalizer(state["normalizer"], state["pre_tokenizer"])
     state["pre_tokenizer"] = _split_pre_tokenizer(state["pre_tokenizer"])
-    special = {
-        name: getattr(tokenizer, name)
-        for name in ("bos_token", "eos_token", "unk_token")
-        if getattr(tokenizer, name) is not None
-    }
+    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
+    special = {name: token for name, token in special.items() if token is not None}
     # Any special token can be the padding, since the attention mask hides it.
     padding = tokenizer.pad_token or next(iter(special.values()), slot_tokens(1)[0])
     return PreTrainedTokenizerFast(
@@ -54,52 +47,47 @@ def build_export_tokenizer(
 def _split_normalizer(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
     """Give each segment the leading `▁` that a Llama-2 tokenizer gives a separate text.
 
-    Two spellings exist: a normalizer that prepends `▁` to every run of text between special tokens, and a Metaspace
-    pre-tokenizer with the scheme "first", which gives it to the first run only, unless that starts with a space.
+    Either a normalizer prepends `▁` to every run of text between special tokens, or a Metaspace pre-tokenizer with the
+    scheme "first" gives it to the first run only, unless that starts with a space.
     """
     transforms = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
     result: list[dict[str, Any]] = []
     for step in filter(None, transforms):
         if step["type"] == "Prepend":
             # The start of a run becomes the start of a segment; an empty segment gets no ▁.
-            result += [
-                {"type": "Prepend", "prepend": SEGMENT_SEPARATOR},
-                _insert_after_separator(f"(?=[^{SEGMENT_SEPARATOR}])", step["prepend"]),
-            ]
+            result.append({"type": "Prepend", "prepend": SEGMENT_SEPARATOR})
+            result.append(_insert_after_separator("", step["prepend"]))
         else:
             result.append(step)
     for step in _pre_tokenizers(pre_tokenizer):
-        if step["type"] == "Metaspace" and step["prepend_scheme"] == "first":
-            result.append(
-                _insert_after_separator(f"(?=[^{SEGMENT_SEPARATOR} {step['replacement']}])", step["replacement"])
-            )
+        if _is_first(step):
+            result.append(_insert_after_separator(f" {step['replacement']}", step["replacement"]))
     return {"type": "Sequence", "normalizers": result} if result else None
 
 
-def _insert_after_separator(condition: str, inserted: str) -> dict[str, Any]:
-    return {
-        "type": "Replace",
-        "pattern": {"Regex": f"{SEGMENT_SEPARATOR}+{condition}"},
-        "content": SEGMENT_SEPARATOR + inserted,
-    }
+def _insert_after_separator(unless: str, inserted: str) -> dict[str, Any]:
+    """A normalizer that inserts a text after separators, unless one of some characters follows."""
+    pattern = f"{SEGMENT_SEPARATOR}+(?=[^{SEGMENT_SEPARATOR}{unless}])"
+    return {"type": "Replace", "pattern": {"Regex": pattern}, "content": SEGMENT_SEPARATOR + inserted}
 
 
 def _split_pre_tokenizer(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any]:
     """Split at separators and remove them, then apply the tokenizer's own steps."""
     split = {"type": "Split", "pattern": {"String": SEGMENT_SEPARATOR}, "behavior": "Removed", "invert": False}
-    pre_tokenizers = [
-        {**step, "prepend_scheme": "never"}
-        if step["type"] == "Metaspace" and step["prepend_scheme"] == "first"
-        else step
-        for step in _pre_tokenizers(pre_tokenizer)
+    steps = [
+        {**step, "prepend_scheme": "never"} if _is_first(step) else step for step in _pre_tokenizers(pre_tokenizer)
     ]
-    return {"type": "Sequence", "pretokenizers": [split, *pre_tokenizers]}
+    return {"type": "Sequence", "pretokenizers": [split, *steps]}
 
 
 def _pre_tokenizers(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
     if pre_tokenizer is None:
         return []
     return pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+
+
+def _is_first(step: dict[str, Any]) -> bool:
+    return step["type"] == "Metaspace" and step["prepend_scheme"] == "first"
 
 
 def query_prompt_line(query_prompt: str) -> str:

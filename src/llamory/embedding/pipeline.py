@@ -1,9 +1,8 @@
 """From a LLARA checkpoint to an embedder of stock Sentence Transformers modules: load, check, whiten, export.
 
 The embedding of a text is the normalized mean of the last hidden states at the slot tokens (Li et al. 2023, section
-3.3). Documents get the summary prompt, queries that or the prediction prompt. An exported folder needs nothing but
-Sentence Transformers: a chat template writes the prompts, and word weights (1 for slot tokens, 0 for others) select the
-slots.
+3.3). Documents get the summary prompt, queries that or the prediction prompt. In an exported folder a chat template
+writes the prompts, and word weights (1 for slot tokens, 0 for others) select the slots.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import Tensor
 from llamory.common.io import PathLike, atomic_path
 from llamory.embedding.encoder import FlatEncoder, escape_slot_tokens, is_llara, llara_template
 from llamory.embedding.export_tokenizer import build_export_tokenizer, query_prompt_line
-from llamory.embedding.whitening import Whitening, fit_whitening, pseudo_queries, reroute, whitening_router
+from llamory.embedding.whitening import Whitening, fit_whitening, pseudo_queries, route_mappings, whitening_router
 from llamory.errors import LlamoryError
 from llamory.llara.template import QUERY_PROMPTS, LlaraTemplate
 from llamory.models import base as backbone
@@ -47,6 +46,10 @@ _CHECK_TEXTS = (
     "def f(x):\n    return x[0] != '\\n'  # {{ braces }} {% and %}",
     "naïve café e\u0301 — 日本語のテキスト 🦙🏽",
 )
+_NO_CODE: dict[str, Any] = {
+    "config_kwargs": {"trust_remote_code": False},
+    "processor_kwargs": {"trust_remote_code": False},
+}
 _TOKENIZER_ADVICE = "use a checkpoint with a byte-level BPE or a Llama-2 tokenizer."
 
 
@@ -73,20 +76,17 @@ def load_embedder(
             if that is less), else as the model's folder says.
         device: a torch device; by default the best there is.
         query_prompt: for a LLARA model, "prediction" or "summary"; by default as its template says.
-        shared: for a LLARA adapter in float32: share the base model's weights with other models loaded so (see
-            `llamory.models.adapters`). This takes less memory, embeds a little slower, and can't be trained.
+        shared: for a LLARA adapter in float32: share the base model's weights, as `llamory.models.adapters` says.
         whitened: for a LLARA checkpoint, whether the whitening saved beside it is applied.
         similarity: for a LLARA checkpoint, the name of the similarity function.
         model_kwargs: passed to `from_pretrained`, such as `dtype` and `attn_implementation`.
 
     Raises:
-        LlamoryError: there is no such model, it is a LLaMA without a LLARA template, its tokenizer doesn't fit the
-            template, `max_length` doesn't fit, or there is no such query prompt.
+        LlamoryError: there is no such model, it is no retriever, or a setting doesn't fit it.
     """
     from sentence_transformers import SentenceTransformer
 
     name = _resolve_name(model)
-    _check_folder(name)
     if _llama_config(name) is not None:
         checkpoint = _Checkpoint.load(name, max_length)
         embedder = checkpoint.build(device, similarity, model_kwargs, shared=shared)
@@ -94,9 +94,7 @@ def load_embedder(
             add_whitening(embedder, whitening)
     else:
         with backbone.load_errors(name, "embedding model"):
-            embedder = SentenceTransformer(
-                name, device=device, trust_remote_code=False, model_kwargs=dict(model_kwargs)
-            )
+            embedder = SentenceTransformer(name, device=device, trust_remote_code=False, model_kwargs=model_kwargs)
         if max_length is not None:
             embedder.max_seq_length = max_length
     if query_prompt is not None:
@@ -105,13 +103,8 @@ def load_embedder(
 
 
 def check_embedder(model: PathLike) -> None:
-    """Check, before long work starts, that a model exists and turns texts into vectors; loads no weights.
-
-    Raises:
-        LlamoryError: as for `load_embedder`.
-    """
+    """Raise a LlamoryError, before long work starts, if a model doesn't exist or turns no texts into vectors."""
     name = _resolve_name(model)
-    _check_folder(name)
     if (config := _llama_config(name)) is not None:
         _require_template(name, config)
 
@@ -119,25 +112,15 @@ def check_embedder(model: PathLike) -> None:
 def mean_embedder(
     model: PathLike, *, max_length: int = DEFAULT_MAX_LENGTH, device: str | None = None, **model_kwargs: Any
 ) -> SentenceTransformer:
-    """A LLaMA as it is as an embedder: the mean of the last hidden states of a text's tokens, a baseline.
-
-    Args:
-        model: as for `llamory.models.base.resolve`; "default" is the packaged base model.
-        max_length, device, model_kwargs: as for `load_embedder`.
-
-    Raises:
-        LlamoryError: there is no such LLaMA.
-    """
+    """A LLaMA (named as for `models.base.resolve`) as a baseline: the mean of a text's last hidden states."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules.normalize import Normalize
     from sentence_transformers.base.modules.transformer import Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling
 
-    config = backbone.load_config(model)
+    config, source = backbone.load_config(model), str(backbone.resolve(model))
     with backbone.load_errors(model, "model"):
-        transformer = Transformer(
-            str(backbone.resolve(model)), model_kwargs=model_kwargs, max_seq_length=max_length, **_NO_REMOTE_CODE
-        )
+        transformer = Transformer(source, model_kwargs=model_kwargs, max_seq_length=max_length, **_NO_CODE)
     modules = [transformer, Pooling(config.hidden_size, "mean"), Normalize()]
     return SentenceTransformer(modules=modules, device=device)  # type: ignore[arg-type]
 
@@ -157,9 +140,7 @@ class _Checkpoint:
         """Load config and tokenizer and check that template, tokenizer and length fit."""
         config = backbone.load_config(name)
         if config.model_type != "llama":
-            raise LlamoryError(
-                f"{name} is a {config.model_type} model; only LLaMA checkpoints can be LLARA retrievers."
-            )
+            raise LlamoryError(f"{name} is a {config.model_type} model; only LLaMAs can be LLARA retrievers.")
         template = _require_template(name, config)
         tokenizer = backbone.load_tokenizer(name)
         template.check_tokenizer(tokenizer)
@@ -184,6 +165,7 @@ class _Checkpoint:
         from sentence_transformers.base.modules.normalize import Normalize
         from sentence_transformers.base.modules.transformer import Transformer
         from sentence_transformers.sentence_transformer.modules import Pooling, WordWeights
+        from sentence_transformers.util import get_device_name
 
         exported = build_export_tokenizer(self.tokenizer, self.template, self.max_length)
         forward = {"method": "forward", "method_output_name": "last_hidden_state"}
@@ -194,21 +176,20 @@ class _Checkpoint:
                 modality_config={"text": forward, "message": {**forward, "format": "flat"}},  # type: ignore[typeddict-item]
                 module_output_name="token_embeddings",
                 unpad_inputs=False,  # WordWeights reads the attention mask, which unpadded batches lack
-                **_NO_REMOTE_CODE,
+                **_NO_CODE,
             )
         if backbone.adapter_folder(self.name) is not None:
-            transformer.model = _load_adapted_model(self.name, dict(model_kwargs), device, shared=shared)
+            if shared and model_kwargs.get("dtype") in (None, "float32", torch.float32):
+                adapted = load_shared(self.name, device=device or get_device_name(), **model_kwargs)
+            else:
+                adapted = backbone.load_model(self.name, **model_kwargs)
+            transformer.model = adapted.model
         transformer.processor = exported
         transformer.input_formatter = InputFormatter("llama", message_format="flat", processor=exported)
         transformer.input_formatter.supported_modalities = list(transformer.modality_config)
         self._check_token_ids(transformer)
-        vocabulary, weights = _word_weights(exported, self.template, self.config.vocab_size)
-        modules = [
-            transformer,
-            WordWeights(vocabulary, weights, unknown_word_weight=0.0),
-            Pooling(self.config.hidden_size, "mean"),
-            Normalize(),
-        ]
+        weights = WordWeights(*_word_weights(exported, self.template, self.config.vocab_size), unknown_word_weight=0.0)
+        modules = [transformer, weights, Pooling(self.config.hidden_size, "mean"), Normalize()]
         return SentenceTransformer(modules=modules, device=device, similarity_fn_name=similarity)  # type: ignore[arg-type]
 
     def load_whitening(self) -> Whitening | None:
@@ -229,38 +210,36 @@ class _Checkpoint:
                     )
 
 
-_NO_REMOTE_CODE: dict[str, Any] = {
-    "config_kwargs": {"trust_remote_code": False},
-    "processor_kwargs": {"trust_remote_code": False},
-}
-
-
-def _load_adapted_model(name: str, model_kwargs: dict[str, Any], device: str | None, *, shared: bool) -> Any:
-    from sentence_transformers.util import get_device_name
-
-    if not shared or model_kwargs.get("dtype") not in (None, "float32", torch.float32):
-        return backbone.load_model(name, **model_kwargs).model
-    model_kwargs.pop("dtype", None)
-    return load_shared(name, device=device or get_device_name(), **model_kwargs).model
-
-
 def _word_weights(
     tokenizer: PreTrainedTokenizerFast, template: LlaraTemplate, rows: int
 ) -> tuple[list[str], dict[str, float]]:
     """All tokens in the order of their ids, one per embedding row, and a weight of 1 for each slot token."""
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
     vocabulary = [tokens.get(i, f"[unused {i}]") for i in range(max(rows, max(tokens) + 1))]
-    weights = {vocabulary[i]: 1.0 for i in template.summarize_slot_ids + template.predict_slot_ids}
+    weights = {vocabulary[i]: 1.0 for i in template.slot_ids}
     # WordWeights also looks words up in lower case: an ordinary token <S1> needs a weight of its own.
     weights |= {token: 0.0 for token in vocabulary if token not in weights and token.lower() in weights}
     return vocabulary, weights
 
 
 def _resolve_name(model: PathLike) -> str:
-    packaged = backbone.packaged_name(model)
-    if packaged is not None:
-        return backbone.unshadowed_name(PACKAGED_RETRIEVER) if packaged == "default" else packaged
-    return model if isinstance(model, str) else str(Path(model).absolute())
+    """The name of an embedder; a LlamoryError if it is a path without a model, or one whose modules need own code."""
+    if backbone.packaged_name(model) == "default":
+        return backbone.unshadowed_name(PACKAGED_RETRIEVER)
+    name = model if isinstance(model, str) else str(Path(model).absolute())
+    path = Path(name)
+    if backbone.adapter_folder(name) is not None:
+        return name
+    if path.is_dir():
+        if not backbone.holds_model(path):
+            raise LlamoryError(f"{name} holds no model (there is no config.json); give a checkpoint's folder.")
+        with backbone.load_errors(name, "modules.json"):
+            _check_module_types(path)
+    elif path.exists():
+        raise LlamoryError(f"{name} is a file; give a checkpoint's folder.")
+    elif path.is_absolute() or name.startswith((".", "~")):
+        raise LlamoryError(f"There is no folder {name}; give the folder of a checkpoint.")
+    return name
 
 
 def _llama_config(name: str) -> Any:
@@ -277,35 +256,13 @@ def _llama_config(name: str) -> Any:
     return config if config.model_type == "llama" else None
 
 
-def _check_folder(name: str) -> None:
-    """Check that a name that can only be a path is that of a model's folder, whose modules need no code of their own.
-
-    Raises:
-        LlamoryError: it is not.
-    """
-    path = Path(name)
-    if backbone.adapter_folder(name) is not None:
-        return
-    if path.is_dir():
-        if not backbone.holds_model(path):
-            raise LlamoryError(f"{name} holds no model (there is no config.json); give a checkpoint's folder.")
-        with backbone.load_errors(name, "modules.json"):
-            _check_module_types(path)
-    elif path.exists():
-        raise LlamoryError(f"{name} is a file; give a checkpoint's folder.")
-    elif path.is_absolute() or name.startswith((".", "~")):
-        raise LlamoryError(f"There is no folder {name}; give the folder of a checkpoint.")
-
-
 def _check_module_types(folder: Path) -> None:
-    """Raise if an embedder has modules that aren't those of Sentence Transformers."""
-    types: list[str] = []
-    for file in folder.rglob("*.json"):
-        if file.name == "modules.json":
-            types += [str(module["type"]) for module in json.loads(file.read_text(encoding="utf-8"))]
-        elif file.name == "router_config.json":
-            types += map(str, json.loads(file.read_text(encoding="utf-8")).get("types", {}).values())
-    for module_type in types:
+    types: list[Any] = []
+    for file in folder.rglob("modules.json"):
+        types += [module["type"] for module in json.loads(file.read_text(encoding="utf-8"))]
+    for file in folder.rglob("router_config.json"):
+        types += json.loads(file.read_text(encoding="utf-8")).get("types", {}).values()
+    for module_type in map(str, types):
         if not module_type.startswith("sentence_transformers."):
             raise LlamoryError(
                 f"{folder} has a module of its own, {module_type}: that needs Python code that comes with the model, "
@@ -314,8 +271,7 @@ def _check_module_types(folder: Path) -> None:
 
 
 def _require_template(name: str, config: Any) -> LlaraTemplate:
-    template = LlaraTemplate.from_config(config)
-    if template is None:
+    if (template := LlaraTemplate.from_config(config)) is None:
         raise LlamoryError(
             f"{name} is a plain LLaMA without a LLARA template in its config; train a retriever from it first with "
             "`llamory train llara`."
@@ -338,8 +294,7 @@ def set_query_prompt(embedder: SentenceTransformer, query_prompt: str) -> None:
     Raises:
         LlamoryError: the model is no LLARA model, or there is no such prompt.
     """
-    template = llara_template(embedder)
-    if template is None:
+    if (template := llara_template(embedder)) is None:
         raise LlamoryError("Only a LLARA model has a query_prompt; leave it out for this one.")
     new_template = dataclasses.replace(template, query_prompt=query_prompt)
     tokenizer: Any = embedder.tokenizer
@@ -349,7 +304,7 @@ def set_query_prompt(embedder: SentenceTransformer, query_prompt: str) -> None:
     embedder[0].config.llara = new_template.to_dict()
     tokenizer.chat_template = query_prompt_line(query_prompt) + template_body
     if (router := whitening_router(embedder)) is not None:
-        reroute(router, query_prompt)
+        router.route_mappings = route_mappings(query_prompt)
 
 
 # ---- whiten ----------------------------------------------------------------------------------------------------------
@@ -358,12 +313,11 @@ def set_query_prompt(embedder: SentenceTransformer, query_prompt: str) -> None:
 def sample_passages(
     model: PathLike, paths: PathLike | Sequence[PathLike], *, number: int = 1024, max_length: int = DEFAULT_MAX_LENGTH
 ) -> list[str]:
-    """Random passages of documents, to fit whitening on.
+    """At most `number` random passages of documents, to fit whitening on.
 
     Args:
         model: a LLARA checkpoint or an adapter of one.
         paths: files and folders, as for `llamory.llara.data.load_examples`.
-        number: how many, at most.
         max_length: limit in tokens for a passage with its prompt.
 
     Raises:
@@ -397,16 +351,14 @@ def fit_whitening_on_texts(
         LlamoryError: the model is no LLARA checkpoint, or there are too few texts.
     """
     if isinstance(model, str | os.PathLike):
-        embedder = load_embedder(model, max_length=max_length, device=device, whitened=False)
-    else:
-        embedder = model
-    texts = escape_slot_tokens(embedder, list(texts))
-    documents, original_prompt = _encode(embedder, texts, "document"), query_prompt(embedder)
+        model = load_embedder(model, max_length=max_length, device=device, whitened=False)
+    texts = escape_slot_tokens(model, list(texts))
+    documents, original_prompt = _encode(model, texts, "document"), query_prompt(model)
     queries = {}
     for prompt in QUERY_PROMPTS:
-        set_query_prompt(embedder, prompt)
-        queries[prompt] = _encode(embedder, pseudo_queries(texts), "query")
-    set_query_prompt(embedder, str(original_prompt))
+        set_query_prompt(model, prompt)
+        queries[prompt] = _encode(model, pseudo_queries(texts), "query")
+    set_query_prompt(model, str(original_prompt))
     return fit_whitening(documents, queries)
 
 
@@ -444,8 +396,8 @@ def export_sentence_transformer(
         max_length: limit in tokens for a text with its prompt; longer texts are truncated, the prompt never is.
         similarity: name of the similarity function that the folder declares.
         query_prompt: "prediction" or "summary"; by default as the template says.
-        whitening_texts: texts without labels, of the kind that will be searched, to fit whitening on (see
-            `fit_whitening_on_texts`); by default the whitening beside the checkpoint is used, if there is one.
+        whitening_texts: texts without labels, of the kind that will be searched, to fit whitening on; by default the
+            whitening beside the checkpoint is used, if there is one.
         device: where the texts are embedded.
 
     Returns:
@@ -459,13 +411,11 @@ def export_sentence_transformer(
         raise LlamoryError(f"{output} already exists and isn't an empty folder; choose another output folder.")
     if isinstance(model, str | os.PathLike):
         name = _resolve_name(model)
-        _check_folder(name)
         checkpoint = _Checkpoint.load(name, max_length)
         embedder = checkpoint.build(device, similarity, {}, shared=False)
-        whitening = (
-            fit_whitening_on_texts(embedder, whitening_texts) if whitening_texts else checkpoint.load_whitening()
-        )
-        if whitening is not None:
+        if whitening_texts:
+            add_whitening(embedder, fit_whitening_on_texts(embedder, whitening_texts))
+        elif (whitening := checkpoint.load_whitening()) is not None:
             add_whitening(embedder, whitening)
     else:
         embedder = model
@@ -479,10 +429,10 @@ def export_sentence_transformer(
 
 
 def save_embedder(embedder: SentenceTransformer, folder: Path) -> None:
-    """Write an embedder as a Sentence Transformers folder; check that a LLARA model's tokenizer survives it.
+    """Write an embedder as a Sentence Transformers folder.
 
     Raises:
-        LlamoryError: the tokenizer reads texts differently when it is loaded again, as transformers rebuilds some.
+        LlamoryError: a LLARA model's tokenizer reads texts differently when it is loaded again.
     """
     from transformers import AutoTokenizer
 

@@ -2,9 +2,8 @@
 
 Hidden states of a language model lie in a narrow cone: a few directions, and text length, dominate cosines (Ethayarajh
 2019, arXiv:1909.00512). Whitening (Su et al. 2021, arXiv:2103.15316) subtracts the mean and multiplies by the inverse
-root of the covariance. Here queries and documents have a centre each, since their lengths and prompts differ, and M =
-(C + SHRINKAGE mean(C))^(-POWER / 2), a partial inverse root that doesn't amplify the noise of small directions. It is
-fitted on texts without labels.
+root of the covariance C. Here queries and documents have a centre each, and M = (C + SHRINKAGE mean(C))^(-POWER / 2), a
+partial inverse root that doesn't amplify the noise of small directions. It is fitted on texts without labels.
 """
 
 from __future__ import annotations
@@ -52,39 +51,29 @@ class Whitening:
     def modules(self, query_prompt: str) -> list[Any]:
         """Stock modules of Sentence Transformers that apply it, to be appended to those of an embedder."""
         from sentence_transformers.base.modules import Router
+        from sentence_transformers.base.modules.dense import Dense
         from sentence_transformers.base.modules.normalize import Normalize
 
         centres = {f"{prompt}_query": centre for prompt, centre in self.query_centres.items()}
-        routes = {name: [self._dense(centre)] for name, centre in centres.items()}
-        routes["document"] = [self._dense(self.document_centre)]
-        mappings: Any = _mappings(query_prompt)
-        return [Router(routes, default_route="document", route_mappings=mappings), Normalize()]  # type: ignore[arg-type]
-
-    def _dense(self, centre: Tensor) -> Any:
-        from sentence_transformers.base.modules.dense import Dense
-
-        size = len(centre)
-        bias = -self.matrix.float() @ centre.float()
-        return Dense(
-            size, size, activation_function=torch.nn.Identity(), init_weight=self.matrix.float(), init_bias=bias
-        )
+        routes, identity = {}, torch.nn.Identity()
+        for name, centre in {**centres, "document": self.document_centre}.items():
+            matrix = self.matrix.float()
+            bias = -matrix @ centre.float()
+            routes[name] = [Dense(*matrix.shape, activation_function=identity, init_weight=matrix, init_bias=bias)]
+        return [Router(routes, default_route="document", route_mappings=route_mappings(query_prompt)), Normalize()]  # type: ignore[arg-type]
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         """Write it into a checkpoint's folder, the matrix in `dtype`."""
         from safetensors.torch import save_file
 
-        centres = {_centre_key(prompt): centre for prompt, centre in self.query_centres.items()}
-        tensors = {_MATRIX: self.matrix.to(dtype), _DOCUMENT: self.document_centre, **centres}
+        tensors = {_MATRIX: self.matrix.to(dtype).contiguous(), _DOCUMENT: self.document_centre.contiguous()}
+        tensors |= {_centre_key(prompt): centre.contiguous() for prompt, centre in self.query_centres.items()}
         with atomic_path(folder / WHITENING_FILE) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            save_file(tensors, temporary)
 
     @classmethod
     def load(cls, folder: Path, dimension: int) -> Whitening | None:
-        """Read the whitening in a checkpoint's folder; None if there is none.
-
-        Raises:
-            LlamoryError: it is damaged, or was fitted for another model.
-        """
+        """Read the whitening in a checkpoint's folder; None if there is none, a LlamoryError if it doesn't fit."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -110,8 +99,8 @@ def fit_whitening(documents: Tensor, queries: Mapping[str, Tensor]) -> Whitening
     """Fit whitening to normalized embeddings, in float64.
 
     Args:
-        documents: (texts, dimension), texts encoded as documents.
-        queries: (texts, dimension), short texts encoded as queries, by query prompt.
+        documents: (texts, dimension)
+        queries: (texts, dimension) of short texts, by query prompt.
 
     Raises:
         LlamoryError: there are too few texts.
@@ -141,18 +130,11 @@ def whitening_router(embedder: SentenceTransformer) -> Router | None:
     """The router of `Whitening.modules` in an embedder; None if it has no whitening."""
     from sentence_transformers.base.modules import Router
 
-    for module in list(embedder)[1:]:
-        if isinstance(module, Router):
-            return module
-    return None
+    return next((module for module in list(embedder)[1:] if isinstance(module, Router)), None)
 
 
-def reroute(router: Router, query_prompt: str) -> None:
-    """Change the query prompt whose centre is subtracted from queries."""
-    router.route_mappings = _mappings(query_prompt)
-
-
-def _mappings(query_prompt: str) -> dict[Any, str]:
+def route_mappings(query_prompt: str) -> dict[Any, str]:
+    """The mappings of `whitening_router` by which queries use the centre of a query prompt."""
     return {("query", None): f"{query_prompt}_query", ("document", None): "document"}
 
 

@@ -33,45 +33,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "summarize_ids": List(Value("int32")),
-        "predict_ids": List(Value("int32")),
-        "source": Value("string"),
-        "example": Value("int64"),
-    }
+_TEXT, _WORDS, _IDS = Value("string"), List(Value("string")), List(Value("int32"))
+_ROW_FEATURES = Features(text=_TEXT, summarize=_WORDS, predict=_WORDS, location=_TEXT)
+_EXAMPLE_FEATURES = Features(
+    input_ids=_IDS, labels=_IDS, summarize_ids=_IDS, predict_ids=_IDS, source=_TEXT, example=Value("int64")
 )
-_ROW_FEATURES = Features(
-    {
-        "text": Value("string"),
-        "summarize": List(Value("string")),
-        "predict": List(Value("string")),
-        "location": Value("string"),
-    }
-)
-# Rows tokenised together while streaming: few enough that the first batch is there at once.
-_STREAMING_BATCH_SIZE = 64
+_STREAMING_BATCH_SIZE = 64  # rows; few enough that the first batch is there at once
 
 # The published targets were made with NLTK's lists, so they come first. The lists of stopwords-iso serve the other
 # languages; its English one holds 1,298 words, among them "world", "system" and "number".
-_NLTK = {
-    "da": nltk_lists.STOPWORDS_DANISH,
-    "de": nltk_lists.STOPWORDS_GERMAN,
-    "en": nltk_lists.STOPWORDS_EN_PLUS,
-    "es": nltk_lists.STOPWORDS_SPANISH,
-    "fr": nltk_lists.STOPWORDS_FRENCH,
-    "it": nltk_lists.STOPWORDS_ITALIAN,
-    "nl": nltk_lists.STOPWORDS_DUTCH,
-    "no": nltk_lists.STOPWORDS_NORWEGIAN,
-    "pt": nltk_lists.STOPWORDS_PORTUGUESE,
-    "ru": nltk_lists.STOPWORDS_RUSSIAN,
-    "sv": nltk_lists.STOPWORDS_SWEDISH,
-    "tr": nltk_lists.STOPWORDS_TURKISH,
+_NLTK: dict[str, list[str]] = {
+    language: getattr(nltk_lists, f"STOPWORDS_{name}")
+    for language, name in zip(
+        "da de en es fr it nl no pt ru sv tr".split(),
+        "DANISH GERMAN EN_PLUS SPANISH FRENCH ITALIAN DUTCH NORWEGIAN PORTUGUESE RUSSIAN SWEDISH TURKISH".split(),
+        strict=True,
+    )
 }
-# As `[\W_]` of the standard library, except that combining marks, which Hindi or Thai words are full of, and joiners
-# stay in their words.
+# As `[\W_]` of the standard library, except that combining marks (as in Hindi) and joiners separate no words.
 _WORD_SEPARATOR = regex.compile(r"(?:[^\w\p{N}]|[\p{Pc}\p{So}])+")
 
 Paths = PathLike | Iterable[PathLike]
@@ -101,7 +80,6 @@ def load_examples(
     Args:
         paths: files and folders, as for `llamory.documents.find_files`.
         tokenizer: a fast tokenizer with the template's slot tokens.
-        template: prompts and slots.
         max_length: limit in tokens of a sequence; passages are truncated, prompts never.
         chunk_size: limit in tokens of a document's chunk; by default what `max_length` leaves.
         languages: codes of the languages whose stop words are excluded; the first also splits sentences.
@@ -113,9 +91,8 @@ def load_examples(
         quiet: show no progress bars.
 
     Returns:
-        A dataset of `input_ids` and `labels` (-100 outside the passage) of one length each, `summarize_ids` and
-        `predict_ids` (token ids of the target words, may be empty), `source` (`path:line`) and `example` (0, 1, ...;
-        while streaming, each worker of a data loader counts its own).
+        A dataset of `input_ids` and `labels` (-100 outside the passage), `summarize_ids` and `predict_ids` (token ids
+        of the target words), `source` (`path:line`) and `example` (0, 1, ...; while streaming, per worker).
 
     Raises:
         LlamoryError: a setting doesn't fit, a language is unknown, a file can't be read, has a broken line or a slot
@@ -123,54 +100,46 @@ def load_examples(
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files = [str(path) for path in find_files(paths)]
-    preprocessor = _Preprocessor(
-        tokenizer=tokenizer,
-        template=template,
-        max_length=max_length,
-        chunk_size=chunk_size,
-        languages=(languages,) if isinstance(languages, str) else tuple(languages),
-        text_field=text_field,
-        skip_broken=skip_broken,
-    )
+    languages = (languages,) if isinstance(languages, str) else tuple(languages)
+    preprocessor = _Preprocessor(tokenizer, template, max_length, chunk_size, languages, text_field, skip_broken)
+    generator: dict[str, Any] = {"features": _ROW_FEATURES, "gen_kwargs": {"files": files}}
+    mapping: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": list(_ROW_FEATURES)}
+    mapping["features"] = _EXAMPLE_FEATURES
+    no_examples = LlamoryError(f"No example could be made of {', '.join(map(str, paths))}; they have no usable text.")
     if streaming:
-        rows = IterableDataset.from_generator(preprocessor.rows, features=_ROW_FEATURES, gen_kwargs={"files": files})
-        stream = rows.map(
-            preprocessor.examples,
-            batched=True,
-            batch_size=_STREAMING_BATCH_SIZE,
-            with_indices=True,
-            remove_columns=list(_ROW_FEATURES),
-            features=FEATURES,
-        )
+        rows = IterableDataset.from_generator(preprocessor.rows, **generator)
         if next(iter(rows), None) is None:
-            raise _no_examples_error(paths)
-        return stream
+            raise no_examples
+        return rows.map(preprocessor.examples, batch_size=_STREAMING_BATCH_SIZE, **mapping)
     with _progress_bars(shown=not quiet):
         try:
-            rows = _cached_rows(preprocessor, files, num_proc, cache_dir)
+            rows = Dataset.from_generator(
+                preprocessor.rows,
+                cache_dir=None if cache_dir is None else os.fspath(cache_dir),  # type: ignore[arg-type]
+                num_proc=min(num_proc, len(files)) if num_proc else None,
+                fingerprint=preprocessor.fingerprint(files, "rows-2"),
+                **generator,
+            )
         except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
             if isinstance(error.__cause__, LlamoryError):
                 raise error.__cause__ from None
             # Processes hand their error back without its cause, and no rows at all are an error too: see which.
             if sum(1 for _ in preprocessor.rows(files)) == 0:
-                raise _no_examples_error(paths) from None
+                raise no_examples from None
             raise
         return rows.map(
             preprocessor.examples,
-            batched=True,
-            with_indices=True,
-            remove_columns=list(_ROW_FEATURES),
-            features=FEATURES,
             num_proc=min(num_proc, len(rows)) if num_proc else None,
             new_fingerprint=preprocessor.fingerprint(files, "examples"),
             desc="Tokenising",
+            **mapping,
         )
 
 
 def passage_texts(
     examples: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, number: int, seed: int = 0
 ) -> list[str]:
-    """The texts of at most `number` random passages of `load_examples`' examples; of a stream, the first ones."""
+    """The texts of at most `number` random passages of `load_examples`; of a stream, the first ones."""
     if isinstance(examples, Dataset):
         examples = examples.shuffle(seed=seed)
     passages = [
@@ -201,23 +170,19 @@ class LlaraCollator:
         def column(name: str) -> list[torch.Tensor]:
             return [torch.as_tensor(example[name], dtype=torch.long) for example in examples]
 
-        def pad(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-            return pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+        def pad(rows: list[torch.Tensor], value: int, side: str = "left") -> torch.Tensor:
+            padded = pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+            return padded if padded.shape[1] else torch.full((len(rows), 1), value)
 
         inputs = column("input_ids")
         return {
             "input_ids": pad(inputs, self.pad_token_id or 0),
             "attention_mask": pad([torch.ones_like(row) for row in inputs], 0),
             "labels": pad(column("labels"), IGNORE_INDEX),
-            "output_summarize_ids": _pad_targets(column("summarize_ids")),
-            "output_predict_ids": _pad_targets(column("predict_ids")),
+            "output_summarize_ids": pad(column("summarize_ids"), IGNORE_INDEX, "right"),
+            "output_predict_ids": pad(column("predict_ids"), IGNORE_INDEX, "right"),
             "example": torch.stack(column("example")),
         }
-
-
-def _pad_targets(rows: list[torch.Tensor]) -> torch.Tensor:
-    padded = pad_sequence(rows, batch_first=True, padding_value=IGNORE_INDEX)
-    return padded if padded.shape[1] else torch.full((len(rows), 1), IGNORE_INDEX)
 
 
 # ---- from files to examples ----------------------------------------------------------------------------------------
@@ -258,8 +223,7 @@ class _Preprocessor:
 
     @cached_property
     def slot_tokens(self) -> tuple[str, ...]:
-        slots = self.template.summarize_slot_ids + self.template.predict_slot_ids
-        return tuple(token for token in self.tokenizer.convert_ids_to_tokens(list(slots)) if token)
+        return tuple(token for token in self.tokenizer.convert_ids_to_tokens(list(self.template.slot_ids)) if token)
 
     def fingerprint(self, files: Sequence[str], step: str) -> str:
         """A digest of everything that the examples depend on."""
@@ -291,51 +255,41 @@ class _Preprocessor:
             "example": indices,
         }
 
-    # ---- published JSON lines ----
-
     def _published_rows(self, path: Path) -> Iterator[dict[str, Any]]:
         for line, row in read_json_lines(path, self._published_row, skip_broken=self.skip_broken):
             if row["text"].strip():
                 yield {**row, "location": f"{path}:{line}"}
 
     def _published_row(self, entry: dict[str, Any]) -> dict[str, Any]:
-        text = string_entry(entry, "input")
-        targets = {head: self._published_words(entry, f"output_{head}") for head in ("summarize", "predict")}
+        text, targets = string_entry(entry, "input"), {}
+        for head in ("summarize", "predict"):
+            target = entry.get(name := f"output_{head}")
+            if isinstance(target, list):
+                targets[head] = [string_entry({name: word}, name) for word in target]
+            else:
+                targets[head] = [] if target is None else self._content_words(string_entry(entry, name))
         for part in (text, *targets["summarize"], *targets["predict"]):
             if found := self._slot_token_in(part):
                 raise LlamoryError(f"the text has the slot token {found}, which only the prompts may have")
         return {"text": text, **targets}
 
-    def _published_words(self, entry: dict[str, Any], name: str) -> list[str]:
-        target = entry.get(name)
-        if target is None:
-            return []
-        if isinstance(target, list):
-            return [string_entry({name: word}, name) for word in target]
-        return content_words(string_entry(entry, name), self.stop_word_set)
-
-    # ---- documents ----
+    def _content_words(self, text: str) -> list[str]:
+        return content_words(text, self.stop_word_set)
 
     def _document_rows(self, path: Path) -> Iterator[dict[str, Any]]:
         language = self.languages[0] if self.languages else "en"
         for document in read_file(path, text_field=self.text_field, skip_broken=self.skip_broken):
             self._check_slot_tokens(document)
             size = self.chunk_size or self.max_passage_tokens
-            passages = list(chunk_document(document, self.tokenizer, size, language=language))
+            chunks = list(chunk_document(document, self.tokenizer, size, language=language))
             words = [
-                None
-                if self._slot_token_in(passage.text)
-                else content_words(self._truncated(passage.text), self.stop_word_set)
-                for passage in passages
+                None if self._slot_token_in(chunk.text) else self._content_words(self._truncated(chunk.text))
+                for chunk in chunks
             ]
-            for passage, current_words, next_words in zip(passages, words, [*words[1:], None], strict=True):
-                if current_words is not None:
-                    yield {
-                        "text": passage.text,
-                        "summarize": current_words,
-                        "predict": next_words or [],
-                        "location": passage.location,
-                    }
+            for chunk, current, following in zip(chunks, words, [*words[1:], None], strict=True):
+                if current is not None:
+                    targets = {"summarize": current, "predict": following or []}
+                    yield {"text": chunk.text, **targets, "location": chunk.location}
 
     def _truncated(self, text: str) -> str:
         """A passage as truncated to the sequence, without a partial word at its end."""
@@ -352,9 +306,8 @@ class _Preprocessor:
     def _check_slot_tokens(self, document: Document) -> None:
         for section in document.sections:
             if found := self._slot_token_in(section.text):
-                line = section.line + (
-                    section.text.count("\n", 0, section.text.index(found)) if section.verbatim else 0
-                )
+                before = section.text[: section.text.index(found)] if section.verbatim else ""
+                line = section.line + before.count("\n")
                 location = Chunk(found, document.source, section.title, line).location
                 message = f"{location}: the text has the slot token {found}, which only the prompts may have"
                 if not self.skip_broken:
@@ -373,19 +326,6 @@ def _is_published(path: Path) -> bool:
     return first is not None and "input" in first[1]
 
 
-def _cached_rows(
-    preprocessor: _Preprocessor, files: list[str], num_proc: int | None, cache_dir: PathLike | None
-) -> Dataset:
-    return Dataset.from_generator(
-        preprocessor.rows,
-        features=_ROW_FEATURES,
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),  # type: ignore[arg-type]
-        gen_kwargs={"files": files},
-        num_proc=min(num_proc, len(files)) if num_proc else None,
-        fingerprint=preprocessor.fingerprint(files, "rows-2"),
-    )
-
-
 @contextmanager
 def _progress_bars(*, shown: bool) -> Iterator[None]:
     if shown or datasets.utils.are_progress_bars_disabled():
@@ -398,19 +338,11 @@ def _progress_bars(*, shown: bool) -> Iterator[None]:
         datasets.enable_progress_bars()
 
 
-def _no_examples_error(paths: Iterable[object]) -> LlamoryError:
-    return LlamoryError(f"No example could be made of {', '.join(map(str, paths))}; they have no usable text.")
-
-
 # ---- target words ----------------------------------------------------------------------------------------------------
 
 
 def stop_words(languages: Iterable[str]) -> frozenset[str]:
-    """The stop words of languages, given by codes such as "en" or "de", in lower case.
-
-    Raises:
-        LlamoryError: a language is unknown.
-    """
+    """The stop words of languages such as "en", in lower case; a LlamoryError if a language is unknown."""
     known = {*_NLTK, *stopwordsiso.langs()}
     words: set[str] = set()
     for language in languages:
@@ -442,11 +374,8 @@ def truncate_at_word(text: str, stop: int) -> str:
 def word_ids(
     tokenizer: PreTrainedTokenizerBase, targets: Sequence[Sequence[str]], ignored_ids: Container[int]
 ) -> list[list[int]]:
-    """Token ids of the words of each target, in the form that words have inside a text.
-
-    A target's words are tokenized as one text, as published. A leading space is added for tokenizers that don't add it
-    themselves (as Llama-2's do), or else the first word would be read as the end of another.
-    """
+    """Token ids of the words of each target, tokenized as one text (as published), as words inside a text."""
+    # Unlike Llama-2's, most tokenizers need a leading space, or else they read the first word as the end of another.
     probe = tokenizer("the the", add_special_tokens=False)["input_ids"]
     half = len(probe) // 2
     space = "" if probe[:half] == probe[half:] else " "

@@ -1,14 +1,15 @@
 """Positions of the passages, prompts and slots of a batch, found once from the token ids for all layers and losses.
 
-A batch may be padded on either side and hold several passages per row. Its real tokens are concatenated ("flat"); a
-passage with its prompts is a segment. In a segment with both prompts, the prediction block is its tail: it must not
-attend to the summary block (Li et al. 2023, section 3.2). All but the tails is causal, so fused kernels can compute it.
+A batch's real tokens are concatenated ("flat"); a passage with its prompts is a segment. In a segment with both
+prompts, the prediction block is its tail: it must not attend to the summary block (Li et al. 2023, section 3.2). All
+but the tails is causal, so fused kernels can compute it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -45,10 +46,8 @@ class SequenceLayout:
         position_ids: (N,) rotary position of each token.
         segment_ids: (N,) the segment of each token.
         segments: the S segments, in order.
-        summarize_slots: (blocks, slots) flat index of each summary slot.
-        summarize_segments: (blocks,) the segment of each summary block.
-        predict_slots: (blocks, slots) flat index of each prediction slot.
-        predict_segments: (blocks,) the segment of each prediction block.
+        summarize_slots, predict_slots: (blocks, slots) flat index of each slot.
+        summarize_segments, predict_segments: (blocks,) the segment of each prompt with its slots.
     """
 
     shape: tuple[int, int]
@@ -64,7 +63,7 @@ class SequenceLayout:
     @property
     def has_tail(self) -> bool:
         """Whether any segment has both prompts, so that causal attention would be wrong."""
-        return any(segment_lengths.tail for segment_lengths in self.segments)
+        return any(segment.tail for segment in self.segments)
 
     @property
     def is_packed(self) -> bool:
@@ -79,22 +78,16 @@ class SequenceLayout:
     @cached_property
     def runs(self) -> tuple[tuple[SegmentLengths, int], ...]:
         """Runs of neighbouring segments of equal lengths, each with their number; one attention call per run."""
-        runs: list[tuple[SegmentLengths, int]] = []
-        for segment_lengths in self.segments:
-            if runs and runs[-1][0] == segment_lengths:
-                runs[-1] = (segment_lengths, runs[-1][1] + 1)
-            else:
-                runs.append((segment_lengths, 1))
-        return tuple(runs)
+        return tuple((lengths, len(list(run))) for lengths, run in groupby(self.segments))
 
     @cached_property
     def offsets(self) -> Tensor:
         """(S,) flat index of each segment's first token."""
-        totals = torch.tensor([segment_lengths.total for segment_lengths in self.segments], dtype=torch.long)
-        return (totals.cumsum(0) - totals).to(self.index.device)
+        totals = self.lengths("total")
+        return totals.cumsum(0) - totals
 
     def lengths(self, part: str) -> Tensor:
-        """(S,) length in tokens of a part ("shared", "summary", "main", "tail") of each segment."""
+        """(S,) one of the lengths of each segment, such as "main"."""
         return torch.tensor([getattr(s, part) for s in self.segments], dtype=torch.long, device=self.index.device)
 
     def pad(self, flat: Tensor) -> Tensor:
@@ -134,9 +127,9 @@ def find_layout(
     are those of `position_ids`), and the tail restarts at the position of the summary block.
 
     Args:
-        input_ids: (batch, length) token ids.
-        template: the model's template; None if there are no prompts.
-        attention_mask: (batch, length), 0 at padding; None if every token is real.
+        input_ids: (batch, length)
+        template: None if there are no prompts.
+        attention_mask: (batch, length), 0 at padding on either side; None if every token is real.
         position_ids: (batch or 1, length) rotary positions.
     """
     device, shape = input_ids.device, (int(input_ids.shape[0]), int(input_ids.shape[1]))
@@ -181,15 +174,10 @@ def find_layout(
     tail_start[predict_segments] = predict_starts
     has_both = (shared_end < tail_start) & (tail_start < ends)
     masked = has_both if template is None or not template.prediction_sees_summary else torch.zeros_like(has_both)
-    segments = tuple(
-        SegmentLengths(shared, tail - shared, total - tail)
-        for shared, tail, total in zip(
-            torch.where(masked, shared_end - offsets, totals).tolist(),
-            torch.where(masked, tail_start - offsets, totals).tolist(),
-            totals.tolist(),
-            strict=True,
-        )
-    )
+    shared = torch.where(masked, shared_end - offsets, totals)
+    main = torch.where(masked, tail_start - offsets, totals)
+    parts = torch.stack([shared, main - shared, totals - main], dim=1)
+    segments = tuple(SegmentLengths(*lengths) for lengths in parts.tolist())
 
     order = torch.arange(len(flat))
     positions = order - offsets[segment_ids] if real_positions is None else real_positions.long().clone()
@@ -197,18 +185,16 @@ def find_layout(
     restart = positions[shared_end.clamp(max=max(len(flat) - 1, 0))][segment_ids] if len(flat) else positions
     positions = torch.where(in_tail, restart + order - tail_start[segment_ids], positions)
 
-    slots = torch.arange(template.slots if template else 0)
-    summarize_slots = summary_starts[:, None] + summary_length - len(slots) + slots
-    predict_slots = predict_starts[:, None] + predict_length - len(slots) + slots
+    slots = torch.arange(-template.slots, 0) if template else torch.arange(0)
     return SequenceLayout(
         shape=shape,
         index=index.to(device),
         position_ids=positions.to(device),
         segment_ids=segment_ids.to(device),
         segments=segments,
-        summarize_slots=summarize_slots.to(device),
+        summarize_slots=((summary_starts + summary_length)[:, None] + slots).to(device),
         summarize_segments=summary_segments.to(device),
-        predict_slots=predict_slots.to(device),
+        predict_slots=((predict_starts + predict_length)[:, None] + slots).to(device),
         predict_segments=predict_segments.to(device),
     )
 
@@ -221,10 +207,10 @@ def _find_blocks(flat: Tensor, rows: Tensor, block: tuple[int, ...], prompt_leng
 
 def _matches(flat: Tensor, rows: Tensor, starts: Tensor, pattern: tuple[int, ...]) -> Tensor:
     """(starts,) whether the ids from an index on are the pattern, all within one row."""
-    window = starts[:, None] + torch.arange(len(pattern))
-    inside = (window >= 0) & (window < len(flat))
-    window = window.clamp(0, max(len(flat) - 1, 0))
     if not len(starts):
         return torch.zeros(0, dtype=torch.bool)
+    window = starts[:, None] + torch.arange(len(pattern))
+    inside = (window >= 0) & (window < len(flat))
+    window = window.clamp(0, len(flat) - 1)
     same_row = rows[window] == rows[window[:, -1:]]
     return (inside & same_row & (flat[window] == torch.tensor(pattern))).all(1)

@@ -2,10 +2,8 @@
 
 Next token (AR): minus the mean log-probability of the passage tokens. Bag of words (BoW), per head (Li et al. 2023,
 sections 3.2 and 3.3, EBAE and EBAR): logits at the slots, maximum over the slots, log-softmax over the vocabulary,
-minus the mean over the distinct target ids; mean over the passages that have a target.
-
-A chunk's gradient is computed together with its logits, so the backward pass needs no product with the head again, and
-the three losses share one gradient of the head's weight.
+minus the mean over the distinct target ids; mean over the passages that have a target. A chunk's gradient is computed
+together with its logits, so the backward pass needs no product with the head.
 """
 
 from __future__ import annotations
@@ -17,39 +15,27 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-# Limit of a chunk's float32 logits in bytes, and its least number of rows, which keeps matrix products efficient.
-_CHUNK_BYTES = 32 * 2**20
-_MIN_CHUNK_ROWS = 128
+_CHUNK_BYTES = 32 * 2**20  # of a chunk's float32 logits
+_MIN_CHUNK_ROWS = 128  # keeps matrix products efficient
 
 
 @dataclass(frozen=True)
 class BagOfWords:
-    """One head's slots and targets. B passages, K slots each, T target ids each (the rest is masked).
+    """One head's targets for B passages.
 
     Attributes:
         slots: (B, K) row of each slot in the hidden states.
-        targets: (B, T) target ids; entries where `valid` is false are padding, repeats or ignored ids.
-        valid: (B, T) which targets count.
+        targets: (B, T) target ids.
+        valid: (B, T) which of them count.
     """
 
     slots: Tensor
     targets: Tensor
     valid: Tensor
 
-    @property
-    def has_target(self) -> Tensor:
-        """(B,) passages that have at least one target."""
-        return self.valid.any(1)
-
 
 def bag_of_words(slots: Tensor, targets: Tensor, ignored_ids: Tensor) -> BagOfWords:
-    """Keep each target id of a passage once and drop padding (negative ids) and ignored ids.
-
-    Args:
-        slots: (B, K) row of each slot in the hidden states.
-        targets: (B, T) target ids in any order, with repeats and padding.
-        ignored_ids: (I,) ids that are never targets.
-    """
+    """Count each target id of a passage once; leave out padding (negative ids) and `ignored_ids` (I,)."""
     targets = targets.sort(dim=1).values
     valid = (targets >= 0) & ~torch.isin(targets, ignored_ids)
     valid[:, 1:] &= targets[:, 1:] != targets[:, :-1]
@@ -71,23 +57,19 @@ def head_losses(
     Args:
         hidden: (N, hidden) last hidden states.
         weight: (vocabulary, hidden) of the output head.
-        weights: (3,) factors of the AR, summary and prediction loss in the sum; differentiable.
+        weights: (3,) factors of the AR, summary and prediction loss in the sum.
         rows: (M,) rows of `hidden` that predict a passage token.
         labels: (M,) the tokens they should predict.
         counts: (3,) what each loss's sum is divided by: passage tokens, passages with a summary target, passages with
             a prediction target. Zero leaves that loss out.
-        summarize: slots and targets of the summary head.
-        predict: slots and targets of the prediction head.
 
     Returns:
         The sum, differentiable in `hidden`, `weight` and `weights`, and the three losses (3,) as plain values.
     """
     # Inside a Function gradients are off and `needs_input_grad` ignores no_grad, so the mode is asked for here.
-    needs_grad = torch.is_grad_enabled()
-    total, losses = _HeadLosses.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, weights, rows, labels, counts, summarize, predict, needs_grad
+    return _HeadLosses.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, weights, rows, labels, counts, summarize, predict, torch.is_grad_enabled()
     )
-    return total, losses
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -127,14 +109,11 @@ class _HeadLosses(torch.autograd.Function):
             if gradient is not None:
                 gradient.mul_(grad_total.to(gradient.dtype))
         grad_weight = None if grad_weight is None else grad_weight.to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, grad_total * means, None, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_total * means, *[None] * 6
 
 
 class _Head:
-    """The output head and its gradients, accumulated chunk by chunk.
-
-    Logits and gradients reuse a few buffers: allocating memory of this size takes as long as the product that fills it.
-    """
+    """The output head and its gradients, accumulated chunk by chunk in reused buffers."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, dtype: torch.dtype, needs_hidden_grad: bool, needs_weight_grad: bool
@@ -149,11 +128,10 @@ class _Head:
         self._buffers: dict[str, Tensor] = {}
 
     def _buffer(self, name: str, rows: int, dtype: torch.dtype) -> Tensor:
-        """(rows, vocabulary), a buffer that is reused for each request of the same name."""
-        buffer = self._buffers.get(name)
-        if buffer is None or len(buffer) < rows:
-            buffer = self._buffers[name] = self.hidden.new_empty(rows, len(self.weight), dtype=dtype)
-        return buffer[:rows]
+        """(rows, vocabulary); allocating it anew takes as long as the product that fills it."""
+        if name not in self._buffers or len(self._buffers[name]) < rows:
+            self._buffers[name] = self.hidden.new_empty(rows, len(self.weight), dtype=dtype)
+        return self._buffers[name][:rows]
 
     def _logits(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states of the rows, and their logits."""
@@ -201,10 +179,8 @@ class _Head:
         return total
 
     def _add_gradient(self, gradient: Tensor, chunk: Tensor, rows: Tensor, factor: Tensor) -> None:
-        """Propagate the gradient of a chunk's logits to hidden states and weight.
-
-        `factor` scales the small operand, so the probabilities stay well inside bf16's range.
-        """
+        """Propagate the gradient of a chunk's logits to hidden states and weight."""
+        # `factor` scales the small operands, so the probabilities stay well inside the range of bfloat16.
         if self.dtype != torch.float32:
             gradient = self._buffer("logits", len(rows), self.dtype).copy_(gradient)  # the logits are no longer needed
         if self.grad_hidden is not None:
@@ -219,10 +195,7 @@ class _Head:
 
 
 def _softmax(logits: Tensor, out: Tensor) -> Tensor:
-    """Softmax over the last dimension into `out` (float32, may be `logits`); returns the log of its normalizer.
-
-    The normalizer follows from the greatest probability, which never underflows, without further exponentials.
-    """
+    """Softmax over the last dimension into `out` (float32, may be `logits`); returns the log of its normalizer."""
     max_logit = logits.amax(-1).float()
     torch.softmax(logits, dim=-1, dtype=torch.float32, out=out)
-    return max_logit - out.amax(-1).log()
+    return max_logit - out.amax(-1).log()  # the greatest probability never underflows

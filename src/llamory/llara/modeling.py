@@ -5,6 +5,7 @@ Li et al. 2023 (arXiv:2312.15503), section 3. For inputs without prompts they eq
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from llamory.errors import LlamoryError
-from llamory.llara.attention import additive_mask, replace_attention
+from llamory.llara.attention import LlaraAttention, additive_mask
 from llamory.llara.layout import SequenceLayout, find_layout
 from llamory.llara.losses import IGNORE_INDEX, BagOfWords, bag_of_words, head_losses
 from llamory.llara.template import LlaraTemplate
@@ -28,8 +29,7 @@ class LlaraOutput(CausalLMOutputWithPast):
 
     Attributes:
         ar_loss: mean next-token loss over the passage tokens.
-        bow_summarize_loss: the summary head's bag-of-words loss, with its weight (as published, a tenth).
-        bow_predict_loss: likewise for the prediction head. `loss` has the mean of the two if both have targets.
+        bow_summarize_loss, bow_predict_loss: bag-of-words loss of each head, with its weight. `loss` has their mean.
     """
 
     ar_loss: Tensor | None = None
@@ -38,14 +38,12 @@ class LlaraOutput(CausalLMOutputWithPast):
 
 
 class NewLlamaModel(LlamaModel):
-    """A LlamaModel whose prediction blocks don't attend to the summary block before them and start at its position.
-
-    The template comes from `config.llara`. A batch may be padded on either side and hold several passages per row.
-    """
+    """A LlamaModel whose prediction blocks don't attend to the summary block before them and start at its position."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
-        replace_attention(self.layers, config)
+        for index, layer in enumerate(self.layers):
+            layer.self_attn = LlaraAttention(config, index)
         self.template = LlaraTemplate.from_config(config)
         self.post_init()
 
@@ -64,13 +62,11 @@ class NewLlamaModel(LlamaModel):
         layout: SequenceLayout | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple:
-        """Llama's forward. With `layout` the hidden states are flat, (1, N, hidden), for the batch's N real tokens.
-
-        Without a key/value cache the batch is computed flat, without padding and without a (length × length) mask.
-        `eager` attention, attention maps and a cache take the padded batch and an explicit mask.
-        """
+        """Llama's forward; with `layout` the hidden states are those of the batch's N real tokens, (1, N, hidden)."""
+        # `eager` attention, attention maps and a cache take the padded batch and an explicit mask; all else is computed
+        # flat, without padding and without a (length × length) mask.
         kwargs |= {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        kwargs = {key: value for key, value in kwargs.items() if value is not None}
+        kwargs = {key: value for key, value in (kwargs | {"return_dict": return_dict}).items() if value is not None}
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         plain = (
@@ -83,23 +79,17 @@ class NewLlamaModel(LlamaModel):
             found = find_layout(input_ids, self.template, mask, position_ids)  # type: ignore[arg-type]
             flat = not (past or use_cache or output_attentions or self.config._attn_implementation == "eager")
             if flat and (found.has_blocks or found.is_packed or self.training):
-                return self._forward_padded(input_ids, found, return_dict, kwargs)  # type: ignore[arg-type]
+                return self._forward_padded(input_ids, found, kwargs)  # type: ignore[arg-type]
             if found.has_blocks or found.is_packed:
                 position_ids, attention_mask = self._padded_mask(
                     found, attention_mask, position_ids, past_key_values, past
                 )
         if layout is not None:
             assert input_ids is not None
-            # Flat ids keep padding out of the embedding's gradient too.
-            flat_ids = input_ids.flatten().index_select(0, layout.index)[None]
-            return super().forward(
-                input_ids=flat_ids,
-                position_ids=layout.position_ids[None],
-                attention_mask=_no_mask(flat_ids),
-                use_cache=False,
-                layout=layout,
-                **kwargs,
-            )
+            # Flat ids keep padding out of the embedding's gradient too; a 4-D mask keeps transformers from making one.
+            input_ids = input_ids.flatten().index_select(0, layout.index)[None]
+            attention_mask, position_ids = input_ids.new_empty(0, 0, 0, 0), layout.position_ids[None]
+            use_cache, kwargs = False, kwargs | {"layout": layout}
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -107,19 +97,19 @@ class NewLlamaModel(LlamaModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            **kwargs | ({} if return_dict is None else {"return_dict": return_dict}),
+            **kwargs,
         )
 
     def _forward_padded(
-        self, input_ids: Tensor, layout: SequenceLayout, return_dict: bool | None, kwargs: dict[str, Any]
+        self, input_ids: Tensor, layout: SequenceLayout, kwargs: dict[str, Any]
     ) -> BaseModelOutputWithPast | tuple:
-        """Compute flat, and scatter the result to the input's shape with zeros at padding."""
-        output = self.forward(input_ids, layout=layout, return_dict=True, **kwargs)
+        """Compute flat, and scatter the result to the input's shape."""
+        output = self.forward(input_ids, layout=layout, **kwargs | {"return_dict": True})
         assert isinstance(output, BaseModelOutputWithPast) and output.last_hidden_state is not None
         padded = BaseModelOutputWithPast(last_hidden_state=layout.pad(output.last_hidden_state[0]))
         if output.hidden_states is not None:
             padded.hidden_states = tuple(layout.pad(state[0]) for state in output.hidden_states)
-        return padded if return_dict in (None, True) else padded.to_tuple()
+        return padded if kwargs.get("return_dict", True) else padded.to_tuple()
 
     def _padded_mask(
         self,
@@ -129,7 +119,7 @@ class NewLlamaModel(LlamaModel):
         cache: Cache | None,
         past: int,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Positions and, where causal attention would be wrong, an additive mask for the padded batch."""
+        """Positions and mask of a padded batch, additive where causal attention would be wrong."""
         if not (layout.has_tail or layout.is_packed):
             return position_ids, attention_mask
         if "flash" in str(self.config._attn_implementation) or self.config._attn_implementation == "flex_attention":
@@ -142,15 +132,10 @@ class NewLlamaModel(LlamaModel):
         return positions, additive_mask(layout, self.dtype, attention_mask, past, total)
 
 
-def _no_mask(flat_ids: Tensor) -> Tensor:
-    """An empty 4-D mask, which transformers passes on instead of making one: the layout is the mask."""
-    return flat_ids.new_empty(0, 0, 0, 0)
-
-
 class PreLlamaModel(LlamaForCausalLM):
-    """A LlamaForCausalLM with LLARA's attention and losses; its state-dict keys are LlamaForCausalLM's.
+    """A LlamaForCausalLM with LLARA's attention and losses, and with its state-dict keys.
 
-    With `bow_weighting="learned"` there is one key more, `bow_log_variance` (2,): the bag-of-words loss of head i is
+    With `bow_weighting="learned"` there is one key more, `bow_log_variance` s (2,): the bag-of-words loss of head i is
     weighted by exp(-s_i) and s_i is added (Kendall et al. 2018, arXiv:1705.07115), starting from the fixed weight.
 
     Attributes:
@@ -196,28 +181,21 @@ class PreLlamaModel(LlamaForCausalLM):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> LlaraOutput | tuple:
-        """Encode passages with their prompts; with targets, compute the losses.
+        """Encode passages with their prompts; with targets, compute the losses. Further arguments are Llama's.
 
         Args:
             input_ids: (batch, length); a row holds a passage with both prompts, one or none, or several of these.
             attention_mask: (batch, length), 0 at padding on either side; None: all tokens are real.
             position_ids: (batch, length); where they restart at 0, another packed passage begins.
-            past_key_values: a transformers cache.
             inputs_embeds: (batch, length, hidden) in place of ids; prompts are not found then.
             labels: (batch, length) passage tokens, -100 elsewhere.
-            output_summarize_ids: (passages, longest target) ids of the words of the summary, one row per passage;
-                order, repeats, special ids and padding (special or negative ids) have no effect.
-            output_predict_ids: likewise for the continuation.
+            output_summarize_ids, output_predict_ids: (passages, longest target) ids of the target words, one row per
+                passage, padded with special or negative ids; order and repeats have no effect.
             use_cache: by default the config's setting, or False if there are targets.
             output_attentions: needs `attn_implementation="eager"`.
-            output_hidden_states: also return (batch, length, hidden) of every layer.
-            return_dict: False returns a tuple.
-            cache_position: accepted and ignored, as in transformers 5.
             skip_logits: return no logits; by default while training with targets.
-            logits_to_keep: how many of the last positions, or which positions, get logits (0: all).
             num_items_in_batch: divisors of the loss sums if one optimization step spans several batches: (3,) passage
-                tokens, passages with a summary target, passages with a prediction target; a single number is the
-                first one.
+                tokens, passages with a summary target, passages with a prediction target; a number is the first one.
 
         Raises:
             LlamoryError: all targets are empty, there are targets without slots, or the checkpoint has no template.
@@ -225,69 +203,52 @@ class PreLlamaModel(LlamaForCausalLM):
         compute_losses = labels is not None or output_summarize_ids is not None or output_predict_ids is not None
         if skip_logits is None:
             skip_logits = self.training and compute_losses
-        if use_cache is None:
-            use_cache = False if compute_losses else None
-        return_dict = self.config.return_dict if return_dict is None else return_dict
         layout = None
         if compute_losses:
             if input_ids is None:
                 raise LlamoryError("LLARA's losses need input_ids: the slots are found by their ids.")
+            use_cache = use_cache or False
             layout = find_layout(input_ids, self.template, attention_mask, position_ids)
-        flat = layout is not None and not (
-            use_cache or output_attentions or output_hidden_states or past_key_values is not None
-        )
-        flat = flat and self.config._attn_implementation != "eager"
-        output = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            layout=layout if flat else None,
-            **kwargs,
-        )
+        needs_padding = use_cache or output_attentions or output_hidden_states or past_key_values is not None
+        flat = layout is not None and not needs_padding and self.config._attn_implementation != "eager"
+        kwargs |= {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        kwargs |= {"return_dict": True, "layout": layout if flat else None}
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        output = self.model(*inputs, **kwargs)
         hidden = output.last_hidden_state
         result = LlaraOutput(
             past_key_values=output.past_key_values, hidden_states=output.hidden_states, attentions=output.attentions
         )
         if layout is not None:
-            flat_hidden = hidden[0] if flat else layout.flatten(hidden)
-            self._add_losses(
-                result, flat_hidden, layout, labels, output_summarize_ids, output_predict_ids, num_items_in_batch
-            )
-            hidden = None if skip_logits else (layout.pad(hidden[0]) if flat else hidden)
+            targets = (labels, output_summarize_ids, output_predict_ids)
+            self._add_losses(result, hidden[0] if flat else layout.flatten(hidden), layout, targets, num_items_in_batch)
         if not skip_logits:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
-            result.logits = self.lm_head(hidden[:, keep if isinstance(logits_to_keep, int) else logits_to_keep])
-        return result if return_dict else result.to_tuple()
+            keep = slice(-logits_to_keep or None, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            result.logits = self.lm_head((layout.pad(hidden[0]) if layout is not None and flat else hidden)[:, keep])
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
     def _add_losses(
         self,
         result: LlaraOutput,
         hidden: Tensor,
         layout: SequenceLayout,
-        labels: Tensor | None,
-        summarize_ids: Tensor | None,
-        predict_ids: Tensor | None,
+        targets: Sequence[Tensor | None],
         num_items: Tensor | int | None,
     ) -> None:
-        """Compute the losses from the flat hidden states (N, hidden) and set them in `result`."""
-        rows, target_tokens = _next_tokens(layout, labels)
+        """Compute the losses from the flat hidden states (N, hidden) and set them in `result`.
+
+        Args:
+            targets: labels, ids of the summary's words and ids of the prediction's words.
+        """
+        rows, target_tokens = _next_tokens(layout, targets[0])
         bags = [
-            self._bag("summary", layout, layout.summarize_slots, layout.summarize_segments, summarize_ids),
-            self._bag("prediction", layout, layout.predict_slots, layout.predict_segments, predict_ids),
+            self._bag("summary", layout, layout.summarize_slots, layout.summarize_segments, targets[1]),
+            self._bag("prediction", layout, layout.predict_slots, layout.predict_segments, targets[2]),
         ]
-        local_counts = torch.stack(
-            [torch.as_tensor(len(rows), device=hidden.device)]
-            + [
-                torch.zeros((), dtype=torch.long, device=hidden.device) if bag is None else bag.has_target.sum()
-                for bag in bags
-            ]
-        )
+        local_counts = torch.tensor([len(rows), 0, 0], device=hidden.device)
+        for i, bag in enumerate(bags, start=1):
+            if bag is not None:
+                local_counts[i] = bag.valid.any(1).sum()
         counts = local_counts
         if num_items is not None:
             counts = torch.as_tensor(num_items, device=hidden.device)
@@ -301,10 +262,9 @@ class PreLlamaModel(LlamaForCausalLM):
         head = self.lm_head.weight if self.head_trainable else self.lm_head.weight.detach()
         total, losses = head_losses(hidden, head, weights, rows, target_tokens, counts.float(), *bags)
         result.loss = total + penalty
-        loss_targets = (labels, summarize_ids, predict_ids)
         scaled = losses * torch.cat([weights.new_ones(1), self._bow_weights()]).detach()
         result.ar_loss, result.bow_summarize_loss, result.bow_predict_loss = (
-            None if targets is None else loss for targets, loss in zip(loss_targets, scaled.unbind(), strict=True)
+            None if target is None else loss for target, loss in zip(targets, scaled.unbind(), strict=True)
         )
 
     def _bow_weights(self) -> Tensor:
@@ -315,17 +275,13 @@ class PreLlamaModel(LlamaForCausalLM):
         return torch.full((2,), weight, device=self.lm_head.weight.device)
 
     def _loss_weights(self, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """(3,) factors of the losses in their sum, and the penalty of learned weights.
-
-        Two bag-of-words heads are averaged; one alone is not halved.
-        """
+        """(3,) factors of the losses in their sum, the penalty of learned weights. Heads with targets are averaged."""
         has_targets = (counts[1:] > 0).float()
         head_weights = has_targets / has_targets.sum().clamp(min=1)
         weights = torch.cat([head_weights.new_ones(1), self._bow_weights() * head_weights])
-        penalty = head_weights.new_zeros(())
         if hasattr(self, "bow_log_variance"):
-            penalty = (self.bow_log_variance.float() * head_weights).sum()
-        return weights, penalty
+            return weights, (self.bow_log_variance.float() * head_weights).sum()
+        return weights, head_weights.new_zeros(())
 
     def _bag(
         self, name: str, layout: SequenceLayout, slots: Tensor, segments: Tensor, targets: Tensor | None
@@ -358,21 +314,17 @@ class PreLlamaModel(LlamaForCausalLM):
         if self.template is None or step != 1 or input_ids.shape[1] <= step or mask is None or mask.ndim != 2:
             return inputs
         mask = mask[:, : input_ids.shape[1]]
-        order = mask.long().cumsum(-1) - 1
-        layout = find_layout(input_ids, self.template, mask, order.clamp(min=0))
-        if not layout.has_tail:
-            return inputs
-        visible = layout.visible()[:, 0, -1]
-        inputs["attention_mask"] = visible.to(mask.dtype)
-        inputs["position_ids"] = layout.pad(layout.position_ids)[:, -1:]
+        layout = find_layout(input_ids, self.template, mask, (mask.long().cumsum(-1) - 1).clamp(min=0))
+        if layout.has_tail:
+            inputs["attention_mask"] = layout.visible()[:, 0, -1].to(mask.dtype)
+            inputs["position_ids"] = layout.pad(layout.position_ids)[:, -1:]
         return inputs
 
 
 def _next_tokens(layout: SequenceLayout, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of the flat hidden states that predict a token of the same passage, and these tokens."""
     if labels is None:
-        empty = layout.index.new_zeros(0)
-        return empty, empty
+        return layout.index[:0], layout.index[:0]
     target_tokens = layout.flatten(labels)
     learns = target_tokens != IGNORE_INDEX
     learns[layout.offsets] = False
@@ -383,23 +335,23 @@ def _next_tokens(layout: SequenceLayout, labels: Tensor | None) -> tuple[Tensor,
 class PreModel(nn.Module):
     """The published wrapper around a pretraining model."""
 
-    def __init__(self, model: PreLlamaModel | None = None):
+    def __init__(self, model: Any = None):
         super().__init__()
         self.model = model
 
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute activations in the backward pass to save memory."""
-        self.model.gradient_checkpointing_enable(**kwargs)  # type: ignore[union-attr]
+        self.model.gradient_checkpointing_enable(**kwargs)
 
     def enable_input_require_grads(self, **kwargs: Any) -> None:
         """Let gradients flow to the input embeddings (needed by adapters with checkpointing)."""
-        self.model.enable_input_require_grads(**kwargs)  # type: ignore[union-attr]
+        self.model.enable_input_require_grads(**kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward."""
-        return self.model(*args, **kwargs)  # type: ignore[misc]
+        return self.model(*args, **kwargs)
 
     def save(self, output_dir: str | Path) -> None:
         """Save weights (safetensors) and config of the wrapped model to a folder."""
-        state = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}  # type: ignore[union-attr]
-        self.model.save_pretrained(output_dir, state_dict=state)  # type: ignore[union-attr]
+        state = {key: value.detach().cpu().clone() for key, value in self.model.state_dict().items()}
+        self.model.save_pretrained(output_dir, state_dict=state)

@@ -1,8 +1,8 @@
 """The LLARA template: token ids of the prefix of a passage, of the two prompts and of their slot tokens.
 
 Sequence (Li et al. 2023, section 3.2): `"` passage `", summarize the above passage within eight words: <s1>...<s8>`
-`", predict the following passage within eight words: <s9>...<s16>`. Prefix, passage and prompts are tokenized
-separately and concatenated as ids, so a passage never changes the ids of a prompt.
+`", predict the following passage within eight words: <s9>...<s16>`. Its parts are tokenized separately, so a passage
+never changes the ids of a prompt.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class LlaraTemplate:
     """Token ids and settings of one LLARA model, kept in `config.llara`.
 
     Attributes:
-        prefix_ids: ids before a passage: the tokenizer's beginning-of-sequence id, if any, and `"`.
+        prefix_ids: before a passage: the tokenizer's beginning-of-sequence id, if any, and `"`.
         summarize_prompt_ids: the summary prompt without slots.
         summarize_slot_ids: the slot tokens of the summary prompt; their hidden states are a passage's embedding.
         predict_prompt_ids: the prediction prompt without slots.
-        predict_slot_ids: the slot tokens of the prediction prompt, in order.
-        ignored_ids: special tokens, which never count as bag-of-words targets.
+        predict_slot_ids: the slot tokens of the prediction prompt.
+        ignored_ids: special tokens, which are never bag-of-words targets.
         bow_weight: factor of each bag-of-words loss; the published code divides by 10.
         prediction_sees_summary: whether the prediction block may attend to the summary block (not in the paper).
         bow_weighting: "fixed", or "learned": one uncertainty weight per head, trained with the model.
@@ -59,75 +59,56 @@ class LlaraTemplate:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
             if field.name.endswith("_ids"):
-                object.__setattr__(self, field.name, tuple(int(i) for i in value))
-        slots = self.summarize_slot_ids + self.predict_slot_ids
-        if len(self.summarize_slot_ids) != len(self.predict_slot_ids) or not self.summarize_slot_ids:
-            raise LlamoryError(
-                "A LLARA template needs as many summary slots as prediction slots, at least one of each."
-            )
-        if len(set(slots)) != len(slots):
+                object.__setattr__(self, field.name, tuple(int(i) for i in getattr(self, field.name)))
+        if len(self.summarize_slot_ids) != len(self.predict_slot_ids) or not self.slots:
+            raise LlamoryError("A LLARA template needs as many summary as prediction slots, at least one of each.")
+        if len(set(self.slot_ids)) != 2 * self.slots:
             raise LlamoryError("The slot tokens of a LLARA template must all have different ids.")
-        if self.bow_weighting not in BOW_WEIGHTINGS:
-            raise LlamoryError(f"bow_weighting must be one of {', '.join(BOW_WEIGHTINGS)}, not {self.bow_weighting!r}.")
-        if self.query_prompt not in QUERY_PROMPTS:
-            raise LlamoryError(f"query_prompt must be one of {', '.join(QUERY_PROMPTS)}, not {self.query_prompt!r}.")
+        for name, choices in (("bow_weighting", BOW_WEIGHTINGS), ("query_prompt", QUERY_PROMPTS)):
+            if (value := getattr(self, name)) not in choices:
+                raise LlamoryError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
 
     # ---- sources of a template --------------------------------------------------------------------------------------
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, slots: int = 8, **settings: Any) -> LlaraTemplate:
-        """Build the template for a tokenizer; adds the slot tokens that it lacks to the tokenizer.
+        """Build the template for a tokenizer, and add the slot tokens that it lacks to the tokenizer.
 
         Args:
-            tokenizer: any LLaMA-family tokenizer.
             slots: slot tokens per prompt.
             settings: `bow_weight`, `prediction_sees_summary`, `bow_weighting`, `query_prompt`.
 
         Raises:
-            LlamoryError: the tokenizer doesn't fit: a prompt has unknown tokens, both prompts have the same ids, or a
-                slot token is an ordinary word of its vocabulary.
+            LlamoryError: the tokenizer can't represent the prompts or the slot tokens.
         """
         if slots < 1:
             raise LlamoryError(f"A LLARA template needs at least one slot token per prompt, not {slots}.")
         _add_slot_tokens(tokenizer, slots)
-        tokens = slot_tokens(slots)
-        slot_ids = [_ids(tokenizer, token) for token in tokens]
-        for token, ids in zip(tokens, slot_ids, strict=True):
+        slot_ids = []
+        for token in slot_tokens(slots):
+            ids = _ids(tokenizer, token)
             if len(ids) != 1:
                 raise LlamoryError(
                     f"The tokenizer splits the slot token {token} into {len(ids)} tokens; it must be one."
                 )
-        summarize_slots, predict_slots = [i[0] for i in slot_ids[:slots]], [i[0] for i in slot_ids[slots:]]
+            slot_ids += ids
         summarize_text, predict_text = prompt_texts(slots)
-        summarize = _prompt_ids(tokenizer, summarize_text, tokens[:slots], summarize_slots)
-        predict = _prompt_ids(tokenizer, predict_text, tokens[slots:], predict_slots)
+        summarize = _prompt_ids(tokenizer, summarize_text, slot_tokens(slots)[:slots], slot_ids[:slots])
+        predict = _prompt_ids(tokenizer, predict_text, slot_tokens(slots)[slots:], slot_ids[slots:])
         if summarize == predict:
             raise LlamoryError(
                 "The tokenizer gives the summary prompt and the prediction prompt the same ids; use a tokenizer that "
                 "knows English words or bytes."
             )
-        return cls(
-            prefix_ids=tuple(_prefix_ids(tokenizer)),
-            summarize_prompt_ids=tuple(summarize),
-            summarize_slot_ids=tuple(summarize_slots),
-            predict_prompt_ids=tuple(predict),
-            predict_slot_ids=tuple(predict_slots),
-            ignored_ids=tuple(sorted(set(tokenizer.all_special_ids))),
-            **settings,
-        )
+        prefix, ignored = _prefix_ids(tokenizer), sorted(set(tokenizer.all_special_ids))
+        return cls(prefix, summarize, slot_ids[:slots], predict, slot_ids[slots:], ignored, **settings)  # type: ignore[arg-type]
 
     @classmethod
     def from_config(cls, config: LlamaConfig) -> LlaraTemplate | None:
-        """The template of a checkpoint: `config.llara`, or the published ids if the vocabulary has 32016 rows.
-
-        None for a checkpoint without a template (a plain LLaMA).
-        """
-        stored = getattr(config, "llara", None)
-        if stored:
-            known = {field.name for field in fields(cls)}
-            if unknown := set(stored) - known:
+        """`config.llara`, or the published template if the vocabulary has 32016 rows; None for a plain LLaMA."""
+        if stored := getattr(config, "llara", None):
+            if unknown := set(stored) - {field.name for field in fields(cls)}:
                 raise LlamoryError(f"config.llara has unknown entries: {', '.join(sorted(unknown))}.")
             try:
                 return cls(**stored)
@@ -146,6 +127,11 @@ class LlaraTemplate:
         """Slot tokens per prompt."""
         return len(self.summarize_slot_ids)
 
+    @property
+    def slot_ids(self) -> tuple[int, ...]:
+        """The slot tokens of the summary, then those of the prediction prompt."""
+        return self.summarize_slot_ids + self.predict_slot_ids
+
     def prompts(self, task: str | None) -> dict[str, bool]:
         """The prompt arguments of `encode` that embed a text as a "query", or as a document (any other task)."""
         predict = task == "query" and self.query_prompt == "prediction"
@@ -162,19 +148,11 @@ class LlaraTemplate:
         return self.predict_prompt_ids + self.predict_slot_ids
 
     def sequence(self, passage_ids: Sequence[int], *, summarize: bool = True, predict: bool = True) -> list[int]:
-        """Put prefix and prompts around a passage's ids.
-
-        Raises:
-            LlamoryError: the passage contains a slot token.
-        """
-        if not set(passage_ids).isdisjoint(self.summarize_slot_ids + self.predict_slot_ids):
+        """Put prefix and prompts around a passage's ids; a LlamoryError if these have a slot token."""
+        if not set(passage_ids).isdisjoint(self.slot_ids):
             raise LlamoryError("A passage contains a slot token (such as <s1>), which only the prompts may; remove it.")
-        sequence = [*self.prefix_ids, *passage_ids]
-        if summarize:
-            sequence += self.summarize_block_ids
-        if predict:
-            sequence += self.predict_block_ids
-        return sequence
+        after = self.summarize_block_ids * summarize + self.predict_block_ids * predict
+        return [*self.prefix_ids, *passage_ids, *after]
 
     def overhead(self, *, summarize: bool = True, predict: bool = True) -> int:
         """Tokens that `sequence` adds to a passage."""
@@ -189,10 +167,7 @@ class LlaraTemplate:
         predict: bool = True,
         max_length: int | None = None,
     ) -> list[int]:
-        """Tokenize a passage and put the prompts around it; only the passage is truncated.
-
-        Args:
-            max_length: limit in tokens for the whole sequence.
+        """Tokenize a passage and put the prompts around it; only the passage is truncated to fit `max_length`.
 
         Raises:
             LlamoryError: the text contains a slot token, or `max_length` leaves no room for a passage.
@@ -208,23 +183,14 @@ class LlaraTemplate:
         return self.sequence(_ids(tokenizer, text)[:max_passage_tokens], summarize=summarize, predict=predict)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Check that a tokenizer is the one this template was built from.
-
-        Raises:
-            LlamoryError: a slot token or a prompt has other ids in this tokenizer.
-        """
+        """Raise a LlamoryError if a slot token or a prompt has other ids in a tokenizer."""
         tokens = slot_tokens(self.slots)
-        found = tuple(tokenizer.convert_tokens_to_ids(tokens))
-        if found != self.summarize_slot_ids + self.predict_slot_ids:
-            wrong = next(
-                (t, f, e)
-                for t, f, e in zip(tokens, found, self.summarize_slot_ids + self.predict_slot_ids, strict=True)
-                if f != e
-            )
-            raise LlamoryError(
-                f"The checkpoint's template doesn't fit its tokenizer: {wrong[0]} has id {wrong[1]} in the tokenizer "
-                f"and {wrong[2]} in config.llara; load the tokenizer that was saved with the checkpoint."
-            )
+        for token, found, expected in zip(tokens, tokenizer.convert_tokens_to_ids(tokens), self.slot_ids, strict=True):
+            if found != expected:
+                raise LlamoryError(
+                    f"The checkpoint's template doesn't fit its tokenizer: {token} has id {found} in the tokenizer "
+                    f"and {expected} in config.llara; load the tokenizer that was saved with the checkpoint."
+                )
         rebuilt = LlaraTemplate.from_tokenizer(tokenizer, self.slots)
         for name in ("prefix_ids", "summarize_prompt_ids", "predict_prompt_ids"):
             if getattr(rebuilt, name) != getattr(self, name):
@@ -236,20 +202,17 @@ class LlaraTemplate:
     def prepare_model(self, model: PreTrainedModel) -> None:
         """Add the embedding rows of the slot tokens to a model and the template to its config.
 
-        Embedding rows that the model lacks, or never used, become the mean of the other rows plus noise of their
-        standard deviation, so that slots differ from each other within the distribution that the layers know. Rows of
-        an untied output head become the mean, so no slot is a better next token than the average.
+        New rows are the mean of the others plus noise of their standard deviation, so that slots differ within the
+        distribution that the layers know. In an untied output head they are the mean.
         """
         import torch
 
-        all_slots = sorted(self.summarize_slot_ids + self.predict_slot_ids)
         had_template = LlaraTemplate.from_config(model.config) is not None  # type: ignore[arg-type]
         old_size = model.get_input_embeddings().weight.shape[0]
-        new_size = max(old_size, all_slots[-1] + 1)
+        new_size = max(old_size, *(i + 1 for i in self.slot_ids))
         if new_size > old_size:
             model.resize_token_embeddings(new_size, mean_resizing=False)
-        added = set(range(old_size, new_size))
-        new_rows = sorted(added if had_template else added.union(all_slots))
+        new_rows = sorted({*range(old_size, new_size), *(() if had_template else self.slot_ids)})
         if new_rows:
             inputs, head = model.get_input_embeddings().weight, model.get_output_embeddings()
             known = torch.ones(new_size, dtype=torch.bool)
@@ -278,12 +241,12 @@ PUBLISHED_TEMPLATE = LlaraTemplate(
 
 
 def slot_tokens(slots: int) -> list[str]:
-    """The names of the slot tokens: `slots` for the summary, then as many for the prediction."""
+    """The slot tokens: `slots` of the summary, then as many of the prediction."""
     return [f"<s{i}>" for i in range(1, 2 * slots + 1)]
 
 
 def prompt_texts(slots: int) -> tuple[str, str]:
-    """The summary and the prediction prompt for a number of slots, without the slots."""
+    """The summary and the prediction prompt without their slots."""
     count = (_COUNT_WORDS[slots] if slots < len(_COUNT_WORDS) else "") or str(slots)
     return _SUMMARIZE_PROMPT.format(count=count), _PREDICT_PROMPT.format(count=count)
 
@@ -304,8 +267,7 @@ def _add_slot_tokens(tokenizer: PreTrainedTokenizerBase, slots: int) -> None:
         )
     order = [f"<s{i}>" for i in _PUBLISHED_ORDER] if slots == len(_PUBLISHED_ORDER) // 2 else names
     missing = [AddedToken(name, normalized=False, special=True) for name in order if name not in vocabulary]
-    if missing:
-        tokenizer.add_tokens(missing, special_tokens=True)
+    tokenizer.add_tokens(missing, special_tokens=True)  # type: ignore[arg-type]
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: list[str], slot_ids: list[int]) -> list[int]:

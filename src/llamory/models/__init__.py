@@ -29,13 +29,10 @@ def _import_longllama() -> None:
 
 
 class _AutoClassFinder(MetaPathFinder):
-    """Import hook: finds the modules of the Auto classes as usual, and registers LongLLaMA after they are executed."""
+    """Import hook that registers LongLLaMA after the modules of the Auto classes are executed."""
 
     def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None,
-        target: ModuleType | None = None,
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname not in (_AUTO_CONFIGS, _AUTO_MODELS):
             return None
@@ -46,8 +43,7 @@ class _AutoClassFinder(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            # The table of models imports that of configurations and is complete last. Llama's configuration, which
-            # ours extends, can only be imported then.
+            # The table of models is complete last, and only then can Llama's configuration be imported.
             if fullname == _AUTO_MODELS or _AUTO_MODELS not in sys.modules:
                 _import_longllama()
 

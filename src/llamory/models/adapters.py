@@ -1,13 +1,13 @@
-"""Models of one base model share its weights in RAM; each keeps its low-rank matrices beside them.
+"""Models of one base model share its weights in RAM; each has only its low-rank matrices beside them.
 
-Merging an adapter makes a whole copy of the base model. Here a retriever and a reader together take the RAM of one base
-model and their adapters. Their outputs equal those of merged models up to float32 rounding.
+Their outputs equal those of models with merged adapters up to float32 rounding.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -22,10 +22,8 @@ from llamory.models import base as backbone
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Parameters of loaded base models by `_key`. The version is part of the key: a parameter that was changed since it was
-# loaded is no longer the base model's.
+# By `_key`, which has the version: a parameter that was changed since it was loaded is no longer the base model's.
 _SHARED_PARAMETERS: WeakValueDictionary[tuple[Any, ...], nn.Parameter] = WeakValueDictionary()
-# Names in peft's files.
 _PEFT_PREFIX = "base_model.model."
 _EMBEDDING_ROWS_SUFFIX = "token_adapter.trainable_tokens_delta"
 
@@ -38,9 +36,8 @@ def load_shared(
     Don't train it or move it to another device: the other models would change too.
 
     Args:
-        name: an adapter or a base model, as for `llamory.models.base.resolve`.
-        model_class, kwargs: as for `llamory.models.base.load_model`.
-        device: device of the weights; by default the CPU.
+        name, model_class, kwargs: as for `llamory.models.base.load_model`.
+        device: of the weights; by default the CPU.
 
     Raises:
         LlamoryError: there is no such model, or the adapter isn't a LoRA adapter.
@@ -49,7 +46,7 @@ def load_shared(
     source: PathLike = name if adapter is None else backbone.base_model_name(adapter)
     if backbone.adapter_folder(source) is None:
         source = backbone.resolve(source)
-    model = backbone.load_model(source, model_class, dtype=torch.float32, **kwargs)
+    model = backbone.load_model(source, model_class, **kwargs | {"dtype": torch.float32})
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     _share_parameters(model, str(source))
@@ -65,7 +62,7 @@ def merged(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[
         model: a model with adapters of `load_shared` or of peft, or without any.
         tensors: its `named_parameters`, or the items of its `state_dict`.
     """
-    adapted = {
+    adapted: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, ExtendedEmbedding) or hasattr(module, "lora_A")
@@ -73,23 +70,15 @@ def merged(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[
     prefixes = tuple(f"{name}." for name in adapted)
     for name, tensor in tensors:
         if not name.startswith(prefixes):
-            yield name, lambda name=name, tensor=tensor: _materialize(model, name, tensor)  # type: ignore[misc]
+            yield name, partial(_materialize, model, name, tensor)
     for name, module in adapted.items():
         is_embedding = isinstance(module, ExtendedEmbedding)
-        for parameter_name in ["weight"] if is_embedding else dict(_base_layer(module).named_parameters()):
-            yield (
-                f"{name}.{parameter_name}",
-                lambda module=module, name=parameter_name: _merged_parameter(module, name),  # type: ignore[misc]
-            )
+        for parameter in ["weight"] if is_embedding else dict(module.get_base_layer().named_parameters()):
+            yield f"{name}.{parameter}", partial(_merged_parameter, module, parameter)
 
 
 class ExtendedEmbedding(nn.Module):
-    """An embedding with further rows behind those of another one.
-
-    Args:
-        base: the embedding of the first ids.
-        rows: (further ids, dimension)
-    """
+    """An embedding with further rows, (further ids, dimension), behind those of another one."""
 
     def __init__(self, base: nn.Embedding, rows: Tensor) -> None:
         super().__init__()
@@ -108,11 +97,6 @@ class ExtendedEmbedding(nn.Module):
         return torch.where((ids >= size)[..., None], self.rows[(ids - size).clamp(min=0)], base_rows)
 
 
-def _base_layer(layer: Any) -> nn.Module:
-    base: nn.Module = layer.get_base_layer()
-    return base
-
-
 def _merged_parameter(module: nn.Module, parameter_name: str) -> Tensor:
     if isinstance(module, ExtendedEmbedding):
         return module.weight
@@ -123,15 +107,14 @@ def _merged_parameter(module: nn.Module, parameter_name: str) -> Tensor:
             _set_parameter(layer, name, nn.Parameter(_materialize(module, name, parameter).clone(), False))
     if not layer.merged:
         layer.merge()
-    return _base_layer(layer).get_parameter(parameter_name)
+    return layer.get_base_layer().get_parameter(parameter_name)
 
 
 def _materialize(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """A model's tensor; if accelerate offloaded it, from accelerate's copy."""
     module_path, _, parameter_name = name.rpartition(".")
     hook = getattr(model.get_submodule(module_path), "_hf_hook", None) if tensor.is_meta else None
-    offloaded: Tensor = tensor if hook is None else hook.weights_map[parameter_name]
-    return offloaded
+    return tensor if hook is None else hook.weights_map[parameter_name]
 
 
 def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -140,7 +123,7 @@ def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None
 
 
 def _share_parameters(model: nn.Module, source: str) -> None:
-    """Replace a model's parameters by those that other models of the same base have, and register the rest."""
+    """Replace a model's parameters by those of other models of its base, and register the rest."""
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         key = _key(source, name, parameter)
         shared = _SHARED_PARAMETERS.get(key)

