@@ -91,9 +91,6 @@ def _autocast(embedder: SentenceTransformer, dtype: str | torch.dtype | None) ->
     return torch.autocast(embedder.device.type, torch_dtype, enabled=torch_dtype is not None)
 
 
-# ---- properties of an embedder ---------------------------------------------------------------------------------------
-
-
 def llara_template(embedder: SentenceTransformer) -> LlaraTemplate | None:
     """The template of a LLARA embedder; None for any other."""
     config: Any = getattr(embedder[0], "config", None)
@@ -166,9 +163,6 @@ def _bit_sums(embedder: SentenceTransformer) -> dict[str, Any]:
         bits = weight.detach().contiguous().reshape(-1).view(words[weight.element_size()])
         sums[name] = [list(weight.shape), int(bits.sum(dtype=torch.int64))]
     return sums
-
-
-# ---- batches without padding -----------------------------------------------------------------------------------------
 
 
 class FlatEncoder:

@@ -28,7 +28,7 @@ from llamory.models.adapters import load_shared
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 DEFAULT_MAX_LENGTH = 512
 PACKAGED_RETRIEVER = "retriever"  # the packaged adapter that "default" means here
@@ -51,9 +51,6 @@ _NO_CODE: dict[str, Any] = {
     "processor_kwargs": {"trust_remote_code": False},
 }
 _TOKENIZER_ADVICE = "use a checkpoint with a byte-level BPE or a Llama-2 tokenizer."
-
-
-# ---- load ------------------------------------------------------------------------------------------------------------
 
 
 def load_embedder(
@@ -88,7 +85,7 @@ def load_embedder(
 
     name = _resolve_name(model)
     if _llama_config(name) is not None:
-        checkpoint = _Checkpoint.load(name, max_length)
+        checkpoint = _Checkpoint(name, max_length)
         embedder = checkpoint.build(device, similarity, model_kwargs, shared=shared)
         if whitened and (whitening := checkpoint.load_whitening()) is not None:
             add_whitening(embedder, whitening)
@@ -125,36 +122,26 @@ def mean_embedder(
     return SentenceTransformer(modules=modules, device=device)  # type: ignore[arg-type]
 
 
-@dataclasses.dataclass(frozen=True)
 class _Checkpoint:
-    """A LLARA checkpoint, or an adapter of one, before its weights are loaded."""
+    """A LLARA checkpoint, or an adapter of one, before its weights are loaded: template, tokenizer and length fit."""
 
-    name: str
-    config: Any
-    template: LlaraTemplate
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-
-    @classmethod
-    def load(cls, name: str, max_length: int | None) -> _Checkpoint:
-        """Load config and tokenizer and check that template, tokenizer and length fit."""
-        config = backbone.load_config(name)
+    def __init__(self, name: str, max_length: int | None):
+        config: Any = backbone.load_config(name)
         if config.model_type != "llama":
             raise LlamoryError(f"{name} is a {config.model_type} model; only LLaMAs can be LLARA retrievers.")
-        template = _require_template(name, config)
-        tokenizer = backbone.load_tokenizer(name)
-        template.check_tokenizer(tokenizer)
-        context: int = config.max_position_embeddings  # type: ignore[attr-defined]
-        if max_length is None:
-            max_length = min(DEFAULT_MAX_LENGTH, context)
-        if max_length > context:
+        self.name, self.config, self.template = name, config, _require_template(name, config)
+        self.tokenizer = backbone.load_tokenizer(name)
+        self.template.check_tokenizer(self.tokenizer)
+        context: int = config.max_position_embeddings
+        self.max_length = min(DEFAULT_MAX_LENGTH, context) if max_length is None else max_length
+        if self.max_length > context:
             raise LlamoryError(
                 f"A length of {max_length} tokens exceeds the context of {name}, which is {context}; choose a smaller "
                 "length."
             )
-        template.encode(tokenizer, "", max_length=max_length, predict=False)  # raises if the prompts don't fit
-        template.encode(tokenizer, "", max_length=max_length, summarize=False)
-        return cls(name, config, template, tokenizer, max_length)
+        # These raise if a prompt doesn't fit.
+        self.template.encode(self.tokenizer, "", max_length=self.max_length, predict=False)
+        self.template.encode(self.tokenizer, "", max_length=self.max_length, summarize=False)
 
     def build(
         self, device: str | None, similarity: str, model_kwargs: Mapping[str, Any], *, shared: bool
@@ -279,9 +266,6 @@ def _require_template(name: str, config: Any) -> LlaraTemplate:
     return template
 
 
-# ---- query prompt ----------------------------------------------------------------------------------------------------
-
-
 def query_prompt(embedder: SentenceTransformer) -> str | None:
     """The prompt of queries, "prediction" or "summary"; None for a model without slots."""
     template = llara_template(embedder)
@@ -307,9 +291,6 @@ def set_query_prompt(embedder: SentenceTransformer, query_prompt: str) -> None:
         router.route_mappings = route_mappings(query_prompt)
 
 
-# ---- whiten ----------------------------------------------------------------------------------------------------------
-
-
 def sample_passages(
     model: PathLike, paths: PathLike | Sequence[PathLike], *, number: int = 1024, max_length: int = DEFAULT_MAX_LENGTH
 ) -> list[str]:
@@ -328,8 +309,8 @@ def sample_passages(
     name = _resolve_name(model)
     template, tokenizer = _require_template(name, backbone.load_config(name)), backbone.load_tokenizer(name)
     prompt = len(template.encode(tokenizer, "", max_length=max_length, predict=False))
-    example_length = max_length - prompt + template.overhead()  # an example has both prompts
-    examples = load_examples(paths, tokenizer, template, max_length=example_length, skip_broken=True, quiet=True)
+    length = max_length - prompt + template.overhead()  # an example has both prompts
+    examples = load_examples(paths, tokenizer, template, max_length=length, skip_broken=True, quiet=True)
     return passage_texts(examples, tokenizer, number)
 
 
@@ -372,9 +353,6 @@ def _encode(embedder: SentenceTransformer, texts: list[str], task: str) -> Tenso
     return torch.as_tensor(embedder.encode(texts, task=task) if encoder is None else encoder.encode(texts, task))
 
 
-# ---- export ----------------------------------------------------------------------------------------------------------
-
-
 def export_sentence_transformer(
     model: PathLike | SentenceTransformer,
     output: PathLike,
@@ -411,7 +389,7 @@ def export_sentence_transformer(
         raise LlamoryError(f"{output} already exists and isn't an empty folder; choose another output folder.")
     if isinstance(model, str | os.PathLike):
         name = _resolve_name(model)
-        checkpoint = _Checkpoint.load(name, max_length)
+        checkpoint = _Checkpoint(name, max_length)
         embedder = checkpoint.build(device, similarity, {}, shared=False)
         if whitening_texts:
             add_whitening(embedder, fit_whitening_on_texts(embedder, whitening_texts))

@@ -8,7 +8,6 @@ import os
 from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,10 +184,7 @@ class LlaraCollator:
         }
 
 
-# ---- from files to examples ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
+@dataclass
 class _Preprocessor:
     """Makes examples from files in two steps: rows of texts and words, then token ids."""
 
@@ -201,6 +197,10 @@ class _Preprocessor:
     skip_broken: bool
 
     def __post_init__(self) -> None:
+        self.max_passage_tokens = self.max_length - self.template.overhead()
+        self.stop_words = stop_words(self.languages)
+        slots = self.tokenizer.convert_ids_to_tokens(list(self.template.slot_ids))
+        self.slot_tokens = [token for token in slots if token]
         if not self.tokenizer.is_fast:
             raise LlamoryError("LLARA examples need a fast tokenizer; use one that has a tokenizer.json.")
         if self.max_passage_tokens < 1:
@@ -210,20 +210,6 @@ class _Preprocessor:
             )
         if self.chunk_size is not None and self.chunk_size < 1:
             raise LlamoryError(f"chunk_size must be at least 1 token, not {self.chunk_size}.")
-        stop_words(self.languages)  # raises at once if a language is unknown
-
-    @property
-    def max_passage_tokens(self) -> int:
-        """The most tokens of a passage within a sequence."""
-        return self.max_length - self.template.overhead()
-
-    @cached_property
-    def stop_word_set(self) -> frozenset[str]:
-        return stop_words(self.languages)
-
-    @cached_property
-    def slot_tokens(self) -> tuple[str, ...]:
-        return tuple(token for token in self.tokenizer.convert_ids_to_tokens(list(self.template.slot_ids)) if token)
 
     def fingerprint(self, files: Sequence[str], step: str) -> str:
         """A digest of everything that the examples depend on."""
@@ -274,7 +260,7 @@ class _Preprocessor:
         return {"text": text, **targets}
 
     def _content_words(self, text: str) -> list[str]:
-        return content_words(text, self.stop_word_set)
+        return content_words(text, self.stop_words)
 
     def _document_rows(self, path: Path) -> Iterator[dict[str, Any]]:
         language = self.languages[0] if self.languages else "en"
@@ -336,9 +322,6 @@ def _progress_bars(*, shown: bool) -> Iterator[None]:
         yield
     finally:
         datasets.enable_progress_bars()
-
-
-# ---- target words ----------------------------------------------------------------------------------------------------
 
 
 def stop_words(languages: Iterable[str]) -> frozenset[str]:

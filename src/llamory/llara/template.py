@@ -69,8 +69,6 @@ class LlaraTemplate:
             if (value := getattr(self, name)) not in choices:
                 raise LlamoryError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
 
-    # ---- sources of a template --------------------------------------------------------------------------------------
-
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, slots: int = 8, **settings: Any) -> LlaraTemplate:
         """Build the template for a tokenizer, and add the slot tokens that it lacks to the tokenizer.
@@ -119,8 +117,6 @@ class LlaraTemplate:
     def to_dict(self) -> dict[str, Any]:
         """The template as lists and numbers, as stored in `config.llara`."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    # ---- use ---------------------------------------------------------------------------------------------------------
 
     @property
     def slots(self) -> int:

@@ -173,4 +173,5 @@ def _inject_adapter(model: PreTrainedModel, adapter: Path) -> None:
         extended: Any = ExtendedEmbedding(embedding, rows.to(embedding.weight.device))
         model.set_input_embeddings(extended)
         model.config.vocab_size = size + len(rows)
-    backbone.merge_adapter_config(model.config, adapter_config)
+    if hasattr(adapter_config, "llara"):
+        model.config.llara = adapter_config.llara

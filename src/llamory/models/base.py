@@ -36,9 +36,6 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 _REQUIRED_PARAMETERS = ("model.", "lm_head.", "layers.", "embed_tokens.", "norm.")
 
 
-# ---- names -----------------------------------------------------------------------------------------------------------
-
-
 def packaged_name(name: PathLike) -> str | None:
     """The packaged model that a name means; None for a path, a hub id, or if a model's folder has that name here."""
     is_packaged = isinstance(name, str) and name in PACKAGED_MODELS and not holds_model(Path(name))
@@ -122,9 +119,6 @@ def base_model_name(adapter: Path) -> str:
     return unshadowed_name(str(base))
 
 
-# ---- loading ---------------------------------------------------------------------------------------------------------
-
-
 def load_config(name: PathLike = "default") -> PretrainedConfig:
     """Load a model's configuration (names as for `resolve`); for an adapter its own one if there is one.
 
@@ -141,24 +135,19 @@ def load_tokenizer(name: PathLike = "default") -> PreTrainedTokenizerBase:
     source = resolve(name)
     if isinstance(source, Path) and not any((source / file).is_file() for file in _TOKENIZER_FILES):
         raise LlamoryError(f"The model {name} has no tokenizer: its folder lacks tokenizer.json.")
-    from transformers import AutoTokenizer
+    from transformers import AddedToken, AutoTokenizer
 
     with load_errors(name, "tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     if (adapter := adapter_folder(name)) is not None and (adapter / "added_tokens.json").is_file():
         with load_errors(name, "added_tokens.json"):
-            _add_tokens(tokenizer, json.loads((adapter / "added_tokens.json").read_text(encoding="utf-8")))
+            ids = json.loads((adapter / "added_tokens.json").read_text(encoding="utf-8"))
+            tokens = sorted(ids, key=ids.__getitem__)
+            added = [AddedToken(token, normalized=False, special=True) for token in tokens]
+            tokenizer.add_tokens(added, special_tokens=True)  # type: ignore[arg-type]
+            if tokenizer.convert_tokens_to_ids(tokens) != [ids[token] for token in tokens]:
+                raise LlamoryError(f"{tokens[0]} or others get another id than the adapter was trained with.")
     return tokenizer
-
-
-def _add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, int]) -> None:
-    """Add special tokens, which must get the ids that they have in training."""
-    from transformers import AddedToken
-
-    order = sorted(tokens, key=tokens.__getitem__)
-    tokenizer.add_tokens([AddedToken(token, normalized=False, special=True) for token in order], special_tokens=True)
-    if tokenizer.convert_tokens_to_ids(order) != [tokens[token] for token in order]:
-        raise LlamoryError(f"The tokenizer gives {order[0]} or others another id than the adapter was trained with.")
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -218,7 +207,8 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path, dtype: str | torch.dty
         adapter_config = load_config(adapter)
         if adapter_config.vocab_size > model.config.vocab_size:
             model.resize_token_embeddings(adapter_config.vocab_size, mean_resizing=False)
-        merge_adapter_config(model.config, adapter_config)
+        if hasattr(adapter_config, "llara"):
+            model.config.llara = adapter_config.llara
         merged = model
         if not is_memory_only_adapter(adapter_config, model.config):
             merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
@@ -234,12 +224,6 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path, dtype: str | torch.dty
 def is_memory_only_adapter(adapter_config: PretrainedConfig, config: PretrainedConfig) -> bool:
     """Whether an adapter changes only projections for memory, which a model loaded as a plain LLaMA doesn't have."""
     return getattr(adapter_config, "mem_projections", False) and not getattr(config, "mem_projections", False)
-
-
-def merge_adapter_config(config: PretrainedConfig, adapter_config: PretrainedConfig) -> None:
-    """Copy an adapter's LLARA template to its base model's config."""
-    if hasattr(adapter_config, "llara"):
-        config.llara = adapter_config.llara  # type: ignore[attr-defined]
 
 
 def _load_config(source: str | Path, name: PathLike) -> PretrainedConfig:
@@ -263,7 +247,9 @@ def load_errors(name: PathLike, component: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, ImportError, SafetensorError) as error:
-        if _should_propagate(error):
+        # Not about the files' content: ours, no permission, a full disk, too little memory.
+        is_system_error = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENOSPC)
+        if is_system_error or isinstance(error, LlamoryError) or type(error).__name__ == "OutOfMemoryError":
             raise
         if "trust_remote_code" in str(error):
             raise LlamoryError(
@@ -279,18 +265,9 @@ def load_errors(name: PathLike, component: str) -> Iterator[None]:
         raise LlamoryError(f"The {component} of {name} can't be read: {_first_line(error)}") from error
 
 
-def _should_propagate(error: Exception) -> bool:
-    """Whether an error isn't about the files' content: ours, no permission, a full disk, too little memory."""
-    is_system_error = isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENOSPC)
-    return is_system_error or isinstance(error, LlamoryError) or type(error).__name__ == "OutOfMemoryError"
-
-
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(" .:") + "."
-
-
-# ---- GGUF ------------------------------------------------------------------------------------------------------------
 
 
 def _packaged_gguf() -> Path:
