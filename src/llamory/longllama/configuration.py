@@ -40,11 +40,7 @@ _CODE_LLAMA_7B: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     "mem_layers": [8, 16, 24],
 }
-PUBLISHED = {
-    "longllama-3b": _OPEN_LLAMA_3B,
-    "longllama-3b-v1.1": _OPEN_LLAMA_3B,
-    "longllama-code-7b": _CODE_LLAMA_7B,
-}
+PUBLISHED = {"longllama-3b": _OPEN_LLAMA_3B, "longllama-3b-v1.1": _OPEN_LLAMA_3B, "longllama-code-7b": _CODE_LLAMA_7B}
 
 # Keys in configurations of earlier versions.
 RENAMED_KEYS = {
@@ -187,11 +183,7 @@ def check_memory(config: LongLlamaConfig) -> None:
     _check_layers(list(config.mem_layers), config.num_hidden_layers)
     assert config.last_context_length is not None
     check_last_context(config.last_context_length, config.max_position_embeddings)
-    for key, allowed in (
-        ("mem_dtype", tuple(DTYPES)),
-        ("local_cache_overflow", OVERFLOWS),
-        ("mem_search", SEARCHES),
-    ):
+    for key, allowed in (("mem_dtype", tuple(DTYPES)), ("local_cache_overflow", OVERFLOWS), ("mem_search", SEARCHES)):
         if getattr(config, key) not in allowed:
             raise LlamoryError(f"{key} is {getattr(config, key)!r}, but it must be one of {', '.join(allowed)}.")
     grouping = config.mem_attention_grouping

@@ -117,14 +117,7 @@ def _backend(query: Tensor) -> str:
 
 
 def _backward(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    causal: bool,
-    scaling: float,
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, causal: bool, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend, aten = _backend(query), torch.ops.aten
     if backend != "plain":

@@ -241,11 +241,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         return [*states[:-1], last] if all_states else [last]
 
     def _forward_cross_batch(
-        self,
-        source: Tensor,
-        attention_mask: Tensor | None,
-        cross_batch: CrossBatch,
-        kwargs: dict[str, Any],
+        self, source: Tensor, attention_mask: Tensor | None, cross_batch: CrossBatch, kwargs: dict[str, Any]
     ) -> BaseModelOutputWithPast:
         """Rows that see one another in memory layers (section 3.2)."""
         batch, width = source.shape[:2]

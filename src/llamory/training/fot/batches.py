@@ -95,11 +95,7 @@ class FotBatches:
             labels.append(tokens_and_next[1:].view(self.packing, self.row_length))
             documents += pack.document_numbers(range(0, length, self.row_length))
             pack.advance(length)
-        return {
-            "input_ids": torch.cat(inputs),
-            "shift_labels": torch.cat(labels),
-            "documents": torch.tensor(documents),
-        }
+        return {"input_ids": torch.cat(inputs), "shift_labels": torch.cat(labels), "documents": torch.tensor(documents)}
 
     def _queued_document(self, tokens: list[int], source: int, key: Key, number: int) -> _QueuedDocument:
         return _QueuedDocument(

@@ -364,11 +364,7 @@ def embedder(
     def embed(rows: list[Tensor]) -> Tensor:
         texts = clean(tokenizer.batch_decode([row.tolist() for row in rows], skip_special_tokens=True))
         vectors = retriever.encode_document(
-            texts,
-            batch_size=batch_size,
-            show_progress_bar=False,
-            convert_to_tensor=True,
-            normalize_embeddings=True,
+            texts, batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True, normalize_embeddings=True
         )
         assert isinstance(vectors, Tensor)
         return vectors

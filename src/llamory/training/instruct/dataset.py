@@ -118,12 +118,7 @@ FEATURES = Features(
     }
 )
 _ROWS = Features(
-    {
-        "kind": Value("string"),
-        "texts": List(Value("string")),
-        "answers": List(Value("bool")),
-        "source": Value("string"),
-    }
+    {"kind": Value("string"), "texts": List(Value("string")), "answers": List(Value("bool")), "source": Value("string")}
 )
 
 # A text and whether it is an answer.
