@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from llamory.longllama.cache import ForwardContext, LongLlamaCacheLayer
+from llamory.longllama.cache import ForwardContext
 from llamory.longllama.configuration import LongLlamaConfig
 from llamory.longllama.crossbatch import CrossBatch, Weights, cross_batch_attention, cross_batch_parts
 from llamory.memory.blocks import SpanList
@@ -48,9 +48,9 @@ class LongLlamaDecoderLayer(LlamaDecoderLayer):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Llama's forward. The last layer to compute writes memory only, or keeps only the rows with queries."""
-        forward_context: ForwardContext | None = kwargs.get("forward_context")
-        if forward_context is not None and forward_context.last_layer == self.self_attn.layer_idx:
-            self.self_attn.write_memory(self.input_layernorm(hidden_states), forward_context)
+        ctx: ForwardContext | None = kwargs.get("ctx")
+        if ctx is not None and ctx.last_layer == self.self_attn.layer_idx:
+            self.self_attn.write_memory(self.input_layernorm(hidden_states), ctx)
             return hidden_states
         cross_batch: CrossBatch | None = kwargs.get("cross_batch")
         if cross_batch is not None and cross_batch.last_layer == self.self_attn.layer_idx:
@@ -79,8 +79,7 @@ class MemoryProjection(nn.Linear):
 class LongLlamaAttention(LlamaAttention):
     """Llama's attention that continues a local context and, in memory layers, attends to memory as well.
 
-    With `mem_projections`, memory has its own projections `mem_q_proj` to `mem_o_proj`; local context and memory still
-    share one softmax. Without memory, the output depends on the layer's own weights only.
+    Also with `mem_projections`, local context and memory share one softmax.
     """
 
     @property
@@ -111,44 +110,37 @@ class LongLlamaAttention(LlamaAttention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
-        forward_context: ForwardContext | None = None,
+        ctx: ForwardContext | None = None,
         cross_batch: CrossBatch | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of a window (with `forward_context`), of training (with `cross_batch`), or Llama's.
-
-        `hidden_states` is (R, W, hidden).
-        """
+        """Attention of a window (with `ctx`), of training (with `cross_batch`), or Llama's, (R, W, hidden)."""
+        rotary = position_embeddings
         if cross_batch is not None and self.has_memory:
-            assert position_embeddings is not None
-            return self.attend_cross_batch(hidden_states, position_embeddings, cross_batch), None
-        if forward_context is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        assert position_embeddings is not None
-        query, key, value = self._project(hidden_states)
-        memory_qkv = (query, key, value)
-        needs_memory_query = self.has_projections and (
-            forward_context.local_update is not None or self._has_memory_tokens(forward_context)
-        )
+            assert rotary is not None
+            return self.attend_cross_batch(hidden_states, rotary, cross_batch), None
+        if ctx is None:
+            return super().forward(hidden_states, rotary, attention_mask, past_key_values, **kwargs)
+        assert rotary is not None
+        query, key, value = memory_qkv = self._project(hidden_states)
+        queries = self.has_projections and (ctx.local_update is not None or self._has_memory_tokens(ctx))
         if self.has_projections:
-            memory_qkv = self._project(hidden_states, "mem_", queries=needs_memory_query)
-        memory_kv = (self._memory_key(memory_qkv[1], forward_context), memory_qkv[2])
-        query, key = self._apply_rotary(query, key, position_embeddings)
+            memory_qkv = self._project(hidden_states, "mem_", queries=queries)
+        memory_kv = (self._memory_key(memory_qkv[1], ctx), memory_qkv[2])
+        query, key = self._apply_rotary(query, key, rotary)
         memory_query = query
-        if needs_memory_query or (self.has_memory and forward_context.memory_rotary is not None):
-            memory_query, _ = self._apply_rotary(
-                memory_qkv[0], memory_qkv[0][:, :1], forward_context.memory_rotary or position_embeddings
-            )
-        if forward_context.local_update is not None:
-            return self._attend_continuation((query, key, value), memory_query, memory_kv, forward_context), None
-        output = self._attend_window((query, key, value), memory_query, attention_mask, forward_context, **kwargs)
-        self._store(key, value, memory_kv, forward_context)
+        if queries or (self.has_memory and ctx.memory_rotary is not None):
+            memory_query, _ = self._apply_rotary(memory_qkv[0], memory_qkv[0][:, :1], ctx.memory_rotary or rotary)
+        if ctx.local_update is not None:
+            return self._attend_continuation((query, key, value), memory_query, memory_kv, ctx), None
+        output = self._attend_window((query, key, value), memory_query, attention_mask, ctx, **kwargs)
+        self._store(key, value, memory_kv, ctx)
         return output, None
 
-    def write_memory(self, hidden_states: Tensor, forward_context: ForwardContext) -> None:
+    def write_memory(self, hidden_states: Tensor, ctx: ForwardContext) -> None:
         """Write the window's keys and values into memory without attending."""
         _, key, value = self._project(hidden_states, "mem_" if self.has_projections else "", queries=False)
-        self._store(None, None, (self._memory_key(key, forward_context), value), forward_context)
+        self._store(None, None, (self._memory_key(key, ctx), value), ctx)
 
     def attend_cross_batch(
         self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], cross_batch: CrossBatch
@@ -161,22 +153,21 @@ class LongLlamaAttention(LlamaAttention):
             query_states = hidden_states[list(rows)]
             contexts = [contexts[row] for row in rows]
             weights = None if weights is None else [weights[row] for row in rows]
-        query = self._heads(self.q_proj(query_states))
+        query, frozen = self._heads(self.q_proj(query_states)), cross_batch.frozen_contexts
         _, key, value = self._project(hidden_states, queries=False)
         cos, sin = (part.to(query.device) for part in rotary)
         if not self.uses_rotary:
             cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
         settings: dict[str, Any] = {"scaling": self.scaling, "lengths": cross_batch.lengths, "rows": rows}
         settings["weights"] = weights
-        prefix, frozen_contexts = "mem_" if self.has_projections else "", cross_batch.frozen_contexts
-        if not prefix and frozen_contexts is None:
-            return self._output_projection(cross_batch_attention(query, key, value, cos, sin, contexts, **settings))
+        if not self.has_projections and frozen is None:
+            return self._output(cross_batch_attention(query, key, value, cos, sin, contexts, **settings))
+        prefix = "mem_" if self.has_projections else ""
         memory_query = self._heads(self.mem_q_proj(query_states)) if prefix else query
-        seen = hidden_states if frozen_contexts is None else frozen_contexts[self.layer_idx]
+        seen = hidden_states if frozen is None else frozen[self.layer_idx]
         memory_qkv = memory_query, *self._project(seen, prefix, queries=False)[1:]
-        settings["frozen_contexts"] = frozen_contexts is not None
-        local_output, found = cross_batch_parts((query, key, value), memory_qkv, cos, sin, contexts, **settings)
-        return self._output_projection(local_output, found) if prefix else self._output_projection(local_output + found)
+        settings["frozen_contexts"] = frozen is not None
+        return self._output(*cross_batch_parts((query, key, value), memory_qkv, cos, sin, contexts, **settings))
 
     # ---- first window ------------------------------------------------------------------------------------------------
 
@@ -185,7 +176,7 @@ class LongLlamaAttention(LlamaAttention):
         local_qkv: tuple[Tensor, Tensor, Tensor],
         memory_query: Tensor,
         attention_mask: Tensor | None,
-        forward_context: ForwardContext,
+        ctx: ForwardContext,
         **kwargs: Any,
     ) -> Tensor:
         """Causal attention within the window, and to all of memory; (R, W, hidden).
@@ -193,38 +184,31 @@ class LongLlamaAttention(LlamaAttention):
         Rows are padded on the right, where causal attention doesn't look, so no padding mask is needed.
         """
         query, key, value = local_qkv
-        if not self._has_memory_tokens(forward_context):
-            function: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            )
+        if not self._has_memory_tokens(ctx):
+            interface = ALL_ATTENTION_FUNCTIONS.get_interface
+            function: Callable = interface(self.config._attn_implementation, eager_attention_forward)
             dropout = self.attention_dropout if self.training else 0.0
             output = function(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
-            return self._output_projection(output[0].transpose(1, 2))
-        query, memory_query, memory_bias = self._scale_by_memory_size(query, memory_query, forward_context)
+            return self._output(output[0].transpose(1, 2))
+        query, memory_query, memory_bias = self._scale_by_memory_size(query, memory_query, ctx)
         if _needs_gradient(query, key, value):
             width = query.shape[2]
             causal = torch.ones(width, width, dtype=torch.bool, device=query.device).tril()[None, None]
-            return self._eager_attention([(query, key, value, causal)], memory_query, forward_context, memory_bias)
+            return self._eager_attention([(query, key, value, causal)], memory_query, ctx, memory_bias)
         local = flash(query, key, value, scaling=self.scaling, causal=True)
-        memory = self._attend_memory(memory_query, forward_context)
-        return self._merge_local_and_memory(local, [memory], memory_query, forward_context, memory_bias)
+        memory = self._attend_memory(memory_query, ctx)
+        return self._merge_local_and_memory(local, [memory], memory_query, ctx, memory_bias)
 
     def _store(
-        self,
-        key: Tensor | None,
-        value: Tensor | None,
-        memory_kv: tuple[Tensor, Tensor],
-        forward_context: ForwardContext,
+        self, key: Tensor | None, value: Tensor | None, memory_kv: tuple[Tensor, Tensor], ctx: ForwardContext
     ) -> None:
         """Write a first window into the local context or into memory."""
-        if forward_context.keep_local:
-            assert forward_context.slots is not None and key is not None and value is not None
-            self._local_cache(forward_context).write(
-                forward_context.row_index, forward_context.slots, key, value, *memory_kv
-            )
+        if ctx.keep_local:
+            assert ctx.slots is not None and key is not None and value is not None
+            ctx.cache.layers[self.layer_idx].write(ctx.row_index, ctx.slots, key, value, *memory_kv)
         elif self.has_memory:
-            before = self._memory_spans(forward_context)
-            for row, (bank, length) in enumerate(zip(forward_context.banks, forward_context.lengths, strict=True)):
+            before = self._memory_spans(ctx)
+            for row, (bank, length) in enumerate(zip(ctx.banks, ctx.lengths, strict=True)):
                 # Gradient checkpointing runs a layer twice; the second run must not write again.
                 if bank.length(self.layer_idx) == before[row].tokens:
                     keys, values = (part[row, :, :length].detach() for part in memory_kv)
@@ -237,66 +221,52 @@ class LongLlamaAttention(LlamaAttention):
         new_qkv: tuple[Tensor, Tensor, Tensor],
         memory_query: Tensor,
         memory_kv: tuple[Tensor, Tensor],
-        forward_context: ForwardContext,
+        ctx: ForwardContext,
     ) -> Tensor:
         """Attention to the local context, the slots evicted from it, and memory; (R, W, hidden)."""
-        local_update, local = forward_context.local_update, self._local_cache(forward_context)
-        assert local_update is not None
+        update, local = ctx.local_update, ctx.cache.layers[self.layer_idx]
+        assert update is not None
         query = new_qkv[0]
-        local.write(forward_context.row_index, local_update.write, *new_qkv[1:], *memory_kv)
+        local.write(ctx.row_index, update.write, *new_qkv[1:], *memory_kv)
         if self.has_memory:
-            self._evict(local_update.evicted_before, local, forward_context)
-        keys, values = local.read(forward_context.row_index, local_update.seen)
-        mask = None if local_update.mask is None else local_update.mask.to(query.device)
+            self._evict(update.evicted_before, ctx)
+        keys, values = local.read(ctx.row_index, update.seen)
+        mask = None if update.mask is None else update.mask.to(query.device)
         if not self.has_memory:
-            output = F.scaled_dot_product_attention(
-                query, keys, values, attn_mask=mask, scale=self.scaling, enable_gqa=self.num_key_value_groups > 1
-            )
-            return self._output_projection(output)
-        query, memory_query, memory_bias = self._scale_by_memory_size(
-            query, memory_query, forward_context, local_update.evicted_mask
-        )
+            gqa = self.num_key_value_groups > 1
+            attention = F.scaled_dot_product_attention
+            return self._output(attention(query, keys, values, mask, scale=self.scaling, enable_gqa=gqa))
+        query, memory_query, memory_bias = self._scale_by_memory_size(query, memory_query, ctx, update.evicted_mask)
         local_qkv: list[_LocalQKV] = [(query, keys, values, mask)]
-        if local_update.evicted is not None and local_update.evicted_mask is not None:
-            evicted = local.read(forward_context.row_index, local_update.evicted, raw=True)
-            local_qkv.append((memory_query, *evicted, local_update.evicted_mask.to(query.device)))
+        if update.evicted is not None and update.evicted_mask is not None:
+            evicted = local.read(ctx.row_index, update.evicted, raw=True)
+            local_qkv.append((memory_query, *evicted, update.evicted_mask.to(query.device)))
         if _needs_gradient(*new_qkv):
-            output = self._eager_attention(local_qkv, memory_query, forward_context, memory_bias)
+            output = self._eager_attention(local_qkv, memory_query, ctx, memory_bias)
         else:
-            first, *parts = [
-                flash(part, keys, values, scaling=self.scaling, mask=_additive_mask(mask, part))
-                for part, keys, values, mask in local_qkv
-            ]
-            if any(bank.length(self.layer_idx) for bank in forward_context.banks):
-                parts.append(self._attend_memory(memory_query, forward_context))
-            output = self._merge_local_and_memory(first, parts, memory_query, forward_context, memory_bias)
-        self._evict(local_update.evicted_after, local, forward_context)
+            first, *parts = [flash(q, k, v, scaling=self.scaling, mask=seen) for q, k, v, seen in local_qkv]
+            if any(bank.length(self.layer_idx) for bank in ctx.banks):
+                parts.append(self._attend_memory(memory_query, ctx))
+            output = self._merge_local_and_memory(first, parts, memory_query, ctx, memory_bias)
+        self._evict(update.evicted_after, ctx)
         return output
 
-    def _evict(
-        self, slots: list[Tensor | slice] | None, local: LongLlamaCacheLayer, forward_context: ForwardContext
-    ) -> None:
+    def _evict(self, slots: list[Tensor | slice] | None, ctx: ForwardContext) -> None:
         """Move these slots of each row from the local context into memory."""
-        if slots is None:
-            return
-        rows = range(len(slots)) if forward_context.rows is None else forward_context.rows.tolist()
-        for bank, row, row_slots in zip(forward_context.banks, rows, slots, strict=True):
-            key, value = local.read(row, row_slots, raw=True)
-            bank.append(self.layer_idx, key, value)
+        if slots is not None:
+            rows = range(len(slots)) if ctx.rows is None else ctx.rows.tolist()
+            for bank, row, row_slots in zip(ctx.banks, rows, slots, strict=True):
+                bank.append(self.layer_idx, *ctx.cache.layers[self.layer_idx].read(row, row_slots, raw=True))
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
-    def _attend_memory(self, query: Tensor, forward_context: ForwardContext) -> tuple[Tensor, Tensor]:
+    def _attend_memory(self, query: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """Output (R, H, W, D) and log-sum-exp (R, H, W) over memory."""
-        width = step = query.shape[2]
+        step = query.shape[2]
         if self.config.mem_attention_grouping is not None:
             heads, queries = self.config.mem_attention_grouping
             step = max(1, heads * queries // query.shape[1])
-        banks, search = forward_context.banks, forward_context.search
-        parts = [
-            attend(query[:, :, start : start + step], banks, self.layer_idx, self.scaling, search)
-            for start in range(0, width, step)
-        ]
+        parts = [attend(part, ctx.banks, self.layer_idx, self.scaling, ctx.search) for part in query.split(step, 2)]
         outputs, lses = zip(*parts, strict=True)
         return (outputs[0], lses[0]) if len(parts) == 1 else (torch.cat(outputs, 2), torch.cat(lses, 2))
 
@@ -305,7 +275,7 @@ class LongLlamaAttention(LlamaAttention):
         local: tuple[Tensor, Tensor],
         found: list[tuple[Tensor, Tensor]],
         memory_query: Tensor,
-        forward_context: ForwardContext,
+        ctx: ForwardContext,
         memory_bias: Tensor | None,
     ) -> Tensor:
         """Merge the attention over the parts into one softmax, and project; (R, W, hidden).
@@ -318,26 +288,18 @@ class LongLlamaAttention(LlamaAttention):
             memory, memory_lse = merge(*zip(*found, strict=True))
             output, local_lse = local[0], local[1].float()
             lse = torch.logaddexp(local_lse, memory_lse).clamp_min(torch.finfo(torch.float32).min)
-            output, memory = (
-                part * (part_lse - lse).exp().unsqueeze(-1).to(part.dtype)
-                for part, part_lse in ((output, local_lse), (memory, memory_lse))
-            )
-            projected = self._output_projection(output, memory)
+            output = output * (local_lse - lse).exp().unsqueeze(-1).to(output.dtype)
+            memory = memory * (memory_lse - lse).exp().unsqueeze(-1).to(memory.dtype)
+            projected = self._output(output, memory)
         else:
             output, lse = merge(*zip(local, *found, strict=True))
-            projected = self._output_projection(output)
-        if forward_context.cache.observer is not None:
-            forward_context.cache.observer(
-                self.layer_idx, memory_query, lse if memory_bias is None else lse + memory_bias
-            )
+            projected = self._output(output)
+        if ctx.cache.observer is not None:
+            ctx.cache.observer(self.layer_idx, memory_query, lse if memory_bias is None else lse + memory_bias)
         return projected
 
     def _eager_attention(
-        self,
-        local_qkv: list[_LocalQKV],
-        memory_query: Tensor,
-        forward_context: ForwardContext,
-        memory_bias: Tensor | None,
+        self, local_qkv: list[_LocalQKV], memory_query: Tensor, ctx: ForwardContext, memory_bias: Tensor | None
     ) -> Tensor:
         """The same attention in plain operations, since fused kernels have no gradient through the log-sum-exp.
 
@@ -345,7 +307,7 @@ class LongLlamaAttention(LlamaAttention):
         the slots evicted from it; `memory_bias` is subtracted from all scores but the local context's.
         """
         outputs, found = [], []
-        for row, past in enumerate(self._seen_spans(forward_context)):
+        for row, past in enumerate(self._seen_spans(ctx)):
             parts = [(q[row], k[row], v[row], m) for q, k, v, m in local_qkv]
             parts += [
                 (memory_query[row], span.keys().to(memory_query), span.values().to(memory_query), None) for span in past
@@ -365,40 +327,33 @@ class LongLlamaAttention(LlamaAttention):
             local, *others = [weight @ value for weight, value in zip(weights, values, strict=True)]
             outputs.append(local)
             found.append(sum(others, torch.zeros_like(local)))
-        output, memory = torch.stack(outputs), torch.stack(found)
-        return (
-            self._output_projection(output, memory)
-            if self.has_projections
-            else self._output_projection(output + memory)
-        )
+        return self._output(torch.stack(outputs), torch.stack(found))
 
     def _scale_by_memory_size(
-        self, query: Tensor, memory_query: Tensor, forward_context: ForwardContext, evicted: Tensor | None = None
+        self, query: Tensor, memory_query: Tensor, ctx: ForwardContext, evicted: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Queries scaled by the size of the memory that each sees, and the bias to subtract from memory's scores."""
         if not self.config.logn_attention_scale and not self.config.memory_size_bias:
             return query, memory_query, None
-        seen = count_seen_tokens(self._seen_spans(forward_context), evicted, query.device)
+        seen = count_seen_tokens(self._seen_spans(ctx), evicted, query.device)
         if self.config.logn_attention_scale:
             query, memory_query = scale_queries(self.config, (query, memory_query), seen)
         return query, memory_query, memory_logit_bias(self.config, seen) if self.config.memory_size_bias else None
 
-    def _has_memory_tokens(self, forward_context: ForwardContext) -> bool:
-        return self.has_memory and any(self._memory_spans(forward_context))
+    def _has_memory_tokens(self, ctx: ForwardContext) -> bool:
+        return self.has_memory and any(self._memory_spans(ctx))
 
-    def _memory_spans(self, forward_context: ForwardContext) -> list[SpanList]:
+    def _memory_spans(self, ctx: ForwardContext) -> list[SpanList]:
         """Per row, the memory before this forward pass."""
-        if self.layer_idx not in forward_context.spans:
-            forward_context.spans[self.layer_idx] = self._current_spans(forward_context)
-        return forward_context.spans[self.layer_idx]
+        if self.layer_idx not in ctx.spans:
+            ctx.spans[self.layer_idx] = [bank.spans(self.layer_idx) for bank in ctx.banks]
+        return ctx.spans[self.layer_idx]
 
-    def _seen_spans(self, forward_context: ForwardContext) -> list[SpanList]:
+    def _seen_spans(self, ctx: ForwardContext) -> list[SpanList]:
         """Per row, the memory that queries see: a continuation sees the slots that it has just evicted."""
-        is_first = forward_context.local_update is None
-        return self._memory_spans(forward_context) if is_first else self._current_spans(forward_context)
-
-    def _current_spans(self, forward_context: ForwardContext) -> list[SpanList]:
-        return [bank.spans(self.layer_idx) for bank in forward_context.banks]
+        if ctx.local_update is None:
+            return self._memory_spans(ctx)
+        return [bank.spans(self.layer_idx) for bank in ctx.banks]
 
     # ---- projections -------------------------------------------------------------------------------------------------
 
@@ -411,8 +366,10 @@ class LongLlamaAttention(LlamaAttention):
         query = self._heads(getattr(self, f"{prefix}q_proj")(hidden_states)) if queries else key
         return query, key, value
 
-    def _output_projection(self, output: Tensor, found: Tensor | None = None) -> Tensor:
+    def _output(self, output: Tensor, found: Tensor | None = None) -> Tensor:
         """Project outputs (R, H, W, D) of the local context and of memory (`found`) to (R, W, hidden)."""
+        if found is not None and not self.has_projections:
+            output, found = output + found, None
         projected: Tensor = self.o_proj(output.transpose(1, 2).flatten(2))
         return projected if found is None else projected + self.mem_o_proj(found.transpose(1, 2).flatten(2))
 
@@ -426,25 +383,16 @@ class LongLlamaAttention(LlamaAttention):
         cos, sin = (part.to(query.device) for part in rotary)
         return apply_rotary_pos_emb(query, key, cos, sin)
 
-    def _memory_key(self, key: Tensor, forward_context: ForwardContext) -> Tensor:
+    def _memory_key(self, key: Tensor, ctx: ForwardContext) -> Tensor:
         """The key at position 0: unrotated, times the factor that some rotary embeddings apply at every position."""
-        return key * forward_context.key_scale if self.uses_rotary and forward_context.key_scale != 1.0 else key
-
-    def _local_cache(self, forward_context: ForwardContext) -> LongLlamaCacheLayer:
-        return forward_context.cache.layers[self.layer_idx]
+        return key * ctx.key_scale if self.uses_rotary and ctx.key_scale != 1.0 else key
 
 
 # ---- scaling by the size of memory -----------------------------------------------------------------------------------
 
 
 def count_seen_tokens(spans: Sequence[SpanList], evicted: Tensor | None, device: torch.device) -> Tensor:
-    """Memory tokens that each query sees, (R, 1, W or 1) float32.
-
-    Args:
-        spans: the memory of each row.
-        evicted: (R, W, slots), True where a slot of the local context counts as memory for a query.
-        device: of the result.
-    """
+    """Memory tokens that each query sees, (R, 1, W or 1) float32, with those `evicted`, (R or 1, 1, W, slots)."""
     counts = torch.tensor([row.tokens for row in spans], dtype=torch.float32, device=device)[:, None, None]
     return counts if evicted is None else counts + evicted.to(device).sum(-1)
 
@@ -478,10 +426,3 @@ def scale_context_weights(config: Any, weights: Weights, lengths: Sequence[Seque
 
 def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _additive_mask(mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """A boolean mask as numbers to add to scores, 0 or -inf, of the type of `like`."""
-    if mask is None:
-        return None
-    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(~mask, float("-inf"))

@@ -19,21 +19,8 @@ from llamory.memory.blocks import SpanList
 from llamory.memory.search import Search
 
 
-@dataclass
-class CacheShape:
-    """State that the layers share. They hold no reference to the cache, so that its memory is freed with it.
-
-    Attributes:
-        slots: which token is in which column of the local buffers.
-        num_columns: input columns processed so far.
-    """
-
-    slots: Slots
-    num_columns: int = 0
-
-
 class LongLlamaCacheLayer(CacheLayerMixin):
-    """The local context of one layer.
+    """The local context of one layer. It refers to the slots, not to the cache, so that memory is freed with the cache.
 
     Attributes:
         keys: (batch, kv_heads, capacity, head_dim), rotated.
@@ -46,15 +33,15 @@ class LongLlamaCacheLayer(CacheLayerMixin):
 
     BUFFERS = ("keys", "values", "raw_keys", "raw_values")
 
-    def __init__(self, shape: CacheShape, has_memory: bool, has_projections: bool = False):
+    def __init__(self, slots: Slots, has_memory: bool, has_projections: bool = False):
         super().__init__()
-        self._shape, self.has_memory, self.has_projections = shape, has_memory, has_projections
+        self._slots, self.has_memory, self.has_projections = slots, has_memory, has_projections
         self.raw_keys: Tensor | None = None
         self.raw_values: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate buffers for the batch, of the type and device of these (rows, kv_heads, tokens, head_dim)."""
-        shape = (self._shape.slots.batch, key_states.shape[1], self._shape.slots.capacity, key_states.shape[3])
+        shape = (self._slots.batch, key_states.shape[1], self._slots.capacity, key_states.shape[3])
         self.keys, self.values = key_states.new_zeros(shape), value_states.new_zeros(shape)
         self.raw_keys = key_states.new_zeros(shape) if self.has_memory else None
         self.raw_values = value_states.new_zeros(shape) if self.has_memory and self.has_projections else None
@@ -62,7 +49,7 @@ class LongLlamaCacheLayer(CacheLayerMixin):
 
     def write(self, rows: Any, slots: slice, key: Tensor, value: Tensor, raw_key: Tensor, raw_value: Tensor) -> None:
         """Write tensors (rows, kv_heads, tokens, head_dim) into these slots of these rows."""
-        if self.keys is None or self.keys.shape[2] < self._shape.slots.capacity:
+        if self.keys is None or self.keys.shape[2] < self._slots.capacity:
             self.lazy_initialization(key, value)
         for name, new in zip(self.BUFFERS, (key, value, raw_key, raw_value), strict=True):
             buffer = getattr(self, name)
@@ -100,11 +87,11 @@ class LongLlamaCacheLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The number of local keys that an input of this length sees, and their offset."""
-        return self._shape.slots.longest + query_length, 0
+        return self._slots.longest + query_length, 0
 
     def get_seq_length(self) -> int:
         """Input columns processed so far."""
-        return self._shape.num_columns
+        return self._slots.columns
 
     def get_max_length(self) -> int:
         """-1 for unlimited: the local context evicts what it can't hold."""
@@ -117,8 +104,7 @@ class LongLlamaCacheLayer(CacheLayerMixin):
 class LongLlamaCache(Cache):
     """Local context and memory of a batch.
 
-    `get_seq_length()` counts the input columns processed with this cache. An attached memory doesn't count, so that
-    `generate` processes the whole prompt.
+    `get_seq_length()` doesn't count an attached memory, so that `generate` processes the whole prompt.
 
     Args:
         config: the model's configuration.
@@ -134,40 +120,22 @@ class LongLlamaCache(Cache):
     def __init__(self, config: LongLlamaConfig, memory: MemoryBank | Sequence[MemoryBank] | None = None):
         self.config = config
         self.mem_layers = frozenset(config.mem_layers)
-        self._shape = CacheShape(self._empty_slots(0))
+        self.slots = Slots(0, config.max_position_embeddings, config.local_cache_overflow == "flush")
         indices = range(config.num_hidden_layers)
         has_projections = config.mem_projections
         super().__init__(
-            layers=[LongLlamaCacheLayer(self._shape, index in self.mem_layers, has_projections) for index in indices]
+            layers=[LongLlamaCacheLayer(self.slots, index in self.mem_layers, has_projections) for index in indices]
         )
         self.observer: Callable[[int, Tensor, Tensor], None] | None = None
         self.search: Search | None = None
         self._attached = memory if isinstance(memory, MemoryBank) else None
         self.memory: list[MemoryBank] = [] if memory is None or isinstance(memory, MemoryBank) else list(memory)
 
-    @property
-    def slots(self) -> Slots:
-        """Which token is in which column of the local buffers."""
-        return self._shape.slots
-
-    @slots.setter
-    def slots(self, slots: Slots) -> None:
-        self._shape.slots = slots
-
-    @property
-    def columns(self) -> int:
-        """Input columns processed so far."""
-        return self._shape.num_columns
-
-    @columns.setter
-    def columns(self, count: int) -> None:
-        self._shape.num_columns = count
-
     def memory_length(self, layer_idx: int) -> int:
         """Tokens in a layer's memory, of the longest row."""
         if layer_idx not in self.mem_layers:
             return 0
-        banks = self.memory or ([self._attached] if self._attached is not None else [])
+        banks = self.memory or ([] if self._attached is None else [self._attached])
         return max((bank.length(layer_idx) for bank in banks), default=0)
 
     def local_length(self, layer_idx: int) -> int:  # noqa: ARG002 (all layers have the same)
@@ -180,15 +148,11 @@ class LongLlamaCache(Cache):
         return self.slots.end > self.slots.start
 
     def prepare(self, batch: int, new_bank: Any) -> None:
-        """Prepare for a batch of so many rows; `new_bank` creates an empty `MemoryBank`.
-
-        Raises:
-            LlamoryError: the cache has another number of rows.
-        """
+        """Prepare for `batch` rows, or raise LlamoryError if the cache has others; `new_bank` gives an empty memory."""
         if not self.memory and self.mem_layers:
             self.memory = [self._attached.fork() if self._attached else new_bank() for _ in range(batch)]
-        if not self.has_local and not self.columns:
-            self.slots = self._empty_slots(batch)
+        if not self.has_local and not self.slots.columns:
+            self.slots.clear(batch)
         known = len(self.memory) if self.mem_layers else self.slots.batch
         if batch not in (known, self.slots.batch) or known != self.slots.batch:
             raise LlamoryError(f"The cache has {known} rows, but the input has {batch}; use one cache per batch.")
@@ -207,12 +171,7 @@ class LongLlamaCache(Cache):
                 layer.move(*move_args)
 
     def rebase_positions(self, rotary: Any, skipped: frozenset[int] = frozenset()) -> None:
-        """Rotate local keys back once their positions are large; the distances stay the same.
-
-        Args:
-            rotary: the model's rotary embedding.
-            skipped: layers without rotary embedding.
-        """
+        """Rotate local keys back by the rotary embedding once their positions are large; distances stay the same."""
         shift = self.slots.rebase_positions()
         for index, layer in enumerate(self.layers if shift else []):
             if layer.keys is not None and index not in skipped:
@@ -231,12 +190,10 @@ class LongLlamaCache(Cache):
         for layer in self.layers:
             layer.select(beam_idx)
         self.slots.select(indices)
-        used: set[int] = set()
-        banks = []
-        for index in indices if self.memory else []:
-            banks.append(self.memory[index].fork() if index in used else self.memory[index])
-            used.add(index)
-        self.memory = banks
+        self.memory = [
+            self.memory[index].fork() if index in indices[:at] else self.memory[index]
+            for at, index in enumerate(indices if self.memory else [])
+        ]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row `repeats` times."""
@@ -261,18 +218,14 @@ class LongLlamaCache(Cache):
                 f"{self.config.max_position_embeddings} local tokens."
             )
         self.slots.crop(count)
-        self.columns -= count
+        self.slots.columns -= count
 
     def reset(self) -> None:
-        """Forget everything but a mounted memory."""
-        self.slots = self._empty_slots(0)
-        self.columns = 0
+        """Forget everything but an attached memory."""
+        self.slots.clear(0)
         self.memory = []
         for layer in self.layers:
             layer.keys = layer.values = layer.raw_keys = layer.raw_values = None
-
-    def _empty_slots(self, batch: int) -> Slots:
-        return Slots(batch, self.config.max_position_embeddings, self.config.local_cache_overflow == "flush")
 
 
 @dataclass
@@ -280,11 +233,9 @@ class ForwardContext:
     """What the layers need to know about the window that they process.
 
     Attributes:
-        cache: where keys and values go.
         rows: the batch rows in this window; None for all.
         lengths: real tokens per row; the rest is padding.
         banks: the memory of each row.
-        search: how memory is searched.
         keep_local: whether the tokens stay in the local context or go into memory.
         slots: the slots of a first window in the local context.
         local_update: how the window continues a local context; None for a first window.
@@ -296,7 +247,7 @@ class ForwardContext:
 
     cache: LongLlamaCache
     rows: Tensor | None
-    lengths: tuple[int, ...]
+    lengths: list[int]
     banks: list[MemoryBank]
     search: Search
     keep_local: bool

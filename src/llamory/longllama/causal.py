@@ -69,20 +69,19 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Llama's forward for inputs of any length; see `LongLlamaModel.forward`.
-
-        Logits, (batch, columns kept, vocabulary), are computed for the last `logits_to_keep` columns only. With
-        `contexts` there are none: the loss applies the head to one chunk at a time.
+        """Llama's forward for inputs of any length; the arguments are also those of `LongLlamaModel.forward`.
 
         Args:
-            contexts: per row, the rows that it sees in training; each row is then one window.
+            contexts: per row, the rows that it sees in training; each row is then one window. There are no logits: the
+                loss applies the head to one chunk at a time.
             shift_labels: (batch, length) the token that each column predicts, instead of `labels`.
             num_items_in_batch: divides the sum of the losses.
             kwargs: passed to the model, such as `context_weights`.
         """
         query_rows = None
         if contexts is not None:
-            shift_labels = _shift_labels(labels) if shift_labels is None and labels is not None else shift_labels
+            if shift_labels is None and labels is not None:
+                shift_labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
             if shift_labels is not None:  # rows that predict nothing are only seen by others
                 query_rows = (shift_labels != IGNORE_INDEX).any(1).nonzero()[:, 0].tolist()
         outputs = self.model(
@@ -99,14 +98,12 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
             query_rows=query_rows,
             **kwargs,
         )
-        hidden = outputs.last_hidden_state
+        hidden, loss = outputs.last_hidden_state, None
         if contexts is not None:
-            loss = None
             if shift_labels is not None:
                 loss = next_token_loss(hidden, self.lm_head.weight, shift_labels, num_items_in_batch)
             return CausalLMOutputWithPast(loss=loss, hidden_states=(hidden,))
         logits = self.lm_head(hidden if isinstance(logits_to_keep, int) else hidden[:, logits_to_keep])
-        loss = None
         if labels is not None or shift_labels is not None:
             kwargs |= {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -132,9 +129,8 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
         """As in transformers; without a cache, each step processes the whole text again with the attached memory."""
         if use_cache is False and isinstance(past_key_values, LongLlamaCache):
             past_key_values = past_key_values.fresh_copy()
-        return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs
-        )
+        kwargs |= {"past_key_values": past_key_values, "use_cache": use_cache}
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -146,8 +142,34 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
     # ---- memory ------------------------------------------------------------------------------------------------------
 
     def memory_fingerprint(self) -> str:
-        """Identifies the model of a memory: it changes with the weights and with the way memory keys are computed."""
-        return _fingerprint(self)
+        """Hash of the weights in bfloat16 and of the settings that memory keys depend on.
+
+        Weights loaded in float32 or bfloat16 have the same fingerprint, and so have merged and unmerged adapters. The
+        weights are read again only if they have changed.
+        """
+        config, versions = self.config, [(n, p.data_ptr(), p._version) for n, p in self.named_parameters()]
+        key_settings = [
+            config.mem_positionals,
+            config.rope_parameters,
+            list(config.mem_layers),
+            config.max_position_embeddings,
+        ]
+        state = (versions, json.dumps(key_settings, default=str))
+        cached = _FINGERPRINTS.get(self)
+        if cached is not None and cached[0] == state:
+            return cached[1]
+        digest = xxhash.xxh3_128(json.dumps(key_settings, default=str, sort_keys=True).encode())
+        # A tied head has its own name only where it is offloaded, so it must not count.
+        tied = getattr(self, "all_tied_weights_keys", {})
+        # Shared parameters count under each name, as they do in models that don't share them.
+        named = [(n, p) for n, p in self.named_parameters(remove_duplicate=False) if n not in tied]
+        for name, make in sorted(merged(self, named), key=lambda item: item[0]):
+            parameter = make()
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            for part in parameter.detach().reshape(-1).split(_CHUNK_ELEMENTS):
+                digest.update(part.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+        _FINGERPRINTS[self] = (state, digest.hexdigest())
+        return digest.hexdigest()
 
     def new_memory(self) -> MemoryBank:
         """An empty memory for `read`."""
@@ -161,7 +183,7 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
         segment: str = "context",
         on_window: Callable[[int], None] | None = None,
     ) -> MemoryBank:
-        """Encode a document into a segment of a memory, window by window.
+        """Encode a document into a segment of a memory, window by window, and return the memory.
 
         The document sees no other segment. If the segment exists, the document continues it.
 
@@ -171,15 +193,11 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
             segment: the segment's name.
             on_window: called after each window with the number of tokens encoded so far.
 
-        Returns:
-            The memory.
-
         Raises:
             LlamoryError: the model has no memory layers, or the memory is of another model.
         """
-        self._require_memory_layers()
-        memory = self.new_memory() if memory is None else memory
         self._check_memory(memory)
+        memory = self.new_memory() if memory is None else memory
         ids = torch.as_tensor(input_ids, dtype=torch.long).flatten()
         staging, order = memory.empty_sibling(), memory.segments
         if segment in order:
@@ -204,31 +222,27 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
         Raises:
             LlamoryError: the model has no memory layers, or the memory is of another model.
         """
-        self._require_memory_layers()
         self._check_memory(memory)
         return LongLlamaCache(self.config, memory)
 
-    def _require_memory_layers(self) -> None:
-        if not self.config.mem_layers:
-            raise LlamoryError("This model has no memory layers; load it with mem_layers, for instance mem_layers=[8].")
-
-    def _check_memory(self, memory: MemoryBank) -> None:
+    def _check_memory(self, memory: MemoryBank | None) -> None:
         config = self.config
-        memory.check_compatible(
-            "The memory",
-            fingerprint=self.memory_fingerprint() if memory.fingerprint else None,
-            heads=(config.num_key_value_heads, config.head_dim),
-            layers=config.mem_layers,
-        )
+        if not config.mem_layers:
+            raise LlamoryError("This model has no memory layers; load it with mem_layers, for instance mem_layers=[8].")
+        if memory is not None:
+            memory.check_compatible(
+                "The memory",
+                fingerprint=self.memory_fingerprint() if memory.fingerprint else None,
+                heads=(config.num_key_value_heads, config.head_dim),
+                layers=config.mem_layers,
+            )
 
 
 @torch.no_grad()
 def encode_windows(
     model: LongLlamaForCausalLM, rows: Sequence[Tensor], banks: Sequence[MemoryBank], start: int = 0
 ) -> Iterator[int]:
-    """Encode documents into memory window by window; no document attends to another.
-
-    The model is in evaluation mode meanwhile. Iteration may stop after any window; what was encoded stays in the banks.
+    """Encode documents into memory window by window, in evaluation mode; no document attends to another.
 
     Args:
         model: the model.
@@ -247,8 +261,7 @@ def encode_windows(
             active = [index for index, row in enumerate(rows) if len(row) > first]
             windows = [rows[index][first : first + context].long() for index in active]
             ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)  # (rows, width)
-            lengths = torch.tensor([len(window) for window in windows])
-            mask = torch.arange(ids.shape[1]) < lengths[:, None]
+            mask = torch.arange(ids.shape[1]) < torch.tensor([len(window) for window in windows])[:, None]
             model.model(
                 ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -260,46 +273,6 @@ def encode_windows(
             yield min(first + context, longest)
     finally:
         model.train(training)
-
-
-def _shift_labels(labels: Tensor) -> Tensor:
-    """Labels (batch, length), shifted to the left by one: the token that each column predicts."""
-    return torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Hash of a model's weights in bfloat16 and of the settings that memory keys depend on.
-
-    Weights loaded in float32 or bfloat16 have the same fingerprint, and so have merged and unmerged adapters. The
-    weights are read again only if they have changed.
-    """
-    versions = tuple((name, parameter.data_ptr(), parameter._version) for name, parameter in model.named_parameters())
-    config: Any = model.config
-    key_settings = [
-        config.mem_positionals,
-        config.rope_parameters,
-        list(config.mem_layers),
-        config.max_position_embeddings,
-    ]
-    state = (versions, json.dumps(key_settings, default=str))
-    cached = _FINGERPRINTS.get(model)
-    if cached is not None and cached[0] == state:
-        return cached[1]
-    digest = xxhash.xxh3_128(json.dumps(key_settings, default=str, sort_keys=True).encode())
-    # A tied head has its own name only where it is offloaded, so it must not count.
-    tied = getattr(model, "all_tied_weights_keys", {})
-    # Shared parameters count under each name, as they do in models that don't share them.
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    named = [(name, parameter) for name, parameter in parameters.items() if name not in tied]
-    for name, make in sorted(merged(model, named), key=lambda item: item[0]):
-        parameter = make()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
-        for start in range(0, len(flat), _CHUNK_ELEMENTS):
-            part = flat[start : start + _CHUNK_ELEMENTS].to(torch.bfloat16).view(torch.int16).cpu()
-            digest.update(part.numpy().tobytes())
-    _FINGERPRINTS[model] = (state, digest.hexdigest())
-    return digest.hexdigest()
 
 
 AutoModelForCausalLM.register(LongLlamaConfig, LongLlamaForCausalLM, exist_ok=True)

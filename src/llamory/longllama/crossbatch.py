@@ -26,45 +26,27 @@ Weights = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
-class _RowGroup:
-    """Consecutive rows that attend to others in one call.
+class _ContiguousGroup:
+    """Consecutive rows that attend to equally many consecutive rows `seen`, one each, in one call.
 
-    Attributes:
-        rows: the rows with the queries.
-        seen: the rows with the keys.
-        length: real tokens of each row of `seen`; None for all.
-        weight: of these keys in the softmax.
+    `length` is the number of real tokens of each seen row, None for all; `weight` that of their keys in the softmax.
     """
 
     rows: slice
-    seen: Any
+    seen: slice
     length: int | None
     weight: float = 1.0
 
-    @property
-    def log_weight(self) -> float:
-        """What the weight adds to the scores."""
-        return math.log(self.weight)
-
-
-@dataclass(frozen=True)
-class ContiguousGroup(_RowGroup):
-    """Consecutive rows that see equally many consecutive rows, one each: `seen` is a slice."""
-
-    seen: slice
-
     def part(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionPart:
-        """The queries, keys and values of this group."""
-        return AttentionPart(
-            self.select(query), key[self.seen, :, : self.length], value[self.seen, :, : self.length], causal=False
-        )
+        key, value = (tensor[self.seen, :, : self.length] for tensor in (key, value))
+        return AttentionPart(query[self.rows], key, value, causal=False)
 
     def select(self, tensor: Tensor) -> Tensor:
         """The group's rows of a query-like tensor, in the shape of `part`."""
         return tensor[self.rows]
 
     def ungroup(self, tensor: Tensor) -> Tensor:
-        """A tensor in the shape of `part`, as rows."""
+        """The inverse of `select`."""
         return tensor
 
     def add(self, total: Tensor, grad: Tensor) -> None:
@@ -73,28 +55,30 @@ class ContiguousGroup(_RowGroup):
 
 
 @dataclass(frozen=True)
-class SharedContextGroup(_RowGroup):
-    """Consecutive rows that all see the same rows, computed as one long row: `seen` are row indices."""
+class _SharedContextGroup:
+    """Like `_ContiguousGroup`, for rows that all see the same rows: computed as one long row."""
 
+    rows: slice
     seen: tuple[int, ...]
+    length: int | None
+    weight: float = 1.0
 
     def part(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionPart:
-        """The queries, keys and values of this group."""
         key, value = (_concat_rows(tensor[list(self.seen), :, : self.length]) for tensor in (key, value))
         return AttentionPart(self.select(query), key, value, causal=False)
 
     def select(self, tensor: Tensor) -> Tensor:
-        """The group's rows of a query-like tensor, in the shape of `part`."""
         return _concat_rows(tensor[self.rows])
 
     def ungroup(self, tensor: Tensor) -> Tensor:
-        """A tensor in the shape of `part`, as rows."""
         return _split_rows(tensor, self.rows.stop - self.rows.start)
 
     def add(self, total: Tensor, grad: Tensor) -> None:
-        """Add the gradient of the group's keys or values to `total`."""
         at = torch.tensor(self.seen, device=total.device)
         total[:, :, : self.length].index_add_(0, at, _split_rows(grad, len(self.seen)))
+
+
+_Plan = Sequence[_ContiguousGroup] | Sequence[_SharedContextGroup]
 
 
 def _concat_rows(tensor: Tensor) -> Tensor:
@@ -113,15 +97,13 @@ def plan_contexts(
     lengths: Sequence[int] | None = None,
     rows: Sequence[int] | None = None,
     weights: Weights | None = None,
-) -> list[ContiguousGroup]:
+) -> list[_ContiguousGroup]:
     """Group pairs (row, seen row) that advance together, so that few calls are needed.
 
     Raises:
-        LlamoryError: there isn't one list per row, a row is out of range, sees itself or is given twice, or the weights
-            aren't one positive number per context.
+        LlamoryError: the contexts, lengths or weights don't fit the rows.
     """
-    numbers = range(batch) if rows is None else rows
-    weights = _check_contexts(contexts, numbers, batch, lengths, weights)
+    weights = _check_contexts(contexts, range(batch) if rows is None else rows, batch, lengths, weights)
     buckets: dict[tuple[int, float], list[int]] = defaultdict(list)
     for at, seen in enumerate(contexts):
         for other, weight in zip(seen, weights[at], strict=True):
@@ -136,9 +118,8 @@ def plan_contexts(
                 continue
             first, last = query_rows[start], query_rows[at - 1] + 1
             if length != 0:
-                groups.append(
-                    ContiguousGroup(slice(first, last), slice(first - distance, last - distance), length, weight)
-                )
+                seen_rows = slice(first - distance, last - distance)
+                groups.append(_ContiguousGroup(slice(first, last), seen_rows, length, weight))
             start = at
     return groups
 
@@ -149,15 +130,8 @@ def plan_frozen_contexts(
     context_rows: int,
     lengths: Sequence[int] | None = None,
     weights: Weights | None = None,
-) -> list[SharedContextGroup]:
-    """Group rows that see the same rows outside the batch.
-
-    Args:
-        contexts: per row of the batch, the context rows that it sees.
-        rows: number of rows of the batch.
-        context_rows: number of context rows.
-        lengths: real tokens of each context row.
-        weights: as for `plan_contexts`.
+) -> list[_SharedContextGroup]:
+    """Group rows that see the same of `context_rows` rows outside the batch, which `contexts` and `lengths` refer to.
 
     Raises:
         LlamoryError: as for `plan_contexts`.
@@ -172,7 +146,7 @@ def plan_frozen_contexts(
             buckets[None if lengths is None else lengths[other], weight].append(other)
         for (length, weight), seen in buckets.items():
             if length != 0:
-                groups.append(SharedContextGroup(slice(start, at), tuple(seen), length, weight))
+                groups.append(_SharedContextGroup(slice(start, at), tuple(seen), length, weight))
         start = at
     return groups
 
@@ -231,13 +205,10 @@ def crossbatch_contexts(
             f"most {batch_size - 1}."
         )
     step = -(-(1 + cross_batch_range) // max(dataset_packing - 1, 1))
-    contexts = []
-    for row in range(batch_size):
-        seen = cross_batch_range
-        if crossbatch_stepping and dataset_packing > 1:
-            seen = min(row % dataset_packing * step, seen)
-        contexts.append([row - offset for offset in range(1, min(seen, row) + 1)])
-    return contexts
+    counts = [min(row, cross_batch_range) for row in range(batch_size)]
+    if crossbatch_stepping and dataset_packing > 1:
+        counts = [min(row % dataset_packing * step, count) for row, count in enumerate(counts)]
+    return [[row - offset for offset in range(1, count + 1)] for row, count in enumerate(counts)]
 
 
 def cross_batch_attention(
@@ -254,8 +225,6 @@ def cross_batch_attention(
     weights: Weights | None = None,
 ) -> Tensor:
     """Attention of each row to its own causal context and to the contexts of other rows, under one softmax.
-
-    Memory doesn't grow with the number of scores, and keys and values of other rows aren't copied per row.
 
     Args:
         query: (batch, heads, seq, head_dim), without rotary embedding.
@@ -294,12 +263,12 @@ def cross_batch_parts(
 
     Args:
         local_qkv: query, key and value for a row's own context.
-        memory_qkv: of the same shapes, for other rows. With `frozen_contexts` keys and values are of rows outside the
-            batch, to which `contexts` and `lengths` then refer.
+        memory_qkv: of the same shapes, for other rows. With `frozen_contexts=True` keys and values are of rows outside
+            the batch, to which `contexts` and `lengths` then refer.
         cos, sin, contexts, settings: as for `cross_batch_attention`.
 
     Returns:
-        The outputs from a row's own context and from other rows, under one softmax; the attention is their sum.
+        The outputs from a row's own context and from other rows; the attention is their sum.
     """
     tensors, plan, scaling = _prepared(local_qkv, memory_qkv, cos, sin, contexts, **settings)
     outputs: tuple[Tensor, Tensor] = _CrossBatch.apply(*tensors, plan, scaling, True)  # type: ignore[no-untyped-call]
@@ -318,10 +287,10 @@ def _prepared(
     rows: Sequence[int] | None = None,
     weights: Weights | None = None,
     frozen_contexts: bool = False,
-) -> tuple[list[Tensor], Sequence[ContiguousGroup | SharedContextGroup], float]:
+) -> tuple[list[Tensor], _Plan, float]:
     """Rotated local and memory queries, keys and values, the plan, and the scaling."""
     query, key, value = local_qkv
-    plan: Sequence[ContiguousGroup | SharedContextGroup]
+    plan: _Plan
     if frozen_contexts:
         plan = plan_frozen_contexts(contexts, len(key), len(memory_qkv[1]), lengths, weights)
     else:
@@ -366,18 +335,15 @@ class CrossBatch:
     """
 
     contexts: Contexts
-    lengths: tuple[int, ...] | None = None
-    query_rows: tuple[int, ...] | None = None
+    lengths: Sequence[int] | None = None
+    query_rows: Sequence[int] | None = None
     last_layer: int | None = None
     weights: Weights | None = None
     frozen_contexts: Mapping[int, Tensor] | None = None
 
 
 class _CrossBatch(torch.autograd.Function):
-    """Flash attention by parts; their gradients need only the output and log-sum-exp of the whole.
-
-    Returns the output and None, or with `separate_outputs` those from local and from memory keys.
-    """
+    """Flash attention by parts; their gradients need only the output and log-sum-exp of the whole."""
 
     @staticmethod
     def forward(
@@ -388,7 +354,7 @@ class _CrossBatch(torch.autograd.Function):
         memory_query: Tensor,
         memory_key: Tensor,
         value: Tensor,
-        plan: Sequence[ContiguousGroup | SharedContextGroup],
+        plan: _Plan,
         scaling: float,
         separate_outputs: bool,
     ) -> tuple[Tensor, Tensor | None]:
@@ -400,7 +366,7 @@ class _CrossBatch(torch.autograd.Function):
         for group in plan:
             part = group.part(memory_query, memory_key, value)
             new, new_lse = map(group.ungroup, flash(part.query, part.key, part.value, scaling=scaling))
-            _merge_into(found[group.rows], found_lse[group.rows], new, new_lse + group.log_weight)
+            _merge_into(found[group.rows], found_lse[group.rows], new, new_lse + math.log(group.weight))
         if separate_outputs:
             total_lse = torch.logaddexp(lse, found_lse)
             output *= (lse - total_lse).exp().unsqueeze(-1)
@@ -423,30 +389,22 @@ class _CrossBatch(torch.autograd.Function):
         else:
             grad_found = grad
         local_qkv = AttentionPart(query, local_key, local_value, causal=True)
-        grad_query, grad_local_key, grad_local_value = attend_part_backward(
-            grad, local_qkv, output, lse, ctx.scaling, delta
-        )
+        local_grads = attend_part_backward(grad, local_qkv, output, lse, ctx.scaling, delta)
         # With one output, the queries to other rows are the local ones, and so are their gradients.
-        grad_memory_query = torch.zeros_like(memory_query) if ctx.separate_outputs else grad_query
-        grad_memory_key, grad_value = torch.zeros_like(memory_key), torch.zeros_like(value)
+        query_grad = torch.zeros_like(memory_query) if ctx.separate_outputs else local_grads[0]
+        key_grad, value_grad = torch.zeros_like(memory_key), torch.zeros_like(value)
         for group in ctx.plan:
             part = group.part(memory_query, memory_key, value)
-            sums, group_delta = group.select(lse) - group.log_weight, None if delta is None else group.select(delta)
-            parts = attend_part_backward(
-                group.select(grad_found), part, group.select(found), sums, ctx.scaling, group_delta
+            sums, group_delta = (
+                group.select(lse) - math.log(group.weight),
+                None if delta is None else group.select(delta),
             )
-            grad_memory_query[group.rows] += group.ungroup(parts[0])
-            group.add(grad_memory_key, parts[1])
-            group.add(grad_value, parts[2])
-        grads = (
-            grad_query,
-            grad_local_key,
-            grad_local_value,
-            grad_memory_query if ctx.separate_outputs else None,
-            grad_memory_key,
-            grad_value,
-        )
-        return *grads, None, None, None
+            out_grad, out = group.select(grad_found), group.select(found)
+            grads = attend_part_backward(out_grad, part, out, sums, ctx.scaling, group_delta)
+            query_grad[group.rows] += group.ungroup(grads[0])
+            group.add(key_grad, grads[1])
+            group.add(value_grad, grads[2])
+        return *local_grads, query_grad if ctx.separate_outputs else None, key_grad, value_grad, None, None, None
 
 
 def _merge_into(output: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> None:

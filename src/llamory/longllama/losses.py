@@ -22,12 +22,12 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, count: Tens
         targets: (...) token ids to predict, -100 for none.
         count: divides the sum; by default the number of targets.
     """
-    rows, row_targets = _labelled_rows(hidden, targets)
-    total = hidden.sum() * 0.0 if not len(rows) else hidden.new_zeros((), dtype=torch.float32)
-    size = _chunk_rows(weight)
-    for chunk, target in zip(rows.split(size), row_targets.split(size), strict=True):
+    chunks = _chunks(hidden, weight, targets)
+    num_targets = sum(len(target) for _, target in chunks)
+    total = hidden.new_zeros((), dtype=torch.float32) if num_targets else hidden.sum() * 0.0
+    for chunk, target in chunks:
         total = total + checkpoint(_chunk_loss, chunk, weight, target, use_reentrant=False)
-    return total / (max(1, len(rows)) if count is None else count)
+    return total / (max(1, num_targets) if count is None else count)
 
 
 def teacher_loss(logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
@@ -47,21 +47,14 @@ def teacher_loss(logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor
 @torch.no_grad()
 def correct_tokens(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """How many targets have the highest logit; arguments as for `next_token_loss`."""
-    rows, row_targets = _labelled_rows(hidden, targets)
-    size = _chunk_rows(weight)
-    parts = zip(rows.split(size), row_targets.split(size), strict=True)
-    correct = [(F.linear(chunk, weight).argmax(-1) == target).sum() for chunk, target in parts]
-    return torch.stack(correct).sum() if correct else row_targets.new_zeros(())
+    chunks = _chunks(hidden, weight, targets)
+    return torch.stack([(F.linear(chunk, weight).argmax(-1) == target).sum() for chunk, target in chunks]).sum()
 
 
-def _labelled_rows(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states and targets of the tokens with a target."""
-    labelled = targets != IGNORE_INDEX
-    return hidden[labelled], targets[labelled]
-
-
-def _chunk_rows(weight: Tensor) -> int:
-    return max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (4 * len(weight)))
+def _chunks(hidden: Tensor, weight: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Hidden states and targets of the tokens with a target, some rows at a time; one empty chunk if there are none."""
+    labelled, size = targets != IGNORE_INDEX, max(_MIN_CHUNK_ROWS, _CHUNK_BYTES // (4 * len(weight)))
+    return list(zip(hidden[labelled].split(size), targets[labelled].split(size), strict=True))
 
 
 def _chunk_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

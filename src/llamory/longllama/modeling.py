@@ -22,7 +22,7 @@ from llamory.longllama.attention import LongLlamaDecoderLayer, MemoryProjection,
 from llamory.longllama.cache import ForwardContext, LongLlamaCache
 from llamory.longllama.configuration import LongLlamaConfig, check_last_context, check_memory
 from llamory.longllama.crossbatch import Contexts, CrossBatch, Weights
-from llamory.longllama.windows import RealTokens, Window, split_continuation, split_prompt
+from llamory.longllama.windows import RealTokens, Window, split_evenly, split_prompt
 from llamory.memory import MemoryBank
 from llamory.memory.search import Search, make_search
 
@@ -31,11 +31,7 @@ MAX_CONTINUATION_TOKENS = 512
 
 
 class LongLlamaPreTrained(PreTrainedModel):
-    """The common part of decoder and language model.
-
-    Every i-th layer is checkpointed with gradient checkpointing, as configured. Projections for memory that a
-    checkpoint doesn't have are initialized from the layer's own.
-    """
+    """The common part of decoder and language model; projections that a checkpoint lacks copy the layer's own."""
 
     _keys_to_ignore_on_load_missing = [r"\.mem_[qkvo]_proj\."]
 
@@ -111,8 +107,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
             inputs_embeds: (B, L, hidden), instead of `input_ids`.
             use_cache: keep the last window in a local context; otherwise it goes into memory like the others.
             last_context_length: tokens of the last window; by default the configuration's.
-            logits_to_keep: return hidden states of the last columns only (0 or a tensor: of all; None: of none, which
-                computes only what memory needs).
+            logits_to_keep: number of last columns whose hidden states are returned (0 or a tensor: all; None: none).
             output_hidden_states: return the input of each layer, too.
             return_dict: return a `BaseModelOutputWithPast` instead of a tuple.
             contexts: per row, the rows of this batch that its memory layers see whole, with gradients (section 3.2).
@@ -135,35 +130,40 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         assert source is not None
         batch, length = source.shape[:2]
         if contexts is not None:
-            cross_batch = CrossBatch(
-                contexts, query_rows=None if query_rows is None else tuple(query_rows), weights=context_weights
-            )
+            cross_batch = CrossBatch(contexts, query_rows=query_rows, weights=context_weights)
             if context_states is not None:
-                lengths = None if context_lengths is None else tuple(context_lengths)
-                cross_batch = CrossBatch(contexts, lengths, weights=context_weights, frozen_contexts=context_states)
+                cross_batch = CrossBatch(
+                    contexts, context_lengths, weights=context_weights, frozen_contexts=context_states
+                )
             output = self._forward_cross_batch(source, attention_mask, cross_batch, kwargs)
             return output if return_dict is not False else output.to_tuple()
-        use_cache = self._resolve_use_cache(use_cache)
-        output_hidden_states = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        )
-        cache = self._prepare_cache(past_key_values, batch, use_cache)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        use_cache = bool(use_cache) and not (self.gradient_checkpointing and self.training)
+        all_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        cache = self._prepare_cache(past_key_values, batch)
         real = RealTokens(_current_mask(attention_mask, batch, length), batch, length)
         offset = _first_kept(logits_to_keep, length)
-
-        collector = _HiddenStateCollector(batch, length - offset, output_hidden_states)
+        collected: list[Tensor] = []  # of each layer if all are needed, (B, columns kept, hidden)
         for window in self._split_into_windows(real, cache, last_context_length, use_cache):
-            needed = output_hidden_states or real.reaches(window, offset) or not self.config.mem_layers
-            states = self._run_window(window, real, source, cache, needed, output_hidden_states, kwargs)
-            if needed:
-                collector.add(states, window, real, offset)
-        cache.columns += length
-
+            needed = all_states or real.reaches(window, offset) or not self.config.mem_layers
+            states = self._run_window(window, real, source, cache, needed, all_states, kwargs)
+            if not needed:
+                continue
+            if real.columns is None and len(window.rows) == batch and states[0].shape[1] >= length - offset:
+                # The common case: all columns are from this window.
+                collected = [state[:, -(length - offset) :] for state in states]
+                continue
+            collected = collected or [s.new_zeros((batch, length - offset, s.shape[-1])) for s in states]
+            for tensor, state in zip(collected, states, strict=True):
+                real.scatter(window, state, tensor, offset)
+        cache.slots.columns += length
+        shape = (batch, length - offset, self.config.hidden_size)
+        last = collected[-1] if collected else torch.zeros(shape, device=source.device, dtype=self.dtype)
         drop_cache = not use_cache and past_key_values is None and not self.config.mem_layers
         output = BaseModelOutputWithPast(
-            last_hidden_state=collector.last(self.config.hidden_size, source.device, self.dtype),
+            last_hidden_state=last,
             past_key_values=None if drop_cache else cache,
-            hidden_states=collector.all(),
+            hidden_states=tuple(collected) if all_states else None,
         )
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
@@ -180,7 +180,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         if cache.has_local and not use_cache:
             raise LlamoryError("A cache with a local context can only be continued with use_cache=True.")
         if cache.has_local and self.config.local_cache_overflow == "slide":
-            return split_continuation(real.lengths, min(MAX_CONTINUATION_TOKENS, context))
+            return split_evenly(real.lengths, min(MAX_CONTINUATION_TOKENS, context), keep_local=True)
         if not self.config.mem_layers and max(real.lengths, default=0) <= context:
             last = context
         windows = split_prompt(real.lengths, context, last, keep_local=use_cache)
@@ -199,10 +199,9 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         """The last hidden states (R, W, hidden) of one window, with `all_states` after the input of each layer."""
         part = real.gather(window, source)
         hidden = part if source.is_floating_point() else self.embed_tokens(part)
-        all_rows = len(window.rows) == len(source)
-        forward_context = ForwardContext(
+        ctx = ForwardContext(
             cache=cache,
-            rows=None if all_rows else torch.tensor(window.rows, device=hidden.device),
+            rows=None if len(window.rows) == len(source) else torch.tensor(window.rows, device=hidden.device),
             lengths=window.lengths,
             banks=[cache.memory[row] for row in window.rows] if self.config.mem_layers else [],
             search=cache.search or self._memory_search(),
@@ -210,32 +209,27 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
             key_scale=float(self.rotary_emb.attention_scaling),
             last_layer=None if needed or window.keep_local else max(self.config.mem_layers),
         )
-        mask, position_ids = None, None
         if cache.has_local:
             unrotated = frozenset() if self.config.mem_positionals else frozenset(self.config.mem_layers)
             cache.rebase_positions(self.rotary_emb, unrotated)
             cache.reserve(window.width)
-            forward_context.local_update = update = cache.slots.plan(window.rows, window.lengths)
-            position_ids = update.position_ids.to(hidden.device)
+            ctx.local_update = update = cache.slots.plan(window.rows, window.lengths)
+            mask, rotary = None, self.rotary_emb(hidden, update.position_ids.to(hidden.device))
             if update.memory_position_ids is not None:
-                forward_context.memory_rotary = self.rotary_emb(hidden, update.memory_position_ids.to(hidden.device))
+                ctx.memory_rotary = self.rotary_emb(hidden, update.memory_position_ids.to(hidden.device))
         else:
-            position_ids = torch.arange(window.width, device=hidden.device)[None]
             if window.keep_local:
-                forward_context.slots = cache.slots.fill(window.rows, window.lengths)
-            mask = self._causal_mask(hidden, position_ids)
-        rotary = self.rotary_emb(hidden, position_ids)
+                ctx.slots = cache.slots.fill(window.rows, window.lengths)
+            mask, rotary = self._mask_and_rotary(hidden)
         states = [hidden]
         for layer in self.layers:
-            hidden = layer(
-                hidden, attention_mask=mask, position_embeddings=rotary, forward_context=forward_context, **kwargs
-            )
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, ctx=ctx, **kwargs)
             if all_states:
                 states.append(hidden)
-            if forward_context.last_layer == layer.self_attn.layer_idx:
+            if ctx.last_layer == layer.self_attn.layer_idx:
                 return states
-        if forward_context.local_update is not None:
-            cache.slots.commit(forward_context.local_update)
+        if ctx.local_update is not None:
+            cache.slots.commit(ctx.local_update)
         last = self.norm(hidden)
         # As in Llama's own output, the last of all states is the normed one.
         return [*states[:-1], last] if all_states else [last]
@@ -251,31 +245,27 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
                 "documents into shorter rows."
             )
         hidden = source if source.is_floating_point() else self.embed_tokens(source)
-        lengths = _lengths(_current_mask(attention_mask, batch, width))
-        lengths = cross_batch.lengths if cross_batch.frozen_contexts is not None else lengths
-        is_subset = cross_batch.query_rows and len(cross_batch.query_rows) < batch and self.config.mem_layers
-        last = max(self.config.mem_layers) if is_subset else None
-        cross_batch = replace(
-            cross_batch, lengths=lengths, query_rows=cross_batch.query_rows if is_subset else None, last_layer=last
-        )
+        lengths, query_rows = _lengths(_current_mask(attention_mask, batch, width)), cross_batch.query_rows
+        lengths = lengths if cross_batch.frozen_contexts is None else cross_batch.lengths
+        if not query_rows or len(query_rows) >= batch or not self.config.mem_layers:
+            query_rows = None
+        last = None if query_rows is None else max(self.config.mem_layers)
+        cross_batch = replace(cross_batch, lengths=lengths, query_rows=query_rows, last_layer=last)
         if self.config.memory_size_bias:
             frozen = cross_batch.frozen_contexts or {}
             max_length = next((states.shape[1] for states in frozen.values()), width)
             real = [[max_length if lengths is None else lengths[row] for row in seen] for seen in cross_batch.contexts]
             weights = cross_batch.weights or [[1.0] * len(seen) for seen in real]
             cross_batch = replace(cross_batch, weights=scale_context_weights(self.config, weights, real))
-        position_ids = torch.arange(width, device=hidden.device)[None]
-        # Padding is on the right, where causal attention doesn't look.
-        mask = self._causal_mask(hidden, position_ids)
-        rotary = self.rotary_emb(hidden, position_ids)
+        mask, rotary = self._mask_and_rotary(hidden)  # padding is on the right, where causal attention doesn't look
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, cross_batch=cross_batch, **kwargs)
-            if mask is not None and cross_batch.last_layer == layer.self_attn.layer_idx and len(mask) > 1:
-                mask = mask[list(cross_batch.query_rows or ())]
+            if mask is not None and last == layer.self_attn.layer_idx and len(mask) > 1:
+                mask = mask[list(query_rows or ())]
         hidden = self.norm(hidden)
-        if cross_batch.query_rows is not None:
+        if query_rows is not None:
             states = hidden.new_zeros(batch, *hidden.shape[1:])
-            hidden = states.index_copy(0, torch.tensor(cross_batch.query_rows, device=hidden.device), hidden)
+            hidden = states.index_copy(0, torch.tensor(query_rows, device=hidden.device), hidden)
         return BaseModelOutputWithPast(last_hidden_state=hidden)
 
     @torch.no_grad()
@@ -288,37 +278,25 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         Returns:
             Per memory layer (R, W, hidden), without gradient.
         """
-        hidden, layer_inputs_by_index = self.embed_tokens(input_ids), {}
-        position_ids = torch.arange(input_ids.shape[1], device=hidden.device)[None]
-        mask, rotary = self._causal_mask(hidden, position_ids), self.rotary_emb(hidden, position_ids)
+        hidden, inputs = self.embed_tokens(input_ids), {}
+        mask, rotary = self._mask_and_rotary(hidden)
         last = max(self.config.mem_layers, default=-1)
         # Memory layers without positions need our attention, here without any contexts.
         layer_kwargs = {} if self.config.mem_positionals else {"cross_batch": CrossBatch([[]] * len(input_ids))}
-        for layer in self.layers[: last + 1]:
+        for index, layer in enumerate(self.layers[: last + 1]):
             if layer.self_attn.has_memory:
-                layer_inputs_by_index[layer.self_attn.layer_idx] = layer.input_layernorm(hidden)
-            if layer.self_attn.layer_idx < last:
+                inputs[index] = layer.input_layernorm(hidden)
+            if index < last:
                 hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, **layer_kwargs)
-        return layer_inputs_by_index
+        return inputs
 
-    def _causal_mask(self, hidden: Tensor, position_ids: Tensor) -> Tensor | None:
-        """The causal mask, None for attention implementations that need none."""
-        mask: Tensor | None = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=position_ids,
-        )
-        return mask
+    def _mask_and_rotary(self, hidden: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+        """The causal mask of a first window, None for attention that needs none, and its cosine and sine."""
+        position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        mask = create_causal_mask(self.config, hidden, None, None, position_ids=position_ids)
+        return mask, self.rotary_emb(hidden, position_ids)
 
-    # ---- settings ------------------------------------------------------------------------------------------------
-
-    def _resolve_use_cache(self, use_cache: bool | None) -> bool:
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        return bool(use_cache) and not (self.gradient_checkpointing and self.training)
-
-    def _prepare_cache(self, past: Cache | None, batch: int, use_cache: bool) -> LongLlamaCache:
+    def _prepare_cache(self, past: Cache | None, batch: int) -> LongLlamaCache:
         if past is not None and not isinstance(past, LongLlamaCache):
             if past.get_seq_length():
                 raise LlamoryError(
@@ -327,22 +305,14 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
                 )
             past = None
         cache = past if past is not None else LongLlamaCache(self.config)
-        if past is not None and not use_cache and cache.has_local:
-            raise LlamoryError("A cache with a local context can only be continued with use_cache=True.")
         cache.prepare(batch, self.new_memory)
         return cache
 
     def new_memory(self, fingerprint: str = "") -> MemoryBank:
         """An empty memory with the layers and shape of this model."""
         config = self.config
-        return MemoryBank(
-            config.mem_layers,
-            config.num_key_value_heads,
-            config.head_dim,
-            dtype=config.mem_dtype,
-            device=config.mem_device,
-            fingerprint=fingerprint,
-        )
+        shape, options = (config.num_key_value_heads, config.head_dim), (config.mem_dtype, config.mem_device)
+        return MemoryBank(config.mem_layers, *shape, dtype=options[0], device=options[1], fingerprint=fingerprint)
 
     def _memory_search(self) -> Search:
         config = self.config
@@ -351,32 +321,6 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
             search = make_search(config.mem_search, config.mem_top_k, top_k_attention=config.mem_top_k_attention)
             self._search = (key, search)
         return self._search[1]
-
-
-class _HiddenStateCollector:
-    """Puts the hidden states of windows into the columns of the input."""
-
-    def __init__(self, batch: int, columns: int, all_states: bool):
-        self.shape, self.all_states = (batch, columns), all_states
-        self.tensors: list[Tensor] = []
-
-    def add(self, states: list[Tensor], window: Window, real: RealTokens, offset: int) -> None:
-        if real.columns is None and len(window.rows) == self.shape[0] and states[0].shape[1] >= self.shape[1]:
-            # The common case: all columns are from this window.
-            self.tensors = [state[:, -self.shape[1] :] for state in states]
-            return
-        if not self.tensors:
-            self.tensors = [state.new_zeros((*self.shape, state.shape[-1])) for state in states]
-        for tensor, state in zip(self.tensors, states, strict=True):
-            real.scatter(window, state, tensor, offset)
-
-    def last(self, hidden_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        if not self.tensors:
-            return torch.zeros((*self.shape, hidden_size), device=device, dtype=dtype)
-        return self.tensors[-1]
-
-    def all(self) -> tuple[Tensor, ...] | None:
-        return tuple(self.tensors) if self.all_states else None
 
 
 def _first_kept(logits_to_keep: int | Tensor | None, length: int) -> int:
@@ -398,7 +342,7 @@ def _current_mask(attention_mask: Tensor | None, batch: int, length: int) -> Ten
     return attention_mask[:, attention_mask.shape[1] - length :]
 
 
-def _lengths(mask: Tensor | None) -> tuple[int, ...] | None:
+def _lengths(mask: Tensor | None) -> Sequence[int] | None:
     """Real tokens per row; None if all tokens are real."""
     if mask is None or bool(mask.all()):
         return None
@@ -407,7 +351,7 @@ def _lengths(mask: Tensor | None) -> tuple[int, ...] | None:
         raise LlamoryError(
             "Rows that see one another must be padded on the right; set the tokenizer's padding_side to right."
         )
-    return tuple(lengths.tolist())
+    return list(lengths.tolist())
 
 
 AutoModel.register(LongLlamaConfig, LongLlamaModel, exist_ok=True)

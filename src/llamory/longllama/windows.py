@@ -26,9 +26,9 @@ class Window:
     keep_local: bool
 
     @property
-    def lengths(self) -> tuple[int, ...]:
+    def lengths(self) -> list[int]:
         """Real tokens per row."""
-        return tuple(stop - start for start, stop in zip(self.starts, self.stops, strict=True))
+        return [stop - start for start, stop in zip(self.starts, self.stops, strict=True)]
 
     @property
     def width(self) -> int:
@@ -55,28 +55,18 @@ def split_prompt(lengths: Sequence[int], context: int, last: int, keep_local: bo
         keep_local: whether the last window stays in the local context.
     """
     memory_stops = [max(length - last, 0) for length in lengths]
-    windows = [
-        _window(
-            [(row, start, min(start + context, end)) for row, end in enumerate(memory_stops) if start < end],
-            keep_local=False,
-        )
-        for start in range(0, max(memory_stops, default=0), context)
-    ]
-    final = [
-        (row, start, length) for row, (start, length) in enumerate(zip(memory_stops, lengths, strict=True)) if length
-    ]
+    final = [(row, max(length - last, 0), length) for row, length in enumerate(lengths) if length]
+    windows = split_evenly(memory_stops, context, keep_local=False)
     return [*windows, _window(final, keep_local)] if final else windows
 
 
-def split_continuation(lengths: Sequence[int], chunk: int) -> list[Window]:
-    """Split the continuation of a local context into windows of `chunk` tokens that stay local."""
-    return [
-        _window(
-            [(row, start, min(start + chunk, length)) for row, length in enumerate(lengths) if start < length],
-            keep_local=True,
-        )
-        for start in range(0, max(lengths, default=0), chunk)
-    ]
+def split_evenly(lengths: Sequence[int], width: int, keep_local: bool) -> list[Window]:
+    """Split rows into windows of `width` tokens."""
+    windows = []
+    for start in range(0, max(lengths, default=0), width):
+        parts = [(row, start, min(start + width, length)) for row, length in enumerate(lengths) if start < length]
+        windows.append(_window(parts, keep_local))
+    return windows
 
 
 def _window(parts: list[tuple[int, int, int]], keep_local: bool) -> Window:
@@ -85,13 +75,7 @@ def _window(parts: list[tuple[int, int, int]], keep_local: bool) -> Window:
 
 
 class RealTokens:
-    """The columns of the real tokens of a padded batch.
-
-    Args:
-        attention_mask: (batch, length), 0 at padding; None if all tokens are real.
-        batch: number of rows.
-        length: number of columns.
-    """
+    """The columns of the real tokens of a batch (batch, length); `attention_mask` is 0 at padding, None for none."""
 
     def __init__(self, attention_mask: Tensor | None, batch: int, length: int):
         self.columns: list[Tensor] | None = None
@@ -105,8 +89,9 @@ class RealTokens:
         if self.columns is None and window.is_uniform and len(window.rows) == len(batch):
             return batch[:, window.starts[0] : window.stops[0]]
         part = batch.new_zeros((len(window.rows), window.width, *batch.shape[2:]))
-        for target, row, columns in self._rows(window, batch.device):
-            part[target, : len(columns)] = batch[row, columns]
+        for index, row in enumerate(window.rows):
+            columns = self._columns(window, index).to(batch.device)
+            part[index, : len(columns)] = batch[row, columns]
         return part
 
     def scatter(self, window: Window, part: Tensor, batch: Tensor, offset: int) -> None:
@@ -116,27 +101,20 @@ class RealTokens:
             if start < window.stops[0]:
                 batch[:, start - offset : window.stops[0] - offset] = part[:, start - window.starts[0] :]
             return
-        for source, row, columns in self._rows(window, batch.device):
+        for index, row in enumerate(window.rows):
+            columns = self._columns(window, index).to(batch.device)
             wanted = columns >= offset
-            batch[row, columns[wanted] - offset] = part[source, : len(columns)][wanted]
+            batch[row, columns[wanted] - offset] = part[index, : len(columns)][wanted]
 
     def reaches(self, window: Window, offset: int) -> bool:
         """Whether a window has tokens at or after column `offset`."""
         if self.columns is None:
             return max(window.stops) > offset
-        last = [int(self.columns[row][stop - 1]) for row, stop in zip(window.rows, window.stops, strict=True)]
-        return max(last) >= offset
+        return any(int(self._columns(window, index)[-1]) >= offset for index in range(len(window.rows)))
 
-    def _rows(self, window: Window, device: torch.device) -> list[tuple[int, int, Tensor]]:
-        parts = []
-        for index, (row, start, stop) in enumerate(zip(window.rows, window.starts, window.stops, strict=True)):
-            columns = (
-                torch.arange(start, stop, device=device)
-                if self.columns is None
-                else self.columns[row][start:stop].to(device)
-            )
-            parts.append((index, row, columns))
-        return parts
+    def _columns(self, window: Window, index: int) -> Tensor:
+        row, start, stop = window.rows[index], window.starts[index], window.stops[index]
+        return torch.arange(start, stop) if self.columns is None else self.columns[row][start:stop]
 
 
 # Positions grow as the local context slides; far beyond this, float32 angles of the rotary embedding lose precision.
@@ -153,12 +131,12 @@ class LocalUpdate:
         write: slots of the new tokens.
         seen: slots of the local context that are attended to, old and new.
         mask: (rows or 1, 1, width, seen); None if every query sees all of `seen`.
-        evicted_before: per row, slots to evict before attention; None for none.
-        evicted: slots of which some are evicted during the update; later queries see these as memory.
-        evicted_mask: (rows or 1, 1, width, evicted), for `evicted`.
-        evicted_after: per row, slots to evict after attention.
         position_ids: (rows or 1, width) of the new tokens.
         memory_position_ids: the same for queries to memory, limited to the context; None if equal.
+        evicted_before: per row, slots to evict before attention.
+        evicted: slots of which some are evicted during the update; later queries see these as memory.
+        evicted_mask: (rows or 1, 1, width, evicted).
+        evicted_after: per row, slots to evict after attention.
     """
 
     write: slice
@@ -184,12 +162,19 @@ class Slots:
         batch: number of rows.
         context: maximum local tokens per row.
         flush: on overflow evict all local tokens instead of the oldest ones.
+
+    Attributes:
+        columns: input columns processed so far.
     """
 
     def __init__(self, batch: int, context: int, flush: bool):
-        self.batch, self.context, self.flush = batch, context, flush
-        self.start = self.end = self.capacity = 0
-        self.next = [0] * batch
+        self.context, self.flush = context, flush
+        self.clear(batch)
+
+    def clear(self, batch: int) -> None:
+        """Start anew with `batch` rows."""
+        self.batch, self.next = batch, [0] * batch
+        self.start = self.end = self.capacity = self.columns = 0
         # (batch, capacity) position of the token in each slot, -1 for none. None while all rows are equal: slot j then
         # has the position next - (end - j).
         self.table: Tensor | None = None
@@ -221,11 +206,7 @@ class Slots:
         return slice(0, width)
 
     def reserve_columns(self, width: int) -> tuple[slice, int] | None:
-        """Reserve `width` more columns.
-
-        Returns:
-            The slots to move to the front of new buffers, and their capacity; None if nothing must move.
-        """
+        """Reserve `width` more columns; gives the slots to move to the front of new buffers and their capacity."""
         if self.end + width <= self.capacity:
             return None
         kept = slice(self.start, self.end)
@@ -243,8 +224,7 @@ class Slots:
         """Plan the next `counts` tokens of `rows`; their columns must be reserved."""
         if self.table is None and len(rows) == self.batch and len(set(counts)) == 1:
             return self._plan_uniform(list(rows), counts[0])
-        self._ensure_table()
-        return self._plan_ragged(list(rows), list(counts))
+        return self._plan_ragged(list(rows), list(counts), self._ensure_table())
 
     def commit(self, update: LocalUpdate) -> None:
         """Record that an update was computed."""
@@ -276,17 +256,17 @@ class Slots:
 
     def crop(self, tokens: int) -> None:
         """Remove the last columns of all rows; evicted tokens don't return."""
-        self._ensure_table()
-        assert self.table is not None
+        table = self._ensure_table()
         for row in range(self.batch):
-            self.next[row] -= int((self.table[row, self.end - tokens : self.end] >= 0).sum())
-        self.table[:, self.end - tokens :] = -1
+            self.next[row] -= int((table[row, self.end - tokens : self.end] >= 0).sum())
+        table[:, self.end - tokens :] = -1
         self.end -= tokens
-        if self._is_uniform():
+        expected = torch.arange(self.next[0] - (self.end - self.start), self.next[0])
+        if len(set(self.next)) == 1 and bool((table[:, self.start : self.end] == expected).all()):
             self.table = None
 
     def rebase_positions(self) -> int:
-        """Subtract from large positions so that they start near 0 again; returns the difference."""
+        """Subtract from large positions so that they start near 0 again; gives the difference."""
         if max(self.next, default=0) < max(REBASE_THRESHOLD, 2 * self.context):
             return 0
         shift = min(self.next) - self.context
@@ -300,17 +280,12 @@ class Slots:
             self.table[self.table >= 0] -= shift
         return shift
 
-    def _ensure_table(self) -> None:
+    def _ensure_table(self) -> Tensor:
         if self.table is None:
             self.table = torch.full((self.batch, self.capacity), -1)
             for row, position in enumerate(self.next):
                 self.table[row, self.start : self.end] = torch.arange(position - (self.end - self.start), position)
-
-    def _is_uniform(self) -> bool:
-        assert self.table is not None
-        part = self.table[:, self.start : self.end]
-        expected = torch.arange(self.next[0] - (self.end - self.start), self.next[0])
-        return len(set(self.next)) == 1 and bool((part == expected).all())
+        return self.table
 
     def _plan_uniform(self, rows: list[int], width: int) -> LocalUpdate:
         length, position = self.end - self.start, self.next[0]
@@ -318,8 +293,9 @@ class Slots:
         counts = [width] * len(rows)
         if self.flush and length + width > self.context:
             positions = torch.arange(width)[None]
+            causal = torch.ones(width, width, dtype=torch.bool).tril()[None, None] if width > 1 else None
             return LocalUpdate(
-                new, new, _causal(width), positions, None,
+                new, new, causal, positions, None,
                 [slice(self.start, self.end)] * len(rows),
                 rows=rows, counts=counts, start=self.end, flushed=[True] * len(rows),
             )  # fmt: skip
@@ -341,10 +317,8 @@ class Slots:
                 update.evicted_after = [update.evicted] * len(rows)
         return update
 
-    def _plan_ragged(self, rows: list[int], counts: list[int]) -> LocalUpdate:
-        assert self.table is not None
-        width = max(counts)
-        old = self.table[rows, self.start : self.end]
+    def _plan_ragged(self, rows: list[int], counts: list[int], table: Tensor) -> LocalUpdate:
+        width, old = max(counts), table[rows, self.start : self.end]
         next_positions, token_counts = torch.tensor([self.next[row] for row in rows]), torch.tensor(counts)
         flushed = [False] * len(rows)
         if self.flush:
@@ -376,10 +350,4 @@ class Slots:
 
     def _clamp_positions(self, positions: Tensor) -> Tensor | None:
         """Positions of queries to memory, limited to the context, as in training."""
-        if int(positions.max()) < self.context:
-            return None
-        return positions.clamp(max=self.context - 1)
-
-
-def _causal(width: int) -> Tensor | None:
-    return torch.ones(width, width, dtype=torch.bool).tril()[None, None] if width > 1 else None
+        return positions.clamp(max=self.context - 1) if int(positions.max()) >= self.context else None
