@@ -38,9 +38,7 @@ class ProgressBar:
     ):
         self._console = console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._shown, self._lines = shown, shown and not console.is_terminal
-        self._title, self._unit, self._total = title, unit, total
-        self._earlier = self._completed = completed
-        self._description = self._detail = ""
+        self._title, self._total, self._earlier = title, total, completed
         self._start = self._last_line = time.monotonic()
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -52,7 +50,8 @@ class ProgressBar:
             console=console,
             disable=not shown or self._lines or not total,
         )
-        self._task = self._bar.add_task(title, total=total, completed=completed, unit=unit, detail="")
+        self._bar.add_task(title, total=total, completed=completed, unit=unit, detail="")
+        self._task = self._bar.tasks[0]
 
     def __enter__(self) -> ProgressBar:
         self.start()
@@ -72,25 +71,23 @@ class ProgressBar:
 
     def advance(self, units: int = 1, *, description: str | None = None, detail: str | None = None) -> None:
         """Count more units; `description` names the current item, `detail` is text behind the figures."""
-        self._completed += units
-        self._description = self._description if description is None else description
-        self._detail = self._detail if detail is None else detail
-        heading = f"{self._title} {self._description}".rstrip()
-        self._bar.update(self._task, advance=units, description=heading, detail=self._detail)
+        heading = self._task.description if description is None else f"{self._title} {description}".rstrip()
+        detail = self._task.fields["detail"] if detail is None else detail
+        self._bar.update(self._task.id, advance=units, description=heading, detail=detail)
         now = time.monotonic()
         if self._lines and now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self.print(self._line(heading, now - self._start))
+            self.print(self._line(now - self._start))
 
     def print(self, line: str) -> None:
         """Write a line above the bar."""
         if self._shown:
             self._console.print(line, markup=False)
 
-    def _line(self, heading: str, elapsed: float) -> str:
-        rate = (self._completed - self._earlier) / elapsed if elapsed else 0.0
-        line = f"{heading}: {self._completed:,} of {self._total:,} {self._unit}"
-        if rate:
-            minutes, seconds = divmod(max(0, round((self._total - self._completed) / rate)), 60)
-            line += f", {rate:,.{0 if rate >= 10 else 1}f} {self._unit}/s, {minutes}:{seconds:02} remaining"
-        return f"{line}, {self._detail}" if self._detail else line
+    def _line(self, elapsed: float) -> str:
+        completed, unit, detail = self._task.completed, self._task.fields["unit"], self._task.fields["detail"]
+        line = f"{self._task.description}: {completed:,} of {self._total:,} {unit}"
+        if rate := (completed - self._earlier) / elapsed if elapsed else 0.0:
+            minutes, seconds = divmod(max(0, round((self._total - completed) / rate)), 60)
+            line += f", {rate:,.{0 if rate >= 10 else 1}f} {unit}/s, {minutes}:{seconds:02} remaining"
+        return f"{line}, {detail}" if detail else line

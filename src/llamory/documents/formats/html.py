@@ -16,6 +16,7 @@ _BLOCK_TAGS = {
     *("footer", "form", "header", "hr", "main", "nav", "ol", "p", "pre", "section", "table", "ul"),
 }
 _LINE_BREAK_TAGS = {"br", "li", "tr", "dt", "dd", "figcaption", "summary", "caption", "option"}
+_SPACES = {**dict.fromkeys(_BLOCK_TAGS, "\n\n"), **dict.fromkeys(_LINE_BREAK_TAGS, "\n")}  # at both ends of a tag
 
 
 def read_html(text: str, name: str) -> ParsedFile:
@@ -23,11 +24,8 @@ def read_html(text: str, name: str) -> ParsedFile:
     page = _HtmlTextExtractor()
     page.feed(text)
     page.close()
-    sections = [
-        (_normalize_whitespace("".join(parts)), " ".join("".join(title).split()), line)
-        for parts, title, line in page.sections
-    ]
-    title = " ".join("".join(page.title).split()) or next((t for _, t, _ in sections if t), name)
+    sections = [(_paragraphs("".join(parts)), _one_line(title), line) for parts, title, line in page.sections]
+    title = _one_line(page.title) or next((t for _, t, _ in sections if t), name)
     parts = [Section(body, heading or title, line, verbatim=False) for body, heading, line in sections if body]
     return ParsedFile(title, "\n\n".join(part.text for part in parts), parts)
 
@@ -51,11 +49,8 @@ class _HtmlTextExtractor(HTMLParser):
             self._hidden_tags.append(tag)
         elif tag in _HEADING_TAGS and not self._hidden_tags:
             self.sections.append(([], [], self.getpos()[0]))
-        elif tag in ("td", "th"):
-            self._add(" ")
-        if tag == "pre":
-            self._preformatted += 1
-        self._add_break(tag)
+        self._preformatted += tag == "pre"
+        self._add(" " if tag in ("td", "th") else _SPACES.get(tag))
 
     def handle_endtag(self, tag: str) -> None:
         if self._hidden_tags and tag == self._hidden_tags[-1]:
@@ -66,7 +61,7 @@ class _HtmlTextExtractor(HTMLParser):
             self._in_heading = False
         elif tag == "pre":
             self._preformatted = max(0, self._preformatted - 1)
-        self._add_break(tag)
+        self._add(_SPACES.get(tag))
 
     def handle_data(self, data: str) -> None:
         if self._hidden_tags:
@@ -86,20 +81,17 @@ class _HtmlTextExtractor(HTMLParser):
                 data = data.lstrip()
         parts.append(data)
 
-    def _add(self, space: str) -> None:
-        if not self._hidden_tags:
+    def _add(self, space: str | None) -> None:
+        if space and not self._hidden_tags:
             self.sections[-1][0].append(space)
-
-    def _add_break(self, tag: str) -> None:
-        if tag in _BLOCK_TAGS:
-            self._add("\n\n")
-        elif tag in _LINE_BREAK_TAGS:
-            self._add("\n")
 
     def _has_body_text(self) -> bool:
         return len(self.sections) > 1 or any(part.strip() for part in self.sections[0][0])
 
 
-def _normalize_whitespace(text: str) -> str:
-    text = re.sub(r" +\n", "\n", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()
+def _paragraphs(text: str) -> str:
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r" +\n", "\n", text)).strip()
+
+
+def _one_line(parts: list[str]) -> str:
+    return " ".join("".join(parts).split())

@@ -94,7 +94,7 @@ def decode(path: Path, data: bytes) -> str:
 
     Raises LlamoryError if the bytes are no text, or text in another encoding.
     """
-    encoding = next((name for name, marks in _BOMS.items() if data.startswith(marks)), "utf-8-sig")
+    encoding = next((name for name, boms in _BOMS.items() if data.startswith(boms)), "utf-8-sig")
     if encoding == "utf-8-sig" and path.suffix.lower() == ".py":
         with suppress(SyntaxError):  # for an unknown encoding UTF-8 is the best guess
             encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0]

@@ -27,10 +27,9 @@ TOP_K_SEARCHES: Mapping[str, type[Search]] = {"exact": TopKSearch, "faiss": Inde
 def make_search(
     name: str, top_k: int | None = None, *, top_k_attention: bool = False, folder: str | Path | None = None
 ) -> Search:
-    """Construct a search by its name.
+    """Construct a search by its name, a key of `SEARCHES`.
 
     Args:
-        name: a key of `SEARCHES`.
         top_k: pages, neighbours or tokens that are read per query and head; None for the search's default.
         top_k_attention: leave out all but the `top_k` best tokens instead of estimating them.
         folder: where "faiss" stores its indexes, which are then read from disk; None for in memory.
