@@ -104,10 +104,7 @@ def _finite(value: Any) -> Any:
 
 
 def silence_libraries() -> None:
-    """Turn off the notices of transformers, datasets and others; variables that the user has set stay.
-
-    Call this before those libraries are imported.
-    """
+    """Turn off the notices of libraries before they are imported; variables that the user has set stay."""
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -126,12 +123,7 @@ def silence_libraries() -> None:
 
 @contextmanager
 def user_errors(*, debug: bool) -> Iterator[None]:
-    """Turn an exception into one message on standard error and an exit code; with `debug`, print the traceback too.
-
-    Raises:
-        SystemExit: with 0 if the reader of standard output has closed it, 1 for a fault of llamory, 2 for an error
-            that the user can correct, 130 after Ctrl-C.
-    """
+    """Turn an exception into one message on standard error and an exit code; with `debug`, print the traceback too."""
     try:
         yield
     except BrokenPipeError:
@@ -143,14 +135,12 @@ def user_errors(*, debug: bool) -> Iterator[None]:
     except Exception as error:
         if debug:
             traceback.print_exception(error)
-        message = user_message(error)
-        if message is not None:
-            typer.echo(f"Error: {message}", err=True)
-            sys.exit(USER_ERROR)
-        message = f"llamory failed unexpectedly ({type(error).__name__}: {error})"
-        message += "." if debug else "; run the command with --debug to see where."
+        message, code = user_message(error), USER_ERROR
+        if message is None:
+            hint = "." if debug else "; run the command with --debug to see where."
+            message, code = f"llamory failed unexpectedly ({type(error).__name__}: {error}){hint}", INTERNAL_ERROR
         typer.echo(f"Error: {message}", err=True)
-        sys.exit(INTERNAL_ERROR)
+        sys.exit(code)
 
 
 def exit_interrupted() -> None:
