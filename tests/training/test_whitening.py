@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from llamory.cli import main
 from llamory.embedding.encoder import embed_passages, embed_queries
 from llamory.embedding.pipeline import (
+    add_whitening,
     export_sentence_transformer,
     fit_whitening_on_texts,
     load_embedder,
@@ -19,7 +20,7 @@ from llamory.embedding.pipeline import (
     sample_passages,
     set_query_prompt,
 )
-from llamory.embedding.whitening import WHITENING_FILE, fit_whitening, pseudo_queries
+from llamory.embedding.whitening import WHITENING_FILE, Whitening, fit_whitening, pseudo_queries
 from llamory.errors import LlamoryError
 from llamory.training.llara import train_llara
 from llamory.training.retriever import train_retriever
@@ -82,6 +83,12 @@ def test_a_trained_model_is_whitened_wherever_it_is_loaded(trained):
         documents = wanted(plain.encode_document(TEXTS), "document_centre")
         for found in (model.encode_document(TEXTS), model.encode(TEXTS), embed_passages(model, TEXTS)):
             np.testing.assert_allclose(found, documents, atol=1e-5)
+
+
+def test_whitening_is_put_on_the_device_of_the_embedder(trained):
+    model = load_embedder(trained, device="cpu", whitened=False).to("meta")
+    add_whitening(model, Whitening.load(trained, model[0].config.hidden_size))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 def test_vectors_of_what_it_was_fitted_on_are_centred_and_more_even(trained, documents, tmp_path):

@@ -24,7 +24,7 @@ from llamory.embedding.cpu_kernels import linear, swiglu
 from llamory.embedding.export_tokenizer import SEGMENT_SEPARATOR
 from llamory.errors import LlamoryError
 from llamory.llara.attention import flat_attention
-from llamory.llara.layout import SegmentLengths, SequenceLayout
+from llamory.llara.layout import SequenceLayout, find_layout
 from llamory.llara.template import LlaraTemplate, slot_tokens
 from llamory.models.adapters import merged
 
@@ -293,18 +293,5 @@ def _batches(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
 
 def _layout(lengths: Sequence[int], device: torch.device) -> SequenceLayout:
     """The layout of plain causal segments, one after the other."""
-    sizes = torch.tensor(lengths)
-    segments = torch.repeat_interleave(torch.arange(len(lengths)), sizes)
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    none = torch.empty(0, 0, dtype=torch.long)
-    return SequenceLayout(
-        shape=(len(lengths), max(lengths)),
-        index=(segments * max(lengths) + positions).to(device),
-        position_ids=positions.to(device),
-        segment_ids=segments.to(device),
-        segments=tuple(SegmentLengths(shared=length, summary=0, tail=0) for length in lengths),
-        summarize_slots=none,
-        summarize_segments=none,
-        predict_slots=none,
-        predict_segments=none,
-    )
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).to(device)
+    return find_layout(mask.long(), None, mask)

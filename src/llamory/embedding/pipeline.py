@@ -345,7 +345,7 @@ def fit_whitening_on_texts(
 
 def add_whitening(embedder: SentenceTransformer, whitening: Whitening) -> None:
     """Append whitening to the modules of a LLARA embedder that has none."""
-    embedder.extend(whitening.modules(str(query_prompt(embedder))))
+    embedder.extend([module.to(embedder.device) for module in whitening.modules(str(query_prompt(embedder)))])
 
 
 def _encode(embedder: SentenceTransformer, texts: list[str], task: str) -> Tensor:
