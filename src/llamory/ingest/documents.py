@@ -60,9 +60,6 @@ class TokenizedDocument:
         return common | content | {"model": model, "context_length": context_length}
 
 
-# ---- documents of files ----------------------------------------------------------------------------------------------
-
-
 def load_documents(
     paths: PathLike | Iterable[PathLike],
     tokenizer: PreTrainedTokenizerBase,
@@ -130,9 +127,6 @@ def _tokenize(
     folder = next((root.parent for root in roots if root in file.parents), file.parent)
     label = f"{file.relative_to(folder).as_posix()}{line_suffix}"
     return TokenizedDocument(f"{file}{line_suffix}", document.title, digest, ids, str(file), label)
-
-
-# ---- documents of a library ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

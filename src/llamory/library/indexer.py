@@ -124,9 +124,6 @@ class AddReport:
         return self.added + self.unchanged + self.updated
 
 
-# ---- files to passages -----------------------------------------------------------------------------------------------
-
-
 def index_files(
     tasks: Iterable[FileTask],
     config: ChunkingConfig,
@@ -284,9 +281,6 @@ def _failure_reason(error: Exception, file: str) -> str:
 
 def _name_error(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-# ---- passages to the table -------------------------------------------------------------------------------------------
 
 
 class Update:

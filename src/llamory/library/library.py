@@ -299,13 +299,12 @@ class Library:
                 print(citation.location, citation.share)
 
         Args:
-            question: the question.
             progress: show a progress bar on standard error when documents are encoded.
             settings: those of `chat`, and fields of `llamory.qa.generation.GenerationSettings`.
 
         Raises:
-            LlamoryError: the library is empty, no document was found, the reader can't be loaded, the question is
-                blank or too long, or there is too little RAM.
+            LlamoryError: the library is empty, no document was found, the reader can't be loaded, the question is blank
+                or too long, or there is too little RAM.
         """
         from llamory.library.qa import SESSION_SETTINGS
 
@@ -328,11 +327,7 @@ class Library:
     def precompute_memory(
         self, *, engine: EngineName = "local", ray_address: str | None = None, progress: bool = True
     ) -> MemoryReport:
-        """Encode the documents that have no memory, as many as fit the budget; arguments as for `Library.add`.
-
-        Raises:
-            LlamoryError: the library is empty, or the reader can't be loaded.
-        """
+        """Encode the documents that have no memory, as many as fit the budget; arguments as for `Library.add`."""
         from llamory.library.prefill import precompute_memory
 
         return precompute_memory(self.qa_source(), progress=progress, engine=engine, ray_address=ray_address)
@@ -352,10 +347,8 @@ class Library:
     def memory_info(self) -> dict[str, Any]:
         """What memories take: their number, `bytes` and `reader` (None for the default); empty if there are none."""
         cache = MemoryCache(memory_folder(self.path))
-        keys, config = cache.stored_keys(), ReaderConfig.load(cache.folder)
-        if not keys:
-            return {}
-        return {"memories": len(keys), "bytes": cache.nbytes, "reader": None if config is None else config.reader}
+        keys, reader = cache.stored_keys(), (ReaderConfig.load(cache.folder) or ReaderConfig()).reader
+        return {"memories": len(keys), "bytes": cache.nbytes, "reader": reader} if keys else {}
 
     def _delete_stale_memories(self, sources: Collection[str] | None) -> None:
         folder = memory_folder(self.path)

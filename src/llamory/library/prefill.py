@@ -114,11 +114,7 @@ def _open_encoder(source: LibrarySource, engine: str, address: str | None) -> It
 
 
 def delete_stale_memories(library: DocumentStore, folder: Path, sources: Collection[str] | None = None) -> int:
-    """Delete memories in `folder` whose document (of some sources, or any) has changed or is no longer in the library.
-
-    Returns:
-        Their number.
-    """
+    """Delete memories in `folder` whose document (of `sources`, or any) changed or is gone; returns their number."""
     cache = MemoryCache(folder)
     metadata = {key: _read_metadata(cache.path(key)) for key in cache.stored_keys()}
     if sources is not None:
@@ -133,10 +129,9 @@ def delete_stale_memories(library: DocumentStore, folder: Path, sources: Collect
 def _read_metadata(path: Path) -> dict[str, Any] | None:
     """Metadata of a memory's document; None if the file is damaged or was deleted meanwhile."""
     try:
-        metadata: dict[str, Any] = read_header(path)["segments"][0]["metadata"]
+        return dict(read_header(path)["segments"][0]["metadata"])
     except (LlamoryError, IndexError):
         return None
-    return metadata
 
 
 def _document_batches(source: LibrarySource, sources: Sequence[str]) -> Iterator[list[StoredDocument]]:

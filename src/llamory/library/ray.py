@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -174,6 +174,7 @@ class RayIndexer:
         folder = local_folder(self.library)
         on_gpu = ray.cluster_resources().get("GPU", 0) >= 1 and self.embedder.device.type == "cuda"
         embedders, actor_resources = _actors(on_gpu)
+        readers = max(1, embedders // EMBEDDERS_PER_READER)
         items = [{"tasks": pickle.dumps(tasks[i : i + FILES_PER_CALL])} for i in range(0, len(tasks), FILES_PER_CALL)]
         data = ray.data.from_items(items, override_num_blocks=len(items))
         # A file's last batch must arrive after all others: the file is then marked as indexed.
@@ -184,14 +185,14 @@ class RayIndexer:
         chunked = data.map_batches(
             FileReader,
             batch_size=1,
-            compute=_actor_pool(max(1, embedders // EMBEDDERS_PER_READER), len(items)),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(readers, len(items))),
             num_cpus=0,  # it shares a core with the embedders, for which it waits most of the time
             fn_constructor_kwargs={"config": self.config, "tokenizer": chunk_tokenizer(self.embedder)},
         )
         embedded = chunked.map_batches(
             Embedder,
             batch_size=1,
-            compute=_actor_pool(embedders, len(items)),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=min(embedders, len(items))),
             **actor_resources,
             fn_constructor_kwargs={
                 "config": self.config,
@@ -234,13 +235,12 @@ class Embedder:
         """The same messages with vectors, and before each the vectors of a large batch as they are computed."""
         for row in rows["message"]:
             message: BatchMessage = pickle.loads(row)
-            counts: list[int] = []
+            batch, counts = message.batch, list[int]()
             try:
-                if message.batch.rows:
-                    for new in embed_batch(
-                        message.batch, self._config, self._embedder, self._find_vectors, counts.append
-                    ):
-                        yield _pack(BatchMessage(new_rows=new[0], new_vectors=new[1], embedded=sum(counts)))
+                if batch.rows:  # the model is loaded only then
+                    parts = embed_batch(batch, self._config, self._embedder, self._find_vectors, counts.append)
+                    for new_rows, new_vectors in parts:
+                        yield _pack(BatchMessage(new_rows=new_rows, new_vectors=new_vectors, embedded=sum(counts)))
                         counts.clear()
                     message.embedded = sum(counts)
             except (LlamoryError, OSError) as error:
@@ -260,10 +260,7 @@ class Embedder:
 
             embedder = ray.get(self._model)
         if fingerprint(embedder) != self._fingerprint:
-            raise LlamoryError(
-                f"A worker finds another model at {self._model} than this process; give a path that is the same model "
-                "on all machines."
-            )
+            raise LlamoryError(f"A worker finds another model at {self._model}; give one that is the same everywhere.")
         return embedder
 
     @cached_property
@@ -294,9 +291,8 @@ class _Deduplicator:
         unchanged = [source for source in batch.unchanged if source not in self._seen_sources]
         # Of a file that was read twice, some documents may be from before a change and some from after it: it isn't
         # marked as indexed, so that the next run reads it again.
-        inconsistent = [
-            file for file, each in message.read_ids.items() if self._read_ids.setdefault(file, each) != each
-        ]
+        read_ids = message.read_ids.items()
+        inconsistent = [file for file, each in read_ids if self._read_ids.setdefault(file, each) != each]
         self._seen_sources.update(batch.unchanged, (row["source"] for row in batch.rows))
         return dataclasses.replace(
             batch,
@@ -311,12 +307,6 @@ def _pack(message: BatchMessage) -> dict[str, list[bytes]]:
     return {"message": [pickle.dumps(message)]}
 
 
-def _actor_pool(max_actors: int, tasks: int) -> Any:
-    from ray.data import ActorPoolStrategy
-
-    return ActorPoolStrategy(min_size=1, max_size=max(1, min(max_actors, tasks)))
-
-
 # ---- memories --------------------------------------------------------------------------------------------------------
 
 
@@ -327,15 +317,11 @@ class MemoryWriters:
         make_reader: pickled; makes on a worker an object whose `read` is as that of `llamory.library.reader.Reader`.
         address: address of a running cluster; None to start one on this machine.
         on_gpu: one writer per GPU instead of one per core.
-
-    Raises:
-        LlamoryError: Ray isn't installed, or there is no such cluster.
     """
 
     def __init__(self, make_reader: Callable[[], Any], address: str | None = None, *, on_gpu: bool = False):
         self._make_reader, self._address, self._on_gpu = make_reader, address, on_gpu
-        self._stack = ExitStack()
-        self._writers: list[Any] = []
+        self._stack, self._writers = ExitStack(), list[Any]()
 
     def __enter__(self) -> MemoryWriters:
         check_ray(self._address)
@@ -343,21 +329,13 @@ class MemoryWriters:
         return self
 
     def __exit__(self, *_: object) -> None:
-        import ray
-
-        for writer in self._writers:
-            ray.kill(writer)
         self._writers = []
         self._stack.close()
 
     def read(
         self, documents: Iterable[D], advance: Callable[[str, int], None] = lambda *_: None
     ) -> Iterator[tuple[D, MemoryBank]]:
-        """Encode documents, and yield each with its memory when it arrives; `advance` gets (source, tokens) of it.
-
-        Raises:
-            LlamoryError: a document can't be read, or a writer died more than `MAX_RESTARTS` times.
-        """
+        """Encode documents, and yield each with its memory when it arrives; `advance` gets (source, tokens) of it."""
         import ray
         from ray.util import ActorPool
 
@@ -387,6 +365,7 @@ class MemoryWriters:
         actor = ray.remote(max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS, **actor_resources)(MemoryWriter)
         while len(self._writers) < min(max_writers, max_actors):
             self._writers.append(actor.remote(self._make_reader))
+            self._stack.callback(ray.kill, self._writers[-1])
         return list(self._writers)
 
 
@@ -394,8 +373,7 @@ class MemoryWriter:
     """An actor that turns documents into memory files."""
 
     def __init__(self, make_reader: Callable[[], Any]) -> None:
-        self._make_reader = make_reader
-        self._reader: Any = None
+        self._reader = cache(make_reader)
 
     def read(self, number: int, documents: list[Any]) -> tuple[int, list[tuple[int, list[Any], bytes]], str]:
         """The given number; per document its index, (source, tokens) counts and memory file; and an error message."""
@@ -403,9 +381,7 @@ class MemoryWriter:
         memories = []
         indices = {id(document): index for index, document in enumerate(documents)}
         try:
-            if self._reader is None:
-                self._reader = self._make_reader()
-            for document, bank in self._reader.read(documents, lambda *counts: token_counts.append(counts)):
+            for document, bank in self._reader().read(documents, lambda *counts: token_counts.append(counts)):
                 memories.append((indices[id(document)], token_counts.copy(), _to_bytes(bank)))
                 token_counts.clear()
         except (LlamoryError, OSError) as error:

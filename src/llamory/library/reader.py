@@ -154,9 +154,8 @@ class Reader:
             self.memory_cache.mark_used(key)
             self._open_banks.move_to_end(key)
             return self._open_banks[key]
-        bank = self.memory_cache.get(
-            key, fingerprint=self.model.memory_fingerprint(), layers=config.mem_layers, dtype=config.mem_dtype
-        )
+        fingerprint = self.model.memory_fingerprint()
+        bank = self.memory_cache.get(key, fingerprint=fingerprint, layers=config.mem_layers, dtype=config.mem_dtype)
         if bank is not None:
             self._prepare_pages(key, bank)
             self._open_banks[key] = bank

@@ -121,8 +121,6 @@ class PassageStore:
             database = lancedb.connect(uri)
             return cls(database, database.create_table(_CHUNKS_TABLE, schema=schema), settings, uri)
 
-    # ---- reading -----------------------------------------------------------------------------------------------------
-
     @contextmanager
     def _latest_table(self) -> Iterator[Table]:
         """The table as of now: other processes write to it, and old states are deleted after a while."""
@@ -201,8 +199,6 @@ class PassageStore:
             passages.setdefault(row["source"], []).append(passage)
         return passages
 
-    # ---- writing -----------------------------------------------------------------------------------------------------
-
     def write(self, rows: list[dict[str, Any]], vectors: np.ndarray, replaced: Collection[str]) -> None:
         """Add whole documents and delete their old passages, in one commit.
 
@@ -272,8 +268,6 @@ class PassageStore:
         for name in set(schema.names) - set(columns):
             columns[name] = [row[name] for row in rows]
         return pa.table({name: columns[name] for name in schema.names}, schema=schema)
-
-    # ---- the file index ----------------------------------------------------------------------------------------------
 
     def file_index(self) -> dict[str, str]:
         """The content key of each file that was indexed completely; an unchanged one need not be parsed again."""

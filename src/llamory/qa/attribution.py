@@ -133,9 +133,6 @@ def _layer_mass(
     return torch.cat(masses, 1)
 
 
-# ---- citations -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Citation:
     """A chunk that an answer is based on.
