@@ -170,17 +170,11 @@ TASK = (
 PUBLISHED_NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 PUBLISHED_QUESTION = "What is the pass key? The pass key is"
 KEY_FIELD = "{key}"
-# Needle and question of the other kinds of secret; these are llamory's own.
+# Question and needle of the other kinds of secret; these are llamory's own.
 _NEEDLES = {
-    "name": (
-        "The guest of honour at the dinner was {key}.",
-        "Who was the guest of honour at the dinner? The guest of honour at the dinner was",
-    ),
-    "date": ("The treaty was signed on {key}.", "When was the treaty signed? The treaty was signed on"),
-    "sentence": (
-        'The note on the door said: "{key}"',
-        'What did the note on the door say? The note on the door said: "',
-    ),
+    "name": ("Who was the guest of honour at the dinner?", "The guest of honour at the dinner was {key}."),
+    "date": ("When was the treaty signed?", "The treaty was signed on {key}."),
+    "sentence": ("What did the note on the door say?", 'The note on the door said: "{key}"'),
 }
 
 
@@ -219,8 +213,8 @@ class Needle:
         """The default needle of a kind of secret (the published one for numbers), or one with another text."""
         if text is not None or kind not in _NEEDLES:
             return cls(PUBLISHED_NEEDLE if text is None else text, question, kind)
-        default_text, default_question = _NEEDLES[kind]
-        return cls(default_text, default_question if question is None else question, kind)
+        default_question, text = _NEEDLES[kind]
+        return cls(text, f"{default_question} {text.partition(KEY_FIELD)[0]}" if question is None else question, kind)
 
     @property
     def question_text(self) -> str:

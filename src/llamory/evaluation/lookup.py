@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
-from llamory.evaluation.plots import Line, draw_curves
+from llamory.evaluation.plots import draw_curves
 from llamory.evaluation.results import CurveResultsFile, run_models
 from llamory.longllama import LongLlamaCache, LongLlamaConfig, LongLlamaForCausalLM
 from llamory.longllama.losses import IGNORE_INDEX
@@ -234,15 +234,9 @@ def run_lookup(
         encoded = time.perf_counter()
         correct = _answers(model, questions, targets, bank)
         values = correct.view(-1, task.value_length)
-        cell = LookupCell(
-            tokens=count * task.half,
-            accuracy=correct.float().mean().item(),
-            value_accuracy=values.all(1).float().mean().item(),
-            num_values=len(values),
-            encode_seconds=encoded - start,
-            query_seconds=time.perf_counter() - encoded,
-            peak_bytes=_peak_memory(),
-        )
+        accuracies = correct.float().mean().item(), values.all(1).float().mean().item()
+        seconds = encoded - start, time.perf_counter() - encoded
+        cell = LookupCell(count * task.half, *accuracies, len(values), *seconds, _peak_memory())
         cells.append(cell)
         if on_cell is not None:
             on_cell(cell)
@@ -328,10 +322,7 @@ def evaluate(
             run_lookup(model, remaining, task=task, on_read=bar.advance, **options)
 
     run_models(results, names, run, {**(model_kwargs or {}), "mem_top_k_attention": True})
-    lines = [
-        Line(name, [cell.tokens for cell in cells], [cell.accuracy for cell in cells])
-        for name, cells in results.curves().items()
-    ]
+    lines = results.lines("tokens", "accuracy")
     labels: dict[str, Any] = {"x_label": "Tokens in memory", "y_label": "Accuracy of the values' tokens"}
     draw_curves(output / "lookup.png", "Dictionary look-up", lines, **labels, percent=True)
     return results

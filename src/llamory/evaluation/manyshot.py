@@ -18,7 +18,7 @@ import torch
 from llamory.common.progress import ProgressBar
 from llamory.documents import read_json_lines
 from llamory.errors import LlamoryError
-from llamory.evaluation.plots import Line, draw_curves
+from llamory.evaluation.plots import draw_curves
 from llamory.evaluation.results import CurveResultsFile, file_identity, run_models, run_pending
 
 if TYPE_CHECKING:
@@ -84,9 +84,7 @@ class PromptTemplate:
         """Parse a template with `{text}` once and after it `{label}` once, such as `{text}\\n{label}\\n\\n`."""
         question, found, after = template.partition(LABEL_FIELD)
         if not found or LABEL_FIELD in after or question.count(TEXT_FIELD) != 1 or TEXT_FIELD in after:
-            raise LlamoryError(
-                f"The template {template!r} doesn't have {TEXT_FIELD} once and after it {LABEL_FIELD} once."
-            )
+            raise LlamoryError(f"The template {template!r} doesn't have {{text}} once and after it {{label}} once.")
         # Most tokenizers join a space to the following word.
         self._question_template = question.rstrip(" ")
         self._label_prefix = question[len(self._question_template) :]
@@ -207,13 +205,10 @@ def label_scores(
         question: token ids of the text up to the label.
         labels: token ids of each label.
     """
-    output = model(
-        input_ids=torch.tensor([question], device=model.device),
-        past_key_values=None if memory is None else model.memory_cache(memory),
-        use_cache=True,
-        last_context_length=model.config.max_position_embeddings,
-        logits_to_keep=1,
-    )
+    ids = torch.tensor([question], device=model.device)
+    cache = None if memory is None else model.memory_cache(memory)
+    context = model.config.max_position_embeddings
+    output = model(ids, past_key_values=cache, use_cache=True, last_context_length=context, logits_to_keep=1)
     first = output.logits[0, -1].float().log_softmax(-1).cpu()
     totals = [float(first[label[0]]) for label in labels]
     multi_token = [index for index, label in enumerate(labels) if len(label) > 1]
@@ -378,15 +373,9 @@ def evaluate(
         )
         for name, each in templates.items()
     }
-    settings = {
-        "train": file_identity([train]),
-        "test": None if test is None else file_identity([test]),
-        **fields,
-        "labels": labels,
-        "questions": questions,
-        "template": template,
-        "score_type": score_type,
-    }
+    test_identity = None if test is None else file_identity([test])
+    settings: dict[str, Any] = {"train": file_identity([train]), "test": test_identity, **fields}
+    settings |= {"labels": labels, "questions": questions, "template": template, "score_type": score_type}
     results = ManyshotResultsFile(output / "manyshot.json", settings)
 
     def run(name: str, model: LongLlamaForCausalLM, trials: list[Trial], title: str) -> None:
@@ -394,17 +383,9 @@ def evaluate(
         run_manyshot(model, templates[name], prompts[name], labels, trials=trials, **options)
 
     run_models(results, names, run, model_kwargs)
-    lines = []
-    for name, curve in results.curves().items():
-        error_bars = None if curve[0].deviation is None else [point.deviation for point in curve]
-        lines.append(Line(name, [point.length for point in curve], [point.accuracy for point in curve], error_bars))
-    draw_curves(
-        output / "manyshot.png",
-        f"{train.stem}: answers with demonstrations in memory",
-        lines,
-        x_label="Tokens of demonstrations",
-        y_label="Correct answers",
-        percent=True,
-        reference_line=(f"chance: one of {len(labels)} labels", 1 / len(labels)),
-    )
+    lines = results.lines("length", "accuracy", error="deviation")
+    title = f"{train.stem}: answers with demonstrations in memory"
+    style: dict[str, Any] = {"x_label": "Tokens of demonstrations", "y_label": "Correct answers", "percent": True}
+    style["reference_line"] = (f"chance: one of {len(labels)} labels", 1 / len(labels))
+    draw_curves(output / "manyshot.png", title, lines, **style)
     return results

@@ -178,8 +178,7 @@ def evaluate(
         lengths, depths, trials, seed, needle: as for `run_passkey`.
         output: a folder; it is created if it does not exist.
         haystack: files and folders with the text around the needle; None for the published text.
-        independent_documents: encode each window by itself, see `IndependentDocumentPrompts`.
-        evidence_ratio: for `IndependentDocumentPrompts`.
+        independent_documents, evidence_ratio: encode each window by itself, see `IndependentDocumentPrompts`.
         last_context_length: tokens of the prompt's end that are never put into memory.
         baseline: also ask the plain model, without memory, even beyond its context.
         model_kwargs: for `load_long_model`.
@@ -191,9 +190,7 @@ def evaluate(
     from llamory.qa.evidence import check_evidence_ratio
 
     if independent_documents and baseline:
-        raise LlamoryError(
-            "The plain model has no memory to attach windows to; leave out --independent-documents or --baseline."
-        )
+        raise LlamoryError("The plain model has no memory to attach windows to; leave out --baseline.")
     if independent_documents and last_context_length is not None:
         raise LlamoryError(
             "With --independent-documents only the question isn't in memory; leave out --last-context-length."

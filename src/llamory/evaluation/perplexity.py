@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from llamory.common.progress import ProgressBar
 from llamory.documents import read_documents
 from llamory.errors import LlamoryError
-from llamory.evaluation.plots import Line, draw_curves
+from llamory.evaluation.plots import draw_curves
 from llamory.evaluation.results import CurveResultsFile, file_identity, run_models, run_pending
 
 if TYPE_CHECKING:
@@ -300,10 +300,7 @@ def evaluate(
 
     run_models(results, names, run, model_kwargs)
     # No error bars: documents differ more from each other than a document from itself with another memory.
-    lines = [
-        Line(name, [point.memory for point in curve], [point.perplexity for point in curve])
-        for name, curve in results.curves().items()
-    ]
+    lines = results.lines("memory", "perplexity")
     labels: dict[str, Any] = {"x_label": "Tokens in memory", "y_label": "Perplexity"}
     draw_curves(output / "perplexity.png", f"The last {tokens} tokens of long documents", lines, **labels)
     return results

@@ -114,16 +114,9 @@ def _draw(
     if panel.first_beyond_context is not None:
         position = lengths.index(panel.first_beyond_context) - 0.5
         axes.axvline(position, color=_HIGHLIGHT, linewidth=2, linestyle=(0, (3, 1.5)), clip_on=False)
-        axes.annotate(
-            f"context {panel.context_length:,}",
-            (position, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="left" if position < 0 else "center",
-            fontsize=8,
-            color=_HIGHLIGHT,
-        )
+        style: dict[str, Any] = {"ha": "left" if position < 0 else "center", "fontsize": 8, "color": _HIGHLIGHT}
+        coordinates: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate(f"context {panel.context_length:,}", (position, 1), (0, 3), **coordinates, **style)
     axes.set_title(panel.title, fontsize=10, color=_INK, loc="left", pad=18, parse_math=False)
     return image
 
@@ -197,7 +190,12 @@ def draw_curves(
         if reference_line is not None:
             label, value = reference_line
             axes.axhline(value, color=_MUTED, linewidth=1, linestyle=(0, (4, 2)), label=_literal(label))
-        _scale(axes, sorted({x for line in lines for x in line.xs}))
+        xs = sorted({x for line in lines for x in line.xs})
+        if smallest := next((x for x in xs if x > 0), None):
+            # The distance from 0 to the smallest position is that of a doubling.
+            axes.set_xscale("symlog", base=2, linthresh=smallest, linscale=0.5)
+        axes.set_xticks(xs, [short_count(x) for x in xs], rotation=45 if len(xs) > 10 else 0)
+        axes.set_xticks([], minor=True)
         if percent:
             axes.set_ylim(-0.02, 1.02)
             axes.yaxis.set_major_formatter(_percent)
@@ -217,16 +215,6 @@ def short_count(count: int) -> str:
     if count and count % (1 << 20) == 0:
         return f"{count >> 20}M"
     return f"{count // 1024}k" if count and count % 1024 == 0 else f"{count:,}"
-
-
-def _scale(axes: Axes, positions: Sequence[int]) -> None:
-    smallest = next((position for position in positions if position > 0), None)
-    if smallest is not None:
-        # The distance from 0 to the smallest position is that of a doubling.
-        axes.set_xscale("symlog", base=2, linthresh=smallest, linscale=0.5)
-    label_rotation = 45 if len(positions) > 10 else 0
-    axes.set_xticks(list(positions), [short_count(position) for position in positions], rotation=label_rotation)
-    axes.set_xticks([], minor=True)
 
 
 def _literal(text: str) -> str:

@@ -35,8 +35,11 @@ class RetrievalDataset:
         return len(_relevant(self.qrels) - set(self.ids))
 
 
-def queries_with_qrels(name: str, queries: Mapping[str, str], qrels: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
-    """The queries that have a relevant document, in the order of the qrels; none at all is an error."""
+Qrels = dict[str, dict[str, int]]
+
+
+def queries_with_qrels(name: str, queries: Mapping[str, str], qrels: Qrels) -> tuple[dict[str, str], Qrels]:
+    """The queries that have a relevant document, in the order of the qrels, and their qrels."""
     found = {}
     for query, scores in qrels.items():
         if query not in queries:
@@ -45,7 +48,7 @@ def queries_with_qrels(name: str, queries: Mapping[str, str], qrels: Mapping[str
             found[query] = queries[query]
     if not found:
         raise LlamoryError(f"{name} has no query with a relevant document; its qrels should have scores above 0.")
-    return found
+    return found, {query: qrels[query] for query in found}
 
 
 def sample(data: RetrievalDataset, queries: int | None = None, documents: int | None = None) -> RetrievalDataset:
@@ -101,13 +104,13 @@ def load_beir(folder: Path, split: str | None = None, *, ignore_identical_ids: b
         LlamoryError: a file is missing, a line is broken, an id is repeated, or no query has a relevant document.
     """
     data = read_beir(folder, split)
-    qrels: dict[str, dict[str, int]] = {}
+    qrels: Qrels = {}
     for query, scores in data.qrels.items():
         for name, score in scores.items():
             if not score.is_integer():
                 raise LlamoryError(f"{data.locations[query, name]}: the score should be a whole number, not {score}.")
             qrels.setdefault(query, {})[name] = int(score)
-    queries = queries_with_qrels(str(data.files[-1]), data.queries, qrels)
+    queries, qrels = queries_with_qrels(str(data.files[-1]), data.queries, qrels)
     ids: dict[str, None] = {}
     self_documents = set()
     for document in data.documents():
@@ -124,16 +127,12 @@ def load_beir(folder: Path, split: str | None = None, *, ignore_identical_ids: b
     digest = hashlib.sha256()
     for file in data.files:
         digest.update(bytes.fromhex(file_digest(file)))
-    return RetrievalDataset(
-        name=data.name,
-        split=data.split,
-        queries=queries,
-        qrels={query: qrels[query] for query in queries},
-        ids=list(ids),
-        read=lambda: ((document.id, document.full_text) for document in data.documents()),
-        self_documents=frozenset(self_documents),
-        fingerprint=digest.hexdigest(),
-    )
+
+    def read() -> Iterator[tuple[str, str]]:
+        return ((document.id, document.full_text) for document in data.documents())
+
+    fingerprint, self_ids = digest.hexdigest(), frozenset(self_documents)
+    return RetrievalDataset(data.name, data.split, queries, qrels, list(ids), read, self_ids, fingerprint)
 
 
 def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalDataset:
@@ -181,25 +180,16 @@ def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool
     qrels = {
         query: {key: int(score) for key, score in scores.items()} for query, scores in data["relevant_docs"].items()
     }
-    queries = queries_with_qrels(name, dict(zip(query_table["id"], query_table["text"], strict=True)), qrels)
+    queries, kept = queries_with_qrels(name, dict(zip(query_table["id"], query_table["text"], strict=True)), qrels)
     ids = list(corpus["id"])
 
     def read() -> Iterator[tuple[str, str]]:
         for row in corpus:
             yield row["id"], f"{row.get('title') or ''} {row['text']}".strip()
 
-    return RetrievalDataset(
-        name=name,
-        split=split,
-        queries=queries,
-        qrels={query: qrels[query] for query in queries},
-        ids=ids,
-        read=read,
-        self_documents=frozenset(
-            key for key in ids if ignore_identical_ids and key in queries and qrels[key].get(key, 0) < 1
-        ),
-        fingerprint=json_digest({"revision": task.metadata.revision, "judgements": qrels, "ids": len(ids)}, digits=64),
-    )
+    self_ids = {key for key in ids if ignore_identical_ids and key in queries and qrels[key].get(key, 0) < 1}
+    state = {"revision": task.metadata.revision, "judgements": qrels, "ids": len(ids)}
+    return RetrievalDataset(name, split, queries, kept, ids, read, frozenset(self_ids), json_digest(state, digits=64))
 
 
 def _select_split(task: Any, name: str, subset: str, split: str | None) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from llamory.common.io import write_json
 from llamory.common.progress import ProgressBar
 from llamory.errors import LlamoryError
+from llamory.evaluation.plots import Line
 
 Item = TypeVar("Item")
 Score = TypeVar("Score")
@@ -133,10 +134,15 @@ class CurveResultsFile(ResultsFile[Score]):
         """The points of a model's curve."""
         return self.make_curve(self.scores[name])
 
-    def curves(self) -> dict[str, list[Any]]:
-        """The curves of all models that have scores, by display name."""
-        shown = display_names(self.scores)
-        return {shown[name]: self.curve(name) for name, scores in self.scores.items() if scores}
+    def lines(self, x: str, y: str, error: str | None = None) -> list[Line]:
+        """Lines of a plot, one for each model that has scores, from attributes of the points of its curve."""
+        lines = []
+        for name, shown in display_names(self.scores).items():
+            if curve := self.curve(name):
+                xs, ys = ([getattr(point, each) for point in curve] for each in (x, y))
+                bars = None if error is None else [getattr(point, error) for point in curve]
+                lines.append(Line(shown, xs, ys, None if bars is None or None in bars else bars))
+        return lines
 
     def _summary(self, name: str) -> dict[str, Any]:
         return {"curve": [asdict(point) for point in self.curve(name)]}

@@ -182,15 +182,9 @@ def interval(values: Sequence[float]) -> list[float] | None:
     import numpy as np
     from scipy.stats import bootstrap
 
-    result = bootstrap(
-        (np.asarray(values, dtype=float),),
-        np.mean,
-        n_resamples=_RESAMPLES,
-        batch=_RESAMPLE_BATCH,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
+    data, settings = (np.asarray(values, dtype=float),), {"n_resamples": _RESAMPLES, "batch": _RESAMPLE_BATCH}
+    rng = np.random.default_rng(0)
+    result = bootstrap(data, np.mean, confidence_level=CONFIDENCE, method="percentile", rng=rng, **settings)
     return [float(result.confidence_interval.low), float(result.confidence_interval.high)]
 
 

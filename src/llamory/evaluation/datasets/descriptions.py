@@ -43,13 +43,8 @@ def downloaded_package_lists() -> Iterator[list[Path]]:
         folder = Path(name)
         folder.chmod(0o755)  # apt-get downloads as another user
         (folder / "lists" / "partial").mkdir(parents=True)
-        options = {
-            "Acquire::Languages": "en",
-            "Acquire::GzipIndexes": "false",
-            "Dir::State::Lists": folder / "lists",
-            "Dir::Cache": folder / "cache",
-        }
-        command = [apt, *(part for key, value in options.items() for part in ("-o", f"{key}={value}")), "update"]
+        command = [apt, "-o", "Acquire::Languages=en", "-o", "Acquire::GzipIndexes=false"]
+        command += ["-o", f"Dir::State::Lists={folder / 'lists'}", "-o", f"Dir::Cache={folder / 'cache'}", "update"]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         found = sorted((folder / "lists").glob("*Translation-en"))
         base_lists = [path for path in found if not any(later in path.name for later in _UPDATE_SUITES)]
@@ -93,15 +88,12 @@ def _stanzas(path: Path) -> Iterator[tuple[str, str, str]]:
     except UnicodeDecodeError as error:
         raise LlamoryError(f"{path} is not UTF-8 text; give an uncompressed Translation-en file.") from error
     for stanza in re.split(r"\n\s*\n", text):
-        fields = dict(field.partition(":")[::2] for field in re.split(r"\n(?![ \t])", stanza))
-        description = fields.get("Description-en", fields.get("Description", ""))
-        title, *lines = description.strip().split("\n")
+        parts = (field.partition(":") for field in re.split(r"\n(?![ \t])", stanza))
+        fields = {name: value for name, _, value in parts}
+        title, *lines = fields.get("Description-en", fields.get("Description", "")).split("\n")
         if lines:
-            yield (
-                fields.get("Package", "").strip(),
-                title.strip(),
-                _join_paragraphs([line[1:].rstrip() for line in lines]),
-            )
+            paragraphs = _join_paragraphs([line[1:].rstrip() for line in lines])
+            yield fields.get("Package", "").strip(), title.strip(), paragraphs
 
 
 def _join_paragraphs(lines: list[str]) -> str:

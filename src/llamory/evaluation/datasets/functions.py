@@ -79,7 +79,8 @@ class Origin:
 def standard_library() -> Origin:
     """The standard library of this Python, without tests."""
     root = Path(sysconfig.get_path("stdlib"))
-    return Origin(f"python {platform.python_version()}", "PSF-2.0", _python_files(root), root)
+    files = sorted(path for path in root.rglob("*.py") if _is_included(path.relative_to(root)))
+    return Origin(f"python {platform.python_version()}", "PSF-2.0", files, root)
 
 
 def default_packages() -> list[Origin]:
@@ -202,10 +203,6 @@ def _functions(body: Iterable[ast.stmt], outer: str = "") -> Iterator[tuple[str,
 
 def _is_test(name: str) -> bool:
     return name.startswith("test") or (name.startswith("__") and name.endswith("__") and name != "__init__")
-
-
-def _python_files(root: Path) -> list[Path]:
-    return sorted(path for path in root.rglob("*.py") if _is_included(path.relative_to(root)))
 
 
 def _package_files(package: metadata.Distribution) -> list[Path]:
