@@ -103,9 +103,9 @@ def _report(results: Results, show: Callable[[Results], None], *, as_json: bool)
     typer.echo(f"Written: {results.path} and {results.path.with_suffix('.png')}")
 
 
-def _print_scores(headers: Sequence[str], columns: Mapping[str, str], scores: Iterable[Any]) -> None:
-    """Print attributes of scores as columns; `columns` holds the format of each, and None is shown as -."""
-    values = ([(getattr(score, key), spec) for key, spec in columns.items()] for score in scores)
+def _print_scores(headers: Sequence[str], formats: Mapping[str, str], scores: Iterable[Any]) -> None:
+    """Print attributes of scores as columns; `formats` holds the format of each, and None is shown as -."""
+    values = ([(getattr(score, key), spec) for key, spec in formats.items()] for score in scores)
     print_table(headers, [["-" if value is None else format(value, spec) for value, spec in row] for row in values])
     typer.echo()
 
@@ -249,13 +249,13 @@ def _print_perplexity(results: PerplexityResultsFile) -> None:
     from llamory.evaluation.results import display_names
 
     headers = ["memory", "perplexity", "loss", "±", "change", "±"]
-    columns = {"memory": ",", "perplexity": ".3f", "loss": ".4f", "standard_error": ".4f"}
-    columns |= {"change": "+.4f", "change_standard_error": ".4f"}
+    formats = {"memory": ",", "perplexity": ".3f", "loss": ".4f", "standard_error": ".4f"}
+    formats |= {"change": "+.4f", "change_standard_error": ".4f"}
     for name, shown in display_names(results.scores).items():
         curve = results.curve(name)
         documents = show_count(curve[0].documents, "document")
         typer.echo(f"{shown}: the last {results.settings['tokens']} tokens of {documents}")
-        _print_scores(headers, columns, curve)
+        _print_scores(headers, formats, curve)
     typer.echo("± is the standard error over documents; change is the loss minus the loss without memory.")
 
 
@@ -311,12 +311,12 @@ def _print_manyshot(results: ManyshotResultsFile) -> None:
     from llamory.evaluation.results import display_names
 
     headers = ["tokens", "demonstrations", "correct", "±"]
-    columns = {"length": ",", "demonstrations": ",.1f", "accuracy": ".1%", "deviation": ".1%"}
+    formats = {"length": ",", "demonstrations": ",.1f", "accuracy": ".1%", "deviation": ".1%"}
     labels = len(results.settings["labels"])
     for name, shown in display_names(results.scores).items():
         curve = results.curve(name)
         typer.echo(f"{shown}: {labels} labels, {show_count(curve[0].seeds, 'seed')}")
-        _print_scores(headers, columns, curve)
+        _print_scores(headers, formats, curve)
     typer.echo("± is the standard deviation between seeds.")
 
 
@@ -362,17 +362,12 @@ def _print_lookup(results: LookupResultsFile) -> None:
     from llamory.evaluation.results import display_names
 
     headers = ["memory", "correct tokens", "correct values", "encoding, s", "queries, s"]
-    columns = {
-        "tokens": ",",
-        "accuracy": ".1%",
-        "value_accuracy": ".1%",
-        "encode_seconds": ".0f",
-        "query_seconds": ".0f",
-    }
+    formats = {"tokens": ",", "accuracy": ".1%", "value_accuracy": ".1%"}
+    formats |= {"encode_seconds": ".0f", "query_seconds": ".0f"}
     for name, shown in display_names(results.scores).items():
         cells = results.scores[name]
         typer.echo(f"{shown}: {cells[0].num_values if cells else 0} values asked for")
-        _print_scores(headers, columns, cells)
+        _print_scores(headers, formats, cells)
 
 
 # ---- retrieval -------------------------------------------------------------------------------------------------------

@@ -46,10 +46,7 @@ _CHECK_TEXTS = (
     "def f(x):\n    return x[0] != '\\n'  # {{ braces }} {% and %}",
     "naïve café e\u0301 — 日本語のテキスト 🦙🏽",
 )
-_NO_CODE: dict[str, Any] = {
-    "config_kwargs": {"trust_remote_code": False},
-    "processor_kwargs": {"trust_remote_code": False},
-}
+_NO_CODE: dict[str, Any] = {key: {"trust_remote_code": False} for key in ("config_kwargs", "processor_kwargs")}
 _TOKENIZER_ADVICE = "use a checkpoint with a byte-level BPE or a Llama-2 tokenizer."
 
 
@@ -294,12 +291,7 @@ def set_query_prompt(embedder: SentenceTransformer, query_prompt: str) -> None:
 def sample_passages(
     model: PathLike, paths: PathLike | Sequence[PathLike], *, number: int = 1024, max_length: int = DEFAULT_MAX_LENGTH
 ) -> list[str]:
-    """At most `number` random passages of documents, to fit whitening on.
-
-    Args:
-        model: a LLARA checkpoint or an adapter of one.
-        paths: files and folders, as for `llamory.llara.data.load_examples`.
-        max_length: limit in tokens for a passage with its prompt.
+    """At most `number` random passages of documents, of `max_length` tokens with their prompt, to fit whitening on.
 
     Raises:
         LlamoryError: the model is no LLARA checkpoint, or the documents can't be read or have no text.
@@ -321,15 +313,12 @@ def fit_whitening_on_texts(
     max_length: int | None = None,
     device: str | None = None,
 ) -> Whitening:
-    """Fit whitening on texts without labels, read as documents; their first words are read as queries.
+    """Fit whitening on a few hundred texts without labels, read as documents; their first words are read as queries.
 
-    Args:
-        model: as for `load_embedder`, or an embedder without whitening.
-        texts: at least `llamory.embedding.whitening.MIN_TEXTS`; a few hundred are enough.
-        max_length, device: as for `load_embedder`.
+    `model` is as for `load_embedder`, or an embedder without whitening.
 
     Raises:
-        LlamoryError: the model is no LLARA checkpoint, or there are too few texts.
+        LlamoryError: the model is no LLARA checkpoint, or there are fewer than `MIN_TEXTS` texts.
     """
     if isinstance(model, str | os.PathLike):
         model = load_embedder(model, max_length=max_length, device=device, whitened=False)
@@ -365,21 +354,15 @@ def export_sentence_transformer(
 ) -> Path:
     """Write a LLARA checkpoint as a Sentence Transformers folder that loads without llamory.
 
-    `encode_document` and `encode` read the summary prompt's slots, `encode_query` those of the query prompt.
-
     Args:
-        model: a LLARA checkpoint with its tokenizer and its template in `config.llara`, an adapter of one, a hub id, or
-            an embedder of `load_embedder` (then `max_length` and `similarity` are its own).
-        output: the folder to write; it may exist if it is empty.
+        model: a LLARA checkpoint, an adapter of one, a hub id, or an embedder of `load_embedder` (then `max_length` and
+            `similarity` are its own).
+        output: the folder to write, which is returned; it may exist if it is empty.
         max_length: limit in tokens for a text with its prompt; longer texts are truncated, the prompt never is.
         similarity: name of the similarity function that the folder declares.
         query_prompt: "prediction" or "summary"; by default as the template says.
-        whitening_texts: texts without labels, of the kind that will be searched, to fit whitening on; by default the
-            whitening beside the checkpoint is used, if there is one.
+        whitening_texts: to fit whitening on; by default the whitening beside the checkpoint is used, if there is one.
         device: where the texts are embedded.
-
-    Returns:
-        The output folder.
 
     Raises:
         LlamoryError: the model is no LLARA checkpoint, its tokenizer doesn't fit, or the output folder isn't empty.
