@@ -50,8 +50,8 @@ def test_the_matrix_is_a_power_of_the_shrunk_covariance():
     found = np.linalg.matrix_power(whitening.matrix.double().numpy(), 8)
     wanted = np.linalg.inv(np.linalg.matrix_power(shrunk, 3))
     np.testing.assert_allclose(found / np.trace(found), wanted / np.trace(wanted), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(whitening.document_centre, parts[0].mean(0), rtol=1e-5)
-    np.testing.assert_allclose(whitening.query_centres["summary"], parts[2].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(whitening.centres["document"], parts[0].mean(0), rtol=1e-5)
+    np.testing.assert_allclose(whitening.centres["summary_query"], parts[2].mean(0), rtol=1e-5)
 
 
 def test_shortened_texts_start_alike_and_are_as_short_as_queries():

@@ -31,7 +31,7 @@ SHRINKAGE = 0.1  # share of the mean variance that is added to each direction's 
 QUERY_WORDS = (4, 14)  # least and most words of a pseudo-query
 MIN_TEXTS = 16  # fewer give no useful mean and covariance
 
-_MATRIX, _DOCUMENT = "matrix", "document_centre"
+_ROUTES = ("document", *(f"{prompt}_query" for prompt in QUERY_PROMPTS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +40,11 @@ class Whitening:
 
     Attributes:
         matrix: (dimension, dimension), symmetric.
-        document_centre: (dimension,)
-        query_centres: (dimension,) each, by query prompt.
+        centres: (dimension,) each, of "document" and of each query prompt, such as "summary_query".
     """
 
     matrix: Tensor
-    document_centre: Tensor
-    query_centres: Mapping[str, Tensor]
+    centres: Mapping[str, Tensor]
 
     def modules(self, query_prompt: str) -> list[Any]:
         """Stock modules of Sentence Transformers that apply it, to be appended to those of an embedder."""
@@ -54,10 +52,9 @@ class Whitening:
         from sentence_transformers.base.modules.dense import Dense
         from sentence_transformers.base.modules.normalize import Normalize
 
-        centres = {f"{prompt}_query": centre for prompt, centre in self.query_centres.items()}
-        routes, identity = {}, torch.nn.Identity()
-        for name, centre in {**centres, "document": self.document_centre}.items():
-            matrix = self.matrix.float()
+        routes: dict[str, list[Any]] = {}
+        for name, centre in self.centres.items():
+            matrix, identity = self.matrix.float(), torch.nn.Identity()
             bias = -matrix @ centre.float()
             routes[name] = [Dense(*matrix.shape, activation_function=identity, init_weight=matrix, init_bias=bias)]
         return [Router(routes, default_route="document", route_mappings=route_mappings(query_prompt)), Normalize()]  # type: ignore[arg-type]
@@ -66,8 +63,8 @@ class Whitening:
         """Write it into a checkpoint's folder, the matrix in `dtype`."""
         from safetensors.torch import save_file
 
-        tensors = {_MATRIX: self.matrix.to(dtype).contiguous(), _DOCUMENT: self.document_centre.contiguous()}
-        tensors |= {_centre_key(prompt): centre.contiguous() for prompt, centre in self.query_centres.items()}
+        tensors = {f"{name}_centre": centre.contiguous() for name, centre in self.centres.items()}
+        tensors["matrix"] = self.matrix.to(dtype).contiguous()
         with atomic_path(folder / WHITENING_FILE) as temporary:
             save_file(tensors, temporary)
 
@@ -84,15 +81,14 @@ class Whitening:
             tensors = load_file(file)
         except (OSError, SafetensorError) as error:
             raise LlamoryError(f"{file} can't be read: {error}; fit it again, or remove it.") from error
-        shapes = dict.fromkeys([_DOCUMENT, *map(_centre_key, QUERY_PROMPTS)], (dimension,))
-        for name, shape in (shapes | {_MATRIX: (dimension, dimension)}).items():
+        shapes: dict[str, tuple[int, ...]] = {f"{name}_centre": (dimension,) for name in _ROUTES}
+        for name, shape in (shapes | {"matrix": (dimension, dimension)}).items():
             if name not in tensors or tensors[name].shape != shape or not tensors[name].isfinite().all():
                 raise LlamoryError(
                     f"{file} was made for another model than the one beside it, which has {dimension} dimensions: its "
                     f"{name} doesn't fit; fit it again, or remove it."
                 )
-        centres = {prompt: tensors[_centre_key(prompt)] for prompt in QUERY_PROMPTS}
-        return cls(tensors[_MATRIX], tensors[_DOCUMENT], centres)
+        return cls(tensors["matrix"], {name: tensors[f"{name}_centre"] for name in _ROUTES})
 
 
 def fit_whitening(documents: Tensor, queries: Mapping[str, Tensor]) -> Whitening:
@@ -105,19 +101,16 @@ def fit_whitening(documents: Tensor, queries: Mapping[str, Tensor]) -> Whitening
     Raises:
         LlamoryError: there are too few texts.
     """
-    parts = [documents.double(), *(vectors.double() for vectors in queries.values())]
-    if (smallest := min(map(len, parts))) < MIN_TEXTS:
+    parts = {"document": documents.double()} | {f"{name}_query": part.double() for name, part in queries.items()}
+    if (smallest := min(map(len, parts.values()))) < MIN_TEXTS:
         raise LlamoryError(f"Whitening needs at least {MIN_TEXTS} texts, not {smallest}; add data, or set whiten to 0.")
     # All parts have the same weight, whatever their number of texts.
-    covariances = [torch.cov(part.T, correction=0) for part in parts]
+    covariances = [torch.cov(part.T, correction=0) for part in parts.values()]
     values, directions = torch.linalg.eigh(torch.stack(covariances).mean(0))
     scales = (values.clamp(min=0) + SHRINKAGE * values.mean()).pow(-POWER / 2)
     matrix = directions @ (scales[:, None] * directions.T)
-    return Whitening(
-        matrix=(matrix / matrix.diagonal().mean()).float(),  # cosines ignore the scale; this one suits bfloat16
-        document_centre=parts[0].mean(0).float(),
-        query_centres={name: part.mean(0).float() for name, part in zip(queries, parts[1:], strict=True)},
-    )
+    matrix = (matrix / matrix.diagonal().mean()).float()  # cosines ignore the scale; this one suits bfloat16
+    return Whitening(matrix, {name: part.mean(0).float() for name, part in parts.items()})
 
 
 def pseudo_queries(texts: Sequence[str], seed: int = 0) -> list[str]:
@@ -136,7 +129,3 @@ def whitening_router(embedder: SentenceTransformer) -> Router | None:
 def route_mappings(query_prompt: str) -> dict[Any, str]:
     """The mappings of `whitening_router` by which queries use the centre of a query prompt."""
     return {("query", None): f"{query_prompt}_query", ("document", None): "document"}
-
-
-def _centre_key(prompt: str) -> str:
-    return f"{prompt}_query_centre"

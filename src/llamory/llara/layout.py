@@ -133,11 +133,10 @@ def find_layout(
         position_ids: (batch or 1, length) rotary positions.
     """
     device, shape = input_ids.device, (int(input_ids.shape[0]), int(input_ids.shape[1]))
-    # One copy to the host, where all structure is computed: no synchronization per row.
-    ids = input_ids.cpu()
+    # All structure is computed on the host: one copy, no synchronization per row.
     real = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
     index = real.flatten().nonzero().squeeze(1)
-    flat = ids.flatten()[index]
+    flat = input_ids.cpu().flatten()[index]
     rows = index // shape[1]
     real_positions = None if position_ids is None else position_ids.cpu().expand(shape).flatten()[index]
 
@@ -162,8 +161,7 @@ def find_layout(
         starts[after[_matches(flat, rows, after, template.prefix_ids)]] = True
 
     segment_ids = starts.long().cumsum(0) - 1
-    count = int(segment_ids[-1]) + 1 if len(flat) else 0
-    totals = torch.bincount(segment_ids, minlength=count)
+    totals = torch.bincount(segment_ids)
     offsets = totals.cumsum(0) - totals
     summary_segments, predict_segments = segment_ids[summary_starts], segment_ids[predict_starts]
 
@@ -182,7 +180,7 @@ def find_layout(
     order = torch.arange(len(flat))
     positions = order - offsets[segment_ids] if real_positions is None else real_positions.long().clone()
     in_tail = has_both[segment_ids] & (order >= tail_start[segment_ids])
-    restart = positions[shared_end.clamp(max=max(len(flat) - 1, 0))][segment_ids] if len(flat) else positions
+    restart = positions[shared_end.clamp(max=len(flat) - 1)][segment_ids]
     positions = torch.where(in_tail, restart + order - tail_start[segment_ids], positions)
 
     slots = torch.arange(-template.slots, 0) if template else torch.arange(0)

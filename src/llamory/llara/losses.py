@@ -74,18 +74,8 @@ def head_losses(
 
 class _HeadLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        weights: Tensor,
-        rows: Tensor,
-        labels: Tensor,
-        counts: Tensor,
-        summarize: BagOfWords | None,
-        predict: BagOfWords | None,
-        needs_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        hidden, weight, weights, rows, labels, counts, summarize, predict, needs_grad = inputs
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):

@@ -69,17 +69,16 @@ class NewLlamaModel(LlamaModel):
         kwargs = {key: value for key, value in (kwargs | {"return_dict": return_dict}).items() if value is not None}
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        plain = (
-            inputs_embeds is not None or input_ids is None or (attention_mask is not None and attention_mask.ndim == 4)
-        )
+        custom_mask = attention_mask is not None and attention_mask.ndim == 4
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         # A decoding step has no prompts; its attention mask says what the token attends to.
-        if not plain and layout is None and not (past and input_ids.shape[1] == 1):  # type: ignore[union-attr]
-            mask = attention_mask if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]  # type: ignore[union-attr]
-            found = find_layout(input_ids, self.template, mask, position_ids)  # type: ignore[arg-type]
+        plain = input_ids is None or inputs_embeds is not None or custom_mask or (past and input_ids.shape[1] == 1)
+        if layout is None and input_ids is not None and not plain:
+            mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+            found = find_layout(input_ids, self.template, mask, position_ids)
             flat = not (past or use_cache or output_attentions or self.config._attn_implementation == "eager")
             if flat and (found.has_blocks or found.is_packed or self.training):
-                return self._forward_padded(input_ids, found, kwargs)  # type: ignore[arg-type]
+                return self._forward_padded(input_ids, found, kwargs)
             if found.has_blocks or found.is_packed:
                 position_ids, attention_mask = self._padded_mask(
                     found, attention_mask, position_ids, past_key_values, past

@@ -125,9 +125,20 @@ def load_config(name: PathLike = "default") -> PretrainedConfig:
     Raises:
         LlamoryError: there is no such model, or it is no LLaMA or LongLLaMA.
     """
-    if (adapter := adapter_folder(name)) is None:
-        return _load_config(resolve(name), name)
-    return _load_config(adapter, name) if (adapter / "config.json").is_file() else load_config(base_model_name(adapter))
+    adapter = adapter_folder(name)
+    if adapter is not None and not (adapter / "config.json").is_file():
+        return load_config(base_model_name(adapter))
+    from transformers import AutoConfig, PretrainedConfig
+
+    source = resolve(name) if adapter is None else adapter
+    with load_errors(name, "config.json"):
+        model_type = PretrainedConfig.get_config_dict(source)[0].get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise LlamoryError(
+                f"{name} is a {model_type or 'nameless'} model, not a LLaMA-like one; "
+                f"choose a model whose config.json says model_type {' or '.join(MODEL_TYPES)}."
+            )
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 def load_tokenizer(name: PathLike = "default") -> PreTrainedTokenizerBase:
@@ -183,14 +194,15 @@ def load_model(
         # The sum is computed in float32 and rounded once, so it doesn't depend on the dtype asked for.
         base = load_model(base_model_name(adapter), model_class, dtype="float32", **kwargs)
         return _merge_adapter(base, adapter, dtype)
-    source = resolve(name)
-    _load_config(source, name)
+    load_config(name)  # raises if the model is no LLaMA
     from transformers import LlamaForCausalLM
 
     if dtype is not None:
         kwargs["dtype"] = dtype
     with load_errors(name, "weights"):
-        model, report = (model_class or LlamaForCausalLM).from_pretrained(source, output_loading_info=True, **kwargs)
+        model, report = (model_class or LlamaForCausalLM).from_pretrained(
+            resolve(name), output_loading_info=True, **kwargs
+        )
     if missing := sorted(key for key in report["missing_keys"] if key.startswith(_REQUIRED_PARAMETERS)):
         raise LlamoryError(
             f"The weights of {name} are incomplete: {len(missing)} parameters are missing, the first is {missing[0]}."
@@ -224,19 +236,6 @@ def _merge_adapter(model: PreTrainedModel, adapter: Path, dtype: str | torch.dty
 def is_memory_only_adapter(adapter_config: PretrainedConfig, config: PretrainedConfig) -> bool:
     """Whether an adapter changes only projections for memory, which a model loaded as a plain LLaMA doesn't have."""
     return getattr(adapter_config, "mem_projections", False) and not getattr(config, "mem_projections", False)
-
-
-def _load_config(source: str | Path, name: PathLike) -> PretrainedConfig:
-    from transformers import AutoConfig, PretrainedConfig
-
-    with load_errors(name, "config.json"):
-        model_type = PretrainedConfig.get_config_dict(source)[0].get("model_type")
-        if model_type not in MODEL_TYPES:
-            raise LlamoryError(
-                f"{name} is a {model_type or 'nameless'} model, not a LLaMA-like one; "
-                f"choose a model whose config.json says model_type {' or '.join(MODEL_TYPES)}."
-            )
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
 @contextmanager
