@@ -50,16 +50,15 @@ def _split_normalizer(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str
     Either a normalizer prepends `▁` to every run of text between special tokens, or a Metaspace pre-tokenizer with the
     scheme "first" gives it to the first run only, unless that starts with a space.
     """
-    transforms = normalizer["normalizers"] if normalizer and normalizer["type"] == "Sequence" else [normalizer]
     result: list[dict[str, Any]] = []
-    for step in filter(None, transforms):
+    for step in _steps(normalizer, "normalizers"):
         if step["type"] == "Prepend":
             # The start of a run becomes the start of a segment; an empty segment gets no ▁.
             result.append({"type": "Prepend", "prepend": SEGMENT_SEPARATOR})
             result.append(_insert_after_separator("", step["prepend"]))
         else:
             result.append(step)
-    for step in _pre_tokenizers(pre_tokenizer):
+    for step in _steps(pre_tokenizer, "pretokenizers"):
         if _is_first(step):
             result.append(_insert_after_separator(f" {step['replacement']}", step["replacement"]))
     return {"type": "Sequence", "normalizers": result} if result else None
@@ -74,16 +73,15 @@ def _insert_after_separator(unless: str, inserted: str) -> dict[str, Any]:
 def _split_pre_tokenizer(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any]:
     """Split at separators and remove them, then apply the tokenizer's own steps."""
     split = {"type": "Split", "pattern": {"String": SEGMENT_SEPARATOR}, "behavior": "Removed", "invert": False}
-    steps = [
-        {**step, "prepend_scheme": "never"} if _is_first(step) else step for step in _pre_tokenizers(pre_tokenizer)
-    ]
+    steps = _steps(pre_tokenizer, "pretokenizers")
+    steps = [{**step, "prepend_scheme": "never"} if _is_first(step) else step for step in steps]
     return {"type": "Sequence", "pretokenizers": [split, *steps]}
 
 
-def _pre_tokenizers(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:
-    if pre_tokenizer is None:
+def _steps(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    if component is None:
         return []
-    return pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    return component[key] if component["type"] == "Sequence" else [component]
 
 
 def _is_first(step: dict[str, Any]) -> bool:

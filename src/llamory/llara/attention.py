@@ -67,7 +67,8 @@ def flat_attention(module: LlamaAttention, query: Tensor, key: Tensor, value: Te
     if "flash" in name:
         return _flash(module, query, key, value, layout)
     if name == "flex_attention":
-        return _flex(module, query, key, value, layout)
+        attend = ALL_ATTENTION_FUNCTIONS["flex_attention"]
+        return attend(module, query, key, value, block_mask(layout), scaling=module.scaling)[0]
     if name != "sdpa":
         raise LlamoryError(
             f"LLARA has no fused attention for attn_implementation={implementation!r}; use sdpa, flash_attention_2, "
@@ -191,12 +192,6 @@ def _flash_call(
     options |= {"dropout": _dropout(module), "scaling": module.scaling, "is_causal": True}
     output, _ = attend(module, query, key, value, None, **options)
     return output.view(1, -1, query.shape[1], query.shape[3])
-
-
-def _flex(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
-    """FlexAttention with the layout's rule as mask function; fully masked blocks are skipped."""
-    attend = ALL_ATTENTION_FUNCTIONS["flex_attention"]
-    return attend(module, query, key, value, block_mask(layout), scaling=module.scaling)[0]
 
 
 def block_mask(layout: SequenceLayout) -> Any:

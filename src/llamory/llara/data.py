@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Container, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +110,10 @@ def load_examples(
         if next(iter(rows), None) is None:
             raise no_examples
         return rows.map(preprocessor.examples, batch_size=_STREAMING_BATCH_SIZE, **mapping)
-    with _progress_bars(shown=not quiet):
+    with ExitStack() as stack:
+        if quiet and not datasets.utils.are_progress_bars_disabled():
+            datasets.disable_progress_bars()
+            stack.callback(datasets.enable_progress_bars)
         try:
             rows = Dataset.from_generator(
                 preprocessor.rows,
@@ -310,18 +313,6 @@ def _is_published(path: Path) -> bool:
         return False
     first = next(read_json_lines(path, lambda entry: entry, skip_broken=True), None)
     return first is not None and "input" in first[1]
-
-
-@contextmanager
-def _progress_bars(*, shown: bool) -> Iterator[None]:
-    if shown or datasets.utils.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
 
 
 def stop_words(languages: Iterable[str]) -> frozenset[str]:

@@ -239,7 +239,13 @@ class PreLlamaModel(LlamaForCausalLM):
         Args:
             targets: labels, ids of the summary's words and ids of the prediction's words.
         """
-        rows, target_tokens = _next_tokens(layout, targets[0])
+        rows = next_tokens = layout.index[:0]
+        if targets[0] is not None:
+            flat_labels = layout.flatten(targets[0])
+            is_target = flat_labels != IGNORE_INDEX
+            is_target[layout.offsets] = False  # no token of the same passage predicts its first one
+            indices = is_target.nonzero().squeeze(1)
+            rows, next_tokens = indices - 1, flat_labels[indices]
         bags = [
             self._bag("summary", layout, layout.summarize_slots, layout.summarize_segments, targets[1]),
             self._bag("prediction", layout, layout.predict_slots, layout.predict_segments, targets[2]),
@@ -259,7 +265,7 @@ class PreLlamaModel(LlamaForCausalLM):
             )
         weights, penalty = self._loss_weights(counts)
         head = self.lm_head.weight if self.head_trainable else self.lm_head.weight.detach()
-        total, losses = head_losses(hidden, head, weights, rows, target_tokens, counts.float(), *bags)
+        total, losses = head_losses(hidden, head, weights, rows, next_tokens, counts.float(), *bags)
         result.loss = total + penalty
         scaled = losses * torch.cat([weights.new_ones(1), self._bow_weights()]).detach()
         result.ar_loss, result.bow_summarize_loss, result.bow_predict_loss = (
@@ -318,17 +324,6 @@ class PreLlamaModel(LlamaForCausalLM):
             inputs["attention_mask"] = layout.visible()[:, 0, -1].to(mask.dtype)
             inputs["position_ids"] = layout.pad(layout.position_ids)[:, -1:]
         return inputs
-
-
-def _next_tokens(layout: SequenceLayout, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows of the flat hidden states that predict a token of the same passage, and these tokens."""
-    if labels is None:
-        return layout.index[:0], layout.index[:0]
-    target_tokens = layout.flatten(labels)
-    learns = target_tokens != IGNORE_INDEX
-    learns[layout.offsets] = False
-    indices = learns.nonzero().squeeze(1)
-    return indices - 1, target_tokens[indices]
 
 
 class PreModel(nn.Module):
