@@ -51,14 +51,14 @@ def _split_normalizer(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str
     scheme "first" gives it to the first run only, unless that starts with a space.
     """
     result: list[dict[str, Any]] = []
-    for step in _steps(normalizer, "normalizers"):
+    for step in _components(normalizer, "normalizers"):
         if step["type"] == "Prepend":
             # The start of a run becomes the start of a segment; an empty segment gets no ▁.
             result.append({"type": "Prepend", "prepend": SEGMENT_SEPARATOR})
             result.append(_insert_after_separator("", step["prepend"]))
         else:
             result.append(step)
-    for step in _steps(pre_tokenizer, "pretokenizers"):
+    for step in _components(pre_tokenizer, "pretokenizers"):
         if _is_first(step):
             result.append(_insert_after_separator(f" {step['replacement']}", step["replacement"]))
     return {"type": "Sequence", "normalizers": result} if result else None
@@ -71,14 +71,14 @@ def _insert_after_separator(unless: str, inserted: str) -> dict[str, Any]:
 
 
 def _split_pre_tokenizer(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any]:
-    """Split at separators and remove them, then apply the tokenizer's own steps."""
+    """Split at separators and remove them, then apply the tokenizer's own components."""
     split = {"type": "Split", "pattern": {"String": SEGMENT_SEPARATOR}, "behavior": "Removed", "invert": False}
-    steps = _steps(pre_tokenizer, "pretokenizers")
-    steps = [{**step, "prepend_scheme": "never"} if _is_first(step) else step for step in steps]
-    return {"type": "Sequence", "pretokenizers": [split, *steps]}
+    components = _components(pre_tokenizer, "pretokenizers")
+    components = [{**step, "prepend_scheme": "never"} if _is_first(step) else step for step in components]
+    return {"type": "Sequence", "pretokenizers": [split, *components]}
 
 
-def _steps(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+def _components(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     if component is None:
         return []
     return component[key] if component["type"] == "Sequence" else [component]
