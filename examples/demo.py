@@ -41,8 +41,8 @@ linecache logging/__init__ os pathlib posixpath queue random re/__init__ secrets
 string subprocess tempfile textwrap threading timeit traceback urllib/parse urllib/request zipapp zipfile _strptime
 """.split()
 CHUNK_SIZE = 96
-# Longer than the context of SmolLM2, 8,192 tokens; the answer is in the first lines. The packaged adapter was not trained
-# on it.
+# Longer than the context of SmolLM2, 8,192 tokens; the answer is in the first lines. The packaged adapter was not
+# trained on it.
 LONG_DOCUMENT, LONG_QUESTION = "http/client.py", "What is the value of _MAXHEADERS?"
 
 # Tokens of the passkey prompt.
@@ -128,8 +128,8 @@ def ask(library: Library, question: str, out: Console) -> None:
         bar = "█" * round(20 * citation.share)
         out.print(f"  {bar:<20} {citation.share:4.0%}  {citation.title}", highlight=False, markup=False, soft_wrap=True)
     out.print(
-        f"  (from {answer.evidence_tokens} tokens of memory, {answer.tokens_read} tokens encoded for it; first token after "
-        f"{answer.seconds_to_first_token:.1f} s)",
+        f"  (from {answer.evidence_tokens} tokens of memory, {answer.tokens_read} tokens encoded for it; first token "
+        f"after {answer.seconds_to_first_token:.1f} s)",
         highlight=False,
     )
 
@@ -144,8 +144,8 @@ def read_and_ask(document: Path, memory_file: Path, out: Console) -> None:
     memory = OpenMemory(memory_file, bf16=True)
     context = load_config("default").max_position_embeddings
     out.print(
-        f"\n{report.tokens:,} tokens, {report.tokens / context:.1f} times the model's context of {context:,}, encoded in "
-        f"{report.seconds:.0f} s in windows of {memory.model.config.max_position_embeddings}; stored in "
+        f"\n{report.tokens:,} tokens, {report.tokens / context:.1f} times the model's context of {context:,}, encoded "
+        f"in {report.seconds:.0f} s in windows of {memory.model.config.max_position_embeddings}; stored in "
         f"{report.bytes / 1e6:.0f} MB.",
         highlight=False,
         soft_wrap=True,

@@ -1,8 +1,8 @@
 """Makes one small adapter folder of training runs that went on from one another, as the package ships it.
 
     python recipes/join_adapters.py OUT RUN [RUN ...] [--base MODEL] [--query-prompt PROMPT]
-        [--whiten UNLABELLED.jsonl | --whitening FOLDER] [--logn-attention-scale SCALE] [--memory-size-bias BIAS] [--for-memory]
-        [--factor FACTOR ...]
+        [--whiten UNLABELLED.jsonl | --whitening FOLDER] [--logn-attention-scale SCALE] [--memory-size-bias BIAS]
+        [--for-memory] [--factor FACTOR ...]
 
 Each RUN is the output of a training with --lora: llara and then retriever, or fot and then instruct. A checkpoint of
 the first will do, too (then --query-prompt says what queries get). The first started from the base model (the packaged

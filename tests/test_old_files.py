@@ -1,7 +1,7 @@
 """Files that version 0.1.0 wrote before its terms changed: a library with memories, and a memory file, still open.
 
 `tests/golden/version_0_1` was written by commit 824fd67: three documents, an embedding model that counts four words, a
-two-layer LLaMA with random weights, a library with the memory of its four documents (float32), and a memory file (int8).
+two-layer LLaMA with random weights, a library with memories of its four documents (float32), a memory file (int8).
 """
 
 from __future__ import annotations

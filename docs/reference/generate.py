@@ -55,9 +55,9 @@ def settings_page() -> str:
     """A table per class of training settings; each lists the settings that it declares itself."""
     sections = [
         "# Training settings\n",
-        "Every setting is a flag (`learning_rate` is `--learning-rate`, and `--no-streaming` turns `streaming` off) and",
-        "a key of the YAML file given as `--config`; flags take precedence. A command has the settings of its own class",
-        "and of the classes that it extends.\n",
+        "Every setting is a flag (`learning_rate` is `--learning-rate`, and `--no-streaming` turns `streaming` off)",
+        "and a key of the YAML file given as `--config`; flags take precedence. A command has the settings of its own",
+        "class and of the classes that it extends.\n",
     ]
     users: dict[type, list[str]] = {}
     for name, (settings, *_) in COMMANDS.items():

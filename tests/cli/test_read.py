@@ -227,3 +227,12 @@ def test_ctrl_c_leaves_the_memory_and_keeps_what_was_read(texts, book, model_fol
     assert (out, err.splitlines()[-1]) == ("", "Interrupted.")
     assert sorted(path.name for path in book.parent.iterdir()) == [".book.lock", "book.partial", "texts"]
     assert str(texts / "bridges.md") in MemoryBank.load(partial).segments
+
+
+def test_read_lists_links_that_lead_out(read, texts, tmp_path, book, llamory) -> None:
+    (tmp_path / "secret.txt").write_text("the safe opens with 4417")
+    (texts / "todo.txt").symlink_to(tmp_path / "secret.txt")
+    out = read(texts, "--quiet").out
+    assert "1 skipped:" in out
+    assert f"{texts / 'todo.txt'}: a link that leads out of the given folders" in out
+    assert "todo.txt" not in llamory("info", book).out

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from llamory.cli import options
 from llamory.cli.options import ADVANCED, READER, Option, explicit, number
-from llamory.cli.output import print_json, printable, show_size, stdout_redirected
+from llamory.cli.output import print_json, print_skipped, show_size, stdout_redirected
 from llamory.errors import LlamoryError
 
 if TYPE_CHECKING:
-    from llamory.documents import SkippedFile
     from llamory.library import AddReport
     from llamory.library.prefill import MemoryReport
-
-_MAX_LISTED = 20
 
 
 def index(
@@ -92,8 +88,8 @@ def _print_report(library: str, report: AddReport) -> None:
         f"{library}: {report.added} added, {report.updated} updated, {report.unchanged} unchanged, "
         f"{report.removed} removed; {report.passages} passages."
     )
-    _print_list("could not be read", report.failed)
-    _print_list("skipped", report.skipped)
+    print_skipped("could not be read", report.failed)
+    print_skipped("skipped", report.skipped)
 
 
 def _print_memory(report: MemoryReport) -> None:
@@ -102,14 +98,3 @@ def _print_memory(report: MemoryReport) -> None:
         f"Memory: {report.read} read, {report.existing} existing{remaining}; {report.tokens:,} tokens read; "
         f"{show_size(report.bytes)} of {show_size(report.budget)} used."
     )
-
-
-def _print_list(what: str, failures: Iterable[SkippedFile]) -> None:
-    failures = list(failures)
-    if not failures:
-        return
-    typer.echo(f"{len(failures)} {what}:")
-    for failure in failures[:_MAX_LISTED]:
-        typer.echo(printable(f"  {failure.path}: {failure.reason}"))
-    if len(failures) > _MAX_LISTED:
-        typer.echo(f"  and {len(failures) - _MAX_LISTED} more (all with --json)")

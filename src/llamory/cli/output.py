@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,6 +17,8 @@ from typing import Any, TextIO
 import typer
 
 from llamory.errors import LlamoryError
+
+_MAX_LISTED = 20
 
 INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 
@@ -180,3 +182,13 @@ def open_closed_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def print_skipped(what: str, skipped: Iterable[Any]) -> None:
+    """Write how many paths were skipped or failed, and the first of them with their reasons."""
+    if skipped := list(skipped):
+        typer.echo(f"{len(skipped)} {what}:")
+        for each in skipped[:_MAX_LISTED]:
+            typer.echo(printable(f"  {each.path}: {each.reason}"))
+        if len(skipped) > _MAX_LISTED:
+            typer.echo(f"  and {len(skipped) - _MAX_LISTED} more (all with --json)")

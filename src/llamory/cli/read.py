@@ -10,7 +10,7 @@ import typer
 
 from llamory.cli import options
 from llamory.cli.options import Option
-from llamory.cli.output import print_json, show_count, show_size, stdout_redirected
+from llamory.cli.output import print_json, print_skipped, show_count, show_size, stdout_redirected
 
 
 def read(
@@ -62,3 +62,4 @@ def read(
         f"It holds {show_count(report.documents, 'document')}, {report.memory_tokens:,} tokens, "
         f"{show_size(report.bytes)}."
     )
+    print_skipped("skipped", report.skipped)

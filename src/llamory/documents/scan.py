@@ -84,10 +84,17 @@ def scan_files(paths: Sequence[Path], *, log_skipped: bool = False) -> FileScan:
     return scan
 
 
-def find_files(paths: PathLike | Iterable[PathLike], *, log_skipped: bool = True) -> list[Path]:
-    """List documents as `scan_files`; LlamoryError if a folder has none, a given file is empty, or none has text."""
+def find_files(
+    paths: PathLike | Iterable[PathLike], *, log_skipped: bool = True, skipped: list[SkippedFile] | None = None
+) -> list[Path]:
+    """List documents as `scan_files`; LlamoryError if a folder has none, a given file is empty, or none has text.
+
+    `skipped` collects what is skipped or can't be read, instead of the log.
+    """
     roots = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
-    scan = scan_files(roots, log_skipped=log_skipped)
+    scan = scan_files(roots, log_skipped=log_skipped and skipped is None)
+    if skipped is not None:
+        skipped += [*scan.skipped, *scan.failed]
     for path in roots:
         if path.is_dir() and not any(path in file.parents for file in scan.files):
             raise LlamoryError(f"The folder {path} has no documents; it should hold files of {supported_suffixes()}.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llamory.common.io import PathLike
-from llamory.documents import Chunk, Document, find_files, read_file
+from llamory.documents import Chunk, Document, SkippedFile, find_files, read_file
 from llamory.documents.scan import has_text
 from llamory.errors import LlamoryError
 from llamory.models.base import bos_ids, encode_document
@@ -67,6 +67,7 @@ def load_documents(
     max_tokens: int | None = None,
     text_field: str = "text",
     skip_broken: bool = False,
+    skipped: list[SkippedFile] | None = None,
 ) -> list[TokenizedDocument]:
     """Tokenize all documents of files and folders. Empty ones are skipped with a warning.
 
@@ -76,6 +77,7 @@ def load_documents(
         max_tokens: maximum tokens of a document.
         text_field: field of a JSON line that holds the text.
         skip_broken: skip lines and files that can't be read.
+        skipped: collects what `find_files` skips, instead of the log.
 
     Raises:
         LlamoryError: a path can't be read, a document has more than `max_tokens` tokens, or there is no text.
@@ -85,7 +87,7 @@ def load_documents(
     given = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     empty = [path for path in given if path.is_file() and not has_text(path)]
     nonempty = [path for path in given if path not in empty]
-    files = find_files(nonempty or given)  # if all are empty, this raises the error that fits
+    files = find_files(nonempty or given, skipped=skipped)  # if all are empty, this raises the error that fits
     roots, num_prefix_ids = [_absolute(path) for path in nonempty], len(bos_ids(tokenizer))
     documents: list[TokenizedDocument] = []
     for file in dict.fromkeys(map(_absolute, files)):

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from llamory.common import ram
 from llamory.common.io import PathLike
 from llamory.common.progress import ProgressBar
+from llamory.documents import SkippedFile
 from llamory.errors import LlamoryError
 from llamory.ingest.checkpoint import IngestCheckpoint
 from llamory.ingest.documents import TokenizedDocument, load_documents
@@ -117,6 +118,7 @@ class ReadReport:
         seconds: duration, without loading the model.
         documents, memory_tokens, bytes: of the memory file now.
         model: the model's name.
+        skipped: files that were skipped, such as links that lead out of the given folders.
     """
 
     added: int = 0
@@ -130,6 +132,7 @@ class ReadReport:
     memory_tokens: int = 0
     bytes: int = 0
     model: str = ""
+    skipped: list[SkippedFile] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
@@ -181,8 +184,9 @@ def read_documents_into(
             from llamory.models.base import load_tokenizer
 
             tokenizer = load_tokenizer(name)
+        skipped: list[SkippedFile] = []
         documents = load_documents(
-            paths, tokenizer, max_tokens=max_tokens, text_field=text_field, skip_broken=skip_broken
+            paths, tokenizer, max_tokens=max_tokens, text_field=text_field, skip_broken=skip_broken, skipped=skipped
         )
         with _exclusive_lock(memory):
             memory_files = _memory_files(memory)
@@ -190,7 +194,9 @@ def read_documents_into(
                 model if isinstance(model, LongLlamaForCausalLM) else load_model_for(memory_files, name, **settings)
             )
             check_model_matches(memory_files, loaded, name)
-            return _IngestRun(memory, memory_files, loaded, canonical_name(name), progress).run(documents)
+            report = _IngestRun(memory, memory_files, loaded, canonical_name(name), progress).run(documents)
+    report.skipped = skipped
+    return report
 
 
 def _memory_files(memory: Path) -> list[MemoryFileInfo]:
