@@ -1,6 +1,6 @@
 # Sourced by each build.sh: runs its steps, skips those that are complete, and makes dry runs.
 #   build.sh [--dry-run] [WORK]     WORK: folder for data and runs; default: build/
-# A dry run executes all steps with a tiny random model, made-up data and one training step each.
+# A dry run executes all steps with a tiny random model, synthetic data and one training step each.
 set -euo pipefail
 
 RECIPES=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -27,7 +27,7 @@ step() {
   fi
 }
 
-# fetch NAME COMMAND...: a step that downloads or prepares public data; a dry run makes up data instead.
+# fetch NAME COMMAND...: a step that downloads or prepares public data; a dry run generates data instead.
 fetch() { if [[ $DRY_RUN != 1 ]]; then step "$@"; fi; }
 
 # train NAME METHOD ARGUMENT...: a training run with the output folder NAME; a stopped run resumes.

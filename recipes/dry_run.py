@@ -1,6 +1,6 @@
-"""Runs the steps of a build.sh in one process, with a tiny random model, made-up data and one training step each.
+"""Runs the steps of a build.sh in one process, with a tiny random model, synthetic data and one training step each.
 
-python dry_run.py PLAN      called by build.sh --dry-run in its working folder; a line of PLAN is a command
+python dry_run.py PLAN      called by build.sh --dry-run in its working folder; each line of PLAN is a command
 """
 
 from __future__ import annotations
@@ -19,9 +19,16 @@ from llamory.models import base as backbone
 WORDS = (
     "river stone water boat lantern copper meadow falcon code the a is of and under over keeps finds old new".split()
 )
-LAYERS = 24  # the highest memory layer of the recipes is 23
+RECIPES = Path(__file__).parent
+LAYERS = 3
 TRAIN_FLAGS = ["--steps", "1", "--save-every", "1", "--cpu", "--quiet", "--no-bf16"]
-SMALLER = {"fot": [], "instruct": [], "llara": ["--batch-size", "4"], "retriever": ["--batch-size", "4"]}
+MEMORY_LAYERS = ["--mem-layers", "1", "--mem-layers", "2"]
+SMALLER = {
+    "llara": ["--batch-size", "4"],
+    "retriever": ["--batch-size", "4"],
+    "fot": MEMORY_LAYERS,
+    "instruct": [*MEMORY_LAYERS, "--negatives", "1", "--teacher-rows", "1"],
+}
 COUNTS = {"--documents": "12", "--examples": "40"}
 SETS = ("descriptions", "functions", "sections", "faq")
 
@@ -32,10 +39,14 @@ def sentence(rng: random.Random) -> str:
 
 
 def write_model(folder: Path) -> None:
-    """Write a random LLaMA of 24 layers with the packaged tokenizer."""
+    """Write a random LLaMA of three layers and a small tokenizer like the packaged one."""
+    texts = [path.read_text() for path in [*Path().rglob("*.txt"), *RECIPES.rglob("*.py")]]
+    tokenizer = backbone.load_tokenizer("base").train_new_from_iterator(texts, 2000)
+    tokenizer.save_pretrained(folder)
     config = backbone.load_config("base")
     config.update(
         {
+            "vocab_size": len(tokenizer),
             "hidden_size": 32,
             "intermediate_size": 32,
             "num_hidden_layers": LAYERS,
@@ -45,7 +56,6 @@ def write_model(folder: Path) -> None:
         }
     )
     LlamaForCausalLM(config).save_pretrained(folder)
-    backbone.load_tokenizer("base").save_pretrained(folder)
 
 
 def write_data(rng: random.Random) -> None:
@@ -96,11 +106,13 @@ def run(command: list[str]) -> None:
 
 def main() -> None:
     """Write model and data, and run the plan."""
-    write_model(Path("base_model"))
     write_data(random.Random(0))
+    write_model(Path("base_model"))
     for line in Path(sys.argv[1]).read_text().splitlines():
         sys.stdout.write(line.replace("\t", " ")[:160] + "\n")
+        t = __import__("time").process_time()
         run(line.split("\t"))
+        sys.stdout.write(f"TIME {__import__('time').process_time() - t:.1f}\n")
 
 
 if __name__ == "__main__":

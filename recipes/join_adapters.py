@@ -1,19 +1,19 @@
-"""Makes one small adapter folder of training runs that went on from one another, as the package ships it.
+"""Joins the adapters of consecutive training runs into one small adapter folder, as the package contains it.
 
     python recipes/join_adapters.py OUT RUN [RUN ...] [--base MODEL] [--query-prompt PROMPT]
         [--whiten UNLABELLED.jsonl | --whitening FOLDER] [--logn-attention-scale SCALE] [--memory-size-bias BIAS]
         [--for-memory] [--factor FACTOR ...]
 
-Each RUN is the output of a training with --lora: llara and then retriever, or fot and then instruct. A checkpoint of
-the first will do, too (then --query-prompt says what queries get). The first started from the base model (the packaged
-one), each other one from the run before it. The low-rank matrices stand side by side in OUT, in bfloat16, so that their
-sum is applied at once; where they would be more than a projection has inputs or outputs, they become as many with the
-same product. Slot tokens' rows are those of the last run. What the tokenizer lacks and what the model's config has
-beyond the base model's is written beside them. Whitening is that of the first RUN, if it has any, or of the folder
---whitening, as what is trained behind LLARA leaves it as it is; --whiten fits it on passages of LLARA's training text.
-With a --factor for each RUN so much of its change counts: less than 1 leads back to the base model. With --for-memory
-what changed a memory layer's projections changes those that memory has for itself (mem_projections), and the layer's
-stay the base model's.
+Each RUN is the output folder of a training run with --lora (llara and then retriever, or fot and instruct), an adapter
+folder, or a checkpoint of llara (then --query-prompt gives the prompt of queries). The first run started from the base
+model, each other one from the run before it. The low-rank matrices are concatenated, so that OUT applies the sum of
+all changes, and stored in bfloat16. Where the joint rank exceeds a projection's number of inputs or outputs, it is
+reduced without changing the product. The rows of slot tokens are those of the last run. OUT also holds tokens that the
+base tokenizer lacks and the model's config.
+
+Whitening comes from the first RUN, if it has any, or from the folder --whitening; --whiten fits it on passages of
+LLARA's training text. --factor, once per RUN, scales the change of each run. With --for-memory, the changes of memory
+layers apply to their separate projections for memory (mem_projections); the layers' own projections are not changed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _ROWS = "embed_tokens.token_adapter.trainable_tokens_delta"
 
 
 def matrices(run: Path, factor: float) -> tuple[dict[str, dict[str, Tensor]], Tensor | None, dict]:
-    """A run's matrices per layer, scaled (B holds scale and factor), its slot rows or None, its adapter's config."""
+    """A run's matrices per layer (B multiplied by scale and factor), its slot rows if any, and its adapter config."""
     folder = run / "adapter" if (run / "adapter").is_dir() else run
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     found: dict[str, dict[str, Tensor]] = {}
@@ -63,14 +63,14 @@ def matrices(run: Path, factor: float) -> tuple[dict[str, dict[str, Tensor]], Te
 
 
 def truncate_rank(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product of no more rows and columns than its rank can be, the smaller of its sides."""
+    """The same product with the maximum rank that it can have: the smaller of its sides."""
     left, values, right = torch.linalg.svd(up.double() @ down.double(), full_matrices=False)
     root = values.sqrt()
     return (root[:, None] * right).to(down.dtype), (left * root).to(up.dtype)
 
 
 def trained_config(run: Path, base: str, slots: int, query_prompt: str) -> PretrainedConfig:
-    """The config of a run's model; LLARA's checkpoints have none, but what it must be follows from the base model."""
+    """The config of a run's model; that of a LLARA checkpoint, which has none, follows from the base model."""
     if (run / "config.json").is_file():
         return backbone.load_config(run)
     if not slots:
@@ -94,8 +94,10 @@ def main() -> None:
     parser.add_argument("--whitening", type=Path)
     for name, kind in MEMORY_SETTINGS.items():
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=kind, help="what a reader's configuration says of it; default: the last run's")
-    parser.add_argument("--for-memory", action="store_true", help="change the projections that memory has for itself")
+        parser.add_argument(flag, type=kind, help="value in the reader's config; default: the last run's")
+    parser.add_argument(
+        "--for-memory", action="store_true", help="apply the changes to the separate projections for memory"
+    )
     parser.add_argument("--factor", type=float, action="append", default=[], help="one for each run; default: 1")
     options = parser.parse_args()
     output, runs = options.output, options.runs
@@ -119,7 +121,7 @@ def main() -> None:
         if most < rank:
             down, up = truncate_rank(down, up)
             ranks[layer.rsplit(".", 1)[1]] = most
-        # Zeros stand for runs that left this layer as it was: a projection has one rank in all layers.
+        # Padded with zeros for runs without this layer, since a projection has the same rank in all layers.
         name, missing = f"base_model.model.model.{layer}", min(rank, most) - len(down)
         tensors[f"{name}.lora_A.weight"] = pad(down, (0, 0, 0, missing))
         tensors[f"{name}.lora_B.weight"] = pad(up, (0, missing))
@@ -129,7 +131,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     bf16_tensors = {key: value.to(torch.bfloat16).contiguous() for key, value in tensors.items()}
     save_file(bf16_tensors, output / "adapter_model.safetensors", {"format": "pt"})
-    # A reader's checkpoint has the memory of the run that it went on from.
+    # The last run with a config: a checkpoint has none, and has the memory layers of the run that it started from.
     last = (
         runs[-1] if rows is not None else next((run for run in runs[::-1] if (run / "config.json").is_file()), runs[-1])
     )
@@ -149,13 +151,13 @@ def main() -> None:
         "task_type": "CAUSAL_LM",
     }
     if ranks:
-        # PEFT divides alpha by the rank: where that is smaller, so is alpha.
+        # PEFT divides alpha by the rank, so alpha is reduced with it.
         adapter |= {"rank_pattern": ranks, "alpha_pattern": ranks}
     base = backbone.load_config(options.base).to_dict()
     numbers = sorted({int(layer.split(".")[1]) for layer in layers})
     if len(numbers) < base["num_hidden_layers"]:
         adapter["layers_to_transform"] = numbers
-    # What begins with an underscore are places on this machine.
+    # Keys with an underscore hold paths of this machine.
     own = {key: value for key, value in (base | config).items() if not key.startswith("_") and key != "auto_map"}
     files = {"adapter_config": adapter, "config": own}
     if template := LlaraTemplate.from_config(trained):

@@ -1,10 +1,10 @@
-"""Writes documents with facts in them, each of which is asked for by itself: for training on what is read apart.
+"""Writes documents that contain facts, with a separate question about each: data for training with frozen contexts.
 
-    python recipes/reader/document_facts.py MOUNTED.jsonl --texts DOCUMENTS [--texts ...] [--documents 500]
+    python recipes/reader/document_facts.py FACTS.jsonl --texts DOCUMENTS [--texts ...] [--documents 500]
 
-Texts and facts are hidden_facts.py's, with more names that nobody has. In half of the documents all facts are of one
-kind, about things that differ in their owner only, so that a reader has to find the right one, not just one that would
-do. Half of the documents are asked about in chats, half in plain text, most often with the answer answer_prefix.
+Texts and facts are those of hidden_facts.py, with more invented names. In half of the documents all facts are of one
+kind, about things that differ only in their owner, so that the reader must find the right fact among similar ones.
+Half of the documents have questions in chats, half in plain text, most of which end with the start of the answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hidden_facts import FORMS, KINDS, PLACES, THINGS, WORDS, Fact, FactRng, cap
 
 DOCUMENT, FACTS = (800, 5_000), (8, 24)  # characters and facts of a document
 NEW_NAMES = 0.5
-SIMILAR_SHARE, POOL = 0.5, 300  # share of documents whose facts are alike; facts that these are chosen from
+SIMILAR_SHARE, POOL = 0.5, 300  # fraction of documents with similar facts; candidates for these facts
 MORE_SAYINGS = 0.3  # per other fact
 QUOTES = (facts_of.saying_of, facts_of.writing_on)
 OTHERS = (
@@ -38,7 +38,7 @@ OTHERS = (
 
 
 def alike(rng: FactRng, sentences: list[str], number: int) -> list[Fact]:
-    """Facts of one kind, about things that differ in their owner only."""
+    """Facts of one kind, about things that differ only in their owner."""
     of_owner = f"the {rng.choice(KINDS)} {rng.choice(THINGS)} of"
     rng.shared_name = rng.choice([of_owner, of_owner, rng.choice(PLACES)])
     if rng.random() < 0.25:
@@ -52,7 +52,7 @@ def alike(rng: FactRng, sentences: list[str], number: int) -> list[Fact]:
 
 
 def question_prefix(made: Fact) -> str:
-    """What questions of one kind have in common."""
+    """The start that questions of one kind share."""
     return " ".join(made[1].split()[:4])
 
 
@@ -63,7 +63,7 @@ def mixed(rng: FactRng, sentences: list[str], number: int) -> list[Fact]:
 
 
 def documents_with_questions(sources: list[Iterator[str]], rng: FactRng) -> Iterator[dict[str, Any]]:
-    """A document with facts in it, and questions about them."""
+    """Documents that contain facts, with questions about them."""
     while True:
         source = rng.choice(sources)
         body: list[str] = []
@@ -84,26 +84,26 @@ def documents_with_questions(sources: list[Iterator[str]], rng: FactRng) -> Iter
 
 
 def chat(rng: FactRng, made: Fact) -> list[dict[str, str]]:
-    """A fact is asked for, and told."""
+    """A chat of one question and its answer."""
     _, asked, value, answer_sentence = made
     answer = capitalize(answer_sentence) if rng.random() < 0.7 else value
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
 
 def question(rng: FactRng, made: Fact) -> dict[str, str]:
-    """A fact is asked for in plain text, most often with the answer answer_prefix."""
+    """A question in plain text, most often with the start of the answer (answer_prefix)."""
     _, asked, value, answer_sentence = made
     answer_sentence = capitalize(answer_sentence)
     before, between = rng.choice([*FORMS, ("", " "), ("\n", "\n")])
     answer_prefix = answer_sentence[: answer_sentence.rfind(value)] if rng.random() < 0.75 else ""
     text = f"{before}{asked}{between}{answer_prefix}"
-    # Tokens begin with a space; so does the answer, then.
+    # Tokens begin with a space: move it from the end of the question to the answer.
     answer = " " * text.endswith(" ") + (answer_sentence if answer_prefix else value)[len(answer_prefix) :]
     return {"question": text.rstrip(" "), "response": answer}
 
 
 def main() -> None:
-    """Write them."""
+    """Write the documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--texts", type=Path, action="append", required=True)

@@ -1,17 +1,17 @@
-"""Writes documents of real text with facts hidden in it, and questions about them further on: FoT's warming up.
+"""Writes documents of real text with hidden facts and questions about them, for FoT and instruction training.
 
     python recipes/reader/hidden_facts.py FACTS.jsonl --texts DOCUMENTS [--texts ...] [--documents 200]
     python recipes/reader/hidden_facts.py CHATS.jsonl --texts DOCUMENTS [--texts ...] [--documents 2000] --as chats
     python recipes/reader/hidden_facts.py PLAIN.jsonl --texts DOCUMENTS [--texts ...] [--documents 2000] --as plain
-    python recipes/reader/hidden_facts.py TEXT.jsonl --texts DOCUMENTS [--texts ...] [--documents 500] --as continuations
+    python recipes/reader/hidden_facts.py TEXT.jsonl --texts DOCUMENTS [--documents 500] --as continuations
 
-What stands between the facts is the text of one of the DOCUMENTS, in order. A fact is a number, a date, a name, a word
-or a sentence that belongs to something or somebody; it is stated in one of several ways and asked for in another, 600
-to 6,500 characters further on: most often out of a row of 512 tokens, and within the three rows before it. The passkey
-task's own words don't occur.
+The text between the facts is consecutive text of one of the DOCUMENTS. A fact is a number, date, name, word or sentence
+that belongs to a thing or a person. It is stated in one of several wordings and asked for in another, 600 to 6,500
+characters later: mostly outside the same row of 512 tokens, and within the three rows before it. The words of the
+passkey task do not occur.
 
-For instruction tuning: chats ask for the facts of a document through the chat template, plain ones in one of several
-forms of plain text, continuations ask for nothing but how a text goes on.
+For instruction tuning: "chats" ask for the facts of a document with the chat template, "plain" ones in one of several
+plain-text formats; "continuations" have no questions, only the continuation of a text.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from llamory.documents import find_files, read_file
 
 # All in characters.
 DOCUMENT = 40_000
-FACT_GAP = (150, 800)  # of facts
-DISTANCE = (600, 6_500)  # of a question from its fact
+FACT_GAP = (150, 800)  # between facts
+DISTANCE = (600, 6_500)  # between a fact and its question
 SHORTEST, LONGEST = 80, 1_500  # paragraphs
 CHAT_DOCUMENT, CHAT_FACTS, TURNS = (1_200, 8_000), (8, 24), 12
-REPEATED = 0.15  # of those documents, a paragraph or two again and again
+REPEATED = 0.15  # fraction of those documents that repeat one or two paragraphs
 READ, CONTINUED = 9_000, 6_000
 KINDS = "old new red blue grey green broken silver northern southern eastern western upper hidden narrow round".split()
 THINGS = (
@@ -79,20 +79,20 @@ WRITTEN = (("label on", "says"), ("motto of", "is"), ("inscription over", "reads
 PLACES = "Farm,Manor,Cottage,Castle,Priory,Grange,Court,Park,Villa,Abbey,Inn,Wharf,Street,Square".split(",")
 CHANGED = "opened,closed,sold,rebuilt,founded,flooded,painted,insured,measured".split(",")
 
-# What stands before a question and before its answer.
+# Text before a question and before its answer.
 FORMS = [("Question: ", "\nAnswer: "), ("Q: ", "\nA: "), ("", "\n"), ("", " "), ("- ", " ")]
 
-# A fact: how it is stated, how it is asked for, the answer, and the answer in a sentence.
+# A fact: statement, question, answer, and the answer as a sentence.
 Fact = tuple[str, str, str, str]
 
 
 class FactRng(random.Random):
-    """Draws.
+    """Random numbers, and the settings of the texts.
 
     Attributes:
-        new_names: how often a name is one that nobody has, and a thing a place with a name.
-        shared_name: what all things have in common but their owner; nothing if empty.
-        read, continued: characters of a text, and of how it goes on.
+        new_names: probability of an invented name, and of a named place as a thing.
+        shared_name: the name that all things share except for their owner; "" for none.
+        read, continued: characters of a text and of its continuation.
     """
 
     new_names = 0.0
@@ -100,20 +100,20 @@ class FactRng(random.Random):
     read, continued = READ, CONTINUED
 
     def with_probability(self, share: float) -> bool:
-        """True that often; where it is never, nothing is drawn."""
+        """True with this probability; draws no random number if it is 0."""
         return share > 0 and self.random() < share
 
     def new_name(self) -> str:
-        """One that nobody has."""
+        """An invented name."""
         return capitalize("".join(self.choices(SYLLABLES, k=self.randint(1, 2))) + self.choice(ENDINGS))
 
     def owner(self) -> str:
-        """Somebody's last name."""
+        """A last name."""
         return self.new_name() if self.with_probability(self.new_names) else self.choice(LAST)
 
 
 def thing(rng: FactRng) -> str:
-    """Something that there is only one of in a document."""
+    """A thing that is unique in its document."""
     if rng.shared_name:
         return (
             f"{rng.shared_name} {rng.owner()}"
@@ -126,7 +126,7 @@ def thing(rng: FactRng) -> str:
 
 
 def person(rng: FactRng) -> str:
-    """Somebody; half of them have a name that nobody has."""
+    """A person; half of the last names are invented."""
     last = rng.choice(LAST) if rng.random() < 0.5 else capitalize(rng.choice(SYLLABLES) + rng.choice(ENDINGS))
     return f"{rng.choice(FIRST)} {last}"
 
@@ -141,7 +141,7 @@ def number_of(rng: FactRng) -> Fact:
 
 
 def date_of(rng: FactRng) -> Fact:
-    """A day."""
+    """When a person was born, arrived or died."""
     who, value = person(rng), day_of(rng)
     what, asked = rng.choice([("was born", "was {} born"), ("arrived", "did {} arrive"), ("died", "did {} die")])
     said = f"{who} {what} on {value}."
@@ -149,7 +149,7 @@ def date_of(rng: FactRng) -> Fact:
 
 
 def name_of(rng: FactRng) -> Fact:
-    """Somebody who has to do with something."""
+    """Who holds an office of a thing."""
     office, whose, value = rng.choice(OFFICES), thing(rng), person(rng)
     said = f"The {office} of {whose} is {value}."
     asked = rng.choice([f"Who is the {office} of {whose}?", f"What is the name of the {office} of {whose}?"])
@@ -157,7 +157,7 @@ def name_of(rng: FactRng) -> Fact:
 
 
 def role_of(rng: FactRng) -> Fact:
-    """Somebody who was something on some occasion."""
+    """Who had a role on an occasion."""
     what, value = f"the {rng.choice(ROLES)} {rng.choice(OCCASIONS)}", person(rng)
     if rng.with_probability(rng.new_names):
         what += f" in {rng.new_name()}"
@@ -168,7 +168,7 @@ def role_of(rng: FactRng) -> Fact:
 
 
 def done_by(rng: FactRng) -> Fact:
-    """Somebody who did something, or whom something was done to."""
+    """Who did something to a thing, or received it."""
     whose, what, value = thing(rng), rng.choice(DONE), person(rng)
     verb, preposition = what.split()
     said = f"{whose} was {what} {value}."
@@ -176,26 +176,26 @@ def done_by(rng: FactRng) -> Fact:
 
 
 def changed_on(rng: FactRng) -> Fact:
-    """A day on which something was done to something."""
+    """The day of an event of a thing."""
     whose, what, day = thing(rng), rng.choice(CHANGED), day_of(rng)
     said = f"{whose} was {what} on {day}."
     return rng.choice([said, f"On {day} {whose} was {what}."]), f"When was {whose} {what}?", day, said
 
 
 def day_of(rng: FactRng) -> str:
-    """Any day of some centuries."""
+    """A date from 1700 to 2020."""
     return f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1700, 2020)}"
 
 
 def amount_of(rng: FactRng) -> Fact:
-    """How many there are of something."""
+    """The number of a thing's parts."""
     whose, what, value = thing(rng), rng.choice(AMOUNTS), str(rng.randint(2, 9999))
     said = f"{whose} has {value} {what}."
     return said, f"How many {what} does {whose} have?", value, said
 
 
 def writing_on(rng: FactRng, sentences: list[str]) -> Fact:
-    """Words of the texts that are written on something."""
+    """Words of the texts, written on a thing."""
     (what, verb), whose, value = rng.choice(WRITTEN), thing(rng), rng.choice(sentences)
     said = f'The {what} {whose} {verb}: "{value}"'
     return said, f"What does the {what} {whose} say?", value, said
@@ -209,14 +209,14 @@ def word_of(rng: FactRng) -> Fact:
 
 
 def saying_of(rng: FactRng, sentences: list[str]) -> Fact:
-    """Words of the texts that somebody is made to say."""
+    """Words of the texts, said by a person."""
     who, value = person(rng), rng.choice(sentences)
     said = f'{who} said: "{value}"'
     return said, f"What did {who} say?", value, said
 
 
 def fact(rng: FactRng, sentences: list[str]) -> Fact:
-    """Any of them; numbers are the most frequent."""
+    """A fact of any kind."""
     kinds = [number_of, number_of, number_of, date_of, word_of, amount_of]
     quotes = [saying_of, writing_on]
     chosen = rng.choice([*kinds, *quotes, name_of, *[role_of] * 4, done_by])
@@ -225,12 +225,12 @@ def fact(rng: FactRng, sentences: list[str]) -> Fact:
 
 
 def capitalize(text: str) -> str:
-    """Begun with a capitalize."""
+    """The text with an upper-case first letter."""
     return text[0].upper() + text[1:]
 
 
 def format_questions(rng: FactRng, facts: list[Fact]) -> str:
-    """Questions and answers, all in one of several forms."""
+    """Questions and answers, all in the same one of several formats."""
     before, between = rng.choice(FORMS)
     whole = rng.random() < 0.3
     return "\n".join(f"{before}{asked}{between}{said if whole else value}" for _, asked, value, said in facts)
@@ -243,7 +243,7 @@ def sayings(text: str) -> list[str]:
 
 
 def paragraphs(texts: Path) -> Iterator[str]:
-    """Paragraphs of all documents of a folder, again and again."""
+    """Paragraphs of all documents of a folder, repeated endlessly."""
     while True:
         for path in find_files([texts]):
             for document in read_file(path):
@@ -253,11 +253,11 @@ def paragraphs(texts: Path) -> Iterator[str]:
 
 
 def documents(sources: list[Iterator[str]], rng: FactRng) -> Iterator[dict[str, Any]]:
-    """Long documents in which each fact is asked for so much further on."""
+    """Long documents in which each fact is asked for DISTANCE characters later."""
     while True:
         source = rng.choice(sources)
         parts: list[str] = []
-        waiting: list[tuple[int, Fact]] = []  # and from which character on it is asked for
+        waiting: list[tuple[int, Fact]] = []  # character from which on to ask, and fact
         sentences = [" ".join(rng.sample(WORDS, 5))]
         at = since = 0
         while at < DOCUMENT or waiting:
@@ -279,7 +279,7 @@ def documents(sources: list[Iterator[str]], rng: FactRng) -> Iterator[dict[str, 
 
 
 def with_facts(sources: list[Iterator[str]], rng: FactRng) -> Iterator[tuple[str, list[Fact]]]:
-    """Documents with facts in them, and those of them that are asked for."""
+    """Documents that contain facts, and the facts to ask for."""
     while True:
         source = rng.choice(sources)
         body: list[str] = []
@@ -296,7 +296,7 @@ def with_facts(sources: list[Iterator[str]], rng: FactRng) -> Iterator[tuple[str
 
 
 def chats(sources: list[Iterator[str]], rng: FactRng) -> Iterator[dict[str, Any]]:
-    """A document with facts in it, and a chat about these."""
+    """Documents that contain facts, with a chat about them."""
     for document, facts in with_facts(sources, rng):
         messages = []
         for _, asked, value, said in facts:
@@ -306,7 +306,7 @@ def chats(sources: list[Iterator[str]], rng: FactRng) -> Iterator[dict[str, Any]
 
 
 def plain(sources: list[Iterator[str]], rng: FactRng) -> Iterator[dict[str, Any]]:
-    """A document with facts in it, and questions about these in plain text, most of them with the answer answer_prefix."""
+    """Documents that contain facts, with questions in plain text, most with the start of the answer (answer_prefix)."""
     for document, facts in with_facts(sources, rng):
         turns = [{"from": "human", "value": document + "\n"}]
         before, between = rng.choice([*FORMS, ("", " ")])
@@ -315,7 +315,7 @@ def plain(sources: list[Iterator[str]], rng: FactRng) -> Iterator[dict[str, Any]
             answer_prefix = said[: said.rfind(value)] if rng.random() < often else ""
             text = f"\n{before}{asked}{between}{answer_prefix}"
             answer = (said if answer_prefix else value)[len(answer_prefix) :]
-            # Tokens begin with a space; so does the answer, then.
+            # Tokens begin with a space: move it from the end of the question to the answer.
             space = " " * text.endswith(" ")
             turns[-1]["value"] += text.rstrip(" ")
             answer = space + answer
@@ -324,7 +324,7 @@ def plain(sources: list[Iterator[str]], rng: FactRng) -> Iterator[dict[str, Any]
 
 
 def continuations(sources: list[Iterator[str]], rng: FactRng) -> Iterator[dict[str, Any]]:
-    """The beginning of a text, and how it goes on."""
+    """Starts of texts and their continuations."""
     while True:
         source, text = rng.choice(sources), ""
         while len(text) < rng.read + rng.continued:
@@ -334,7 +334,7 @@ def continuations(sources: list[Iterator[str]], rng: FactRng) -> Iterator[dict[s
 
 
 def main() -> None:
-    """Write them."""
+    """Write the documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--texts", type=Path, action="append", required=True)
@@ -343,7 +343,7 @@ def main() -> None:
     parser.add_argument("--as", dest="kind", choices=kinds, default="documents")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--read", type=int, default=READ, help="characters before a continuation")
-    parser.add_argument("--continued", type=int, default=CONTINUED, help="characters of it")
+    parser.add_argument("--continued", type=int, default=CONTINUED, help="characters of a continuation")
     options = parser.parse_args()
     rng = FactRng(options.seed)
     rng.read, rng.continued = options.read, options.continued

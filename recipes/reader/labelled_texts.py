@@ -1,11 +1,11 @@
-"""Writes texts of several kinds with their labels, many in a row: what many-shot classification looks like.
+"""Writes sequences of labelled texts: training data for many-shot classification.
 
-    python recipes/reader/labelled_texts.py LABELLED.jsonl --texts speech=SPEECHES --texts manual=MANUALS [--examples 500]
+    python recipes/reader/labelled_texts.py OUT.jsonl --texts speech=SPEECHES --texts manual=MANUALS [--examples 500]
 
-Each line is a published chat of a hundred short texts or so, in one of several forms of plain text, and what is
-answered are their labels. The texts are sentences of the documents under --texts, or of the lists of hidden_facts.py;
-a label is what the texts are, or a word that is drawn for each line of the file, so that nothing but the texts before
-says what it stands for.
+Each line is a published chat of about a hundred short texts with their labels, in one of several plain-text formats;
+the responses are the labels. The texts are sentences of the documents under --texts, or entries of the lists in
+hidden_facts.py. A label is the kind of the text, or a random word for each kind, which only the preceding texts of the
+line explain.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from hidden_facts import FIRST, LAST, MONTHS, ROLES, SYLLABLES, THINGS, WORDS, FactRng, fact, paragraphs
 
-# Before a label, and after it; "Kind:" is what the evaluation asks with.
+# Text before and after a label. The evaluation uses "Kind:", which is not among them.
 FORMS = [
     ("\nLabel: ", "\n\n"),
     ("\nType: ", "\n\n"),
@@ -36,7 +36,7 @@ ROOM, KINDS = 10_000, (2, 6)
 
 
 def sentences(folder: Path) -> list[str]:
-    """Some of a folder's sentences, or lines of code."""
+    """Sentences, or lines of code, of a folder: at most two per paragraph."""
     found: list[str] = []
     for text in paragraphs(folder):
         parts = re.split(r"(?<=[.!?;])\s+|\n", text)
@@ -47,7 +47,7 @@ def sentences(folder: Path) -> list[str]:
 
 
 def invented(rng: FactRng) -> dict[str, list[str]]:
-    """Kinds of texts that need no documents, by what they are."""
+    """Texts that need no documents, by kind."""
     facts = [fact(rng, [" ".join(rng.sample(WORDS, 5))]) for _ in range(400)]
     lists = {"first name": FIRST, "family name": LAST, "month": MONTHS, "role": ROLES, "place": THINGS, "word": WORDS}
     numbers = {
@@ -59,7 +59,7 @@ def invented(rng: FactRng) -> dict[str, list[str]]:
 
 
 def example(rng: random.Random, real: dict[str, list[str]], made: dict[str, list[str]]) -> dict[str, Any]:
-    """A line of the file."""
+    """One line of the output."""
     pool = real if rng.random() < 0.5 else real | made
     kinds = rng.sample(sorted(pool), min(len(pool), rng.randint(*KINDS)))
     labels = dict(zip(kinds, kinds if rng.random() < 0.4 else rng.sample(WORDS, len(kinds)), strict=True))
@@ -69,7 +69,7 @@ def example(rng: random.Random, real: dict[str, list[str]], made: dict[str, list
     while size < ROOM:
         kind = rng.choice(kinds)
         text = rng.choice(pool[kind])
-        # Tokens begin with a space; so does the label, then.
+        # Tokens begin with a space: move it from the end of the text to the label.
         space = " " * between.endswith(" ")
         turns.append({"from": "human", "value": before + text + between.rstrip(" ")})
         turns.append({"from": "gpt", "value": space + labels[kind]})
@@ -79,7 +79,7 @@ def example(rng: random.Random, real: dict[str, list[str]], made: dict[str, list
 
 
 def main() -> None:
-    """Write them."""
+    """Write the examples."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--texts", action="append", required=True, help="KIND=FOLDER")

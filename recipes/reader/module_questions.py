@@ -1,10 +1,10 @@
-"""Writes questions about the modules that `python_documents.py` wrote, with answers that stand in them.
+"""Writes questions about the modules that `python_documents.py` wrote, with answers that occur in them.
 
     python recipes/reader/python_documents.py DOCUMENTS
     python recipes/reader/module_questions.py DOCUMENTS/train QUESTIONS.jsonl
 
-Each line has a piece of a module (`document`) and a chat about it (`messages`): what it is about, what its functions
-do, which arguments they take, what its constants are. `llamory train instruct` puts the piece into memory.
+Each line has a part of a module (`document`) and a chat about it (`messages`): its topic, what its functions do, their
+arguments, and the values of its constants. `llamory train instruct` puts the document into memory.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ WORDINGS = {
     "value": ["What is the value of {name}?", "What is {name} set to?"],
 }
 
-Question = tuple[str, str, str]  # what kind, about what, the answer
+Question = tuple[str, str, str]  # kind, name, answer
 
 
 def first_sentence(docstring: str) -> str:
-    """The first sentence in one line."""
+    """The first sentence of a docstring, in one line."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     return re.split(r"(?<=[.!?])\s", paragraph, maxsplit=1)[0]
 
 
 def questions(node: ast.AST, scope: str = "") -> Iterator[tuple[int, int, Question]]:
-    """First and last line of each thing that can be asked about, and the question."""
+    """First and last line of each definition that can be asked about, and the question."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             name = scope + child.name
@@ -56,7 +56,7 @@ def questions(node: ast.AST, scope: str = "") -> Iterator[tuple[int, int, Questi
 
 
 def pieces(tree: ast.Module, lines: list[str], rng: random.Random) -> Iterator[tuple[int, int]]:
-    """First and last line (from 1) of pieces that begin where something begins."""
+    """First and last line (from 1) of parts of a module; each starts with a top-level statement."""
     starts = [min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) for node in tree.body]
     start, room = 1, rng.randint(*PIECE)
     for begin in [*starts[1:], len(lines) + 1]:
@@ -70,10 +70,10 @@ def pieces(tree: ast.Module, lines: list[str], rng: random.Random) -> Iterator[t
 
 
 def chats(path: Path) -> Iterator[dict[str, object]]:
-    """Pieces of a module with a chat about each."""
+    """Parts of a module with a chat about each."""
     text = path.read_text(encoding="utf-8")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd escapes in strings
+        warnings.simplefilter("ignore")  # invalid escapes in strings
         tree = ast.parse(text)
     lines, rng = text.splitlines(), random.Random(path.name)
     asked = list(questions(tree))
@@ -96,7 +96,7 @@ def chats(path: Path) -> Iterator[dict[str, object]]:
 def main() -> None:
     """Write the questions."""
     if len(sys.argv) != 3:
-        raise SystemExit("Give the folder of modules and the file that the questions go to.")
+        raise SystemExit("Give the folder of modules and an output file.")
     count = 0
     with Path(sys.argv[2]).open("w", encoding="utf-8") as file:
         for path in sorted(Path(sys.argv[1]).glob("*.py")):

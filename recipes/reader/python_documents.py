@@ -2,8 +2,8 @@
 
     python recipes/reader/python_documents.py DIR        writes DIR/train/*.py and DIR/held_out/*.py
 
-Every machine has these texts (Python's own licence), and many are far longer than a model's context. Tests are left
-out, and every eighth module, by name, is held out.
+Every Python installation has these texts (Python's licence), and many are far longer than a model's context. Tests are
+excluded, and every eighth module by name is held out.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-LEAST = 8_000  # characters: shorter modules have nothing to remember
+LEAST = 8_000  # characters; shorter modules fit into a context
 EVERY = 8
 LEFT_OUT = {
     "test",
@@ -28,7 +28,7 @@ LEFT_OUT = {
 
 
 def modules(folder: Path) -> list[Path]:
-    """Long modules that aren't tests or tables, sorted by their path."""
+    """Long modules except tests and tables, sorted by path."""
     found = []
     for path in sorted(folder.rglob("*.py")):
         parts = set(path.relative_to(folder).parts[:-1])
@@ -40,7 +40,7 @@ def modules(folder: Path) -> list[Path]:
 def main() -> None:
     """Copy the modules."""
     if len(sys.argv) != 2:
-        raise SystemExit("Give the folder that the documents go to.")
+        raise SystemExit("Give an output folder.")
     stdlib, target = Path(sysconfig.get_path("stdlib")), Path(sys.argv[1])
     counts = {"train": 0, "held_out": 0}
     for number, path in enumerate(modules(stdlib)):

@@ -1,10 +1,10 @@
-"""Writes WordNet's definitions of nouns with what kind of thing they are of, for `llamory eval manyshot`.
+"""Writes WordNet's definitions of nouns with their categories, for `llamory eval manyshot`.
 
     apt-get download wordnet-base && dpkg -x wordnet-base*.deb WORDNET
     python recipes/reader/wordnet_glosses.py WORDNET/usr/share/wordnet/data.noun DIR     writes DIR/{train,test}.jsonl
 
-WordNet 3.0 (Princeton University, the WordNet licence) sorts its nouns into lexicographer files; eight of them are
-taken, with equally many definitions each. The word that is defined is left out. A synset's number decides on its part.
+The categories are eight lexicographer files of WordNet 3.0 (Princeton University, WordNet licence), with equally many
+definitions each. The defined words are not written. The hash of a synset's number assigns it to train or test.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEST_SHARE = 0.2
 
 
 def read(path: Path) -> dict[str, dict[str, list[tuple[str, str]]]]:
-    """(hash, definition) of each part and kind."""
+    """(hash, definition) pairs by part and category."""
     found: dict[str, dict[str, list[tuple[str, str]]]] = {part: {kind: [] for kind in KINDS.values()} for part in EACH}
     for line in path.read_text(encoding="utf-8").splitlines():
         head, bar, gloss = line.partition(" | ")
@@ -45,9 +45,9 @@ def read(path: Path) -> dict[str, dict[str, list[tuple[str, str]]]]:
 
 
 def main() -> None:
-    """Write both parts, in the order of the hashes."""
+    """Write both parts, sorted by hash."""
     if len(sys.argv) != 3:
-        raise SystemExit("Give WordNet's data.noun and the folder that the files go to.")
+        raise SystemExit("Give WordNet's data.noun and an output folder.")
     target = Path(sys.argv[2])
     target.mkdir(parents=True, exist_ok=True)
     for part, kinds in read(Path(sys.argv[1])).items():

@@ -27,7 +27,7 @@ step unlabelled.jsonl "$PYTHON" "$HERE/texts.py" unlabelled.jsonl --from descrip
   --examples 40000
 step pairs.jsonl "$PYTHON" "$HERE/pairs.py" pairs.jsonl --set descriptions/train train 12000 \
   --set functions/train train 12000 --set sections/train train 3000 --texts SPEECHES 3000 "${EXCLUDE[@]}"
-if [[ $DRY_RUN != 1 ]]; then # the made-up sets of a dry run share words
+if [[ $DRY_RUN != 1 ]]; then # the synthetic sets of a dry run share words
   step contamination "$PYTHON" "$HERE/check_contamination.py" unlabelled.jsonl pairs.jsonl "${EXCLUDE[@]}"
 fi
 

@@ -1,9 +1,10 @@
-"""Proves that no text of a set that is judged with stands in what was trained on.
+"""Checks that training data contain no text of the evaluation sets.
 
     python recipes/retriever/check_contamination.py TRAINED.jsonl [TRAINED.jsonl ...] --exclude SET [--exclude ...]
 
-Every string of TRAINED's JSON lines is compared with every document and query of each SET (a BEIR folder): equal words,
-or half of the shorter text's runs of five words in common. Gives their number, and exit code 1 if there is one.
+Compares every string of the JSON lines with every document and query of each SET (a BEIR folder). Texts match if their
+words are equal, or if they share half of the shorter text's sequences of five words. Prints the number of matches; the
+exit code is 1 if there are any.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def strings(value: object) -> Iterator[str]:
 
 
 def main() -> int:
-    """Compare; gives the exit code."""
+    """Compare, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trained", type=Path, nargs="+")
     parser.add_argument("--exclude", type=Path, action="append", required=True, metavar="SET")
@@ -44,7 +45,7 @@ def main() -> int:
         judged = DecontaminationIndex([folder])
         found = sum(judged.contains(text) for text in trained)
         wrong += found
-        message = f"of {len(trained):,} texts {found} are one of its queries or documents, or near one of its documents"
+        message = f"{found} of {len(trained):,} texts equal or nearly equal one of its queries or documents"
         sys.stdout.write(f"{folder}: {message}\n")
     return 1 if wrong else 0
 

@@ -1,11 +1,11 @@
-"""Writes what the packaged retriever is fine-tuned on: queries with the text that answers each.
+"""Writes the pairs of queries and documents that the packaged retriever is fine-tuned on.
 
     python recipes/retriever/pairs.py OUT.jsonl --set BEIR SPLIT COUNT [--set ...] [--texts DOCUMENTS COUNT]
         --exclude SET [--exclude ...]
 
-Of each BEIR folder COUNT judged pairs of a split are drawn. Of DOCUMENTS, which have no queries, a sentence asks for
-the sentences around it that it was selected out of. Of each SET that is judged with no document, no query and no near copy
-of one gets in: texts that share half of the shorter one's runs of five words are passed over, and counted.
+COUNT relevant pairs are sampled from a split of each BEIR folder. In DOCUMENTS, which have no queries, a sentence is
+the query for the sentences around it. Texts that equal or nearly equal a query or document of a SET (an evaluation set)
+are excluded and counted: those that share half of the shorter text's sequences of five words.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from llamory.documents import find_files, read_documents
 from llamory.evaluation.datasets import DecontaminationIndex, words
 from llamory.training.pairs import load_pairs
 
-AROUND = 80  # words that a sentence is selected out of
+AROUND = 80  # minimum words of the text that a sentence is selected from
 LEAST, MOST = 6, 25  # words of such a sentence
 SEED = 42
 
 
 def sentences_and_surroundings(path: Path) -> Iterator[tuple[str, str]]:
-    """Pairs of running text, one per piece of about so many words."""
+    """A sentence and the text around it, for each part of a document with about AROUND words."""
     for document in read_documents(find_files([path]), skip_broken=True):
         piece: list[str] = []
         for sentence in sentencex.segment("en", document.text):
@@ -44,7 +44,7 @@ def sentences_and_surroundings(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    """Write the pairs, in an order drawn with a fixed seed."""
+    """Write the pairs in random order with a fixed seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--set", dest="sets", nargs=3, action="append", default=[], metavar=("BEIR", "SPLIT", "COUNT"))
@@ -70,7 +70,7 @@ def main() -> None:
                 near += 1
             else:
                 selected.append((query, text))
-        sys.stdout.write(f"{name}: {len(selected):,} of {len(pairs):,} pairs; {near:,} near copies were passed over\n")
+        sys.stdout.write(f"{name}: {len(selected):,} of {len(pairs):,} pairs; {near:,} near copies were excluded\n")
         found += selected
     rng.shuffle(found)
     with options.output.open("w", encoding="utf-8") as file:

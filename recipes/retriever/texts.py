@@ -1,13 +1,13 @@
-"""Writes what the packaged retriever is pretrained on: examples for LLARA, without a label.
+"""Writes the unlabelled examples that the packaged retriever is pretrained on (LLARA).
 
     python recipes/retriever/texts.py OUT.jsonl --from DOCUMENTS SHARE [--from ...] --exclude SET [--exclude ...]
         [--examples N]
 
-An example is a piece of a document, the words that it contains and the words of what follows it there. Half of the pieces
-are one sentence (one line of code), the others up to 70 words: a question is short, a passage is long, and both must be
-summed up. SHARE is how much of the examples comes from DOCUMENTS: files and folders of documents, or a corpus.jsonl,
-whose `text` alone is read. Of each SET (a BEIR folder that is judged with) no query, no document and no near copy of
-one gets in: texts that share half of the shorter one's runs of five words are passed over, and counted.
+An example is a part of a document, the words in it, and the words that follow it. Half of the parts are one sentence
+(one line of code), as queries are short; the others have up to 70 words, like passages. SHARE is the fraction of
+examples from DOCUMENTS: files and folders of documents, or a corpus.jsonl, of which only `text` is read. Texts that
+equal or nearly equal a query or document of a SET (an evaluation set, as a BEIR folder) are excluded and counted: those
+that share half of the shorter text's sequences of five words.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def units(text: str, *, code: bool) -> list[str]:
 
 
 def filled(parts: list[str], joint: str, most: int) -> tuple[str, int]:
-    """As many parts from the start as have so many words, one at least; and how many these are."""
+    """The first parts that have at most `most` words together, at least one part, and their number."""
     count = total = 0
     while count < len(parts) and (not count or total + len(parts[count].split()) <= most):
         total += len(parts[count].split())
@@ -45,7 +45,7 @@ def filled(parts: list[str], joint: str, most: int) -> tuple[str, int]:
 
 
 def example(text: str, *, code: bool, rng: random.Random) -> dict[str, str] | None:
-    """One example of a document, short or long; None if the document has no piece that says something."""
+    """One example of a document, short or long; None if the selected part is too short."""
     parts, joint = units(text, code=code), "\n" if code else " "
     if not parts:
         return None
@@ -60,7 +60,7 @@ def example(text: str, *, code: bool, rng: random.Random) -> dict[str, str] | No
 
 
 def pieces(path: Path) -> Iterator[tuple[str, bool]]:
-    """Texts of a corpus or of documents, and whether they are code. Long documents are taken section by section."""
+    """Texts of a corpus, or of the sections of documents, and whether they are code."""
     if path.name == "corpus.jsonl":
         code = "functions" in path.parts
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -76,7 +76,7 @@ def pieces(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def main() -> None:
-    """Write the examples, in an order drawn with a fixed seed."""
+    """Write the examples in random order with a fixed seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--from", dest="sources", nargs=2, action="append", required=True, metavar=("PATH", "SHARE"))
@@ -101,7 +101,7 @@ def main() -> None:
                 near += 1
             else:
                 taken.append(made)
-        message = f"{len(taken):,} examples of {len(texts):,} texts; {near:,} near copies were passed over"
+        message = f"{len(taken):,} examples of {len(texts):,} texts; {near:,} near copies were excluded"
         sys.stdout.write(f"{name}: {message}\n")
         found += taken
     rng.shuffle(found)

@@ -211,7 +211,7 @@ def test_negatives_are_mined_once_and_are_no_answers(settings, tmp_path, monkeyp
         others = [text for text in texts if text not in entry["pos"]]
         scores = embedder.encode_document(others) @ embedder.encode_query([entry["query"]])[0]
         assert entry["neg"] == [others[i] for i in np.argsort(-scores)[:2]]
-    monkeypatch.setattr("llamory.training.mining._mine", None)  # a run that goes on mines no more
+    monkeypatch.setattr("llamory.training.pairs._mine", None)  # a run that goes on mines no more
     made.resume = True
     assert train_retriever(made)["mined"] == 12
 

@@ -21,16 +21,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from llamory.errors import LlamoryError
 from llamory.longllama.losses import teacher_loss
 from llamory.models import base as backbone
-from llamory.training.settings import DistillationSettings, RetrieverSettings
+from llamory.training.settings import MemorySettings, RetrieverSettings
 
 
 class Teacher:
-    """A frozen model whose predictions without memory the student keeps, on some rows of each batch.
-
-    Args:
-        model: a plain LLaMA; it is frozen.
-        rows: rows of a batch to compare.
-    """
+    """A frozen plain LLaMA whose predictions without memory the student keeps, on some rows of each batch."""
 
     def __init__(self, model: PreTrainedModel, rows: int) -> None:
         self.model, self.rows = model.eval().requires_grad_(False), rows
@@ -46,8 +41,8 @@ class Teacher:
         ids = batch["input_ids"]
         mask = batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
-        row_indices = [(pass_index * self.rows + number) % len(ids) for number in range(min(self.rows, len(ids)))]
-        ids, mask = ids[row_indices], mask[row_indices]
+        rows = [(pass_index * self.rows + number) % len(ids) for number in range(min(self.rows, len(ids)))]
+        ids, mask = ids[rows], mask[rows]
         with torch.no_grad():
             teacher_logits = self.model.to(ids.device)(ids, attention_mask=mask, use_cache=False).logits
         # The last window covers all columns, so nothing of the row is in memory.
@@ -55,16 +50,8 @@ class Teacher:
         return teacher_loss(student_logits, teacher_logits, mask)
 
 
-def load_teacher(settings: DistillationSettings, student: PretrainedConfig) -> Teacher | None:
-    """Load the teacher that the settings name, if any.
-
-    Args:
-        settings: settings of the run.
-        student: configuration of the model in training.
-
-    Raises:
-        LlamoryError: the model can't be loaded, or its vocabulary differs from the student's.
-    """
+def load_teacher(settings: MemorySettings, student: PretrainedConfig) -> Teacher | None:
+    """Load the teacher that the settings name, if any; raises LlamoryError if it has another vocabulary."""
     if settings.teacher is None or not settings.teacher_weight:
         return None
     config = backbone.load_config(settings.teacher)
@@ -82,11 +69,7 @@ def ranking_loss(
 ) -> Any:
     """The loss of a retriever: in-batch and hard negatives, with a teacher's scores and smaller dimensions if set.
 
-    Args:
-        embedder: the model.
-        settings: settings of the run.
-        teacher: "kl", "margin_mse" or "off".
-        gather_across_devices: use the documents of all processes as negatives.
+    `teacher` is "kl", "margin_mse" or "off".
     """
     common: dict[str, Any] = {"scale": 1 / settings.temperature, "gather_across_devices": gather_across_devices}
     loss: Any
@@ -110,27 +93,23 @@ class CachedDistillation(CachedLossMixin, nn.Module):
     in cosine, against the teacher's margin in score / teacher_temperature.
     """
 
+    model: Any
+    contrastive_loss: Any
+    distill: DistillKLDivLoss | MarginMSELoss
+
     def __init__(
-        self,
-        embedder: SentenceTransformer,
-        contrast: CachedMultipleNegativesRankingLoss | MultipleNegativesRankingLoss,
-        settings: RetrieverSettings,
-        teacher: str,
+        self, embedder: SentenceTransformer, contrastive_loss: Any, settings: RetrieverSettings, teacher: str
     ) -> None:
         super().__init__()
-        self.model: Any
-        self.contrastive_loss: Any
-        self.model, self.contrastive_loss = embedder, contrast
+        self.model, self.contrastive_loss = embedder, contrastive_loss
         self.uses_gradient_cache = settings.cache
         self.mini_batch_size = settings.mini_batch
         self.contrastive_weight, self.weight = settings.contrastive_weight, settings.distill_weight
         self.teacher_temperature = settings.teacher_temperature
         similarity = torch.nn.CosineSimilarity(dim=1)
-        self.distill: DistillKLDivLoss | MarginMSELoss
         if teacher == "kl":
-            self.distill = DistillKLDivLoss(
-                embedder, similarity, student_temperature=settings.temperature, teacher_temperature=1.0
-            )
+            temperatures = {"student_temperature": settings.temperature, "teacher_temperature": 1.0}
+            self.distill = DistillKLDivLoss(embedder, similarity, **temperatures)
             # DistillKLDivLoss multiplies by the squared temperature; this undoes it.
             self.weight /= settings.temperature**2
         else:
@@ -150,16 +129,16 @@ class CachedDistillation(CachedLossMixin, nn.Module):
         embeddings = [torch.cat(parts) for parts in reps]
         loss = self.weight * self.distill.compute_loss_from_embeddings(embeddings, labels / self.teacher_temperature)
         if self.contrastive_weight:
-            loss = loss + self.contrastive_weight * self._contrastive_loss(reps, embeddings, labels)
+            contrast: Any = self.contrastive_loss
+            if isinstance(contrast, CachedMultipleNegativesRankingLoss):
+                contrastive_loss = contrast.calculate_loss(reps)
+            else:
+                contrastive_loss = contrast.compute_loss_from_embeddings(embeddings, labels)
+            loss = loss + self.contrastive_weight * contrastive_loss
         if with_backward:
             loss.backward()
             loss = loss.detach()
         return loss
-
-    def _contrastive_loss(self, reps: list[list[Tensor]], embeddings: list[Tensor], labels: Tensor) -> Tensor:
-        if isinstance(self.contrastive_loss, CachedMultipleNegativesRankingLoss):
-            return self.contrastive_loss.calculate_loss(reps)
-        return self.contrastive_loss.compute_loss_from_embeddings(embeddings, labels)
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor) -> Tensor:
         """The loss of a batch; `labels` are the teacher's scores (queries, documents per query)."""

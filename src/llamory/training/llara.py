@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from llamory.embedding.pipeline import add_whitening, export_sentence_transformer, fit_whitening_on_texts, load_embedder
 from llamory.embedding.whitening import MIN_TEXTS, WHITENING_FILE
@@ -22,10 +22,11 @@ from llamory.llara.modeling import PreLlamaModel
 from llamory.llara.template import LlaraTemplate
 from llamory.models import base as backbone
 from llamory.training.run import (
-    last_logged,
-    prepare_output,
+    prepare_run,
     run,
+    run_result,
     save_trained_model,
+    stop_if_finished,
     training_arguments,
     user_errors,
     with_lora,
@@ -49,11 +50,14 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
     """
     if settings.whiten and settings.whiten < MIN_TEXTS:
         raise LlamoryError(f"whiten must be 0 or at least {MIN_TEXTS} passages, not {settings.whiten}.")
-    output = Path(settings.output)
-    arguments = _arguments(settings)
-    with arguments.main_process_first(desc="output folder"):
-        checkpoint = prepare_output(output, settings.resume or arguments.process_index > 0)
-    set_seed(settings.seed)
+    arguments: TrainingArguments = training_arguments(
+        settings,
+        "LlamaDecoderLayer",
+        has_eval_data=bool(settings.eval_data or settings.eval_fraction),
+        num_train_epochs=settings.epochs,
+        dataloader_num_workers=settings.workers,
+    )
+    checkpoint = prepare_run(settings, arguments)
     model, tokenizer = _load(settings)
     template = model.template
     assert template is not None
@@ -82,9 +86,7 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
 class LlaraTrainer(Trainer):
     """A Trainer with LLARA's three losses, each averaged over all forward passes of a step in all processes."""
 
-    def __init__(
-        self, *args: Any, template: LlaraTemplate, losses: Sequence[str] = tuple(_TARGETS), **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, template: LlaraTemplate, losses: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.template = template
         self._disabled_targets = [target for name, target in _TARGETS.items() if name not in losses]
@@ -95,9 +97,7 @@ class LlaraTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The step's batches, and (3,) counts over all processes: target tokens, and passages with targets per loss."""
-        if self.state.global_step >= self.state.max_steps:
-            # Without this, a finished run resumed within an epoch would take one more step.
-            self.control.should_training_stop = True
+        if stop_if_finished(self):
             return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
@@ -118,11 +118,7 @@ class LlaraTrainer(Trainer):
         return batches, counts
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The sum of the losses.
-
-        Raises:
-            LlamoryError: the loss is infinite or NaN; the message names the step, the losses and the examples.
-        """
+        """The sum of the losses; raises LlamoryError with step, losses and examples unless it is finite."""
         inputs = dict(inputs)
         examples = inputs.pop("example")
         for target in self._disabled_targets:
@@ -144,32 +140,21 @@ class LlaraTrainer(Trainer):
     def _example_names(self, examples: Tensor) -> str:
         dataset = self.train_dataset if self.model.training else self.eval_dataset
         numbers = examples.tolist()
-        names = ""
+        names = f"examples {', '.join(map(str, numbers))}"
         if hasattr(dataset, "column_names") and hasattr(dataset, "__len__"):
-            selected, known = set(numbers), dataset["example"]
-            names = ": " + ", ".join(s for e, s in zip(known, dataset["source"], strict=True) if e in selected)
-        return f"examples {', '.join(map(str, numbers))}{names}"
+            sources = zip(dataset["example"], dataset["source"], strict=True)
+            names += ": " + ", ".join(source for number, source in sources if number in numbers)
+        return names
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add the three losses to the log."""
         if "loss" in logs and self._micro_batches:
-            step_count = max(1, self._micro_batches // self.args.gradient_accumulation_steps)
+            steps = max(1, self._micro_batches // self.args.gradient_accumulation_steps)
             for key, value in self._sums.items():
                 # The value of a forward pass is its part of the step's mean; the parts of all processes add up.
-                total = self.accelerator.reduce(value.clone(), reduction="sum")
-                logs[key] = round(float(total) / step_count, 6)
+                logs[key] = round(float(self.accelerator.reduce(value.clone(), reduction="sum")) / steps, 6)
             self._sums, self._micro_batches = {}, 0
         super().log(logs, *args, **kwargs)
-
-
-def _arguments(settings: LlaraSettings) -> TrainingArguments:
-    return training_arguments(
-        settings,
-        "LlamaDecoderLayer",
-        has_eval_data=bool(settings.eval_data or settings.eval_fraction),
-        num_train_epochs=settings.epochs,
-        dataloader_num_workers=settings.workers,
-    )
 
 
 def _load(settings: LlaraSettings) -> tuple[PreLlamaModel, PreTrainedTokenizerBase]:
@@ -179,24 +164,15 @@ def _load(settings: LlaraSettings) -> tuple[PreLlamaModel, PreTrainedTokenizerBa
     model = backbone.load_model(
         settings.model, PreLlamaModel, dtype=torch.float32, attn_implementation=settings.attn_implementation
     )
-    template = LlaraTemplate.from_config(model.config)
-    if template is None:
-        template = LlaraTemplate.from_tokenizer(tokenizer, settings.slots)
-    else:
-        template.check_tokenizer(tokenizer)
-        if template.slots != settings.slots:
-            raise LlamoryError(
-                f"The checkpoint {settings.model} has {template.slots} slots per prompt, not {settings.slots}; "
-                f"set slots to {template.slots} or start from a plain LLaMA."
-            )
-    template = dataclasses.replace(
-        template,
-        prediction_sees_summary=settings.prediction_sees_summary,
-        bow_weighting=settings.bow_weighting,
-        bow_weight=settings.bow_weight,
-        query_prompt=settings.query_prompt,
-    )
-    template.prepare_model(model)
+    template = LlaraTemplate.from_config(model.config) or LlaraTemplate.from_tokenizer(tokenizer, settings.slots)
+    template.check_tokenizer(tokenizer)
+    if template.slots != settings.slots:
+        raise LlamoryError(
+            f"The checkpoint {settings.model} has {template.slots} slots per prompt, not {settings.slots}; "
+            f"set slots to {template.slots} or start from a plain LLaMA."
+        )
+    names = ("prediction_sees_summary", "bow_weighting", "bow_weight", "query_prompt")
+    dataclasses.replace(template, **{name: getattr(settings, name) for name in names}).prepare_model(model)
     return model, tokenizer
 
 
@@ -243,18 +219,13 @@ def _save_and_export(
 ) -> dict[str, Any]:
     """Save the model and its whitening, and export the embedder."""
     output = Path(settings.output)
-    result = {
-        "output": str(output),
-        "steps": trainer.state.global_step,
-        "losses": last_logged(trainer, "loss", *_LOSSES),
-    }
+    result = run_result(trainer, "loss", *_LOSSES)
     save_trained_model(trainer, settings, tokenizer, result)
     if trainer.args.should_save:
         (output / WHITENING_FILE).unlink(missing_ok=True)  # from an earlier end of the same run
         shutil.rmtree(output / EMBEDDER_FOLDER, ignore_errors=True)
         if settings.whiten or settings.export:
-            device = str(trainer.args.device)
-            embedder = load_embedder(output, max_length=settings.max_seq_length, device=device)
+            embedder = load_embedder(output, max_length=settings.max_seq_length, device=str(trainer.args.device))
         if settings.whiten:
             texts = passage_texts(train, tokenizer, settings.whiten, settings.seed)
             whitening = fit_whitening_on_texts(embedder, texts)

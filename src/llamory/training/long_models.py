@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,50 +14,35 @@ from llamory.longllama.causal import LongLlamaForCausalLM
 from llamory.longllama.configuration import LongLlamaConfig, check_projections
 from llamory.models import base as backbone
 from llamory.training.run import with_lora
-from llamory.training.settings import AdaptSettings
+from llamory.training.settings import AdaptSettings, MemorySettings
 
 _MEMORY_SIZE_KEYS = ("logn_attention_scale", "logn_attention_start", "memory_size_bias", "memory_size_bias_start")
 
 
 def memory_config_overrides(
-    config: PretrainedConfig,
-    name: str,
-    *,
-    mem_layers: Sequence[int],
-    row_length: int,
-    last_context_length: int | None = None,
-    mem_projections: bool = False,
-    memory_size_bias: float | None = None,
+    settings: MemorySettings, config: PretrainedConfig, row_length: int, last_context_length: int | None = None
 ) -> dict[str, Any]:
-    """Changes to a model's configuration: its memory layers, and the row length as its context.
-
-    Args:
-        config: configuration of the model.
-        name: name of the model, for errors.
-        mem_layers: memory layers; if empty the model's own, for a plain LLaMA three of them.
-        row_length: tokens of a row.
-        last_context_length: tokens of the last window; default: the model's own, at most a row.
-        mem_projections: add separate projections for memory; existing ones are kept.
-        memory_size_bias: see `LongLlamaConfig`; default: the model's own.
+    """Changes to the model's configuration: its memory layers, and the row length as its context.
 
     Raises:
         LlamoryError: the model has no such layers, projections for other memory layers, or a shorter context.
     """
+    name, layers = settings.model, settings.mem_layers
     if row_length > config.max_position_embeddings:
         raise LlamoryError(
             f"row_length {row_length} is longer than the context of {name}, {config.max_position_embeddings} tokens; "
             "choose a smaller one."
         )
-    check_projections(config, name, mem_layers)
-    layers = (
-        list(mem_layers) or list(getattr(config, "mem_layers", ())) or _default_mem_layers(config.num_hidden_layers)
-    )
+    check_projections(config, name, layers)
+    layers = list(layers or getattr(config, "mem_layers", [])) or _default_mem_layers(config.num_hidden_layers)
     last = last_context_length or getattr(config, "last_context_length", None)
     config_overrides: dict[str, Any] = {"mem_layers": layers, "max_position_embeddings": row_length}
-    config_overrides["mem_projections"] = mem_projections or getattr(config, "mem_projections", False)
+    projections = settings.trainable == "memory_projections" or getattr(config, "mem_projections", False)
+    config_overrides["mem_projections"] = projections
     # Settings of an adapter, which its base model does not have.
     config_overrides |= {key: getattr(config, key) for key in _MEMORY_SIZE_KEYS if hasattr(config, key)}
-    config_overrides |= {} if memory_size_bias is None else {"memory_size_bias": memory_size_bias}
+    if settings.memory_size_bias is not None:
+        config_overrides["memory_size_bias"] = settings.memory_size_bias
     if last is not None:
         config_overrides["last_context_length"] = min(last, row_length)
     LongLlamaConfig.from_dict(config.to_dict(), **config_overrides)
@@ -72,34 +57,17 @@ def _default_mem_layers(count: int) -> list[int]:
     return [layer for layer in (step, 2 * step, 3 * step) if layer < count]
 
 
-def load_longllama(settings: AdaptSettings, config_overrides: Mapping[str, Any]) -> LongLlamaForCausalLM:
-    """Load the model in float32 with changes to its configuration.
-
-    Raises:
-        LlamoryError: the model can't be loaded.
-    """
+def load_trainable(settings: MemorySettings, config_overrides: Mapping[str, Any]) -> Any:
+    """Load the model in float32 with changes to its configuration; adapters are added or other weights frozen."""
+    attention = settings.attn_implementation
     model = backbone.load_model(
-        settings.model,
-        LongLlamaForCausalLM,
-        dtype=torch.float32,
-        attn_implementation=settings.attn_implementation,
-        **config_overrides,
+        settings.model, LongLlamaForCausalLM, dtype=torch.float32, attn_implementation=attention, **config_overrides
     )
-    assert isinstance(model, LongLlamaForCausalLM)
-    return model
+    return select_trainable(model, settings, settings.trainable)
 
 
-def select_trainable(model: LongLlamaForCausalLM, settings: AdaptSettings, trainable: str) -> Any:
-    """Add adapters to the model, or freeze the weights that aren't trained.
-
-    Args:
-        model: the model.
-        settings: settings of the run.
-        trainable: "all", "memory_layers" or "memory_projections" (the model must have them).
-
-    Raises:
-        LlamoryError: the adapters don't fit the model.
-    """
+def select_trainable(model: Any, settings: AdaptSettings, trainable: str) -> Any:
+    """Add adapters to the model, or freeze the weights that aren't trained; see `MemorySettings.trainable`."""
     if settings.lora:
         only: dict[str, Any] = {}
         if trainable != "all":

@@ -1,10 +1,12 @@
-"""Training data of a retriever: queries with positive and negative documents, and batches without false negatives."""
+"""Training data of a retriever: queries with positives and negatives, mining, batches without false negatives."""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,15 +15,22 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import datasets
+import torch
 from torch.utils.data import BatchSampler, Dataset
 
+from llamory.common.io import write_text
 from llamory.documents import find_files, read_json_lines
 from llamory.documents.beir import CORPUS, BeirDataset, is_beir, read_beir
 from llamory.documents.readers import string_entry
 from llamory.errors import LlamoryError
+from llamory.training.run import user_errors
+from llamory.training.settings import RetrieverSettings
 
 logger = logging.getLogger(__name__)
 
+MINED_FILE = "mined.jsonl"
+_CANDIDATES_PER_NEGATIVE = 10
 QUERY, POSITIVE, SCORES = "anchor", "positive", "scores"
 # Limit of the queries examined for one batch, in batches; without it, data in which nearly all queries share their
 # positives would be examined completely for each batch.
@@ -34,23 +43,14 @@ _MAX_RESHUFFLES = 10
 
 @dataclass(frozen=True)
 class Example:
-    """A query and its documents.
-
-    Attributes:
-        query: text of the query.
-        positives: documents that answer it, at least one.
-        negatives: documents that don't; none is a positive of the same query anywhere in the data.
-        positive_scores: a teacher's score of each positive, if known.
-        negative_scores: a teacher's score of each negative, if known.
-        location: `file:line` that it was read from.
-    """
+    """A query, at least one document that answers it, and documents that don't, with a teacher's scores if known."""
 
     query: str
     positives: tuple[str, ...]
     negatives: tuple[str, ...] = ()
     positive_scores: tuple[float, ...] | None = None
     negative_scores: tuple[float, ...] | None = None
-    location: str = ""
+    location: str = ""  # file:line
 
     @property
     def scored(self) -> bool:
@@ -60,16 +60,14 @@ class Example:
     def with_negatives(self, negatives: Sequence[str]) -> Example:
         """The example with more negatives and without scores, since those have none."""
         together = tuple(dict.fromkeys([*self.negatives, *negatives]))
-        return replace(self, negatives=together, positive_scores=None, negative_scores=None)
+        return Example(self.query, self.positives, together, location=self.location)
 
 
 class Pairs:
     """Training data of a retriever; negatives that are positives of their query elsewhere are removed.
 
     Attributes:
-        examples: all examples.
         documents: all distinct documents: positives, negatives, and the rest of BEIR corpora.
-        negatives: all distinct negatives.
         answers: for each query, all of its positives anywhere in the data.
     """
 
@@ -94,24 +92,11 @@ class Pairs:
         """Examples without scores or negatives, which distillation needs."""
         return [example for example in self.examples if not (example.scored and example.negatives)]
 
-    @property
-    def max_negatives(self) -> int:
-        """The largest number of negatives of an example."""
-        return max(len(example.negatives) for example in self.examples)
-
     def map_texts(self, rewrite: Callable[[list[str]], list[str]]) -> Pairs:
         """The same data with every text replaced by what `rewrite` gives for it."""
         texts = list(dict.fromkeys([*self.answers, *self.documents]))
         new = dict(zip(texts, rewrite(texts), strict=True))
-        examples = (
-            replace(
-                example,
-                query=new[example.query],
-                positives=tuple(new[text] for text in example.positives),
-                negatives=tuple(new[text] for text in example.negatives),
-            )
-            for example in self.examples
-        )
+        examples = (_map_example(example, new.__getitem__) for example in self.examples)
         return Pairs(examples, (new[text] for text in self.documents))
 
 
@@ -147,7 +132,9 @@ def load_pairs(paths: Sequence[str | Path], *, split: str = "train", skip_broken
             )
         for file in files:
             lines = read_json_lines(file, _example, skip_broken=skip_broken)
-            examples += (_with_location(example, f"{file}:{line}", known) for line, example in lines)
+            for line, example in lines:
+                example = _map_example(example, lambda text: known.setdefault(text, text))
+                examples.append(replace(example, location=f"{file}:{line}"))
     if not examples:
         raise LlamoryError(f"There is no query with a positive in {', '.join(map(str, paths))}.")
     return Pairs(examples, corpus)
@@ -167,10 +154,9 @@ def _beir_examples(data: BeirDataset, texts: Mapping[str, str]) -> Iterable[Exam
             yield Example(data.queries[query], positives, negatives, location=location)
 
 
-def _with_location(example: Example, location: str, known: dict[str, str]) -> Example:
-    positives = tuple(known.setdefault(text, text) for text in example.positives)
-    negatives = tuple(known.setdefault(text, text) for text in example.negatives)
-    return replace(example, positives=positives, negatives=negatives, location=location)
+def _map_example(example: Example, rewrite: Callable[[str], str]) -> Example:
+    positives, negatives = tuple(map(rewrite, example.positives)), tuple(map(rewrite, example.negatives))
+    return replace(example, query=rewrite(example.query), positives=positives, negatives=negatives)
 
 
 def _without_false_negatives(example: Example, answers: set[str]) -> Example:
@@ -196,13 +182,8 @@ def _example(entry: dict[str, Any]) -> Example:
     if not positives:
         raise LlamoryError("'pos' is empty; a query needs at least one positive")
     negatives = _texts(entry, "neg") if entry.get("neg") is not None else ()
-    return Example(
-        query,
-        positives,
-        negatives,
-        _scores(entry, "pos_scores", "pos", len(positives)),
-        _scores(entry, "neg_scores", "neg", len(negatives)),
-    )
+    positive_scores = _scores(entry, "pos_scores", "pos", len(positives))
+    return Example(query, positives, negatives, positive_scores, _scores(entry, "neg_scores", "neg", len(negatives)))
 
 
 def _texts(entry: dict[str, Any], field: str) -> tuple[str, ...]:
@@ -239,19 +220,11 @@ def negative_names(group_size: int) -> list[str]:
 class GroupDataset(Dataset[dict[str, Any]]):
     """Groups of one query, one of its positives and `group_size - 1` negatives, sampled anew in each epoch.
 
+    Too few negatives are repeated, as in the published code; a query without negatives gets those of other queries.
     Item `epoch * len(pairs) + i` is example `i` as sampled in that epoch, the same at every call, in every process.
     """
 
     def __init__(self, pairs: Pairs, group_size: int, seed: int, *, scored: bool = False) -> None:
-        """Set how groups are sampled.
-
-        Args:
-            pairs: the data.
-            group_size: documents per query. Too few negatives are repeated, as in the published code; a query without
-                negatives gets those of other queries.
-            seed: random seed.
-            scored: include the teacher's scores.
-        """
         self.pairs, self.group_size, self.seed, self.scored = pairs, group_size, seed, scored
 
     def __len__(self) -> int:
@@ -287,11 +260,7 @@ class GroupDataset(Dataset[dict[str, Any]]):
         return [example.negatives[i] for i in sampled], [] if scores is None else [scores[i] for i in sampled]
 
     def _sample_other_negatives(self, example: Example, count: int, rng: random.Random) -> list[str]:
-        """Negatives of other queries that aren't positives of this one, distinct if there are enough.
-
-        Raises:
-            LlamoryError: there are none.
-        """
+        """Negatives of other queries that aren't positives of this one, distinct if there are enough."""
         excluded, documents = self.pairs.answers[example.query] | {example.query}, self.pairs.negatives
         sampled = (documents[rng.randrange(len(documents))] for _ in range(_DRAWS_PER_NEGATIVE * count))
         found = list(dict.fromkeys(text for text in sampled if text not in excluded))
@@ -306,22 +275,14 @@ class GroupDataset(Dataset[dict[str, Any]]):
 
 
 class FalseNegativeFreeSampler(BatchSampler):
-    """Batches in which no document is a positive of another query, or its text.
+    """Batches of one process in which no document is a positive of another query, or its text.
 
     In-batch negatives make every document of a batch a negative of every other query. So two queries share a batch only
     if no document of one is a positive of the other anywhere in the data; other queries are deferred to a later batch.
-    With several processes that share documents, this holds for their batches of a step together.
+    This holds for the batches of all processes of a step together.
     """
 
     def __init__(self, groups: GroupDataset, batch_size: int, *, process: int = 0, processes: int = 1) -> None:
-        """Set the batch size.
-
-        Args:
-            groups: the dataset.
-            batch_size: maximum queries in the batch of one process.
-            process: index of this process.
-            processes: number of processes.
-        """
         self.groups, self.batch_size, self.drop_last = groups, batch_size, False
         self.process, self.processes, self.epoch = process, processes, 0
 
@@ -330,7 +291,7 @@ class FalseNegativeFreeSampler(BatchSampler):
         return list(self._epoch_batches(random.Random(f"{self.groups.seed} 0"), 0))
 
     def __len__(self) -> int:
-        """Batches of the first epoch, which is sampled once, for its length and its batches."""
+        """Batches of the first epoch."""
         return len(self._first_epoch)
 
     def set_epoch(self, epoch: int) -> None:
@@ -373,9 +334,58 @@ class FalseNegativeFreeSampler(BatchSampler):
             if excluded.isdisjoint(group) and documents.isdisjoint(answers) and example.query not in documents:
                 batch.append(number)
                 documents.update(group)
-                excluded.update(answers)
-                excluded.add(example.query)
+                excluded.update(answers, [example.query])
             else:
                 deferred.append(number)
         queue.extendleft(reversed(deferred))
         return batch
+
+
+# ---- hard negatives --------------------------------------------------------------------------------------------------
+
+
+def add_mined_negatives(pairs: Pairs, embedder: Any, settings: RetrieverSettings, file: Path) -> Pairs:
+    """Add the negatives that a model mines; they are written to a JSONL file, and read from it if it exists.
+
+    Raises:
+        LlamoryError: a setting can't be used, or no negatives are found.
+    """
+    if not file.exists():
+        found = _mine(pairs, embedder, settings).items()
+        entries = ({"query": query, "pos": sorted(pairs.answers[query]), "neg": neg} for query, neg in found)
+        write_text(file, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
+    mined = dict(entry for _, entry in read_json_lines(file, lambda entry: (entry["query"], entry["neg"])))
+    return Pairs((each.with_negatives(mined.get(each.query, [])) for each in pairs.examples), pairs.documents)
+
+
+def _mine(pairs: Pairs, embedder: Any, settings: RetrieverSettings) -> dict[str, list[str]]:
+    """The negatives of each query that has any."""
+    from sentence_transformers.util import mine_hard_negatives
+
+    answers = [(query, text) for query, texts in pairs.answers.items() for text in sorted(texts)]
+    depth = settings.mine_depth or settings.mine_skip + _CANDIDATES_PER_NEGATIVE * settings.mine
+    if not settings.quiet:
+        sys.stderr.write(f"Mining negatives for {len(pairs.answers)} queries among {len(pairs.documents)} documents\n")
+    lower = torch.autocast(embedder.device.type, torch.bfloat16, enabled=settings.bf16)
+    with user_errors("These mining settings can't be used"), lower:
+        found: Any = mine_hard_negatives(
+            datasets.Dataset.from_dict({"query": [a[0] for a in answers], "positive": [a[1] for a in answers]}),
+            embedder,
+            corpus=pairs.documents,
+            range_min=settings.mine_skip,
+            range_max=depth,
+            relative_margin=None if settings.mine_margin < 0 else settings.mine_margin,
+            num_negatives=settings.mine,
+            output_format="triplet",
+            batch_size=settings.mini_batch,
+            verbose=False,
+        )
+    mined: dict[str, dict[str, None]] = {}
+    for query, negative in zip(found["query"], found["negative"], strict=True):
+        mined.setdefault(query, {})[negative] = None
+    if not mined:
+        raise LlamoryError(
+            "No hard negatives were found: all documents score too close to the positive. Set a lower mine_margin (-1 "
+            "for none), or mine to 0."
+        )
+    return {query: list(negatives) for query, negatives in mined.items()}

@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers import (
-    SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
-)
+from datasets import Dataset
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.base.sampler import BatchSamplers
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 from sentence_transformers.sentence_transformer.modules import WordWeights
 from sentence_transformers.util import is_sentence_transformer_model
 from torch.utils.data import DataLoader
-from transformers import set_seed
 
 from llamory.embedding.encoder import escape_slot_tokens, is_llara
 from llamory.embedding.pipeline import load_embedder, save_embedder
@@ -29,24 +25,26 @@ from llamory.llara.modeling import NewLlamaModel
 from llamory.llara.template import LlaraTemplate
 from llamory.models import base as backbone
 from llamory.training.distillation import ranking_loss
-from llamory.training.mining import MINED_FILE, add_mined_negatives
 from llamory.training.pairs import (
+    MINED_FILE,
     POSITIVE,
     QUERY,
     FalseNegativeFreeSampler,
     GroupDataset,
     Pairs,
+    add_mined_negatives,
     load_pairs,
     negative_names,
 )
 from llamory.training.run import (
     SingleDeviceArguments,
     check_finite,
-    last_logged,
     lora_config,
-    prepare_output,
+    prepare_run,
     run,
+    run_result,
     save_trained_model,
+    stop_if_finished,
     training_arguments,
     user_errors,
 )
@@ -71,9 +69,7 @@ def train_retriever(settings: RetrieverSettings) -> dict[str, Any]:
     """
     output = Path(settings.output)
     arguments = _arguments(settings)
-    with arguments.main_process_first(desc="output folder"):
-        checkpoint = prepare_output(output, settings.resume or arguments.process_index > 0)
-    set_seed(settings.seed)
+    checkpoint = prepare_run(settings, arguments)
     with arguments.main_process_first(desc="data and model"):
         train, held_out = _load_data(settings)
         teacher = _teacher(settings, train, held_out)
@@ -87,8 +83,11 @@ def train_retriever(settings: RetrieverSettings) -> dict[str, Any]:
         if settings.mine:
             miner = load_embedder(settings.mine_with) if settings.mine_with else embedder
             train = add_mined_negatives(train, miner, settings, output / MINED_FILE)
+    evaluation = None
     if held_out is not None:
         held_out = held_out.map_texts(lambda texts: escape_slot_tokens(embedder, texts))
+        held_out_groups = _groups(held_out, settings, teacher)
+        evaluation = Dataset.from_list([held_out_groups[number] for number in range(len(held_out))])
     groups = _groups(train, settings, teacher)
     gather_across_devices = settings.share_negatives and arguments.world_size > 1
     batches = _batches(groups, settings, arguments)
@@ -97,23 +96,23 @@ def train_retriever(settings: RetrieverSettings) -> dict[str, Any]:
         RetrieverTrainer,
         model=embedder,
         args=arguments,
-        eval_dataset=None if held_out is None else _materialize(_groups(held_out, settings, teacher)),
+        eval_dataset=evaluation,
         loss=ranking_loss(embedder, settings, teacher=teacher, gather_across_devices=gather_across_devices),
         data_collator=_collator(embedder, settings, arguments),
         groups=groups,
         batches=batches,
     )
     trainer = run(make_trainer, settings, checkpoint, "Retriever training")
-    result = {
-        "output": str(output),
-        "steps": trainer.state.global_step,
-        "queries": len(train),
-        "mined": sum(len(example.negatives) for example in train.examples) - initial_negatives,
-        "group_size": groups.group_size,
-        "teacher": teacher,
-        "dimension": embedder.get_embedding_dimension(),
-        "losses": last_logged(trainer, "loss", "eval_loss"),
-    }
+    result = run_result(
+        trainer,
+        "loss",
+        "eval_loss",
+        queries=len(train),
+        mined=sum(len(example.negatives) for example in train.examples) - initial_negatives,
+        group_size=groups.group_size,
+        teacher=teacher,
+        dimension=embedder.get_embedding_dimension(),
+    )
     save_trained_model(trainer, settings, None, result, save=lambda folder: _save(embedder, settings, source, folder))
     if arguments.process_index == 0:
         shutil.rmtree(output / _INITIAL_MODEL, ignore_errors=True)
@@ -145,17 +144,12 @@ class RetrieverTrainer(SentenceTransformerTrainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The step's batches; none after the last step."""
-        if self.state.global_step >= self.state.max_steps:  # a finished run that is resumed within an epoch
-            self.control.should_training_stop = True
+        if stop_if_finished(self):
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The loss of a batch.
-
-        Raises:
-            LlamoryError: the loss is infinite or NaN.
-        """
+        """The loss of a batch; raises LlamoryError unless it is finite."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         check_finite(loss, self.state.global_step + 1)
         return (loss, outputs) if return_outputs else loss
@@ -171,54 +165,42 @@ class _EpochDataLoader(DataLoader[Any]):
 
 
 def _arguments(settings: RetrieverSettings) -> RetrieverArguments:
-    arguments = training_arguments(
+    return training_arguments(
         settings,
         "LlamaDecoderLayer",
+        RetrieverArguments,
         has_eval_data=bool(settings.eval_data),
-        arguments_class=RetrieverArguments,
         num_train_epochs=settings.epochs,
         dataloader_num_workers=settings.workers,
         batch_sampler=BatchSamplers.NO_DUPLICATES,  # of evaluation data; training uses FalseNegativeFreeSampler
     )
-    assert isinstance(arguments, RetrieverArguments)
-    return arguments
 
 
 def _set_columns(arguments: RetrieverArguments, embedder: SentenceTransformer, group_size: int) -> None:
     """Set the task and the prompt of each column as in `encode_query` and `encode_document`."""
-    documents = [POSITIVE, *negative_names(group_size)]
-    arguments.router_mapping = {QUERY: "query", **dict.fromkeys(documents, "document")}
-    prompts = embedder.prompts
-    default_prompt = prompts.get(embedder.default_prompt_name or "", "")
-    names = [name for name in ("document", "passage", "corpus") if name in prompts]
-    column_prompts = {QUERY: prompts.get("query", default_prompt)} | dict.fromkeys(
-        documents, prompts[names[0]] if names else default_prompt
-    )
+    columns, prompts = [POSITIVE, *negative_names(group_size)], embedder.prompts
+    arguments.router_mapping = {QUERY: "query", **dict.fromkeys(columns, "document")}
+    default = prompts.get(embedder.default_prompt_name or "", "")
+    document = next((prompts[name] for name in ("document", "passage", "corpus") if name in prompts), default)
+    column_prompts = {QUERY: prompts.get("query", default), **dict.fromkeys(columns, document)}
     arguments.prompts = {column: prompt for column, prompt in column_prompts.items() if prompt}
 
 
 def _teacher(settings: RetrieverSettings, train: Pairs, held_out: Pairs | None) -> str:
-    """The loss on a teacher's scores: "kl", "margin_mse" or "off".
-
-    Raises:
-        LlamoryError: the settings ask for one, and a query has no scores or no negatives.
-    """
+    """The loss on a teacher's scores: "kl", "margin_mse" or "off"."""
     if settings.distill == "off" or (settings.distill == "auto" and (settings.mine or settings.group_size < 2)):
         return "off"
-    unscored_examples = train.unscored or ([] if held_out is None else held_out.unscored)
-    if not unscored_examples:
+    unscored = train.unscored or ([] if held_out is None else held_out.unscored)
+    if not unscored:
         return "kl" if settings.distill == "auto" else settings.distill
     if settings.distill != "auto":
         raise LlamoryError(
-            f"{unscored_examples[0].location}: distill needs negatives, pos_scores and neg_scores for every query; add "
+            f"{unscored[0].location}: distill needs negatives, pos_scores and neg_scores for every query; add "
             "them, or set distill to off."
         )
     if len(train.unscored) < len(train):
-        logger.warning(
-            "The teacher's scores are not used: %d queries have none, the first is %s",
-            len(unscored_examples),
-            unscored_examples[0].location,
-        )
+        message = "The teacher's scores are not used: %d queries have none, the first is %s"
+        logger.warning(message, len(unscored), unscored[0].location)
     return "off"
 
 
@@ -233,25 +215,14 @@ def _load_data(settings: RetrieverSettings) -> tuple[Pairs, Pairs | None]:
 
 
 def _groups(pairs: Pairs, settings: RetrieverSettings, teacher: str) -> GroupDataset:
-    size = min(settings.group_size, 1 + pairs.max_negatives)
-    return GroupDataset(pairs, size, settings.seed, scored=teacher != "off")
-
-
-def _materialize(groups: GroupDataset) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_list([groups[number] for number in range(len(groups))])
+    size = 1 + max(len(example.negatives) for example in pairs.examples)
+    return GroupDataset(pairs, min(settings.group_size, size), settings.seed, scored=teacher != "off")
 
 
 def _batches(groups: GroupDataset, settings: RetrieverSettings, arguments: Any) -> FalseNegativeFreeSampler:
-    """The batch sampler.
-
-    Raises:
-        LlamoryError: there is no valid batch.
-    """
-    batches = FalseNegativeFreeSampler(
-        groups, settings.batch_size, process=arguments.process_index, processes=arguments.world_size
-    )
+    """The batch sampler; raises LlamoryError if there is no valid batch."""
+    process, processes = arguments.process_index, arguments.world_size
+    batches = FalseNegativeFreeSampler(groups, settings.batch_size, process=process, processes=processes)
     if not len(batches):
         raise LlamoryError(
             f"No batch can be made of {len(groups)} queries without negatives, since each needs documents that don't "
@@ -260,8 +231,7 @@ def _batches(groups: GroupDataset, settings: RetrieverSettings, arguments: Any) 
     return batches
 
 
-def _collator(embedder: SentenceTransformer, settings: RetrieverSettings, arguments: Any) -> Any:
-    """Tokenizes the columns with their lengths, tasks and prompts."""
+def _collator(embedder: SentenceTransformer, settings: RetrieverSettings, arguments: RetrieverArguments) -> Any:
     return SentenceTransformerDataCollator(
         preprocess_fn=embedder.preprocess,
         router_mapping=arguments.router_mapping,
@@ -271,11 +241,7 @@ def _collator(embedder: SentenceTransformer, settings: RetrieverSettings, argume
 
 
 def _lengths(embedder: SentenceTransformer, settings: RetrieverSettings) -> dict[str, int]:
-    """Maximum tokens of a query and of a document.
-
-    Raises:
-        LlamoryError: a length is not longer than the prompt.
-    """
+    """Maximum tokens of a query and of a document; raises LlamoryError if one has no room for text."""
     passage = settings.max_passage_length or embedder.max_seq_length
     lengths = {"query": settings.max_query_length or passage, "document": passage}
     for task, length in lengths.items():
@@ -317,21 +283,18 @@ def _write_initial_model(settings: RetrieverSettings, start: Path) -> None:
     shutil.rmtree(start, ignore_errors=True)
     model.save_pretrained(start)
     tokenizer.save_pretrained(start)
-    if (adapter := backbone.adapter_folder(settings.model)) is not None:
-        whitening = Whitening.load(adapter, model.config.hidden_size)
-        if whitening is not None:
-            whitening.save(start)
+    adapter = backbone.adapter_folder(settings.model)
+    if adapter is not None and (whitening := Whitening.load(adapter, model.config.hidden_size)) is not None:
+        whitening.save(start)
 
 
 def _load(settings: RetrieverSettings, source: str, device: torch.device) -> SentenceTransformer:
     longest = max(settings.max_passage_length, settings.max_query_length or 0) if settings.max_passage_length else None
-    loading: dict[str, Any] = {"dtype": torch.float32}
+    kwargs: dict[str, Any] = {"max_length": longest, "device": str(device), "query_prompt": settings.query_prompt}
     if settings.attn_implementation:
-        loading["attn_implementation"] = settings.attn_implementation
+        kwargs["attn_implementation"] = settings.attn_implementation
     with user_errors(f"{settings.model} can't be loaded with these settings"):
-        embedder = load_embedder(
-            source, max_length=longest, device=str(device), query_prompt=settings.query_prompt, **loading
-        )
+        embedder = load_embedder(source, dtype=torch.float32, **kwargs)
     embedder.model_card_data.local_files_only = True
     for module in embedder:
         if isinstance(module, WordWeights):
@@ -359,9 +322,7 @@ def _disable_padding(embedder: SentenceTransformer, settings: RetrieverSettings)
 def _add_adapters(embedder: SentenceTransformer, settings: RetrieverSettings) -> None:
     """Add adapters; of a LLARA model's embeddings only the slot tokens' rows are trained."""
     slots: dict[str, Any] = {}
-    if is_llara(embedder):
-        template = LlaraTemplate.from_config(embedder[0].config)
-        assert template is not None
+    if is_llara(embedder) and (template := LlaraTemplate.from_config(embedder[0].config)):
         rows = sorted(template.summarize_slot_ids + template.predict_slot_ids)
         slots = {"trainable_token_indices": {"embed_tokens": rows}}
     with user_errors("These LoRA settings don't fit the model"):

@@ -10,10 +10,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from llamory.common.io import write_json
 from llamory.common.progress import ProgressBar
@@ -28,17 +28,12 @@ _MOVE_ORDER = {"config.json": 1, "modules.json": 2}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _PROBE_BYTES = 1 << 20
 _DISPLAYED_METRICS = (
-    "loss",
-    "ar_loss",
-    "bow_summarize_loss",
-    "bow_predict_loss",
-    "teacher_loss",
-    "accuracy",
-    "lines",
-    "contexts",
-    "eval_loss",
-    "eval_loss_without_memory",
-)
+    "loss ar_loss bow_summarize_loss bow_predict_loss teacher_loss accuracy lines contexts eval_loss "
+    "eval_loss_without_memory"
+).split()
+
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
 @contextmanager
@@ -68,19 +63,18 @@ class SingleDeviceArguments(TrainingArguments):
 def training_arguments(
     settings: RunSettings,
     layer: str,
+    arguments_class: type[Arguments] = TrainingArguments,  # type: ignore[assignment]
     *,
     has_eval_data: bool,
-    arguments_class: type[TrainingArguments] = TrainingArguments,
     **kwargs: Any,
-) -> TrainingArguments:
-    """The Trainer's arguments.
+) -> Arguments:
+    """The Trainer's arguments, with `kwargs` beside those of the settings.
 
     Args:
         settings: settings of the run.
         layer: class name of the layers that FSDP shards.
-        has_eval_data: whether the run evaluates.
         arguments_class: class of the arguments.
-        kwargs: further arguments.
+        has_eval_data: whether the run evaluates.
 
     Raises:
         LlamoryError: the Trainer rejects a setting.
@@ -121,15 +115,15 @@ def training_arguments(
 
 
 def _checkpointing(settings: RunSettings) -> dict[str, Any]:
-    # transformers renamed these arguments in 5.2x and removes the older names in version 6.
-    name = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
     if not settings.gradient_checkpointing:
         return {}
+    # transformers renamed these arguments in 5.2x and removes the older names in version 6.
+    name = "activation" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient"
     return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def lora_config(settings: AdaptSettings, **kwargs: Any) -> Any:
-    """The adapters' configuration; `kwargs` are further arguments of peft's `LoraConfig`."""
+    """The adapters' configuration; `kwargs` are further arguments of `LoraConfig`."""
     from peft import LoraConfig
 
     return LoraConfig(
@@ -142,11 +136,7 @@ def lora_config(settings: AdaptSettings, **kwargs: Any) -> Any:
 
 
 def with_lora(model: Any, settings: AdaptSettings, **kwargs: Any) -> Any:
-    """Add adapters to the model; `kwargs` are further arguments of peft's `LoraConfig`.
-
-    Raises:
-        LlamoryError: the adapters don't fit the model.
-    """
+    """Add adapters to the model; raises LlamoryError if they don't fit it. `kwargs` are `LoraConfig`'s."""
     from peft import get_peft_model
 
     with user_errors("These LoRA settings don't fit the model"):
@@ -164,7 +154,7 @@ class TrainingProgress(TrainerCallback):
 
     def __init__(self, title: str, *, shown: bool) -> None:
         self.title, self.shown = title, shown
-        self.bar: ProgressBar | None = None
+        self.bar = ProgressBar(title, 0, unit="steps", shown=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Start the bar at the current step."""
@@ -174,19 +164,12 @@ class TrainingProgress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Advance the bar."""
-        if self.bar is not None:
-            self.bar.advance()
+        self.bar.advance()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
         """Print the losses."""
-        metrics = "  ".join(f"{key} {_number(logs[key])}" for key in _DISPLAYED_METRICS if key in (logs or {}))
-        if metrics and self.bar is not None:
+        if metrics := "  ".join(f"{key} {_number(logs[key])}" for key in _DISPLAYED_METRICS if key in (logs or {})):
             self.bar.print(f"step {state.global_step}/{state.max_steps}  {metrics}")
-
-    def close(self) -> None:
-        """Stop the bar."""
-        if self.bar is not None:
-            self.bar.stop()
 
 
 def _number(value: float) -> str:
@@ -195,12 +178,6 @@ def _number(value: float) -> str:
 
 def run(make_trainer: Callable[..., Trainer], settings: RunSettings, checkpoint: Path | None, title: str) -> Trainer:
     """Make a Trainer and train to the end, from a checkpoint if one is given.
-
-    Args:
-        make_trainer: gives the Trainer; called with its `callbacks`.
-        settings: settings of the run.
-        checkpoint: folder of the checkpoint to resume from.
-        title: title of the progress bar.
 
     Raises:
         LlamoryError: the Trainer rejects a setting, or the disk is full.
@@ -219,20 +196,18 @@ def run(make_trainer: Callable[..., Trainer], settings: RunSettings, checkpoint:
             ) from error
         raise
     finally:
-        progress.close()
+        progress.bar.stop()
     return trainer
 
 
 def is_disk_full(error: BaseException, folder: Path) -> bool:
-    """Whether an error was raised because nothing more can be written to a folder.
-
-    torch and safetensors raise errors without the system's error number, so a test write decides for those.
-    """
+    """Whether an error was raised because nothing more can be written to a folder."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno is not None:
             return cause.errno in _DISK_FULL
         cause = cause.__cause__ or cause.__context__
+    # torch and safetensors raise errors without the system's error number: try to write.
     probe = folder / f".probe-{os.getpid()}"
     try:
         with probe.open("wb") as file:
@@ -246,24 +221,28 @@ def is_disk_full(error: BaseException, folder: Path) -> bool:
     return False
 
 
-def last_logged(trainer: Trainer, *keys: str) -> dict[str, float]:
-    """The last logged values of those keys that were logged."""
-    history = trainer.state.log_history
-    values = {key: [entry[key] for entry in history if key in entry] for key in keys}
-    return {key: entries[-1] for key, entries in values.items() if entries}
+def run_result(trainer: Trainer, *metrics: str, **details: Any) -> dict[str, Any]:
+    """What a run returns: its folder, its steps, `details`, and the last logged values of the metrics."""
+    losses = {key: entry[key] for entry in trainer.state.log_history for key in metrics if key in entry}
+    losses = {key: losses[key] for key in metrics if key in losses}
+    return {"output": trainer.args.output_dir, "steps": trainer.state.global_step} | details | {"losses": losses}
 
 
 def check_finite(loss: Any, step: int) -> None:
-    """Check a loss.
-
-    Raises:
-        LlamoryError: it is infinite or NaN.
-    """
+    """Raise LlamoryError if a loss is infinite or NaN."""
     if not loss.isfinite():
         raise LlamoryError(
             f"The loss of step {step} isn't finite ({loss.item():.4g}); lower the learning rate or check the model's "
             "weights."
         )
+
+
+def stop_if_finished(trainer: Any) -> bool:
+    """Whether all steps are done; without this check, a finished run that is resumed takes one more step."""
+    if trainer.state.global_step < trainer.state.max_steps:
+        return False
+    trainer.control.should_training_stop = True
+    return True
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -309,8 +288,15 @@ def latest_complete(output: Path) -> Path | None:
     return next((folder for folder in reversed(_checkpoints(output)) if is_complete(folder)), None)
 
 
+def prepare_run(settings: RunSettings, arguments: TrainingArguments) -> Path | None:
+    """Set the seeds and prepare the output folder, first in the main process; gives the checkpoint to resume from."""
+    set_seed(settings.seed)
+    with arguments.main_process_first(desc="output folder"):
+        return prepare_output(Path(settings.output), settings.resume or arguments.process_index > 0)
+
+
 def prepare_output(output: Path, resume: bool) -> Path | None:
-    """Create the output folder and find the checkpoint to resume from, if any; incomplete checkpoints are deleted.
+    """Create the output folder, delete incomplete checkpoints and give the checkpoint to resume from, if any.
 
     Raises:
         LlamoryError: the folder isn't empty and the run doesn't resume, or the path is a file.
@@ -347,32 +333,28 @@ def save_trained_model(
         result: result of the run, saved with the settings.
         save: writes the model into a folder, instead of the Trainer.
     """
-    output = Path(settings.output)
+    output, writes = Path(settings.output), trainer.args.should_save
     partial = output / "partial"
     if save is not None:
-        if trainer.args.should_save:
+        if writes:
             shutil.rmtree(partial, ignore_errors=True)
             save(partial)
     elif isinstance(settings, AdaptSettings) and settings.lora:
-        if trainer.args.should_save:
+        if writes:
             trainer.model.save_pretrained(partial / "adapter")
         merged = trainer.model.merge_and_unload()
         merged.tie_weights()
-        if trainer.args.should_save:
+        if writes:
             merged.save_pretrained(partial)
     else:
         trainer.save_model(str(partial))
-    if trainer.args.should_save:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        record = {"settings": dataclasses.asdict(settings)} | dict(result)
-        write_json(partial / SETTINGS_FILE, record)
-        (partial / "training_args.bin").unlink(missing_ok=True)
-        _move_to_parent(partial, output)
-
-
-def _move_to_parent(partial: Path, output: Path) -> None:
-    """Move saved files one folder up, the config last, since a folder without it is not a model."""
+    if not writes:
+        return
+    if tokenizer is not None:
+        tokenizer.save_pretrained(partial)
+    write_json(partial / SETTINGS_FILE, {"settings": dataclasses.asdict(settings)} | dict(result))
+    (partial / "training_args.bin").unlink(missing_ok=True)
+    # The config goes last, since a folder without it is not a model.
     for source in sorted(partial.iterdir(), key=lambda p: (_MOVE_ORDER.get(p.name, 0), p.name)):
         target = output / source.name
         if target.is_dir():

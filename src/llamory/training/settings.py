@@ -51,7 +51,7 @@ Increasing = Annotated[list[Count], AfterValidator(_increasing)]
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(field,))
 def _settings(cls: Class) -> Class:
-    """A dataclass with keyword-only fields whose constructor raises `LlamoryError` for a value out of bounds."""
+    """Make a dataclass whose constructor raises `LlamoryError` for a value out of bounds."""
     checked: Any = dataclass(cls, kw_only=True, config=ConfigDict(extra="forbid"))
     constructor = checked.__init__
 
@@ -88,7 +88,7 @@ def describe_problem(error: Mapping[str, Any]) -> str:
 
 def _setting(default: Any, help: str) -> Any:
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
+        return field(default_factory=default.copy, metadata={"help": help})
     return field(default=default, metadata={"help": help})
 
 
@@ -115,9 +115,7 @@ class RunSettings:
 
     bf16: bool = _setting(False, "Compute in bfloat16 (weights stay in float32).")
     gradient_checkpointing: bool = _setting(False, "Recompute activations in the backward pass to save memory.")
-    attn_implementation: str | None = _setting(
-        None, "Attention kernel: sdpa, flash_attention_2, flex_attention, eager."
-    )
+    attn_implementation: str | None = _setting(None, "Attention: sdpa, flash_attention_2, flex_attention, eager.")
     fsdp: bool = _setting(False, "Shard weights over the processes (FSDP) instead of copying them (DDP).")
     cpu: bool = _setting(False, "Train on the CPU even if there is an accelerator.")
 
@@ -152,9 +150,7 @@ class AdaptSettings(RunSettings):
 class LlaraSettings(AdaptSettings):
     """Settings of LLARA pretraining. Defaults follow the paper (Li et al. 2023, section 4) where it gives them."""
 
-    data: list[str] = _required(
-        "Files and folders of documents (txt, md, rst, html, py, jsonl), or the published JSONL."
-    )
+    data: list[str] = _required("Documents (txt, md, rst, html, py, jsonl), or the published JSONL; files and folders.")
     output: str = _required("Folder for checkpoints, the trained model and its Sentence Transformers export.")
     eval_data: list[str] = _setting([], "Files and folders for evaluation; default: eval_fraction of the data.")
     steps: Count | None = _setting(None, "Optimisation steps; default: as many as epochs take.")
@@ -164,12 +160,10 @@ class LlaraSettings(AdaptSettings):
     slots: Count = _setting(8, "Slot tokens per prompt.")
     prediction_sees_summary: bool = _setting(False, "Let the prediction slots attend to the summary slots.")
     losses: Annotated[list[str], AfterValidator(_known_losses)] = _setting(
-        ["ar", "summarize", "predict"],
-        "Losses: next token (ar), bag of words of the summary (summarize) and of the next passage (predict).",
+        list(LLARA_LOSSES),
+        "Next token (ar); bag of words of the summary (summarize), of the next passage (predict).",
     )
-    bow_weighting: Literal["fixed", "learned"] = _setting(
-        "fixed", "Weight of the bag-of-words losses: fixed or learned."
-    )
+    bow_weighting: Literal["fixed", "learned"] = _setting("fixed", "How the bag-of-words losses are weighted.")
     bow_weight: NonNegative = _setting(0.1, "Weight of the bag-of-words losses (the published code divides by 10).")
     query_prompt: Literal["prediction", "summary"] = _setting(
         "summary", "Prompt that embeds queries in the exported model (paper: prediction; summary is better unlabelled)."
@@ -201,15 +195,9 @@ class LlaraSettings(AdaptSettings):
 class RetrieverSettings(AdaptSettings):
     """Settings of training a retriever on queries and documents."""
 
-    data: list[str] = _required(
-        "JSONL files with query, pos, neg and optionally pos_scores, neg_scores; folders of them; BEIR folders."
-    )
+    data: list[str] = _required("JSONL (query, pos, neg, pos_scores, neg_scores): files and folders; BEIR folders.")
     output: str = _required("Folder for checkpoints and the trained model, a Sentence Transformers folder.")
-    model: str = _setting(
-        "default",
-        "A LLARA checkpoint, a Sentence Transformers folder, or any LLaMA: folder, .gguf file, hub id, 'default' for "
-        "the packaged SmolLM2-135M, 'retriever' for the packaged embedder.",
-    )
+    model: str = _setting("default", "A LLARA or Sentence Transformers folder, a LLaMA, 'default' or 'retriever'.")
     eval_data: list[str] = _setting([], "Data of the same formats whose loss is logged.")
     split: str = _setting("train", "Split of BEIR folders to train on: qrels/SPLIT.tsv.")
     eval_split: str = _setting("dev", "Split of BEIR folders in eval_data.")
@@ -230,9 +218,7 @@ class RetrieverSettings(AdaptSettings):
     mine_with: str | None = _setting(None, "Model that mines; default: the model before training.")
     mine_skip: CountOrZero = _setting(0, "Top-ranked documents that are never mined.")
     mine_depth: Count | None = _setting(None, "Documents per query to mine from; default: 10 per mined negative.")
-    mine_margin: float = _setting(
-        0.05, "Minimum relative margin of a mined negative's score below the positive's; negative for none."
-    )
+    mine_margin: float = _setting(0.05, "Minimum relative margin of a negative's score below the positive's; -1: none.")
 
     distill: Literal["auto", "off", "kl", "margin_mse"] = _setting(
         "auto", "Loss on a teacher's scores; auto: kl, if every query's documents have scores."
@@ -241,12 +227,8 @@ class RetrieverSettings(AdaptSettings):
     contrastive_weight: NonNegative = _setting(1.0, "Weight of the contrastive loss with a teacher.")
     teacher_temperature: Positive = _setting(1.0, "The teacher's scores are divided by this.")
 
-    max_query_length: Count | None = _setting(
-        None, "Maximum query length in tokens, prompt included; default: max_passage_length."
-    )
-    max_passage_length: Count | None = _setting(
-        None, "Maximum document length in tokens, prompt included; default: the model's, or 512."
-    )
+    max_query_length: Count | None = _setting(None, "Tokens of a query with prompt; default: max_passage_length.")
+    max_passage_length: Count | None = _setting(None, "Tokens of a document with prompt; default: the model's, or 512.")
     query_prompt: Literal["prediction", "summary"] | None = _setting(
         None, "Prompt that embeds queries; default: the model's, prediction for a LLaMA without slots."
     )
@@ -255,13 +237,12 @@ class RetrieverSettings(AdaptSettings):
 
     @model_validator(mode="after")
     def _check(self) -> RetrieverSettings:
-        if self.mine_depth is not None and self.mine_depth < self.mine_skip + self.mine:
-            raise LlamoryError(
-                f"mine_depth must be at least mine_skip + mine, {self.mine_skip + self.mine}, not {self.mine_depth}."
-            )
-        if self.mine and self.distill in ("kl", "margin_mse"):
+        minimum, distill = self.mine_skip + self.mine, self.distill in ("kl", "margin_mse")
+        if self.mine_depth is not None and self.mine_depth < minimum:
+            raise LlamoryError(f"mine_depth must be at least mine_skip + mine, {minimum}, not {self.mine_depth}.")
+        if self.mine and distill:
             raise LlamoryError("Mined negatives have no teacher scores; set mine to 0 or distill to off.")
-        if self.distill in ("kl", "margin_mse") and self.group_size < 2:
+        if distill and self.group_size < 2:
             raise LlamoryError("distill compares documents of a query; set group_size to at least 2.")
         if self.fsdp:
             raise LlamoryError("The retriever does not support fsdp; leave it out (each device holds the whole model).")
@@ -269,40 +250,36 @@ class RetrieverSettings(AdaptSettings):
 
 
 @_settings
-class DistillationSettings(AdaptSettings):
-    """Settings of the runs that can distil a teacher's predictions without memory."""
+class MemorySettings(AdaptSettings):
+    """Settings of the runs that train memory layers. A step reads accumulation × processes independent streams."""
+
+    proportions: list[float] = _setting([], "Fraction of tokens or examples from each entry of data.")
+    eval_batches: Count = _setting(8, "Batches of eval_data to evaluate on.")
 
     teacher: str | None = _setting(
-        None,
-        "Model whose predictions without memory are distilled, so that short contexts do not get worse (usually the "
-        "initial model); default: none.",
+        None, "Model, usually the initial one, whose predictions without memory are distilled to keep them as good."
     )
     teacher_weight: NonNegative = _setting(1.0, "Weight of the divergence from the teacher.")
     teacher_rows: Count = _setting(4, "Rows of each forward pass that are compared with the teacher, in turn.")
 
-
-_TRAINABLE_HELP = (
-    "Weights to train: all; the attention of memory layers (memory_layers); or separate query, key, value and output "
-    "projections for memory (memory_projections; behaviour without memory is unchanged). LoRA is applied to the same."
-)
-_MEM_LAYERS_HELP = "Memory layers; default: the model's own, for a plain LLaMA three as in the published models."
-_NEGATIVE_WEIGHT_HELP = (
-    "Minimum and maximum weight of each negative in the softmax, log-uniform per row; simulates a larger memory; "
-    "default: 1."
-)
-_MEMORY_SIZE_BIAS_HELP = (
-    "Subtract this fraction of ln(memory size / start) from memory logits, 0 to 1; default: the model's own, or 0."
-)
+    mem_layers: list[int] = _setting([], "Memory layers; default: the model's own, or three as in the published ones.")
+    trainable: Literal["all", "memory_layers", "memory_projections"] = _setting(
+        "all",
+        "Weights to train: all; the attention of memory layers (memory_layers); or separate projections for memory "
+        "(memory_projections; behaviour without memory is unchanged). LoRA is applied to the same.",
+    )
+    negative_weight: list[float] = _setting(
+        [], "Minimum and maximum weight of negatives in the softmax, log-uniform per row: simulates a larger memory."
+    )
+    memory_size_bias: Fraction | None = _setting(
+        None, "Fraction of ln(memory size / start) subtracted from memory logits; default: the model's own, or 0."
+    )
 
 
 @_settings
-class FotSettings(DistillationSettings):
-    """Settings of FoT training. Defaults follow the published 3B model (Tworkowski et al. 2023) where it gives them.
+class FotSettings(MemorySettings):
+    """Settings of FoT training. Defaults follow the published 3B model (Tworkowski et al. 2023) where it gives them."""
 
-    A step reads accumulation × processes independent streams of batches.
-    """
-
-    output: str = _required("Folder for checkpoints and the trained LongLLaMA.")
     eval_data: list[str] = _setting([], "Held-out files and folders: the loss with and without memory is logged.")
     steps: Count | None = _setting(1000, "Optimisation steps.")
     batch_size: Count = _setting(16, "Rows per device and forward pass; they can attend to one another.")
@@ -311,16 +288,12 @@ class FotSettings(DistillationSettings):
     warmup: NonNegative = _setting(0.02, "Fraction of the steps (below 1) or number of steps of learning-rate warm-up.")
     weight_decay: NonNegative = _setting(0.01, "Weight decay.")
 
-    proportions: list[float] = _setting([], "Fraction of tokens from each entry of data; default: one source.")
     row_length: Annotated[int, Field(ge=2)] = _setting(2048, "Tokens of a row, which become the model's context.")
     dataset_packing: Count = _setting(4, "Consecutive rows that hold consecutive chunks of one document.")
-    min_length: Count | None = _setting(
-        None, "Minimum tokens of a document; default: row_length. 1 takes all and joins short ones."
-    )
+    min_length: Count | None = _setting(None, "Minimum tokens of a document; default: row_length. 1 joins short ones.")
     text_field: str = _setting("text", "Field that holds the text in JSONL documents.")
     shuffle_buffer: CountOrZero = _setting(256, "Documents per source that are shuffled together; 0 for none.")
 
-    mem_layers: list[int] = _setting([], _MEM_LAYERS_HELP)
     crossbatch_schedule: list[str] = _setting(
         [],
         "Contexts of a row: POSITIVES+NEGATIVES for each equal part of the batch, or the published '3b' or '7b'; "
@@ -334,32 +307,20 @@ class FotSettings(DistillationSettings):
         "constant", "Number of contexts: constant, sampled from sizes for each step, or increasing through sizes."
     )
     sizes: list[int] = _setting([], "Numbers of contexts (negatives, with a crossbatch_schedule) of the schedule.")
-    advance_at_accuracy: Accuracy = _setting(
-        0.98, "Training accuracy at which a curriculum schedule advances to the next size."
-    )
+    advance_at_accuracy: Accuracy = _setting(0.98, "Training accuracy at which a curriculum advances to the next size.")
     negatives: Literal["random", "similar"] = _setting(
         "random", "Other documents that a row attends to: random, or the nearest by the retriever."
     )
-    retriever: str | None = _setting(
-        None, "Model that finds similar negatives: Sentence Transformers or LLARA, folder or hub id."
-    )
-    negative_weight: list[float] = _setting([], _NEGATIVE_WEIGHT_HELP)
-    memory_size_bias: Fraction | None = _setting(None, _MEMORY_SIZE_BIAS_HELP)
-    trainable: Literal["all", "memory_layers", "memory_projections"] = _setting("all", _TRAINABLE_HELP)
-    eval_batches: Count = _setting(8, "Batches of eval_data to evaluate on.")
+    retriever: str | None = _setting(None, "Model that finds similar negatives: Sentence Transformers or LLARA.")
 
 
 @_settings
-class InstructSettings(DistillationSettings):
-    """Settings of instruction tuning. Defaults are those of the published LongLLaMA-Instruct-3Bv1.1.
-
-    A step reads accumulation × processes independent streams of batches.
-    """
+class InstructSettings(MemorySettings):
+    """Settings of instruction tuning. Defaults are those of the published LongLLaMA-Instruct-3Bv1.1."""
 
     data: list[str] = _required(
-        "JSON lines, files and folders of them: messages, published chats, or prompt, question and response."
+        "JSON lines, files and folders: messages, published chats, or prompt, question, response."
     )
-    output: str = _required("Folder for checkpoints and the tuned LongLLaMA.")
     eval_data: list[str] = _setting([], "Held-out JSON lines; the loss of their answers is logged.")
     steps: Count | None = _setting(4000, "Optimisation steps.")
     batch_size: Count = _setting(8, "Rows per device and forward pass, of whole examples.")
@@ -367,7 +328,6 @@ class InstructSettings(DistillationSettings):
     scheduler: str = _setting("cosine", "Learning-rate schedule (a name that transformers knows).")
     warmup: NonNegative = _setting(0.05, "Fraction of the steps (below 1) or number of steps of learning-rate warm-up.")
 
-    proportions: list[float] = _setting([], "Fraction of examples from each entry of data; default: one source.")
     input_length: Count = _setting(2048, "Maximum tokens of prompt and question; longer ones are truncated.")
     output_length: Count = _setting(2048, "Maximum tokens of a response; longer ones are truncated.")
     total_length: Count = _setting(2048, "Maximum tokens of an example; longer ones, chats too, are truncated.")
@@ -378,10 +338,7 @@ class InstructSettings(DistillationSettings):
     split: Literal["random", "memory", "last"] = _setting(
         "random", "Part of an example in memory: random, as much as possible, or all but last_context_length tokens."
     )
-    negatives: CountOrZero = _setting(
-        0, "Rows of other examples (before their answers) that rows with answers attend to as memory."
-    )
-    negative_weight: list[float] = _setting([], _NEGATIVE_WEIGHT_HELP)
+    negatives: CountOrZero = _setting(0, "Rows of other examples that rows with answers attend to as memory.")
     negative_weight_warmup: Fraction = _setting(
         0.0, "Fraction of the steps over which the maximum of negative_weight rises from the minimum."
     )
@@ -394,10 +351,6 @@ class InstructSettings(DistillationSettings):
         4096, "With frozen_context: tokens of a forward pass's questions and answers, padding included."
     )
     context_cache_rows: CountOrZero = _setting(0, "With frozen_context: rows whose hidden states are cached in RAM.")
-    mem_layers: list[int] = _setting([], _MEM_LAYERS_HELP)
-    memory_size_bias: Fraction | None = _setting(None, _MEMORY_SIZE_BIAS_HELP)
-    trainable: Literal["all", "memory_layers", "memory_projections"] = _setting("all", _TRAINABLE_HELP)
-    eval_batches: Count = _setting(8, "Batches of eval_data to evaluate on.")
     num_proc: Count | None = _setting(None, "Processes that tokenise.")
 
     prompt_field: str | None = _setting(None, "Field of the prompt before the question, such as system_prompt.")
@@ -422,7 +375,6 @@ class InstructSettings(DistillationSettings):
 class LookupSettings(RunSettings):
     """Settings of the dictionary look-up task (Tworkowski et al. 2023, section 4.1), trained from scratch."""
 
-    output: str = _required("Folder for checkpoints and the trained model.")
     steps: Count = _setting(1400, "Optimisation steps.")
     batch_size: Count = _setting(8, "Full-length documents per forward pass that questions ask about.")
     learning_rate: Positive = _setting(1e-3, "Peak learning rate.")

@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from llamory.errors import LlamoryError
 from llamory.longllama.losses import IGNORE_INDEX, correct_tokens
+from llamory.training.distillation import Teacher
 from llamory.training.run import (
     SingleDeviceArguments,
     check_finite,
-    last_logged,
-    prepare_output,
+    prepare_run,
     run,
+    run_result,
     save_trained_model,
+    stop_if_finished,
     training_arguments,
 )
 from llamory.training.settings import RunSettings
@@ -34,8 +36,6 @@ _CHANGEABLE_SETTINGS = frozenset(
     "data output eval_data eval_batches steps accumulation gradient_checkpointing attn_implementation fsdp cpu "
     "log_every save_every eval_every keep_checkpoints report_to resume quiet".split()
 )
-
-
 Stage = TypeVar("Stage")
 
 
@@ -44,26 +44,12 @@ class BatchSource(Protocol):
 
     def micro_batches(self, step: int) -> list[dict[str, Any]]:
         """The model's arguments for each forward pass of a step, `shift_labels` included."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Position as JSON values; "streams" holds the state of each stream of this process under its number.
-
-        All other values are the same in all processes.
-        """
-        ...
+        """Position as JSON values; "streams" has this process's streams by number, other keys are common to all."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a position; "streams" holds the streams of all processes."""
-        ...
-
-
-class TeacherLoss(Protocol):
-    """A teacher whose predictions without memory are distilled."""
-
-    def loss(self, student: Any, batch: Mapping[str, Any], pass_index: int) -> torch.Tensor:
-        """Mean divergence of the student's predictions from the teacher's, in nats."""
-        ...
 
 
 class StreamingTrainer(Trainer):
@@ -76,7 +62,7 @@ class StreamingTrainer(Trainer):
         *args: Any,
         batch_source: BatchSource,
         frozen_settings: Mapping[str, Any],
-        teacher: TeacherLoss | None = None,
+        teacher: Teacher | None = None,
         teacher_weight: float = 1.0,
         **kwargs: Any,
     ) -> None:
@@ -90,12 +76,11 @@ class StreamingTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """A placeholder: `get_batch_samples` reads from the batch source."""
-        return _InfiniteLoader()
+        return _Endless()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:  # noqa: ARG002
         """The step's micro-batches, and the number of target tokens in all processes."""
-        if self.state.global_step >= self.state.max_steps:  # a finished run that is resumed
-            self.control.should_training_stop = True
+        if stop_if_finished(self):
             return [], None
         micro_batches = self.batch_source.micro_batches(self.state.global_step)
         count = torch.stack([(batch["shift_labels"] != IGNORE_INDEX).sum() for batch in micro_batches]).sum().to(device)
@@ -104,19 +89,14 @@ class StreamingTrainer(Trainer):
         return micro_batches, count
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        """The model's loss plus the weighted divergence from the teacher.
-
-        Raises:
-            LlamoryError: the loss is infinite or NaN.
-        """
+        """The model's loss plus the weighted divergence from the teacher; raises LlamoryError unless it is finite."""
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if self.teacher is not None and model.training:
             loss = loss + self._teacher_divergence(self.teacher, model, inputs)
         check_finite(loss, self.state.global_step + 1)
         return (loss, outputs) if return_outputs else loss
 
-    def _teacher_divergence(self, teacher: TeacherLoss, model: Any, inputs: Any) -> torch.Tensor:
-        """The teacher's part of the loss of a forward pass."""
+    def _teacher_divergence(self, teacher: Teacher, model: Any, inputs: Any) -> torch.Tensor:
         micro_batches = self.args.gradient_accumulation_steps
         pass_index = self.state.global_step * micro_batches + len(self._divergences) % micro_batches
         with self.accelerator.autocast():
@@ -125,7 +105,7 @@ class StreamingTrainer(Trainer):
         return self.teacher_weight * divergence / micro_batches
 
     def step_accuracy(self, hidden: torch.Tensor, targets: torch.Tensor) -> float | None:
-        """Count correct tokens of a forward pass; after the last one of a step, give the step's accuracy, else None.
+        """Add a forward pass; the step's accuracy after the last pass of a step, else None.
 
         Args:
             hidden: (rows, columns, hidden_size) last hidden states.
@@ -143,12 +123,7 @@ class StreamingTrainer(Trainer):
         return correct_count / max(1, count)
 
     def sum_over_batches(self, batches: Sequence[Any], measure: Callable[[Any], torch.Tensor]) -> list[float]:
-        """Sum a measure over batches, distributed over the processes.
-
-        Args:
-            batches: at least one.
-            measure: gives (count,) numbers of a batch.
-        """
+        """Sums over batches, distributed over the processes, of the (count,) numbers that `measure` gives."""
         total = torch.zeros((), device=self.args.device)
         for first in range(0, len(batches), self.args.world_size):
             index = first + self.args.process_index
@@ -174,20 +149,14 @@ class StreamingTrainer(Trainer):
         (folder / f"position-{self.args.process_index}.json").write_text(json.dumps(position))
 
 
-class _InfiniteLoader:
-    """Takes the place of a data loader."""
-
+class _Endless:
     def __iter__(self) -> Iterator[None]:
         while True:
             yield None
 
 
 class Curriculum(Generic[Stage]):
-    """Stages of training; the next one begins when the running mean of accuracy reaches the stage's threshold.
-
-    Args:
-        stages: at least one pair of a stage and its threshold.
-    """
+    """Stages, each with the running mean of accuracy at which the next one begins."""
 
     def __init__(self, stages: Sequence[tuple[Stage, float]]) -> None:
         self.stages = list(stages)
@@ -204,13 +173,7 @@ class Curriculum(Generic[Stage]):
         return self.stage_index + 1 == len(self.stages)
 
     def observe(self, accuracy: float) -> None:
-        """Add the training accuracy of a step; the running mean restarts in each stage with its first accuracy.
-
-        Raises:
-            LlamoryError: the accuracy is not from 0 to 1.
-        """
-        if not 0 <= accuracy <= 1:
-            raise LlamoryError(f"An accuracy must be from 0 to 1, not {accuracy}.")
+        """Add the training accuracy of a step; the running mean restarts in each stage with its first accuracy."""
         self.mean = _DECAY * self.mean + (1 - _DECAY) * accuracy if self.steps else accuracy
         self.steps += 1
         if self.steps >= _MIN_STEPS and self.mean >= self.stages[self.stage_index][1] and not self.is_last:
@@ -221,11 +184,7 @@ class Curriculum(Generic[Stage]):
         return {"at": self.stage_index, "mean": self.mean, "steps": self.steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a state.
-
-        Raises:
-            LlamoryError: the state is from more stages.
-        """
+        """Restore a state; raises LlamoryError if it is from more stages."""
         if not 0 <= state["at"] < len(self.stages):
             raise LlamoryError(
                 f"The checkpoint is at stage {state['at'] + 1} of its curriculum, but {len(self.stages)} sizes are "
@@ -236,21 +195,13 @@ class Curriculum(Generic[Stage]):
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run before anything is loaded.
-
-    Attributes:
-        settings: settings of the run.
-        arguments: the Trainer's arguments.
-        checkpoint: checkpoint to resume from, if any.
-        frozen_settings: settings that must equal the checkpoint's.
-        position: the checkpoint's position in the data.
-    """
+    """A run before anything is loaded."""
 
     settings: RunSettings
     arguments: TrainingArguments
-    checkpoint: Path | None
-    frozen_settings: dict[str, Any]
-    position: dict[str, Any] | None
+    checkpoint: Path | None  # to resume from
+    frozen_settings: dict[str, Any]  # must equal the checkpoint's
+    position: dict[str, Any] | None  # the checkpoint's, in the data
 
     def train_and_save(
         self,
@@ -266,18 +217,8 @@ class RunContext:
     ) -> dict[str, Any]:
         """Train to the end and save the model.
 
-        Args:
-            trainer_class: class of the Trainer.
-            title: title of the progress bar.
-            model: the model to train.
-            batch_source: its data.
-            tokenizer: saved with the model.
-            held_out: evaluation data.
-            logged_metrics: metrics whose last logged values are returned.
-            trainer_kwargs: further arguments of the Trainer.
-
         Returns:
-            The output folder, the number of steps, and the last logged metrics.
+            The output folder, the number of steps, and the last values of `logged_metrics`.
         """
         if self.position is not None:
             batch_source.load_state_dict(self.position)
@@ -292,11 +233,7 @@ class RunContext:
             **trainer_kwargs,
         )
         trainer = run(make_trainer, self.settings, self.checkpoint, title)
-        result = {
-            "output": self.settings.output,
-            "steps": trainer.state.global_step,
-            "losses": last_logged(trainer, *logged_metrics),
-        }
+        result = run_result(trainer, *logged_metrics)
         save_trained_model(trainer, self.settings, tokenizer, result)
         trainer.accelerator.wait_for_everyone()
         return result
@@ -313,37 +250,28 @@ def setup_run(settings: RunSettings, *, has_eval_data: bool, ignored_settings: S
     Raises:
         LlamoryError: settings, output folder or checkpoint can't be used.
     """
+    layer = "LongLlamaDecoderLayer"
     arguments = training_arguments(
-        settings,
-        "LongLlamaDecoderLayer",
-        has_eval_data=has_eval_data,
-        arguments_class=SingleDeviceArguments,
-        ignore_data_skip=True,
+        settings, layer, SingleDeviceArguments, has_eval_data=has_eval_data, ignore_data_skip=True
     )
-    with arguments.main_process_first(desc="output folder"):
-        checkpoint = prepare_output(Path(settings.output), settings.resume or arguments.process_index > 0)
-    frozen_settings = frozen_settings_of(settings, arguments.world_size)
+    checkpoint = prepare_run(settings, arguments)
+    frozen_settings = _frozen_settings(settings, arguments.world_size)
     for name in ignored_settings:
         frozen_settings.pop(name)
-    position = read_position(checkpoint, frozen_settings) if checkpoint else None
+    position = _read_position(checkpoint, frozen_settings) if checkpoint else None
     arguments.eval_on_start = has_eval_data and position is None
-    set_seed(settings.seed)
     return RunContext(settings, arguments, checkpoint, frozen_settings, position)
 
 
-def frozen_settings_of(settings: RunSettings, world_size: int) -> dict[str, Any]:
+def _frozen_settings(settings: RunSettings, world_size: int) -> dict[str, Any]:
     """The settings that can't change when a run resumes, and the number of streams that a step reads."""
     values = {key: value for key, value in dataclasses.asdict(settings).items() if key not in _CHANGEABLE_SETTINGS}
     streams = {"streams per step (accumulation × processes)": settings.accumulation * world_size}
     return {_KIND: type(settings).__name__} | values | streams
 
 
-def read_position(checkpoint: Path, frozen_settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The position in the data that a checkpoint holds, with the streams of all processes.
-
-    Raises:
-        LlamoryError: the checkpoint is from another command, version or settings.
-    """
+def _read_position(checkpoint: Path, frozen_settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's position in the data; raises LlamoryError for another command, version or settings."""
     parts = [json.loads(file.read_text()) for file in sorted(checkpoint.glob("position-*.json"))]
     saved = parts[0].pop("recipe") if parts else {}
     if saved.get(_KIND) != frozen_settings[_KIND]:

@@ -28,7 +28,7 @@ from llamory.training.fot.contexts import (
     ContextSamplingConfig,
     embedder,
 )
-from llamory.training.long_models import load_longllama, memory_config_overrides, select_trainable
+from llamory.training.long_models import load_trainable, memory_config_overrides
 from llamory.training.settings import FotSettings
 from llamory.training.streaming import StreamingTrainer, setup_run
 
@@ -51,14 +51,7 @@ def train_fot(settings: FotSettings) -> dict[str, Any]:
     run_context = setup_run(settings, has_eval_data=bool(settings.eval_data))
     arguments = run_context.arguments
     config = backbone.load_config(settings.model)
-    config_overrides = memory_config_overrides(
-        config,
-        settings.model,
-        mem_layers=settings.mem_layers,
-        row_length=settings.row_length,
-        mem_projections=settings.trainable == "memory_projections",
-        memory_size_bias=settings.memory_size_bias,
-    )
+    config_overrides = memory_config_overrides(settings, config, settings.row_length)
     tokenizer = backbone.load_tokenizer(settings.model)
     context_sampler = _context_sampler(settings, sampling_config, tokenizer, str(arguments.device))
     batch_source = FotBatchSource(
@@ -66,7 +59,7 @@ def train_fot(settings: FotSettings) -> dict[str, Any]:
     )
     held_out = _held_out(settings, tokenizer)
     teacher = load_teacher(settings, config)
-    model = select_trainable(load_longllama(settings, config_overrides), settings, settings.trainable)
+    model = load_trainable(settings, config_overrides)
     return run_context.train_and_save(
         FotTrainer,
         "FoT training",

@@ -25,7 +25,7 @@ from llamory.training.instruct.batches import (
     check_rows,
 )
 from llamory.training.instruct.dataset import InstructFormat, Lengths, load_instructions
-from llamory.training.long_models import load_longllama, memory_config_overrides, select_trainable
+from llamory.training.long_models import load_trainable, memory_config_overrides
 from llamory.training.settings import InstructSettings
 from llamory.training.streaming import StreamingTrainer, setup_run
 
@@ -46,22 +46,14 @@ def train_instruct(settings: InstructSettings) -> dict[str, Any]:
     arguments = run_context.arguments
     config = backbone.load_config(settings.model)
     split = _split(settings, config)
-    config_overrides = memory_config_overrides(
-        config,
-        settings.model,
-        mem_layers=settings.mem_layers,
-        row_length=split.row_length,
-        last_context_length=split.last_context_length,
-        mem_projections=settings.trainable == "memory_projections",
-        memory_size_bias=settings.memory_size_bias,
-    )
+    config_overrides = memory_config_overrides(settings, config, split.row_length, split.last_context_length)
     tokenizer = backbone.load_tokenizer(settings.model)
     with arguments.main_process_first(desc="data"):
         streams = _streams(settings, split, tokenizer, arguments.process_index, arguments.world_size)
         negative_weight_warmup_steps = round(settings.negative_weight_warmup * (settings.steps or 0))
         held_out = _held_out(settings, split, tokenizer)
     teacher = load_teacher(settings, config)
-    model = select_trainable(load_longllama(settings, config_overrides), settings, settings.trainable)
+    model = load_trainable(settings, config_overrides)
     return run_context.train_and_save(
         InstructTrainer,
         "Instruction tuning",
