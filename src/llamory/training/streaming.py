@@ -174,6 +174,8 @@ class Curriculum(Generic[Stage]):
 
     def observe(self, accuracy: float) -> None:
         """Add the training accuracy of a step; the running mean restarts in each stage with its first accuracy."""
+        if not 0 <= accuracy <= 1:
+            raise LlamoryError(f"An accuracy must be from 0 to 1, not {accuracy}.")
         self.mean = _DECAY * self.mean + (1 - _DECAY) * accuracy if self.steps else accuracy
         self.steps += 1
         if self.steps >= _MIN_STEPS and self.mean >= self.stages[self.stage_index][1] and not self.is_last:

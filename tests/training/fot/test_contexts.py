@@ -309,13 +309,13 @@ def test_goes_on_where_its_state_was_taken():
         for accuracy in accuracies[at:]:
             resumed.observe(accuracy)
         assert resumed.state_dict() == whole.state_dict()
-    with pytest.raises(LlamoryError, match="size 3, but 2 sizes are given"):
+    with pytest.raises(LlamoryError, match="stage 3 of its curriculum, but 2 sizes are given"):
         curriculum(sizes=[1, 2]).load_state_dict(whole.state_dict())
 
 
 @pytest.mark.parametrize("accuracy", [-0.1, 1.1, float("nan")])
 def test_what_is_no_accuracy(accuracy):
-    with pytest.raises(LlamoryError, match="between 0 and 1"):
+    with pytest.raises(LlamoryError, match="from 0 to 1"):
         curriculum().observe(accuracy)
 
 
