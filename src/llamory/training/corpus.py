@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,8 +57,7 @@ class DocumentStream:
 
     Each next document is of the source that is furthest behind its proportion of the tokens so far. A source restarts
     in another order when it ends. The order of files depends on seed, epoch and source; documents are drawn from a
-    shuffle buffer. Each of several shards takes every `shards`-th document of an epoch. A shard without any usable
-    document in an epoch takes all of them, in its own order.
+    shuffle buffer. Each shard takes every `shards`-th document of an epoch, or all of them if none of its own is usable.
 
     Args:
         sources: where documents come from.
@@ -101,30 +100,19 @@ class DocumentStream:
             raise LlamoryError(f"shard must be one of 0 to {shards - 1}, not {shard}.")
         total = sum(source.proportion for source in sources)
         self._proportions = [source.proportion / total for source in sources]
-        self._settings = {
-            "seed": seed,
-            "min_length": min_length,
-            "shuffle_buffer": shuffle_buffer,
-            "shard": shard,
-            "shards": shards,
-            "text_field": text_field,
-            "skip_broken": skip_broken,
-            "proportions": [source.proportion for source in sources],
-        }
-        self._readers = [
-            _SourceReader(
-                _SourceFiles(find_files(source.paths), tokenizer, max(1, min_length), text_field, skip_broken),
-                seed=f"{seed}/{number}",
-                shuffle_buffer=shuffle_buffer,
-                shard=shard,
-                shards=shards,
-            )
-            for number, source in enumerate(sources)
-        ]
-        self._digest = _digest([reader.files for reader in self._readers], tokenizer)
+        drawing: dict[str, Any] = {"shuffle_buffer": shuffle_buffer, "shard": shard, "shards": shards}
+        reading: dict[str, Any] = {"min_length": min_length, "text_field": text_field, "skip_broken": skip_broken}
+        proportions = [source.proportion for source in sources]
+        self._settings = {"seed": seed, **drawing, **reading, "proportions": proportions}
+        reading["min_length"] = max(1, min_length)
+        files = [_SourceFiles(find_files(source.paths), tokenizer, **reading) for source in sources]
+        self._readers = [_SourceReader(each, seed=f"{seed}/{number}", **drawing) for number, each in enumerate(files)]
+        # Identifies the vocabulary and the names and sizes of files; folders may move.
+        sizes = [[(path.name, path.stat().st_size) for path in each.paths] for each in files]
+        self._digest = json_digest([sizes, sorted(tokenizer.get_vocab().items())])
         self.tokens_emitted = [0] * len(sources)
-        for reader in self._readers:
-            reader.files.check()
+        for each in files:
+            each.check()
 
     def __iter__(self) -> Iterator[tuple[list[int], int, Key]]:
         return self
@@ -139,11 +127,7 @@ class DocumentStream:
         return tokens, source, key
 
     def read(self, documents: Iterable[tuple[int, Key]]) -> list[list[int]]:
-        """Token ids of documents given by source and key; each file is read once.
-
-        Raises:
-            LlamoryError: a document doesn't exist any more.
-        """
+        """Token ids of documents given by source and key; raises LlamoryError if one doesn't exist any more."""
         documents = list(documents)
         keys: dict[int, list[Key]] = defaultdict(list)
         for source, key in documents:
@@ -161,11 +145,7 @@ class DocumentStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at a position; documents in the shuffle buffer are read again.
-
-        Raises:
-            LlamoryError: the position is of other files, another tokenizer or other settings.
-        """
+        """Continue at a position; raises LlamoryError if it is of other files or settings or another tokenizer."""
         check_same_settings(state["settings"], self._settings)
         if state["files"] != self._digest:
             raise LlamoryError(
@@ -226,15 +206,14 @@ class _SourceFiles:
     def check(self) -> None:
         """Raise LlamoryError if no document is long enough."""
         longest = 0
-        for file in range(len(self.paths)):
-            for document in self.documents(file):
-                longest = max(longest, len(self.encode(document.text)))
-                if longest >= self.min_length:
-                    return
+        for document in chain.from_iterable(map(self.documents, range(len(self.paths)))):
+            longest = max(longest, len(self.encode(document.text)))
+            if longest >= self.min_length:
+                return
         names = ", ".join(map(str, self.paths[:3])) + (", …" if len(self.paths) > 3 else "")
         raise LlamoryError(
-            f"Documents have at most {longest} tokens, fewer than min_length {self.min_length}, in {names}; lower "
-            "min_length or give longer documents."
+            f"Documents have at most {longest} tokens, fewer than min_length {self.min_length}, in {names}; "
+            "lower min_length or give longer documents."
         )
 
 
@@ -285,35 +264,25 @@ class _SourceReader:
     def _next_epoch(self) -> None:
         if self._num_used:
             self._start_epoch(self._epoch + 1, unsharded=False)
-        elif not self._unsharded:
-            self._start_epoch(self._epoch, unsharded=True)
-        else:
-            # The files have changed since the first check.
-            self.files.check()
-            self._start_epoch(self._epoch, unsharded=True)
+            return
+        if self._unsharded:
+            self.files.check()  # the files have changed since the first check
+        self._start_epoch(self._epoch, unsharded=True)
 
     def _fill(self) -> None:
-        while len(self._buffer) < self._capacity:
-            entry = self._read_next()
-            if entry is None:
-                return
-            self._buffer.append(entry)
-
-    def _read_next(self) -> tuple[Key, str] | None:
-        """The shard's next document of the epoch, or None at its end."""
-        while self._file_index < len(self._order):
+        """Fill the buffer with the shard's next documents of the epoch."""
+        while len(self._buffer) < self._capacity and self._file_index < len(self._order):
             file = self._order[self._file_index]
             if self._open is None:
                 self._open = islice(self.files.documents(file), self._document, None)
-            for document in self._open:
-                key = (file, self._document)
-                in_shard = self._unsharded or self._num_read % self._shards == self._shard
-                self._document += 1
-                self._num_read += 1
-                if in_shard:
-                    return key, document.text
-            self._file_index, self._document, self._open = self._file_index + 1, 0, None
-        return None
+            document = next(self._open, None)
+            if document is None:
+                self._file_index, self._document, self._open = self._file_index + 1, 0, None
+                continue
+            if self._unsharded or self._num_read % self._shards == self._shard:
+                self._buffer.append(((file, self._document), document.text))
+            self._document += 1
+            self._num_read += 1
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -350,7 +319,3 @@ def _check_proportions(sources: Sequence[Source]) -> None:
         raise LlamoryError(f"Proportions of sources must add up to 1; {named} make {sum(proportions):g}.")
 
 
-def _digest(sources: Sequence[_SourceFiles], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identifies the vocabulary and the names and sizes of files; folders may move."""
-    files = [[(path.name, path.stat().st_size) for path in source.paths] for source in sources]
-    return json_digest([files, sorted(tokenizer.get_vocab().items())])

@@ -19,13 +19,10 @@ from llamory.training.corpus import DocumentStream, Key, check_same_settings
 class FotBatches:
     """An endless iterator of batches (Tworkowski et al. 2023, section 3.2 and appendix A.2).
 
-    A batch has `batch_size // dataset_packing` packs of `dataset_packing` rows with consecutive chunks. A document
-    continues in its pack over as many batches as it needs; the next one follows after an end-of-text token. There is
-    no padding. Each batch has
-
-        `input_ids`: (batch_size, row_length);
-        `shift_labels`: (batch_size, row_length), the next token in the pack, across rows and batches;
-        `documents`: (batch_size,), the running number of the document of each row's first token.
+    A batch has packs of `dataset_packing` rows with consecutive chunks. A document continues in its pack over as many
+    batches as it needs; the next one follows after an end-of-text token. There is no padding. Each batch has
+    `input_ids` (batch_size, row_length); `shift_labels` (batch_size, row_length), the next token in the pack, across
+    rows and batches; `documents` (batch_size,), the running number of the document of each row's first token.
 
     Args:
         stream: where documents come from.
@@ -63,9 +60,7 @@ class FotBatches:
             )
         if eos_token_id is None:
             raise LlamoryError("The tokenizer has no end-of-text token to separate documents; set its eos_token.")
-        self.stream = stream
-        self.row_length = row_length
-        self.packing = dataset_packing
+        self.stream, self.row_length, self.packing = stream, row_length, dataset_packing
         self._prefix = [] if bos_token_id is None else [bos_token_id]
         self._suffix = [eos_token_id]
         self._settings = {
@@ -98,9 +93,8 @@ class FotBatches:
         return {"input_ids": torch.cat(inputs), "shift_labels": torch.cat(labels), "documents": torch.tensor(documents)}
 
     def _queued_document(self, tokens: list[int], source: int, key: Key, number: int) -> _QueuedDocument:
-        return _QueuedDocument(
-            torch.tensor([*self._prefix, *tokens, *self._suffix], dtype=torch.int32), source, key, number
-        )
+        ids = torch.tensor([*self._prefix, *tokens, *self._suffix], dtype=torch.int32)
+        return _QueuedDocument(ids, source, key, number)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON values: the stream's, and the documents and the offset of each pack."""
@@ -118,26 +112,16 @@ class FotBatches:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at a position with the same batches; documents in packs are read again.
-
-        Raises:
-            LlamoryError: the position is of other files or settings.
-        """
+        """Continue at a position with the same batches; raises LlamoryError if it is of other files or settings."""
         check_same_settings(state["settings"], self._settings)
         self.stream.load_state_dict(state["stream"])
         wanted = [(source, tuple(key)) for pack in state["packs"] for source, key, _ in pack["queue"]]
         tokens = iter(self.stream.read(wanted))
         self._documents = state["documents"]
-        self._packs = [
-            _Pack(
-                deque(
-                    self._queued_document(next(tokens), source, tuple(key), number)
-                    for source, key, number in pack["queue"]
-                ),
-                pack["offset"],
-            )
-            for pack in state["packs"]
-        ]
+        self._packs = [_Pack(deque(), pack["offset"]) for pack in state["packs"]]
+        for pack, saved in zip(self._packs, state["packs"], strict=True):
+            for source, key, number in saved["queue"]:
+                pack.queue.append(self._queued_document(next(tokens), source, tuple(key), number))
 
 
 @dataclass(frozen=True)
@@ -162,15 +146,13 @@ class _Pack:
 
     def next_tokens(self, count: int) -> Tensor:
         """The next `count` tokens."""
-        parts: list[Tensor] = []
-        start = self.offset
+        parts, remaining = [], self.offset + count
         for document in self.queue:
-            parts.append(document.tokens[start : start + count])
-            count -= len(parts[-1])
-            start = 0
-            if not count:
+            parts.append(document.tokens[:remaining])
+            remaining -= len(parts[-1])
+            if not remaining:
                 break
-        return torch.cat(parts).long()
+        return torch.cat(parts)[self.offset :].long()
 
     def document_numbers(self, offsets: range) -> list[int]:
         """Numbers of the documents at these offsets."""

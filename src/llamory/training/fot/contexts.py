@@ -1,11 +1,9 @@
 """Which rows each row of a batch sees: chunks of its own document (positives) and of other documents (negatives).
 
 Tworkowski et al. 2023, section 3.2. A pack is `dataset_packing` consecutive rows with consecutive chunks of one
-document, or of several short ones.
-
-A row's keys in one memory layer depend on all that the row has seen in the memory layers below. Rows that see one
-another in a cycle could therefore copy their own next tokens. So the rows get an order, which keeps the chunks of a
-pack in theirs, and no row sees a later one. With a crossbatch_schedule the order is drawn at each step.
+document, or of several short ones. Rows that see one another in a cycle could copy their own next tokens, since keys
+depend on what the row has seen in lower layers. So the rows get an order, drawn at each step with a
+crossbatch_schedule, which keeps the chunks of a pack in theirs, and no row sees a later one.
 """
 
 from __future__ import annotations
@@ -73,52 +71,36 @@ class ContextSamplingConfig:
     negative_weight: Sequence[float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.crossbatch_schedule is not None:
-            object.__setattr__(
-                self,
-                "crossbatch_schedule",
-                tuple(tuple(entry) if isinstance(entry, list) else entry for entry in self.crossbatch_schedule),
-            )
-        object.__setattr__(self, "sizes", tuple(self.sizes))
-        if (self.crossbatch_schedule is None) == (self.cross_batch_range is None):
+        schedule = self.crossbatch_schedule
+        if (schedule is None) == (self.cross_batch_range is None):
             raise LlamoryError(
                 "Give either a crossbatch_schedule of positives and negatives or a cross_batch_range, not both."
             )
-        self._check_names()
-        self._check_numbers()
-        self._check_schedule()
-
-    def _check_names(self) -> None:
         if self.schedule not in SCHEDULES:
             raise LlamoryError(f"There is no schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}.")
         if self.negatives not in NEGATIVES:
             raise LlamoryError(f"negatives can't be {self.negatives!r}; choose one of {', '.join(NEGATIVES)}.")
-        if self.crossbatch_schedule is None and self.negatives == "similar":
+        if schedule is None and self.negatives == "similar":
             raise LlamoryError("Similar negatives need a crossbatch_schedule; give one instead of a cross_batch_range.")
-        if self.crossbatch_schedule is not None and self.crossbatch_stepping:
+        if schedule is not None and self.crossbatch_stepping:
             raise LlamoryError(
                 "Stepping goes with a cross_batch_range; leave it out where a crossbatch_schedule is given."
             )
-
-    def _check_numbers(self) -> None:
-        if self.crossbatch_schedule is not None and (
-            not self.crossbatch_schedule
-            or any(not isinstance(entry, tuple) or len(entry) != 2 for entry in self.crossbatch_schedule)
+        if schedule is not None and not (
+            schedule and all(isinstance(entry, tuple | list) and len(entry) == 2 for entry in schedule)
         ):
-            raise LlamoryError(
-                f"A crossbatch_schedule is a list of pairs (positives, negatives), not {self.crossbatch_schedule!r}."
-            )
-        numbers = [number for entry in self.crossbatch_schedule or () for number in entry] + list(self.sizes)
-        if self.cross_batch_range is not None:
-            numbers.append(self.cross_batch_range)
+            raise LlamoryError(f"A crossbatch_schedule is a list of pairs (positives, negatives), not {schedule!r}.")
+        numbers = [number for entry in schedule or () for number in entry] + list(self.sizes)
+        numbers += [] if self.cross_batch_range is None else [self.cross_batch_range]
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int) or number < 0:
                 raise LlamoryError(f"A number of contexts must be an integer of at least 0, not {number!r}.")
         check_negative_weight(self.negative_weight)
         if not 0 < self.advance_at_accuracy <= 1:
             raise LlamoryError(f"advance_at_accuracy must be above 0 and at most 1, not {self.advance_at_accuracy}.")
+        self._check_sizes()
 
-    def _check_schedule(self) -> None:
+    def _check_sizes(self) -> None:
         if self.schedule == "constant":
             if self.sizes:
                 raise LlamoryError('sizes are for the schedules "sampled" and "curriculum"; choose one of them.')
@@ -159,7 +141,7 @@ class ContextSampler:
             embed: for similar negatives, maps the token ids of rows to normalized vectors (rows, dimension).
 
         Raises:
-            LlamoryError: packing doesn't divide the batch, the batch has too few rows or packs, or `embed` is missing.
+            LlamoryError: the configuration, or a missing `embed`.
         """
         if seed < 0:
             raise LlamoryError(f"seed must be at least 0, not {seed}.")
@@ -173,9 +155,8 @@ class ContextSampler:
         self._check_crossbatch_schedule()
         self._curriculum: Curriculum[int] | None = None
         if sampling_config.schedule == "curriculum":
-            self._curriculum = Curriculum(
-                [(size, sampling_config.advance_at_accuracy) for size in sampling_config.sizes]
-            )
+            stages = [(size, sampling_config.advance_at_accuracy) for size in sampling_config.sizes]
+            self._curriculum = Curriculum(stages)
 
     def _check_crossbatch_schedule(self) -> None:
         schedule = self.sampling_config.crossbatch_schedule
@@ -223,11 +204,7 @@ class ContextSampler:
         return {} if self._curriculum is None else self._curriculum.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state.
-
-        Raises:
-            LlamoryError: the state is of a configuration with more sizes.
-        """
+        """Continue from a state; raises LlamoryError if it is of a configuration with more sizes."""
         if self._curriculum is not None:
             self._curriculum.load_state_dict(state)
 
@@ -275,13 +252,7 @@ class ContextSampler:
         return contexts
 
     def weights(self, contexts: Sequence[Sequence[int]], step: int, stream: int = 0) -> list[list[float]] | None:
-        """The weight of each context in the softmax, 1 for positives; None if all are 1.
-
-        Args:
-            contexts: the result of `select` for this step and stream.
-            step: training step, from 0.
-            stream: index of the batch in the step.
-        """
+        """The weight of each context that `select` gave for this step and stream, 1 for positives; None if all are 1."""
         least, most = self.sampling_config.negative_weight
         if least == most == 1:
             return None
@@ -317,16 +288,15 @@ class ContextSampler:
 
     def _different_documents(self, documents: Tensor | None) -> np.ndarray:
         """(batch, batch) True for rows of different packs and documents."""
-        is_other_document: np.ndarray = self._pack[:, None] != self._pack
+        different: np.ndarray = self._pack[:, None] != self._pack
         if documents is None:
-            return is_other_document
+            return different
         if documents.shape != (self.batch_size,):
             raise LlamoryError(
                 f"There are {self.batch_size} rows, but document numbers of shape {tuple(documents.shape)}."
             )
         numbers = documents.cpu().numpy()
-        different: np.ndarray = is_other_document & (numbers[:, None] != numbers)
-        return different
+        return different & (numbers[:, None] != numbers)
 
     def _similarities(self, input_ids: Tensor | None) -> np.ndarray:
         """(batch, batch) dot products of the rows' vectors."""

@@ -54,9 +54,7 @@ def train_fot(settings: FotSettings) -> dict[str, Any]:
     config_overrides = memory_config_overrides(settings, config, settings.row_length)
     tokenizer = backbone.load_tokenizer(settings.model)
     context_sampler = _context_sampler(settings, sampling_config, tokenizer, str(arguments.device))
-    batch_source = FotBatchSource(
-        _streams(settings, tokenizer, arguments.process_index, arguments.world_size), context_sampler
-    )
+    streams = _streams(settings, tokenizer, arguments.process_index, arguments.world_size)
     held_out = _held_out(settings, tokenizer)
     teacher = load_teacher(settings, config)
     model = load_trainable(settings, config_overrides)
@@ -64,7 +62,7 @@ def train_fot(settings: FotSettings) -> dict[str, Any]:
         FotTrainer,
         "FoT training",
         model=model,
-        batch_source=batch_source,
+        batch_source=FotBatchSource(streams, context_sampler),
         tokenizer=tokenizer,
         held_out=held_out,
         logged_metrics=("loss", _LOSS_WITH_MEMORY, _LOSS_WITHOUT_MEMORY),
@@ -83,13 +81,14 @@ class FotBatchSource:
 
     def micro_batches(self, step: int) -> list[dict[str, Any]]:
         """A batch of each stream."""
-        return [self._micro_batch(step, number, batches) for number, batches in self.streams.items()]
-
-    def _micro_batch(self, step: int, number: int, batches: FotBatches) -> dict[str, Any]:
-        batch = next(batches)
-        contexts = self.context_sampler.select(step, number, batch["input_ids"], batch.pop("documents"))
-        weights = self.context_sampler.weights(contexts, step, number)
-        return batch | {"contexts": contexts} | ({} if weights is None else {"context_weights": weights})
+        micro_batches = []
+        for number, batches in self.streams.items():
+            batch: dict[str, Any] = next(batches)
+            contexts = self.context_sampler.select(step, number, batch["input_ids"], batch.pop("documents"))
+            weights = self.context_sampler.weights(contexts, step, number)
+            weighted = {} if weights is None else {"context_weights": weights}
+            micro_batches.append(batch | {"contexts": contexts} | weighted)
+        return micro_batches
 
     def state_dict(self) -> dict[str, Any]:
         """The positions of the streams and the state of the curriculum."""
@@ -131,10 +130,7 @@ class FotTrainer(StreamingTrainer):
 
     @torch.no_grad()
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:  # noqa: ARG002
-        """The loss of the same held-out tokens with a document's earlier chunks in memory, and without.
-
-        Rows without an earlier chunk in their batch don't count.
-        """
+        """The loss of held-out rows that have earlier chunks in their batch, with these in memory and without."""
         self.model.eval()
         with_memory, without_memory, count = self.sum_over_batches(self.eval_dataset, self._losses)
         metrics = {_LOSS_WITH_MEMORY: with_memory / count, _LOSS_WITHOUT_MEMORY: without_memory / count}
@@ -158,6 +154,7 @@ class FotTrainer(StreamingTrainer):
         return torch.stack([*losses, (targets != IGNORE_INDEX).sum().float()])
 
     def _write_curve(self, tokens: int) -> None:
+        keys = {"step": "step", "loss_with_memory": _LOSS_WITH_MEMORY, "loss_without_memory": _LOSS_WITHOUT_MEMORY}
         history = [entry for entry in self.state.log_history if _LOSS_WITH_MEMORY in entry]
         curve = {
             "model": self.settings.model,
@@ -165,14 +162,7 @@ class FotTrainer(StreamingTrainer):
             "row_length": self.settings.row_length,
             "memory_rows": self.settings.dataset_packing - 1,
             "tokens": tokens,
-            "curve": [
-                {
-                    "step": e["step"],
-                    "loss_with_memory": e[_LOSS_WITH_MEMORY],
-                    "loss_without_memory": e[_LOSS_WITHOUT_MEMORY],
-                }
-                for e in history
-            ],
+            "curve": [{name: entry[key] for name, key in keys.items()} for entry in history],
         }
         write_json(Path(self.args.output_dir) / CURVE_FILE, curve)
 
@@ -197,23 +187,13 @@ def _check(settings: FotSettings) -> ContextSamplingConfig:
     if settings.negatives == "similar" and settings.retriever is None:
         raise LlamoryError("Similar negatives need a retriever; give a Sentence Transformers model.")
     use_range = settings.cross_batch_range is not None and not settings.crossbatch_schedule
-    sampling_config = ContextSamplingConfig(
-        crossbatch_schedule=(None if use_range else _parse_crossbatch_schedule(settings.crossbatch_schedule)),
-        cross_batch_range=settings.cross_batch_range,
-        crossbatch_stepping=settings.crossbatch_stepping,
-        schedule=settings.schedule,
-        sizes=settings.sizes,
-        advance_at_accuracy=settings.advance_at_accuracy,
-        negatives=settings.negatives,
-        negative_weight=settings.negative_weight or (1.0, 1.0),
-    )
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(ContextSamplingConfig)}
+    values["crossbatch_schedule"] = None if use_range else _parse_crossbatch_schedule(settings.crossbatch_schedule)
+    values["negative_weight"] = settings.negative_weight or (1.0, 1.0)
+    sampling_config = ContextSamplingConfig(**values)
     # Checks the configuration against the batch; the retriever is loaded later.
-    ContextSampler(
-        dataclasses.replace(sampling_config, negatives="random"),
-        settings.batch_size,
-        settings.dataset_packing,
-        settings.seed,
-    )
+    unloaded = dataclasses.replace(sampling_config, negatives="random")
+    ContextSampler(unloaded, settings.batch_size, settings.dataset_packing, settings.seed)
     return sampling_config
 
 
@@ -250,11 +230,11 @@ def _streams(
     settings: FotSettings, tokenizer: PreTrainedTokenizerBase, process: int, processes: int
 ) -> dict[int, FotBatches]:
     """One stream for each micro-batch of this process in a step."""
-    sources = make_sources(settings.data, settings.proportions or None)
-    streams_per_process, streams = settings.accumulation, settings.accumulation * processes
+    sources, count = make_sources(settings.data, settings.proportions or None), settings.accumulation
+    options = {"shards": count * processes, "shuffle_buffer": settings.shuffle_buffer}
     return {
-        number: _batches(settings, sources, tokenizer, shard=number, shards=streams, buffer=settings.shuffle_buffer)
-        for number in range(process * streams_per_process, (process + 1) * streams_per_process)
+        number: _batches(settings, sources, tokenizer, shard=number, **options)
+        for number in range(process * count, (process + 1) * count)
     }
 
 
@@ -262,31 +242,22 @@ def _held_out(settings: FotSettings, tokenizer: PreTrainedTokenizerBase) -> list
     """The first batches of eval_data, in the order of the files."""
     if not settings.eval_data:
         return []
-    batches = _batches(settings, make_sources(settings.eval_data), tokenizer, shard=0, shards=1, buffer=0)
-    return [
-        {key: batch[key] for key in ("input_ids", "shift_labels")} for batch in islice(batches, settings.eval_batches)
-    ]
+    batches = islice(_batches(settings, make_sources(settings.eval_data), tokenizer, shuffle_buffer=0), settings.eval_batches)
+    return [{key: batch[key] for key in ("input_ids", "shift_labels")} for batch in batches]
 
 
 def _batches(
-    settings: FotSettings,
-    sources: list[Source],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    shard: int,
-    shards: int,
-    buffer: int,
+    settings: FotSettings, sources: list[Source], tokenizer: PreTrainedTokenizerBase, **options: int
 ) -> FotBatches:
+    """Batches of a stream; `options` are its shard, the number of shards and the size of its shuffle buffer."""
     stream = DocumentStream(
         sources,
         tokenizer,
         seed=settings.seed,
         min_length=settings.row_length if settings.min_length is None else settings.min_length,
-        shuffle_buffer=buffer,
-        shard=shard,
-        shards=shards,
         text_field=settings.text_field,
         skip_broken=settings.skip_broken,
+        **options,
     )
     return FotBatches(
         stream,

@@ -23,16 +23,12 @@ from llamory.training.fot.contexts import check_negative_weight, log_interpolate
 
 @dataclass(frozen=True)
 class MemorySplit:
-    """How much of an example is in memory.
-
-    The published code pads an example to `total_length` columns, of which the last `last_context_length` are local and
-    the others in memory, so the position of the padding determines the split. Here the split is the same, without the
-    padding.
+    """How much of an example is in memory: as in the published code, whose padding determines it, but without padding.
 
     Attributes:
         row_length: maximum tokens of a row, i.e. of a window in memory; the model's context.
         last_context_length: maximum tokens of the last row.
-        total_length: maximum tokens of an example.
+        total_length: maximum tokens of an example, the columns of the published code.
         mode: "random", a random part of the padding is in front (published `random_pad`); "memory", none is, so that as
             much as possible is in memory (published `always_pad` alone); "last", the last `last_context_length` tokens
             are local, as in a prompt (neither).
@@ -108,55 +104,44 @@ def collate(
         example, nearest first, then negatives; `context_weights` (with negative_weight): of each context; `sources`:
         per example.
     """
-    tokens: list[torch.Tensor] = []
-    targets: list[torch.Tensor] = []
+    tokens: list[Sequence[int]] = []
+    targets: list[Sequence[int]] = []
     contexts: list[list[int]] = []
     example_indices: list[int] = []
     for number, example in enumerate(examples):
-        ids = torch.as_tensor(example.input_ids, dtype=torch.long)
-        next_labels = torch.as_tensor([*example.labels[1:], IGNORE_INDEX], dtype=torch.long)
-        first = len(tokens)
+        next_labels, first = [*example.labels[1:], IGNORE_INDEX], len(tokens)
         for start, stop in example.rows:
             contexts.append(list(range(len(tokens) - 1, first - 1, -1)))
             example_indices.append(number)
-            tokens.append(ids[start:stop])
+            tokens.append(example.input_ids[start:stop])
             targets.append(next_labels[start:stop])
-    more: dict[str, Any] = {}
-    if negatives:
-        weights = _add_negatives(contexts, example_indices, targets, negatives, negative_weight, rng)
-        more = {"context_weights": weights} if negative_weight != (1, 1) else {}
+    weights = [[1.0] * len(seen) for seen in contexts]
+    answers = [_has_targets(target) for target in targets]
+    in_front = [not any(answers[at] for at in (row, *seen)) for row, seen in enumerate(contexts)]
+    for row in [row for row, answered in enumerate(answers) if answered and negatives]:
+        others = [at for at, plain in enumerate(in_front) if plain and example_indices[at] != example_indices[row]]
+        count = min(negatives, len(others))
+        contexts[row] += sorted(rng.sample(others, count)) if rng is not None else others[:count]
+        weights[row] += [log_interpolate(negative_weight, 0.0 if rng is None else rng.random())] * count
     return {
-        "input_ids": pad_sequence(tokens, batch_first=True, padding_value=pad_token_id or 0),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in tokens], batch_first=True),
-        "shift_labels": pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX),
+        **_padded(tokens, targets, pad_token_id),
         "contexts": contexts,
-        **more,
+        **({"context_weights": weights} if negatives and negative_weight != (1, 1) else {}),
         "sources": [example.source for example in examples],
     }
 
 
-def _add_negatives(
-    contexts: list[list[int]],
-    example_indices: Sequence[int],
-    targets: Sequence[torch.Tensor],
-    negatives: int,
-    negative_weight: tuple[float, float],
-    rng: random.Random | None,
-) -> list[list[float]]:
-    """Add negatives to the contexts; returns the weight of each context."""
-    weights = [[1.0] * len(seen) for seen in contexts]
-    answers = [bool((target != IGNORE_INDEX).any()) for target in targets]
-    in_front = [
-        not answered and not any(answers[seen] for seen in contexts[row]) for row, answered in enumerate(answers)
-    ]
-    for row, answered in enumerate(answers):
-        if answered:
-            others = [at for at, plain in enumerate(in_front) if plain and example_indices[at] != example_indices[row]]
-            count = min(negatives, len(others))
-            contexts[row] += sorted(rng.sample(others, count)) if rng is not None else others[:count]
-            draw = rng.random() if rng is not None else 0.0
-            weights[row] += [log_interpolate(negative_weight, draw)] * count
-    return weights
+def _padded(
+    rows: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], pad_token_id: int | None
+) -> dict[str, Tensor]:
+    """Token ids, mask and targets of rows, padded on the right, (rows, longest)."""
+    ids = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    labels = [torch.as_tensor(row, dtype=torch.long) for row in targets]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id or 0),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "shift_labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+    }
 
 
 class InstructBatches:
@@ -174,8 +159,7 @@ class InstructBatches:
         seed: of all draws.
         stream: index of this part of the data.
         streams: number of disjoint parts.
-        negatives: as for `collate`.
-        negative_weight: as for `collate`.
+        negatives, negative_weight: as for `collate`.
 
     Attributes:
         negative_weight_progress: how far the max weight has grown from the min, from 0 to 1 on a logarithmic scale.
@@ -241,11 +225,7 @@ class InstructBatches:
         return {"drawn": list(self._counts), "data": self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at a position.
-
-        Raises:
-            LlamoryError: the position is of other data or settings.
-        """
+        """Continue at a position; raises LlamoryError if it is of other data or settings."""
         check_same_settings(state["data"], self._identity())
         self._counts = list(state["drawn"])
 
@@ -284,13 +264,7 @@ def check_rows(split: MemorySplit, rows: int) -> None:
 
 @dataclass(frozen=True)
 class Query:
-    """A row with targets.
-
-    Attributes:
-        ids: token ids.
-        targets: the token that each of them predicts, -100 for none.
-        num_visible_rows: how many of the first rows of its document it sees as memory.
-    """
+    """A row and the token that each token predicts (-100 for none); it sees the document's first rows as memory."""
 
     ids: Sequence[int]
     targets: Sequence[int]
@@ -307,39 +281,27 @@ class Context:
 
 
 def build_context(examples: Sequence[Mapping[str, Any]], split: MemorySplit, rng: random.Random) -> Context:
-    """Make the rows and queries of a document's examples.
+    """Make the rows and queries of all examples of one document, or of a single example.
 
     The document is in memory, in rows like the windows of `read`, and each chat or question is a query. An example
     without a document is split by `split`; each of its rows with answers is a query that sees earlier rows.
-
-    Args:
-        examples: all examples of one document, or a single example.
-        split: the lengths of rows, and how an example without a document is split.
-        rng: draws the split.
     """
-    first = examples[0]
-    document, source = first["document"], first.get("source", "")
+    ids, document, last = examples[0]["input_ids"], examples[0]["document"], split.last_context_length
     if document:
-        ids, step = first["input_ids"][:document], split.row_length
-        rows = [ids[start : start + step] for start in range(0, document, step)]
-        queries = [
-            Query(
-                each["input_ids"][document:][: split.last_context_length],
-                [*each["labels"][document + 1 :], IGNORE_INDEX][: split.last_context_length],
-                len(rows),
-            )
-            for each in examples
-        ]
-        return Context(rows, [each for each in queries if _has_targets(each.targets)], source)
-    next_labels = [*first["labels"][1:], IGNORE_INDEX]
-    spans = split.split_rows(len(first["input_ids"]), rng)
-    queries = [
-        Query(first["input_ids"][start:stop], next_labels[start:stop], number)
-        for number, (start, stop) in enumerate(spans)
-        if _has_targets(next_labels[start:stop])
-    ]
-    rows = [first["input_ids"][start:stop] for start, stop in spans]
-    return Context(rows[: max((each.num_visible_rows for each in queries), default=0)], queries, source)
+        rows = [ids[start : min(start + split.row_length, document)] for start in range(0, document, split.row_length)]
+        queries = []
+        for each in examples:
+            targets = [*each["labels"][document + 1 :], IGNORE_INDEX]
+            queries.append(Query(each["input_ids"][document : document + last], targets[:last], len(rows)))
+    else:
+        next_labels = [*examples[0]["labels"][1:], IGNORE_INDEX]
+        spans = split.split_rows(len(ids), rng)
+        rows = [ids[start:stop] for start, stop in spans]
+        queries = [Query(rows[at], next_labels[start:stop], at) for at, (start, stop) in enumerate(spans)]
+    queries = [each for each in queries if _has_targets(each.targets)]
+    if not document:  # rows that no query sees are left out
+        rows = rows[: max((each.num_visible_rows for each in queries), default=0)]
+    return Context(rows, queries, examples[0].get("source", ""))
 
 
 def _has_targets(targets: Sequence[int]) -> bool:
@@ -386,14 +348,10 @@ def collate_frozen_contexts(
                 queries.append(each)
                 contexts.append([*range(first, first + each.num_visible_rows), *seen])
                 weights.append([1.0] * each.num_visible_rows + [weight] * len(seen))
-    ids = [torch.as_tensor(each.ids, dtype=torch.long) for each in queries]
-    targets = [torch.as_tensor(each.targets, dtype=torch.long) for each in queries]
     return {
         "context_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id or 0),
         "context_lengths": list(map(len, rows)),
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id or 0),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        "shift_labels": pad_sequence(targets, batch_first=True, padding_value=IGNORE_INDEX),
+        **_padded([each.ids for each in queries], [each.targets for each in queries], pad_token_id),
         "contexts": contexts,
         **({"context_weights": weights} if negative_weight != (1, 1) else {}),
         "sources": [each.source for each in documents],
@@ -402,11 +360,11 @@ def collate_frozen_contexts(
 
 def _sample_queries(documents: Sequence[Context], token_budget: int, rng: random.Random) -> set[tuple[int, int]]:
     """Draw queries within the budget, as (document, index) pairs."""
-    all_rows = [(number, index) for number, each in enumerate(documents) for index in range(len(each.queries))]
-    rng.shuffle(all_rows)
+    pairs = [(number, index) for number, each in enumerate(documents) for index in range(len(each.queries))]
+    rng.shuffle(pairs)
     selected: set[tuple[int, int]] = set()
     longest = 0
-    for number, index in all_rows:
+    for number, index in pairs:
         longest = max(longest, len(documents[number].queries[index].ids))
         if selected and (len(selected) + 1) * longest > token_budget:
             break
@@ -438,24 +396,14 @@ class FrozenContextBatches(InstructBatches):
 
     Args:
         datasets: as for `InstructBatches`.
-        proportions: of the datasets in the batches.
-        split: as for `InstructBatches`.
+        args, kwargs: as for `InstructBatches`; `rows` is the maximum number of context rows.
         query_token_budget: as for `collate_frozen_contexts`.
-        more: as for `InstructBatches`; `rows` is the maximum number of context rows.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence[Any],
-        proportions: Sequence[float],
-        split: MemorySplit,
-        *,
-        query_token_budget: int,
-        **more: Any,
-    ) -> None:
+    def __init__(self, datasets: Sequence[Any], *args: Any, query_token_budget: int, **kwargs: Any) -> None:
         if query_token_budget < 1:
             raise LlamoryError(f"query_token_budget must be at least 1, not {query_token_budget}.")
-        super().__init__([DocumentExamples(each) for each in datasets], proportions, split, **more)
+        super().__init__([DocumentExamples(each) for each in datasets], *args, **kwargs)
         self.query_token_budget = query_token_budget
 
     def __next__(self) -> dict[str, Any]:
@@ -482,24 +430,14 @@ BATCH_ROWS = 16  # rows that are encoded together
 
 
 class HiddenStateCache:
-    """An LRU cache of the memory layers' inputs of encoded rows.
-
-    Args:
-        rows: capacity; each row takes width * hidden * memory layers * itemsize bytes.
-    """
+    """An LRU cache of the memory layers' inputs of up to `rows` encoded rows."""
 
     def __init__(self, rows: int = 0) -> None:
         self.rows = rows
         self._cache: OrderedDict[bytes, Tensor] = OrderedDict()
 
     def get(self, model: Any, input_ids: Tensor, lengths: Sequence[int]) -> dict[int, Tensor]:
-        """`layer_inputs` of these rows: per memory layer (rows, width, hidden).
-
-        Args:
-            model: a LongLlamaModel of which only the projections for memory are trained.
-            input_ids: (rows, width), padded on the right.
-            lengths: real tokens of each row.
-        """
+        """`LongLlamaModel.layer_inputs` of rows (rows, width) of these lengths: per layer (rows, width, hidden)."""
         layers = sorted(model.config.mem_layers)
         names = [row[:length].cpu().numpy().tobytes() for row, length in zip(input_ids, lengths, strict=True)]
         found = {name: self._cache[name] for name in names if name in self._cache}
@@ -510,22 +448,15 @@ class HiddenStateCache:
             states = model.layer_inputs(input_ids[rows, :width])
             for index, row in enumerate(rows):
                 state = torch.stack([states[layer][index, : lengths[row]] for layer in layers])
-                found[names[row]] = state.to(_cache_dtype(state))
-        self._store(found)
-        output = next(iter(found.values())).new_zeros(len(layers), *input_ids.shape, model.config.hidden_size)
-        for row, name in enumerate(names):
-            output[:, row, : lengths[row]] = found[name]
-        return dict(zip(layers, output, strict=True))
-
-    def _store(self, found: dict[bytes, Tensor]) -> None:
+                if torch.is_autocast_enabled(state.device.type):  # projections convert their input anyway
+                    state = state.to(torch.get_autocast_dtype(state.device.type))
+                found[names[row]] = state
         for name, state in found.items():
             self._cache[name] = state
             self._cache.move_to_end(name)
         while len(self._cache) > self.rows:
             self._cache.popitem(last=False)
-
-
-def _cache_dtype(state: Tensor) -> torch.dtype:
-    """The dtype of autocast, to which projections convert their input anyway."""
-    device = state.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else state.dtype
+        output = next(iter(found.values())).new_zeros(len(layers), *input_ids.shape, model.config.hidden_size)
+        for row, name in enumerate(names):
+            output[:, row, : lengths[row]] = found[name]
+        return dict(zip(layers, output, strict=True))

@@ -6,8 +6,9 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,15 +28,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+logger = logging.getLogger(__name__)
+
 ASSISTANT = "assistant"
 # Some templates mark the assistant's text with these tags.
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-CharSpan = tuple[int, int]
-
 
 def split_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[tuple[str, bool]]:
-    """Render a chat with the tokenizer's template and split it into the assistant's text and the rest.
+    """Render a chat with the tokenizer's template and split it into texts, each with whether it is the assistant's.
 
     The assistant's text is what the template marks with `{% generation %}`. Without marks, it is what each answer adds
     to the chat so far with its generation prompt: the answer and its end mark, without trailing white space.
@@ -44,47 +45,39 @@ def split_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, 
         tokenizer: with a chat template.
         messages: `role` and `content` of each turn; the first isn't the assistant's.
 
-    Returns:
-        The texts in order, and whether each is the assistant's.
-
     Raises:
         LlamoryError: the template rejects the chat, or renders a turn differently once others follow.
     """
     import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        if _GENERATION.search(tokenizer.get_chat_template()):
-            text, spans = _spans_from_template(tokenizer, messages)
+        template = tokenizer.get_chat_template()
+        if _GENERATION.search(template):
+            settings = {"return_assistant_tokens_mask": True, **tokenizer.special_tokens_map}
+            texts, all_spans = render_jinja_template([list(messages)], chat_template=template, **settings)
+            text, spans = texts[0], all_spans[0]
         else:
             text, spans = _spans_by_prefix(tokenizer, messages)
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise LlamoryError(f"the chat template rejects these messages ({' '.join(str(error).split())})") from error
-    return _split_at_spans(text, spans)
-
-
-def _spans_from_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]
-) -> tuple[str, list[CharSpan]]:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts, spans = render_jinja_template(
-        conversations=[list(messages)],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    return texts[0], spans[0]
+    parts, at = [], 0
+    for start, end in spans:
+        parts += [(text[at:start], False), (text[start:end], True)]
+        at = end
+    return [(part, answer) for part, answer in (*parts, (text[at:], False)) if part]
 
 
 def _spans_by_prefix(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]
-) -> tuple[str, list[CharSpan]]:
-    whole = _render(tokenizer, messages)
-    spans = []
+) -> tuple[str, list[tuple[int, int]]]:
+    def render(turns: int, **settings: Any) -> str:
+        return str(tokenizer.apply_chat_template(list(messages[:turns]), tokenize=False, **settings))
+
+    whole, spans = render(len(messages)), []
     for turn, message in enumerate(messages):
         if message["role"] == ASSISTANT:
-            before = _render(tokenizer, messages[:turn], add_generation_prompt=True)
-            after = _render(tokenizer, messages[: turn + 1])
+            before, after = render(turn, add_generation_prompt=True), render(turn + 1)
             if not after.startswith(before) or not whole.startswith(after):
                 raise LlamoryError(
                     "the chat template renders earlier turns differently once others follow, so answers can't be "
@@ -93,20 +86,6 @@ def _spans_by_prefix(
             spans.append((len(before), len(before) + len(after[len(before) :].rstrip())))
     return whole, spans
 
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], **settings: Any) -> str:
-    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **settings))
-
-
-def _split_at_spans(text: str, spans: Iterable[CharSpan]) -> list[tuple[str, bool]]:
-    parts, at = [], 0
-    for start, end in spans:
-        parts += [(text[at:start], False), (text[start:end], True)]
-        at = end
-    return [(part, answer) for part, answer in (*parts, (text[at:], False)) if part]
-
-
-logger = logging.getLogger(__name__)
 
 MESSAGES, DOCUMENT, CHATS, QUESTIONS = "messages", "document", "chats", "questions"
 FEATURES = Features(
@@ -156,14 +135,13 @@ class InstructFormat:
         self, entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase
     ) -> list[tuple[str, list[LabeledText]]]:
         """The examples of an object, kind and texts of each; raises like `read`."""
-        document = (string_entry(entry, DOCUMENT), False) if DOCUMENT in entry else None
+        document = string_entry(entry, DOCUMENT) if DOCUMENT in entry else None
         if document is not None and CHATS in entry:
-            return [
-                self.read({MESSAGES: chat, DOCUMENT: document[0]}, tokenizer)
-                for chat in _list_entry(entry, CHATS, list)
-            ]
+            chats = _list_entry(entry, CHATS, list)
+            return [self.read({MESSAGES: chat, DOCUMENT: document}, tokenizer) for chat in chats]
         if document is not None and QUESTIONS in entry:
-            return [(QUESTIONS, [document, *self._instruction(each)]) for each in _list_entry(entry, QUESTIONS)]
+            questions = _list_entry(entry, QUESTIONS)
+            return [(QUESTIONS, [(document, False), *self._instruction(each)]) for each in questions]
         return [self.read(entry, tokenizer)]
 
     def read(self, entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[LabeledText]]:
@@ -173,7 +151,8 @@ class InstructFormat:
             LlamoryError: a field is missing or of another type, or the chat template rejects the messages.
         """
         if MESSAGES in entry:
-            turns = [_message(turn) for turn in _list_entry(entry, MESSAGES)]
+            messages = _list_entry(entry, MESSAGES)
+            turns = [{name: string_entry(turn, name) for name in ("role", "content")} for turn in messages]
             if turns[0]["role"] == ASSISTANT:
                 raise LlamoryError("the first message is the assistant's; it should be a system or user message")
             # Without a template, `_Preprocessor.rows` raises an error even with skip_broken.
@@ -241,10 +220,9 @@ def load_instructions(
 
     An instruction is bos, prompt and question, response, eos; the answer is the response with eos. A published chat is
     bos, the initial prompt, and per turn a prefix and its text, with eos after the model's; the answers are these texts
-    with eos. As in the published code, each text is tokenized separately; unlike there, eos within a chat is attended
-    to. Messages are rendered by the chat template and tokenized as a whole; a token that extends beyond an answer isn't
-    part of it. A document comes before the rest, tokenized as for `llamory read`. Examples without an answer within
-    their maximum length are skipped.
+    with eos. Each text is tokenized separately, as in the published code. Messages are rendered by the chat template
+    and tokenized as a whole; a token that extends beyond an answer isn't part of it. A document comes before the rest,
+    tokenized as for `llamory read`. Examples without an answer within their maximum length are skipped.
 
     Args:
         paths: `.jsonl` files and folders.
@@ -263,11 +241,12 @@ def load_instructions(
         LlamoryError: a file is missing, a line is broken, the tokenizer is unsuitable, or no example has an answer.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    names = ", ".join(map(str, paths))
     files = [str(path) for path in find_files(paths) if path.suffix.lower() == ".jsonl"]
     if not files:
-        raise LlamoryError(f"{_join_paths(paths)} has no .jsonl file; instructions must be JSON lines.")
+        raise LlamoryError(f"{names} has no .jsonl file; instructions must be JSON lines.")
     preprocessor = _Preprocessor(tokenizer, format or InstructFormat(), lengths or Lengths(), skip_broken)
-    rows = _cached_rows(preprocessor, files, paths, cache_dir)
+    rows = _cached_rows(preprocessor, files, names, cache_dir)
     examples = rows.map(
         preprocessor.examples,
         batched=True,
@@ -281,8 +260,8 @@ def load_instructions(
         logger.warning("Skipped %d of %d examples: no answer within their length", num_skipped, len(rows))
     if not len(examples):
         raise LlamoryError(
-            f"No example of {_join_paths(paths)} has an answer within its first {preprocessor.lengths.total} tokens; "
-            "choose a greater total_length."
+            f"No example of {names} has an answer within its first {preprocessor.lengths.total} tokens; choose a "
+            "greater total_length."
         )
     return examples
 
@@ -316,88 +295,58 @@ class _Preprocessor:
 
     def rows(self, files: list[str]) -> Iterator[dict[str, Any]]:
         """The texts of each object."""
-
-        def read(entry: dict[str, Any]) -> list[tuple[str, list[LabeledText]]]:
-            return self.format.read_all(entry, self.tokenizer)
-
-        lines = (each for path in files for each in _iter_examples(path, read, self.skip_broken))
-        for path, line, kind, parts in lines:
-            if not parts:
-                raise LlamoryError(
-                    f"{path}:{line} has messages, but the tokenizer of this model has no chat template; choose a "
-                    f"model with one, or write the chats as {self.format.chat_conversations_field!r}."
-                )
-            texts, answers = zip(*parts, strict=True)
-            yield {"kind": kind, "texts": list(texts), "answers": list(answers), "source": f"{path}:{line}"}
+        read = partial(self.format.read_all, tokenizer=self.tokenizer)
+        for path in files:
+            for line, examples in read_json_lines(Path(path), read, skip_broken=self.skip_broken):
+                for kind, parts in examples:
+                    if not parts:
+                        raise LlamoryError(
+                            f"{path}:{line} has messages, but the tokenizer of this model has no chat template; choose "
+                            f"a model with one, or write the chats as {self.format.chat_conversations_field!r}."
+                        )
+                    texts, answers = zip(*parts, strict=True)
+                    yield {"kind": kind, "texts": list(texts), "answers": list(answers), "source": f"{path}:{line}"}
 
     def examples(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """Tokenize a batch of rows; those without an answer within the length are dropped."""
         found: dict[str, list[Any]] = {name: [] for name in FEATURES}
-        encoders: dict[str, Callable[[list[str], list[bool]], tuple[list[int], list[bool]]]] = {
-            "instruction": self._instruction,
-            "chat": self._chat,
-            MESSAGES: self._messages,
-            DOCUMENT: self._document,
-            QUESTIONS: self._questions,
-        }
         for kind, texts, answers, source in zip(*(rows[name] for name in _ROWS), strict=True):
-            ids, is_answer = encoders[kind](texts, answers)
-            ids, is_answer = ids[: self.lengths.total], is_answer[: self.lengths.total]
+            first = 1 if kind in (DOCUMENT, QUESTIONS) else 0
+            document = encode_document(texts[0], self.tokenizer) if first else []
+            ids, is_answer = self._encode(kind, texts[first:], answers[first:])
+            ids = [*document, *ids][: self.lengths.total]
+            is_answer = [*[False] * len(document), *is_answer][: self.lengths.total]
             if any(is_answer[1:]):  # nothing stands before the first token to predict it from
                 found["input_ids"].append(ids)
                 found["labels"].append([i if a else IGNORE_INDEX for i, a in zip(ids, is_answer, strict=True)])
                 found["source"].append(source)
-                found["document"].append(self._document_tokens(kind, texts))
+                found["document"].append(len(document))
         return found
 
-    def _document_tokens(self, kind: str, texts: list[str]) -> int:
-        return len(encode_document(texts[0], self.tokenizer)) if kind in (DOCUMENT, QUESTIONS) else 0
-
-    def _instruction(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:  # noqa: ARG002
-        question, response = self._encode(texts)
-        question = [*self._bos, *question][: self.lengths.input]
-        response = [*response, *self._eos][: self.lengths.output]
-        return question + response, [False] * len(question) + [True] * len(response)
-
-    def _chat(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:
-        parts = [(self._bos, False)]
-        for ids, answer in zip(self._encode(texts), answers, strict=True):
-            parts.append(([*ids, *self._eos] if answer else ids, answer))
-        return list(chain(*(ids for ids, _ in parts))), list(chain(*([answer] * len(ids) for ids, answer in parts)))
-
-    def _messages(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:
-        encoded = self.tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        inside = [answer for text, answer in zip(texts, answers, strict=True) for _ in text]
-        # Some tokenizers have tokens without characters, which are no part of an answer.
-        is_answer = [start < end and all(inside[start:end]) for start, end in encoded["offset_mapping"]]
-        return encoded["input_ids"], is_answer
-
-    def _document(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:
-        read = encode_document(texts[0], self.tokenizer)
-        ids, is_answer = self._messages(texts[1:], answers[1:])
-        return read + ids, [False] * len(read) + is_answer
-
-    def _questions(self, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:  # noqa: ARG002
-        read = encode_document(texts[0], self.tokenizer)
-        question, response = self._encode(texts[1:])
-        response = [*response, *self._eos][: self.lengths.output]
-        return read + question + response, [False] * (len(read) + len(question)) + [True] * len(response)
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
-    @property
-    def _bos(self) -> list[int]:
-        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-
-    @property
-    def _eos(self) -> list[int]:
-        return [self.tokenizer.eos_token_id]
+    def _encode(self, kind: str, texts: list[str], answers: list[bool]) -> tuple[list[int], list[bool]]:
+        """Token ids of texts (without a document), and which of them are of answers."""
+        if kind in (MESSAGES, DOCUMENT):
+            chat, settings = "".join(texts), {"return_offsets_mapping": True, "verbose": False}
+            encoded: Any = self.tokenizer(chat, add_special_tokens=False, **settings)
+            inside = [answer for text, answer in zip(texts, answers, strict=True) for _ in text]
+            # Some tokenizers have tokens without characters, which are no part of an answer.
+            is_answer = [start < end and all(inside[start:end]) for start, end in encoded["offset_mapping"]]
+            return encoded["input_ids"], is_answer
+        parts: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+        parts = [[*ids, eos] if answer else ids for ids, answer in zip(parts, answers, strict=True)]
+        if kind != QUESTIONS and bos is not None:
+            parts[0] = [bos, *parts[0]]
+        if kind == "instruction":
+            parts[0] = parts[0][: self.lengths.input]
+        if kind != "chat":
+            parts[1] = parts[1][: self.lengths.output]
+        labels = [[answer] * len(ids) for ids, answer in zip(parts, answers, strict=True)]
+        return list(chain(*parts)), list(chain(*labels))
 
 
 def _cached_rows(
-    preprocessor: _Preprocessor, files: list[str], paths: Sequence[object], cache_dir: PathLike | None
+    preprocessor: _Preprocessor, files: list[str], names: str, cache_dir: PathLike | None
 ) -> Dataset:
     try:
         return Dataset.from_generator(
@@ -411,7 +360,7 @@ def _cached_rows(
         if isinstance(error.__cause__, LlamoryError):
             raise error.__cause__ from None
         if next(preprocessor.rows(files), None) is None:
-            raise LlamoryError(f"No example could be read from {_join_paths(paths)}.") from None
+            raise LlamoryError(f"No example could be read from {names}.") from None
         raise
 
 
@@ -423,16 +372,3 @@ def _list_entry(entry: dict[str, Any], field: str, of: type = dict) -> list[Any]
     return turns
 
 
-def _iter_examples(path: str, read: Any, skip_broken: bool) -> Iterator[tuple[str, int, str, list[LabeledText]]]:
-    """File, line, kind and texts of each example of a file."""
-    for line, examples in read_json_lines(Path(path), read, skip_broken=skip_broken):
-        for kind, parts in examples:
-            yield path, line, kind, parts
-
-
-def _message(turn: dict[str, Any]) -> dict[str, str]:
-    return {name: string_entry(turn, name) for name in ("role", "content")}
-
-
-def _join_paths(paths: Iterable[object]) -> str:
-    return ", ".join(map(str, paths))

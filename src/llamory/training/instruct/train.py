@@ -50,15 +50,15 @@ def train_instruct(settings: InstructSettings) -> dict[str, Any]:
     tokenizer = backbone.load_tokenizer(settings.model)
     with arguments.main_process_first(desc="data"):
         streams = _streams(settings, split, tokenizer, arguments.process_index, arguments.world_size)
-        negative_weight_warmup_steps = round(settings.negative_weight_warmup * (settings.steps or 0))
         held_out = _held_out(settings, split, tokenizer)
+    warmup_steps = round(settings.negative_weight_warmup * (settings.steps or 0))
     teacher = load_teacher(settings, config)
     model = load_trainable(settings, config_overrides)
     return run_context.train_and_save(
         InstructTrainer,
         "Instruction tuning",
         model=model,
-        batch_source=InstructBatchSource(streams, negative_weight_warmup_steps),
+        batch_source=InstructBatchSource(streams, warmup_steps),
         tokenizer=tokenizer,
         held_out=held_out,
         logged_metrics=("loss", _EVAL),
@@ -69,23 +69,15 @@ def train_instruct(settings: InstructSettings) -> dict[str, Any]:
 
 
 class InstructBatchSource:
-    """The batches of one process's streams.
+    """The batches of one process's streams; the max weight of negatives grows from the min in `warmup_steps`."""
 
-    Args:
-        streams: by number.
-        negative_weight_warmup_steps: steps in which the max weight of negatives grows from the min, on a logarithmic
-            scale.
-    """
-
-    def __init__(self, streams: Mapping[int, InstructBatches], negative_weight_warmup_steps: int = 0) -> None:
-        self.streams, self.negative_weight_warmup_steps = dict(streams), negative_weight_warmup_steps
+    def __init__(self, streams: Mapping[int, InstructBatches], warmup_steps: int = 0) -> None:
+        self.streams, self.warmup_steps = dict(streams), warmup_steps
 
     def micro_batches(self, step: int) -> list[dict[str, Any]]:
         """A batch of each stream."""
         for batches in self.streams.values():
-            batches.negative_weight_progress = (
-                min(1.0, step / self.negative_weight_warmup_steps) if self.negative_weight_warmup_steps else 1.0
-            )
+            batches.negative_weight_progress = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0
         return [_model_inputs(next(batches)) for batches in self.streams.values()]
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,8 +128,9 @@ class InstructTrainer(StreamingTrainer):
 
 
 def _check(settings: InstructSettings) -> None:
-    if settings.negatives < 0:
-        raise LlamoryError(f"negatives must be at least 0, not {settings.negatives}.")
+    for name in ("negatives", "context_cache_rows", "seed"):
+        if getattr(settings, name) < 0:
+            raise LlamoryError(f"{name} must be at least 0, not {getattr(settings, name)}.")
     if not 0 <= settings.negative_weight_warmup <= 1:
         raise LlamoryError(
             f"negative_weight_warmup must be from 0 to 1 (of the steps), not {settings.negative_weight_warmup}."
@@ -146,12 +139,8 @@ def _check(settings: InstructSettings) -> None:
         raise LlamoryError(
             "frozen_context encodes contexts without gradient; it needs trainable: memory_projections, and no fsdp."
         )
-    if settings.context_cache_rows < 0:
-        raise LlamoryError(f"context_cache_rows must be at least 0, not {settings.context_cache_rows}.")
     if settings.steps is None:
         raise LlamoryError("Instruction tuning has no last batch; set steps.")
-    if settings.seed < 0:
-        raise LlamoryError(f"seed must be at least 0, not {settings.seed}.")
     _negative_weight(settings)
     _lengths(settings)
     make_sources(settings.data, settings.proportions or None)
@@ -167,16 +156,8 @@ def _lengths(settings: InstructSettings) -> Lengths:
     return Lengths(settings.input_length, settings.output_length, settings.total_length)
 
 
-def _format(settings: InstructSettings) -> InstructFormat:
-    return InstructFormat(**{field.name: getattr(settings, field.name) for field in dataclasses.fields(InstructFormat)})
-
-
 def _split(settings: InstructSettings, config: PretrainedConfig) -> MemorySplit:
-    """How examples are split for this model.
-
-    Raises:
-        LlamoryError: the lengths don't fit one another, or the batch is too small for an example.
-    """
+    """How examples are split for this model."""
     row = config.max_position_embeddings if settings.row_length is None else settings.row_length
     last = settings.last_context_length
     if last is None:
@@ -194,12 +175,11 @@ def _streams(
 ) -> dict[int, InstructBatches]:
     """One stream for each micro-batch of this process in a step."""
     sources = make_sources(settings.data, settings.proportions or None)
-    datasets = [_examples(settings, source.paths, tokenizer) for source in sources]
-    proportions = [source.proportion for source in sources]
-    streams_per_process, streams = settings.accumulation, settings.accumulation * processes
+    data = [_examples(settings, source.paths, tokenizer) for source in sources], [each.proportion for each in sources]
+    count = settings.accumulation
     return {
-        number: _batches(settings, split, tokenizer, datasets, proportions, stream=number, streams=streams)
-        for number in range(process * streams_per_process, (process + 1) * streams_per_process)
+        number: _batches(settings, split, tokenizer, *data, stream=number, streams=count * processes)
+        for number in range(process * count, (process + 1) * count)
     }
 
 
@@ -209,8 +189,7 @@ def _held_out(
     """The batches for evaluation, split as in training."""
     if not settings.eval_data:
         return []
-    dataset = _examples(settings, settings.eval_data, tokenizer)
-    batches = _batches(settings, split, tokenizer, [dataset], [1.0])
+    batches = _batches(settings, split, tokenizer, [_examples(settings, settings.eval_data, tokenizer)], [1.0])
     return [_model_inputs(batch) for batch in islice(batches, settings.eval_batches)]
 
 
@@ -222,29 +201,26 @@ def _batches(
     proportions: list[float],
     **stream: Any,
 ) -> InstructBatches:
-    common: dict[str, Any] = {
-        "rows": settings.batch_size,
-        "pad_token_id": tokenizer.pad_token_id,
-        "seed": settings.seed,
-        "negatives": settings.negatives,
-        "negative_weight": _negative_weight(settings),
-    }
+    batches_class: Any = InstructBatches
     if settings.frozen_context:
-        return FrozenContextBatches(
-            datasets, proportions, split, query_token_budget=settings.query_token_budget, **common, **stream
-        )
-    return InstructBatches(datasets, proportions, split, **common, **stream)
+        batches_class, stream["query_token_budget"] = FrozenContextBatches, settings.query_token_budget
+    return batches_class(
+        datasets,
+        proportions,
+        split,
+        rows=settings.batch_size,
+        pad_token_id=tokenizer.pad_token_id,
+        seed=settings.seed,
+        negatives=settings.negatives,
+        negative_weight=_negative_weight(settings),
+        **stream,
+    )
 
 
 def _examples(settings: InstructSettings, paths: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
-    return load_instructions(
-        paths,
-        tokenizer,
-        _format(settings),
-        _lengths(settings),
-        skip_broken=settings.skip_broken,
-        num_proc=settings.num_proc,
-    )
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(InstructFormat)}
+    options = {"skip_broken": settings.skip_broken, "num_proc": settings.num_proc}
+    return load_instructions(paths, tokenizer, InstructFormat(**fields), _lengths(settings), **options)
 
 
 def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
