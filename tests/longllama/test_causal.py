@@ -146,8 +146,8 @@ def test_reading_on_is_reading_at_once(make_model, ids):
     twice = model.read(document[: 2 * CONTEXT], segment="d")
     model.read(document[2 * CONTEXT :], twice, segment="d")
     for layer in once.layers:
-        torch.testing.assert_close(once.keys(layer), twice.keys(layer), atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(once.values(layer), twice.values(layer), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(once.keys(layer), twice.keys(layer), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(once.values(layer), twice.values(layer), atol=1e-5, rtol=1e-4)
 
 
 def test_windows_of_a_batch_are_those_of_each_document(make_model, ids):

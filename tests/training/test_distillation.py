@@ -98,7 +98,7 @@ def test_the_loss_is_the_mean_divergence_of_real_places_and_has_its_gradient():
     teacher = torch.randn(3, 5, 11, generator=generator)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])
     loss = teacher_loss(student, teacher, mask)
-    assert float(loss.detach()) == pytest.approx(plain_divergence(student, teacher, torch.zeros(3, 5), mask), abs=1e-6)
+    assert float(loss.detach()) == pytest.approx(plain_divergence(student, teacher, torch.zeros(3, 5), mask), rel=1e-5)
     loss.backward()
     # d KL(p‖softmax(z)) / dz = softmax(z) - p
     expected = (student.softmax(-1) - teacher.softmax(-1)) * mask[..., None] / mask.sum()
@@ -120,7 +120,7 @@ def test_some_rows_are_read_without_memory_in_turns(model_folder, other_folder, 
     plain = LlamaForCausalLM.from_pretrained(model_folder, dtype=torch.float32)  # no memory there
     with torch.no_grad():
         own, wanted = (model(ids[rows], attention_mask=mask[rows]).logits for model in (plain, teacher))
-    assert float(found) == pytest.approx(plain_divergence(own, wanted, ids[rows], mask[rows]), abs=1e-5)
+    assert float(found) == pytest.approx(plain_divergence(own, wanted, ids[rows], mask[rows]), rel=1e-4)
 
 
 @pytest.mark.parametrize("train", ["fot", "instruct"])
@@ -132,7 +132,7 @@ def test_what_it_adds_to_the_loss_is_logged(request, train, other_folder, tmp_pa
     run(alone)
     divergence = losses(taught.output, "teacher_loss")
     assert len(divergence) == 2 and divergence[0] > 0.01
-    assert losses(taught.output)[0] == pytest.approx(losses(alone.output)[0] + 3 * divergence[0], abs=1e-4)
+    assert losses(taught.output)[0] == pytest.approx(losses(alone.output)[0] + 3 * divergence[0], rel=1e-3)
     assert losses(alone.output, "teacher_loss") == []
 
 
@@ -155,7 +155,7 @@ def test_passes_share_its_weight(instruct_settings, other_folder, tmp_path):
     alone = instruct_settings(accumulation=2, steps=1, output=str(tmp_path / "alone"))
     train_instruct(alone)
     added = losses(one.output)[0] - losses(alone.output)[0]
-    assert added == pytest.approx(losses(one.output, "teacher_loss")[0], abs=1e-4)
+    assert added == pytest.approx(losses(one.output, "teacher_loss")[0], rel=1e-3)
     assert math.isfinite(added) and added > 0
 
 

@@ -169,8 +169,6 @@ class LongLlamaAttention(LlamaAttention):
         settings["frozen_contexts"] = frozen is not None
         return self._output(*cross_batch_parts((query, key, value), memory_qkv, cos, sin, contexts, **settings))
 
-    # ---- first window ------------------------------------------------------------------------------------------------
-
     def _attend_window(
         self,
         local_qkv: tuple[Tensor, Tensor, Tensor],
@@ -214,8 +212,6 @@ class LongLlamaAttention(LlamaAttention):
                     keys, values = (part[row, :, :length].detach() for part in memory_kv)
                     bank.append(self.layer_idx, keys, values)
 
-    # ---- continuation of a local context -----------------------------------------------------------------------------
-
     def _attend_continuation(
         self,
         new_qkv: tuple[Tensor, Tensor, Tensor],
@@ -257,8 +253,6 @@ class LongLlamaAttention(LlamaAttention):
             rows = range(len(slots)) if ctx.rows is None else ctx.rows.tolist()
             for bank, row, row_slots in zip(ctx.banks, rows, slots, strict=True):
                 bank.append(self.layer_idx, *ctx.cache.layers[self.layer_idx].read(row, row_slots, raw=True))
-
-    # ---- memory ------------------------------------------------------------------------------------------------------
 
     def _attend_memory(self, query: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """Output (R, H, W, D) and log-sum-exp (R, H, W) over memory."""
@@ -303,8 +297,8 @@ class LongLlamaAttention(LlamaAttention):
     ) -> Tensor:
         """The same attention in plain operations, since fused kernels have no gradient through the log-sum-exp.
 
-        Memory is constant: no gradient reaches what was written before. `local_qkv` has the local context first, then
-        the slots evicted from it; `memory_bias` is subtracted from all scores but the local context's.
+        `local_qkv` has the local context first, then the slots evicted from it; `memory_bias` is subtracted from all
+        scores but the local context's.
         """
         outputs, found = [], []
         for row, past in enumerate(self._seen_spans(ctx)):
@@ -335,7 +329,9 @@ class LongLlamaAttention(LlamaAttention):
         """Queries scaled by the size of the memory that each sees, and the bias to subtract from memory's scores."""
         if not self.config.logn_attention_scale and not self.config.memory_size_bias:
             return query, memory_query, None
-        seen = count_seen_tokens(self._seen_spans(ctx), evicted, query.device)
+        counts = [float(spans.tokens) for spans in self._seen_spans(ctx)]
+        seen = torch.tensor(counts, dtype=torch.float32, device=query.device)[:, None, None]  # (R, 1, 1 or W)
+        seen = seen if evicted is None else seen + evicted.to(query.device).sum(-1)
         if self.config.logn_attention_scale:
             query, memory_query = scale_queries(self.config, (query, memory_query), seen)
         return query, memory_query, memory_logit_bias(self.config, seen) if self.config.memory_size_bias else None
@@ -354,8 +350,6 @@ class LongLlamaAttention(LlamaAttention):
         if ctx.local_update is None:
             return self._memory_spans(ctx)
         return [bank.spans(self.layer_idx) for bank in ctx.banks]
-
-    # ---- projections -------------------------------------------------------------------------------------------------
 
     def _project(self, hidden_states: Tensor, prefix: str = "", queries: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Query (R, H, W, D), key and value (R, K, W, D) without the rotary embedding; without `queries` key twice.
@@ -388,15 +382,6 @@ class LongLlamaAttention(LlamaAttention):
         return key * ctx.key_scale if self.uses_rotary and ctx.key_scale != 1.0 else key
 
 
-# ---- scaling by the size of memory -----------------------------------------------------------------------------------
-
-
-def count_seen_tokens(spans: Sequence[SpanList], evicted: Tensor | None, device: torch.device) -> Tensor:
-    """Memory tokens that each query sees, (R, 1, W or 1) float32, with those `evicted`, (R or 1, 1, W, slots)."""
-    counts = torch.tensor([row.tokens for row in spans], dtype=torch.float32, device=device)[:, None, None]
-    return counts if evicted is None else counts + evicted.to(device).sum(-1)
-
-
 def scale_queries(config: Any, queries: Sequence[Tensor], seen: Tensor) -> list[Tensor]:
     """Queries (R, H, W, D) times 1 + scale · ln(max(1, seen / start)), the log-n scale of `LongLlamaConfig`."""
     factor = 1 + config.logn_attention_scale * (seen[..., None] / config.logn_attention_start).clamp(min=1).log()
@@ -409,13 +394,7 @@ def memory_logit_bias(config: Any, seen: Tensor) -> Tensor:
 
 
 def scale_context_weights(config: Any, weights: Weights, lengths: Sequence[Sequence[int]]) -> Weights:
-    """`memory_logit_bias` in training: the weight of each context in the softmax.
-
-    Args:
-        config: the model's.
-        weights: per row, the weight of each context without the bias.
-        lengths: per row, the real tokens of each context.
-    """
+    """`memory_logit_bias` in training: weights of each row's contexts, which have these real tokens, with the bias."""
     scaled = []
     for row_weights, row_lengths in zip(weights, lengths, strict=True):
         tokens = sum(weight * length for weight, length in zip(row_weights, row_lengths, strict=True))

@@ -180,8 +180,6 @@ class LongLlamaCache(Cache):
                 cos, sin = (part[:, None] / rotary.attention_scaling for part in (cos, sin))
                 layer.keys = (keys * cos - rotate_half(keys) * sin).to(layer.keys.dtype)
 
-    # ---- transformers' cache interface -------------------------------------------------------------------------------
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows for beam search; a row may occur several times."""
         indices = beam_idx.tolist()
@@ -230,32 +228,20 @@ class LongLlamaCache(Cache):
 
 @dataclass
 class ForwardContext:
-    """What the layers need to know about the window that they process.
-
-    Attributes:
-        rows: the batch rows in this window; None for all.
-        lengths: real tokens per row; the rest is padding.
-        banks: the memory of each row.
-        keep_local: whether the tokens stay in the local context or go into memory.
-        slots: the slots of a first window in the local context.
-        local_update: how the window continues a local context; None for a first window.
-        memory_rotary: cosine and sine for queries to memory, where they differ from the local ones.
-        key_scale: the factor of the rotary embedding at position 0 (not 1 for yarn).
-        last_layer: the last layer to compute, if only memory is needed.
-        spans: per layer, the memory before this pass; a layer that is recomputed must see the same.
-    """
+    """What the layers need to know about the window that they process."""
 
     cache: LongLlamaCache
-    rows: Tensor | None
-    lengths: list[int]
-    banks: list[MemoryBank]
+    rows: Tensor | None  # the batch rows in this window; None for all
+    lengths: list[int]  # real tokens per row; the rest is padding
+    banks: list[MemoryBank]  # of each row
     search: Search
-    keep_local: bool
-    slots: slice | None = None
-    local_update: LocalUpdate | None = None
-    memory_rotary: tuple[Tensor, Tensor] | None = None
-    key_scale: float = 1.0
-    last_layer: int | None = None
+    keep_local: bool  # whether the tokens stay in the local context or go into memory
+    slots: slice | None = None  # of a first window in the local context
+    local_update: LocalUpdate | None = None  # how the window continues a local context; None for a first window
+    memory_rotary: tuple[Tensor, Tensor] | None = None  # for queries to memory, where it differs from the local one
+    key_scale: float = 1.0  # factor of the rotary embedding at position 0 (not 1 for yarn)
+    last_layer: int | None = None  # the last layer to compute, if only memory is needed
+    # Per layer, the memory before this pass; a layer that is recomputed must see the same.
     spans: dict[int, list[SpanList]] = field(default_factory=dict)
 
     @property

@@ -111,8 +111,6 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
 
-    # ---- generation --------------------------------------------------------------------------------------------------
-
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         # So that `generate` leaves the choice of the cache to this class.
@@ -138,8 +136,6 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
         if model_kwargs.get("use_cache") is False:
             outputs.past_key_values = model_kwargs.get("past_key_values")
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-
-    # ---- memory ------------------------------------------------------------------------------------------------------
 
     def memory_fingerprint(self) -> str:
         """Hash of the weights in bfloat16 and of the settings that memory keys depend on.

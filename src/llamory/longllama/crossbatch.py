@@ -1,8 +1,7 @@
 """Cross-batch attention, which trains memory (Tworkowski et al. 2023, section 3.2).
 
-A row of the batch attends, under one softmax, to its own causal context and to the whole contexts of other rows:
-earlier chunks of its document (positives) and other documents (negatives), with gradients into their keys and values.
-Keys of other rows are encoded at the first position of the local context, like memory keys.
+A row attends, under one softmax, to its own causal context and to the whole contexts of other rows, with gradients into
+their keys and values. Keys of other rows are encoded at the first position, like memory keys.
 """
 
 from __future__ import annotations
@@ -228,10 +227,8 @@ def cross_batch_attention(
 
     Args:
         query: (batch, heads, seq, head_dim), without rotary embedding.
-        key: (batch, kv_heads, seq, head_dim), likewise; query head h uses key head h // (heads // kv_heads).
-        value: the shape of `key`.
-        cos: (1 or batch, seq, head_dim), from transformers' rotary embedding.
-        sin: likewise.
+        key, value: (batch, kv_heads, seq, head_dim), likewise; query head h uses key head h // (heads // kv_heads).
+        cos, sin: (1 or batch, seq, head_dim), from transformers' rotary embedding.
         contexts: per row, the rows whose whole contexts it also sees.
         scaling: factor of the scores; by default 1 / sqrt(head_dim).
         lengths: real tokens of each row; padding on the right isn't seen by other rows.
@@ -322,23 +319,14 @@ def _prepared(
 
 @dataclass(frozen=True)
 class CrossBatch:
-    """Which rows of a training batch see one another.
+    """Which rows of a training batch see one another."""
 
-    Attributes:
-        contexts: per row, the rows whose whole contexts it also sees in memory layers.
-        lengths: real tokens of each row; None for all.
-        query_rows: the only rows whose output is needed; None for all.
-        last_layer: with `query_rows`, the last memory layer; behind it there are only these rows.
-        weights: of each context in the softmax; None for 1.
-        frozen_contexts: per memory layer, its inputs (rows, width, hidden) from rows outside the batch, to which
-            `contexts` and `lengths` then refer.
-    """
-
-    contexts: Contexts
-    lengths: Sequence[int] | None = None
-    query_rows: Sequence[int] | None = None
-    last_layer: int | None = None
-    weights: Weights | None = None
+    contexts: Contexts  # per row, the rows whose whole contexts it also sees in memory layers
+    lengths: Sequence[int] | None = None  # real tokens of each row; None for all
+    query_rows: Sequence[int] | None = None  # the only rows whose output is needed; None for all
+    last_layer: int | None = None  # with `query_rows`, the last memory layer; behind it there are only these rows
+    weights: Weights | None = None  # of each context in the softmax; None for 1
+    # Per memory layer, its inputs (rows, width, hidden) from rows outside the batch, to which contexts then refer.
     frozen_contexts: Mapping[int, Tensor] | None = None
 
 

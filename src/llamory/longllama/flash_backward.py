@@ -5,7 +5,6 @@ The kernels are private operators of torch, without which plain matrix products 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,33 +24,17 @@ _CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class AttentionPart:
-    """Queries and the keys that they see.
+    """Queries and the keys that they see; query head h uses key head h // (heads // kv_heads)."""
 
-    Attributes:
-        query: (batch, heads, queries, head_dim).
-        key: (batch, kv_heads, keys, head_dim); query head h uses key head h // (heads // kv_heads).
-        value: the shape of `key`.
-        causal: whether query i sees the keys 0 to i only.
-    """
-
-    query: Tensor
-    key: Tensor
+    query: Tensor  # (batch, heads, queries, head_dim)
+    key: Tensor  # (batch, kv_heads, keys, head_dim)
     value: Tensor
-    causal: bool
+    causal: bool  # query i sees the keys 0 to i only
 
     @property
     def groups(self) -> int:
         """Query heads per key head."""
         return self.query.shape[1] // self.key.shape[1]
-
-    def grouped(self, tensor: Tensor) -> Tensor:
-        """A query-like tensor (batch, heads, queries, …) as (batch, kv_heads, groups * queries, …)."""
-        return tensor.reshape(len(tensor), self.key.shape[1], -1, *tensor.shape[3:])
-
-    def heads_of(self, tensor: Tensor) -> Iterator[Tensor]:
-        """Views of a query-like tensor with kv_heads heads, one for each query head of a group."""
-        for group in range(self.groups):
-            yield tensor[:, group :: self.groups]
 
 
 def attend_part_backward(
@@ -62,26 +45,27 @@ def attend_part_backward(
     Args:
         grad: gradient of the output of the whole attention, (batch, heads, queries, head_dim).
         part: the part.
-        output: of the whole attention, over all parts.
-        lse: log-sum-exp of the whole attention, (batch, heads, queries).
+        output, lse: output and log-sum-exp (batch, heads, queries) of the whole attention, over all parts.
         scaling: factor of the scores.
-        delta: sum over head_dim of gradient times output, (batch, heads, queries); computed from `grad` and `output` by
-            default. Needed if the outputs of other parts have other gradients.
+        delta: sum over head_dim of gradient times output, (batch, heads, queries); needed if the outputs of other parts
+            have other gradients.
     """
     if delta is not None:
         return _with_delta(grad, part, lse, scaling, delta)
     if part.groups == 1:
         return _backward(grad, part.query, part.key, part.value, output, lse, part.causal, scaling)
+    tensors = (grad, part.query, output, lse)
     if not part.causal:
-        # As in `flash`, the heads of a group become more queries of one head.
-        grouped = part.grouped(grad), part.grouped(part.query), part.key, part.value, part.grouped(output)
-        grads = _backward(*grouped, part.grouped(lse), part.causal, scaling)
+        # As in `flash`, the heads of a group become more queries of one head: (batch, kv_heads, groups * queries, …).
+        grad, query, output, lse = (t.reshape(len(t), part.key.shape[1], -1, *t.shape[3:]) for t in tensors)
+        grads = _backward(grad, query, part.key, part.value, output, lse, part.causal, scaling)
         return grads[0].reshape(part.query.shape), grads[1], grads[2]
     grad_query, grad_key, grad_value = map(torch.zeros_like, (part.query, part.key, part.value))
-    tensors = (grad, part.query, output, lse, grad_query)
-    for heads, query, out, lses, grad_out in zip(*map(part.heads_of, tensors), strict=True):
-        grads = _backward(heads, query, part.key, part.value, out, lses, part.causal, scaling)
-        grad_out.copy_(grads[0])
+    for group in range(part.groups):
+        heads = slice(group, None, part.groups)  # one query head of each group
+        grad, query, output, lse = (t[:, heads] for t in tensors)
+        grads = _backward(grad, query, part.key, part.value, output, lse, part.causal, scaling)
+        grad_query[:, heads] = grads[0]
         grad_key += grads[1]
         grad_value += grads[2]
     return grad_query, grad_key, grad_value
@@ -99,11 +83,9 @@ def _with_delta(
     first = delta.to(dtype)
     output = grad.new_zeros(*shape, width + _EXTRA_DIMS)
     output[..., width], output[..., width + 1] = first, (delta - first.to(delta.dtype)).to(dtype)
-    query, key, value, padded_grad = (
-        pad(tensor, (0, _EXTRA_DIMS)) for tensor in (part.query, part.key, part.value, grad)
-    )
-    padded_grad[..., width : width + 2] = 1
-    grads = attend_part_backward(padded_grad, AttentionPart(query, key, value, part.causal), output, lse, scaling)
+    *qkv, grad = (pad(tensor, (0, _EXTRA_DIMS)) for tensor in (part.query, part.key, part.value, grad))
+    grad[..., width : width + 2] = 1
+    grads = attend_part_backward(grad, AttentionPart(*qkv, part.causal), output, lse, scaling)
     return grads[0][..., :width], grads[1][..., :width], grads[2][..., :width]
 
 
@@ -123,11 +105,9 @@ def _backward(
     if backend != "plain":
         grad, query, key, value = map(_contiguous_rows, (grad, query, key, value))
     if backend == "cpu":
-        output = _contiguous_rows(output)
-        grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, query, key, value, output, lse.contiguous(), 0.0, causal, scale=scaling
-        )
-        return grads
+        backward = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        output, lse = _contiguous_rows(output), lse.contiguous()
+        return backward(grad, query, key, value, output, lse, 0.0, causal, scale=scaling)
     if backend == "cuda":
         queries = query.shape[2]
         # The forward kernel pads with infinity, too.
@@ -146,13 +126,15 @@ def _backward(
     compute_dtype = torch.promote_types(query.dtype, torch.float32)
     grad, upcast_key, upcast_value = grad.to(compute_dtype), key.to(compute_dtype), value.to(compute_dtype)
     delta = (grad * output.to(compute_dtype)).sum(-1, keepdim=True)
-    grad_query, grad_key, grad_value = (
-        torch.zeros_like(query),
-        torch.zeros_like(upcast_key),
-        torch.zeros_like(upcast_value),
-    )
-    for rows in _query_slices(query, key):
-        scores = _scores(query[:, :, rows], key, rows.start if causal else None, scaling, compute_dtype)
+    grad_query, grad_key, grad_value = map(torch.zeros_like, (query, upcast_key, upcast_value))
+    (batch, heads, queries, _), keys = query.shape, key.shape[2]
+    step = max(1, MAX_MATMUL_SCORES // (batch * heads * keys))
+    for start in range(0, queries, step):
+        rows = slice(start, min(start + step, queries))
+        scores = query[:, :, rows].to(compute_dtype) @ upcast_key.transpose(2, 3) * scaling
+        if causal:
+            future = torch.arange(keys, device=key.device) > torch.arange(queries, device=key.device)[rows, None]
+            scores = scores.masked_fill(future, -torch.inf)
         weights = (scores - lse[:, :, rows, None]).exp()
         grad_value += weights.transpose(2, 3) @ grad[:, :, rows]
         grad_scores = weights * (grad[:, :, rows] @ upcast_value.transpose(2, 3) - delta[:, :, rows]) * scaling
@@ -163,20 +145,3 @@ def _backward(
 
 def _contiguous_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _query_slices(query: Tensor, key: Tensor) -> Iterator[slice]:
-    batch, heads, queries, _ = query.shape
-    step = max(1, MAX_MATMUL_SCORES // (batch * heads * key.shape[2]))
-    for start in range(0, queries, step):
-        yield slice(start, min(start + step, queries))
-
-
-def _scores(query: Tensor, key: Tensor, first: int | None, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Scores (batch, heads, queries, keys); with `first`, query i is at position `first` + i and sees no later key."""
-    scores = query.to(dtype) @ key.to(dtype).transpose(2, 3) * scaling
-    if first is not None:
-        key_positions = torch.arange(key.shape[2], device=key.device)
-        future = key_positions > torch.arange(first, first + query.shape[2], device=key.device)[:, None]
-        scores = scores.masked_fill(future, -torch.inf)
-    return scores

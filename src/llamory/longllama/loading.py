@@ -58,9 +58,7 @@ def load_long_model(
         dtype: of the weights.
         device: where the model goes.
         shared: in float32, share the base model's weights with other models loaded so (`models.adapters`).
-        kwargs: `mem_projections`, `last_context_length`, `mem_search`, `mem_top_k`, `mem_top_k_attention`,
-            `logn_attention_scale`, `logn_attention_start`, `memory_size_bias`, `memory_size_bias_start` and `mem_dtype`
-            of `LongLlamaConfig` (None for the default); others are passed to `from_pretrained`.
+        kwargs: settings of memory of `LongLlamaConfig` (None for the default); others are for `from_pretrained`.
 
     Raises:
         LlamoryError: the model can't be loaded, or a setting isn't possible for it.

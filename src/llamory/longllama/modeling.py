@@ -130,11 +130,9 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         assert source is not None
         batch, length = source.shape[:2]
         if contexts is not None:
-            cross_batch = CrossBatch(contexts, query_rows=query_rows, weights=context_weights)
             if context_states is not None:
-                cross_batch = CrossBatch(
-                    contexts, context_lengths, weights=context_weights, frozen_contexts=context_states
-                )
+                query_rows = None
+            cross_batch = CrossBatch(contexts, context_lengths, query_rows, None, context_weights, context_states)
             output = self._forward_cross_batch(source, attention_mask, cross_batch, kwargs)
             return output if return_dict is not False else output.to_tuple()
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -167,8 +165,6 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         )
         wants_dict = self.config.return_dict if return_dict is None else return_dict
         return output if wants_dict else output.to_tuple()
-
-    # ---- windows ---------------------------------------------------------------------------------------------------
 
     def _split_into_windows(
         self, real: RealTokens, cache: LongLlamaCache, last: int | None, use_cache: bool

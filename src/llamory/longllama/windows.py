@@ -11,19 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Window:
-    """One pass through the layers: the next real tokens of some rows.
-
-    Attributes:
-        rows: indices of the batch rows in this window.
-        starts: per row, the index of its first real token in this window.
-        stops: per row, the index behind its last one.
-        keep_local: whether the tokens stay in the local context or go into memory.
-    """
+    """One pass through the layers: the real tokens from `starts` to `stops` of some batch rows."""
 
     rows: tuple[int, ...]
     starts: tuple[int, ...]
     stops: tuple[int, ...]
-    keep_local: bool
+    keep_local: bool  # whether the tokens stay in the local context or go into memory
 
     @property
     def lengths(self) -> list[int]:
@@ -126,28 +119,17 @@ class LocalUpdate:
     """How the next tokens continue a local context: what they see, and what they evict.
 
     Slots are columns of the layers' buffers. Masks are True where a query sees a key.
-
-    Attributes:
-        write: slots of the new tokens.
-        seen: slots of the local context that are attended to, old and new.
-        mask: (rows or 1, 1, width, seen); None if every query sees all of `seen`.
-        position_ids: (rows or 1, width) of the new tokens.
-        memory_position_ids: the same for queries to memory, limited to the context; None if equal.
-        evicted_before: per row, slots to evict before attention.
-        evicted: slots of which some are evicted during the update; later queries see these as memory.
-        evicted_mask: (rows or 1, 1, width, evicted).
-        evicted_after: per row, slots to evict after attention.
     """
 
-    write: slice
-    seen: slice
-    mask: Tensor | None
-    position_ids: Tensor
-    memory_position_ids: Tensor | None
-    evicted_before: list[Tensor | slice] | None = None
-    evicted: slice | None = None
-    evicted_mask: Tensor | None = None
-    evicted_after: list[Tensor | slice] | None = None
+    write: slice  # slots of the new tokens
+    seen: slice  # slots of the local context that are attended to, old and new
+    mask: Tensor | None  # (rows or 1, 1, width, seen); None if every query sees all of `seen`
+    position_ids: Tensor  # (rows or 1, width) of the new tokens
+    memory_position_ids: Tensor | None  # the same for queries to memory, limited to the context; None if equal
+    evicted_before: list[Tensor | slice] | None = None  # per row, slots to evict before attention
+    evicted: slice | None = None  # slots of which some are evicted during the update; later queries see them as memory
+    evicted_mask: Tensor | None = None  # (rows or 1, 1, width, evicted)
+    evicted_after: list[Tensor | slice] | None = None  # per row, slots to evict after attention
     # For `Slots.commit`.
     rows: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)

@@ -57,7 +57,8 @@ class DocumentStream:
 
     Each next document is of the source that is furthest behind its proportion of the tokens so far. A source restarts
     in another order when it ends. The order of files depends on seed, epoch and source; documents are drawn from a
-    shuffle buffer. Each shard takes every `shards`-th document of an epoch, or all of them if none of its own is usable.
+    shuffle buffer. Each shard takes every `shards`-th document of an epoch, or all of them if none of its own is long
+    enough.
 
     Args:
         sources: where documents come from.
@@ -165,9 +166,6 @@ def check_same_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
                 f"The checkpoint's position in the data is for {name} {saved.get(name)}, not {current[name]}; resume "
                 "with the same settings, or start a new run."
             )
-
-
-# ---- one source ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -305,9 +303,6 @@ class _SourceReader:
         self._buffer = [(key, texts[key]) for key in keys]
 
 
-# ---- checks --------------------------------------------------------------------------------------------------------
-
-
 def _check_proportions(sources: Sequence[Source]) -> None:
     if not sources:
         raise LlamoryError("No documents were given; name at least one file or folder.")
@@ -317,5 +312,3 @@ def _check_proportions(sources: Sequence[Source]) -> None:
         raise LlamoryError(f"Proportions of sources must be greater than 0, not {named}.")
     if not abs(sum(proportions) - 1) <= _PROPORTION_TOLERANCE:
         raise LlamoryError(f"Proportions of sources must add up to 1; {named} make {sum(proportions):g}.")
-
-

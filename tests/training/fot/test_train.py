@@ -109,7 +109,7 @@ def test_the_loss_is_the_mean_over_all_tokens_of_all_passes(settings, model_fold
         contexts = context_sampler.select(0, stream, batch["input_ids"], batch["documents"])
         assert any(contexts) and not all(contexts)
         wanted.append(token_losses(model, batch, contexts))
-    assert losses(settings().output)[0] == pytest.approx(float(torch.cat(wanted).mean()), abs=1e-5)
+    assert losses(settings().output)[0] == pytest.approx(float(torch.cat(wanted).mean()), rel=1e-5)
 
 
 def test_a_range_and_a_mixture_of_sources_give_the_first_loss_that_they_should(settings, model_folder, documents):
@@ -133,7 +133,7 @@ def test_a_range_and_a_mixture_of_sources_give_the_first_loss_that_they_should(s
     )
     contexts = context_sampler.select(0, 0, batch["input_ids"], batch["documents"])
     wanted = token_losses(load(model_folder).eval(), batch, contexts).mean()
-    assert losses(settings().output)[0] == pytest.approx(float(wanted), abs=1e-5)
+    assert losses(settings().output)[0] == pytest.approx(float(wanted), rel=1e-5)
 
 
 def test_negatives_that_count_as_fifty_give_the_first_loss_that_they_should(settings, model_folder, documents):
@@ -143,7 +143,7 @@ def test_negatives_that_count_as_fifty_give_the_first_loss_that_they_should(sett
     contexts = context_sampler.select(0, 0, batch["input_ids"], batch["documents"])
     weights = [[1 if other // PACKING == row // PACKING else 50 for other in seen] for row, seen in enumerate(contexts)]
     wanted = token_losses(model, batch, contexts, context_weights=weights).mean()
-    assert losses(settings().output)[0] == pytest.approx(float(wanted), abs=1e-5)
+    assert losses(settings().output)[0] == pytest.approx(float(wanted), rel=1e-5)
     assert abs(float(wanted - token_losses(model, batch, contexts).mean())) > 1e-4
 
 
@@ -184,7 +184,7 @@ def test_two_processes_lose_as_one_does_in_two_passes(settings, tmp_path, docume
     shared = settings(output=str(tmp_path / "two"), fsdp=fsdp, **evaluated)
     finish(start("fot", shared, *TORCHRUN))
     for key in ("loss", "eval_loss", "eval_loss_without_memory"):
-        assert losses(tmp_path / "one", key) == pytest.approx(losses(tmp_path / "two", key), abs=1e-4)
+        assert losses(tmp_path / "one", key) == pytest.approx(losses(tmp_path / "two", key), rel=1e-4)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     assert all(torch.allclose(one[key], two[key], atol=1e-3) for key in one)
@@ -238,8 +238,8 @@ def test_held_out_loss_is_that_of_rows_with_memory_and_of_the_same_rows_without(
     assert [point["step"] for point in curve["curve"]] == [0, 2, 4]
     assert curve["tokens"] == 2 * BATCH // 2 * ROW
     first = curve["curve"][0]
-    assert [first["loss_with_memory"], first["loss_without_memory"]] == pytest.approx(wanted, abs=1e-5)
-    assert wanted[0] != pytest.approx(wanted[1], abs=1e-5)
+    assert [first["loss_with_memory"], first["loss_without_memory"]] == pytest.approx(wanted, rel=1e-5)
+    assert wanted[0] != pytest.approx(wanted[1], rel=1e-5)
     assert result["losses"]["eval_loss"] == curve["curve"][-1]["loss_with_memory"]
 
 
@@ -296,7 +296,7 @@ def test_adapters_are_merged_and_kept_beside(settings, model_folder):
 def test_bfloat16_with_checkpointing_loses_nearly_as_float32(settings, tmp_path):
     train_fot(settings(output=str(tmp_path / "exact")))
     train_fot(settings(output=str(tmp_path / "short"), bf16=True, gradient_checkpointing=True))
-    assert losses(tmp_path / "exact") == pytest.approx(losses(tmp_path / "short"), abs=0.05)
+    assert losses(tmp_path / "exact") == pytest.approx(losses(tmp_path / "short"), rel=0.02)
 
 
 def test_similar_negatives_are_those_that_share_most_words(settings, model_folder, tmp_path, monkeypatch):
@@ -323,7 +323,7 @@ def test_similar_negatives_are_those_that_share_most_words(settings, model_folde
             assert len(contexts[row]) == min(1, len(others))
             if others:
                 best = max(float(likeness[row, other]) for other in others)
-                assert float(likeness[row, contexts[row][0]]) == pytest.approx(best, abs=1e-6)
+                assert float(likeness[row, contexts[row][0]]) == pytest.approx(best, rel=1e-5)
                 checked += len({round(float(likeness[row, other]), 6) for other in others}) > 1
     assert len(seen) == 4 and checked > 4  # rows that had a choice
 

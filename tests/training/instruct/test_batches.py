@@ -242,7 +242,7 @@ def test_the_loss_is_that_of_windows_read_one_by_one(length, seed, answer):
     with torch.no_grad():
         logits = model(ids, last_context_length=stop - start, use_cache=False).logits[0]
     wanted = torch.nn.functional.cross_entropy(logits[-answer - 1 : -1], ids[0, -answer:])
-    torch.testing.assert_close(loss, wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(loss, wanted, atol=0, rtol=1e-5)
 
 
 def test_memory_is_trained_through_and_other_examples_are_not_seen():
@@ -296,7 +296,7 @@ def test_states_are_kept_and_are_those_of_rows_read_anew():
         for layer, wanted in whole(rows[numbers]).items():
             for place, number in enumerate(numbers):
                 real = slice(lengths[number])
-                torch.testing.assert_close(got[layer][place, real], wanted[place, real], atol=1e-6, rtol=0)
+                torch.testing.assert_close(got[layer][place, real], wanted[place, real], atol=1e-5, rtol=1e-4)
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------

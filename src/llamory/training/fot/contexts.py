@@ -184,8 +184,6 @@ class ContextSampler:
                 f"{others} of them; choose a larger batch or fewer negatives."
             )
 
-    # ---- the number of contexts --------------------------------------------------------------------------------------
-
     def size(self, step: int) -> int | None:
         """The range or number of negatives at a step, the same in all streams; None for the schedule's own."""
         if self.sampling_config.schedule == "constant":
@@ -207,8 +205,6 @@ class ContextSampler:
         """Continue from a state; raises LlamoryError if it is of a configuration with more sizes."""
         if self._curriculum is not None:
             self._curriculum.load_state_dict(state)
-
-    # ---- the rows ----------------------------------------------------------------------------------------------------
 
     def select(
         self, step: int, stream: int = 0, input_ids: Tensor | None = None, documents: Tensor | None = None
@@ -252,7 +248,7 @@ class ContextSampler:
         return contexts
 
     def weights(self, contexts: Sequence[Sequence[int]], step: int, stream: int = 0) -> list[list[float]] | None:
-        """The weight of each context that `select` gave for this step and stream, 1 for positives; None if all are 1."""
+        """The weight of each context that `select` gave for a step and stream, 1 for positives; None if all are 1."""
         least, most = self.sampling_config.negative_weight
         if least == most == 1:
             return None
@@ -321,13 +317,7 @@ def embedder(
 ) -> Embed:
     """The `embed` of `ContextSampler` for a Sentence Transformers model, which is frozen.
 
-    Rows are encoded as documents, truncated to the model's maximum length.
-
-    Args:
-        retriever: the model.
-        tokenizer: decodes rows to text, without special tokens.
-        batch_size: of the model.
-        clean: applied to the texts first.
+    Rows are decoded to text, which `clean` may change, and encoded as documents, truncated to the model's maximum.
     """
     retriever.requires_grad_(False)
 

@@ -172,9 +172,6 @@ def _earlier_chunks(batch_size: int, dataset_packing: int) -> list[list[int]]:
     return [[row - offset for offset in range(1, row % dataset_packing + 1)] for row in range(batch_size)]
 
 
-# ---- settings --------------------------------------------------------------------------------------------------------
-
-
 def _check(settings: FotSettings) -> ContextSamplingConfig:
     if settings.steps is None:
         raise LlamoryError("FoT training has no last batch; set steps.")
@@ -212,9 +209,6 @@ def _parse_crossbatch_schedule(entries: list[str]) -> list[tuple[int, int]]:
     return [(int(pair[1]), int(pair[2])) for pair in pairs if pair]
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
-
-
 def _context_sampler(
     settings: FotSettings, sampling_config: ContextSamplingConfig, tokenizer: PreTrainedTokenizerBase, device: str
 ) -> ContextSampler:
@@ -242,7 +236,9 @@ def _held_out(settings: FotSettings, tokenizer: PreTrainedTokenizerBase) -> list
     """The first batches of eval_data, in the order of the files."""
     if not settings.eval_data:
         return []
-    batches = islice(_batches(settings, make_sources(settings.eval_data), tokenizer, shuffle_buffer=0), settings.eval_batches)
+    batches = islice(
+        _batches(settings, make_sources(settings.eval_data), tokenizer, shuffle_buffer=0), settings.eval_batches
+    )
     return [{key: batch[key] for key in ("input_ids", "shift_labels")} for batch in batches]
 
 

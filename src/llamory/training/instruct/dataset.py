@@ -145,11 +145,7 @@ class InstructFormat:
         return [self.read(entry, tokenizer)]
 
     def read(self, entry: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[LabeledText]]:
-        """The kind of an object (instruction, chat, messages or document) and its texts.
-
-        Raises:
-            LlamoryError: a field is missing or of another type, or the chat template rejects the messages.
-        """
+        """The kind of an object (instruction, chat, messages or document) and its texts; raises LlamoryError."""
         if MESSAGES in entry:
             messages = _list_entry(entry, MESSAGES)
             turns = [{name: string_entry(turn, name) for name in ("role", "content")} for turn in messages]
@@ -266,9 +262,6 @@ def load_instructions(
     return examples
 
 
-# ---- from lines to token ids -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Preprocessor:
     """Makes examples from files in two steps: texts, then token ids."""
@@ -345,9 +338,7 @@ class _Preprocessor:
         return list(chain(*parts)), list(chain(*labels))
 
 
-def _cached_rows(
-    preprocessor: _Preprocessor, files: list[str], names: str, cache_dir: PathLike | None
-) -> Dataset:
+def _cached_rows(preprocessor: _Preprocessor, files: list[str], names: str, cache_dir: PathLike | None) -> Dataset:
     try:
         return Dataset.from_generator(
             preprocessor.rows,
@@ -370,5 +361,3 @@ def _list_entry(entry: dict[str, Any], field: str, of: type = dict) -> list[Any]
         what = "objects, one a turn" if of is dict else "lists of messages, one a chat"
         raise LlamoryError(f"{field!r} should be a list of {what}")
     return turns
-
-

@@ -124,9 +124,6 @@ class InstructTrainer(StreamingTrainer):
         return torch.stack([loss, (inputs["shift_labels"] != IGNORE_INDEX).sum()])
 
 
-# ---- settings --------------------------------------------------------------------------------------------------------
-
-
 def _check(settings: InstructSettings) -> None:
     for name in ("negatives", "context_cache_rows", "seed"):
         if getattr(settings, name) < 0:
@@ -165,9 +162,6 @@ def _split(settings: InstructSettings, config: PretrainedConfig) -> MemorySplit:
     split = MemorySplit(row, last, settings.total_length, settings.split)
     check_rows(split, settings.batch_size)
     return split
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
 
 
 def _streams(
