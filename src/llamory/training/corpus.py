@@ -24,15 +24,10 @@ _PROPORTION_TOLERANCE = 1e-3  # how far from 1 the sum of all proportions may be
 
 @dataclass(frozen=True)
 class Source:
-    """Documents and their proportion of the tokens.
+    """Documents and their proportion of the tokens."""
 
-    Attributes:
-        paths: files and folders, as for `llamory.documents.find_files`.
-        proportion: of all tokens; the proportions of all sources add up to 1.
-    """
-
-    paths: PathLike | Sequence[PathLike]
-    proportion: float = 1.0
+    paths: PathLike | Sequence[PathLike]  # files and folders, as for `llamory.documents.find_files`
+    proportion: float = 1.0  # the proportions of all sources add up to 1
 
 
 def make_sources(paths: Sequence[PathLike], proportions: Sequence[float] | None = None) -> list[Source]:

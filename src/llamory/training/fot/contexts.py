@@ -131,7 +131,7 @@ class ContextSampler:
         seed: int = 0,
         embed: Embed | None = None,
     ) -> None:
-        """Check that the configuration fits the batch.
+        """Raise LlamoryError unless the configuration fits the batch.
 
         Args:
             sampling_config: how contexts are selected.
@@ -139,9 +139,6 @@ class ContextSampler:
             dataset_packing: rows of a pack.
             seed: of all draws, at least 0.
             embed: for similar negatives, maps the token ids of rows to normalized vectors (rows, dimension).
-
-        Raises:
-            LlamoryError: the configuration, or a missing `embed`.
         """
         if seed < 0:
             raise LlamoryError(f"seed must be at least 0, not {seed}.")

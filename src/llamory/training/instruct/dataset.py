@@ -184,17 +184,11 @@ class InstructFormat:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Maximum tokens of an example; longer parts are truncated at the end, as in the published code.
+    """Maximum tokens of an example; longer parts are truncated at the end, as in the published code."""
 
-    Attributes:
-        input: of an instruction's prompt and question, with bos.
-        output: of its response, with eos (lost by a longer response).
-        total: of a whole example of any kind.
-    """
-
-    input: int = 2048
-    output: int = 2048
-    total: int = 2048
+    input: int = 2048  # of an instruction's prompt and question, with bos
+    output: int = 2048  # of its response, with eos (lost by a longer response)
+    total: int = 2048  # of a whole example of any kind
 
     def __post_init__(self) -> None:
         for name, least in (("input", 1), ("output", 1), ("total", 2)):
