@@ -83,9 +83,9 @@ def _with_delta(
     first = delta.to(dtype)
     output = grad.new_zeros(*shape, width + _EXTRA_DIMS)
     output[..., width], output[..., width + 1] = first, (delta - first.to(delta.dtype)).to(dtype)
-    *qkv, grad = (pad(tensor, (0, _EXTRA_DIMS)) for tensor in (part.query, part.key, part.value, grad))
+    query, key, value, grad = (pad(tensor, (0, _EXTRA_DIMS)) for tensor in (part.query, part.key, part.value, grad))
     grad[..., width : width + 2] = 1
-    grads = attend_part_backward(grad, AttentionPart(*qkv, part.causal), output, lse, scaling)
+    grads = attend_part_backward(grad, AttentionPart(query, key, value, part.causal), output, lse, scaling)
     return grads[0][..., :width], grads[1][..., :width], grads[2][..., :width]
 
 

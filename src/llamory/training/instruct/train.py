@@ -213,8 +213,14 @@ def _batches(
 
 def _examples(settings: InstructSettings, paths: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(InstructFormat)}
-    options = {"skip_broken": settings.skip_broken, "num_proc": settings.num_proc}
-    return load_instructions(paths, tokenizer, InstructFormat(**fields), _lengths(settings), **options)
+    return load_instructions(
+        paths,
+        tokenizer,
+        InstructFormat(**fields),
+        _lengths(settings),
+        skip_broken=settings.skip_broken,
+        num_proc=settings.num_proc,
+    )
 
 
 def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
