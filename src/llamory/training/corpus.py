@@ -31,17 +31,12 @@ class Source:
 
 
 def make_sources(paths: Sequence[PathLike], proportions: Sequence[float] | None = None) -> list[Source]:
-    """One source of all paths, or with proportions one source per path.
-
-    Raises:
-        LlamoryError: there isn't one proportion per path, or they aren't positive or don't add up to 1.
-    """
+    """One source of all paths, or with proportions one source per path; raises LlamoryError if these can't be used."""
     if proportions is None:
         return [Source(list(paths))]
     if len(proportions) != len(paths):
-        raise LlamoryError(
-            f"There are {len(paths)} sources of documents but {len(proportions)} proportions; give one for each."
-        )
+        counts = f"{len(paths)} sources of documents but {len(proportions)} proportions"
+        raise LlamoryError(f"There are {counts}; give one for each.")
     sources = [Source([path], proportion) for path, proportion in zip(paths, proportions, strict=True)]
     _check_proportions(sources)
     return sources
@@ -53,7 +48,8 @@ class DocumentStream:
     Each next document is of the source that is furthest behind its proportion of the tokens so far. A source restarts
     in another order when it ends. The order of files depends on seed, epoch and source; documents are drawn from a
     shuffle buffer. Each shard takes every `shards`-th document of an epoch, or all of them if none of its own is long
-    enough.
+    enough. Raises LlamoryError if a file or argument can't be used or a source has no document of `min_length` tokens,
+    and while iterating if a line or file is broken.
 
     Args:
         sources: where documents come from.
@@ -61,17 +57,10 @@ class DocumentStream:
         seed: of all shuffling.
         min_length: skip documents with fewer tokens.
         shuffle_buffer: documents per source to draw from; 0 keeps the order of documents and files.
-        shard: index of this shard.
+        shard: index of this shard, of `shards`.
         shards: number of shards.
         text_field: field of a JSON line with the text.
         skip_broken: skip broken JSON lines and files that aren't UTF-8.
-
-    Attributes:
-        tokens_emitted: tokens returned so far, per source.
-
-    Raises:
-        LlamoryError: a file can't be read, a number is out of range, proportions aren't positive or don't add up to 1,
-            or a source has no document of `min_length`. While iterating: a line or file is broken.
     """
 
     def __init__(
@@ -89,9 +78,7 @@ class DocumentStream:
     ) -> None:
         _check_proportions(sources)
         if min_length < 0 or shuffle_buffer < 0:
-            raise LlamoryError(
-                f"min_length and shuffle_buffer must be at least 0, not {min_length} and {shuffle_buffer}."
-            )
+            raise LlamoryError(f"min_length, shuffle_buffer must be at least 0, not {min_length}, {shuffle_buffer}.")
         if not 0 <= shard < shards:
             raise LlamoryError(f"shard must be one of 0 to {shards - 1}, not {shard}.")
         total = sum(source.proportion for source in sources)
@@ -144,10 +131,7 @@ class DocumentStream:
         """Continue at a position; raises LlamoryError if it is of other files or settings or another tokenizer."""
         check_same_settings(state["settings"], self._settings)
         if state["files"] != self._digest:
-            raise LlamoryError(
-                "The checkpoint's position in the data is of other files or another tokenizer; resume with the same "
-                "ones, or start a new run."
-            )
+            raise LlamoryError("The checkpoint's position in the data is of other files or another tokenizer.")
         for reader, reader_state in zip(self._readers, state["readers"], strict=True):
             reader.load_state_dict(reader_state)
         self.tokens_emitted = list(state["taken"])
@@ -157,10 +141,8 @@ def check_same_settings(saved: Mapping[str, Any], current: Mapping[str, Any]) ->
     """Raise LlamoryError if a setting of a saved position differs."""
     for name in current:
         if saved.get(name) != current[name]:
-            raise LlamoryError(
-                f"The checkpoint's position in the data is for {name} {saved.get(name)}, not {current[name]}; resume "
-                "with the same settings, or start a new run."
-            )
+            saved_position = f"The checkpoint's position in the data is for {name} {saved.get(name)}"
+            raise LlamoryError(f"{saved_position}, not {current[name]}; resume with the same settings.")
 
 
 @dataclass(frozen=True)
@@ -191,9 +173,7 @@ class _SourceFiles:
                 if number in numbers:
                     texts[file, number] = document.text
             if (file, max(numbers)) not in texts:
-                raise LlamoryError(
-                    f"{self.paths[file]} has no document {max(numbers)} any more; resume with unchanged files."
-                )
+                raise LlamoryError(f"{self.paths[file]} has no document {max(numbers)} any more; use unchanged files.")
         return texts
 
     def check(self) -> None:
@@ -204,21 +184,16 @@ class _SourceFiles:
             if longest >= self.min_length:
                 return
         names = ", ".join(map(str, self.paths[:3])) + (", …" if len(self.paths) > 3 else "")
-        raise LlamoryError(
-            f"Documents have at most {longest} tokens, fewer than min_length {self.min_length}, in {names}; "
-            "lower min_length or give longer documents."
-        )
+        problem = f"at most {longest} tokens, fewer than min_length {self.min_length}"
+        raise LlamoryError(f"Documents have {problem}, in {names}.")
 
 
 class _SourceReader:
     """The documents of one source, epoch after epoch, through a shuffle buffer."""
 
     def __init__(self, files: _SourceFiles, *, seed: str, shuffle_buffer: int, shard: int, shards: int) -> None:
-        self.files = files
-        self._seed = seed
-        self._shuffles = shuffle_buffer > 0
-        self._capacity = max(1, shuffle_buffer)
-        self._shard, self._shards = shard, shards
+        self.files, self._seed, self._shard, self._shards = files, seed, shard, shards
+        self._shuffles, self._capacity = shuffle_buffer > 0, max(1, shuffle_buffer)
         self._start_epoch(0, unsharded=False)
 
     def _start_epoch(self, epoch: int, *, unsharded: bool) -> None:

@@ -31,15 +31,11 @@ class Teacher:
         self.model, self.rows = model.eval().requires_grad_(False), rows
 
     def loss(self, student: Any, batch: Mapping[str, Any], pass_index: int) -> Tensor:
-        """Mean divergence of the student's predictions from the teacher's, in nats.
+        """Mean divergence of the student's predictions from the teacher's, in nats; `pass_index` selects the rows.
 
-        Args:
-            student: the LongLLaMA in training, wrapped or not.
-            batch: its arguments: `input_ids` (rows, columns) and, if rows are padded, `attention_mask`.
-            pass_index: number of the forward pass, which selects the rows in turn.
+        `batch` has `input_ids` (rows, columns) and, if rows are padded, `attention_mask`.
         """
-        ids = batch["input_ids"]
-        mask = batch.get("attention_mask")
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         rows = [(pass_index * self.rows + number) % len(ids) for number in range(min(self.rows, len(ids)))]
         ids, mask = ids[rows], mask[rows]
@@ -56,10 +52,8 @@ def load_teacher(settings: MemorySettings, student: PretrainedConfig) -> Teacher
         return None
     config = backbone.load_config(settings.teacher)
     if config.vocab_size != student.vocab_size:
-        raise LlamoryError(
-            f"The teacher {settings.teacher} has {config.vocab_size:,} tokens, the model {student.vocab_size:,}; give "
-            "a teacher with the same tokenizer."
-        )
+        sizes = f"{config.vocab_size:,} tokens, the model {student.vocab_size:,}"
+        raise LlamoryError(f"The teacher {settings.teacher} has {sizes}; give a teacher with the same tokenizer.")
     dtype = torch.bfloat16 if settings.bf16 else torch.float32
     return Teacher(backbone.load_model(settings.teacher, dtype=dtype), settings.teacher_rows)
 
@@ -67,10 +61,7 @@ def load_teacher(settings: MemorySettings, student: PretrainedConfig) -> Teacher
 def ranking_loss(
     embedder: SentenceTransformer, settings: RetrieverSettings, *, teacher: str, gather_across_devices: bool
 ) -> Any:
-    """The loss of a retriever: in-batch and hard negatives, with a teacher's scores and smaller dimensions if set.
-
-    `teacher` is "kl", "margin_mse" or "off".
-    """
+    """The loss of a retriever on in-batch and hard negatives; `teacher` is "kl", "margin_mse" or "off"."""
     common: dict[str, Any] = {"scale": 1 / settings.temperature, "gather_across_devices": gather_across_devices}
     loss: Any
     if settings.cache:
@@ -102,8 +93,7 @@ class CachedDistillation(CachedLossMixin, nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.contrastive_loss = embedder, contrastive_loss
-        self.uses_gradient_cache = settings.cache
-        self.mini_batch_size = settings.mini_batch
+        self.uses_gradient_cache, self.mini_batch_size = settings.cache, settings.mini_batch
         self.contrastive_weight, self.weight = settings.contrastive_weight, settings.distill_weight
         self.teacher_temperature = settings.teacher_temperature
         similarity = torch.nn.CosineSimilarity(dim=1)
@@ -118,12 +108,9 @@ class CachedDistillation(CachedLossMixin, nn.Module):
     def calculate_loss(
         self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
     ) -> Tensor:
-        """The loss of embeddings, as CachedLossMixin calls it.
+        """The loss of embeddings, as CachedLossMixin calls it; `with_backward` gives a detached loss.
 
-        Args:
-            reps: a list per column of (mini-batch, dimension) embeddings.
-            labels: (queries, documents per query) scores of the teacher.
-            with_backward: run the backward pass as well, and give a detached loss.
+        `reps` has a list of (mini-batch, dimension) per column, `labels` the teacher's (queries, documents) scores.
         """
         assert labels is not None
         embeddings = [torch.cat(parts) for parts in reps]
@@ -131,10 +118,9 @@ class CachedDistillation(CachedLossMixin, nn.Module):
         if self.contrastive_weight:
             contrast: Any = self.contrastive_loss
             if isinstance(contrast, CachedMultipleNegativesRankingLoss):
-                contrastive_loss = contrast.calculate_loss(reps)
+                loss = loss + self.contrastive_weight * contrast.calculate_loss(reps)
             else:
-                contrastive_loss = contrast.compute_loss_from_embeddings(embeddings, labels)
-            loss = loss + self.contrastive_weight * contrastive_loss
+                loss = loss + self.contrastive_weight * contrast.compute_loss_from_embeddings(embeddings, labels)
         if with_backward:
             loss.backward()
             loss = loss.detach()

@@ -35,18 +35,15 @@ from llamory.training.settings import LlaraSettings
 
 EMBEDDER_FOLDER = "sentence-transformers"
 _LOSSES = ("ar_loss", "bow_summarize_loss", "bow_predict_loss")
-# Batch columns that hold the targets of each loss in the settings.
+# Batch columns that hold the targets of each loss.
 _TARGETS = {"ar": "labels", "summarize": "output_summarize_ids", "predict": "output_predict_ids"}
 
 
 def train_llara(settings: LlaraSettings) -> dict[str, Any]:
     """Pretrain a LLaMA with LLARA; saves it, and an embedder for Sentence Transformers, in `settings.output`.
 
-    Returns:
-        The output folder, the embedder's folder, the number of steps and the last losses.
-
-    Raises:
-        LlamoryError: settings, data, model or output folder can't be used, or a loss is not finite.
+    Returns the output folder, the embedder's folder, the number of steps and the last losses. Raises LlamoryError if
+    settings, data, model or output folder can't be used, or a loss is not finite.
     """
     if settings.whiten and settings.whiten < MIN_TEXTS:
         raise LlamoryError(f"whiten must be 0 or at least {MIN_TEXTS} passages, not {settings.whiten}.")
@@ -64,9 +61,8 @@ def train_llara(settings: LlaraSettings) -> dict[str, Any]:
     with arguments.main_process_first(desc="data"):
         train, evaluation = _data(settings, tokenizer, template)
     if settings.whiten and not settings.streaming and len(train) < MIN_TEXTS:
-        raise LlamoryError(
-            f"Whitening needs at least {MIN_TEXTS} passages and there are {len(train)}; add data, or set whiten to 0."
-        )
+        count = f"at least {MIN_TEXTS} passages and there are {len(train)}"
+        raise LlamoryError(f"Whitening needs {count}; add data, or set whiten to 0.")
     make_trainer = partial(
         LlaraTrainer,
         model=_with_lora(model, settings) if settings.lora else model,
@@ -167,10 +163,7 @@ def _load(settings: LlaraSettings) -> tuple[PreLlamaModel, PreTrainedTokenizerBa
     template = LlaraTemplate.from_config(model.config) or LlaraTemplate.from_tokenizer(tokenizer, settings.slots)
     template.check_tokenizer(tokenizer)
     if template.slots != settings.slots:
-        raise LlamoryError(
-            f"The checkpoint {settings.model} has {template.slots} slots per prompt, not {settings.slots}; "
-            f"set slots to {template.slots} or start from a plain LLaMA."
-        )
+        raise LlamoryError(f"{settings.model} has {template.slots} slots per prompt; set slots to {template.slots}.")
     names = ("prediction_sees_summary", "bow_weighting", "bow_weight", "query_prompt")
     dataclasses.replace(template, **{name: getattr(settings, name) for name in names}).prepare_model(model)
     return model, tokenizer

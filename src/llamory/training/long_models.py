@@ -24,15 +24,12 @@ def memory_config_overrides(
 ) -> dict[str, Any]:
     """Changes to the model's configuration: its memory layers, and the row length as its context.
 
-    Raises:
-        LlamoryError: the model has no such layers, projections for other memory layers, or a shorter context.
+    Raises LlamoryError if the model has no such layers, projections for other ones, or a shorter context.
     """
     name, layers = settings.model, settings.mem_layers
     if row_length > config.max_position_embeddings:
-        raise LlamoryError(
-            f"row_length {row_length} is longer than the context of {name}, {config.max_position_embeddings} tokens; "
-            "choose a smaller one."
-        )
+        maximum = config.max_position_embeddings
+        raise LlamoryError(f"row_length {row_length} is longer than the context of {name}, {maximum} tokens.")
     check_projections(config, name, layers)
     layers = list(layers or getattr(config, "mem_layers", [])) or _default_mem_layers(config.num_hidden_layers)
     last = last_context_length or getattr(config, "last_context_length", None)
@@ -77,9 +74,8 @@ def select_trainable(model: Any, settings: AdaptSettings, trainable: str) -> Any
         adapted = with_lora(model, settings, **only)
         if (folder := backbone.adapter_folder(settings.model)) is not None:
             # peft would name the base model of that adapter, as if the adapter did not exist.
-            adapted.peft_config["default"].base_model_name_or_path = backbone.packaged_name(settings.model) or str(
-                folder.absolute()
-            )
+            name = backbone.packaged_name(settings.model) or str(folder.absolute())
+            adapted.peft_config["default"].base_model_name_or_path = name
         return adapted
     if trainable != "all":
         model.requires_grad_(False)

@@ -1,8 +1,7 @@
 """Training a small model from scratch on dictionary look-up (Tworkowski et al. 2023, section 4.1).
 
-As in the paper, the number of documents that a question attends to increases once the training accuracy reaches a
-threshold. Before that, training uses short documents: with few candidate values, attention to memory is learned in a
-fraction of the steps.
+The number of documents that a question attends to increases once the training accuracy reaches a threshold. Before
+that, training uses short documents, on which attention to memory is learned in a fraction of the steps.
 """
 
 from __future__ import annotations
@@ -27,20 +26,16 @@ _INITIALIZER_RANGE = 0.05  # small models learn faster than with the usual 0.02
 def train_lookup(settings: LookupSettings) -> dict[str, Any]:
     """Train the model and save it as a LongLLaMA in `settings.output`.
 
-    Returns:
-        The output folder, the number of steps, the last loss and accuracy, and the final number of documents.
-
-    Raises:
-        LlamoryError: settings, checkpoint or output folder can't be used, or a loss is not finite.
+    Returns the output folder, the number of steps, the last loss and accuracy, and the final number of documents.
+    Raises LlamoryError if settings, checkpoint or output folder can't be used, or a loss is not finite.
     """
     task, config, curriculum = _task_and_model(settings)
     run_context = setup_run(settings, has_eval_data=False)
-    batch_source = LookupBatchSource(task, curriculum, settings, run_context.arguments.process_index)
     result = run_context.train_and_save(
         LookupTrainer,
         "Dictionary look-up",
         model=LongLlamaForCausalLM(config),
-        batch_source=batch_source,
+        batch_source=LookupBatchSource(task, curriculum, settings, run_context.arguments.process_index),
         logged_metrics=("loss", "accuracy"),
         curriculum=curriculum,
     )
@@ -54,10 +49,8 @@ def _task_and_model(settings: LookupSettings) -> tuple[LookupTask, LongLlamaConf
         raise LlamoryError(f"lines must be below the {task.lines} lines of a full row, not {settings.lines}.")
     required_keys = max(settings.batch_size, *settings.sizes) * task.lines
     if settings.confusable and required_keys > task.all_keys:
-        raise LlamoryError(
-            f"Confusable documents need {required_keys} distinct keys and there are {task.all_keys}; set confusable to "
-            "0, or a larger key_length."
-        )
+        keys = f"{required_keys} distinct keys and there are {task.all_keys}"
+        raise LlamoryError(f"Confusable documents need {keys}; set confusable to 0, or a larger key_length.")
     config = LongLlamaConfig(
         vocab_size=settings.vocabulary,
         hidden_size=settings.hidden_size,

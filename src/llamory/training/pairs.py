@@ -32,13 +32,9 @@ logger = logging.getLogger(__name__)
 MINED_FILE = "mined.jsonl"
 _CANDIDATES_PER_NEGATIVE = 10
 QUERY, POSITIVE, SCORES = "anchor", "positive", "scores"
-# Limit of the queries examined for one batch, in batches; without it, data in which nearly all queries share their
-# positives would be examined completely for each batch.
-_MAX_LOOKAHEAD_BATCHES = 64
-# Samples per negative of a query without negatives, since some are its positives.
-_DRAWS_PER_NEGATIVE = 20
-# Maximum reshuffles of an epoch's queries to reach the number of batches of the first epoch.
-_MAX_RESHUFFLES = 10
+_MAX_LOOKAHEAD_BATCHES = 64  # queries examined for one batch, in batches: nearly all may share their positives
+_DRAWS_PER_NEGATIVE = 20  # of a query without negatives, since some are its positives
+_MAX_RESHUFFLES = 10  # of an epoch's queries, to reach the number of batches of the first epoch
 
 
 @dataclass(frozen=True)
@@ -101,18 +97,11 @@ class Pairs:
 
 
 def load_pairs(paths: Sequence[str | Path], *, split: str = "train", skip_broken: bool = False) -> Pairs:
-    """Read training data.
+    """Read training data from .jsonl files, folders of them, and BEIR folders (their `split`).
 
     A line of JSONL holds `query`, `pos` (a text or a list), and optionally `neg`, `pos_scores` and `neg_scores`. In a
-    BEIR folder, documents with a relevance above 0 are positives, those with 0 are negatives.
-
-    Args:
-        paths: .jsonl files, folders of them, and BEIR folders.
-        split: split of BEIR folders.
-        skip_broken: skip broken lines with a warning in the log.
-
-    Raises:
-        LlamoryError: a path can't be used, a line is broken (the message names it), or there is no query.
+    BEIR folder, documents with a relevance above 0 are positives, those with 0 are negatives. Raises LlamoryError if a
+    path can't be used, there is no query, or a line is broken; `skip_broken` skips such lines with a warning.
     """
     examples: list[Example] = []
     corpus: list[str] = []
@@ -126,10 +115,7 @@ def load_pairs(paths: Sequence[str | Path], *, split: str = "train", skip_broken
             continue
         files = [file for file in find_files([path]) if file.suffix.lower() == ".jsonl"]
         if not files:
-            raise LlamoryError(
-                f"{path} has no training data: give .jsonl files with a `query` and its `pos` in each line, or a BEIR "
-                f"folder with {CORPUS}."
-            )
+            raise LlamoryError(f"{path} has no training data: give .jsonl with `query` and `pos`, or BEIR folders.")
         for file in files:
             lines = read_json_lines(file, _example, skip_broken=skip_broken)
             for line, example in lines:
@@ -171,9 +157,6 @@ def _without_false_negatives(example: Example, answers: set[str]) -> Example:
     )
 
 
-# ---- lines of JSONL --------------------------------------------------------------------------------------------------
-
-
 def _example(entry: dict[str, Any]) -> Example:
     query = string_entry(entry, "query")
     if not query.strip():
@@ -207,9 +190,6 @@ def _scores(entry: dict[str, Any], field: str, texts: str, count: int) -> tuple[
     if len(values) != count:
         raise LlamoryError(f"{field!r} has {len(values)} numbers for the {count} texts in {texts!r}")
     return tuple(map(float, values))
-
-
-# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 def negative_names(group_size: int) -> list[str]:
@@ -266,9 +246,8 @@ class GroupDataset(Dataset[dict[str, Any]]):
         found = list(dict.fromkeys(text for text in sampled if text not in excluded))
         candidates = found or [text for text in documents if text not in excluded]
         if not candidates:
-            raise LlamoryError(
-                f"{example.location}: the query has no negatives and all other queries' negatives answer it; add `neg`."
-            )
+            problem = "the query has no negatives and all other queries' negatives answer it; add `neg`."
+            raise LlamoryError(f"{example.location}: {problem}")
         while len(found) < count:
             found.append(rng.choice(candidates))
         return found[:count]
@@ -277,9 +256,8 @@ class GroupDataset(Dataset[dict[str, Any]]):
 class FalseNegativeFreeSampler(BatchSampler):
     """Batches of one process in which no document is a positive of another query, or its text.
 
-    In-batch negatives make every document of a batch a negative of every other query. So two queries share a batch only
-    if no document of one is a positive of the other anywhere in the data; other queries are deferred to a later batch.
-    This holds for the batches of all processes of a step together.
+    Each document of a batch is a negative of every other query, in all processes of a step together. Queries whose
+    documents are positives of one another anywhere in the data are deferred to a later batch.
     """
 
     def __init__(self, groups: GroupDataset, batch_size: int, *, process: int = 0, processes: int = 1) -> None:
@@ -341,15 +319,8 @@ class FalseNegativeFreeSampler(BatchSampler):
         return batch
 
 
-# ---- hard negatives --------------------------------------------------------------------------------------------------
-
-
 def add_mined_negatives(pairs: Pairs, embedder: Any, settings: RetrieverSettings, file: Path) -> Pairs:
-    """Add the negatives that a model mines; they are written to a JSONL file, and read from it if it exists.
-
-    Raises:
-        LlamoryError: a setting can't be used, or no negatives are found.
-    """
+    """Add the negatives that a model mines; they are written to a JSONL file, and read from it if it exists."""
     if not file.exists():
         found = _mine(pairs, embedder, settings).items()
         entries = ({"query": query, "pos": sorted(pairs.answers[query]), "neg": neg} for query, neg in found)
@@ -384,8 +355,5 @@ def _mine(pairs: Pairs, embedder: Any, settings: RetrieverSettings) -> dict[str,
     for query, negative in zip(found["query"], found["negative"], strict=True):
         mined.setdefault(query, {})[negative] = None
     if not mined:
-        raise LlamoryError(
-            "No hard negatives were found: all documents score too close to the positive. Set a lower mine_margin (-1 "
-            "for none), or mine to 0."
-        )
+        raise LlamoryError("No hard negatives were found; set a lower mine_margin (-1 for none), or mine to 0.")
     return {query: list(negatives) for query, negatives in mined.items()}

@@ -52,20 +52,15 @@ from llamory.training.settings import RetrieverSettings
 
 logger = logging.getLogger(__name__)
 
-# Folder of a LLaMA with added slot tokens during the run.
-_INITIAL_MODEL = "start"
+_INITIAL_MODEL = "start"  # folder of a LLaMA with added slot tokens during the run
 _ADAPTER = "adapter"
 
 
 def train_retriever(settings: RetrieverSettings) -> dict[str, Any]:
     """Train a retriever on queries and documents; `settings.output` becomes a Sentence Transformers folder.
 
-    Returns:
-        The output folder and the numbers of steps, queries, mined negatives, documents per query and dimensions, the
-        teacher's loss, and the last losses.
-
-    Raises:
-        LlamoryError: settings, data, model or output folder can't be used, or a loss is not finite.
+    Returns the output folder, counts (steps, queries, mined negatives, ...), the teacher's loss and the last losses.
+    Raises LlamoryError if settings, data, model or output folder can't be used, or a loss is not finite.
     """
     output = Path(settings.output)
     arguments = _arguments(settings)
@@ -135,11 +130,9 @@ class RetrieverTrainer(SentenceTransformerTrainer):
 
     def get_train_dataloader(self) -> Any:
         """This process's batches; the sampler distributes them over processes."""
+        workers = self.args.dataloader_num_workers
         return _EpochDataLoader(
-            self.groups,
-            batch_sampler=self.batches,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
+            self.groups, batch_sampler=self.batches, collate_fn=self.data_collator, num_workers=workers
         )
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -159,9 +152,6 @@ class _EpochDataLoader(DataLoader[Any]):
     def set_epoch(self, epoch: int) -> None:
         assert isinstance(self.batch_sampler, FalseNegativeFreeSampler)
         self.batch_sampler.set_epoch(epoch)
-
-
-# ---- settings --------------------------------------------------------------------------------------------------------
 
 
 def _arguments(settings: RetrieverSettings) -> RetrieverArguments:
@@ -194,17 +184,11 @@ def _teacher(settings: RetrieverSettings, train: Pairs, held_out: Pairs | None) 
     if not unscored:
         return "kl" if settings.distill == "auto" else settings.distill
     if settings.distill != "auto":
-        raise LlamoryError(
-            f"{unscored[0].location}: distill needs negatives, pos_scores and neg_scores for every query; add "
-            "them, or set distill to off."
-        )
+        raise LlamoryError(f"{unscored[0].location}: distill needs neg, pos_scores and neg_scores for every query.")
     if len(train.unscored) < len(train):
         message = "The teacher's scores are not used: %d queries have none, the first is %s"
         logger.warning(message, len(unscored), unscored[0].location)
     return "off"
-
-
-# ---- data ------------------------------------------------------------------------------------------------------------
 
 
 def _load_data(settings: RetrieverSettings) -> tuple[Pairs, Pairs | None]:
@@ -225,8 +209,8 @@ def _batches(groups: GroupDataset, settings: RetrieverSettings, arguments: Any) 
     batches = FalseNegativeFreeSampler(groups, settings.batch_size, process=process, processes=processes)
     if not len(batches):
         raise LlamoryError(
-            f"No batch can be made of {len(groups)} queries without negatives, since each needs documents that don't "
-            "answer it; add queries or negatives (`neg`, or mine), or set batch_size to at least 2."
+            f"No batch can be made of {len(groups)} queries without negatives; add queries or negatives (`neg`, mine), "
+            "or set batch_size to at least 2."
         )
     return batches
 
@@ -247,14 +231,9 @@ def _lengths(embedder: SentenceTransformer, settings: RetrieverSettings) -> dict
     for task, length in lengths.items():
         prompt = embedder.preprocess([""], task=task)["input_ids"].shape[-1]
         if length is not None and length <= prompt:
-            raise LlamoryError(
-                f"A length of {length} tokens leaves no room for a {task}, since its prompt has {prompt}; choose a "
-                f"larger max_{'query' if task == 'query' else 'passage'}_length."
-            )
+            name = "max_query_length" if task == "query" else "max_passage_length"
+            raise LlamoryError(f"{name} {length} leaves no room for a {task}, since its prompt has {prompt} tokens.")
     return {task: length for task, length in lengths.items() if length is not None}
-
-
-# ---- the model -------------------------------------------------------------------------------------------------------
 
 
 def _model_source(settings: RetrieverSettings, output: Path, *, write: bool) -> str:

@@ -31,8 +31,6 @@ _DISPLAYED_METRICS = (
     "loss ar_loss bow_summarize_loss bow_predict_loss teacher_loss accuracy lines contexts eval_loss "
     "eval_loss_without_memory"
 ).split()
-
-
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
@@ -44,11 +42,7 @@ def user_errors(problem: str) -> Iterator[None]:
     except LlamoryError:
         raise
     except (ValueError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise LlamoryError(f"{problem}: {reason.rstrip('.')}.") from error
-
-
-# ---- arguments and adapters ------------------------------------------------------------------------------------------
+        raise LlamoryError(f"{problem}: {' '.join(str(error).split()).rstrip('.')}.") from error
 
 
 class SingleDeviceArguments(TrainingArguments):
@@ -68,16 +62,9 @@ def training_arguments(
     has_eval_data: bool,
     **kwargs: Any,
 ) -> Arguments:
-    """The Trainer's arguments, with `kwargs` beside those of the settings.
+    """The Trainer's arguments, with `kwargs` beside those of the settings; raises LlamoryError if it rejects one.
 
-    Args:
-        settings: settings of the run.
-        layer: class name of the layers that FSDP shards.
-        arguments_class: class of the arguments.
-        has_eval_data: whether the run evaluates.
-
-    Raises:
-        LlamoryError: the Trainer rejects a setting.
+    `layer` is the class name of the layers that FSDP shards.
     """
     fsdp = {"transformer_layer_cls_to_wrap": [layer], "state_dict_type": "FULL_STATE_DICT"}
     with user_errors("These settings can't be used"):
@@ -146,9 +133,6 @@ def with_lora(model: Any, settings: AdaptSettings, **kwargs: Any) -> Any:
     return adapted
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
-
-
 class TrainingProgress(TrainerCallback):
     """A progress bar of the steps, and a line for each log entry."""
 
@@ -177,11 +161,7 @@ def _number(value: float) -> str:
 
 
 def run(make_trainer: Callable[..., Trainer], settings: RunSettings, checkpoint: Path | None, title: str) -> Trainer:
-    """Make a Trainer and train to the end, from a checkpoint if one is given.
-
-    Raises:
-        LlamoryError: the Trainer rejects a setting, or the disk is full.
-    """
+    """Make a Trainer and train to the end; raises LlamoryError if it rejects a setting or the disk is full."""
     progress = TrainingProgress(title, shown=not settings.quiet)
     with user_errors("These settings can't be used"):
         trainer = make_trainer(callbacks=[WriteManifest(), progress])
@@ -190,10 +170,8 @@ def run(make_trainer: Callable[..., Trainer], settings: RunSettings, checkpoint:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
         if not isinstance(error, LlamoryError) and is_disk_full(error, Path(settings.output)):
-            raise LlamoryError(
-                f"The disk is full: a checkpoint couldn't be written to {settings.output}; free some space and "
-                "continue with --resume."
-            ) from error
+            reason = f"The disk is full: a checkpoint couldn't be written to {settings.output}"
+            raise LlamoryError(f"{reason}; free some space and continue with --resume.") from error
         raise
     finally:
         progress.bar.stop()
@@ -231,10 +209,7 @@ def run_result(trainer: Trainer, *metrics: str, **details: Any) -> dict[str, Any
 def check_finite(loss: Any, step: int) -> None:
     """Raise LlamoryError if a loss is infinite or NaN."""
     if not loss.isfinite():
-        raise LlamoryError(
-            f"The loss of step {step} isn't finite ({loss.item():.4g}); lower the learning rate or check the model's "
-            "weights."
-        )
+        raise LlamoryError(f"The loss of step {step} isn't finite ({loss.item():.4g}); lower the learning rate.")
 
 
 def stop_if_finished(trainer: Any) -> bool:
@@ -243,9 +218,6 @@ def stop_if_finished(trainer: Any) -> bool:
         return False
     trainer.control.should_training_stop = True
     return True
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 class WriteManifest(TrainerCallback):
@@ -298,8 +270,7 @@ def prepare_run(settings: RunSettings, arguments: TrainingArguments) -> Path | N
 def prepare_output(output: Path, resume: bool) -> Path | None:
     """Create the output folder, delete incomplete checkpoints and give the checkpoint to resume from, if any.
 
-    Raises:
-        LlamoryError: the folder isn't empty and the run doesn't resume, or the path is a file.
+    Raises LlamoryError if the folder isn't empty and the run doesn't resume, or the path is a file.
     """
     if output.exists() and not output.is_dir():
         raise LlamoryError(f"The output {output} is a file; give a new folder.")
@@ -313,9 +284,6 @@ def prepare_output(output: Path, resume: bool) -> Path | None:
     return latest_complete(output)
 
 
-# ---- saving ----------------------------------------------------------------------------------------------------------
-
-
 def save_trained_model(
     trainer: Trainer,
     settings: RunSettings,
@@ -326,12 +294,7 @@ def save_trained_model(
 ) -> None:
     """Save the model in the output folder, weights before config; adapters are merged and also saved in `adapter`.
 
-    Args:
-        trainer: the Trainer with the model.
-        settings: settings of the run.
-        tokenizer: saved with the model, if given.
-        result: result of the run, saved with the settings.
-        save: writes the model into a folder, instead of the Trainer.
+    The tokenizer, if given, and the run's `result` are saved with it; `save` writes the model instead of the Trainer.
     """
     output, writes = Path(settings.output), trainer.args.should_save
     partial = output / "partial"

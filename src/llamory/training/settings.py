@@ -60,18 +60,13 @@ def _settings(cls: Class) -> Class:
         try:
             constructor(self, **values)
         except ValidationError as error:
-            raise LlamoryError(_sentence(error)) from None
+            first = error.errors()[0]
+            if not first["loc"]:  # a check of several fields together
+                raise LlamoryError(str(first["ctx"]["error"])) from None
+            raise LlamoryError(f"{first['loc'][0]} {describe_problem(first)}.") from None
 
     checked.__init__ = init
     return checked  # type: ignore[no-any-return]
-
-
-def _sentence(error: ValidationError) -> str:
-    """The first problem of a validation as one sentence."""
-    first = error.errors()[0]
-    if not first["loc"]:  # a check of several fields together
-        return str(first["ctx"]["error"])
-    return f"{first['loc'][0]} {describe_problem(first)}."
 
 
 def describe_problem(error: Mapping[str, Any]) -> str:
@@ -160,8 +155,7 @@ class LlaraSettings(AdaptSettings):
     slots: Count = _setting(8, "Slot tokens per prompt.")
     prediction_sees_summary: bool = _setting(False, "Let the prediction slots attend to the summary slots.")
     losses: Annotated[list[str], AfterValidator(_known_losses)] = _setting(
-        list(LLARA_LOSSES),
-        "Next token (ar); bag of words of the summary (summarize), of the next passage (predict).",
+        list(LLARA_LOSSES), "Next token (ar); bag of words of the summary (summarize), of the next passage (predict)."
     )
     bow_weighting: Literal["fixed", "learned"] = _setting("fixed", "How the bag-of-words losses are weighted.")
     bow_weight: NonNegative = _setting(0.1, "Weight of the bag-of-words losses (the published code divides by 10).")
@@ -409,8 +403,6 @@ class LookupSettings(RunSettings):
     @model_validator(mode="after")
     def _check(self) -> LookupSettings:
         if self.hidden_size % self.heads or self.heads % self.kv_heads:
-            raise LlamoryError(
-                f"heads must divide hidden_size and kv_heads must divide heads, not {self.hidden_size}, {self.heads} "
-                f"and {self.kv_heads}."
-            )
+            sizes = f"{self.hidden_size}, {self.heads} and {self.kv_heads}"
+            raise LlamoryError(f"heads must divide hidden_size and kv_heads must divide heads, not {sizes}.")
         return self

@@ -107,9 +107,7 @@ class StreamingTrainer(Trainer):
     def step_accuracy(self, hidden: torch.Tensor, targets: torch.Tensor) -> float | None:
         """Add a forward pass; the step's accuracy after the last pass of a step, else None.
 
-        Args:
-            hidden: (rows, columns, hidden_size) last hidden states.
-            targets: (rows, columns) token ids, -100 to ignore.
+        `hidden` are last hidden states (rows, columns, width), `targets` token ids (rows, columns), -100 to ignore.
         """
         weight = self.model.get_output_embeddings().weight
         correct = correct_tokens(hidden.to(weight.dtype), weight, targets)
@@ -188,10 +186,8 @@ class Curriculum(Generic[Stage]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a state; raises LlamoryError if it is from more stages."""
         if not 0 <= state["at"] < len(self.stages):
-            raise LlamoryError(
-                f"The checkpoint is at stage {state['at'] + 1} of its curriculum, but {len(self.stages)} sizes are "
-                "given; give the sizes that the run started with."
-            )
+            stage = f"stage {state['at'] + 1} of its curriculum"
+            raise LlamoryError(f"The checkpoint is at {stage}, but {len(self.stages)} sizes are given; use its sizes.")
         self.stage_index, self.mean, self.steps = state["at"], state["mean"], state["steps"]
 
 
@@ -217,11 +213,7 @@ class RunContext:
         logged_metrics: Sequence[str] = ("loss",),
         **trainer_kwargs: Any,
     ) -> dict[str, Any]:
-        """Train to the end and save the model.
-
-        Returns:
-            The output folder, the number of steps, and the last values of `logged_metrics`.
-        """
+        """Train to the end and save the model; gives the folder, the steps and the last values of `logged_metrics`."""
         if self.position is not None:
             batch_source.load_state_dict(self.position)
         make_trainer = partial(
@@ -242,20 +234,12 @@ class RunContext:
 
 
 def setup_run(settings: RunSettings, *, has_eval_data: bool, ignored_settings: Sequence[str] = ()) -> RunContext:
-    """Prepare the output folder and find the checkpoint to resume from, if any.
+    """Prepare the output folder and find the checkpoint to resume from, if any; raises LlamoryError.
 
-    Args:
-        settings: settings of the run.
-        has_eval_data: whether the run evaluates.
-        ignored_settings: further settings that may change when a run resumes.
-
-    Raises:
-        LlamoryError: settings, output folder or checkpoint can't be used.
+    `ignored_settings` are further settings that may change when a run resumes.
     """
-    layer = "LongLlamaDecoderLayer"
-    arguments = training_arguments(
-        settings, layer, SingleDeviceArguments, has_eval_data=has_eval_data, ignore_data_skip=True
-    )
+    kwargs: dict[str, Any] = {"has_eval_data": has_eval_data, "ignore_data_skip": True}
+    arguments = training_arguments(settings, "LongLlamaDecoderLayer", SingleDeviceArguments, **kwargs)
     checkpoint = prepare_run(settings, arguments)
     frozen_settings = _frozen_settings(settings, arguments.world_size)
     for name in ignored_settings:

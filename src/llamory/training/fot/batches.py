@@ -24,17 +24,8 @@ class FotBatches:
     `input_ids` (batch_size, row_length); `shift_labels` (batch_size, row_length), the next token in the pack, across
     rows and batches; `documents` (batch_size,), the running number of the document of each row's first token.
 
-    Args:
-        stream: where documents come from.
-        row_length: tokens of a row.
-        batch_size: rows of a batch.
-        dataset_packing: rows of a pack.
-        bos_token_id: starts each document; None for none.
-        eos_token_id: ends each document.
-
-    Raises:
-        LlamoryError: a number is too small, packing doesn't divide the batch, or there is no end-of-text token. While
-            iterating: as the stream.
+    `bos_token_id` (None for none) starts each document, `eos_token_id` ends it. Raises LlamoryError if a number is too
+    small, packing doesn't divide the batch, or there is no end-of-text token; while iterating, as the stream.
     """
 
     def __init__(
@@ -50,19 +41,13 @@ class FotBatches:
         if row_length < 2:
             raise LlamoryError(f"Rows must have at least 2 tokens, not {row_length}.")
         if batch_size < 1 or dataset_packing < 1:
-            raise LlamoryError(
-                f"batch_size and dataset_packing must be at least 1, not {batch_size} and {dataset_packing}."
-            )
+            raise LlamoryError(f"batch_size, dataset_packing must be at least 1, not {batch_size}, {dataset_packing}.")
         if batch_size % dataset_packing:
-            raise LlamoryError(
-                f"A dataset_packing of {dataset_packing} doesn't divide the batch of {batch_size} rows; choose a "
-                "batch_size that is a multiple of it."
-            )
+            raise LlamoryError(f"A dataset_packing of {dataset_packing} doesn't divide the batch of {batch_size} rows.")
         if eos_token_id is None:
             raise LlamoryError("The tokenizer has no end-of-text token to separate documents; set its eos_token.")
         self.stream, self.row_length, self.packing = stream, row_length, dataset_packing
-        self._prefix = [] if bos_token_id is None else [bos_token_id]
-        self._suffix = [eos_token_id]
+        self._prefix, self._suffix = [] if bos_token_id is None else [bos_token_id], [eos_token_id]
         self._settings = {
             "row_length": row_length,
             "batch_size": batch_size,
@@ -98,18 +83,12 @@ class FotBatches:
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON values: the stream's, and the documents and the offset of each pack."""
-        return {
-            "settings": self._settings,
-            "stream": self.stream.state_dict(),
-            "documents": self._documents,
-            "packs": [
-                {
-                    "offset": pack.offset,
-                    "queue": [[document.source, list(document.key), document.number] for document in pack.queue],
-                }
-                for pack in self._packs
-            ],
-        }
+        packs = []
+        for pack in self._packs:
+            queue = [[document.source, list(document.key), document.number] for document in pack.queue]
+            packs.append({"offset": pack.offset, "queue": queue})
+        position = {"settings": self._settings, "stream": self.stream.state_dict()}
+        return position | {"documents": self._documents, "packs": packs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue at a position with the same batches; raises LlamoryError if it is of other files or settings."""
@@ -145,7 +124,6 @@ class _Pack:
         return sum(len(document.tokens) for document in self.queue) - self.offset
 
     def next_tokens(self, count: int) -> Tensor:
-        """The next `count` tokens."""
         parts, remaining = [], self.offset + count
         for document in self.queue:
             parts.append(document.tokens[:remaining])
@@ -155,7 +133,6 @@ class _Pack:
         return torch.cat(parts)[self.offset :].long()
 
     def document_numbers(self, offsets: range) -> list[int]:
-        """Numbers of the documents at these offsets."""
         ends = list(accumulate(len(document.tokens) for document in self.queue))
         return [self.queue[bisect_right(ends, self.offset + offset)].number for offset in offsets]
 

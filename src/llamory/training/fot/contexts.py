@@ -1,9 +1,8 @@
 """Which rows each row of a batch sees: chunks of its own document (positives) and of other documents (negatives).
 
 Tworkowski et al. 2023, section 3.2. A pack is `dataset_packing` consecutive rows with consecutive chunks of one
-document, or of several short ones. Rows that see one another in a cycle could copy their own next tokens, since keys
-depend on what the row has seen in lower layers. So the rows get an order, drawn at each step with a
-crossbatch_schedule, which keeps the chunks of a pack in theirs, and no row sees a later one.
+document, or of several short ones. Rows that see one another in a cycle could copy their own next tokens, so the rows
+get an order, drawn at each step with a crossbatch_schedule, and no row sees a later one.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ PUBLISHED_CROSSBATCH_SCHEDULES: dict[str, list[tuple[int, int]]] = {
 SCHEDULES = ("constant", "sampled", "curriculum")
 NEGATIVES = ("random", "similar")
 
-# Independent random draws.
-_SIZE, _ROWS, _WEIGHTS = 0, 1, 2
+_SIZE, _ROWS, _WEIGHTS = 0, 1, 2  # independent random draws
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,6 @@ class ContextSamplingConfig:
         negatives: "random", or "similar" for the nearest by a retriever.
         negative_weight: (min, max) weight of each negative in the softmax, log-uniform per row; simulates a larger
             memory. Not in the paper.
-
-    Raises:
-        LlamoryError: a setting is out of range, or two settings conflict.
     """
 
     crossbatch_schedule: Sequence[Sequence[int]] | None = None
@@ -73,9 +68,7 @@ class ContextSamplingConfig:
     def __post_init__(self) -> None:
         schedule = self.crossbatch_schedule
         if (schedule is None) == (self.cross_batch_range is None):
-            raise LlamoryError(
-                "Give either a crossbatch_schedule of positives and negatives or a cross_batch_range, not both."
-            )
+            raise LlamoryError("Give either a crossbatch_schedule or a cross_batch_range, not both.")
         if self.schedule not in SCHEDULES:
             raise LlamoryError(f"There is no schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}.")
         if self.negatives not in NEGATIVES:
@@ -83,9 +76,7 @@ class ContextSamplingConfig:
         if schedule is None and self.negatives == "similar":
             raise LlamoryError("Similar negatives need a crossbatch_schedule; give one instead of a cross_batch_range.")
         if schedule is not None and self.crossbatch_stepping:
-            raise LlamoryError(
-                "Stepping goes with a cross_batch_range; leave it out where a crossbatch_schedule is given."
-            )
+            raise LlamoryError("Stepping goes with a cross_batch_range, not with a crossbatch_schedule.")
         if schedule is not None and not (
             schedule and all(isinstance(entry, tuple | list) and len(entry) == 2 for entry in schedule)
         ):
@@ -110,14 +101,10 @@ class ContextSamplingConfig:
         if self.schedule == "curriculum" and any(b <= a for a, b in pairwise(self.sizes)):
             raise LlamoryError(f"The sizes of a curriculum must increase, not {list(self.sizes)}.")
         if self.cross_batch_range is not None and max(self.sizes) > self.cross_batch_range:
-            raise LlamoryError(
-                f"sizes go up to {max(self.sizes)}, which is more than the cross_batch_range of "
-                f"{self.cross_batch_range}; raise it or choose smaller sizes."
-            )
+            limit = f"more than the cross_batch_range of {self.cross_batch_range}"
+            raise LlamoryError(f"sizes go up to {max(self.sizes)}, {limit}; choose smaller ones.")
         if self.crossbatch_schedule is not None and not any(negatives for _, negatives in self.crossbatch_schedule):
-            raise LlamoryError(
-                "Sizes are numbers of negatives, but no entry of the crossbatch_schedule has any; give one some."
-            )
+            raise LlamoryError("Sizes are numbers of negatives, but no entry of the crossbatch_schedule has any.")
 
 
 class ContextSampler:
@@ -133,12 +120,7 @@ class ContextSampler:
     ) -> None:
         """Raise LlamoryError unless the configuration fits the batch.
 
-        Args:
-            sampling_config: how contexts are selected.
-            batch_size: rows of the batch.
-            dataset_packing: rows of a pack.
-            seed: of all draws, at least 0.
-            embed: for similar negatives, maps the token ids of rows to normalized vectors (rows, dimension).
+        `embed` maps the token ids of rows to normalized vectors (rows, dimension), for similar negatives.
         """
         if seed < 0:
             raise LlamoryError(f"seed must be at least 0, not {seed}.")
@@ -152,8 +134,9 @@ class ContextSampler:
         self._check_crossbatch_schedule()
         self._curriculum: Curriculum[int] | None = None
         if sampling_config.schedule == "curriculum":
-            stages = [(size, sampling_config.advance_at_accuracy) for size in sampling_config.sizes]
-            self._curriculum = Curriculum(stages)
+            self._curriculum = Curriculum(
+                [(size, sampling_config.advance_at_accuracy) for size in sampling_config.sizes]
+            )
 
     def _check_crossbatch_schedule(self) -> None:
         schedule = self.sampling_config.crossbatch_schedule
@@ -163,23 +146,19 @@ class ContextSampler:
         if len(schedule) > packs:
             raise LlamoryError(
                 f"The crossbatch_schedule has {len(schedule)} entries, but a batch of {self.batch_size} rows with "
-                f"{self.dataset_packing} rows per document has {packs} documents; choose a larger batch or fewer "
-                "entries."
+                f"{self.dataset_packing} rows per document has {packs} documents."
             )
         positives = max(entry[0] for entry in schedule)
         if positives >= self.dataset_packing:
             raise LlamoryError(
-                f"The crossbatch_schedule asks for {positives} earlier chunks of a document, but with a "
-                f"dataset_packing of {self.dataset_packing} a row has at most {self.dataset_packing - 1}; "
-                f"choose at least {positives + 1}."
+                f"The crossbatch_schedule asks for {positives} earlier chunks, but a dataset_packing of "
+                f"{self.dataset_packing} has at most {self.dataset_packing - 1}; choose at least {positives + 1}."
             )
         negatives = max(self.sampling_config.sizes or [entry[1] for entry in schedule])
         others = self.batch_size - self.dataset_packing
         if negatives > others:
-            raise LlamoryError(
-                f"A row can't see {negatives} rows of other documents, as a batch of {self.batch_size} rows has "
-                f"{others} of them; choose a larger batch or fewer negatives."
-            )
+            problem = f"a batch of {self.batch_size} rows has {others} of them"
+            raise LlamoryError(f"A row can't see {negatives} rows of other documents: {problem}.")
 
     def size(self, step: int) -> int | None:
         """The range or number of negatives at a step, the same in all streams; None for the schedule's own."""
@@ -209,24 +188,16 @@ class ContextSampler:
         """The contexts of each row of a batch.
 
         With a crossbatch_schedule, a row sees the previous chunks of its pack, nearest first, and then negatives, fewer
-        if too few rows are before it in the order of the step.
-
-        Args:
-            step: training step, from 0.
-            stream: index of the batch in the step.
-            input_ids: (batch, length) token ids, for similar negatives.
-            documents: (batch,) document numbers; no row sees its own document in another pack.
-
-        Raises:
-            LlamoryError: tokens or documents don't fit the batch, or tokens are missing for similar negatives.
+        if too few rows are before it in the order of the step. `stream` is the index of the batch in the step,
+        `input_ids` (batch, length) are for similar negatives, `documents` (batch,) are numbers: no row sees its own
+        document in another pack. Raises LlamoryError if these don't fit the batch or are missing.
         """
         is_other_document = self._different_documents(documents)
         size = self.size(step)
         if self.sampling_config.crossbatch_schedule is None:
             assert size is not None
-            contexts = crossbatch_contexts(
-                self.batch_size, size, self.dataset_packing, self.sampling_config.crossbatch_stepping
-            )
+            stepping = self.sampling_config.crossbatch_stepping
+            contexts = crossbatch_contexts(self.batch_size, size, self.dataset_packing, stepping)
             allowed = is_other_document | (self._pack[:, None] == self._pack)
             return [[other for other in seen if allowed[row, other]] for row, seen in enumerate(contexts)]
         scores = self._similarities(input_ids) if self.sampling_config.negatives == "similar" else None
@@ -285,9 +256,8 @@ class ContextSampler:
         if documents is None:
             return different
         if documents.shape != (self.batch_size,):
-            raise LlamoryError(
-                f"There are {self.batch_size} rows, but document numbers of shape {tuple(documents.shape)}."
-            )
+            shape = tuple(documents.shape)
+            raise LlamoryError(f"There are {self.batch_size} rows, but document numbers of shape {shape}.")
         numbers = documents.cpu().numpy()
         return different & (numbers[:, None] != numbers)
 

@@ -41,11 +41,8 @@ _PAIR = re.compile(r"(\d+)[+:](\d+)")  # YAML reads 1:1 as a number unless it is
 def train_fot(settings: FotSettings) -> dict[str, Any]:
     """Train a LLaMA to use memory and save it as a LongLLaMA in `settings.output`.
 
-    Returns:
-        The output folder, steps done, the last loss and, with eval_data, the last losses with and without memory.
-
-    Raises:
-        LlamoryError: settings, data, model, checkpoint or output folder can't be used, or a loss isn't finite.
+    Returns the output folder, steps done, the last loss and, with eval_data, the last losses with and without memory.
+    Raises LlamoryError if settings, data, model, checkpoint or output folder can't be used, or a loss isn't finite.
     """
     sampling_config = _check(settings)
     run_context = setup_run(settings, has_eval_data=bool(settings.eval_data))
@@ -175,8 +172,6 @@ def _earlier_chunks(batch_size: int, dataset_packing: int) -> list[list[int]]:
 def _check(settings: FotSettings) -> ContextSamplingConfig:
     if settings.steps is None:
         raise LlamoryError("FoT training has no last batch; set steps.")
-    if settings.row_length < 2:
-        raise LlamoryError(f"row_length must be at least 2, not {settings.row_length}.")
     if settings.schedule == "curriculum" and settings.fsdp:
         raise LlamoryError("A curriculum needs the training accuracy, which isn't available with FSDP; use DDP.")
     if settings.eval_data and settings.dataset_packing < 2:
@@ -200,8 +195,7 @@ def _parse_crossbatch_schedule(entries: list[str]) -> list[tuple[int, int]]:
     if len(parts) == 1 and parts[0] in PUBLISHED_CROSSBATCH_SCHEDULES:
         return PUBLISHED_CROSSBATCH_SCHEDULES[parts[0]]
     pairs = [_PAIR.fullmatch(part) for part in parts]
-    wrong = [part for part, pair in zip(parts, pairs, strict=True) if pair is None]
-    if wrong:
+    if wrong := [part for part, pair in zip(parts, pairs, strict=True) if pair is None]:
         raise LlamoryError(
             f"crossbatch_schedule has the entry {wrong[0]!r}, but it must be POSITIVES+NEGATIVES, such as 2+1, "
             f"or one of {', '.join(PUBLISHED_CROSSBATCH_SCHEDULES)} alone."
@@ -236,10 +230,9 @@ def _held_out(settings: FotSettings, tokenizer: PreTrainedTokenizerBase) -> list
     """The first batches of eval_data, in the order of the files."""
     if not settings.eval_data:
         return []
-    batches = islice(
-        _batches(settings, make_sources(settings.eval_data), tokenizer, shuffle_buffer=0), settings.eval_batches
-    )
-    return [{key: batch[key] for key in ("input_ids", "shift_labels")} for batch in batches]
+    batches = _batches(settings, make_sources(settings.eval_data), tokenizer, shuffle_buffer=0)
+    keys = ("input_ids", "shift_labels")
+    return [{key: batch[key] for key in keys} for batch in islice(batches, settings.eval_batches)]
 
 
 def _batches(

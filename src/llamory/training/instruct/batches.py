@@ -32,9 +32,6 @@ class MemorySplit:
         mode: "random", a random part of the padding is in front (published `random_pad`); "memory", none is, so that as
             much as possible is in memory (published `always_pad` alone); "last", the last `last_context_length` tokens
             are local, as in a prompt (neither).
-
-    Raises:
-        LlamoryError: a length isn't positive, or the last row is longer than a row.
     """
 
     row_length: int
@@ -47,10 +44,8 @@ class MemorySplit:
             if getattr(self, name) < 1:
                 raise LlamoryError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.last_context_length > self.row_length:
-            raise LlamoryError(
-                f"The last row of an example can't have {self.last_context_length} tokens where a row has "
-                f"{self.row_length}; last_context_length must be at most row_length."
-            )
+            lengths = f"{self.last_context_length} tokens where a row has {self.row_length}"
+            raise LlamoryError(f"The last row can't have {lengths}; last_context_length must be at most row_length.")
 
     @property
     def max_rows(self) -> int:
@@ -148,7 +143,8 @@ class InstructBatches:
     """An endless iterator of batches of whole examples, drawn from datasets in given proportions.
 
     The generator for each example is seeded with its number, and each epoch of a dataset has its own order, so the
-    position is only a count per dataset.
+    position is only a count per dataset. Raises LlamoryError if an example may need more rows than a batch has, or
+    negatives or their weights are out of range.
 
     Args:
         datasets: from `load_instructions`, or any sequences of such examples.
@@ -157,15 +153,9 @@ class InstructBatches:
         rows: maximum rows of a batch.
         pad_token_id: for padding.
         seed: of all draws.
-        stream: index of this part of the data.
-        streams: number of disjoint parts.
+        stream: index of this part of the data, of `streams` disjoint ones.
+        streams: number of parts.
         negatives, negative_weight: as for `collate`.
-
-    Attributes:
-        negative_weight_progress: how far the max weight has grown from the min, from 0 to 1 on a logarithmic scale.
-
-    Raises:
-        LlamoryError: an example may need more rows than a batch has, or negatives or their weights are out of range.
     """
 
     def __init__(
@@ -187,7 +177,7 @@ class InstructBatches:
             raise LlamoryError(f"negatives must be at least 0, not {negatives}.")
         check_negative_weight(negative_weight)
         self.negatives, self.negative_weight = negatives, negative_weight
-        self.negative_weight_progress = 1.0
+        self.negative_weight_progress = 1.0  # from the min weight (0) to the max (1), on a logarithmic scale
         self.datasets, self.proportions, self.split, self.rows = datasets, list(proportions), split, rows
         self.pad_token_id, self.seed, self.stream, self.streams = pad_token_id, seed, stream, streams
         self._counts = [0] * len(datasets)
@@ -197,7 +187,6 @@ class InstructBatches:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        """The next batch; see `collate`."""
         examples: list[SplitExample] = []
         remaining_rows = self.rows
         while True:
@@ -256,10 +245,8 @@ class InstructBatches:
 def check_rows(split: MemorySplit, rows: int) -> None:
     """Raise LlamoryError unless a batch has enough rows for the longest example."""
     if rows < split.max_rows:
-        raise LlamoryError(
-            f"An example may need {split.max_rows} rows, but a batch has {rows}; choose a batch_size of at least "
-            f"{split.max_rows} or a smaller total_length."
-        )
+        need = f"An example may need {split.max_rows} rows, but a batch has {rows}"
+        raise LlamoryError(f"{need}; raise batch_size or lower total_length.")
 
 
 @dataclass(frozen=True)
@@ -324,7 +311,7 @@ def collate_frozen_contexts(
         pad_token_id: for padding.
         query_token_budget: maximum tokens of the queries with padding; at least one query is drawn.
         negatives: maximum rows of other documents that a query sees as well.
-        negative_weight: (min, max) weight of a negative in the softmax, log-uniform per document.
+        negative_weight: (min, max) weight of a negative, log-uniform per document.
         rng: of all draws.
 
     Returns:
@@ -394,10 +381,7 @@ class DocumentExamples(Sequence[list[dict[str, Any]]]):
 class FrozenContextBatches(InstructBatches):
     """An endless iterator of `collate_frozen_contexts` batches, each with documents of one dataset.
 
-    Args:
-        datasets: as for `InstructBatches`.
-        args, kwargs: as for `InstructBatches`; `rows` is the maximum number of context rows.
-        query_token_budget: as for `collate_frozen_contexts`.
+    The arguments are those of `InstructBatches`; `rows` is the maximum number of context rows.
     """
 
     def __init__(self, datasets: Sequence[Any], *args: Any, query_token_budget: int, **kwargs: Any) -> None:
@@ -407,7 +391,6 @@ class FrozenContextBatches(InstructBatches):
         self.query_token_budget = query_token_budget
 
     def __next__(self) -> dict[str, Any]:
-        """The next batch; see `collate_frozen_contexts`."""
         rng = random.Random(f"{self.seed}/{self.stream}/{sum(self._counts)}/batch")
         source = rng.choices(range(len(self.datasets)), self.proportions)[0]
         documents: list[Context] = []

@@ -27,7 +27,6 @@ from llamory.models.base import encode_document
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 logger = logging.getLogger(__name__)
 
 ASSISTANT = "assistant"
@@ -39,14 +38,9 @@ def split_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, 
     """Render a chat with the tokenizer's template and split it into texts, each with whether it is the assistant's.
 
     The assistant's text is what the template marks with `{% generation %}`. Without marks, it is what each answer adds
-    to the chat so far with its generation prompt: the answer and its end mark, without trailing white space.
-
-    Args:
-        tokenizer: with a chat template.
-        messages: `role` and `content` of each turn; the first isn't the assistant's.
-
-    Raises:
-        LlamoryError: the template rejects the chat, or renders a turn differently once others follow.
+    to the chat so far with its generation prompt: the answer and its end mark, without trailing white space. Raises
+    LlamoryError if the template rejects the chat (`role` and `content` of each turn, the first not the assistant's), or
+    renders a turn differently once others follow.
     """
     import jinja2
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -80,28 +74,18 @@ def _spans_by_prefix(
             before, after = render(turn, add_generation_prompt=True), render(turn + 1)
             if not after.startswith(before) or not whole.startswith(after):
                 raise LlamoryError(
-                    "the chat template renders earlier turns differently once others follow, so answers can't be "
-                    "found; put {% generation %} and {% endgeneration %} around them in the template"
+                    "the chat template renders earlier turns differently once others follow; put {% generation %} and "
+                    "{% endgeneration %} around answers in the template"
                 )
             spans.append((len(before), len(before) + len(after[len(before) :].rstrip())))
     return whole, spans
 
 
 MESSAGES, DOCUMENT, CHATS, QUESTIONS = "messages", "document", "chats", "questions"
-FEATURES = Features(
-    {
-        "input_ids": List(Value("int32")),
-        "labels": List(Value("int32")),
-        "source": Value("string"),
-        "document": Value("int32"),
-    }
-)
-_ROWS = Features(
-    {"kind": Value("string"), "texts": List(Value("string")), "answers": List(Value("bool")), "source": Value("string")}
-)
-
-# A text and whether it is an answer.
-LabeledText = tuple[str, bool]
+_INTEGER, _TEXT = Value("int32"), Value("string")
+FEATURES = Features({"input_ids": List(_INTEGER), "labels": List(_INTEGER), "source": _TEXT, "document": _INTEGER})
+_ROWS = Features({"kind": _TEXT, "texts": List(_TEXT), "answers": List(Value("bool")), "source": _TEXT})
+LabeledText = tuple[str, bool]  # a text and whether it is an answer
 
 
 @dataclass(frozen=True)
@@ -223,12 +207,9 @@ def load_instructions(
         num_proc: processes for tokenization.
         cache_dir: folder of the cache.
 
-    Returns:
-        A dataset of `input_ids`, `labels` (ids of answers, -100 elsewhere), `source` (`path:line`) and `document` (how
-        many of the first tokens are a document).
-
-    Raises:
-        LlamoryError: a file is missing, a line is broken, the tokenizer is unsuitable, or no example has an answer.
+    Returns a dataset of `input_ids`, `labels` (ids of answers, -100 elsewhere), `source` (`path:line`) and `document`
+    (how many of the first tokens are a document). Raises LlamoryError if a file is missing, a line is broken, the
+    tokenizer is unsuitable, or no example has an answer.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     names = ", ".join(map(str, paths))
@@ -249,10 +230,8 @@ def load_instructions(
     if num_skipped := len(rows) - len(examples):
         logger.warning("Skipped %d of %d examples: no answer within their length", num_skipped, len(rows))
     if not len(examples):
-        raise LlamoryError(
-            f"No example of {names} has an answer within its first {preprocessor.lengths.total} tokens; choose a "
-            "greater total_length."
-        )
+        limit = f"its first {preprocessor.lengths.total} tokens"
+        raise LlamoryError(f"No example of {names} has an answer within {limit}; raise total_length.")
     return examples
 
 

@@ -35,11 +35,8 @@ _EVAL = "eval_loss"
 def train_instruct(settings: InstructSettings) -> dict[str, Any]:
     """Tune any LLaMA with memory to follow instructions and save it in `settings.output`.
 
-    Returns:
-        The output folder, steps done, the last loss and, with eval_data, the last loss on it.
-
-    Raises:
-        LlamoryError: settings, data, model, checkpoint or output folder can't be used, or a loss isn't finite.
+    Returns the output folder, steps done, the last loss and, with eval_data, the last loss on it. Raises LlamoryError
+    if settings, data, model, checkpoint or output folder can't be used, or a loss isn't finite.
     """
     _check(settings)
     run_context = setup_run(settings, has_eval_data=bool(settings.eval_data), ignored_settings=["num_proc"])
@@ -125,17 +122,8 @@ class InstructTrainer(StreamingTrainer):
 
 
 def _check(settings: InstructSettings) -> None:
-    for name in ("negatives", "context_cache_rows", "seed"):
-        if getattr(settings, name) < 0:
-            raise LlamoryError(f"{name} must be at least 0, not {getattr(settings, name)}.")
-    if not 0 <= settings.negative_weight_warmup <= 1:
-        raise LlamoryError(
-            f"negative_weight_warmup must be from 0 to 1 (of the steps), not {settings.negative_weight_warmup}."
-        )
     if settings.frozen_context and (settings.trainable != "memory_projections" or settings.fsdp):
-        raise LlamoryError(
-            "frozen_context encodes contexts without gradient; it needs trainable: memory_projections, and no fsdp."
-        )
+        raise LlamoryError("frozen_context needs trainable: memory_projections, and no fsdp.")
     if settings.steps is None:
         raise LlamoryError("Instruction tuning has no last batch; set steps.")
     _negative_weight(settings)
@@ -224,5 +212,4 @@ def _examples(settings: InstructSettings, paths: Any, tokenizer: PreTrainedToken
 
 
 def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the model."""
     return {key: value for key, value in batch.items() if key != "sources"}
