@@ -90,7 +90,7 @@ def test_a_parameter_of_a_group_becomes_one_option_per_field() -> None:
         made.append((where, lamp))
 
     app = typer.Typer()
-    options.add_command(app, light, "light")
+    options.add_command(app, light)
     get_command(app).main(["here", "--power", "7"], standalone_mode=False)
     assert made == [(Path("here"), Lamp(color="red", watts=7))]
 

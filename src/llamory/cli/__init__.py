@@ -25,14 +25,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _DATA, _MODELS = "Libraries and memories", "Models"
-add_command(app, index.index, "index", panel=_DATA)
-add_command(app, search.search, "search", panel=_DATA)
-add_command(app, ask.ask, "ask", panel=_DATA)
-add_command(app, ask.chat, "chat", panel=_DATA)
-add_command(app, read.read, "read", panel=_DATA)
-add_command(app, info.info, "info", panel=_DATA)
+for _command in (index.index, search.search, ask.ask, ask.chat, read.read, info.info):
+    add_command(app, _command, panel=_DATA)
 app.add_typer(train.app, name="train", rich_help_panel=_MODELS)
-add_command(app, train.export, "export", panel=_MODELS)
+add_command(app, train.export, panel=_MODELS)
 app.add_typer(evaluate.app, name="eval", rich_help_panel=_MODELS)
 app.add_typer(dataset.app, name="dataset", rich_help_panel=_MODELS)
 

@@ -148,9 +148,6 @@ def chat(
         print_json(_target_fields(target) | {"turns": [dataclasses.asdict(turn) for turn in session.turns]})
 
 
-# ---- from options to arguments ---------------------------------------------------------------------------------------
-
-
 def _check_target(target: SourceOptions, retrieval: RetrievalOptions, advanced: AdvancedOptions) -> None:
     if bool(target.library) == bool(target.memory):
         raise LlamoryError("Give either --library DIR or --memory FILE, to say what is asked.")
@@ -188,9 +185,6 @@ def _open_library(target: SourceOptions, advanced: AdvancedOptions) -> Any:
 
 def _target_fields(target: SourceOptions) -> dict[str, Any]:
     return {"memory": list(map(str, target.memory))} if target.memory else {"library": target.library}
-
-
-# ---- input and output ------------------------------------------------------------------------------------------------
 
 
 def _questions(*, interactive: bool) -> Iterator[str]:

@@ -95,9 +95,8 @@ def sections(
     _print_summary(output, result, as_json=as_json)
 
 
-options.add_command(app, descriptions, "descriptions")
-options.add_command(app, functions, "functions")
-options.add_command(app, sections, "sections")
+for _command in (descriptions, functions, sections):
+    options.add_command(app, _command)
 
 
 def _print_summary(output: Path, result: dict[str, Any], *, as_json: bool) -> None:

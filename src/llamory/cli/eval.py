@@ -110,9 +110,6 @@ def _print_scores(headers: Sequence[str], formats: Mapping[str, str], scores: It
     typer.echo()
 
 
-# ---- passkey ---------------------------------------------------------------------------------------------------------
-
-
 def _depths(values: Sequence[str]) -> list[float]:
     """Depths from a list of them, or from their number."""
     if len(values) == 1 and values[0].strip().isdigit():
@@ -203,9 +200,6 @@ def _print_passkey(results: PasskeyResultsFile) -> None:
         typer.echo()
 
 
-# ---- perplexity ------------------------------------------------------------------------------------------------------
-
-
 def perplexity(
     *,
     model: ModelsOptions,
@@ -257,9 +251,6 @@ def _print_perplexity(results: PerplexityResultsFile) -> None:
         typer.echo(f"{shown}: the last {results.settings['tokens']} tokens of {documents}")
         _print_scores(headers, formats, curve)
     typer.echo("± is the standard error over documents; change is the loss minus the loss without memory.")
-
-
-# ---- many-shot classification ----------------------------------------------------------------------------------------
 
 
 def manyshot(
@@ -320,9 +311,6 @@ def _print_manyshot(results: ManyshotResultsFile) -> None:
     typer.echo("± is the standard deviation between seeds.")
 
 
-# ---- dictionary look-up ----------------------------------------------------------------------------------------------
-
-
 def lookup(
     model: ModelsOptions,
     memory_tokens: Annotated[list[Any], _list_option("Tokens in memory; 1M is 1024k.")] = _LOOKUP_MEMORY,
@@ -368,9 +356,6 @@ def _print_lookup(results: LookupResultsFile) -> None:
         cells = results.scores[name]
         typer.echo(f"{shown}: {cells[0].num_values if cells else 0} values asked for")
         _print_scores(headers, formats, cells)
-
-
-# ---- retrieval -------------------------------------------------------------------------------------------------------
 
 
 def retrieval(
@@ -424,13 +409,10 @@ def retrieval(
         print_json(results.document())
     else:
         shown = display_names([*names, *mean_pooling_models])
-        shown |= {
-            evaluation.mean_pooling_name(name): evaluation.mean_pooling_name(shown[name])
-            for name in mean_pooling_models
-        }
+        run_name = evaluation.mean_pooling_name
+        shown |= {run_name(name): run_name(shown[name]) for name in mean_pooling_models}
         _print_retrieval(results, shown)
-        written = [str(path) for path in (output, per_query) if path is not None]
-        if written:
+        if written := [str(path) for path in (output, per_query) if path is not None]:
             typer.echo(f"Written: {' and '.join(written)}")
 
 
@@ -442,14 +424,10 @@ def _print_retrieval(report: RetrievalResultsFile, shown: dict[str, str]) -> Non
     from llamory.evaluation.retrieval import METRICS
 
     settings, document = report.settings, report.document()
-    title = (
-        f"{settings['data']} ({settings['split']}): {settings['queries']:,} queries, "
-        f"{settings['documents']:,} documents"
-    )
+    counts = f"{settings['queries']:,} queries, {settings['documents']:,} documents"
     console = Console(highlight=False)
-    console.print(title, markup=False, soft_wrap=True)
-    missing = settings["relevant_documents_missing"]
-    if missing:
+    console.print(f"{settings['data']} ({settings['split']}): {counts}", markup=False, soft_wrap=True)
+    if missing := settings["relevant_documents_missing"]:
         console.print(f"{missing:,} relevant documents are not among them and can't be found.", soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("", overflow="fold")  # a path may be long
@@ -473,8 +451,5 @@ def _format_with_interval(entry: dict[str, Any], metric: str, separator: str, *,
     return value if bounds is None else f"{value}{separator}({bounds[0]:{sign}.3f} to {bounds[1]:{sign}.3f})"
 
 
-options.add_command(app, passkey, "passkey")
-options.add_command(app, perplexity, "perplexity")
-options.add_command(app, manyshot, "manyshot")
-options.add_command(app, lookup, "lookup")
-options.add_command(app, retrieval, "retrieval")
+for _command in (passkey, perplexity, manyshot, lookup, retrieval):
+    options.add_command(app, _command)

@@ -114,9 +114,8 @@ def _model(name: str) -> dict[str, Any]:
         metadata[key] = getattr(config, key)
     if layers := getattr(config, "mem_layers", None):
         metadata["mem_layers"] = list(layers)
-    metadata["llara"] = (
-        "no template" if template is None else f"{template.slots} summary and {template.slots} query slots"
-    )
+    slots = "no template" if template is None else f"{template.slots} summary and {template.slots} query slots"
+    metadata["llara"] = slots
     if name == "default":
         metadata["note"] = (
             "'default' is 'retriever' where texts are embedded and 'reader' where they are read; training starts here."

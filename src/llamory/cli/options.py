@@ -21,9 +21,6 @@ MAX_SEED = 2**63 - 1
 MAX_LAYERS = 10_000
 
 
-# ---- parsers ---------------------------------------------------------------------------------------------------------
-
-
 def text(value: str) -> str:
     """Parse a text argument. Bytes that the locale can't decode are read as UTF-8."""
     try:
@@ -149,15 +146,13 @@ def distinct_names(names: list[str]) -> list[str]:
     return names
 
 
-# ---- options ---------------------------------------------------------------------------------------------------------
-
 _PARSERS: dict[Any, Callable[[Any], Any]] = {int: integer(), float: number(), str: name, Path: path}
 _METAVARS = {int: "NUMBER", float: "NUMBER", str: "TEXT", Path: "PATH"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """An option of a command, as the annotation of a parameter; its name and type give the flag and the parser.
+    """An option of a command; the parameter's name and type give the flag and the parser.
 
     `parser` parses each value instead, and `parse_all` the list of the values of all flags.
     """
@@ -204,11 +199,10 @@ def set_parameters(command: Callable[..., None], parameters: Sequence[inspect.Pa
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
-def add_command(app: typer.Typer, command: Callable[..., None], name: str, *, panel: str | None = None) -> None:
-    """Add a command to an app; its docstring is the help.
+def add_command(app: typer.Typer, command: Callable[..., None], *, panel: str | None = None) -> None:
+    """Add a function to an app as the command of its name; its docstring is the help.
 
-    A parameter that is a dataclass of options, such as `reader: ReaderOptions`, becomes one option per field, and the
-    command gets an instance.
+    A parameter that is a dataclass of options becomes one option per field, and the command gets an instance.
     """
     groups: dict[str, type] = {}
     parameters: list[inspect.Parameter] = []
@@ -218,9 +212,7 @@ def add_command(app: typer.Typer, command: Callable[..., None], name: str, *, pa
         if dataclasses.is_dataclass(kind):
             assert isinstance(kind, type)
             groups[each.name], fields = kind, get_type_hints(kind, include_extras=True)
-            parameters += [
-                parameter(field.name, fields[field.name], field.default) for field in dataclasses.fields(kind)
-            ]
+            parameters += [parameter(f.name, fields[f.name], f.default) for f in dataclasses.fields(kind)]
         else:
             parameters.append(parameter(each.name, kind, each.default))
 
@@ -234,7 +226,7 @@ def add_command(app: typer.Typer, command: Callable[..., None], name: str, *, pa
     set_parameters(run, parameters)
     paragraphs = (inspect.getdoc(command) or "").split("\n\n")
     help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-    app.command(name=name, help=help, rich_help_panel=panel)(run)
+    app.command(name=command.__name__, help=help, rich_help_panel=panel)(run)
 
 
 def explicit(options: Any, *names: str) -> dict[str, Any]:
@@ -242,8 +234,6 @@ def explicit(options: Any, *names: str) -> dict[str, Any]:
     values = {name: getattr(options, name) for name in names or vars(options)}
     return {name: value for name, value in values.items() if value not in (None, []) and value is not False}
 
-
-# ---- options of several commands -------------------------------------------------------------------------------------
 
 Json = Annotated[bool, Option("Print the result as one JSON document.", OUTPUT, flag="--json")]
 Quiet = Annotated[bool, Option("Print no progress and no messages, only errors.", OUTPUT, flag="--quiet -q")]

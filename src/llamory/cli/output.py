@@ -23,9 +23,6 @@ _MAX_LISTED = 20
 INTERNAL_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 
-# ---- results ---------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def stdout_redirected(*, quiet: bool = False) -> Iterator[None]:
     """Send to standard error what libraries print to standard output; with `quiet`, discard both."""
@@ -102,25 +99,14 @@ def _finite(value: Any) -> Any:
     return value
 
 
-# ---- messages of libraries -------------------------------------------------------------------------------------------
-
-
 def silence_libraries() -> None:
     """Turn off the notices of libraries before they are imported; variables that the user has set stay."""
-    for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "DATASETS_VERBOSITY": "error",
-        "HF_HUB_VERBOSITY": "error",
-        "TQDM_DISABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }.items():
+    values = {f"{library}_VERBOSITY": "error" for library in ("TRANSFORMERS", "DATASETS", "HF_HUB")}
+    values |= {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    for name, value in values.items():
         os.environ.setdefault(name, value)
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-
-
-# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager

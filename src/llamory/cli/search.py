@@ -36,9 +36,7 @@ def search(
         opened = Library(library, model=model, device=device)
         hits = opened.search(query, top, source=source or None, mode=mode)
     if as_json:
-        ranked = [
-            {"rank": rank, "location": hit.location, **dataclasses.asdict(hit)} for rank, hit in enumerate(hits, 1)
-        ]
+        ranked = [{"rank": i, "location": hit.location, **dataclasses.asdict(hit)} for i, hit in enumerate(hits, 1)]
         print_json({"query": query, "library": library, "mode": mode, "hits": ranked})
     elif hits:
         _print_hits(hits)

@@ -32,14 +32,8 @@ def add_settings_command(
 ) -> None:
     """Add a command whose flags are the fields of a dataclass, and which prints what `run` returns.
 
-    `--config FILE.yaml` holds values under the names of the fields; flags take precedence.
-
-    Args:
-        app, name: the app that gets the command, and the name of the command.
-        settings_class: a dataclass of str, int, float, bool, Path, Literal, lists of these, or one of these or None;
-            `metadata["help"]` is the help of a field. A field `quiet` replaces the flag `--quiet`.
-        run: does the work.
-        help: the description of the command, by default the docstring of the class.
+    `--config FILE.yaml` holds values by field; flags take precedence. Fields are str, int, float, bool, Path, Literal
+    or lists of these, or None; `metadata["help"]` is the help of one. A field `quiet` replaces the flag `--quiet`.
     """
     fields = _fields(settings_class)
 
@@ -69,8 +63,7 @@ def add_settings_command(
 def read_settings(settings_class: type[Settings], file: Path | None, overrides: Mapping[str, Any]) -> Settings:
     """Make a dataclass of settings from a YAML file and from values that take precedence over it.
 
-    Raises:
-        LlamoryError: the file can't be read, or a key is unknown, missing or invalid.
+    Raises LlamoryError if the file can't be read, or a key is unknown, missing or invalid.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -107,9 +100,6 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-# ---- flags -----------------------------------------------------------------------------------------------------------
-
-
 def _parameters(field: dataclasses.Field[Any], hint: Any) -> list[inspect.Parameter]:
     kind, flag = without_none(hint), _flag(field.name)
     help = field.metadata.get("help", "")
@@ -139,9 +129,6 @@ def _parameters(field: dataclasses.Field[Any], hint: Any) -> list[inspect.Parame
 def _is_explicit(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and not source.name.startswith("DEFAULT")
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def _file_values(file: Path, fields: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:

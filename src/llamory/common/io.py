@@ -29,10 +29,7 @@ PathLike = str | os.PathLike[str]
 
 @contextmanager
 def atomic_path(path: PathLike) -> Iterator[Path]:
-    """Give a temporary path with the same suffix, which replaces `path` if the block ends without an error.
-
-    A kill at any moment leaves the old file (or folder) or the new one. A missing folder is made.
-    """
+    """A temporary path with the same suffix; it replaces the file or folder `path` if the block ends without error."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.stem}.{os.getpid()}-{secrets.token_hex(4)}{target.suffix}")
@@ -51,8 +48,8 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
 def atomic_file(path: PathLike) -> Iterator[BinaryIO]:
     """Open a large file for writing; it replaces `path`, flushed to the disk, if the block ends without an error.
 
-    The temporary file always has the same name and is locked, so killed runs leave one at most, and writers take turns.
-    An OSError has `path` as its `filename`; the old file stays.
+    The temporary file is locked and has a fixed name: killed runs leave one at most, and writers take turns. An
+    OSError has `path` as its `filename`.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,6 @@ class ProgressBar:
 
     Args:
         title: what is being done, such as "Indexing".
-        total: units in all.
         unit: name of a unit in the plural, such as "tokens".
         completed: units done by an earlier run; they don't count for the speed.
         shown: whether anything is written.

@@ -72,8 +72,7 @@ def read_beir(folder: Path, split: str | None = None, *, skip_broken: bool = Fal
         split: name of the qrels; None for "test" if it exists, else the only one.
         skip_broken: skip broken JSON lines, with a warning in the log.
 
-    Raises:
-        LlamoryError: a file is missing, or a line is broken or of an unknown query; the message has file and line.
+    Raises LlamoryError if a file is missing, or a line is broken or of an unknown query; the message has file and line.
     """
     split_folder = folder / (split or "test")
     if not (folder / CORPUS).exists() and (split_folder / CORPUS).is_file():

@@ -43,9 +43,8 @@ def chunk_document(
 ) -> Iterator[Chunk]:
     """Split a document into chunks; every word of it is in exactly one, in order.
 
-    Consecutive sections of one title that fit are one chunk. Longer ones are split between sentences (code: between
-    lines), as many per chunk as fit; a sentence that is too long is split between words, a word that is too long
-    within it. A section of hardly more than a heading is joined to the next one.
+    Consecutive sections of one title that fit are one chunk. Longer ones are split between sentences (code: lines),
+    then words, then within a word. A section of hardly more than a heading is joined to the next one.
 
     Args:
         tokenizer: a fast tokenizer; its special tokens are not counted.

@@ -30,8 +30,7 @@ def read_documents(
         text_field: the field of a JSON line that holds the text.
         skip_broken: skip broken JSON lines and files that aren't UTF-8, with a warning in the log.
 
-    Raises:
-        LlamoryError: at once as `find_files`; later for a broken line or file, and at the end if there was no text.
+    Raises LlamoryError at once as `find_files`; later for a broken line or file, and at the end if there was no text.
     """
     paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     files = find_files(paths)
@@ -105,8 +104,7 @@ def read_json_lines(
         parse: converts an object; it raises LlamoryError with the reason if the object is invalid.
         skip_broken, broken, max_bytes, hasher: as for `read_file`.
 
-    Raises:
-        LlamoryError: a line isn't UTF-8, not JSON, no object, or invalid; the message has file and line.
+    Raises LlamoryError if a line isn't UTF-8, not JSON, no object, or invalid; the message has file and line.
     """
     skipped_lines, first = 0, ""
     with open_regular(path) as file:

@@ -49,13 +49,10 @@ def is_within(path: PathLike, roots: Sequence[str]) -> bool:
 
 
 def scan_files(paths: Sequence[Path], *, log_skipped: bool = False) -> FileScan:
-    """List the documents in files and folders, without hidden files and folders.
+    """List the documents in files and folders, without hidden ones and without links that lead out of the folders.
 
-    Links to folders aren't followed (a folder inside the given ones is found anyway), links to files only if they lead
-    to a file inside the given folders. `log_skipped`: log a warning for everything that is skipped or can't be read.
-
-    Raises:
-        LlamoryError: a path doesn't exist, is no file or folder, or is of an unknown format.
+    `log_skipped`: log a warning for everything that is skipped or can't be read. Raises LlamoryError if a path doesn't
+    exist, is no file or folder, or is of an unknown format.
     """
     if not paths:
         raise LlamoryError("No documents were given; name at least one file or folder.")

@@ -38,10 +38,7 @@ _KERNEL = _find_kernel()
 def linear(layer: Any, x: Tensor, *, silu: bool = False, add: Tensor | None = None) -> Tensor:
     """A linear layer's output (N, out), with SiLU if asked for, plus `add`; without a gradient if the kernel is used.
 
-    Args:
-        layer: an `nn.Linear`, or a module that replaces one (such as a layer with a LoRA adapter).
-        x: (N, in)
-        add: (N, out)
+    `layer` is an `nn.Linear`, or a module that replaces one (such as a layer with a LoRA adapter); `x` is (N, in).
     """
     if _can_use_kernel(layer, x):
         if add is not None and not silu:

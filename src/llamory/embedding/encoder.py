@@ -1,7 +1,6 @@
 """Texts to vectors with any embedder; those of LLARA without padding, several times as fast on uneven texts.
 
-Sentence Transformers pads every batch to its longest text. `FlatEncoder` limits a batch by its number of tokens and
-concatenates its texts. After its attention, the last layer computes the slot tokens only.
+`FlatEncoder` limits a batch by its tokens and concatenates its texts; the last layer computes the slot tokens only.
 """
 
 from __future__ import annotations
@@ -52,9 +51,7 @@ def embed_passages(
 ) -> np.ndarray:
     """Embed at least one passage: float32 vectors (passages, dimension).
 
-    Args:
-        advance: called with the number of passages of each finished batch.
-        dtype: the dtype to compute in by autocast, such as "bfloat16"; by default that of the weights.
+    `advance` gets the number of passages of each finished batch; `dtype`, such as "bfloat16", is that of autocast.
     """
     texts = escape_slot_tokens(embedder, texts)
     with _autocast(embedder, dtype):
@@ -123,8 +120,7 @@ def chunk_tokenizer(embedder: SentenceTransformer) -> PreTrainedTokenizerBase:
 def resolve_chunk_size(embedder: SentenceTransformer, requested: int | None) -> int:
     """Tokens of a chunk: as requested, or else 256 or what the embedder reads if that is less.
 
-    Raises:
-        LlamoryError: the requested size exceeds the embedder's limit.
+    Raises LlamoryError if the requested size exceeds the embedder's limit.
     """
     limit = embedder.max_seq_length
     if limit is None or not math.isfinite(limit):
@@ -132,10 +128,8 @@ def resolve_chunk_size(embedder: SentenceTransformer, requested: int | None) -> 
     prompt = embedder.preprocess([""], task="document")["input_ids"].shape[-1]
     max_chunk_size = limit - prompt
     if requested is not None and requested > max_chunk_size:
-        raise LlamoryError(
-            f"Chunks of {requested} tokens don't fit the model, which reads {limit} with {prompt} of them for its "
-            f"prompt; choose a chunk size of at most {max_chunk_size}."
-        )
+        problem = f"Chunks of {requested} tokens don't fit the model, which reads {limit} with a prompt of {prompt}"
+        raise LlamoryError(f"{problem}; choose a chunk size of at most {max_chunk_size}.")
     return requested or min(DEFAULT_CHUNK_SIZE, max_chunk_size)
 
 
@@ -191,12 +185,7 @@ class FlatEncoder:
     def encode(
         self, texts: Sequence[str], task: str = "document", advance: Callable[[int], None] = lambda _: None
     ) -> np.ndarray:
-        """Encode at least one text without slot tokens: float32 vectors (texts, dimension).
-
-        Args:
-            task: "document" or "query".
-            advance: called with the number of texts of each finished batch.
-        """
+        """Float32 vectors (texts, dimension) of texts without slot tokens for a task, "document" or "query"."""
         from sentence_transformers.util import truncate_embeddings
 
         self._embedder.eval()

@@ -45,11 +45,7 @@ def build_export_tokenizer(
 
 
 def _split_normalizer(normalizer: dict[str, Any] | None, pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Give each segment the leading `▁` that a Llama-2 tokenizer gives a separate text.
-
-    Either a normalizer prepends `▁` to every run of text between special tokens, or a Metaspace pre-tokenizer with the
-    scheme "first" gives it to the first run only, unless that starts with a space.
-    """
+    """Give each segment the leading `▁` that a Llama-2 tokenizer (Prepend or Metaspace "first") gives a text."""
     result: list[dict[str, Any]] = []
     for step in _components(normalizer, "normalizers"):
         if step["type"] == "Prepend":

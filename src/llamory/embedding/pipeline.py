@@ -75,8 +75,7 @@ def load_embedder(
         similarity: for a LLARA checkpoint, the name of the similarity function.
         model_kwargs: passed to `from_pretrained`, such as `dtype` and `attn_implementation`.
 
-    Raises:
-        LlamoryError: there is no such model, it is no retriever, or a setting doesn't fit it.
+    Raises LlamoryError if there is no such model, it is no retriever, or a setting doesn't fit it.
     """
     from sentence_transformers import SentenceTransformer
 
@@ -132,10 +131,7 @@ class _Checkpoint:
         context: int = config.max_position_embeddings
         self.max_length = min(DEFAULT_MAX_LENGTH, context) if max_length is None else max_length
         if self.max_length > context:
-            raise LlamoryError(
-                f"A length of {max_length} tokens exceeds the context of {name}, which is {context}; choose a smaller "
-                "length."
-            )
+            raise LlamoryError(f"{max_length} tokens exceed the context of {name}, {context}; choose a smaller length.")
         # These raise if a prompt doesn't fit.
         self.template.encode(self.tokenizer, "", max_length=self.max_length, predict=False)
         self.template.encode(self.tokenizer, "", max_length=self.max_length, summarize=False)
@@ -188,10 +184,8 @@ class _Checkpoint:
                 expected = self.template.encode(self.tokenizer, text, **prompts, max_length=self.max_length)
                 found = transformer.preprocess([text], task=task)["input_ids"][0].tolist()
                 if found != expected:
-                    raise LlamoryError(
-                        f"This tokenizer can't be exported: with the prompts around it, {text[:40]!r} gets other token "
-                        f"ids than in training; {_TOKENIZER_ADVICE}"
-                    )
+                    problem = f"it reads {text[:40]!r} otherwise than in training"
+                    raise LlamoryError(f"This tokenizer can't be exported: {problem}; {_TOKENIZER_ADVICE}")
 
 
 def _word_weights(
@@ -248,18 +242,14 @@ def _check_module_types(folder: Path) -> None:
         types += json.loads(file.read_text(encoding="utf-8")).get("types", {}).values()
     for module_type in map(str, types):
         if not module_type.startswith("sentence_transformers."):
-            raise LlamoryError(
-                f"{folder} has a module of its own, {module_type}: that needs Python code that comes with the model, "
-                "which llamory never runs; choose a model of stock Sentence Transformers modules."
-            )
+            problem = f"{folder} needs Python code that comes with the model, {module_type}, which llamory never runs"
+            raise LlamoryError(f"{problem}; choose a model of stock Sentence Transformers modules.")
 
 
 def _require_template(name: str, config: Any) -> LlaraTemplate:
     if (template := LlaraTemplate.from_config(config)) is None:
-        raise LlamoryError(
-            f"{name} is a plain LLaMA without a LLARA template in its config; train a retriever from it first with "
-            "`llamory train llara`."
-        )
+        problem = f"{name} is a plain LLaMA without a LLARA template in its config"
+        raise LlamoryError(f"{problem}; train a retriever from it first with `llamory train llara`.")
     return template
 
 
@@ -272,8 +262,7 @@ def query_prompt(embedder: SentenceTransformer) -> str | None:
 def set_query_prompt(embedder: SentenceTransformer, query_prompt: str) -> None:
     """Change the prompt of queries (see `LlaraTemplate.query_prompt`); documents keep theirs.
 
-    Raises:
-        LlamoryError: the model is no LLARA model, or there is no such prompt.
+    Raises LlamoryError if the model is no LLARA model, or there is no such prompt.
     """
     if (template := llara_template(embedder)) is None:
         raise LlamoryError("Only a LLARA model has a query_prompt; leave it out for this one.")
@@ -293,8 +282,7 @@ def sample_passages(
 ) -> list[str]:
     """At most `number` random passages of documents, of `max_length` tokens with their prompt, to fit whitening on.
 
-    Raises:
-        LlamoryError: the model is no LLARA checkpoint, or the documents can't be read or have no text.
+    Raises LlamoryError if the model is no LLARA checkpoint, or the documents can't be read or have no text.
     """
     from llamory.llara.data import load_examples, passage_texts  # needs the extra "train"
 
@@ -317,8 +305,7 @@ def fit_whitening_on_texts(
 
     `model` is as for `load_embedder`, or an embedder without whitening.
 
-    Raises:
-        LlamoryError: the model is no LLARA checkpoint, or there are fewer than `MIN_TEXTS` texts.
+    Raises LlamoryError if the model is no LLARA checkpoint, or there are fewer than `MIN_TEXTS` texts.
     """
     if isinstance(model, str | os.PathLike):
         model = load_embedder(model, max_length=max_length, device=device, whitened=False)
@@ -364,8 +351,7 @@ def export_sentence_transformer(
         whitening_texts: to fit whitening on; by default the whitening beside the checkpoint is used, if there is one.
         device: where the texts are embedded.
 
-    Raises:
-        LlamoryError: the model is no LLARA checkpoint, its tokenizer doesn't fit, or the output folder isn't empty.
+    Raises LlamoryError if the model is no LLARA checkpoint, its tokenizer doesn't fit, or the folder isn't empty.
     """
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -392,8 +378,7 @@ def export_sentence_transformer(
 def save_embedder(embedder: SentenceTransformer, folder: Path) -> None:
     """Write an embedder as a Sentence Transformers folder.
 
-    Raises:
-        LlamoryError: a LLARA model's tokenizer reads texts differently when it is loaded again.
+    Raises LlamoryError if a LLARA model's tokenizer reads texts differently when it is loaded again.
     """
     from transformers import AutoTokenizer
 
@@ -404,7 +389,5 @@ def save_embedder(embedder: SentenceTransformer, folder: Path) -> None:
     for text in _CHECK_TEXTS:
         message = [{"role": "user", "content": text}]
         if saved.apply_chat_template(message) != embedder.tokenizer.apply_chat_template(message):
-            raise LlamoryError(
-                f"This tokenizer can't be exported: once saved and loaded again it reads {text[:40]!r} differently; "
-                f"{_TOKENIZER_ADVICE}"
-            )
+            problem = f"once saved and loaded again it reads {text[:40]!r} differently"
+            raise LlamoryError(f"This tokenizer can't be exported: {problem}; {_TOKENIZER_ADVICE}")

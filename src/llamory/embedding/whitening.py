@@ -1,9 +1,8 @@
 """Whitening of slot embeddings, so that cosines measure similarity: y = M (x - c), then normalized.
 
-Hidden states of a language model lie in a narrow cone: a few directions, and text length, dominate cosines (Ethayarajh
-2019, arXiv:1909.00512). Whitening (Su et al. 2021, arXiv:2103.15316) subtracts the mean and multiplies by the inverse
-root of the covariance C. Here queries and documents have a centre each, and M = (C + SHRINKAGE mean(C))^(-POWER / 2), a
-partial inverse root that doesn't amplify the noise of small directions. It is fitted on texts without labels.
+A few directions dominate cosines of hidden states (Ethayarajh 2019, arXiv:1909.00512). Whitening (Su et al. 2021,
+arXiv:2103.15316) removes them; here queries and documents have a centre each, and M = (C + SHRINKAGE mean(C))^(-POWER /
+2), with the covariance C, is a partial inverse root that doesn't amplify the noise of small directions.
 """
 
 from __future__ import annotations
@@ -84,10 +83,8 @@ class Whitening:
         shapes: dict[str, tuple[int, ...]] = {f"{name}_centre": (dimension,) for name in _ROUTES}
         for name, shape in (shapes | {"matrix": (dimension, dimension)}).items():
             if name not in tensors or tensors[name].shape != shape or not tensors[name].isfinite().all():
-                raise LlamoryError(
-                    f"{file} was made for another model than the one beside it, which has {dimension} dimensions: its "
-                    f"{name} doesn't fit; fit it again, or remove it."
-                )
+                problem = f"its {name} doesn't fit the model beside it, of {dimension} dimensions"
+                raise LlamoryError(f"{file} was made for another model: {problem}; fit it again, or remove it.")
         return cls(tensors["matrix"], {name: tensors[f"{name}_centre"] for name in _ROUTES})
 
 
@@ -98,8 +95,7 @@ def fit_whitening(documents: Tensor, queries: Mapping[str, Tensor]) -> Whitening
         documents: (texts, dimension)
         queries: (texts, dimension) of short texts, by query prompt.
 
-    Raises:
-        LlamoryError: there are too few texts.
+    Raises LlamoryError if there are too few texts.
     """
     parts = {"document": documents.double()} | {f"{name}_query": part.double() for name, part in queries.items()}
     if (smallest := min(map(len, parts.values()))) < MIN_TEXTS:

@@ -27,18 +27,15 @@ _write_lock = threading.Lock()
 class MemoryBank:
     """Keys and values of a reader's memory layers, in named, ordered segments (one per document).
 
-    Appending writes into preallocated blocks that double in size. Forks (which `copy.deepcopy` makes too), attached
-    segments and loaded files share blocks.
+    Forks (`copy.deepcopy` makes them too), attached segments and loaded files share preallocated blocks.
 
     Args:
         layers: indices of the memory layers in the model.
-        dtype: storage type: "float32", "bfloat16", "float16", or "int8" (one scale per token and head).
+        dtype: "float32", "bfloat16", "float16", or "int8" (one scale per token and head).
         device: where the memory is stored; None for the device of the first keys of each layer.
         fingerprint: identity of the model that computes the memory, "" if unknown.
 
-    Raises:
-        LlamoryError: a layer is repeated or negative, a size isn't positive, or the dtype is unknown; in the methods
-            also if a layer has no memory or a segment doesn't exist.
+    Raises LlamoryError if an argument is invalid; in the methods if a layer has no memory or a segment doesn't exist.
     """
 
     def __init__(
@@ -124,7 +121,7 @@ class MemoryBank:
         """Add tokens at the end of a segment.
 
         Args:
-            keys, values: (kv_heads, tokens, head_dim), floating, not rotated; converted to the memory's dtype, device.
+            keys, values: (kv_heads, tokens, head_dim), floating, not rotated.
             segment: its name; a new one is made at the end. None for the last one, or "context" if there is none.
         """
         self._check_layer(layer)
@@ -209,10 +206,7 @@ class MemoryBank:
         self.rename_all({old: new})
 
     def rename_all(self, names: Mapping[str, str]) -> None:
-        """Rename segments from old to new names at once; names may be swapped, and positions stay.
-
-        Raises LlamoryError if a new name is invalid or used twice; nothing changes then.
-        """
+        """Rename segments from old to new names at once, or none (LlamoryError) if a new name is invalid or taken."""
         for old, new in names.items():
             self._segment(old)
             _check_name(new)
@@ -235,8 +229,8 @@ class MemoryBank:
     def attach(self, other: MemoryBank, segments: Sequence[str] | None = None) -> None:
         """Add segments of another bank (None: all) at the end, in the order given; blocks are shared.
 
-        A bank of unknown model takes over the other's fingerprint. LlamoryError if the other isn't of the same model,
-        layers and dtype, or a name exists here; nothing is attached then.
+        A bank of unknown model takes over the other's fingerprint. If the banks differ in model, layers or dtype, or a
+        name exists here, LlamoryError is raised and nothing attached.
         """
         names = other.segments if segments is None else tuple(segments)
         subject, heads = "The memory to attach", (self.kv_heads, self.head_dim)
@@ -272,10 +266,7 @@ class MemoryBank:
         return result
 
     def empty_sibling(self) -> MemoryBank:
-        """An empty bank that writes into this one's blocks, behind their tokens.
-
-        Attached here it takes no more storage, whereas each independent bank starts a block.
-        """
+        """An empty bank that writes into this one's blocks: attached here it takes no more storage."""
         result = self._empty_bank()
         result._tail_blocks, result._allocated_blocks = self._tail_blocks, self._allocated_blocks
         return result
@@ -297,10 +288,7 @@ class MemoryBank:
         return result
 
     def save(self, path: PathLike) -> None:
-        """Write the memory to a safetensors file, atomically and without a second copy in RAM; errors as `files.write`.
-
-        The path may be the file that this memory was loaded from. A missing folder is made.
-        """
+        """Write a safetensors file without a second copy in RAM, even over the one loaded; errors as `files.write`."""
         segments = tuple(
             files.StoredSegment(name, tuple(each.length(layer) for layer in self.layers), each.metadata)
             for name, each in self._segments.items()
@@ -325,8 +313,7 @@ class MemoryBank:
             fingerprint, layers, dtype: required of the memory, see `check_compatible`.
             verify: compare the checksums of all data (0.1 s per GB in the page cache). The header is always checked.
 
-        Raises:
-            LlamoryError: the file is missing, damaged, no memory file, or of another model, layers or dtype.
+        Raises LlamoryError if the file is missing, damaged, no memory file, or of another model, layers or dtype.
         """
         file = files.read(path)
         header = file.header
@@ -350,9 +337,7 @@ class MemoryBank:
     ) -> None:
         """Raise LlamoryError unless this memory fits a model or another memory; None or "" matches any.
 
-        Args:
-            subject: how the error names this memory.
-            heads: (kv_heads, head_dim).
+        `subject` is how the error names this memory, `heads` is (kv_heads, head_dim).
         """
         read_again = "or read the documents again with this model"
         if heads is not None and (self.kv_heads, self.head_dim) != heads:

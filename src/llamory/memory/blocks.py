@@ -33,10 +33,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
 class Block:
-    """Storage for `capacity` tokens of one memory layer, filled from the front; filled tokens never change.
-
-    Banks, forks and segments share blocks.
-    """
+    """Storage for `capacity` tokens of one memory layer, filled from the front; filled tokens never change."""
 
     keys: Tensor  # (kv_heads, capacity, head_dim), contiguous, not rotated (position 0)
     values: Tensor  # the same shape
@@ -216,11 +213,7 @@ def capacity_for(tokens: int, allocated: int) -> int:
 
 
 def compact_tail(spans: Sequence[Span], block: Block, tokens: int) -> tuple[Span, ...]:
-    """Copy short spans at the end into an empty block in which `tokens` more tokens will follow.
-
-    A span is copied, with all after it, if it is at most twice as long as these: a segment that is forked at every step
-    (beam search) has few spans, and each token is copied a few times at most.
-    """
+    """Copy the last spans, each at most twice as long as what follows, into an empty block for `tokens` more tokens."""
     first, size = len(spans), tokens
     for i in reversed(range(len(spans))):
         if size + len(spans[i]) > SMALLEST_BLOCK:

@@ -72,14 +72,10 @@ class MemoryHeader:
 
 
 def read_header(path: PathLike) -> dict[str, Any]:
-    """The description of a memory file, read from its header alone, as JSON-serializable values.
+    """The description in a memory file's header, JSON-serializable; LlamoryError if it isn't a whole memory file.
 
-    Returns:
-        `version`, `fingerprint`, `layers`, `kv_heads`, `head_dim`, `dtype`, `tokens` (in the first memory layer),
-        `bytes` (of the file) and `segments`: a list of `name`, `tokens` and `metadata`, in order.
-
-    Raises:
-        LlamoryError: there is no such file, it isn't a memory file, or its header is damaged or truncated.
+    Its keys: `version`, `fingerprint`, `layers`, `kv_heads`, `head_dim`, `dtype`, `tokens` (in the first memory layer),
+    `bytes` (of the file) and `segments`: a list of `name`, `tokens` and `metadata`, in order.
     """
     with _open(path) as file:
         header, _, _ = _read_header(path, file)
@@ -92,10 +88,7 @@ def read_header(path: PathLike) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class MemoryFile:
-    """A mapped memory file: its header, its tensors by name, and their checksums.
-
-    The tensors are views of a private mapping: nothing is copied, and writes never reach the file.
-    """
+    """A mapped memory file; its tensors are views of a private mapping, so writes never reach the file."""
 
     path: PathLike
     header: MemoryHeader
@@ -212,12 +205,8 @@ def _damaged_message(path: PathLike, part: str) -> str:
 def write(path: PathLike, header: MemoryHeader, chunks: Callable[[int, str], Iterable[Tensor]]) -> None:
     """Write a memory file; it replaces the old file when it is complete. A missing folder is made, and a link followed.
 
-    Args:
-        chunks: gives the chunks of a tensor, by layer and part, in the order of its elements.
-
-    Raises:
-        LlamoryError: the path is a folder.
-        OSError: the file can't be written; its `filename` is the path, and the old file stays.
+    `chunks` gives the chunks of a tensor, by layer and part, in the order of its elements. Raises LlamoryError if the
+    path is a folder, and OSError with the path as `filename` if the file can't be written.
     """
     # Banks that have mapped the old file keep it: the new one has another inode.
     target = Path(os.path.realpath(path))

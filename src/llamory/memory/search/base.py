@@ -36,8 +36,7 @@ def merge(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Te
         outputs: (..., queries, head_dim) of each part.
         lses: (..., queries), the log-sum-exp of each part's scores; -inf where a query sees nothing.
 
-    Returns:
-        The output in the first part's type and its log-sum-exp in float32; 0 and -inf where no part sees anything.
+    Returns the output in the first part's type and its log-sum-exp in float32; 0 and -inf where no part sees anything.
     """
     if len(outputs) == 1:
         return outputs[0], lses[0].float()
@@ -92,14 +91,12 @@ def flash(
     Args:
         query: (batch, heads, queries, head_dim).
         key, value: (batch, kv_heads, keys, head_dim); query head h reads key head h // (heads // kv_heads).
-        scaling: factor of the scores.
         mask: added to the scores, broadcastable to (batch, heads, queries, keys), or boolean with True where a query
             sees a key. Keys with at most half of the type's lowest number are not seen.
         causal: query i sees the keys 0 to i (instead of a mask).
 
-    Returns:
-        Output (batch, heads, queries, head_dim) in the query's type and log-sum-exp (batch, heads, queries) in
-        float32 (float64 for float64); 0 and -inf in rows that see nothing.
+    Returns the output in the query's type and shape, and the log-sum-exp (batch, heads, queries) in float32 (float64
+    for float64); 0 and -inf in rows that see nothing.
     """
     if query.numel() == 0 or key.shape[2] == 0:
         return empty_attention(query)
@@ -210,16 +207,10 @@ class Search(ABC):
         self.tolerance = self.default_tolerance if tolerance is None else tolerance
 
     def attend(self, query: Tensor, bank: MemoryBank, layer: int, scaling: float) -> tuple[Tensor, Tensor]:
-        """Attention over all of a layer's tokens.
+        """Attention over a layer's tokens by queries (rows, heads, queries, head_dim) of rows that share this memory.
 
-        Args:
-            query: (rows, heads, queries, head_dim) of rows that share this memory; query head h reads
-                head h // (heads // kv_heads).
-            scaling: factor of the scores.
-
-        Returns:
-            Output of the query's shape and type, and the log-sum-exp (rows, heads, queries) in float32; 0 and -inf for
-            an empty memory.
+        Query head h reads head h // (heads // kv_heads). Returns the output in the query's shape and type, and the
+        log-sum-exp (rows, heads, queries) in float32; 0 and -inf for an empty memory.
         """
         output, lse, _ = self.attend_with_stats(query, bank, layer, scaling)
         return output, lse
@@ -240,27 +231,16 @@ class Search(ABC):
 
     @abstractmethod
     def attend_grouped(self, query: Tensor, spans: SpanList, scaling: float, rows: int) -> AttentionResult:
-        """Attention of grouped queries.
+        """Attention of grouped queries to at least one span; each span may be on another device.
 
-        Args:
-            query: (kv_heads, rows * queries, head_dim), the queries that read each head, row by row.
-            spans: the tokens, at least one span; each may be on another device.
-            scaling: factor of the scores.
+        `query` is (kv_heads, rows * queries, head_dim), the queries that read each head, row by row.
         """
 
 
 def attend(
     query: Tensor, banks: Sequence[MemoryBank], layer: int, scaling: float, search: Search
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a batch over its rows' memories, of which several may be the same or forks of one.
-
-    Args:
-        query: (rows, heads, queries, head_dim).
-        scaling: factor of the scores.
-
-    Returns:
-        Output and log-sum-exp as of `Search.attend`; 0 and -inf for rows whose memory is empty.
-    """
+    """Attention of a batch (rows, heads, queries, head_dim) over its rows' memories, row by row as `Search.attend`."""
     rows_by_memory: dict[bytes, list[int]] = {}
     for row, bank in enumerate(banks):
         rows_by_memory.setdefault(bank.spans(layer).identity, []).append(row)
@@ -295,8 +275,7 @@ def score_moments(query: Tensor, means: Tensor, variances: Tensor) -> tuple[Tens
 def log_sum_exp(mean: Tensor, variance: Tensor, count: int | Tensor) -> Tensor:
     """Estimated log of the sum of exp(score) over the `count` tokens of a page.
 
-    For normally distributed scores it is log(count) + mean + variance / 2. A page's few scores have a shorter tail,
-    so the correction grows slower with large variances.
+    For normally distributed scores it is log(count) + mean + variance / 2; a page's few scores have a shorter tail.
     """
     variance = variance * VARIANCE_SCALE
     return (mean + _log(count)).addcdiv_(variance, variance / 8 + 2)
@@ -305,8 +284,7 @@ def log_sum_exp(mean: Tensor, variance: Tensor, count: int | Tensor) -> Tensor:
 def log_error_bound(mean: Tensor, variance: Tensor, count: int | Tensor) -> Tensor:
     """Log of the error that not reading a page may cause: the root of its expected sum of exp(2 * score).
 
-    Tokens of an unread page get equal weights, and the errors of their values are independent. For normally
-    distributed scores that sum is count * exp(2 * mean + 2 * variance), limited by the largest of `count` scores.
+    For normally distributed scores the sum is count * exp(2 * mean + 2 * variance), limited by the largest score.
     """
     log_count = _log(count)
     largest = variance.sqrt().mul_((2 * log_count) ** 0.5 * MAX_SCORE_SCALE)
@@ -323,10 +301,7 @@ def _log(count: int | Tensor) -> float | Tensor:
 
 
 def workspace(name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """An uninitialized tensor; on a CPU this thread's next request of the same name reuses its storage.
-
-    Fresh memory costs more than filling it. Other devices cache their memory, so there it is a new tensor.
-    """
+    """An uninitialized tensor; on a CPU this thread's next request of the same name reuses its storage."""
     if torch.device(device).type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize

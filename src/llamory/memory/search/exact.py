@@ -31,11 +31,8 @@ class ExactSearch(Search):
 def attend_spans(query: Tensor, spans: Sequence[Span], scaling: float, head: int | None = None) -> tuple[Tensor, ...]:
     """Attention of grouped queries over all tokens of some spans, on whatever devices.
 
-    Args:
-        query: (kv_heads, queries, head_dim), or (1, queries, head_dim) with `head`, the only head to read.
-
-    Returns:
-        Output of the query's shape, and the log-sum-exp (kv_heads, queries) in float32.
+    `query` is (kv_heads, queries, head_dim), or (1, queries, head_dim) with `head`, the only head to read. Returns the
+    output in its shape, and the log-sum-exp (kv_heads, queries) in float32.
     """
     parts, heads = AttentionAccumulator(), slice(None) if head is None else slice(head, head + 1)
     for span in spans:
@@ -58,10 +55,7 @@ def refine_uncertain(
 ) -> AttentionResult:
     """Replace, in `result`, the most uncertain queries of each row by exact attention, up to a limited number.
 
-    Args:
-        error: expected error, relative to the values' size, (kv_heads, queries).
-        tolerance: error from which a query reads everything.
-        query, spans, scaling: as for `attend_spans`.
+    `error` (kv_heads, queries) is expected, relative to the values' size; from `tolerance` on a query reads everything.
     """
     error = error.view(len(error), rows, -1)
     queries = error.shape[2]
@@ -109,11 +103,7 @@ def _add(query: Tensor, keys: Tensor, values: Tensor, scaling: float, parts: Att
 
 
 def needs_conversion(memory: Tensor) -> bool:
-    """Whether memory is converted to float32, chunk by chunk, before it is read.
-
-    CPUs without matrix tiles (AMX) read bfloat16 at 5 GB/s; converting a chunk and reading it from the cache is 2 to
-    3.5 times faster. Matrix products in float16 are slow on all CPUs, and int8 has to be scaled.
-    """
+    """Whether a CPU reads memory faster once converted to float32 by chunks: all but float32, and bfloat16 with AMX."""
     if memory.device.type != "cpu" or memory.dtype == torch.float32:
         return False
     return memory.dtype != torch.bfloat16 or not _has_amx_tiles()

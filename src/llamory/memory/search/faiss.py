@@ -53,9 +53,8 @@ class FaissSearch(Search):
     def _search(self, query: Tensor, span: Span) -> tuple[Tensor, ...]:
         """Attention of scaled queries (kv_heads, queries, head_dim) to a range with an index.
 
-        Returns:
-            Output and log-sum-exp of the neighbours, those of the rest, and the log of the error that the estimate of
-            the rest may have, not yet divided by the softmax's sum.
+        Returns output and log-sum-exp of the neighbours, those of the rest, and the log of the estimate's error times
+        the softmax's sum.
         """
         part, count = get_or_build_part(span, self.folder), min(self.top_k, len(span))
         device_query = query.to(span.block.keys.device)

@@ -1,8 +1,7 @@
 """The index of the paged search: tokens grouped by similar keys into pages, and pages into superpages.
 
-Pages of similar keys catch far more of a real model's attention than as many pages of adjacent tokens. So per head the
-index stores an order in which neighbours are similar; tokens stay where they are in their block. Ranges of a block are
-indexed once, for all banks that share it.
+Per head it stores an order in which neighbours are similar; tokens stay where they are in their block. Ranges of a
+block are indexed once, for all banks that share it.
 """
 
 from __future__ import annotations
@@ -54,10 +53,7 @@ class PagedRange:
 
 
 def stable_spans(spans: Sequence[Span], min_tokens: int) -> tuple[list[Span], list[Span]]:
-    """The parts of spans that are worth indexing (at least `min_tokens` tokens that won't change), and the rest.
-
-    The last tokens of a block that can still grow aren't stable: the index is better with more of them.
-    """
+    """The parts of spans worth indexing (at least `min_tokens` tokens that won't change), and the rest."""
     stable, rest = [], []
     for span in merge_spans(sorted(spans, key=lambda span: (id(span.block), span.start))):
         stop = span.stop
@@ -71,10 +67,7 @@ def stable_spans(spans: Sequence[Span], min_tokens: int) -> tuple[list[Span], li
 
 
 def aligned_ranges(span: Span, lengths: Sequence[int] = LENGTHS) -> tuple[list[Range], list[Span]]:
-    """A span as ranges (start, stop), each of the largest length that fits, and the spans that are left over.
-
-    Ranges lie at multiples of their length in the block, so all that share the block share them.
-    """
+    """A span as ranges (start, stop) at multiples of their length, the largest that fits, and the spans left over."""
     ranges: list[Range] = []
     rest: list[Span] = []
     start = span.start
@@ -144,8 +137,8 @@ def _build(block: Block, start: int, stop: int) -> PagedRange:
 def balanced_pca_partition(vectors: Tensor, size: int) -> Tensor:
     """An order of vectors (heads, count, head_dim) in which every `size` neighbours are similar: (heads, count) int64.
 
-    Every group is halved at the median of its projection on its first principal direction until it has `size` vectors,
-    for each head independently; count must be `size` times a power of two. Deterministic.
+    Groups are halved at the median of their projection on the first principal direction until they have `size` vectors;
+    count must be `size` times a power of two.
     """
     heads, count, head_dim = vectors.shape
     order = torch.arange(count, device=vectors.device).expand(heads, count)
@@ -173,10 +166,7 @@ def _directions(groups: Tensor) -> Tensor:
 
 @dataclass
 class LayerPageIndex:
-    """All pages and superpages of a layer's memory, numbered block by block, and the tokens that are in no page.
-
-    Only the superpages' tables, which every query reads, are concatenated; the pages' tables may be mapped files.
-    """
+    """All pages and superpages of a layer's memory, numbered block by block, and the tokens that are in no page."""
 
     blocks: list[Block]
     ranges: list[PagedRange]
@@ -225,10 +215,7 @@ class LayerPageIndex:
 
 
 def get_or_build_index(spans: SpanList) -> tuple[LayerPageIndex | None, list[Span]]:
-    """The page index of spans on one device, None if they are too short for one, and the spans to read besides.
-
-    Indexes are cached by the span list, and by its first block for other lists of the same tokens in any order.
-    """
+    """The (cached) page index of spans on one device, None if they are too short, and the spans to read besides."""
     key = ("pages", STABLE_STEP)
     if key not in spans.derived:
         stable, rest = stable_spans(spans, SUPERPAGE_SIZE)
@@ -332,11 +319,7 @@ def save_pages(bank: MemoryBank, path: Path) -> None:
 
 
 def load_pages(bank: MemoryBank, path: Path) -> bool:
-    """Read the pages of a memory of one document from a file, so that they need not be built.
-
-    Returns:
-        Whether the file exists, is undamaged, and has the pages of exactly this memory; else the bank stays as it is.
-    """
+    """Read the pages of a memory of one document from a file; False if it hasn't the pages of exactly this memory."""
     with suppress(OSError, SafetensorError, KeyError), safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if metadata.get("pages") != _identity(bank):

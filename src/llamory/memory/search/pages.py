@@ -33,8 +33,7 @@ MAX_GATHERED_ELEMENTS = 1 << 21  # numbers of keys, and of values, that are gath
 class PagesSearch(Search):
     """Reads the `top_k` best pages (of 32 tokens) of each query and head; a group of queries reads twice as many.
 
-    `tolerance` holds for memories of up to `TOLERANCE_SCALE_TOKENS` tokens. It bounds the expected worst error, which
-    is several times the usual error.
+    `tolerance`, of the expected worst error, holds for memories of up to `TOLERANCE_SCALE_TOKENS` tokens.
     """
 
     default_top_k, default_tolerance = 32, TOLERANCE
@@ -81,9 +80,8 @@ class PagesSearch(Search):
     def _search(self, index: LayerPageIndex, query: Tensor, other_lse: Tensor) -> tuple[Tensor, ...]:
         """Attention of groups of scaled queries (kv_heads, groups, size, head_dim) to the pages of an index.
 
-        `other_lse` (kv_heads, groups, size) is that of the tokens that are in no page. Returns output and log-sum-exp
-        of the pages that are read, those of the estimated ones, and the log of the error that the estimate may have,
-        not yet divided by the softmax's sum.
+        `other_lse` (kv_heads, groups, size) is that of the tokens in no page. Returns output and log-sum-exp of the
+        pages that are read, those of the estimated ones, and the log of the estimate's error times the softmax's sum.
         """
         heads, groups, size, head_dim = query.shape
         num_pages = self.top_k * min(size, GROUP_PAGES if size <= GROUP_SIZE else 2 * GROUP_PAGES)
@@ -114,10 +112,7 @@ class PagesSearch(Search):
 
 
 def _groups(query: Tensor, rows: int) -> Tensor:
-    """Queries that read pages together: their indices, (kv_heads, groups, size); some may occur twice.
-
-    Groups are made row by row, so that a row's result doesn't depend on the others.
-    """
+    """The indices (kv_heads, groups, size) of queries that read pages together, row by row; some occur twice."""
     heads, queries, head_dim = query.shape
     per_row = queries // rows
     row_offsets = torch.arange(rows, device=query.device).unsqueeze(1) * per_row

@@ -1,7 +1,4 @@
-"""Top-k attention: each query attends to its best few tokens per head and to nothing else.
-
-The softmax leaves the other tokens out (Tworkowski et al. 2023, section 3.1: the k keys with the highest scores).
-"""
+"""Top-k attention: each query attends to its best few tokens per head only (Tworkowski et al. 2023, section 3.1)."""
 
 from __future__ import annotations
 
