@@ -131,7 +131,8 @@ class _Checkpoint:
         context: int = config.max_position_embeddings
         self.max_length = min(DEFAULT_MAX_LENGTH, context) if max_length is None else max_length
         if self.max_length > context:
-            raise LlamoryError(f"{max_length} tokens exceed the context of {name}, {context}; choose a smaller length.")
+            problem = f"A length of {max_length} tokens exceeds the context of {name}, which is {context}"
+            raise LlamoryError(f"{problem}; choose a smaller length.")
         # These raise if a prompt doesn't fit.
         self.template.encode(self.tokenizer, "", max_length=self.max_length, predict=False)
         self.template.encode(self.tokenizer, "", max_length=self.max_length, summarize=False)
@@ -242,8 +243,8 @@ def _check_module_types(folder: Path) -> None:
         types += json.loads(file.read_text(encoding="utf-8")).get("types", {}).values()
     for module_type in map(str, types):
         if not module_type.startswith("sentence_transformers."):
-            problem = f"{folder} needs Python code that comes with the model, {module_type}, which llamory never runs"
-            raise LlamoryError(f"{problem}; choose a model of stock Sentence Transformers modules.")
+            problem = f"{folder} has a module, {module_type}, that needs Python code that comes with the model"
+            raise LlamoryError(f"{problem}, which llamory never runs; choose a model of stock modules.")
 
 
 def _require_template(name: str, config: Any) -> LlaraTemplate:
