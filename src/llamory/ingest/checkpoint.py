@@ -13,9 +13,8 @@ from llamory.ingest.documents import TokenizedDocument
 from llamory.longllama import LongLlamaForCausalLM
 from llamory.memory import MemoryBank
 
-# Seconds between two saves within a document. Saving takes at most 1 / _SAVE_TIME_RATIO of the time.
-SAVE_INTERVAL_SECONDS = 60.0
-_SAVE_TIME_RATIO = 20
+SAVE_INTERVAL_SECONDS = 60.0  # between two saves within a document
+_SAVE_TIME_RATIO = 20  # saving takes at most 1 / 20 of the time
 _UNFINISHED = "unfinished"
 
 
@@ -54,8 +53,7 @@ class IngestCheckpoint:
         bank, tokens = self._model.new_memory(), self.resumable_tokens(document)
         if tokens:
             devices = {layer: self._device(layer) for layer in bank.layers}
-            # Window by window, as in an uninterrupted run: then the blocks, and the sums that attention takes over
-            # them, are the same to the bit.
+            # Window by window: blocks, and sums over them, are then those of an uninterrupted run to the bit.
             step = self._context_length
             bank.attach_copy(self._unfinished_bank, document.source, tokens=tokens, step=step, devices=devices)
         self._current, self._saved_tokens = (document, bank), tokens

@@ -29,25 +29,15 @@ _SEPARATOR = "\n\n"
 
 @dataclass(frozen=True, eq=False)
 class TokenizedDocument:
-    """A document's tokens and where they come from.
+    """A document's tokens and where they come from."""
 
-    Attributes:
-        source: identifies the document: an absolute path, `path:line` for a line of a JSON lines file.
-        digest: hash of the content.
-        ids: (tokens,) int32.
-        file: absolute path of the file; empty for a document of a library.
-        label: short name: the path from the given folder, or the file's name; `:line` for JSON lines.
-        starts: first token of each chunk of a library's document; a prefix such as BOS belongs to no chunk. None for a
-            document of a file.
-    """
-
-    source: str
+    source: str  # an absolute path, `path:line` for a line of a JSON lines file
     title: str
-    digest: str
-    ids: Tensor
-    file: str = ""
-    label: str = ""
-    starts: list[int] | None = None
+    digest: str  # hash of the content
+    ids: Tensor  # (tokens,) int32
+    file: str = ""  # absolute path; empty for a document of a library
+    label: str = ""  # short name: the path from the given folder, or the file's name; `:line` for JSON lines
+    starts: list[int] | None = None  # first token of each chunk of a library's document, after a prefix such as BOS
 
     def metadata(self, model: str, context_length: int) -> dict[str, Any]:
         """What a memory stores of the document, with the model that encoded it and its window length."""
@@ -98,10 +88,8 @@ def load_documents(
         nonblank = [document for document in tokenized if len(document.ids) > num_prefix_ids]
         for document in nonblank:
             if max_tokens is not None and len(document.ids) > max_tokens:
-                raise LlamoryError(
-                    f"{document.source} has {len(document.ids):,} tokens, more than the limit of {max_tokens:,}: "
-                    "raise the limit, or leave the document out."
-                )
+                found = f"{document.source} has {len(document.ids):,} tokens, more than the limit of {max_tokens:,}"
+                raise LlamoryError(f"{found}: raise the limit, or leave the document out.")
         documents += nonblank
         empty += [] if nonblank else [file]
     for path in empty:
@@ -174,8 +162,7 @@ class StoredDocument:
         )
         token_ends = torch.tensor([end for _, end in encoded["offset_mapping"]], dtype=torch.int64)
         lengths = torch.tensor([len(text) for text in texts], dtype=torch.int64)
-        # A chunk starts with the first token that ends after the chunk's first character: a token that spans two
-        # chunks belongs to the later one.
+        # A token that spans two chunks belongs to the later one.
         starts = torch.searchsorted(token_ends, lengths.cumsum(0) - lengths, right=True) + len(prefix_ids)
         ids = torch.tensor([*prefix_ids, *encoded["input_ids"]], dtype=torch.int32)
         return TokenizedDocument(self.source, self.title, self.digest, ids, starts=starts.tolist())

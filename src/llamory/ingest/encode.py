@@ -109,30 +109,20 @@ def _encode_rows(
 
 @dataclass
 class ReadReport:
-    """Result of `read_documents_into`.
+    """Result of `read_documents_into`."""
 
-    Attributes:
-        added, replaced, unchanged, removed: numbers of documents; a JSON line that is no longer in its file is removed.
-        tokens: encoded by this run.
-        resumed: tokens that a stopped run had encoded.
-        seconds: duration, without loading the model.
-        documents, memory_tokens, bytes: of the memory file now.
-        model: the model's name.
-        skipped: files that were skipped, such as links that lead out of the given folders.
-    """
-
-    added: int = 0
+    added: int = 0  # documents, as the next three
     replaced: int = 0
     unchanged: int = 0
-    removed: int = 0
-    tokens: int = 0
-    resumed: int = 0
-    seconds: float = 0.0
-    documents: int = 0
+    removed: int = 0  # a JSON line that is no longer in its file is removed
+    tokens: int = 0  # encoded by this run
+    resumed: int = 0  # tokens that a stopped run had encoded
+    seconds: float = 0.0  # without loading the model
+    documents: int = 0  # of the memory file now, as the next two
     memory_tokens: int = 0
     bytes: int = 0
-    model: str = ""
-    skipped: list[SkippedFile] = field(default_factory=list)
+    model: str = ""  # the model's name
+    skipped: list[SkippedFile] = field(default_factory=list)  # such as links that lead out of the given folders
 
     @property
     def tokens_per_second(self) -> float:
@@ -276,10 +266,9 @@ class _IngestRun:
         required = (2 * tokens * self.bank.token_bytes + self.bank.nbytes) if tokens else 0
         free = shutil.disk_usage(self.memory.absolute().parent).free
         if required > free:
-            raise LlamoryError(
-                f"Reading {tokens:,} tokens needs {required / 1e9:.1f} GB on the disk of {self.memory}, which has "
-                f"{free / 1e9:.1f} GB left: free some space, or keep the memory as int8 or of fewer layers."
-            )
+            found = f"Reading {tokens:,} tokens needs {required / 1e9:.1f} GB on the disk of {self.memory}"
+            advice = "free some space, or keep the memory as int8 or of fewer layers"
+            raise LlamoryError(f"{found}, which has {free / 1e9:.1f} GB left: {advice}.")
 
     def _write(self, plan: SyncPlan) -> None:
         """Write the new memory file and clear the checkpoint."""

@@ -22,33 +22,22 @@ _CHECKPOINT_SUFFIX = ".partial"
 
 
 class MemoryFileInfo:
-    """Header of a memory file.
-
-    Attributes:
-        model: name of the model that made it (folders and files as absolute paths); None if unknown.
-        context_length: window length, in tokens; None if unknown.
-        layers, dtype, fingerprint: the memory's.
-        segments: `name`, `tokens` and `metadata` of each document, in order.
-
-    Raises:
-        LlamoryError: the file doesn't exist, or isn't a complete memory file.
-    """
+    """Header of a memory file; LlamoryError if the file doesn't exist or isn't complete."""
 
     def __init__(self, path: PathLike):
         self.path = path
         if not Path(path).exists() and checkpoint_path(path).exists():
-            raise LlamoryError(
-                f"{path} isn't finished: read the same documents again to resume the run from {checkpoint_path(path)}."
-            )
+            partial = checkpoint_path(path)
+            raise LlamoryError(f"{path} isn't finished: read the same documents again to resume from {partial}.")
         self.header: dict[str, Any] = read_header(path)
-        self.segments: list[dict[str, Any]] = self.header["segments"]
+        self.segments: list[dict[str, Any]] = self.header["segments"]  # `name`, `tokens`, `metadata` of each document
         self.layers: list[int] = self.header["layers"]
         self.dtype: str = self.header["dtype"]
         self.fingerprint: str = self.header["fingerprint"]
         recorded = self._recorded_value("model")
         # Before there was a packaged reader, "default" was the model as it is.
         model = "base" if recorded == "default" else recorded
-        self.model: str | None = model and base.unshadowed_name(model)
+        self.model: str | None = model and base.unshadowed_name(model)  # folders as absolute paths; None if unknown
         self.context_length: int | None = self._recorded_value("context_length")
 
     def _recorded_value(self, key: str) -> Any:
@@ -81,20 +70,13 @@ def checkpoint_path(path: PathLike) -> Path:
 
 @dataclass
 class SyncPlan:
-    """The changes that bring a memory up to date with documents, by segment name.
+    """The changes that bring a memory up to date with documents, by segment name."""
 
-    Attributes:
-        read, unchanged: documents to encode, and documents that the memory has.
-        replaced: names in `read` whose segment exists with older content.
-        removed: segments whose document is no longer in its file.
-        moved: new names of segments whose document has moved, by old name.
-    """
-
-    read: dict[str, TokenizedDocument] = field(default_factory=dict)
-    replaced: list[str] = field(default_factory=list)
-    unchanged: dict[str, TokenizedDocument] = field(default_factory=dict)
-    removed: list[str] = field(default_factory=list)
-    moved: dict[str, str] = field(default_factory=dict)
+    read: dict[str, TokenizedDocument] = field(default_factory=dict)  # documents to encode
+    replaced: list[str] = field(default_factory=list)  # names in `read` whose segment exists with older content
+    unchanged: dict[str, TokenizedDocument] = field(default_factory=dict)  # that the memory has
+    removed: list[str] = field(default_factory=list)  # segments whose document is no longer in its file
+    moved: dict[str, str] = field(default_factory=dict)  # new names of segments whose document has moved, by old name
 
     @property
     def has_changes(self) -> bool:
@@ -270,10 +252,8 @@ def _check_model_shape(memory_file: MemoryFileInfo, name: str) -> None:
         config = base.load_config(name)
     except LlamoryError as error:
         if name == memory_file.model and name not in base.PACKAGED_MODELS:
-            raise LlamoryError(
-                f"The model that made {memory_file.path} isn't where it was ({str(error).rstrip('.')}); "
-                "name its new place."
-            ) from error
+            cause = f"The model that made {memory_file.path} isn't where it was ({str(error).rstrip('.')})"
+            raise LlamoryError(f"{cause}; name its new place.") from error
         raise
     shape = (config.num_key_value_heads, config.head_dim)
     too_deep = max(memory_file.layers, default=0) >= config.num_hidden_layers
@@ -283,10 +263,8 @@ def _check_model_shape(memory_file: MemoryFileInfo, name: str) -> None:
 
 def _model_mismatch(memory_file: MemoryFileInfo, name: str) -> LlamoryError:
     made_by = "" if memory_file.model is None else f", {memory_file.model} as it was then"
-    return LlamoryError(
-        f"The memory file {memory_file.path} was made by another model than {name}{made_by}: use the model "
-        f"that made it, or {_alternative_advice(memory_file)}."
-    )
+    found = f"The memory file {memory_file.path} was made by another model than {name}{made_by}"
+    return LlamoryError(f"{found}: use the model that made it, or {_alternative_advice(memory_file)}.")
 
 
 def _check_settings(
@@ -299,10 +277,8 @@ def _check_settings(
     ):
         if requested is not None and recorded is not None and requested != recorded:
             made_with, given = (str(each).strip("[]") for each in (recorded, requested))
-            raise LlamoryError(
-                f"The memory file {memory_file.path} was made with {setting} {made_with}, not {given}: use the same, "
-                f"or {_alternative_advice(memory_file)}."
-            )
+            found = f"The memory file {memory_file.path} was made with {setting} {made_with}, not {given}"
+            raise LlamoryError(f"{found}: use the same, or {_alternative_advice(memory_file)}.")
 
 
 def _alternative_advice(memory_file: MemoryFileInfo) -> str:

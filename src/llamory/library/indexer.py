@@ -1,7 +1,6 @@
 """Index files into a library: chunk and embed what is new or changed, write it, delete what no longer exists.
 
-`Update` decides which files are read and alone writes; `chunk_files` and `embed_batch` work in this process
-(`index_files`) or on other machines (`ray.RayIndexer`). A run may stop at any moment: nothing is lost or doubled.
+A run may stop at any moment: nothing is lost or doubled.
 """
 
 from __future__ import annotations
@@ -31,10 +30,8 @@ if TYPE_CHECKING:
     CreateStore = Callable[[int], PassageStore]
     SaveVectors = Callable[[Sequence[Mapping[str, Any]], np.ndarray], None]
 
-# Passages that are embedded before they are written: what a killed run computes again.
-CHUNKS_PER_BATCH = 64
-# Batches between two updates of the file index: files of the last ones are parsed again after a kill.
-_BATCHES_PER_INDEX_UPDATE = 64
+CHUNKS_PER_BATCH = 64  # embedded before they are written: what a killed run computes again
+_BATCHES_PER_INDEX_UPDATE = 64  # files of the last batches are parsed again after a kill
 # Raise it when files are parsed in another way than before, so that unchanged files are parsed again.
 READERS_VERSION = 1
 
@@ -43,80 +40,49 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FileTask:
-    """A file to index, by absolute path.
-
-    Attributes:
-        stored: hash of each document (by source) that the library holds of it.
-        content: the file's content key, if it is known; it is valid while the file has this `state`.
-        state: as `llamory.documents.scan.file_state` gives it.
-    """
+    """A file to index, by absolute path."""
 
     file: str
-    stored: Mapping[str, str] = field(default_factory=dict)
-    content: str = ""
-    state: tuple[int, ...] = ()
+    stored: Mapping[str, str] = field(default_factory=dict)  # hash of each of its documents in the library
+    content: str = ""  # the file's content key, if known; valid while the file has this `state`
+    state: tuple[int, ...] = ()  # as `llamory.documents.scan.file_state` gives it
 
 
 @dataclass(frozen=True)
 class ChunkingConfig:
-    """How files become passages.
+    """How files become passages."""
 
-    Attributes:
-        chunk_size: maximum tokens of a passage.
-        text_field: entry of a JSON line that holds the text.
-        roots: real paths of the given files and folders: nothing outside is read. Empty: no limit.
-        max_bytes: larger files, and longer lines of JSON lines, are skipped.
-        strict: raise an error for what can't be read, instead of listing it.
-        bf16: embed in bfloat16.
-    """
-
-    chunk_size: int
-    text_field: str = "text"
-    roots: tuple[str, ...] = ()
-    max_bytes: int | None = None
-    strict: bool = False
+    chunk_size: int  # maximum tokens of a passage
+    text_field: str = "text"  # entry of a JSON line
+    roots: tuple[str, ...] = ()  # real paths of the given files and folders: nothing outside is read; empty: no limit
+    max_bytes: int | None = None  # larger files, and longer lines of JSON lines, are skipped
+    strict: bool = False  # raise an error for what can't be read, instead of listing it
     bf16: bool = False
 
 
 @dataclass
 class Batch:
-    """Some whole documents, and the outcome of the files that were read for them.
+    """Some whole documents, and the outcome of the files that were read for them."""
 
-    Attributes:
-        rows: the passages: all columns of the library's table except the vector and the key.
-        vectors: float32 (passages, dimension); None if there are no passages.
-        unchanged: sources of documents that the library holds as they are.
-        completed_files: files that were read to the end, each with its content key (empty if some of it was broken).
-        failed: what couldn't be read.
-        files: number of files that are done, read or not.
-    """
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    vectors: np.ndarray | None = None
-    unchanged: list[str] = field(default_factory=list)
-    completed_files: dict[str, str] = field(default_factory=dict)
-    failed: list[SkippedFile] = field(default_factory=list)
-    files: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)  # all columns but vector and key
+    vectors: np.ndarray | None = None  # float32 (passages, dimension); None if there are no passages
+    unchanged: list[str] = field(default_factory=list)  # sources of documents that the library holds as they are
+    completed_files: dict[str, str] = field(default_factory=dict)  # content keys of files; empty: broken
+    failed: list[SkippedFile] = field(default_factory=list)  # what couldn't be read
+    files: int = 0  # that are done, read or not
 
 
 @dataclass
 class AddReport:
-    """What `Library.add` or `Library.remove` did.
+    """What `Library.add` or `Library.remove` did."""
 
-    Attributes:
-        added, unchanged, updated, removed: numbers of documents.
-        passages: passages that were written.
-        failed: files, folders and JSON lines that couldn't be read; the library keeps what it holds of them.
-        skipped: links that lead out of the given folders or nowhere, and things that aren't files.
-    """
-
-    added: int = 0
+    added: int = 0  # documents, as the next three
     unchanged: int = 0
     updated: int = 0
     removed: int = 0
-    passages: int = 0
-    failed: list[SkippedFile] = field(default_factory=list)
-    skipped: list[SkippedFile] = field(default_factory=list)
+    passages: int = 0  # that were written
+    failed: list[SkippedFile] = field(default_factory=list)  # what is broken; the library keeps its passages
+    skipped: list[SkippedFile] = field(default_factory=list)  # links out of the folders, other things
 
     @property
     def documents(self) -> int:
@@ -226,11 +192,7 @@ def embed_batch(
     find_vectors: FindVectors,
     advance: Callable[[int], None],
 ) -> Iterator[tuple[list[dict[str, Any]], np.ndarray]]:
-    """Give a batch its vectors; vectors that are found need not be computed.
-
-    Yields:
-        Of a batch with more than `CHUNKS_PER_BATCH` new texts: rows and vectors, as soon as they are computed.
-    """
+    """Give a batch its vectors, and yield those of a batch with more than `CHUNKS_PER_BATCH` new texts at once."""
     import numpy as np
 
     from llamory.embedding.encoder import embed_passages
@@ -317,10 +279,9 @@ class Update:
         for root in self._roots:
             count = sum(is_under(file, [root]) and not _exists(file) for file in missing)
             if count and not any(file.is_relative_to(root) for file in files):
-                raise LlamoryError(
-                    f"{root} holds no documents now, but the library has {count} of its files; check that its disk is "
-                    "mounted, or remove them with `--allow-empty` (allow_empty=True)."
-                )
+                advice = "check that its disk is mounted, or remove them with `--allow-empty` (allow_empty=True)"
+                found = f"{root} holds no documents now, but the library has {count} of its files"
+                raise LlamoryError(f"{found}; {advice}.")
 
     def tasks(self, files: Iterable[Path], config: ChunkingConfig) -> list[FileTask]:
         """The files that must be read: all but those whose content is as the file index has it."""

@@ -78,9 +78,7 @@ class Library:
         self._reader_config = ReaderConfig(reader, **reader_settings)
         self._store = PassageStore.open(self.path)
         if self._store is None and model is None:
-            raise LlamoryError(
-                f"There is no library at {self.path}; name an existing one, or give a model to make one with."
-            )
+            raise LlamoryError(f"There is no library at {self.path}; name another, or give a model to make one with.")
 
     def __len__(self) -> int:
         """Number of passages."""
@@ -104,8 +102,6 @@ class Library:
         numbers = {"path": self.path, "documents": store.num_documents(), "passages": len(store)}
         return numbers | asdict(store.settings) | ({"memory": memory} if memory else {})
 
-    # ---- adding and removing -----------------------------------------------------------------------------------------
-
     def add(
         self,
         paths: PathLike | Iterable[PathLike],
@@ -122,9 +118,8 @@ class Library:
     ) -> AddReport:
         """Index files and folders: embed what is new or changed, remove what no longer exists in them.
 
-        A run that is killed leaves whole documents; the next run goes on from there and computes no vector twice. What
-        can't be read is listed in the report, and the library keeps what it holds of it. Links that lead out of the
-        given paths are skipped.
+        A run after a killed one goes on from there. What can't be read is listed in the report, and the library keeps
+        what it holds of it. Links that lead out of the given paths are skipped.
 
         Args:
             paths: files and folders; their absolute paths become the sources.
@@ -264,8 +259,6 @@ class Library:
         self._store = PassageStore.create(self.path, settings)
         return self._store
 
-    # ---- searching ---------------------------------------------------------------------------------------------------
-
     def search(
         self, query: str, top: int = 10, *, source: str | Iterable[str] | None = None, mode: SearchMode = "fused"
     ) -> list[Hit]:
@@ -287,8 +280,6 @@ class Library:
         if mode != "bm25":
             vector = embedding.embed_query(self._embedder(), query, dtype="bfloat16" if self._bf16 else None)
         return store.search(vector, top, source, text=query, mode=mode)
-
-    # ---- answers -----------------------------------------------------------------------------------------------------
 
     def ask(self, question: str, *, progress: bool = False, **settings: Any) -> Answer:
         """Find documents for a question and answer it from their memories, which are encoded and stored if necessary.
@@ -357,8 +348,6 @@ class Library:
 
             delete_stale_memories(self, folder, sources)
 
-    # ---- the library's model -----------------------------------------------------------------------------------------
-
     def _require_store(self, *, nonempty: bool = False) -> PassageStore:
         if self._store is None or (nonempty and not len(self._store)):
             raise LlamoryError(f"The library at {self.path} is empty; add documents to it first.")
@@ -380,10 +369,8 @@ class Library:
             if embedding.fingerprint(self._loaded) != self._store.settings.fingerprint:
                 self._loaded = None
                 maker = self._store.settings.model or "a loaded model"
-                raise LlamoryError(
-                    f"The library at {self.path} was made by another model than the one given (by {maker}, whose "
-                    "weights may have changed since); give that model, or make a new library."
-                )
+                found = f"The library at {self.path} was made by another model than the one given (by {maker}, whose"
+                raise LlamoryError(f"{found} weights may have changed since); give that model, or make a new library.")
             self._checked = True
         return self._loaded
 
@@ -398,10 +385,8 @@ class Library:
         if self._model is not None and name != settings.model:
             self._embedder(merged=True)
         if chunk_size not in (None, settings.chunk_size):
-            raise LlamoryError(
-                f"The library at {self.path} has passages of {settings.chunk_size} tokens, not {chunk_size}; "
-                "make a new library for another size."
-            )
+            found = f"The library at {self.path} has passages of {settings.chunk_size} tokens, not {chunk_size}"
+            raise LlamoryError(f"{found}; make a new library for another size.")
         return settings.chunk_size
 
 

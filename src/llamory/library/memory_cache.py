@@ -22,14 +22,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_BUDGET = 10_000_000_000
-# Age at which temporary files of killed runs are deleted; a file is written within minutes.
-STALE_FILE_SECONDS = 3600.0
-# Calls of `evict` between two scans of the folder, into which other processes may write as well.
-CALLS_PER_USAGE_SCAN = 64
+STALE_FILE_SECONDS = 3600.0  # age at which temporary files of killed runs are deleted
+CALLS_PER_USAGE_SCAN = 64  # of `evict`, between two scans of the folder: other processes may write too
 _FOLDER = "memory"
 _SUFFIX = ".safetensors"
-# Page index of a memory, deleted with it.
-_PAGES_SUFFIX = ".pages"
+_PAGES_SUFFIX = ".pages"  # page index of a memory, deleted with it
 
 
 def parse_size(size: int | str) -> int:
@@ -86,10 +83,7 @@ class MemoryCache:
         return sum(size for _, _, size in self._files())
 
     def get(self, key: str, *, fingerprint: str, layers: Iterable[int], dtype: str) -> MemoryBank | None:
-        """Map a memory and mark it as used; None if there is none.
-
-        A file that is damaged or another model's is deleted with a warning.
-        """
+        """Map a memory and mark it as used, if there is one; a damaged or another model's is deleted with a warning."""
         from llamory.memory import MemoryBank
 
         path = self.path(key)
@@ -112,11 +106,7 @@ class MemoryCache:
             os.utime(self.path(key))
 
     def put(self, key: str, bank: MemoryBank, *, protected: Collection[str] = ()) -> bool:
-        """Write a memory if the budget allows, and evict others but those of `protected` keys; returns whether it did.
-
-        Raises:
-            OSError: the file can't be written.
-        """
+        """Write a memory if the budget allows, evicting others but `protected` ones; returns whether it did."""
         if bank.nbytes > self.budget:
             return False
         self.evict(bank.nbytes, protected=protected)
@@ -126,10 +116,7 @@ class MemoryCache:
         return self.has(key)
 
     def evict(self, size: int, *, protected: Collection[str] = ()) -> bool:
-        """Delete memories, the least recently used first, until `size` more bytes fit; returns whether they do.
-
-        Memories of `protected` keys are never deleted.
-        """
+        """Delete the least recently used memories, not `protected` ones, until `size` bytes fit; returns if they do."""
         if self._trusted_calls > 0 and self._used + size <= self.budget:
             self._trusted_calls -= 1
             return True

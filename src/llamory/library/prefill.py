@@ -17,41 +17,31 @@ from llamory.library.memory_cache import MemoryCache
 from llamory.library.qa import DocumentStore, LibrarySource
 from llamory.memory import read_header
 
-# Documents to load at a time.
-_BATCH_DOCUMENTS = 64
+_BATCH_DOCUMENTS = 64  # to load at a time
 
 _OOM_ADVICE = "keep the memory as int8, choose fewer memory layers or a smaller model; what was read is kept."
 
 
 @dataclass
 class MemoryReport:
-    """Result of `Library.precompute_memory`.
+    """Result of `Library.precompute_memory`."""
 
-    Attributes:
-        read, tokens: documents and tokens encoded by this run.
-        existing: documents whose memory exists, as their own or as that of a document with the same content.
-        remaining: documents that exceed the budget; a question that needs them encodes them.
-        seconds: duration, without loading the model.
-        bytes, budget: disk space of all memories, and its maximum.
-        reader: the model's name.
-    """
-
-    read: int = 0
-    existing: int = 0
-    remaining: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    bytes: int = 0
-    budget: int = 0
-    reader: str = ""
+    read: int = 0  # documents encoded by this run
+    existing: int = 0  # documents whose memory exists, as their own or of the same content
+    remaining: int = 0  # documents that exceed the budget; a question that needs them encodes them
+    tokens: int = 0  # encoded by this run
+    seconds: float = 0.0  # without loading the model
+    bytes: int = 0  # of all memories
+    budget: int = 0  # maximum of `bytes`
+    reader: str = ""  # the model's name
 
 
 def precompute_memory(
     source: LibrarySource, *, progress: bool = True, engine: str = "local", ray_address: str | None = None
 ) -> MemoryReport:
-    """Encode all documents of a library that have no memory, as many as fit the budget.
+    """Encode the documents of a library that have no memory, as many as fit the budget; a stopped run resumes.
 
-    Each memory is stored at once, so a stopped run resumes. Only memories of no current document are evicted.
+    Only memories of no current document are evicted.
 
     Raises:
         LlamoryError: the reader can't be loaded, or there is too little RAM.

@@ -28,8 +28,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_TOP_DOCUMENTS = 5
 DEFAULT_CITATIONS = 5
 SESSION_SETTINGS = frozenset({"documents", "top_documents", "source", "mode", "citations"})
-# Passages to search per wanted document: the best ones are often of the same document.
-_PASSAGES_PER_DOCUMENT = 4
+_PASSAGES_PER_DOCUMENT = 4  # to search: the best ones are often of the same document
 
 
 class DocumentStore(Protocol):
@@ -137,10 +136,7 @@ class LibrarySource:
         return list(resolved)
 
     def load(self, sources: Sequence[str]) -> LoadedMemory:
-        """The memory of documents, a segment each in this order; documents without a cached memory are encoded.
-
-        Of several documents with the same content only the first is loaded.
-        """
+        """The memory of documents, a segment each in this order; of documents with the same content only the first."""
         documents: dict[str, StoredDocument] = {}
         for document in self.documents(sources):
             documents.setdefault(self.reader.key(document), document)

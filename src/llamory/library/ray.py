@@ -1,7 +1,6 @@
 """Run a library's work on Ray, on this machine or a cluster: `RayIndexer` embeds, `MemoryWriters` encode into memory.
 
-Only the process that uses these writes to the library. A worker that dies is started again and repeats its work, so a
-result may arrive twice; it is written once.
+A worker that dies is started again and repeats its work, so a result may arrive twice; it is written once.
 """
 
 from __future__ import annotations
@@ -35,32 +34,19 @@ if TYPE_CHECKING:
     from llamory.library.indexer import SaveVectors
     from llamory.memory import MemoryBank
 
-# Files per call of a reader: what is read again when its worker dies.
-FILES_PER_CALL = 16
-# Embedders that one reader can feed: chunking takes far less time than embedding.
-EMBEDDERS_PER_READER = 8
-# Documents per call of a memory writer: a reader encodes short ones together.
-DOCUMENTS_PER_CALL = 8
-# Restarts of a memory writer until the run fails, as the same document kills it every time.
-MAX_RESTARTS = 4
-# Size of a block of passages: small, so that one large file keeps all embedders busy.
-_BLOCK_BYTES = 2**18
-# Object store of a cluster that this process starts: for passages, and for a model that was given as an object.
-_STORE_BYTES = 2**28
+FILES_PER_CALL = 16  # of a file reader: what is read again when its worker dies
+EMBEDDERS_PER_READER = 8  # chunking takes far less time than embedding
+DOCUMENTS_PER_CALL = 8  # of a memory writer: it encodes short ones together
+MAX_RESTARTS = 4  # of a memory writer until the run fails, as the same document may kill it every time
+_BLOCK_BYTES = 2**18  # of passages: small, so that one large file keeps all embedders busy
+_STORE_BYTES = 2**28  # object store of a cluster started here: for passages, and a model given as an object
 _CONNECT_TIMEOUT = 10.0  # seconds
 
 D = TypeVar("D")
 
 
-# ---- clusters --------------------------------------------------------------------------------------------------------
-
-
 def check_ray(address: str | None = None) -> None:
-    """Check that Ray is installed, and that something listens at an address `host:port` (others aren't checked).
-
-    Raises:
-        LlamoryError: it isn't, or nothing listens there.
-    """
+    """Raise LlamoryError if Ray isn't installed, or nothing listens at an address `host:port`."""
     import_extra("ray.data")
     if match := re.fullmatch(r"\[?([\w.:-]+?)\]?:(\d+)", address or ""):
         try:  # Ray itself would try for minutes
@@ -110,47 +96,29 @@ def _cluster_error(address: str | None, error: Exception) -> LlamoryError:
     return LlamoryError(f"There is no Ray cluster {where} ({reason}); check that it runs, and its RAY_AUTH_MODE.")
 
 
-# ---- indexing --------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class BatchMessage:
-    """A batch on its way between workers.
-
-    Attributes:
-        read_ids: the files that its documents are from, each with an id of the call that read it.
-        new_rows, new_vectors: instead of a batch, rows of an unfinished one and their vectors.
-        embedded: passages that were embedded since the last message.
-        error: instead of a batch, a sentence for the user.
-    """
+    """A batch on its way between workers."""
 
     batch: Batch = field(default_factory=Batch)
-    read_ids: dict[str, str] = field(default_factory=dict)
-    new_rows: Sequence[Mapping[str, Any]] = ()
-    new_vectors: np.ndarray | None = None
-    embedded: int = 0
-    error: str = ""
+    read_ids: dict[str, str] = field(default_factory=dict)  # by file: id of the call that read it
+    new_rows: Sequence[Mapping[str, Any]] = ()  # instead of a batch, rows of an unfinished one
+    new_vectors: np.ndarray | None = None  # and their vectors
+    embedded: int = 0  # passages that were embedded since the last message
+    error: str = ""  # instead of a batch, a sentence for the user
 
 
 @dataclass
 class RayIndexer:
-    """Chunks and embeds files on a Ray cluster.
-
-    Attributes:
-        embedder: the library's model, as this process loaded it.
-        model: where the workers load it from (a folder that they see too, or a hub id); empty to send them this one.
-        library: path or URI of the library; workers that see it don't embed what it holds.
-        address: address of a running cluster; None to start one on this machine.
-        save_vectors, advance: as for `llamory.library.indexer.index_files`.
-    """
+    """Chunks and embeds files on a Ray cluster."""
 
     config: ChunkingConfig
-    embedder: SentenceTransformer
-    model: str
-    library: str
-    address: str | None = None
-    save_vectors: SaveVectors = lambda *_: None
-    advance: Callable[[int], None] = lambda _: None
+    embedder: SentenceTransformer  # the library's model, as this process loaded it
+    model: str  # where workers load it from: a hub id, or a folder that they see; empty: they are sent this one
+    library: str  # path or URI; workers that see it don't embed what it holds
+    address: str | None = None  # of a running cluster; None: start one on this machine
+    save_vectors: SaveVectors = lambda *_: None  # as for `index_files`
+    advance: Callable[[int], None] = lambda _: None  # as for `index_files`
 
     def run(self, tasks: Collection[FileTask]) -> Iterator[Batch]:
         """Batches of all files, in order; raises LlamoryError where a worker does."""
@@ -289,8 +257,7 @@ class _Deduplicator:
         batch = message.batch
         new_rows = [i for i, row in enumerate(batch.rows) if row["source"] not in self._seen_sources]
         unchanged = [source for source in batch.unchanged if source not in self._seen_sources]
-        # Of a file that was read twice, some documents may be from before a change and some from after it: it isn't
-        # marked as indexed, so that the next run reads it again.
+        # A file that was read twice may have changed in between: it isn't marked as indexed.
         read_ids = message.read_ids.items()
         inconsistent = [file for file, each in read_ids if self._read_ids.setdefault(file, each) != each]
         self._seen_sources.update(batch.unchanged, (row["source"] for row in batch.rows))
@@ -305,9 +272,6 @@ class _Deduplicator:
 
 def _pack(message: BatchMessage) -> dict[str, list[bytes]]:
     return {"message": [pickle.dumps(message)]}
-
-
-# ---- memories --------------------------------------------------------------------------------------------------------
 
 
 class MemoryWriters:
@@ -347,10 +311,8 @@ class MemoryWriters:
             try:
                 number, memories, error = next(results)
             except ray.exceptions.RayActorError as actor_error:
-                raise LlamoryError(
-                    "A worker that encodes documents died several times, probably because memory ran out; use fewer "
-                    "workers or a smaller reader."
-                ) from actor_error
+                cause = "A worker that encodes documents died several times, probably because memory ran out"
+                raise LlamoryError(f"{cause}; use fewer workers or a smaller reader.") from actor_error
             if error:
                 raise LlamoryError(error)
             for index, token_counts, data in memories:

@@ -23,13 +23,10 @@ if TYPE_CHECKING:
     from llamory.longllama import LongLlamaForCausalLM
     from llamory.memory import MemoryBank
 
-# Part of the key of a memory: raise it when documents are tokenized in another way.
-TEXT_VERSION = 1
-# Memories that stay open. They are mapped, so each costs little RAM but holds a file.
-MAX_OPEN_MEMORIES = 256
+TEXT_VERSION = 1  # part of a memory's key: raise it when documents are tokenized in another way
+MAX_OPEN_MEMORIES = 256  # they are mapped, so each costs little RAM but holds a file
 SEGMENT = "document"
-# Size of a memory file's header, at most; it grows with layers and chunks.
-HEADER_BYTES = 1 << 16
+HEADER_BYTES = 1 << 16  # of a memory file, at most
 _CONFIG_NAME = "reader.json"
 _SAVED_FIELDS = ("reader", "mem_layers", "context_length", "mem_dtype", "memory_budget")
 _MODEL_SETTINGS = ("mem_layers", "context_length", "mem_dtype", "mem_search", "mem_top_k", "last_context_length")
@@ -37,25 +34,17 @@ _MODEL_SETTINGS = ("mem_layers", "context_length", "mem_dtype", "mem_search", "m
 
 @dataclass(frozen=True)
 class ReaderConfig:
-    """How documents are encoded and memory is searched. None: the library's saved value, or the model's default.
+    """How documents are encoded and memory is searched. None: the library's saved value, or the model's default."""
 
-    Attributes:
-        reader: a folder, `.gguf` file, hub id, "default" or a loaded LongLLaMA.
-        memory_budget: bytes that all memories may take on disk, or a text such as "10GB" (the default).
-        mem_search, mem_top_k, last_context_length: these and `mem_layers`, `context_length`, `mem_dtype` are as for
-            `llamory.longllama.loading.load_long_model`; these three aren't saved.
-        tokenizer: of a loaded reader, if it isn't in the model's folder; it isn't saved.
-    """
-
-    reader: str | LongLlamaForCausalLM | None = None
-    mem_layers: Sequence[int] | None = None
+    reader: str | LongLlamaForCausalLM | None = None  # a folder, `.gguf` file, hub id, "default" or a loaded model
+    mem_layers: Sequence[int] | None = None  # this and others: as for `llamory.longllama.loading.load_long_model`
     context_length: int | None = None
     mem_dtype: str | None = None
-    memory_budget: int | str | None = None
-    mem_search: str | None = None
+    memory_budget: int | str | None = None  # bytes that all memories may take on disk, or a text such as "10GB"
+    mem_search: str | None = None  # this and what follows isn't saved
     mem_top_k: int | None = None
     last_context_length: int | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None  # of a loaded reader, if it isn't in the model's folder
 
     @classmethod
     def load(cls, folder: Path) -> ReaderConfig | None:
@@ -178,10 +167,7 @@ class Reader:
     def read(
         self, documents: Iterable[TokenizedDocument], advance: Callable[[str, int], None]
     ) -> Iterator[tuple[TokenizedDocument, MemoryBank]]:
-        """Encode documents, each by itself, and yield each with its memory, short ones first.
-
-        `advance` is called with a document's source and the number of tokens that were encoded.
-        """
+        """Encode documents and yield each with its memory, short ones first; `advance` gets (source, tokens)."""
         from llamory.ingest.encode import encode_documents
 
         context_length = self.model.config.max_position_embeddings
@@ -192,10 +178,7 @@ class Reader:
                 yield document, bank
 
     def store(self, document: TokenizedDocument, bank: MemoryBank, protected: Collection[str] = ()) -> MemoryBank:
-        """Put a memory into the cache and return it mapped, or as it is if the cache is too small for it.
-
-        Memories of `protected` keys are not evicted for it. OSError if the file can't be written.
-        """
+        """Put a memory into the cache, evicting no `protected` ones, and return it mapped, or as it is if too large."""
         key = self.key(document)
         if self.memory_cache.put(key, bank, protected=protected):
             return self.cached_memory(key) or bank

@@ -18,33 +18,22 @@ if TYPE_CHECKING:
 SearchMode = Literal["dense", "bm25", "fused"]
 SEARCH_MODES: tuple[str, ...] = get_args(SearchMode)
 
-# Candidates beyond `top` that each search returns, at least: the table returns equal scores in any order, and fusion
-# needs the ranks of both searches.
-_EXTRA_CANDIDATES = 100
+_EXTRA_CANDIDATES = 100  # beyond `top`: equal scores come in any order, and fusion needs the ranks of both searches
 _RESULT_COLUMNS = ("text", "source", "title", "line", "page")
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A passage found by a search.
-
-    Attributes:
-        source: the document's source: its path, for a line of JSON lines `path:line`.
-        title: title of the document's section that holds the passage.
-        line: first line, counted from 1.
-        score: what the hits are sorted by: the cosine (dense), BM25, or the sum of reciprocal ranks (fused).
-        page: page (PDF) or cell (notebook) of the first line, which is then counted within it.
-        cosine, bm25: None if the dense or the lexical search did not find it.
-    """
+    """A passage found by a search."""
 
     text: str
-    source: str
-    title: str
-    line: int
-    score: float
-    page: int | None = None
-    cosine: float | None = None
-    bm25: float | None = None
+    source: str  # the document's source: its path, for a line of JSON lines `path:line`
+    title: str  # of the document's section that holds the passage
+    line: int  # the first, counted from 1
+    score: float  # sorts hits: cosine (dense), BM25, or the sum of reciprocal ranks (fused)
+    page: int | None = None  # page (PDF) or cell (notebook) of the first line, which is then counted within it
+    cosine: float | None = None  # None if the dense search did not find it
+    bm25: float | None = None  # None if the lexical search did not find it
 
     @property
     def location(self) -> str:
@@ -70,9 +59,7 @@ def check_unicode(text: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise LlamoryError(
-            f"The {name} is not valid Unicode text at character {error.start + 1}; give it in UTF-8."
-        ) from error
+        raise LlamoryError(f"The {name} is not valid Unicode text at character {error.start + 1}.") from error
 
 
 def search_table(

@@ -24,42 +24,30 @@ if TYPE_CHECKING:
     from lancedb import DBConnection
     from lancedb.table import Table
 
-# Version 1 had no `key` and `page` columns and no full-text index.
-FORMAT_VERSION = 2
-# Each commit adds a small file and a list of all files; compaction joins them before the lists grow long.
-COMMITS_PER_COMPACTION = 256
-# How long overwritten states stay for processes that read them.
-_CLEANUP_AGE = timedelta(minutes=1)
+FORMAT_VERSION = 2  # 1 had no `key` and `page` columns and no full-text index
+COMMITS_PER_COMPACTION = 256  # each adds a small file and a list of all files
+_CLEANUP_AGE = timedelta(minutes=1)  # of overwritten states, which other processes may read
 # Lucene's list. The tokenizer's own list is of all languages at once, and has "cat" in it.
 _STOP_WORDS = (
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these they this "
     "to was will with"
 ).split()
-# Values in one SQL list: longer lists take the parser long.
-_SQL_LIST_LENGTH = 1000
+_SQL_LIST_LENGTH = 1000  # longer lists take the parser long
 
 _CHUNKS_TABLE, _FILES_TABLE, _PENDING_TABLE = "passages", "files", "pending"
-# Entry of the files table while a run writes.
-_WRITE_MARKER = ""
-# Largest table (in passages, a few seconds) whose full-text index is rebuilt after passages were removed.
-_MAX_REBUILD_CHUNKS = 50_000
+_WRITE_MARKER = ""  # entry of the files table while a run writes
+_MAX_REBUILD_CHUNKS = 50_000  # passages; the full-text index of a larger table isn't rebuilt after removals
 _METADATA_KEY = b"llamory"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings that a library keeps from its first document on.
+    """Settings that a library keeps from its first document on."""
 
-    Attributes:
-        model: folder or hub id of the embedding model; empty if the library was made with a loaded model.
-        fingerprint: hash of the model.
-        chunk_size: maximum tokens of a passage ("passage_length" in the file).
-    """
-
-    model: str
-    fingerprint: str
+    model: str  # folder or hub id; empty if the library was made with a loaded model
+    fingerprint: str  # hash of the model
     dimension: int
-    chunk_size: int
+    chunk_size: int  # maximum tokens of a passage ("passage_length" in the file)
     version: int = FORMAT_VERSION
 
 
@@ -200,13 +188,7 @@ class PassageStore:
         return passages
 
     def write(self, rows: list[dict[str, Any]], vectors: np.ndarray, replaced: Collection[str]) -> None:
-        """Add whole documents and delete their old passages, in one commit.
-
-        Args:
-            rows: the passages: all columns except the vector and the key.
-            vectors: float32 (passages, dimension).
-            replaced: sources among the rows that may have passages already.
-        """
+        """Add whole documents and delete the old passages of `replaced` sources, in one commit; rows as in `Batch`."""
         data = self._to_arrow(rows, vectors)
         with _user_errors(self._uri):
             if replaced:
@@ -243,10 +225,7 @@ class PassageStore:
         self.unfinished = False
 
     def compact(self, *, rebuild: bool = False) -> None:
-        """Join the small files of many commits, and update the full-text index.
-
-        With `rebuild` the index is built anew; otherwise deleted passages keep counting in its statistics.
-        """
+        """Join the files of many commits and update the full-text index; `rebuild` takes deleted passages out of it."""
         from lancedb.index import FTS
 
         with _user_errors(self._uri):
@@ -303,10 +282,9 @@ class PassageStore:
 
 
 class PendingVectors:
-    """Vectors of passages whose document isn't complete, so that a killed run need not compute them again.
+    """Vectors of passages of incomplete documents, in a table beside the library's: a killed run's work.
 
-    They lie in a table of their own beside the library's, which need not exist yet. A table of a model with another
-    fingerprint is deleted, unless `read_only`.
+    A table of a model with another fingerprint is deleted, unless `read_only`.
     """
 
     def __init__(self, uri: str, fingerprint: str, *, read_only: bool = False) -> None:
@@ -391,10 +369,8 @@ def _load_settings(table: Table, uri: str) -> Settings:
     settings = json.loads(stored) if stored else {}
     version = settings.get("version")
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise LlamoryError(
-            f"The library at {uri} was made by a later llamory (format {version}; this one reads up to "
-            f"{FORMAT_VERSION}); upgrade llamory to use it."
-        )
+        found = f"The library at {uri} was made by a later llamory (format {version}"
+        raise LlamoryError(f"{found}; this one reads up to {FORMAT_VERSION}); upgrade llamory to use it.")
     if version not in (1, FORMAT_VERSION):
         raise LlamoryError(f"{uri} is not a library that this llamory can read; make it again with `llamory index`.")
     settings["chunk_size"] = settings.get("passage_length")
@@ -413,10 +389,8 @@ def _user_errors(uri: str) -> Iterator[None]:
             raise OSError(code, os.strerror(code), uri) from error
         if "lance error" not in str(error).lower():
             raise
-        raise LlamoryError(
-            f"The library at {uri} can't be read: it is damaged or out of reach ({_first_words(error)}); restore it, "
-            "or make it again with `llamory index` in another place."
-        ) from error
+        cause = f"The library at {uri} can't be read: it is damaged or out of reach ({_first_words(error)})"
+        raise LlamoryError(f"{cause}; restore it, or make it again with `llamory index` elsewhere.") from error
 
 
 def _first_words(error: Exception) -> str:

@@ -31,15 +31,10 @@ _EPSILON = 1e-300
 
 
 class AttentionMass(NamedTuple):
-    """Attention to each token, summed over queries, memory layers and heads; both (tokens,) float64.
+    """Attention to each token, summed over queries, memory layers and heads; both (tokens,) float64."""
 
-    Attributes:
-        attention_mass: probabilities of the queries that predict the answer's tokens.
-        baseline_corrected_mass: probabilities of all queries of question and answer beyond the baseline.
-    """
-
-    attention_mass: Tensor
-    baseline_corrected_mass: Tensor
+    attention_mass: Tensor  # probabilities of the queries that predict the answer's tokens
+    baseline_corrected_mass: Tensor  # probabilities of all queries of question and answer beyond the baseline
 
 
 class AttentionRecorder:
@@ -76,7 +71,6 @@ class AttentionRecorder:
 
         Args:
             bank: the memory that was searched.
-            segments: names of segments.
             scalings: scale of the scores, per layer.
             baseline_tokens: the prompt's fixed tokens; they are the first queries.
             question, answer: tokens of the prompt and of the answer.
@@ -135,22 +129,14 @@ def _layer_mass(
 
 @dataclass(frozen=True)
 class Citation:
-    """A chunk that an answer is based on.
+    """A chunk that an answer is based on."""
 
-    Attributes:
-        location: its start, as `path:line`.
-        share, attention: its fractions of the baseline-corrected and of the plain attention mass of all chunks.
-        source: the document's source.
-        title: title of its section.
-        line: its first line, counted from 1.
-    """
-
-    location: str
-    share: float
-    attention: float
-    source: str
-    title: str
-    line: int
+    location: str  # of its start, as `path:line`
+    share: float  # of the baseline-corrected attention mass of all chunks
+    attention: float  # fraction of the plain attention mass of all chunks
+    source: str  # the document's
+    title: str  # of its section
+    line: int  # the first, counted from 1
     text: str
 
 
@@ -162,12 +148,9 @@ def sum_mass_by_chunk(mass: Tensor, starts: Sequence[int]) -> Tensor:
 
 
 def cite(chunks: Sequence[Chunk], masses: Tensor, limit: int) -> list[Citation]:
-    """Citations of at most `limit` chunks, the largest shares first; chunks without any aren't cited.
+    """Citations of at most `limit` chunks with a share, the largest first.
 
-    Args:
-        chunks: all chunks in memory.
-        masses: (chunks, 2): attention mass and baseline-corrected mass.
-        limit: maximum number of citations.
+    `masses` (chunks, 2) are attention mass and baseline-corrected mass.
     """
     if not float(masses[:, 1].sum()) > 0:  # no attention exceeds the baseline: share the plain mass
         masses = masses[:, [0, 0]]

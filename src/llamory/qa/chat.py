@@ -27,17 +27,13 @@ _NAMES_SHOWN = 5
 
 @dataclass
 class LoadedMemory:
-    """Memory of documents.
+    """Memory of documents."""
 
-    Attributes:
-        memory: a segment per document, under its name.
-        tokens_read: tokens that had to be encoded for it.
-        chunks: of each document, for citations; segments then have the metadata `starts`. Empty if it can't cite.
-    """
-
-    memory: MemoryBank
-    tokens_read: int = 0
-    chunks: Mapping[str, Sequence[Chunk]] = field(default_factory=dict)
+    memory: MemoryBank  # a segment per document, under its name
+    tokens_read: int = 0  # that had to be encoded for it
+    chunks: Mapping[str, Sequence[Chunk]] = field(
+        default_factory=dict
+    )  # by document, to cite; its segment has `starts`
 
 
 class DocumentSource(Protocol):
@@ -65,22 +61,15 @@ class QASession:
         source: loads documents.
         find: gives the names of the documents of a question.
         citations: passages to cite, at most.
-
-    Attributes:
-        turns: the answers so far.
-        document_memory: all attached documents.
-        evidence: the parts of them that the last answer was generated from.
-        memory: those parts, and the conversation as far as it left the local context.
-        recorder: records attention for the citations.
     """
 
     def __init__(self, source: DocumentSource, find: Callable[[str], Sequence[str]], *, citations: int = 0):
         self._source, self._find, self._max_citations = source, find, citations
         self.turns: list[Answer] = []
-        self.evidence: list[SegmentSpan] = []
+        self.evidence: list[SegmentSpan] = []  # parts of documents that the last answer was generated from
         self.recorder = AttentionRecorder()
-        self.document_memory: MemoryBank
-        self.memory: MemoryBank
+        self.document_memory: MemoryBank  # all attached documents
+        self.memory: MemoryBank  # the evidence, and the conversation as far as it left the local context
         self._cache: LongLlamaCache | None = None
         self._conversation = CONVERSATION  # name of its segment
         self._ids: list[int] = []  # tokens of the conversation
@@ -96,7 +85,6 @@ class QASession:
         """Ask the next question.
 
         Args:
-            question: the question.
             settings: fields of `llamory.qa.generation.GenerationSettings`.
 
         Raises:
@@ -138,7 +126,7 @@ class QASession:
         return answer
 
     def save(self, path: PathLike) -> None:
-        """Write a memory file of the attached documents and of the conversation, encoded into a segment of its own.
+        """Write a memory file of the attached documents, and of the conversation in a segment of its own.
 
         Raises:
             LlamoryError: nothing has been asked.

@@ -24,8 +24,7 @@ from llamory.memory.search.exact import ExactSearch
 if TYPE_CHECKING:
     from llamory.longllama.causal import LongLlamaForCausalLM
 
-# Evidence whose likelihood is more than this many times below the best is dropped.
-DEFAULT_EVIDENCE_RATIO = 100.0
+DEFAULT_EVIDENCE_RATIO = 100.0  # evidence whose likelihood is this many times below the best is dropped
 # Documents are scored in units of at most COARSE_TOKENS, the likeliest of them in units of at most FINE_TOKENS.
 COARSE_TOKENS, FINE_TOKENS = 2048, 512
 MARGIN = 64  # tokens added at both ends of a unit, as sentences cross its ends

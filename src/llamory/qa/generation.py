@@ -27,44 +27,29 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 256
 OOM_ADVICE = "choose a smaller model, fewer documents or a shorter answer."
 
-# For a model without a chat template.
-_PLAIN_PROMPT = "Question: {question}\nAnswer:"
-# Stands for an answer in the template, to find what the template writes after it.
-_ANSWER_PLACEHOLDER = "ANSWER"
+_PLAIN_PROMPT = "Question: {question}\nAnswer:"  # for a model without a chat template
+_ANSWER_PLACEHOLDER = "ANSWER"  # stands for an answer in the template, to find what the template writes after it
 _PLACEHOLDER_QUESTIONS = ("-", "?")
 
 
 @dataclass
 class Answer:
-    """A question and its answer.
-
-    Attributes:
-        answer: the answer, without surrounding whitespace; also `text`.
-        documents: names of the attached documents.
-        memory_tokens: tokens of the attached documents, and of the earlier conversation in memory.
-        question_tokens: tokens of the prompt.
-        seconds_to_first_token, seconds: from the question to the first token and to the end of the answer.
-        evidence_documents: names of the documents that the answer was generated from.
-        evidence_tokens: tokens of these in memory; of long documents only the selected parts.
-        citations: the chunks with the most attention, most first; empty for memory files.
-        tokens_read: tokens of documents that had to be encoded because their memory wasn't stored.
-        seconds_to_find, seconds_to_attach: duration of the search for documents, and of loading (and encoding) them.
-    """
+    """A question and its answer."""
 
     question: str
-    answer: str
-    documents: list[str]
-    memory_tokens: int
-    question_tokens: int
+    answer: str  # without surrounding whitespace; also `text`
+    documents: list[str]  # names of the attached ones
+    memory_tokens: int  # of the attached documents, and of the earlier conversation in memory
+    question_tokens: int  # of the prompt
     answer_tokens: int
-    seconds_to_first_token: float
-    seconds: float
-    evidence_documents: list[str]
-    evidence_tokens: int
-    citations: list[Citation] = field(default_factory=list)
-    tokens_read: int = 0
+    seconds_to_first_token: float  # from the question on
+    seconds: float  # from the question to the end of the answer
+    evidence_documents: list[str]  # names of the documents that the answer was generated from
+    evidence_tokens: int  # of these in memory; of long documents only the selected parts
+    citations: list[Citation] = field(default_factory=list)  # most attention first; empty for memory files
+    tokens_read: int = 0  # of documents that had to be encoded because their memory wasn't stored
     seconds_to_find: float = 0.0
-    seconds_to_attach: float = 0.0
+    seconds_to_attach: float = 0.0  # loading and encoding
 
     @property
     def text(self) -> str:
@@ -76,23 +61,16 @@ class Answer:
 class GenerationSettings:
     """How to answer.
 
-    Attributes:
-        temperature, seed: of sampling; a temperature of 0 decodes greedily.
-        max_question_tokens: maximum tokens of the prompt.
-        on_text: called with each piece of the answer as it is generated.
-        evidence_ratio: evidence whose query likelihood is more than this many times below the best is dropped (see
-            `llamory.qa.evidence`); 0 uses all documents.
-
     Raises:
         LlamoryError: a setting is out of range.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
-    temperature: float = 0.0
-    seed: int | None = None
-    max_question_tokens: int | None = None
-    on_text: Callable[[str], None] | None = None
-    evidence_ratio: float = DEFAULT_EVIDENCE_RATIO
+    temperature: float = 0.0  # 0: decode greedily
+    seed: int | None = None  # of sampling
+    max_question_tokens: int | None = None  # of the prompt
+    on_text: Callable[[str], None] | None = None  # called with each piece of the answer as it is generated
+    evidence_ratio: float = DEFAULT_EVIDENCE_RATIO  # drop evidence this many times less likely than the best; 0: none
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0:
@@ -136,10 +114,8 @@ class Generator:
         """
         ids = self._prompt_ids(question, first=first)
         if limit is not None and len(ids) > limit:
-            raise LlamoryError(
-                f"The question has {len(ids):,} tokens with the prompt around it, more than the limit of {limit:,}: "
-                "raise the limit, or ask a shorter question."
-            )
+            found = f"The question has {len(ids):,} tokens with the prompt around it, more than the limit of {limit:,}"
+            raise LlamoryError(f"{found}: raise the limit, or ask a shorter question.")
         other = next(each for each in _PLACEHOLDER_QUESTIONS if not question.startswith(each))
         pairs = zip(ids, self._prompt_ids(other, first=first), strict=False)
         return Prompt(ids, next((count for count, (one, two) in enumerate(pairs) if one != two), 0))
