@@ -21,10 +21,7 @@ if TYPE_CHECKING:
     from llamory.longllama import LongLlamaForCausalLM
     from llamory.memory import MemoryBank
 
-# ---- secrets ---------------------------------------------------------------------------------------------------------
-
-# Numbers are drawn from 1 to this, as published.
-LARGEST_KEY = 49999
+LARGEST_KEY = 49999  # numbers are drawn from 1 to this, as published
 Kind = Literal["number", "name", "date", "sentence"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
@@ -37,12 +34,14 @@ _LAST = (
     "Merriweather Northcote Oakhurst Pemberton Quillfeather Ravenscroft Stanhope Thornbury Underwood Whitlock"
 ).split()
 _MONTHS = ("January February March April May June July August September October November December").split()
-_ADJECTIVES = "tired clever gentle nervous famous hungry silent cheerful stubborn curious".split()
-_PEOPLE = "gardener violinist surgeon baker plumber senator tailor pilot juggler clerk".split()
-_VERBS = "painted borrowed counted repaired buried polished forgot sold carried hid".split()
-_COUNTS = "two three four five six seven eight nine eleven twelve".split()
-_QUALITIES = "wooden heavy yellow ancient tiny foreign rusty crooked golden dusty".split()
-_OBJECTS = "boats ladders teapots umbrellas trumpets carpets barrels kites mirrors wheels".split()
+_SENTENCE_PARTS = (
+    "tired clever gentle nervous famous hungry silent cheerful stubborn curious".split(),
+    "gardener violinist surgeon baker plumber senator tailor pilot juggler clerk".split(),
+    "painted borrowed counted repaired buried polished forgot sold carried hid".split(),
+    "two three four five six seven eight nine eleven twelve".split(),
+    "wooden heavy yellow ancient tiny foreign rusty crooked golden dusty".split(),
+    "boats ladders teapots umbrellas trumpets carpets barrels kites mirrors wheels".split(),
+)
 
 
 def draw_secret(kind: str, rng: random.Random) -> str:
@@ -79,22 +78,14 @@ class _Longest(random.Random):
         return b
 
 
-def _sentence(rng: random.Random) -> str:
-    parts = (_ADJECTIVES, _PEOPLE, _VERBS, _COUNTS, _QUALITIES, _OBJECTS)
-    return f"The {' '.join(rng.choice(words) for words in parts)}."
-
-
 _MAKERS: dict[str, Callable[[random.Random], str]] = {
     "number": lambda rng: str(rng.randint(1, LARGEST_KEY)),
     "name": lambda rng: f"{rng.choice(_FIRST)} {rng.choice(_LAST)}",
     "date": lambda rng: f"{rng.randint(1, 28)} {rng.choice(_MONTHS)} {rng.randint(1500, 1999)}",
-    "sentence": _sentence,
+    "sentence": lambda rng: f"The {' '.join(map(rng.choice, _SENTENCE_PARTS))}.",
 }
 
-# ---- haystacks -------------------------------------------------------------------------------------------------------
-
-# An upper bound of the characters per token in usual text; a text that turns out shorter is repeated.
-_CHARACTERS_PER_TOKEN = 32
+_CHARACTERS_PER_TOKEN = 32  # an upper bound for usual text; a text that turns out shorter is repeated
 
 
 @dataclass(frozen=True)
@@ -127,8 +118,7 @@ PUBLISHED_HAYSTACK = Haystack(
 def read_haystack(paths: Iterable[Path], tokens: int, *, language: str = "en") -> Haystack:
     """Make a haystack of files, as far as a prompt of `tokens` needs them; in source code, lines are sentences.
 
-    Raises:
-        LlamoryError: a path doesn't exist, has an unknown format or is broken, or there is no text.
+    Raises a LlamoryError if a path can't be read or there is no text.
     """
     sentences: list[str] = []
     remaining_chars = tokens * _CHARACTERS_PER_TOKEN
@@ -161,8 +151,6 @@ def _sentences(document: Document, language: str) -> list[str]:
     return joined
 
 
-# ---- needles and prompts ---------------------------------------------------------------------------------------------
-
 TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
     "I will quiz you about the important information there."
@@ -180,28 +168,17 @@ _NEEDLES = {
 
 @dataclass(frozen=True)
 class Needle:
-    """The hidden sentence and its question.
+    """The hidden sentence and its question; a LlamoryError is raised for fields that contradict each other."""
 
-    Attributes:
-        text: the hidden sentence, with `{key}` for the secret, once or more.
-        question: ends the prompt. None for the published one, or the words of another text before `{key}`.
-        kind: of the secret, one of `KINDS`.
-
-    Raises:
-        LlamoryError: the text has no `{key}`, the question has one or is empty, or the kind is unknown.
-    """
-
-    text: str = PUBLISHED_NEEDLE
-    question: str | None = None
-    kind: str = "number"
+    text: str = PUBLISHED_NEEDLE  # with `{key}` for the secret, once or more
+    question: str | None = None  # None for the published one, or the words of another text before `{key}`
+    kind: str = "number"  # of the secret, one of `KINDS`
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise LlamoryError(f"A secret must be one of {', '.join(KINDS)}, not {self.kind!r}.")
         if KEY_FIELD not in self.text:
-            raise LlamoryError(
-                f"The needle {self.text!r} has no {KEY_FIELD}; write {KEY_FIELD} where the secret {self.kind} goes."
-            )
+            raise LlamoryError(f"In the needle {self.text!r}, write {KEY_FIELD} where the secret {self.kind} goes.")
         if self.question is not None and (KEY_FIELD in self.question or not self.question.strip()):
             problem = f"holds {KEY_FIELD}, the answer itself" if self.question.strip() else "is empty"
             raise LlamoryError(f"The question {problem}; ask for the secret {self.kind} without it.")
@@ -253,10 +230,8 @@ def build_prompt(
 ) -> Prompt:
     """Build the longest prompt of whole sentences that has at most `length` tokens, with the tokenizer's prefix.
 
-    The depth of the needle is 0 before all sentences and 1 after them.
-
-    Raises:
-        LlamoryError: the prompt exceeds `length` without any sentence, or `depth` is outside 0 to 1.
+    The depth of the needle is 0 before all sentences and 1 after them. A LlamoryError is raised for another depth, and
+    if the prompt exceeds `length` without any sentence.
     """
     check_depth(depth)
     needle = needle or Needle()
@@ -299,14 +274,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id and len(ids) > 1 else ids
 
 
-# ---- prompts in memory -----------------------------------------------------------------------------------------------
-
-
 class IndependentDocumentPrompts:
     """Makes prompts whose text is in memory, one segment per window; the model reads only the question.
 
-    Each window is encoded by itself, as a library encodes its documents, and once for all lengths, depths and keys.
-    Each leaves room for the needle, so only the window with the needle is encoded anew.
+    Each window, as long as the model's context, is encoded by itself and once for all lengths, depths and keys. It
+    leaves room for the needle, so only the window with the needle is encoded anew.
     """
 
     def __init__(
@@ -318,13 +290,9 @@ class IndependentDocumentPrompts:
         haystack: Haystack = PUBLISHED_HAYSTACK,
         evidence_ratio: float = 0.0,
     ) -> None:
-        """Prepare the windows, which have the length of the model's context.
+        """Prepare the windows; raises a LlamoryError if the task, the needle and a sentence don't fit into one.
 
-        `evidence_ratio` is that of `select_evidence`: windows whose question likelihood is more than this factor below
-        the best are dropped; 0 drops none.
-
-        Raises:
-            LlamoryError: the task, the needle and a sentence don't fit into a window.
+        `evidence_ratio` is that of `select_evidence`; 0 drops no window.
         """
         self.model, self.tokenizer, self.needle = model, tokenizer, needle or Needle()
         self.evidence_ratio = evidence_ratio

@@ -43,11 +43,7 @@ class Dictionaries:
     keys: Tensor  # (documents, lines, key_length)
     values: Tensor  # (documents, lines, value_length)
 
-    def first(self, documents: int) -> Dictionaries:
-        """The first so many documents."""
-        return self.at(slice(documents))
-
-    def at(self, rows: slice) -> Dictionaries:
+    def __getitem__(self, rows: slice) -> Dictionaries:
         """The documents of a slice."""
         return Dictionaries(self.keys[rows], self.values[rows])
 
@@ -68,8 +64,7 @@ class LookupTask:
         if self.vocabulary < FIRST_SYMBOL + 2 or min(self.key_length, self.value_length) < 1 or self.lines < 1:
             raise LlamoryError(
                 f"A dictionary needs a vocabulary of at least {FIRST_SYMBOL + 2} tokens, keys and values of at least "
-                f"one, and rows of at least {self.line + 1}, not {self.vocabulary}, {self.key_length}, "
-                f"{self.value_length} and {self.half}."
+                f"one, and rows of at least {self.line + 1}."
             )
 
     @property
@@ -202,16 +197,13 @@ def run_lookup(
 ) -> list[LookupCell]:
     """Ask about the same documents at several memory sizes; no key is defined twice.
 
-    Args:
-        model: trained for the task; its configuration says how memory is stored and searched.
-        lengths: tokens in memory, rounded down to whole documents, each encoded by itself as in training.
-        task: the documents' shape.
-        documents: number of documents asked about; memory holds them at every size.
-        seed: of the documents.
-        on_cell, on_read: called with the result of each size, and with the tokens of each encoded batch.
+    Raises a LlamoryError if the model has no memory layers, or a size holds fewer documents than are asked about.
 
-    Raises:
-        LlamoryError: the model has no memory layers, or a size holds fewer documents than are asked about.
+    Args:
+        model: trained for the task.
+        lengths: tokens in memory, rounded down to whole documents, each encoded by itself as in training.
+        documents: number of documents asked about; memory holds them at every size.
+        on_cell, on_read: called with the result of each size, and with the tokens of each encoded batch.
     """
     if not model.config.mem_layers:
         raise LlamoryError("This model has no memory layers, so it can't look anything up.")
@@ -222,12 +214,12 @@ def run_lookup(
             f"about; take at least {documents * task.half:,} tokens."
         )
     dictionaries = task.draw_distinct(counts[-1], torch.Generator().manual_seed(seed))
-    questions, targets = task.questions(dictionaries.first(documents), torch.Generator().manual_seed(seed))
+    questions, targets = task.questions(dictionaries[:documents], torch.Generator().manual_seed(seed))
     bank, cells = model.new_memory(), []
     for before, count in pairwise([0, *counts]):
         start = time.perf_counter()
         for first in range(before, count, ENCODE_BATCH_SIZE):
-            rows = task.definitions(dictionaries.at(slice(first, min(first + ENCODE_BATCH_SIZE, count))))
+            rows = task.definitions(dictionaries[first : min(first + ENCODE_BATCH_SIZE, count)])
             _write_to_memory(model, rows, bank)
             if on_read is not None:
                 on_read(rows.numel())
@@ -236,15 +228,12 @@ def run_lookup(
         values = correct.view(-1, task.value_length)
         accuracies = correct.float().mean().item(), values.all(1).float().mean().item()
         seconds = encoded - start, time.perf_counter() - encoded
-        cell = LookupCell(count * task.half, *accuracies, len(values), *seconds, _peak_memory())
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        cell = LookupCell(count * task.half, *accuracies, len(values), *seconds, peak)
         cells.append(cell)
         if on_cell is not None:
             on_cell(cell)
     return cells
-
-
-def _peak_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @torch.no_grad()
@@ -287,16 +276,9 @@ def evaluate(
 ) -> LookupResultsFile:
     """Run the task for some models, and write `lookup.json` and `lookup.png`; existing results are resumed.
 
-    As in the paper, a query attends to its best neighbours per head and to nothing else.
-
-    Args:
-        names: of models that `llamory train lookup` made.
-        lengths, documents, seed: as for `run_lookup`.
-        output: a folder; it is created if it does not exist.
-        model_kwargs: for `load_long_model`.
-
-    Raises:
-        LlamoryError: a model wasn't trained for the task, or the output has other results.
+    As in the paper, a query attends to its best neighbours per head and to nothing else. The arguments are those of
+    `run_lookup`, with `model_kwargs` for `load_long_model`. Raises a LlamoryError if a model wasn't trained for the
+    task, or the output has other results.
     """
     results = LookupResultsFile(output / "lookup.json", {"documents": documents, "seed": seed})
 

@@ -6,11 +6,11 @@ As the Focused Transformer paper does with TREC (Tworkowski et al. 2023, arXiv:2
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -43,8 +43,7 @@ class Example:
 def read_examples(path: Path, *, text_field: str = "text", label_field: str = "label") -> list[Example]:
     """Read labelled texts from a JSON lines file; white space around them is dropped, and labels may be numbers.
 
-    Raises:
-        LlamoryError: the file doesn't exist, a line lacks a field, or there is no line.
+    Raises a LlamoryError if the file doesn't exist, a line lacks a field, or there is no line.
     """
     if not path.is_file():
         raise LlamoryError(f"There is no file {path}; give a JSON lines file of labelled texts.")
@@ -134,16 +133,12 @@ def build_manyshot_prompts(
 ) -> list[ManyshotPrompt]:
     """Draw demonstrations and questions for every length and seed; a longer prompt begins with a shorter one.
 
+    Raises a LlamoryError if a length is too small for one demonstration or too large for all, or examples are too few.
+
     Args:
-        prompt_template: of the prompts.
-        train: the examples for demonstrations.
         lengths: maximum numbers of tokens of demonstrations; 0 for no demonstration.
-        seeds: of the draws.
         test: the examples for questions; None takes them out of `train`.
         questions: number of questions; all of `test` if it has fewer.
-
-    Raises:
-        LlamoryError: a length is too small for one demonstration or too large for all, or there are too few examples.
     """
     if min(lengths) < 0:
         raise LlamoryError(f"A length of {min(lengths)} tokens isn't possible; give 0 or more.")
@@ -197,13 +192,8 @@ def label_scores(
 ) -> list[float]:
     """The mean or the sum of the log-probabilities of each label's tokens after a question, in nats.
 
-    The mean favours labels of many tokens: after demonstrations only the first token is uncertain.
-
-    Args:
-        model: in evaluation mode.
-        memory: of the demonstrations; it isn't changed.
-        question: token ids of the text up to the label.
-        labels: token ids of each label.
+    The mean favours labels of many tokens: after demonstrations only the first token is uncertain. `question` and
+    `labels` are token ids; the memory isn't changed.
     """
     ids = torch.tensor([question], device=model.device)
     cache = None if memory is None else model.memory_cache(memory)
@@ -268,12 +258,8 @@ def run_manyshot(
 ) -> list[Trial]:
     """Answer the questions of each prompt with the labels that have the highest `label_scores`.
 
-    Args:
-        model: a model with memory, in evaluation mode.
-        prompt_template: of its tokenizer.
-        prompts: from `build_manyshot_prompts`; the demonstrations of each are encoded once.
-        labels: the possible answers.
-        trials, on_trial, title: as `scores`, `on_score` and `title` of `run_perplexity`.
+    The demonstrations of each prompt are encoded once. `trials`, `on_trial` and `title` are as `scores`, `on_score` and
+    `title` of `run_perplexity`.
     """
     trials = [] if trials is None else trials
     done = {(trial.length, trial.seed) for trial in trials}
@@ -312,12 +298,9 @@ def manyshot_curve(trials: Sequence[Trial]) -> list[ManyshotPoint]:
     points = []
     for length, found in sorted(by_length.items()):
         if len(found) == seeds:
-            accuracies = [trial.accuracy for trial in found]
-            deviation = statistics.stdev(accuracies) if seeds > 1 else None
-            demonstrations, tokens = (
-                statistics.fmean(getattr(trial, name) for trial in found) for name in ("demonstrations", "tokens")
-            )
-            accuracy = statistics.fmean(accuracies)
+            names = ("accuracy", "demonstrations", "tokens")
+            accuracy, demonstrations, tokens = (fmean(getattr(trial, name) for trial in found) for name in names)
+            deviation = stdev(trial.accuracy for trial in found) if seeds > 1 else None
             points.append(ManyshotPoint(length, seeds, accuracy, deviation, demonstrations, tokens))
     return points
 
@@ -347,18 +330,14 @@ def evaluate(
 ) -> ManyshotResultsFile:
     """Run the task for some models, and write `manyshot.json` and `manyshot.png`; existing results are resumed.
 
+    Raises a LlamoryError if a file is broken, a length is impossible, or the output has other results.
+
     Args:
-        names: of models, as for `load_long_model`.
         train, test: JSON lines files, as for `read_examples`.
         lengths, questions: as for `build_manyshot_prompts`.
-        output: a folder; it is created if it does not exist.
         seeds: number of draws.
         template: as for `PromptTemplate`.
-        score_type: as for `label_scores`.
         model_kwargs: for `load_long_model`.
-
-    Raises:
-        LlamoryError: a file is broken, a length is impossible, or the output has other results.
     """
     from llamory.models.base import load_tokenizer
 

@@ -173,18 +173,16 @@ def evaluate(
 ) -> PasskeyResultsFile:
     """Run the task for a model, and write `passkey.json` and `passkey.png`; existing results are resumed.
 
+    Raises a LlamoryError if a depth or a length is impossible, options contradict each other, or the output has other
+    results.
+
     Args:
-        name: of the model, as for `load_long_model`.
         lengths, depths, trials, seed, needle: as for `run_passkey`.
-        output: a folder; it is created if it does not exist.
         haystack: files and folders with the text around the needle; None for the published text.
         independent_documents, evidence_ratio: encode each window by itself, see `IndependentDocumentPrompts`.
         last_context_length: tokens of the prompt's end that are never put into memory.
         baseline: also ask the plain model, without memory, even beyond its context.
         model_kwargs: for `load_long_model`.
-
-    Raises:
-        LlamoryError: a depth or a length is impossible, options contradict each other, or the output has other results.
     """
     from llamory.models.base import load_model, load_tokenizer
     from llamory.qa.evidence import check_evidence_ratio
@@ -192,9 +190,7 @@ def evaluate(
     if independent_documents and baseline:
         raise LlamoryError("The plain model has no memory to attach windows to; leave out --baseline.")
     if independent_documents and last_context_length is not None:
-        raise LlamoryError(
-            "With --independent-documents only the question isn't in memory; leave out --last-context-length."
-        )
+        raise LlamoryError("With --independent-documents memory holds all text; leave out --last-context-length.")
     check_evidence_ratio(evidence_ratio)
     if evidence_ratio and not independent_documents:
         raise LlamoryError("--evidence-ratio needs windows that are read by themselves; add --independent-documents.")
@@ -261,22 +257,17 @@ def run_passkey(
 ) -> PasskeyResult:
     """Ask a model for passkeys hidden at some depths of prompts of some lengths; the shortest prompts come first.
 
-    A key depends only on the seed, the length, the depth and the trial's number, not on what else is run.
+    A key depends only on the seed, the length, the depth and the trial's number. Raises a LlamoryError if a depth or a
+    length is impossible (see `build_prompt`), or there is nothing to run.
 
     Args:
         model: anything with `generate` and `device`; it decodes greedily, without a chat template.
-        tokenizer: its tokenizer.
         lengths: of the prompts, in tokens.
         depths: positions of the needle, from 0 (start) to 1 (end).
         trials: prompts per length and depth.
-        seed: of the keys.
-        needle, haystack: by default the published ones.
         prompts: makes the prompts with this needle, instead of `build_prompt`.
         result, on_cell, title: as `scores`, `on_score` and `title` of `run_perplexity`.
         generate: further arguments for `model.generate`.
-
-    Raises:
-        LlamoryError: a depth or a length is impossible (see `build_prompt`), or there is nothing to run.
     """
     if trials < 1 or not lengths or not depths:
         raise LlamoryError("There is nothing to run: give at least one length, one depth and one trial.")

@@ -70,8 +70,7 @@ def read_long_texts(
 ) -> list[LongText]:
     """The last `length` tokens, without special tokens, of the first `limit` documents that have as many.
 
-    Raises:
-        LlamoryError: a path can't be read, or no document is long enough.
+    Raises a LlamoryError if a path can't be read, or no document is long enough.
     """
 
     def token_ids(text: str) -> list[int]:
@@ -114,9 +113,7 @@ def tail_loss(
     would carry information from still earlier tokens in the keys and values of deeper layers.
 
     Args:
-        model: in evaluation mode.
         input_ids: at least `memory + local + tokens` ids; earlier ones are ignored.
-        memory: tokens in memory.
         tokens: number of scored tokens.
         local: tokens before them in the local context, at least 1.
         windows: independently encoded windows of this text, to which new ones are added. With it, each window of the
@@ -166,8 +163,9 @@ def run_perplexity(
 ) -> list[Score]:
     """Score the last tokens of documents with memories of several lengths, the shortest first.
 
+    Raises a LlamoryError if the window is longer than the model's context, or a text is too short.
+
     Args:
-        model: a model with memory, in evaluation mode.
         texts: at least as long as the longest memory, `local` and `tokens` together.
         memories: tokens in memory, encoded from scratch for each.
         tokens, local: as for `tail_loss`.
@@ -175,9 +173,6 @@ def run_perplexity(
         scores: of an earlier run; they are kept and not computed again.
         on_score: called after every score, when it is in `scores`.
         title: of the progress on standard error; None for no progress.
-
-    Raises:
-        LlamoryError: the window is longer than the model's context, or a text is too short.
     """
     check_window(tokens, local, model.config.max_position_embeddings)
     longest = max(memories) + tokens + local
@@ -264,16 +259,9 @@ def evaluate(
 ) -> PerplexityResultsFile:
     """Score models on documents, and write `perplexity.json` and `perplexity.png`; existing results are resumed.
 
-    Args:
-        names: of models with the same tokenizer, as for `load_long_model`.
-        data: files and folders of long documents.
-        memories, tokens, local, independent_windows: as for `run_perplexity`.
-        output: a folder; it is created if it does not exist.
-        limit, text_field: as for `read_long_texts`.
-        model_kwargs: for `load_long_model`.
-
-    Raises:
-        LlamoryError: no document is long enough, tokenizers differ, or the output has other results.
+    The models have the same tokenizer; `limit` and `text_field` are those of `read_long_texts`, `model_kwargs` those of
+    `load_long_model`, and the other arguments those of `run_perplexity`. Raises a LlamoryError if no document is long
+    enough, tokenizers differ, or the output has other results.
     """
     from llamory.models.base import load_tokenizer
 

@@ -31,15 +31,11 @@ def _figure(path: Path, size: tuple[float, float], **save: Any) -> Iterator[Figu
         figure.savefig(temporary, format="png", **save)
 
 
-# ---- heat maps -------------------------------------------------------------------------------------------------------
-
 _COLOUR_MAP = "viridis"
-# Inches.
-_CELL_WIDTH, _CELL_HEIGHT = 0.72, 0.46
+_CELL_WIDTH, _CELL_HEIGHT = 0.72, 0.46  # inches, as the next two lines
 _MIN_WIDTH, _MAX_WIDTH, _MIN_HEIGHT, _MAX_HEIGHT = 3.2, 15.0, 2.1, 9.0
 _MARGIN, _PANEL_GAP, _BAR, _TOP_MARGIN, _BOTTOM_MARGIN = 0.95, 0.6, 0.9, 0.9, 0.85
-_MAX_TITLE = 80
-_MAX_LABELS = 24
+_MAX_TITLE, _MAX_LABELS = 80, 24
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,6 @@ def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float]) -> None:
     axes.set_xticks(list(ticks), [f"{lengths[i]:,}" for i in ticks], fontsize=9, color=_INK, **rotated)
     axes.set_yticks(list(rows), [f"{depths[i]:.0%}" for i in rows], fontsize=9, color=_INK)
     axes.set_xlabel("Length of the prompt (tokens)", color=_INK, fontsize=10)
-    # White gaps between the cells.
     axes.set_xticks([i - 0.5 for i in range(1, len(lengths))], minor=True)
     axes.set_yticks([i - 0.5 for i in range(1, len(depths))], minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
@@ -143,12 +138,9 @@ def _text_colour(colour: tuple[float, float, float, float]) -> str:
     return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
-# ---- lines -----------------------------------------------------------------------------------------------------------
-
 # Colours that colour-blind readers can tell apart (Okabe & Ito 2008), and markers for prints in grey.
 _LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_SIZE = (6.4, 4.0)  # inches
 
 
 @dataclass(frozen=True)
@@ -173,14 +165,10 @@ def draw_curves(
 ) -> None:
     """Draw lines over numbers of tokens into a PNG file; the horizontal axis is logarithmic and begins with 0.
 
-    Args:
-        path: the file.
-        title, x_label, y_label: of the plot and its axes.
-        lines: at least one, with at least one value.
-        percent: whether the values are fractions, drawn from 0 to 100%.
-        reference_line: label and height of a dashed horizontal line, such as chance.
+    With `percent` the values are fractions, drawn from 0 to 100%. `reference_line` is the label and height of a dashed
+    horizontal line, such as chance.
     """
-    with _figure(path, _SIZE) as figure:
+    with _figure(path, (6.4, 4.0)) as figure:
         figure.set_layout_engine("constrained")
         axes = figure.add_subplot()
         for line, colour, marker in zip(lines, cycle(_LINE_COLOURS), cycle(_MARKERS), strict=False):

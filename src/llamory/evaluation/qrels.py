@@ -54,10 +54,8 @@ def queries_with_qrels(name: str, queries: Mapping[str, str], qrels: Qrels) -> t
 def sample(data: RetrievalDataset, queries: int | None = None, documents: int | None = None) -> RetrievalDataset:
     """A sample of the queries and documents, drawn by the hash of their ids: the same on every machine.
 
-    The documents include all that are relevant to a kept query; None keeps all.
-
-    Raises:
-        LlamoryError: the dataset has fewer, or more documents than requested are relevant.
+    The documents include all that are relevant to a kept query; None keeps all. Raises a LlamoryError if the dataset
+    has fewer, or more documents than requested are relevant.
     """
     for kind, requested, all_ids in (("queries", queries, data.queries), ("documents", documents, data.ids)):
         if requested is not None and requested > len(all_ids):
@@ -71,8 +69,7 @@ def sample(data: RetrievalDataset, queries: int | None = None, documents: int | 
     needed = _relevant(data.qrels).intersection(data.ids)
     if len(needed) > documents:
         raise LlamoryError(
-            f"{len(needed):,} documents are relevant to the {len(data.queries):,} queries, more than the "
-            f"{documents:,} to keep; keep more documents or fewer queries."
+            f"{len(needed):,} documents are relevant to the {len(data.queries):,} queries, more than the {documents:,}."
         )
     rest = (key for key in data.ids if key not in needed)
     kept_ids = needed | set(heapq.nsmallest(documents - len(needed), rest, key=_hash_order))
@@ -94,14 +91,9 @@ def _hash_order(key: str) -> tuple[int, str]:
 def load_beir(folder: Path, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalDataset:
     """A BEIR folder as a dataset; the corpus is streamed.
 
-    A document with the id and the text of a query is the query itself and not counted as found, unless it is relevant.
-
-    Args:
-        folder, split: as for `read_beir`.
-        ignore_identical_ids: remove a document with a query's id for that query, whatever its text, as BEIR does.
-
-    Raises:
-        LlamoryError: a file is missing, a line is broken, an id is repeated, or no query has a relevant document.
+    A document with the id and the text of a query is the query itself and not counted as found, unless it is relevant;
+    with `ignore_identical_ids` its text doesn't matter, as in BEIR. Raises a LlamoryError if a file is missing, a line
+    is broken, an id is repeated, or no query has a relevant document.
     """
     data = read_beir(folder, split)
     qrels: Qrels = {}
@@ -138,13 +130,12 @@ def load_beir(folder: Path, split: str | None = None, *, ignore_identical_ids: b
 def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool = False) -> RetrievalDataset:
     """Load a retrieval task of the mteb package (Muennighoff et al. 2022, arXiv:2210.07316) from the hub or its cache.
 
+    Raises a LlamoryError if mteb isn't installed, has no such retrieval task, or its data can't be loaded.
+
     Args:
         name: of the task, such as "NFCorpus"; a subset follows a colon, as in "A:en".
         split: of its data; by default the one that mteb evaluates, "test" if there are several.
         ignore_identical_ids: as for `load_beir`; also on where the task says so.
-
-    Raises:
-        LlamoryError: mteb isn't installed, has no such retrieval task, or its data can't be loaded.
     """
     try:
         import mteb

@@ -38,11 +38,8 @@ _OLD_VALUES = {("windows", "apart"): "independent"}
 class ResultsFile(Generic[Score]):
     """Scores of models at one evaluation, in a JSON file that a later run resumes.
 
-    Attributes:
-        path: the file; None writes nothing.
-        settings: JSON-able; everything the scores depend on except the model and the keys of a single score.
-        scores: of each model, by name.
-        metadata: what the scores of each model depend on; JSON-able.
+    `settings` holds all that scores depend on except the model and the keys of a single score, and `metadata` what the
+    scores of each model depend on; both are JSON-able. Without a path nothing is written.
     """
 
     evaluation: ClassVar[str]
@@ -53,8 +50,7 @@ class ResultsFile(Generic[Score]):
     def __init__(self, path: Path | None, settings: Mapping[str, Any] | None = None) -> None:
         """Load the scores of the file, if it exists; without `settings`, its settings too.
 
-        Raises:
-            LlamoryError: the folder is a file, or the file has scores of other settings or of another evaluation.
+        Raises a LlamoryError if the folder is a file, or the file has scores of other settings or another evaluation.
         """
         if path is not None and path.parent.exists() and not path.parent.is_dir():
             raise LlamoryError(f"{path.parent} is a file; give a folder as --output.")

@@ -31,8 +31,7 @@ CONFIDENCE = 0.95
 BM25 = "BM25"
 _NUM_SHOWN = 10  # documents in a query's line; MRR and nDCG use these
 _QUERY_BATCH = 256  # queries whose scores of a chunk are in RAM at a time
-_RESAMPLES = 10_000
-_RESAMPLE_BATCH = 250  # resamples in RAM at a time
+_RESAMPLES, _RESAMPLE_BATCH = 10_000, 250  # in all, and in RAM at a time
 
 Ranking = Mapping[str, Sequence[tuple[str, float]]]
 """For each query id, the ids and scores of the retrieved documents, best first."""
@@ -51,11 +50,8 @@ def search_vectors(
 ) -> Ranking:
     """The documents most similar to each query; documents without text are never retrieved.
 
-    Args:
-        data: queries and documents.
-        embed_queries, embed_documents: make vectors (texts, dimension).
-        similarity: makes scores (queries, documents) from vectors.
-        advance: called with the number of documents embedded.
+    The functions make vectors (texts, dimension) and from these scores (queries, documents); `advance` is called with
+    the number of documents embedded.
     """
     import numpy as np
 
@@ -289,21 +285,17 @@ def evaluate(
 ) -> RetrievalResultsFile:
     """Score retrievers and BM25 on a dataset; existing results in `output` are resumed.
 
+    Raises a LlamoryError if the data or a model can't be read, or the output has other results.
+
     Args:
         data: a BEIR folder, or the name of an mteb task.
         models: retrievers, as for `load_embedder`.
         mean_pooling: models that embed by the mean of their last hidden states.
-        bm25: whether BM25 is scored.
         split, ignore_identical_ids: as for `load_beir`.
         num_queries, num_documents: as for `sample`.
         max_length: tokens of a text that a model reads.
         query_prompt: of LLARA models.
-        bf16: embed in bfloat16.
-        device: as for `load_embedder`.
         output, per_query: as `folder` and `per_query` of `RetrievalResultsFile`.
-
-    Raises:
-        LlamoryError: the data or a model can't be read, or the output has other results.
     """
     from llamory.embedding import pipeline
     from llamory.embedding.encoder import embed_passages, embed_queries, fingerprint, is_llara
@@ -354,10 +346,9 @@ def evaluate(
     if bm25:
         metadata = {"kind": "bm25", "library": f"bm25s {version('bm25s')}"}
         score(BM25, BM25, metadata, lambda advance: search_bm25(dataset, advance))
+    limits = {} if max_length is None else {"max_length": max_length}
     for name in mean_pooling:
-        embedder = pipeline.mean_embedder(
-            name, device=device, **({} if max_length is None else {"max_length": max_length})
-        )
+        embedder = pipeline.mean_embedder(name, device=device, **limits)
         score_embedder(mean_pooling_name(name), mean_pooling_name(shown[name]), embedder)
     for name in models:
         embedder = pipeline.load_embedder(name, max_length=max_length, device=device)

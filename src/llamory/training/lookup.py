@@ -100,7 +100,7 @@ class LookupBatchSource:
             context_size = min(context_size, self.settings.confusable_documents)
         documents = max(num_queries, context_size)
         dictionaries = (task.draw_confusable if confusable else task.draw)(documents, generator)
-        questions, values = task.questions(dictionaries.first(num_queries), generator)
+        questions, values = task.questions(dictionaries[:num_queries], generator)
         rows = torch.cat([task.definitions(dictionaries), questions])
         contexts: list[list[int]] = [[] for _ in range(documents)]
         contexts += [[(row + other) % documents for other in range(context_size)] for row in range(num_queries)]

@@ -63,16 +63,9 @@ class Splits:
 def build_dataset(
     name: str, folder: Path, sources: str, *arguments: Any, fractions: Mapping[str, float] = SPLITS
 ) -> dict[str, Any]:
-    """Make the pairs of a dataset of `DATASETS` with some arguments, and write the splits with a README.
+    """Write the splits of a dataset of `DATASETS`, made from `arguments`, with a README that lists `sources`.
 
-    Args:
-        name: of the dataset.
-        folder, fractions: as for `write_set` and `split_pairs`.
-        sources: a list for the README, with licences.
-        *arguments: of the function that yields the pairs.
-
-    Returns:
-        "pairs" (their number per split), "duplicates_removed" and "near_duplicates_removed".
+    Returns "pairs" (their number per split), "duplicates_removed" and "near_duplicates_removed".
     """
     make_pairs = pkgutil.resolve_name(DATASETS[name])
     splits = split_pairs(make_pairs(*arguments), fractions)
@@ -85,9 +78,9 @@ def build_dataset(
 
 
 def split_pairs(pairs: Iterable[Pair], fractions: Mapping[str, float] = SPLITS) -> Splits:
-    """Divide pairs into splits by the words of their groups, and remove duplicates: without case and punctuation.
+    """Divide pairs into splits by the words of their groups, without duplicates regardless of case and punctuation.
 
-    `fractions` of the splits are in the order in which they keep near duplicates.
+    Near duplicates stay in the split that comes first in `fractions`.
     """
     by_split: dict[str, list[tuple[int, Pair]]] = {split: [] for split in fractions}
     bounds = dict(zip(fractions, accumulate(fractions.values()), strict=True))
@@ -116,10 +109,9 @@ def split_pairs(pairs: Iterable[Pair], fractions: Mapping[str, float] = SPLITS) 
 
 
 def write_set(folder: Path, splits: Splits, readme: str) -> dict[str, int]:
-    """Write each split as a separate BEIR folder; returns the number of pairs per split.
+    """Write each split as a BEIR folder, and return the number of pairs per split.
 
-    Raises:
-        LlamoryError: the folder exists and isn't empty, or a split has no pairs.
+    Raises a LlamoryError if the folder exists and isn't empty, or a split has no pairs.
     """
     require_empty_folder(folder)
     empty = [split for split, pairs in splits.pairs.items() if not pairs]

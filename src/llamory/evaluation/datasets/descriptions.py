@@ -35,10 +35,7 @@ def downloaded_package_lists() -> Iterator[list[Path]]:
     """Descriptions of all packages of this machine's Debian release, downloaded by apt-get to a temporary folder."""
     apt = shutil.which("apt-get")
     if apt is None:
-        raise LlamoryError(
-            "Package descriptions are downloaded with apt-get, which isn't installed; give --package-list FILE, a "
-            "Debian Translation-en file (dists/*/main/i18n of a mirror)."
-        )
+        raise LlamoryError("Package descriptions need apt-get, which isn't installed; give --package-list FILE.")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)  # apt-get downloads as another user

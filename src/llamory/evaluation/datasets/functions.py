@@ -140,8 +140,13 @@ def function_pairs(origins: Iterable[Origin], on_file: Callable[[], None] = lamb
     for origin in origins:
         for path in origin.files:
             on_file()
+            try:
+                with tokenize.open(path) as file:
+                    source = file.read()
+            except (OSError, SyntaxError, UnicodeDecodeError):
+                continue
             module = ".".join(path.relative_to(origin.root).with_suffix("").parts)
-            for name, query, text in documented_functions(_source(path)):
+            for name, query, text in documented_functions(source):
                 if MIN_WORDS <= len(words(query)) <= MAX_WORDS:
                     yield Pair(query, text, text, f"{origin.name}: {module}.{name}")
 
@@ -158,7 +163,8 @@ def documented_functions(source: str) -> Iterator[tuple[str, str, str]]:
     for name, node in _functions(tree.body):
         text = _without_docstring(node, lines)
         docstring = ast.get_docstring(node)
-        if docstring and text is not None and not _is_test(node.name):
+        special = node.name.startswith("__") and node.name.endswith("__") and node.name != "__init__"
+        if docstring and text is not None and not special and not node.name.startswith("test"):
             yield name, first_paragraph(docstring), text
 
 
@@ -201,10 +207,6 @@ def _functions(body: Iterable[ast.stmt], outer: str = "") -> Iterator[tuple[str,
                 yield from _functions(getattr(node, branch, ()), outer)
 
 
-def _is_test(name: str) -> bool:
-    return name.startswith("test") or (name.startswith("__") and name.endswith("__") and name != "__init__")
-
-
 def _package_files(package: metadata.Distribution) -> list[Path]:
     files = (file for file in package.files or () if file.suffix == ".py" and ".." not in file.parts)
     return sorted(Path(str(package.locate_file(file))) for file in files if _is_included(Path(file)))
@@ -213,14 +215,6 @@ def _package_files(package: metadata.Distribution) -> list[Path]:
 def _is_included(path: Path) -> bool:
     excluded = any(part.startswith(".") or part in _EXCLUDED_FOLDERS for part in path.parts)
     return not excluded and not path.name.startswith(("test_", "conftest"))
-
-
-def _source(path: Path) -> str:
-    try:
-        with tokenize.open(path) as file:
-            return file.read()
-    except (OSError, SyntaxError, UnicodeDecodeError):
-        return ""
 
 
 def _field(package: metadata.PackageMetadata, name: str) -> str:
