@@ -215,8 +215,8 @@ class Prompt:
     in_memory: int = 0  # tokens of the prompt that are in memory, and not in `text` and `input_ids`
 
 
+# Makes the prompt of a length, a depth and a key, and further arguments of `generate` for it.
 PromptMaker = Callable[[int, float, str], tuple[Prompt, Mapping[str, Any]]]
-"""Makes the prompt of a length, a depth and a key, and further arguments of `generate` for it."""
 
 
 def build_prompt(
@@ -301,9 +301,7 @@ class IndependentDocumentPrompts:
         needle_tokens = len(encode(tokenizer, f"\n{self.needle.hide(longest_secret(self.needle.kind))}\n"))
         self._max_window_tokens = context - needle_tokens
         if self._max_window_tokens < 2 * len(encode(tokenizer, TASK)):
-            raise LlamoryError(
-                f"Task and needle don't fit into a window of {context} tokens with text around; use longer windows."
-            )
+            raise LlamoryError(f"Task, needle and text don't fit into a window of {context} tokens.")
         self._window_iterator = self._pack_windows(haystack.sentences)
         self._windows: list[list[str]] = []
         self._cumulative_tokens: list[int] = []  # tokens up to the end of each window

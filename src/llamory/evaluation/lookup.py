@@ -116,10 +116,7 @@ class LookupTask:
         """Draw random keys, each once, and values; with one seed, more documents begin with the same as fewer."""
         count = documents * self.lines
         if count > self.all_keys // 2:
-            raise LlamoryError(
-                f"{documents} documents need {count:,} different keys, but there are only {self.all_keys:,}; "
-                "take longer keys or a smaller memory."
-            )
+            raise LlamoryError(f"{documents} documents need {count:,} different keys; take longer keys or less memory.")
         value_generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
         samples = torch.randint(self.all_keys, (2 * count + 64,), generator=generator)
         # The first occurrence of each sample, in the order of sampling.
@@ -185,6 +182,7 @@ class LookupCell:
     peak_bytes: int  # of the process so far
 
 
+@torch.no_grad()
 def run_lookup(
     model: LongLlamaForCausalLM,
     lengths: Sequence[int],
@@ -209,10 +207,7 @@ def run_lookup(
         raise LlamoryError("This model has no memory layers, so it can't look anything up.")
     counts = sorted({length // task.half for length in lengths})
     if not counts or counts[0] < documents:
-        raise LlamoryError(
-            f"A memory of {min(lengths, default=0):,} tokens holds fewer than the {documents} documents that are asked "
-            f"about; take at least {documents * task.half:,} tokens."
-        )
+        raise LlamoryError(f"{documents} documents need a memory of at least {documents * task.half:,} tokens.")
     dictionaries = task.draw_distinct(counts[-1], torch.Generator().manual_seed(seed))
     questions, targets = task.questions(dictionaries[:documents], torch.Generator().manual_seed(seed))
     bank, cells = model.new_memory(), []
@@ -220,7 +215,12 @@ def run_lookup(
         start = time.perf_counter()
         for first in range(before, count, ENCODE_BATCH_SIZE):
             rows = task.definitions(dictionaries[first : min(first + ENCODE_BATCH_SIZE, count)])
-            _write_to_memory(model, rows, bank)
+            cache, rows = LongLlamaCache(model.config), rows.to(model.device)
+            options: dict[str, Any] = {"use_cache": False, "last_context_length": task.half, "logits_to_keep": None}
+            model.model(rows, past_key_values=cache, **options)
+            for layer in bank.layers:
+                for row in cache.memory:
+                    bank.append(layer, row.keys(layer), row.values(layer), segment=SEGMENT)
             if on_read is not None:
                 on_read(rows.numel())
         encoded = time.perf_counter()
@@ -236,17 +236,6 @@ def run_lookup(
     return cells
 
 
-@torch.no_grad()
-def _write_to_memory(model: LongLlamaForCausalLM, rows: Tensor, bank: MemoryBank) -> None:
-    """Encode rows (documents, half), each by itself, and append their entries to one segment of a memory."""
-    cache, rows = LongLlamaCache(model.config), rows.to(model.device)
-    model.model(rows, past_key_values=cache, use_cache=False, last_context_length=rows.shape[1], logits_to_keep=None)
-    for layer in bank.layers:
-        for row in cache.memory:
-            bank.append(layer, row.keys(layer), row.values(layer), segment=SEGMENT)
-
-
-@torch.no_grad()
 def _answers(model: LongLlamaForCausalLM, questions: Tensor, targets: Tensor, bank: MemoryBank) -> Tensor:
     """Whether each token of the values is the first choice, in the order of the questions."""
     correct = []

@@ -143,10 +143,7 @@ def build_manyshot_prompts(
     if min(lengths) < 0:
         raise LlamoryError(f"A length of {min(lengths)} tokens isn't possible; give 0 or more.")
     if test is None and len(train) <= questions:
-        raise LlamoryError(
-            f"The {len(train)} examples are too few to ask {questions} of them and show others; "
-            "ask fewer questions, or give more examples."
-        )
+        raise LlamoryError(f"The {len(train)} examples are too few to ask {questions} of them and show others.")
     prompts = []
     for seed in sorted(set(seeds)):
         pool = random.Random(f"{seed}/demonstrations").sample(train, len(train))
@@ -169,15 +166,13 @@ def _fill_prompt(prompt_template: PromptTemplate, pool: Sequence[Example], lengt
         if len(ids) + len(more) > length:
             if count == 0:
                 raise LlamoryError(
-                    f"A length of {length} tokens is too small for one demonstration, which has "
-                    f"{len(ids) + len(more)}; give longer --lengths."
+                    f"A length of {length} tokens is too small for one demonstration, which has {len(ids) + len(more)}."
                 )
             return ids, count
         ids += more
     if len(ids) < length:
         raise LlamoryError(
-            f"All {len(pool)} demonstrations have {len(ids):,} tokens, less than {length:,}; "
-            "give shorter --lengths or more examples."
+            f"All {len(pool)} demonstrations have {len(ids):,} tokens, less than {length:,}; give more examples."
         )
     return ids, len(pool)
 

@@ -134,14 +134,10 @@ class PasskeyResultsFile(ResultsFile[Cell]):
     score_class = Cell
     scores_key = "cells"
 
-    def result(self, name: str) -> PasskeyResult:
-        """The cells of a model; cells added to it are in the file's scores."""
-        return PasskeyResult(self.scores[name])
-
     @property
     def results(self) -> dict[str, PasskeyResult]:
-        """The cells of each model."""
-        return {name: self.result(name) for name in self.scores}
+        """The cells of each model; cells added to them are in the file's scores."""
+        return {name: PasskeyResult(scores) for name, scores in self.scores.items()}
 
     def _encode(self, score: Cell, metadata: Mapping[str, Any]) -> dict[str, Any]:
         context = metadata.get("context_length")
@@ -214,7 +210,7 @@ def evaluate(
 
     def run(kind: str, model: PreTrainedModel, metadata: dict[str, Any], **arguments: Any) -> None:
         results.run(kind, metadata)
-        arguments |= {"result": results.result(kind), "on_cell": lambda _: results.write(), "title": TITLES[kind]}
+        arguments |= {"result": results.results[kind], "on_cell": lambda _: results.write(), "title": TITLES[kind]}
         run_passkey(model, tokenizer, lengths, depths, **common, **arguments)
 
     model = load_long_model(name, **(model_kwargs or {}))
@@ -255,15 +251,13 @@ def run_passkey(
     title: str | None = None,
     generate: Mapping[str, Any] | None = None,
 ) -> PasskeyResult:
-    """Ask a model for passkeys hidden at some depths of prompts of some lengths; the shortest prompts come first.
+    """Ask a model for passkeys at some depths, 0 to 1, of prompts of some lengths in tokens, the shortest first.
 
     A key depends only on the seed, the length, the depth and the trial's number. Raises a LlamoryError if a depth or a
     length is impossible (see `build_prompt`), or there is nothing to run.
 
     Args:
         model: anything with `generate` and `device`; it decodes greedily, without a chat template.
-        lengths: of the prompts, in tokens.
-        depths: positions of the needle, from 0 (start) to 1 (end).
         trials: prompts per length and depth.
         prompts: makes the prompts with this needle, instead of `build_prompt`.
         result, on_cell, title: as `scores`, `on_score` and `title` of `run_perplexity`.

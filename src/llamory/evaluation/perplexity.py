@@ -208,9 +208,7 @@ def check_window(tokens: int, local: int, context: int) -> None:
     if tokens < 1 or local < 1:
         raise LlamoryError("At least one token must be scored, and one before it must be local.")
     if tokens + local - 1 > context:
-        raise LlamoryError(
-            f"{tokens} scored tokens after {local} local ones don't fit a window of {context} tokens; score fewer."
-        )
+        raise LlamoryError(f"{tokens} scored tokens after {local} local ones don't fit a window of {context} tokens.")
 
 
 def perplexity_curve(scores: Sequence[Score]) -> list[PerplexityPoint]:
@@ -273,8 +271,7 @@ def evaluate(
         found = read_long_texts(data, load_tokenizer(name), length, limit=limit, text_field=text_field)
         if texts and found != texts:
             raise LlamoryError(
-                f"The model {name} has another tokenizer than {names[0]}, so their perplexities can't be compared; "
-                "score them one by one."
+                f"The model {name} has another tokenizer than {names[0]}, so perplexities can't be compared."
             )
         texts = found
     settings: dict[str, Any] = {"files": file_identity(data), "tokens": tokens, "local": local}

@@ -120,7 +120,6 @@ def _draw(
 def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float]) -> None:
     ticks = range(0, len(lengths), -(-len(lengths) // _MAX_LABELS))
     rows = range(0, len(depths), -(-len(depths) // _MAX_LABELS))
-    # Long numbers side by side need rotation.
     rotated: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(lengths) > 4 else {}
     axes.set_xticks(list(ticks), [f"{lengths[i]:,}" for i in ticks], fontsize=9, color=_INK, **rotated)
     axes.set_yticks(list(rows), [f"{depths[i]:.0%}" for i in rows], fontsize=9, color=_INK)

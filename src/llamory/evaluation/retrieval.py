@@ -35,7 +35,6 @@ _RESAMPLES, _RESAMPLE_BATCH = 10_000, 250  # in all, and in RAM at a time
 
 Ranking = Mapping[str, Sequence[tuple[str, float]]]
 """For each query id, the ids and scores of the retrieved documents, best first."""
-
 Embed = Callable[[list[str]], "np.ndarray"]
 Similarity = Callable[["np.ndarray", "np.ndarray"], "torch.Tensor"]
 Advance = Callable[[int], None]
@@ -288,11 +287,9 @@ def evaluate(
     Raises a LlamoryError if the data or a model can't be read, or the output has other results.
 
     Args:
-        data: a BEIR folder, or the name of an mteb task.
+        data: a BEIR folder, or the name of an mteb task, read as by `load_beir` and reduced as by `sample`.
         models: retrievers, as for `load_embedder`.
         mean_pooling: models that embed by the mean of their last hidden states.
-        split, ignore_identical_ids: as for `load_beir`.
-        num_queries, num_documents: as for `sample`.
         max_length: tokens of a text that a model reads.
         query_prompt: of LLARA models.
         output, per_query: as `folder` and `per_query` of `RetrievalResultsFile`.
