@@ -28,7 +28,7 @@ def without_seconds(document: dict) -> dict:
 def test_the_file_has_all_cells(tmp_path, cell) -> None:
     report = PasskeyResultsFile(tmp_path / "passkey.json", SETTINGS)
     report.run("memory", FACTS)
-    result = report.result("memory")
+    result = report.results["memory"]
     result.add(cell(502, 0.5, True, True))
     result.add(cell(501, 0.5, True, False))
     result.add(cell(400, 0.0, True, True))
@@ -52,7 +52,7 @@ def test_an_interrupted_run_resumes(tmp_path, tokenizer, oracle) -> None:
     def run(name: str, model) -> PasskeyResultsFile:
         report = PasskeyResultsFile(tmp_path / name, SETTINGS)
         report.run("memory", FACTS)
-        result = report.result("memory")
+        result = report.results["memory"]
         with contextlib.suppress(KeyboardInterrupt):
             run_passkey(model, tokenizer, [300, 900], [0, 1], trials=2, result=result, on_cell=lambda _: report.write())
         return report
@@ -106,7 +106,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path, cell, monkeypatc
     file = tmp_path / "passkey.json"
     report = PasskeyResultsFile(file, SETTINGS)
     report.run("memory", FACTS)
-    result = report.result("memory")
+    result = report.results["memory"]
     result.add(cell(400, 0.5, True, True))
     report.write()
     before = file.read_bytes()

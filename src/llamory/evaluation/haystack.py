@@ -178,7 +178,9 @@ class Needle:
         if self.kind not in KINDS:
             raise LlamoryError(f"A secret must be one of {', '.join(KINDS)}, not {self.kind!r}.")
         if KEY_FIELD not in self.text:
-            raise LlamoryError(f"In the needle {self.text!r}, write {KEY_FIELD} where the secret {self.kind} goes.")
+            raise LlamoryError(
+                f"The needle {self.text!r} has no {KEY_FIELD}; write {KEY_FIELD} where the secret {self.kind} goes."
+            )
         if self.question is not None and (KEY_FIELD in self.question or not self.question.strip()):
             problem = f"holds {KEY_FIELD}, the answer itself" if self.question.strip() else "is empty"
             raise LlamoryError(f"The question {problem}; ask for the secret {self.kind} without it.")
@@ -244,8 +246,7 @@ def build_prompt(
     best = prompt(0)
     if len(best.input_ids) > length:
         raise LlamoryError(
-            f"A prompt of {length} tokens is too short: task, needle and question alone have {len(best.input_ids)}; "
-            "ask for longer prompts."
+            f"A prompt of {length} tokens is too short: task, needle and question have {len(best.input_ids)}; use more."
         )
     # Estimate from tokens per sentence, kept between a count that fits and one that doesn't (a sentence has a token).
     too_many = length - len(best.input_ids) + 1

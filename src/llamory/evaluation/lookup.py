@@ -30,10 +30,7 @@ from llamory.memory import MemoryBank
 EOS, BOS, DEFINE, VALUE, ASK, ANSWER = range(6)
 FIRST_SYMBOL = 6
 CONFIG_KEY = "lookup"
-
-ENCODE_BATCH_SIZE = 64  # documents of a forward pass
-QUERY_BATCH_SIZE = 8
-SEGMENT = "dictionaries"
+ENCODE_BATCH_SIZE, QUERY_BATCH_SIZE = 64, 8  # documents of a forward pass
 
 
 @dataclass(frozen=True)
@@ -207,7 +204,10 @@ def run_lookup(
         raise LlamoryError("This model has no memory layers, so it can't look anything up.")
     counts = sorted({length // task.half for length in lengths})
     if not counts or counts[0] < documents:
-        raise LlamoryError(f"{documents} documents need a memory of at least {documents * task.half:,} tokens.")
+        raise LlamoryError(
+            f"Memory holds fewer than the {documents} documents asked about; give at least "
+            f"{documents * task.half:,} tokens."
+        )
     dictionaries = task.draw_distinct(counts[-1], torch.Generator().manual_seed(seed))
     questions, targets = task.questions(dictionaries[:documents], torch.Generator().manual_seed(seed))
     bank, cells = model.new_memory(), []
@@ -220,7 +220,7 @@ def run_lookup(
             model.model(rows, past_key_values=cache, **options)
             for layer in bank.layers:
                 for row in cache.memory:
-                    bank.append(layer, row.keys(layer), row.values(layer), segment=SEGMENT)
+                    bank.append(layer, row.keys(layer), row.values(layer), segment="dictionaries")
             if on_read is not None:
                 on_read(rows.numel())
         encoded = time.perf_counter()

@@ -1,7 +1,4 @@
-"""Classification with as many demonstrations in memory as fit some lengths.
-
-As the Focused Transformer paper does with TREC (Tworkowski et al. 2023, arXiv:2307.03170, in-context learning).
-"""
+"""Classification with demonstrations in memory (Tworkowski et al. 2023, arXiv:2307.03170, in-context learning)."""
 
 from __future__ import annotations
 
@@ -91,7 +88,6 @@ class PromptTemplate:
         self._suffix_ids = self._ids(after)
         with_special: list[int] = tokenizer("a", verbose=False)["input_ids"]
         first = tokenizer.bos_token_id
-        # The tokenizer's prefix of a text.
         self.start: list[int] = with_special[:1] if first is not None and with_special[:1] == [first] else []
 
     def question(self, text: str) -> list[int]:
@@ -107,8 +103,7 @@ class PromptTemplate:
         return [*self.question(example.text), *self.label(example.label), *self._suffix_ids]
 
     def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 @dataclass(frozen=True)
@@ -171,9 +166,7 @@ def _fill_prompt(prompt_template: PromptTemplate, pool: Sequence[Example], lengt
             return ids, count
         ids += more
     if len(ids) < length:
-        raise LlamoryError(
-            f"All {len(pool)} demonstrations have {len(ids):,} tokens, less than {length:,}; give more examples."
-        )
+        raise LlamoryError(f"All {len(pool)} demonstrations have {len(ids):,} tokens, less than {length:,}.")
     return ids, len(pool)
 
 
@@ -325,14 +318,9 @@ def evaluate(
 ) -> ManyshotResultsFile:
     """Run the task for some models, and write `manyshot.json` and `manyshot.png`; existing results are resumed.
 
-    Raises a LlamoryError if a file is broken, a length is impossible, or the output has other results.
-
-    Args:
-        train, test: JSON lines files, as for `read_examples`.
-        lengths, questions: as for `build_manyshot_prompts`.
-        seeds: number of draws.
-        template: as for `PromptTemplate`.
-        model_kwargs: for `load_long_model`.
+    `train` and `test` are JSON lines files as for `read_examples`, `seeds` is the number of draws, and `model_kwargs`
+    are for `load_long_model`; `build_manyshot_prompts`, `PromptTemplate` and `label_scores` describe the rest. Raises a
+    LlamoryError if a file is broken, a length is impossible, or the output has other results.
     """
     from llamory.models.base import load_tokenizer
 

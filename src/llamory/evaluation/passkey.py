@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TITLES = {"memory": "With memory", "baseline": "Plain model, full cache"}
-# Tokens of an answer beyond those of the key: enough to see a number end, or for words around it where the question is
-# a whole sentence.
+# Tokens of an answer beyond the key's: to see a number end, or for words around it if the question is a sentence.
 _EXTRA_TOKENS, _EXTRA_TOKENS_OF_SENTENCE = 3, 16
 
 
@@ -169,11 +168,10 @@ def evaluate(
 ) -> PasskeyResultsFile:
     """Run the task for a model, and write `passkey.json` and `passkey.png`; existing results are resumed.
 
-    Raises a LlamoryError if a depth or a length is impossible, options contradict each other, or the output has other
-    results.
+    The other arguments are those of `run_passkey`. Raises a LlamoryError if a depth or a length is impossible, options
+    contradict each other, or the output has other results.
 
     Args:
-        lengths, depths, trials, seed, needle: as for `run_passkey`.
         haystack: files and folders with the text around the needle; None for the published text.
         independent_documents, evidence_ratio: encode each window by itself, see `IndependentDocumentPrompts`.
         last_context_length: tokens of the prompt's end that are never put into memory.
@@ -302,7 +300,6 @@ def _run_trial(
     started = time.perf_counter()
     output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     new = output[0, ids.shape[1] :].tolist()
-    seconds = time.perf_counter() - started
+    seconds, tokens = time.perf_counter() - started, len(prompt.input_ids) + prompt.in_memory
     answer = tokenizer.decode(new, skip_special_tokens=True)
-    tokens = len(prompt.input_ids) + prompt.in_memory
     return Trial(prompt.key, answer, *score_answer(answer, prompt.key, kind), tokens, seconds)

@@ -1,7 +1,4 @@
-"""Perplexity of a long document's last tokens as a function of the preceding tokens in memory.
-
-The measure of the Focused Transformer paper (Tworkowski et al. 2023, arXiv:2307.03170): useful memory lowers the loss.
-"""
+"""Perplexity of a document's last tokens by the tokens in memory (Tworkowski et al. 2023, arXiv:2307.03170)."""
 
 from __future__ import annotations
 
@@ -74,8 +71,7 @@ def read_long_texts(
     """
 
     def token_ids(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     texts: list[LongText] = []
     count, longest = 0, ""
@@ -90,8 +86,7 @@ def read_long_texts(
                 return texts
     if not texts:
         raise LlamoryError(
-            f"No document has the {length:,} tokens that are needed (of {count}, the longest has "
-            f"{len(token_ids(longest)):,}); name longer documents or give shorter memories."
+            f"No document has the {length:,} tokens needed (of {count}, the longest has {len(token_ids(longest)):,})."
         )
     return texts
 
@@ -270,9 +265,7 @@ def evaluate(
     for name in names:
         found = read_long_texts(data, load_tokenizer(name), length, limit=limit, text_field=text_field)
         if texts and found != texts:
-            raise LlamoryError(
-                f"The model {name} has another tokenizer than {names[0]}, so perplexities can't be compared."
-            )
+            raise LlamoryError(f"The model {name} has another tokenizer than {names[0]}; score them one by one.")
         texts = found
     settings: dict[str, Any] = {"files": file_identity(data), "tokens": tokens, "local": local}
     settings |= {"windows": "independent"} if independent_windows else {}

@@ -86,9 +86,7 @@ def _percent(value: float, _: float = 0) -> str:
     return f"{value:.0%}"
 
 
-def _draw(
-    axes: Axes, panel: Panel, lengths: Sequence[int], depths: Sequence[float], *, cell: tuple[float, float]
-) -> Any:
+def _draw(axes: Axes, panel: Panel, lengths: list[int], depths: list[float], *, cell: tuple[float, float]) -> Any:
     """Draw one panel; `cell` is the size of a cell in inches."""
     import numpy as np
     from matplotlib import colormaps
@@ -103,7 +101,9 @@ def _draw(
     if size >= 4:
         for (row, column), accuracy in np.ndenumerate(accuracies):
             known = not np.isnan(accuracy)
-            ink = _text_colour(colormaps[_COLOUR_MAP](accuracy)) if known else _MUTED
+            red, green, blue, _ = colormaps[_COLOUR_MAP](accuracy)
+            contrast = _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"  # by the luminance
+            ink = contrast if known else _MUTED
             label = _percent(accuracy) if known else "–"
             axes.text(column, row, label, ha="center", va="center", fontsize=size, color=ink)
     _label(axes, lengths, depths)
@@ -129,12 +129,6 @@ def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float]) -> None:
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
-
-
-def _text_colour(colour: tuple[float, float, float, float]) -> str:
-    """Dark or light ink on a background, by its luminance."""
-    red, green, blue, _ = colour
-    return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
 
 
 # Colours that colour-blind readers can tell apart (Okabe & Ito 2008), and markers for prints in grey.

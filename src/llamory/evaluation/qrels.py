@@ -141,9 +141,7 @@ def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool
         import mteb
         from mteb.abstasks import AbsTaskRetrieval
     except ImportError as error:
-        raise LlamoryError(
-            f"There is no folder {name}; if it is a task of mteb, install that first: pip install 'llamory[mteb]'."
-        ) from error
+        raise LlamoryError(f"There is no folder {name}; for mteb's tasks, pip install 'llamory[mteb]'.") from error
     task_name, _, subset = name.partition(":")
     try:
         task: Any = mteb.get_task(task_name)
@@ -157,9 +155,7 @@ def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool
         task.load_data()
     except Exception as error:  # the hub, the network or a loader script may raise anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise LlamoryError(
-            f"The data of the mteb task {name} can't be loaded, which needs the hub or a copy in its cache: {reason}."
-        ) from error
+        raise LlamoryError(f"The data of the mteb task {name} can't be loaded: {reason}.") from error
     subset, split = _select_split(task, task_name, subset, split)
     ignore_identical_ids = ignore_identical_ids or task.ignore_identical_ids
     data = task.dataset[subset][split]
@@ -168,9 +164,8 @@ def read_mteb(name: str, split: str | None = None, *, ignore_identical_ids: bool
         raise LlamoryError(f"The mteb task {name} reorders given documents; name one that searches all documents.")
     if "instruction" in query_table.column_names or not all(map(_plain_texts, (corpus, query_table))):
         raise LlamoryError(f"The mteb task {name} asks with instructions, or not about texts; name a plain text task.")
-    qrels = {
-        query: {key: int(score) for key, score in scores.items()} for query, scores in data["relevant_docs"].items()
-    }
+    judgements = data["relevant_docs"].items()
+    qrels = {query: {key: int(score) for key, score in scores.items()} for query, scores in judgements}
     queries, kept = queries_with_qrels(name, dict(zip(query_table["id"], query_table["text"], strict=True)), qrels)
     ids = list(corpus["id"])
 

@@ -114,9 +114,8 @@ class ResultsFile(Generic[Score]):
                 hidden = (self.scores_key, *self.summary_keys)
                 self.metadata[name] = _with_new_keys({key: run[key] for key in run if key not in hidden})
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise LlamoryError(
-                f"{path} holds no {self.evaluation} results to resume; give another --output, or remove the file."
-            ) from error
+            message = f"{path} holds no {self.evaluation} results to resume; give another --output, or remove the file."
+            raise LlamoryError(message) from error
         return settings
 
 
@@ -224,9 +223,7 @@ def _require_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) 
     for key in sorted({*saved, *now}):
         if saved.get(key) != now.get(key):
             change = f"{key.replace('_', ' ')} {_short(saved.get(key))}, now {_short(now.get(key))}"
-            raise LlamoryError(
-                f"{path} holds results made with other settings ({change}); give another --output, or remove the file."
-            )
+            raise LlamoryError(f"{path} holds results made with other settings ({change}); give another --output.")
 
 
 def _short(value: Any) -> str:

@@ -133,10 +133,8 @@ def require_empty_folder(folder: Path) -> None:
 def _write_split(folder: Path, split: str, pairs: list[Pair]) -> None:
     (folder / QRELS).mkdir(parents=True)
     by_key = [(f"{_hash(pair.query + chr(10) + pair.text):016x}", pair) for pair in pairs]
-    documents = (
-        {"_id": f"d-{key}", "title": "", "text": pair.text, "metadata": {"source": pair.source}} for key, pair in by_key
-    )
-    write_json_lines(folder / CORPUS, documents)
+    entries = ((key, {"title": "", "text": pair.text, "metadata": {"source": pair.source}}) for key, pair in by_key)
+    write_json_lines(folder / CORPUS, ({"_id": f"d-{key}", **entry} for key, entry in entries))
     write_json_lines(folder / QUERIES, ({"_id": f"q-{key}", "text": pair.query} for key, pair in by_key))
     rows = ["query-id\tcorpus-id\tscore", *(f"q-{key}\td-{key}\t1" for key, _ in by_key)]
     (folder / QRELS / f"{split}.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")

@@ -10,8 +10,7 @@ from llamory.documents import find_files, read_documents
 from llamory.documents.document import Document
 from llamory.evaluation.datasets import Pair, words
 
-MIN_SECTION_WORDS = 20
-MIN_HEADING_WORDS = 2
+MIN_HEADING_WORDS, MIN_SECTION_WORDS = 2, 20
 README = """# Sections
 
 Headings and sections of documents, made by `llamory dataset sections`. The query is a heading, the relevant text is
