@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 LARGEST_KEY = 49999  # numbers are drawn from 1 to this, as published
 Kind = Literal["number", "name", "date", "sentence"]
 KINDS: tuple[str, ...] = get_args(Kind)
-
 _FIRST = (
     "Agnes Bernard Celia Dominic Esther Florian Gwen Harald Isobel Jasper Kamila Leopold Miriam Nikolai Ottilie Philip "
     "Quentin Ruth Stefan Theodora Ulrich Vivian Wendell Xenia Yvonne Zachary"

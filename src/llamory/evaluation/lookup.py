@@ -116,8 +116,7 @@ class LookupTask:
             raise LlamoryError(f"{documents} documents need {count:,} different keys; take longer keys or less memory.")
         value_generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, (), generator=generator)))
         samples = torch.randint(self.all_keys, (2 * count + 64,), generator=generator)
-        # The first occurrence of each sample, in the order of sampling.
-        unique, inverse = samples.unique(return_inverse=True)
+        unique, inverse = samples.unique(return_inverse=True)  # the first occurrence of each is kept, in order
         first = torch.full((len(unique),), len(samples))
         first = first.scatter_reduce_(0, inverse, torch.arange(len(samples)), "amin")
         indices = samples[first.sort().values[:count]]
@@ -195,7 +194,6 @@ def run_lookup(
     Raises a LlamoryError if the model has no memory layers, or a size holds fewer documents than are asked about.
 
     Args:
-        model: trained for the task.
         lengths: tokens in memory, rounded down to whole documents, each encoded by itself as in training.
         documents: number of documents asked about; memory holds them at every size.
         on_cell, on_read: called with the result of each size, and with the tokens of each encoded batch.

@@ -202,9 +202,7 @@ def label_scores(
             target_ids = torch.tensor(labels[index][1:])
             log_probs = logits[row, : len(target_ids)].float().log_softmax(-1).cpu()
             totals[index] += float(log_probs[torch.arange(len(target_ids)), target_ids].sum())
-    if score_type == "sum":
-        return totals
-    return [total / len(label) for total, label in zip(totals, labels, strict=True)]
+    return totals if score_type == "sum" else [total / len(label) for total, label in zip(totals, labels, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -265,10 +263,9 @@ def run_manyshot(
             answers.append(labels[scores.index(max(scores))])
         correct = [example.label for example in prompt.questions]
         accuracy = sum(map(str.__eq__, answers, correct)) / len(correct)
-        seconds, count = time.perf_counter() - started, prompt.demonstrations
+        seconds, count, tokens = time.perf_counter() - started, prompt.demonstrations, len(prompt.input_ids)
         bar.advance(prompt.length + 1)
         line = f"{prompt.length:,} tokens, {count} demonstrations, seed {prompt.seed}: {accuracy:.1%} right"
-        tokens = len(prompt.input_ids)
         trial = Trial(prompt.length, prompt.seed, count, tokens, accuracy, answers, correct, seconds)
         return trial, f"{line} ({seconds:.1f} s)"
 

@@ -1,7 +1,6 @@
 """The passkey task: a secret is hidden in a long text, and the model is asked for it at the end.
 
-Published by Mohtashami & Jaggi 2023 (Landmark Attention, arXiv:2305.16300) and used for LongLLaMA (Tworkowski et al.
-2023, arXiv:2307.03170, section 4.2); the default texts are theirs, word for word.
+Published by Mohtashami & Jaggi 2023 (arXiv:2305.16300) and used for LongLLaMA (arXiv:2307.03170, section 4.2).
 """
 
 from __future__ import annotations
@@ -176,7 +175,6 @@ def evaluate(
         independent_documents, evidence_ratio: encode each window by itself, see `IndependentDocumentPrompts`.
         last_context_length: tokens of the prompt's end that are never put into memory.
         baseline: also ask the plain model, without memory, even beyond its context.
-        model_kwargs: for `load_long_model`.
     """
     from llamory.models.base import load_model, load_tokenizer
     from llamory.qa.evidence import check_evidence_ratio
@@ -184,7 +182,9 @@ def evaluate(
     if independent_documents and baseline:
         raise LlamoryError("The plain model has no memory to attach windows to; leave out --baseline.")
     if independent_documents and last_context_length is not None:
-        raise LlamoryError("With --independent-documents memory holds all text; leave out --last-context-length.")
+        raise LlamoryError(
+            "With --independent-documents only the question isn't in memory; leave out --last-context-length."
+        )
     check_evidence_ratio(evidence_ratio)
     if evidence_ratio and not independent_documents:
         raise LlamoryError("--evidence-ratio needs windows that are read by themselves; add --independent-documents.")
@@ -256,7 +256,6 @@ def run_passkey(
 
     Args:
         model: anything with `generate` and `device`; it decodes greedily, without a chat template.
-        trials: prompts per length and depth.
         prompts: makes the prompts with this needle, instead of `build_prompt`.
         result, on_cell, title: as `scores`, `on_score` and `title` of `run_perplexity`.
         generate: further arguments for `model.generate`.

@@ -86,7 +86,8 @@ def read_long_texts(
                 return texts
     if not texts:
         raise LlamoryError(
-            f"No document has the {length:,} tokens needed (of {count}, the longest has {len(token_ids(longest)):,})."
+            f"No document has the {length:,} tokens that are needed (of {count}, the longest has "
+            f"{len(token_ids(longest)):,}); name longer documents or give shorter memories."
         )
     return texts
 
@@ -161,9 +162,7 @@ def run_perplexity(
     Raises a LlamoryError if the window is longer than the model's context, or a text is too short.
 
     Args:
-        texts: at least as long as the longest memory, `local` and `tokens` together.
         memories: tokens in memory, encoded from scratch for each.
-        tokens, local: as for `tail_loss`.
         independent_windows: encode each window of a document by itself, once for all lengths.
         scores: of an earlier run; they are kept and not computed again.
         on_score: called after every score, when it is in `scores`.

@@ -60,7 +60,6 @@ def draw_heat_map(path: Path, title: str, panels: Sequence[Panel]) -> None:
     width = _MARGIN + len(panels) * panel_width + (len(panels) - 1) * _PANEL_GAP + _BAR
     height = _TOP_MARGIN + panel_height + _BOTTOM_MARGIN
     image: Any = None
-    # A long title makes the plot wider.
     with _figure(path, (width, height), bbox_inches="tight", pad_inches=0.15) as figure:
 
         def add_axes(x: float, axes_width: float) -> Axes:
@@ -106,18 +105,6 @@ def _draw(axes: Axes, panel: Panel, lengths: list[int], depths: list[float], *, 
             ink = contrast if known else _MUTED
             label = _percent(accuracy) if known else "–"
             axes.text(column, row, label, ha="center", va="center", fontsize=size, color=ink)
-    _label(axes, lengths, depths)
-    if panel.first_beyond_context is not None:
-        position = lengths.index(panel.first_beyond_context) - 0.5
-        axes.axvline(position, color=_HIGHLIGHT, linewidth=2, linestyle=(0, (3, 1.5)), clip_on=False)
-        style: dict[str, Any] = {"ha": "left" if position < 0 else "center", "fontsize": 8, "color": _HIGHLIGHT}
-        coordinates: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-        axes.annotate(f"context {panel.context_length:,}", (position, 1), (0, 3), **coordinates, **style)
-    axes.set_title(panel.title, fontsize=10, color=_INK, loc="left", pad=18, parse_math=False)
-    return image
-
-
-def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float]) -> None:
     ticks = range(0, len(lengths), -(-len(lengths) // _MAX_LABELS))
     rows = range(0, len(depths), -(-len(depths) // _MAX_LABELS))
     rotated: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(lengths) > 4 else {}
@@ -129,6 +116,14 @@ def _label(axes: Axes, lengths: Sequence[int], depths: Sequence[float]) -> None:
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
+    if panel.first_beyond_context is not None:
+        position = lengths.index(panel.first_beyond_context) - 0.5
+        axes.axvline(position, color=_HIGHLIGHT, linewidth=2, linestyle=(0, (3, 1.5)), clip_on=False)
+        style: dict[str, Any] = {"ha": "left" if position < 0 else "center", "fontsize": 8, "color": _HIGHLIGHT}
+        coordinates: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate(f"context {panel.context_length:,}", (position, 1), (0, 3), **coordinates, **style)
+    axes.set_title(panel.title, fontsize=10, color=_INK, loc="left", pad=18, parse_math=False)
+    return image
 
 
 # Colours that colour-blind readers can tell apart (Okabe & Ito 2008), and markers for prints in grey.

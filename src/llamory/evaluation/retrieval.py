@@ -253,10 +253,9 @@ def read_dataset(data: str, split: str | None = None, *, ignore_identical_ids: b
     path = Path(data)
     if path.is_dir():
         return load_beir(path, split, ignore_identical_ids=ignore_identical_ids)
-    if path.exists():
-        raise LlamoryError(f"{data} is a file; give a BEIR folder, or the name of an mteb task.")
-    if path.name != data or data.startswith("."):
-        raise LlamoryError(f"There is no folder {data}; give a BEIR folder, or the name of an mteb task.")
+    if path.exists() or path.name != data or data.startswith("."):
+        problem = f"{data} is a file" if path.exists() else f"There is no folder {data}"
+        raise LlamoryError(f"{problem}; give a BEIR folder, or the name of an mteb task.")
     return read_mteb(data, split, ignore_identical_ids=ignore_identical_ids)
 
 
@@ -288,10 +287,8 @@ def evaluate(
 
     Args:
         data: a BEIR folder, or the name of an mteb task, read as by `load_beir` and reduced as by `sample`.
-        models: retrievers, as for `load_embedder`.
         mean_pooling: models that embed by the mean of their last hidden states.
         max_length: tokens of a text that a model reads.
-        query_prompt: of LLARA models.
         output, per_query: as `folder` and `per_query` of `RetrievalResultsFile`.
     """
     from llamory.embedding import pipeline

@@ -30,7 +30,6 @@ _EXCLUDED_FOLDERS = {
     *("test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "lib2to3", "pydoc_data"),
     *("_vendor", "vendor", "vendored", "_vendored", "extern", "externals", "third_party"),  # of other licences
 }
-
 # Permissive licences, by their SPDX names and by those of the older classifiers.
 _SPDX = re.compile(
     r"(MIT|MIT-0|MIT-CMU|BSD|BSD-[23]-Clause|0BSD|Apache|Apache-2\.0|ISC|PSF|PSF-2\.0|Python-2\.0(\.1)?|Unlicense|Zlib|"
@@ -58,7 +57,6 @@ Sources, each under its own licence:
 """
 _SIGNATURE = re.compile(r"[\w.]+ ?\(.*\)( *->.*)?")
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
-
 # Where a docstring's sections begin, in the styles of Google, numpydoc and Sphinx.
 _SECTION = re.compile(
     r"\s*((Args|Arguments|Parameters|Params|Attributes|Returns?|Yields?|Raises|Examples?|Notes?|Usage|Warning)\s*:?\s*$"

@@ -20,7 +20,6 @@ Documents, each under its own licence:
 
 {sources}
 """
-
 # "3.", "A.1.4", "IV)" and similar; a first word such as "A" or "2001" isn't a section number.
 _NUMBER = re.compile(r"(§\s*[0-9]+[.:]?|[0-9]+[.):]|([0-9]+|[A-Z])(\.[0-9A-Za-z]+)+[.):]?|[IVXLC]+[.)])\s+")
 _HEADING_MARKUP = " \t¶#*=-~^"
