@@ -51,16 +51,8 @@ class LlaraAttention(LlamaAttention):
 def flat_attention(module: LlamaAttention, query: Tensor, key: Tensor, value: Tensor, layout: SequenceLayout) -> Tensor:
     """Attend within the segments of a flat batch with the kernel named by the model's `attn_implementation`.
 
-    Args:
-        query: (1, heads, N, head_dim), rotated.
-        key: (1, kv_heads, N, head_dim), rotated.
-        value: (1, kv_heads, N, head_dim)
-
-    Returns:
-        (1, N, heads, head_dim)
-
-    Raises:
-        LlamoryError: the implementation has no kernel for flat batches.
+    Rotated query (1, heads, N, head_dim), rotated key and value (1, kv_heads, N, head_dim) to (1, N, heads, head_dim);
+    a LlamoryError if the implementation has no kernel for flat batches.
     """
     implementation = module.config._attn_implementation or "sdpa"
     name = implementation.split("|")[-1]
@@ -70,10 +62,7 @@ def flat_attention(module: LlamaAttention, query: Tensor, key: Tensor, value: Te
         attend = ALL_ATTENTION_FUNCTIONS["flex_attention"]
         return attend(module, query, key, value, block_mask(layout), scaling=module.scaling)[0]
     if name != "sdpa":
-        raise LlamoryError(
-            f"LLARA has no fused attention for attn_implementation={implementation!r}; use sdpa, flash_attention_2, "
-            "flash_attention_3 or flex_attention (or eager, the plain reference)."
-        )
+        raise LlamoryError(f"LLARA has no fused attention {implementation!r}; use sdpa, flash_attention_2 or eager.")
     # For many short segments of different lengths the padding of one call costs less than many calls.
     many_short = len(layout.runs) > _MANY_RUNS and query.shape[2] < _SHORT_SEGMENT * len(layout.runs)
     if query.device.type == "cpu" and not many_short:

@@ -153,13 +153,9 @@ def passage_texts(
 
 @dataclass(frozen=True)
 class LlaraCollator:
-    """Makes a batch of examples, padded on the left.
+    """Makes a batch of examples, padded on the left."""
 
-    Attributes:
-        pad_token_id: padding of `input_ids`; 0 if None, since the attention mask hides it.
-    """
-
-    pad_token_id: int | None
+    pad_token_id: int | None  # of `input_ids`; 0 if None, since the attention mask hides it
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Pad examples of `load_examples` to long tensors.
@@ -207,10 +203,7 @@ class _Preprocessor:
         if not self.tokenizer.is_fast:
             raise LlamoryError("LLARA examples need a fast tokenizer; use one that has a tokenizer.json.")
         if self.max_passage_tokens < 1:
-            raise LlamoryError(
-                f"A max_length of {self.max_length} tokens leaves no room for a passage: prefix and prompts take "
-                f"{self.template.overhead()}; choose a greater one."
-            )
+            raise LlamoryError(f"A max_length of {self.max_length} tokens leaves no room for a passage and prompts.")
         if self.chunk_size is not None and self.chunk_size < 1:
             raise LlamoryError(f"chunk_size must be at least 1 token, not {self.chunk_size}.")
 
@@ -256,14 +249,11 @@ class _Preprocessor:
             if isinstance(target, list):
                 targets[head] = [string_entry({name: word}, name) for word in target]
             else:
-                targets[head] = [] if target is None else self._content_words(string_entry(entry, name))
+                targets[head] = [] if target is None else content_words(string_entry(entry, name), self.stop_words)
         for part in (text, *targets["summarize"], *targets["predict"]):
             if found := self._slot_token_in(part):
                 raise LlamoryError(f"the text has the slot token {found}, which only the prompts may have")
         return {"text": text, **targets}
-
-    def _content_words(self, text: str) -> list[str]:
-        return content_words(text, self.stop_words)
 
     def _document_rows(self, path: Path) -> Iterator[dict[str, Any]]:
         language = self.languages[0] if self.languages else "en"
@@ -272,8 +262,8 @@ class _Preprocessor:
             size = self.chunk_size or self.max_passage_tokens
             chunks = list(chunk_document(document, self.tokenizer, size, language=language))
             words = [
-                None if self._slot_token_in(chunk.text) else self._content_words(self._truncated(chunk.text))
-                for chunk in chunks
+                None if self._slot_token_in(text) else content_words(self._truncated(text), self.stop_words)
+                for text in (chunk.text for chunk in chunks)
             ]
             for chunk, current, following in zip(chunks, words, [*words[1:], None], strict=True):
                 if current is not None:

@@ -38,25 +38,15 @@ class SegmentLengths:
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """The structure of a batch. N real tokens, S segments; all tensors lie on the input's device.
+    """The structure of a batch. N real tokens, S segments; all tensors lie on the input's device."""
 
-    Attributes:
-        shape: (batch, length) of the input.
-        index: (N,) index of each real token in the flattened input.
-        position_ids: (N,) rotary position of each token.
-        segment_ids: (N,) the segment of each token.
-        segments: the S segments, in order.
-        summarize_slots, predict_slots: (blocks, slots) flat index of each slot.
-        summarize_segments, predict_segments: (blocks,) the segment of each prompt with its slots.
-    """
-
-    shape: tuple[int, int]
-    index: Tensor
-    position_ids: Tensor
-    segment_ids: Tensor
+    shape: tuple[int, int]  # (batch, length) of the input
+    index: Tensor  # (N,) index of each real token in the flattened input
+    position_ids: Tensor  # (N,) rotary position of each token
+    segment_ids: Tensor  # (N,) the segment of each token
     segments: tuple[SegmentLengths, ...]
-    summarize_slots: Tensor
-    summarize_segments: Tensor
+    summarize_slots: Tensor  # (blocks, slots) flat index of each slot
+    summarize_segments: Tensor  # (blocks,) the segment of each prompt with its slots
     predict_slots: Tensor
     predict_segments: Tensor
 
@@ -127,7 +117,6 @@ def find_layout(
     are those of `position_ids`), and the tail restarts at the position of the summary block.
 
     Args:
-        input_ids: (batch, length)
         template: None if there are no prompts.
         attention_mask: (batch, length), 0 at padding on either side; None if every token is real.
         position_ids: (batch or 1, length) rotary positions.

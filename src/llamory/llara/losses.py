@@ -21,17 +21,11 @@ _MIN_CHUNK_ROWS = 128  # keeps matrix products efficient
 
 @dataclass(frozen=True)
 class BagOfWords:
-    """One head's targets for B passages.
+    """One head's targets for B passages."""
 
-    Attributes:
-        slots: (B, K) row of each slot in the hidden states.
-        targets: (B, T) target ids.
-        valid: (B, T) which of them count.
-    """
-
-    slots: Tensor
-    targets: Tensor
-    valid: Tensor
+    slots: Tensor  # (B, K) row of each slot in the hidden states
+    targets: Tensor  # (B, T) target ids
+    valid: Tensor  # (B, T) which of them count
 
 
 def bag_of_words(slots: Tensor, targets: Tensor, ignored_ids: Tensor) -> BagOfWords:

@@ -25,15 +25,10 @@ from llamory.llara.template import LlaraTemplate
 
 @dataclass
 class LlaraOutput(CausalLMOutputWithPast):
-    """Llama's output with each loss of LLARA.
+    """Llama's output with each loss of LLARA."""
 
-    Attributes:
-        ar_loss: mean next-token loss over the passage tokens.
-        bow_summarize_loss, bow_predict_loss: bag-of-words loss of each head, with its weight. `loss` has their mean.
-    """
-
-    ar_loss: Tensor | None = None
-    bow_summarize_loss: Tensor | None = None
+    ar_loss: Tensor | None = None  # mean next-token loss over the passage tokens
+    bow_summarize_loss: Tensor | None = None  # bag-of-words loss with its weight; `loss` has the heads' mean
     bow_predict_loss: Tensor | None = None
 
 
@@ -89,15 +84,13 @@ class NewLlamaModel(LlamaModel):
             input_ids = input_ids.flatten().index_select(0, layout.index)[None]
             attention_mask, position_ids = input_ids.new_empty(0, 0, 0, 0), layout.position_ids[None]
             use_cache, kwargs = False, kwargs | {"layout": layout}
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
+        inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        return super().forward(**inputs, **kwargs)
 
     def _forward_padded(
         self, input_ids: Tensor, layout: SequenceLayout, kwargs: dict[str, Any]
@@ -111,24 +104,16 @@ class NewLlamaModel(LlamaModel):
         return padded if kwargs.get("return_dict", True) else padded.to_tuple()
 
     def _padded_mask(
-        self,
-        layout: SequenceLayout,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        cache: Cache | None,
-        past: int,
+        self, layout: SequenceLayout, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None, past: int
     ) -> tuple[Tensor | None, Tensor | None]:
         """Positions and mask of a padded batch, additive where causal attention would be wrong."""
         if not (layout.has_tail or layout.is_packed):
-            return position_ids, attention_mask
+            return position_ids, mask
         if "flash" in str(self.config._attn_implementation) or self.config._attn_implementation == "flex_attention":
-            raise LlamoryError(
-                "A key/value cache for a sequence with both prompts needs attn_implementation sdpa or eager; pass "
-                "use_cache=False for embeddings and training."
-            )
+            raise LlamoryError("A cache with both prompts needs sdpa or eager attention; else pass use_cache=False.")
         positions = layout.pad(layout.position_ids) + (past if position_ids is None else 0)
         total = past + layout.shape[1] if cache is None else cache.get_mask_sizes(layout.shape[1], 0)[0]
-        return positions, additive_mask(layout, self.dtype, attention_mask, past, total)
+        return positions, additive_mask(layout, self.dtype, mask, past, total)
 
 
 class PreLlamaModel(LlamaForCausalLM):
@@ -136,14 +121,11 @@ class PreLlamaModel(LlamaForCausalLM):
 
     With `bow_weighting="learned"` there is one key more, `bow_log_variance` s (2,): the bag-of-words loss of head i is
     weighted by exp(-s_i) and s_i is added (Kendall et al. 2018, arXiv:1705.07115), starting from the fixed weight.
-
-    Attributes:
-        head_trainable: whether the output head gets a gradient; False with adapters, even if it is tied.
     """
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
-        self.head_trainable = True
+        self.head_trainable = True  # whether the output head gets a gradient; False with adapters, even if it is tied
         self.model = NewLlamaModel(config)
         if self.template is not None:
             self.use_template(self.template)
@@ -234,11 +216,7 @@ class PreLlamaModel(LlamaForCausalLM):
         targets: Sequence[Tensor | None],
         num_items: Tensor | int | None,
     ) -> None:
-        """Compute the losses from the flat hidden states (N, hidden) and set them in `result`.
-
-        Args:
-            targets: labels, ids of the summary's words and ids of the prediction's words.
-        """
+        """Set the losses in `result`; `targets` are labels, ids of the summary's and of the prediction's words."""
         rows = next_tokens = layout.index[:0]
         if targets[0] is not None:
             flat_labels = layout.flatten(targets[0])
@@ -259,10 +237,7 @@ class PreLlamaModel(LlamaForCausalLM):
             counts = torch.as_tensor(num_items, device=hidden.device)
             counts = counts if counts.ndim else torch.cat([counts[None], local_counts[1:]])
         elif not bool(local_counts.any()):
-            raise LlamoryError(
-                "There is nothing to learn from: no label is a token and no bag-of-words target is left after special "
-                "ids; give passages with labels or target words."
-            )
+            raise LlamoryError("There is nothing to learn from: no label is a token and no target word is left.")
         weights, penalty = self._loss_weights(counts)
         head = self.lm_head.weight if self.head_trainable else self.lm_head.weight.detach()
         total, losses = head_losses(hidden, head, weights, rows, next_tokens, counts.float(), *bags)
@@ -295,16 +270,10 @@ class PreLlamaModel(LlamaForCausalLM):
         if targets is None:
             return None
         if self.template is None:
-            raise LlamoryError(
-                "This checkpoint has no LLARA template, so it has no slots to learn targets with; prepare it with "
-                "LlaraTemplate.from_tokenizer(tokenizer).prepare_model(model)."
-            )
+            raise LlamoryError("This checkpoint has no LLARA template; add one with LlaraTemplate.prepare_model.")
         if len(targets) != len(slots):
             if len(targets) != len(layout.segments):
-                raise LlamoryError(
-                    f"{len(targets)} rows of {name} targets don't fit {len(slots)} {name} prompts in "
-                    f"{len(layout.segments)} passages; give one row per passage."
-                )
+                raise LlamoryError(f"{len(targets)} rows of {name} targets don't fit {len(layout.segments)} passages.")
             targets = targets[segments]
         if not len(slots):
             raise LlamoryError(f"There are {name} targets, but no passage has a whole {name} prompt with its slots.")

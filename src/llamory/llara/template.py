@@ -30,31 +30,19 @@ _PUBLISHED_VOCAB_SIZE = 32016
 
 @dataclass(frozen=True)
 class LlaraTemplate:
-    """Token ids and settings of one LLARA model, kept in `config.llara`.
+    """Token ids and settings of one LLARA model, kept in `config.llara`."""
 
-    Attributes:
-        prefix_ids: before a passage: the tokenizer's beginning-of-sequence id, if any, and `"`.
-        summarize_prompt_ids: the summary prompt without slots.
-        summarize_slot_ids: the slot tokens of the summary prompt; their hidden states are a passage's embedding.
-        predict_prompt_ids: the prediction prompt without slots.
-        predict_slot_ids: the slot tokens of the prediction prompt.
-        ignored_ids: special tokens, which are never bag-of-words targets.
-        bow_weight: factor of each bag-of-words loss; the published code divides by 10.
-        prediction_sees_summary: whether the prediction block may attend to the summary block (not in the paper).
-        bow_weighting: "fixed", or "learned": one uncertainty weight per head, trained with the model.
-        query_prompt: the prompt whose slots embed a query: "prediction" (the answer follows a question) or "summary"
-            (the query resembles the passage).
-    """
-
-    prefix_ids: tuple[int, ...]
-    summarize_prompt_ids: tuple[int, ...]
-    summarize_slot_ids: tuple[int, ...]
-    predict_prompt_ids: tuple[int, ...]
+    prefix_ids: tuple[int, ...]  # before a passage: the tokenizer's beginning-of-sequence id, if any, and `"`
+    summarize_prompt_ids: tuple[int, ...]  # the summary prompt without slots
+    summarize_slot_ids: tuple[int, ...]  # the hidden states of its slot tokens are a passage's embedding
+    predict_prompt_ids: tuple[int, ...]  # the prediction prompt without slots
     predict_slot_ids: tuple[int, ...]
-    ignored_ids: tuple[int, ...]
-    bow_weight: float = 0.1
-    prediction_sees_summary: bool = False
-    bow_weighting: str = "fixed"
+    ignored_ids: tuple[int, ...]  # special tokens, which are never bag-of-words targets
+    bow_weight: float = 0.1  # factor of each bag-of-words loss; the published code divides by 10
+    prediction_sees_summary: bool = False  # whether the prediction attends to the summary block (not in the paper)
+    bow_weighting: str = "fixed"  # or "learned": one uncertainty weight per head, trained with the model
+    # The prompt whose slots embed a query: "prediction" (the answer follows a question) or "summary" (the query
+    # resembles the passage).
     query_prompt: str = "prediction"
 
     def __post_init__(self) -> None:
@@ -87,18 +75,13 @@ class LlaraTemplate:
         for token in slot_tokens(slots):
             ids = _ids(tokenizer, token)
             if len(ids) != 1:
-                raise LlamoryError(
-                    f"The tokenizer splits the slot token {token} into {len(ids)} tokens; it must be one."
-                )
+                raise LlamoryError(f"The tokenizer splits the slot token {token} into {len(ids)} tokens, not one.")
             slot_ids += ids
         summarize_text, predict_text = prompt_texts(slots)
         summarize = _prompt_ids(tokenizer, summarize_text, slot_tokens(slots)[:slots], slot_ids[:slots])
         predict = _prompt_ids(tokenizer, predict_text, slot_tokens(slots)[slots:], slot_ids[slots:])
         if summarize == predict:
-            raise LlamoryError(
-                "The tokenizer gives the summary prompt and the prediction prompt the same ids; use a tokenizer that "
-                "knows English words or bytes."
-            )
+            raise LlamoryError("The tokenizer gives both prompts the same ids; use one that knows English or bytes.")
         prefix, ignored = _prefix_ids(tokenizer), sorted(set(tokenizer.all_special_ids))
         return cls(prefix, summarize, slot_ids[:slots], predict, slot_ids[slots:], ignored, **settings)  # type: ignore[arg-type]
 
@@ -172,10 +155,7 @@ class LlaraTemplate:
         if max_length is not None:
             max_passage_tokens = max_length - self.overhead(summarize=summarize, predict=predict)
             if max_passage_tokens < 1:
-                raise LlamoryError(
-                    f"A length of {max_length} tokens leaves no room for a passage: prefix and prompts take "
-                    f"{max_length - max_passage_tokens}; choose a greater length."
-                )
+                raise LlamoryError(f"A length of {max_length} tokens leaves no room for a passage between the prompts.")
         return self.sequence(_ids(tokenizer, text)[:max_passage_tokens], summarize=summarize, predict=predict)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -183,17 +163,11 @@ class LlaraTemplate:
         tokens = slot_tokens(self.slots)
         for token, found, expected in zip(tokens, tokenizer.convert_tokens_to_ids(tokens), self.slot_ids, strict=True):
             if found != expected:
-                raise LlamoryError(
-                    f"The checkpoint's template doesn't fit its tokenizer: {token} has id {found} in the tokenizer "
-                    f"and {expected} in config.llara; load the tokenizer that was saved with the checkpoint."
-                )
+                raise LlamoryError(f"The template doesn't fit its tokenizer: {token} has id {found}, not {expected}.")
         rebuilt = LlaraTemplate.from_tokenizer(tokenizer, self.slots)
         for name in ("prefix_ids", "summarize_prompt_ids", "predict_prompt_ids"):
             if getattr(rebuilt, name) != getattr(self, name):
-                raise LlamoryError(
-                    f"The checkpoint's template doesn't fit its tokenizer: {name} differ; load the tokenizer that was "
-                    "saved with the checkpoint."
-                )
+                raise LlamoryError(f"The template doesn't fit its tokenizer: {name} differ.")
 
     def prepare_model(self, model: PreTrainedModel) -> None:
         """Add the embedding rows of the slot tokens to a model and the template to its config.
@@ -257,10 +231,7 @@ def _add_slot_tokens(tokenizer: PreTrainedTokenizerBase, slots: int) -> None:
     names = slot_tokens(slots)
     vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()
     if ordinary := [name for name in names if name in vocabulary and name not in added]:
-        raise LlamoryError(
-            f"{ordinary[0]} is an ordinary word of this tokenizer, but LLARA needs it as a slot token; use a tokenizer "
-            "without it."
-        )
+        raise LlamoryError(f"{ordinary[0]} is an ordinary word of this tokenizer, but LLARA needs it as a slot token.")
     order = [f"<s{i}>" for i in _PUBLISHED_ORDER] if slots == len(_PUBLISHED_ORDER) // 2 else names
     missing = [AddedToken(name, normalized=False, special=True) for name in order if name not in vocabulary]
     tokenizer.add_tokens(missing, special_tokens=True)  # type: ignore[arg-type]
@@ -271,14 +242,9 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: list[st
     ids = _ids(tokenizer, prompt + "".join(tokens))
     prompt_ids = ids[: -len(slot_ids)]
     if ids[-len(slot_ids) :] != slot_ids or not prompt_ids:
-        raise LlamoryError(
-            f"The tokenizer merges the slot tokens after {prompt!r} with other text; use another tokenizer."
-        )
+        raise LlamoryError(f"The tokenizer merges the slot tokens after {prompt!r} with other text; use another one.")
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt_ids:
-        raise LlamoryError(
-            f"The tokenizer reads parts of the prompt {prompt!r} as unknown; use a tokenizer that knows English words "
-            "or bytes."
-        )
+        raise LlamoryError(f"The tokenizer reads parts of the prompt {prompt!r} as unknown; use another one.")
     return prompt_ids
 
 

@@ -32,6 +32,8 @@ from llamory.memory.search.base import attend, flash, merge
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Queries, keys, values and mask (True where a query sees a key, None for everywhere) of a part of the attention.
 _LocalQKV = tuple[Tensor, Tensor, Tensor, Tensor | None]
+_QKV = tuple[Tensor, Tensor, Tensor]
+_Pair = tuple[Tensor, Tensor]
 
 
 class LongLlamaDecoderLayer(LlamaDecoderLayer):
@@ -77,10 +79,7 @@ class MemoryProjection(nn.Linear):
 
 
 class LongLlamaAttention(LlamaAttention):
-    """Llama's attention that continues a local context and, in memory layers, attends to memory as well.
-
-    Also with `mem_projections`, local context and memory share one softmax.
-    """
+    """Llama's attention that continues a local context and attends to memory under the same softmax."""
 
     @property
     def has_memory(self) -> bool:
@@ -142,9 +141,7 @@ class LongLlamaAttention(LlamaAttention):
         _, key, value = self._project(hidden_states, "mem_" if self.has_projections else "", queries=False)
         self._store(None, None, (self._memory_key(key, ctx), value), ctx)
 
-    def attend_cross_batch(
-        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], cross_batch: CrossBatch
-    ) -> Tensor:
+    def attend_cross_batch(self, hidden_states: Tensor, rotary: _Pair, cross_batch: CrossBatch) -> Tensor:
         """Cross-batch attention (section 3.2), (R, W, hidden); in the last memory layer for `query_rows` only."""
         rows = cross_batch.query_rows if cross_batch.last_layer == self.layer_idx else None
         contexts, weights = cross_batch.contexts, cross_batch.weights
@@ -170,12 +167,7 @@ class LongLlamaAttention(LlamaAttention):
         return self._output(*cross_batch_parts((query, key, value), memory_qkv, cos, sin, contexts, **settings))
 
     def _attend_window(
-        self,
-        local_qkv: tuple[Tensor, Tensor, Tensor],
-        memory_query: Tensor,
-        attention_mask: Tensor | None,
-        ctx: ForwardContext,
-        **kwargs: Any,
+        self, local_qkv: _QKV, memory_query: Tensor, attention_mask: Tensor | None, ctx: ForwardContext, **kwargs: Any
     ) -> Tensor:
         """Causal attention within the window, and to all of memory; (R, W, hidden).
 
@@ -197,9 +189,7 @@ class LongLlamaAttention(LlamaAttention):
         memory = self._attend_memory(memory_query, ctx)
         return self._merge_local_and_memory(local, [memory], memory_query, ctx, memory_bias)
 
-    def _store(
-        self, key: Tensor | None, value: Tensor | None, memory_kv: tuple[Tensor, Tensor], ctx: ForwardContext
-    ) -> None:
+    def _store(self, key: Tensor | None, value: Tensor | None, memory_kv: _Pair, ctx: ForwardContext) -> None:
         """Write a first window into the local context or into memory."""
         if ctx.keep_local:
             assert ctx.slots is not None and key is not None and value is not None
@@ -213,11 +203,7 @@ class LongLlamaAttention(LlamaAttention):
                     bank.append(self.layer_idx, keys, values)
 
     def _attend_continuation(
-        self,
-        new_qkv: tuple[Tensor, Tensor, Tensor],
-        memory_query: Tensor,
-        memory_kv: tuple[Tensor, Tensor],
-        ctx: ForwardContext,
+        self, new_qkv: _QKV, memory_query: Tensor, memory_kv: _Pair, ctx: ForwardContext
     ) -> Tensor:
         """Attention to the local context, the slots evicted from it, and memory; (R, W, hidden)."""
         update, local = ctx.local_update, ctx.cache.layers[self.layer_idx]
@@ -265,12 +251,7 @@ class LongLlamaAttention(LlamaAttention):
         return (outputs[0], lses[0]) if len(parts) == 1 else (torch.cat(outputs, 2), torch.cat(lses, 2))
 
     def _merge_local_and_memory(
-        self,
-        local: tuple[Tensor, Tensor],
-        found: list[tuple[Tensor, Tensor]],
-        memory_query: Tensor,
-        ctx: ForwardContext,
-        memory_bias: Tensor | None,
+        self, local: _Pair, found: list[_Pair], memory_query: Tensor, ctx: ForwardContext, memory_bias: Tensor | None
     ) -> Tensor:
         """Merge the attention over the parts into one softmax, and project; (R, W, hidden).
 

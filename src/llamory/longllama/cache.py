@@ -121,11 +121,8 @@ class LongLlamaCache(Cache):
         self.config = config
         self.mem_layers = frozenset(config.mem_layers)
         self.slots = Slots(0, config.max_position_embeddings, config.local_cache_overflow == "flush")
-        indices = range(config.num_hidden_layers)
-        has_projections = config.mem_projections
-        super().__init__(
-            layers=[LongLlamaCacheLayer(self.slots, index in self.mem_layers, has_projections) for index in indices]
-        )
+        has_memory = [index in self.mem_layers for index in range(config.num_hidden_layers)]
+        super().__init__(layers=[LongLlamaCacheLayer(self.slots, each, config.mem_projections) for each in has_memory])
         self.observer: Callable[[int, Tensor, Tensor], None] | None = None
         self.search: Search | None = None
         self._attached = memory if isinstance(memory, MemoryBank) else None
@@ -202,19 +199,12 @@ class LongLlamaCache(Cache):
         self.reorder_cache(torch.arange(self.slots.batch)[indices.cpu()])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` columns.
-
-        Raises:
-            LlamoryError: these columns have evicted others from the local context, which can't be undone.
-        """
+        """Remove the last `-tokens_to_remove` columns; a LlamoryError if the local context has overflowed."""
         count = abs(tokens_to_remove)
         if not count:
             return
         if count > self.slots.end - self.slots.start or max(self.slots.next) > self.config.max_position_embeddings:
-            raise LlamoryError(
-                "The cache can't be cropped: its local context has overflowed. Assisted decoding must stay within "
-                f"{self.config.max_position_embeddings} local tokens."
-            )
+            raise LlamoryError("The cache can't be cropped: its local context has overflowed.")
         self.slots.crop(count)
         self.slots.columns -= count
 

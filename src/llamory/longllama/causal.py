@@ -84,20 +84,14 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
                 shift_labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[:, 1:]
             if shift_labels is not None:  # rows that predict nothing are only seen by others
                 query_rows = (shift_labels != IGNORE_INDEX).any(1).nonzero()[:, 0].tolist()
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            last_context_length=last_context_length,
-            logits_to_keep=logits_to_keep,
-            return_dict=True,
-            contexts=contexts,
-            query_rows=query_rows,
-            **kwargs,
-        )
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
+        inputs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        inputs |= {"last_context_length": last_context_length, "logits_to_keep": logits_to_keep, "return_dict": True}
+        outputs = self.model(**inputs, contexts=contexts, query_rows=query_rows, **kwargs)
         hidden, loss = outputs.last_hidden_state, None
         if contexts is not None:
             if shift_labels is not None:
@@ -138,23 +132,14 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def memory_fingerprint(self) -> str:
-        """Hash of the weights in bfloat16 and of the settings that memory keys depend on.
-
-        Weights loaded in float32 or bfloat16 have the same fingerprint, and so have merged and unmerged adapters. The
-        weights are read again only if they have changed.
-        """
+        """Hash of the weights in bfloat16, with adapters merged, and of the settings that memory keys depend on."""
         config, versions = self.config, [(n, p.data_ptr(), p._version) for n, p in self.named_parameters()]
-        key_settings = [
-            config.mem_positionals,
-            config.rope_parameters,
-            list(config.mem_layers),
-            config.max_position_embeddings,
-        ]
-        state = (versions, json.dumps(key_settings, default=str))
+        settings = [config.mem_positionals, config.rope_parameters, config.mem_layers, config.max_position_embeddings]
+        state = (versions, json.dumps(settings, default=str))
         cached = _FINGERPRINTS.get(self)
         if cached is not None and cached[0] == state:
             return cached[1]
-        digest = xxhash.xxh3_128(json.dumps(key_settings, default=str, sort_keys=True).encode())
+        digest = xxhash.xxh3_128(json.dumps(settings, default=str, sort_keys=True).encode())
         # A tied head has its own name only where it is offloaded, so it must not count.
         tied = getattr(self, "all_tied_weights_keys", {})
         # Shared parameters count under each name, as they do in models that don't share them.
@@ -213,10 +198,7 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
     def memory_cache(self, memory: MemoryBank) -> LongLlamaCache:
         """A cache with this memory attached; pass it as `past_key_values`, with only the question as input.
 
-        The memory isn't changed; its blocks are shared, not copied.
-
-        Raises:
-            LlamoryError: the model has no memory layers, or the memory is of another model.
+        The memory isn't changed; its blocks are shared. A LlamoryError if it is of another model.
         """
         self._check_memory(memory)
         return LongLlamaCache(self.config, memory)
@@ -226,12 +208,9 @@ class LongLlamaForCausalLM(LongLlamaPreTrained, LlamaForCausalLM):
         if not config.mem_layers:
             raise LlamoryError("This model has no memory layers; load it with mem_layers, for instance mem_layers=[8].")
         if memory is not None:
-            memory.check_compatible(
-                "The memory",
-                fingerprint=self.memory_fingerprint() if memory.fingerprint else None,
-                heads=(config.num_key_value_heads, config.head_dim),
-                layers=config.mem_layers,
-            )
+            fingerprint = self.memory_fingerprint() if memory.fingerprint else None
+            heads = (config.num_key_value_heads, config.head_dim)
+            memory.check_compatible("The memory", fingerprint=fingerprint, heads=heads, layers=config.mem_layers)
 
 
 @torch.no_grad()
@@ -241,7 +220,6 @@ def encode_windows(
     """Encode documents into memory window by window, in evaluation mode; no document attends to another.
 
     Args:
-        model: the model.
         rows: the token ids of each document, (tokens,) each. The documents are encoded as one batch.
         banks: one memory per document. A document attends to all that its memory holds.
         start: the token to start at; for documents whose first tokens are in their memories already.
@@ -258,14 +236,10 @@ def encode_windows(
             windows = [rows[index][first : first + context].long() for index in active]
             ids = torch.nn.utils.rnn.pad_sequence(windows, batch_first=True)  # (rows, width)
             mask = torch.arange(ids.shape[1]) < torch.tensor([len(window) for window in windows])[:, None]
-            model.model(
-                ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                past_key_values=LongLlamaCache(model.config, [banks[index] for index in active]),
-                use_cache=False,
-                last_context_length=context,
-                logits_to_keep=None,
-            )
+            cache = LongLlamaCache(model.config, [banks[index] for index in active])
+            settings: dict[str, Any] = {"use_cache": False, "last_context_length": context, "logits_to_keep": None}
+            inputs = ids.to(model.device), mask.to(model.device)
+            model.model(*inputs, past_key_values=cache, **settings)
             yield min(first + context, longest)
     finally:
         model.train(training)

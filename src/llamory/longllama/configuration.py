@@ -136,10 +136,7 @@ class LongLlamaConfig(LlamaConfig):
 def check_last_context(length: int, context: int) -> int:
     """Return `length`, or raise LlamoryError if the last window doesn't fit into the context."""
     if not 1 <= length <= context:
-        raise LlamoryError(
-            f"last_context_length is {length}, but it must be between 1 and the context, {context} tokens "
-            "(max_position_embeddings)."
-        )
+        raise LlamoryError(f"last_context_length is {length}, but it must be between 1 and the context, {context}.")
     return length
 
 
@@ -147,19 +144,14 @@ def check_projections(config: PretrainedConfig, name: str | os.PathLike[str], me
     """Raise LlamoryError if `mem_layers` (if any) differ from the layers of model `name` with memory projections."""
     layers: Sequence[int] = getattr(config, "mem_layers", ())
     if getattr(config, "mem_projections", False) and mem_layers and set(mem_layers) != set(layers):
-        raise LlamoryError(
-            f"{name} has projections for the memory of layers {', '.join(map(str, layers))}; leave mem_layers out, or "
-            "pass these."
-        )
+        raise LlamoryError(f"{name} has memory projections in layers {list(layers)}; pass these, or no mem_layers.")
 
 
 def check_memory(config: LongLlamaConfig) -> None:
     """Raise LlamoryError if a setting of memory is out of range; `from_pretrained` can change settings late."""
     layers, count = list(config.mem_layers), config.num_hidden_layers
     if invalid := [layer for layer in layers if not 0 <= layer < count]:
-        raise LlamoryError(
-            f"mem_layers names layer {invalid[0]}, but the model has {count} layers, numbered 0 to {count - 1}."
-        )
+        raise LlamoryError(f"mem_layers names layer {invalid[0]}, but the model has {count} layers, from 0.")
     if len(set(layers)) != len(layers):
         raise LlamoryError(f"mem_layers names a layer twice: {layers}.")
     assert config.last_context_length is not None
@@ -169,28 +161,21 @@ def check_memory(config: LongLlamaConfig) -> None:
             raise LlamoryError(f"{key} is {getattr(config, key)!r}, but it must be one of {', '.join(allowed)}.")
     grouping = config.mem_attention_grouping
     if grouping is not None and (len(grouping) != 2 or min(grouping) < 1):
-        raise LlamoryError(
-            f"mem_attention_grouping is {grouping}, but it must be two positive numbers, heads and queries."
-        )
+        raise LlamoryError(f"mem_attention_grouping is {grouping}, but it must be two positive numbers.")
     if config.mem_top_k_attention and config.mem_search == "pages":
         raise LlamoryError("mem_top_k_attention needs mem_search exact or faiss; pages are read whole.")
     for name in ("mem_top_k", "gradient_checkpoint_every_ith"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise LlamoryError(f"{name} is {value}, but it must be at least 1.")
-    for name, start in (
-        ("logn_attention_scale", "logn_attention_start"),
-        ("memory_size_bias", "memory_size_bias_start"),
-    ):
+    starts = {"logn_attention_scale": "logn_attention_start", "memory_size_bias": "memory_size_bias_start"}
+    for name, start in starts.items():
         value, first = getattr(config, name), getattr(config, start)
         if not 0 <= value < math.inf or first < 1:
             raise LlamoryError(f"{name} must be at least 0 and finite and {start} at least 1, not {value} and {first}.")
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if config.mem_layers and rope_type in _LENGTH_DEPENDENT_ROPE:
-        raise LlamoryError(
-            f"Memory needs rotary embeddings that don't depend on the input's length, but rope_type is {rope_type}; "
-            "choose default, linear, llama3 or yarn."
-        )
+        raise LlamoryError(f"rope_type is {rope_type}, but memory needs default, linear, llama3 or yarn.")
 
 
 AutoConfig.register(LongLlamaConfig.model_type, LongLlamaConfig, exist_ok=True)

@@ -1,8 +1,4 @@
-"""Cross-batch attention, which trains memory (Tworkowski et al. 2023, section 3.2).
-
-A row attends, under one softmax, to its own causal context and to the whole contexts of other rows, with gradients into
-their keys and values. Keys of other rows are encoded at the first position, like memory keys.
-"""
+"""Cross-batch attention, which trains memory: rows also see whole other rows (Tworkowski et al. 2023, section 3.2)."""
 
 from __future__ import annotations
 
@@ -22,19 +18,18 @@ from llamory.memory.search.base import flash
 
 Contexts = Sequence[Sequence[int]]
 Weights = Sequence[Sequence[float]]
+_Ints = Sequence[int] | None
+_QKV = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class _ContiguousGroup:
-    """Consecutive rows that attend to equally many consecutive rows `seen`, one each, in one call.
-
-    `length` is the number of real tokens of each seen row, None for all; `weight` that of their keys in the softmax.
-    """
+    """Consecutive rows that attend to equally many consecutive rows `seen`, one each, in one call."""
 
     rows: slice
     seen: slice
-    length: int | None
-    weight: float = 1.0
+    length: int | None  # real tokens of each seen row; None for all
+    weight: float = 1.0  # of their keys in the softmax
 
     def part(self, query: Tensor, key: Tensor, value: Tensor) -> AttentionPart:
         key, value = (tensor[self.seen, :, : self.length] for tensor in (key, value))
@@ -45,11 +40,9 @@ class _ContiguousGroup:
         return tensor[self.rows]
 
     def ungroup(self, tensor: Tensor) -> Tensor:
-        """The inverse of `select`."""
         return tensor
 
     def add(self, total: Tensor, grad: Tensor) -> None:
-        """Add the gradient of the group's keys or values to `total`."""
         total[self.seen, :, : self.length] += grad
 
 
@@ -91,17 +84,9 @@ def _split_rows(tensor: Tensor, rows: int) -> Tensor:
 
 
 def plan_contexts(
-    contexts: Contexts,
-    batch: int,
-    lengths: Sequence[int] | None = None,
-    rows: Sequence[int] | None = None,
-    weights: Weights | None = None,
+    contexts: Contexts, batch: int, lengths: _Ints = None, rows: _Ints = None, weights: Weights | None = None
 ) -> list[_ContiguousGroup]:
-    """Group pairs (row, seen row) that advance together, so that few calls are needed.
-
-    Raises:
-        LlamoryError: the contexts, lengths or weights don't fit the rows.
-    """
+    """Group pairs (row, seen row) that advance together; a LlamoryError if lengths or weights don't fit the rows."""
     weights = _check_contexts(contexts, range(batch) if rows is None else rows, batch, lengths, weights)
     buckets: dict[tuple[int, float], list[int]] = defaultdict(list)
     for at, seen in enumerate(contexts):
@@ -124,17 +109,9 @@ def plan_contexts(
 
 
 def plan_frozen_contexts(
-    contexts: Contexts,
-    rows: int,
-    context_rows: int,
-    lengths: Sequence[int] | None = None,
-    weights: Weights | None = None,
+    contexts: Contexts, rows: int, context_rows: int, lengths: _Ints = None, weights: Weights | None = None
 ) -> list[_SharedContextGroup]:
-    """Group rows that see the same of `context_rows` rows outside the batch, which `contexts` and `lengths` refer to.
-
-    Raises:
-        LlamoryError: as for `plan_contexts`.
-    """
+    """Group rows that see the same of `context_rows` rows outside the batch, to which contexts and lengths refer."""
     weights = _check_contexts(contexts, range(context_rows, context_rows + rows), context_rows, lengths, weights)
     groups, start = [], 0
     for at in range(1, rows + 1):
@@ -151,7 +128,7 @@ def plan_frozen_contexts(
 
 
 def _check_contexts(
-    contexts: Contexts, numbers: Sequence[int], seen_rows: int, lengths: Sequence[int] | None, weights: Weights | None
+    contexts: Contexts, numbers: Sequence[int], seen_rows: int, lengths: _Ints, weights: Weights | None
 ) -> Weights:
     """Check contexts and return the weights, 1 by default."""
     if len(contexts) != len(numbers):
@@ -166,9 +143,7 @@ def _check_contexts(
     for number, seen in zip(numbers, contexts, strict=True):
         for other in seen:
             if not 0 <= other < seen_rows or other == number:
-                raise LlamoryError(
-                    f"Row {number} can't see row {other}: contexts are other rows from 0 to {seen_rows - 1}."
-                )
+                raise LlamoryError(f"Row {number} can't see row {other}: contexts are other rows below {seen_rows}.")
         if len(set(seen)) != len(seen):
             raise LlamoryError(f"Row {number} has a context twice: {list(seen)}.")
     return weights
@@ -189,20 +164,11 @@ def crossbatch_contexts(
         LlamoryError: a number is too small, packing doesn't divide the batch, or the range exceeds the batch.
     """
     if batch_size < 1 or dataset_packing < 1 or cross_batch_range < 0:
-        raise LlamoryError(
-            "batch_size and dataset_packing must be at least 1 and cross_batch_range at least 0, not "
-            f"{batch_size}, {dataset_packing} and {cross_batch_range}."
-        )
+        raise LlamoryError("batch_size and dataset_packing must be at least 1, and cross_batch_range at least 0.")
     if batch_size % dataset_packing:
-        raise LlamoryError(
-            f"A batch of {batch_size} rows can't be divided into documents of {dataset_packing} rows each; choose a "
-            "multiple of dataset_packing."
-        )
+        raise LlamoryError(f"A batch of {batch_size} rows can't be divided into documents of {dataset_packing} rows.")
     if cross_batch_range >= batch_size:
-        raise LlamoryError(
-            f"A row can't see {cross_batch_range} others in a batch of {batch_size}; choose a cross_batch_range of at "
-            f"most {batch_size - 1}."
-        )
+        raise LlamoryError(f"cross_batch_range is {cross_batch_range}, but a row sees at most {batch_size - 1} others.")
     step = -(-(1 + cross_batch_range) // max(dataset_packing - 1, 1))
     counts = [min(row, cross_batch_range) for row in range(batch_size)]
     if crossbatch_stepping and dataset_packing > 1:
@@ -249,12 +215,7 @@ def cross_batch_attention(
 
 
 def cross_batch_parts(
-    local_qkv: tuple[Tensor, Tensor, Tensor],
-    memory_qkv: tuple[Tensor, Tensor, Tensor],
-    cos: Tensor,
-    sin: Tensor,
-    contexts: Contexts,
-    **settings: Any,
+    local_qkv: _QKV, memory_qkv: _QKV, cos: Tensor, sin: Tensor, contexts: Contexts, **settings: Any
 ) -> tuple[Tensor, Tensor]:
     """`cross_batch_attention` with separate projections for other rows.
 
@@ -273,8 +234,8 @@ def cross_batch_parts(
 
 
 def _prepared(
-    local_qkv: tuple[Tensor, Tensor, Tensor],
-    memory_qkv: tuple[Tensor, Tensor, Tensor],
+    local_qkv: _QKV,
+    memory_qkv: _QKV,
     cos: Tensor,
     sin: Tensor,
     contexts: Contexts,
@@ -293,9 +254,7 @@ def _prepared(
     else:
         plan = plan_contexts(contexts, len(key), lengths, rows, weights)
     if lengths is not None and max(lengths, default=0) > memory_qkv[1].shape[2]:
-        raise LlamoryError(
-            f"A row can't have {max(lengths)} real tokens in a batch of {memory_qkv[1].shape[2]} columns."
-        )
+        raise LlamoryError(f"A row of {memory_qkv[1].shape[2]} columns can't have {max(lengths)} real tokens.")
     first_cos, first_sin = cos[:, :1], sin[:, :1]
     if len(first_cos) > 1 and plan and not torch.equal(first_cos, first_cos[:1].expand_as(first_cos)):
         raise LlamoryError("All rows must start at the same position, at which they see one another's keys.")
@@ -334,18 +293,8 @@ class _CrossBatch(torch.autograd.Function):
     """Flash attention by parts; their gradients need only the output and log-sum-exp of the whole."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        local_key: Tensor,
-        local_value: Tensor,
-        memory_query: Tensor,
-        memory_key: Tensor,
-        value: Tensor,
-        plan: _Plan,
-        scaling: float,
-        separate_outputs: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        query, local_key, local_value, memory_query, memory_key, value, plan, scaling, separate_outputs = inputs
         output, lse = flash(query, local_key, local_value, scaling=scaling, causal=True)
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         found, found_lse = output, lse
@@ -383,10 +332,8 @@ class _CrossBatch(torch.autograd.Function):
         key_grad, value_grad = torch.zeros_like(memory_key), torch.zeros_like(value)
         for group in ctx.plan:
             part = group.part(memory_query, memory_key, value)
-            sums, group_delta = (
-                group.select(lse) - math.log(group.weight),
-                None if delta is None else group.select(delta),
-            )
+            sums = group.select(lse) - math.log(group.weight)
+            group_delta = None if delta is None else group.select(delta)
             out_grad, out = group.select(grad_found), group.select(found)
             grads = attend_part_backward(out_grad, part, out, sums, ctx.scaling, group_delta)
             query_grad[group.rows] += group.ungroup(grads[0])
@@ -398,7 +345,6 @@ class _CrossBatch(torch.autograd.Function):
 def _merge_into(output: Tensor, lse: Tensor, new: Tensor, new_lse: Tensor) -> None:
     """Merge another part into `output` and `lse`, in place, under one softmax."""
     total_lse = torch.logaddexp(lse, new_lse)
-    output.mul_((lse - total_lse).exp_().unsqueeze(-1)).addcmul_(
-        new.to(output.dtype), (new_lse - total_lse).exp_().unsqueeze(-1)
-    )
+    output.mul_((lse - total_lse).exp_().unsqueeze(-1))
+    output.addcmul_(new.to(output.dtype), (new_lse - total_lse).exp_().unsqueeze(-1))
     lse.copy_(total_lse)

@@ -44,7 +44,6 @@ def attend_part_backward(
 
     Args:
         grad: gradient of the output of the whole attention, (batch, heads, queries, head_dim).
-        part: the part.
         output, lse: output and log-sum-exp (batch, heads, queries) of the whole attention, over all parts.
         scaling: factor of the scores.
         delta: sum over head_dim of gradient times output, (batch, heads, queries); needed if the outputs of other parts

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from llamory.errors import LlamoryError
 from llamory.longllama.causal import LongLlamaForCausalLM
@@ -72,7 +71,11 @@ def load_long_model(
         **{key: kwargs.pop(key, None) for key in _CONFIG_SETTINGS},
     }
     if not isinstance(config, LongLlamaConfig):
-        settings = _defaults_for_llama(config) | {key: value for key, value in settings.items() if value is not None}
+        count = config.num_hidden_layers
+        if mem_layers is None:
+            settings["mem_layers"] = list(range(count // _MEMORY_FREE_DIVISOR, count))
+        if context_length is None:
+            settings["max_position_embeddings"] = min(DEFAULT_WINDOW, config.max_position_embeddings)
     elif backbone.adapter_folder(name) is not None:
         # The model is loaded with the base model's configuration, which has no memory settings.
         last = settings.pop("last_context_length")
@@ -81,10 +84,7 @@ def load_long_model(
     settings = {key: value for key, value in settings.items() if value is not None}
     window = settings.get("max_position_embeddings")
     if window is not None and not 1 <= window <= config.max_position_embeddings:
-        raise LlamoryError(
-            f"context_length is {window}, but it must be between 1 and the model's context, "
-            f"{config.max_position_embeddings}."
-        )
+        raise LlamoryError(f"context_length is {window}, but must be between 1 and {config.max_position_embeddings}.")
     if window is not None and isinstance(config, LongLlamaConfig):
         # A shorter window alone also shortens the last window.
         settings.setdefault("last_context_length", min(window, config.last_context_length or window))
@@ -96,11 +96,3 @@ def load_long_model(
         model = backbone.load_model(name, LongLlamaForCausalLM, dtype=dtype, **settings, **kwargs)
     assert isinstance(model, LongLlamaForCausalLM)
     return (model.to(device) if device else model).eval()
-
-
-def _defaults_for_llama(config: PretrainedConfig) -> dict[str, Any]:
-    count = config.num_hidden_layers
-    return {
-        "mem_layers": list(range(count // _MEMORY_FREE_DIVISOR, count)),
-        "max_position_embeddings": min(DEFAULT_WINDOW, config.max_position_embeddings),
-    }

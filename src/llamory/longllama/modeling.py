@@ -64,9 +64,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
-        self.layers = nn.ModuleList(
-            [LongLlamaDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
-        )
+        self.layers = nn.ModuleList(LongLlamaDecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -108,15 +106,12 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
             use_cache: keep the last window in a local context; otherwise it goes into memory like the others.
             last_context_length: tokens of the last window; by default the configuration's.
             logits_to_keep: number of last columns whose hidden states are returned (0 or a tensor: all; None: none).
-            output_hidden_states: return the input of each layer, too.
-            return_dict: return a `BaseModelOutputWithPast` instead of a tuple.
             contexts: per row, the rows of this batch that its memory layers see whole, with gradients (section 3.2).
                 Nothing is cached, and padding must be on the right.
             query_rows: with `contexts`, the only rows whose hidden states are needed; the others' are zeros.
             context_weights: the weight of each context in the softmax; see `cross_batch_attention`.
             context_states: what `layer_inputs` returned for rows outside the batch; `contexts` then refers to these.
             context_lengths: real tokens of each row of `context_states`; by default all.
-            kwargs: passed to the layers.
 
         Returns:
             Hidden states (B, columns kept, hidden), zeros at padding, and the cache (None if nothing is cached).
@@ -236,10 +231,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
         """Rows that see one another in memory layers (section 3.2)."""
         batch, width = source.shape[:2]
         if width > self.config.max_position_embeddings:
-            raise LlamoryError(
-                f"Rows of {width} tokens are longer than the context, {self.config.max_position_embeddings}; cut "
-                "documents into shorter rows."
-            )
+            raise LlamoryError(f"Rows of {width} tokens are longer than the context; cut documents into shorter rows.")
         hidden = source if source.is_floating_point() else self.embed_tokens(source)
         lengths, query_rows = _lengths(_current_mask(attention_mask, batch, width)), cross_batch.query_rows
         lengths = lengths if cross_batch.frozen_contexts is None else cross_batch.lengths
@@ -266,13 +258,9 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
 
     @torch.no_grad()
     def layer_inputs(self, input_ids: Tensor) -> dict[int, Tensor]:
-        """The normed inputs of the memory layers' attention, from which memory keys and values are computed.
+        """Per memory layer the normed inputs of its attention (R, W, hidden), from which its keys and values come.
 
-        Args:
-            input_ids: (R, W), one window per row, padded on the right; rows don't see one another.
-
-        Returns:
-            Per memory layer (R, W, hidden), without gradient.
+        `input_ids` (R, W) has one window per row, padded on the right; rows don't see one another.
         """
         hidden, inputs = self.embed_tokens(input_ids), {}
         mask, rotary = self._mask_and_rotary(hidden)
@@ -295,10 +283,7 @@ class LongLlamaModel(LongLlamaPreTrained, LlamaModel):
     def _prepare_cache(self, past: Cache | None, batch: int) -> LongLlamaCache:
         if past is not None and not isinstance(past, LongLlamaCache):
             if past.get_seq_length():
-                raise LlamoryError(
-                    f"LongLLaMA can't continue a {type(past).__name__}; pass past_key_values that it returned, or "
-                    "memory_cache(bank)."
-                )
+                raise LlamoryError(f"LongLLaMA can't continue a {type(past).__name__}, only its own past_key_values.")
             past = None
         cache = past if past is not None else LongLlamaCache(self.config)
         cache.prepare(batch, self.new_memory)
@@ -331,10 +316,7 @@ def _current_mask(attention_mask: Tensor | None, batch: int, length: int) -> Ten
     if attention_mask is None:
         return None
     if attention_mask.ndim != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
-        raise LlamoryError(
-            f"attention_mask has the shape {tuple(attention_mask.shape)}, but it needs {batch} rows and at least "
-            f"{length} columns."
-        )
+        raise LlamoryError(f"attention_mask {tuple(attention_mask.shape)} doesn't fit {batch} rows, {length} columns.")
     return attention_mask[:, attention_mask.shape[1] - length :]
 
 
@@ -344,9 +326,7 @@ def _lengths(mask: Tensor | None) -> Sequence[int] | None:
         return None
     lengths = mask.bool().sum(1)
     if bool((mask.bool() != (torch.arange(mask.shape[1], device=mask.device) < lengths[:, None])).any()):
-        raise LlamoryError(
-            "Rows that see one another must be padded on the right; set the tokenizer's padding_side to right."
-        )
+        raise LlamoryError("Rows that see one another must be padded on the right (the tokenizer's padding_side).")
     return list(lengths.tolist())
 
 

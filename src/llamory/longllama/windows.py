@@ -43,8 +43,6 @@ def split_prompt(lengths: Sequence[int], context: int, last: int, keep_local: bo
 
     Args:
         lengths: real tokens per row; rows without any are left out.
-        context: the length of a window.
-        last: the length of the last window.
         keep_local: whether the last window stays in the local context.
     """
     memory_stops = [max(length - last, 0) for length in lengths]
