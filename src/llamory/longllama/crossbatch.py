@@ -168,7 +168,9 @@ def crossbatch_contexts(
     if batch_size % dataset_packing:
         raise LlamoryError(f"A batch of {batch_size} rows can't be divided into documents of {dataset_packing} rows.")
     if cross_batch_range >= batch_size:
-        raise LlamoryError(f"cross_batch_range is {cross_batch_range}, but a row sees at most {batch_size - 1} others.")
+        raise LlamoryError(
+            f"A row can't see {cross_batch_range} others in a batch of {batch_size} (cross_batch_range)."
+        )
     step = -(-(1 + cross_batch_range) // max(dataset_packing - 1, 1))
     counts = [min(row, cross_batch_range) for row in range(batch_size)]
     if crossbatch_stepping and dataset_packing > 1:
