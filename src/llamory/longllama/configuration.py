@@ -144,7 +144,10 @@ def check_projections(config: PretrainedConfig, name: str | os.PathLike[str], me
     """Raise LlamoryError if `mem_layers` (if any) differ from the layers of model `name` with memory projections."""
     layers: Sequence[int] = getattr(config, "mem_layers", ())
     if getattr(config, "mem_projections", False) and mem_layers and set(mem_layers) != set(layers):
-        raise LlamoryError(f"{name} has memory projections in layers {list(layers)}; pass these, or no mem_layers.")
+        raise LlamoryError(
+            f"{name} has projections for the memory of layers {', '.join(map(str, layers))}; leave mem_layers out, or "
+            "pass these."
+        )
 
 
 def check_memory(config: LongLlamaConfig) -> None:
