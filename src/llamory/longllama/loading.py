@@ -84,9 +84,8 @@ def load_long_model(
     settings = {key: value for key, value in settings.items() if value is not None}
     window = settings.get("max_position_embeddings")
     if window is not None and not 1 <= window <= config.max_position_embeddings:
-        raise LlamoryError(
-            f"context_length is {window}, but must be between 1 and the model's context, {config.max_position_embeddings}."
-        )
+        limit = config.max_position_embeddings
+        raise LlamoryError(f"context_length is {window}, but must be between 1 and the model's context, {limit}.")
     if window is not None and isinstance(config, LongLlamaConfig):
         # A shorter window alone also shortens the last window.
         settings.setdefault("last_context_length", min(window, config.last_context_length or window))
